@@ -1,0 +1,26 @@
+"""foveal: trainable sparse attention for video diffusion transformers (SLA and VSA).
+
+Needs torch alone; diffusers and the rest load when something that uses them is called.
+"""
+
+from foveal.block_sparse.api import block_sparse_attention
+from foveal.selection import select_blocks
+from foveal.sla.attention import SparseLinearAttention, sla_attention
+from foveal.types import BlockSelection, SLAConfig, VSAConfig
+from foveal.video_grid import VideoGrid
+from foveal.vsa.attention import VideoSparseAttention, vsa_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockSelection",
+    "SLAConfig",
+    "SparseLinearAttention",
+    "VSAConfig",
+    "VideoGrid",
+    "VideoSparseAttention",
+    "block_sparse_attention",
+    "select_blocks",
+    "sla_attention",
+    "vsa_attention",
+]

@@ -1,0 +1,1 @@
+"""Block-sparse softmax attention: one contract (`api.py`), several implementations."""

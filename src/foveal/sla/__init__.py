@@ -1,0 +1,1 @@
+"""Sparse-linear attention (SLA, arXiv 2509.24006)."""

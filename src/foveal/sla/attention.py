@@ -1,0 +1,224 @@
+"""SLA for use: the function `sla_attention` and the module `SparseLinearAttention` that owns its parameters."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foveal.block_sparse.api import block_sparse_attention, resolve_impl, validate_qkv, validate_selection
+from foveal.selection import check_scale, select_blocks
+from foveal.sla.feature_maps import apply_feature_map
+from foveal.sla.linear import linear_branch
+from foveal.types import BlockSelection, SLAConfig, check_positive_int
+from foveal.video_grid import VideoGrid
+
+
+def sla_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    config: SLAConfig,
+    selection: BlockSelection | None = None,
+    proj_weight: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    feature_weight: Tensor | None = None,
+    grid: VideoGrid | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Sparse-linear attention: O = O^s + O^l W^T + b (SLA, arXiv 2509.24006, eq. 4-6).
+
+    Args:
+        query: [B, H, Lq, D], bfloat16, float16, float32 or float64.
+        key, value: [B, H, Lk, D].
+        config: ratios, block sizes, feature map and scope.
+        selection: a fixed selection instead of the one `config` makes; its blocks are cut from the tokens in
+            `config.token_order`.
+        proj_weight, proj_bias: [D, D] and [D], float32 or the dtype of `query`. No weight adds O^l as it is.
+        feature_weight: [D, D], for feature_map "hedgehog" alone.
+        grid: the video's shape in tokens, needed for token_order "tile" (and then Lq == Lk).
+        scale: softmax scale; None for 1 / sqrt(D).
+        impl: "auto", "reference" or "torch"; see `block_sparse_attention`.
+
+    Returns:
+        [B, H, Lq, D] in the dtype and token order of `query`. Gradients are exact for a fixed selection.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if not isinstance(config, SLAConfig):
+        raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
+    validate_qkv(query, key, value)
+    _validate_weights(query, config, proj_weight, proj_bias, feature_weight)
+    impl = resolve_impl(impl)
+    scale = check_scale(scale, query.shape[-1])
+
+    tile = None
+    if config.token_order == "tile":
+        if grid is None:
+            raise ValueError('grid is required for token_order="tile": VideoGrid(frames, height, width) in tokens')
+        grid.check_length(query.shape[2])
+        grid.check_length(key.shape[2])
+        tile = (1, 8, 8) if grid.frames == 1 else (4, 4, 4)
+        query, key, value = (grid.to_tile_order(x, tile) for x in (query, key, value))
+    elif grid is not None:
+        grid.check_length(query.shape[2])
+
+    if selection is None:
+        selection = select_blocks(
+            query,
+            key,
+            block_q=config.block_q,
+            block_k=config.block_k,
+            keep_ratio=config.keep_ratio,
+            drop_ratio=config.drop_ratio,
+            scale=scale,
+        )
+    else:
+        validate_selection(selection, query, key)
+        if (selection.block_q, selection.block_k) != (config.block_q, config.block_k):
+            raise ValueError(
+                f"selection has blocks of {selection.block_q}x{selection.block_k}, "
+                f"but config asks for {config.block_q}x{config.block_k}"
+            )
+
+    if impl == "reference":
+        from foveal.sla.reference import sla_attention_reference
+
+        output = sla_attention_reference(
+            query,
+            key,
+            value,
+            config=config,
+            selection=selection,
+            scale=scale,
+            proj_weight_DD=proj_weight,
+            proj_bias_D=proj_bias,
+            feature_weight_DD=feature_weight,
+        )
+    else:
+        output = block_sparse_attention(query, key, value, selection, scale=scale, impl=impl)
+        if config.linear_scope != "none":
+            linear = _linear_output(query, key, value, config, selection, feature_weight)
+            if proj_weight is not None:
+                bias = None if proj_bias is None else proj_bias.to(linear.dtype)
+                linear = F.linear(linear, proj_weight.to(linear.dtype), bias)
+            output = (output + linear).to(query.dtype)
+    return output if tile is None else grid.to_raster_order(output, tile)
+
+
+def _linear_output(query, key, value, config, selection, feature_weight) -> Tensor:
+    phi_query = apply_feature_map(query, config.feature_map, feature_weight)
+    phi_key = apply_feature_map(key, config.feature_map, feature_weight)
+    value = value.to(phi_key.dtype)
+    if selection.key_block_sizes is not None:
+        valid = selection.key_valid()[:, None, :, None]
+        phi_key, value = torch.where(valid, phi_key, 0), torch.where(valid, value, 0)
+    mask = selection.linear_mask(config.linear_scope)
+    return linear_branch(phi_query, phi_key, value, mask, config.block_q, config.block_k)
+
+
+def _validate_weights(query, config, proj_weight, proj_bias, feature_weight) -> None:
+    head_dim = query.shape[-1]
+    shapes = {"proj_weight": (head_dim, head_dim), "proj_bias": (head_dim,), "feature_weight": (head_dim, head_dim)}
+    given = {"proj_weight": proj_weight, "proj_bias": proj_bias, "feature_weight": feature_weight}
+    for name, weight in given.items():
+        if weight is None:
+            continue
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != shapes[name]:
+            got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"{name} must have shape {shapes[name]} for head_dim {head_dim}, got {got}")
+        if weight.device != query.device:
+            raise ValueError(f"{name} is on {weight.device}, but query is on {query.device}")
+    if proj_weight is not None and (not config.projection or config.linear_scope == "none"):
+        raise ValueError(
+            "proj_weight was given, but config has "
+            + ("projection=False" if not config.projection else 'linear_scope="none"')
+        )
+    if proj_bias is not None and proj_weight is None:
+        raise ValueError("proj_bias was given without proj_weight")
+    hedgehog = config.feature_map == "hedgehog" and config.linear_scope != "none"
+    if hedgehog != (feature_weight is not None):
+        raise ValueError(
+            'feature_weight is required for feature_map="hedgehog"'
+            if hedgehog
+            else f'feature_weight is only for feature_map="hedgehog", got feature_map={config.feature_map!r}, '
+            f"linear_scope={config.linear_scope!r}"
+        )
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer whose parameters stay in float32 when the model around it is cast to half precision.
+
+    The projection starts at zero and takes small steps, which bfloat16 would round away.
+    """
+
+    def _apply(self, fn, recurse=True):
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype in (torch.bfloat16, torch.float16) and tensor.dtype == torch.float32:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_float32, recurse)
+
+
+class SparseLinearAttention(nn.Module):
+    """Sparse-linear attention with its parameters: drop it in where a DiT calls scaled_dot_product_attention.
+
+    Args:
+        head_dim: D.
+        config: see `SLAConfig`.
+        impl: see `block_sparse_attention`.
+
+    Attributes:
+        proj: Linear(D, D), shared by the heads, float32, zero at the start, so that the module first equals
+            block-sparse attention; None without a projection or linear branch. That its weight starts at zero is no
+            bug: its gradient does not, and the linear branch grows in.
+        feature_weight: [D, D], the identity at the start, for feature_map "hedgehog"; else None.
+    """
+
+    def __init__(self, head_dim: int, config: SLAConfig, *, impl: str = "auto") -> None:
+        super().__init__()
+        check_positive_int("head_dim", head_dim)
+        if not isinstance(config, SLAConfig):
+            raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
+        resolve_impl(impl)
+        self.head_dim, self.config, self.impl = head_dim, config, impl
+        linear = config.linear_scope != "none"
+        self.proj = Float32Linear(head_dim, head_dim, dtype=torch.float32) if linear and config.projection else None
+        hedgehog = linear and config.feature_map == "hedgehog"
+        self.feature_weight = nn.Parameter(torch.eye(head_dim)) if hedgehog else None
+        if self.proj is not None:
+            nn.init.zeros_(self.proj.weight)
+            nn.init.zeros_(self.proj.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        grid: VideoGrid | None = None,
+        selection: BlockSelection | None = None,
+    ) -> Tensor:
+        """[B, H, Lq, D], [B, H, Lk, D] twice to [B, H, Lq, D]; see `sla_attention`."""
+        if query.shape[-1] != self.head_dim:
+            raise ValueError(f"query must have head_dim {self.head_dim}, got {query.shape[-1]}")
+        return sla_attention(
+            query,
+            key,
+            value,
+            config=self.config,
+            selection=selection,
+            proj_weight=None if self.proj is None else self.proj.weight,
+            proj_bias=None if self.proj is None else self.proj.bias,
+            feature_weight=self.feature_weight,
+            grid=grid,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, config={self.config}, impl={self.impl!r}"

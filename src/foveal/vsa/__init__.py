@@ -1,0 +1,1 @@
+"""Video sparse attention (VSA, arXiv 2505.13389)."""
