@@ -177,7 +177,7 @@ class VSAConfig(_Config):
 
 @dataclass(frozen=True, eq=False)
 class BlockSelection:
-    """Which key blocks each query block attends to: exactly (critical), linearly (marginal), or not at all (negligible).
+    """The key blocks each query block attends to exactly (critical), linearly (marginal), or not at all (negligible).
 
     Args:
         critical: int32 [B, H, Tq, W], each row's critical key blocks, ascending; entries past the row's count are 0.

@@ -1,7 +1,7 @@
 """Block-sparse attention in plain PyTorch: gathers only the kept blocks, on any device, forward and backward.
 
-Rows of blocks are sorted by how many key blocks they keep and worked off in chunks that fit the cache, so time and memory
-follow the kept blocks, also where counts differ from row to row. Both passes are custom ops: opaque to
+Rows of blocks are sorted by how many key blocks they keep and worked off in chunks that fit the cache, so time and
+memory follow the kept blocks, also where counts differ from row to row. Both passes are custom ops: opaque to
 `torch.compile`, which therefore sees one node and no graph break. Reading the counts makes the host wait for the
 device: on CUDA this implementation is a fallback, not a fast path.
 """

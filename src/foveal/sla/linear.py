@@ -4,8 +4,8 @@
     H   = mask @ h                           one product of [Tq x Tk] by [Tk x F (D + 1)] a head, not a sum per row
     O^l = phi(Q_i) H_i / (phi(Q_i) Z_i + 1e-5)
 
-The backward recomputes h and H instead of saving them, and goes through the transposed mask once. One head at a time, so
-that the extra memory is one head's states. Both passes are custom ops, opaque to `torch.compile`.
+The backward recomputes h and H instead of saving them, and goes through the transposed mask once. One head at a time,
+so that the extra memory is one head's states. Both passes are custom ops, opaque to `torch.compile`.
 Source: SLA (arXiv 2509.24006), eq. 5 and Algorithms 1 and 2, with the corrections of this project's tests.
 """
 
