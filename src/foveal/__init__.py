@@ -4,6 +4,8 @@ Needs torch alone; diffusers and the rest load when something that uses them is 
 """
 
 from foveal.block_sparse.api import block_sparse_attention
+from foveal.cost import attention_cost
+from foveal.integrations import dense, densify, load, save, sparsify, summary
 from foveal.selection import select_blocks
 from foveal.sla.attention import SparseLinearAttention, sla_attention
 from foveal.types import BlockSelection, SLAConfig, VSAConfig
@@ -19,8 +21,15 @@ __all__ = [
     "VSAConfig",
     "VideoGrid",
     "VideoSparseAttention",
+    "attention_cost",
     "block_sparse_attention",
+    "dense",
+    "densify",
+    "load",
+    "save",
     "select_blocks",
     "sla_attention",
+    "sparsify",
+    "summary",
     "vsa_attention",
 ]

@@ -1,0 +1,1 @@
+"""Looking inside sparse attention: what is selected, and what it keeps."""

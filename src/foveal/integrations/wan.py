@@ -1,0 +1,80 @@
+"""Wan 2.1 and 2.2 (`WanTransformer3DModel` of diffusers): where its self-attention is, and how it runs.
+
+Shape legend: B batch, L tokens, C hidden width, H heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveal.video_grid import VideoGrid
+
+
+def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
+    """The self-attention modules by qualified name; `attn2` is cross-attention and stays as it is."""
+    return {f"blocks.{index}.attn1": block.attn1 for index, block in enumerate(transformer.blocks)}
+
+
+def dimensions(attn: nn.Module) -> tuple[int, int, int]:
+    """(hidden_dim, num_heads, head_dim) of an attention module."""
+    return attn.to_q.in_features, attn.heads, attn.inner_dim // attn.heads
+
+
+def grid_source(transformer: nn.Module) -> nn.Module:
+    """The rotary embedding: called once per forward, on the latent."""
+    return transformer.rope
+
+
+def read_grid(rope: nn.Module, args: tuple[Any, ...]) -> VideoGrid:
+    """The grid of tokens of the latent [B, channels, frames, height, width] that `rope` was called with."""
+    return VideoGrid(*(side // patch for side, patch in zip(args[0].shape[2:], rope.patch_size, strict=True)))
+
+
+def self_attention(
+    attn: nn.Module,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    rotary_emb: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """What diffusers' `WanAttnProcessor` does for self-attention, with `attend` in the middle: [B, L, C] to [B, L, C].
+
+    Args:
+        attn: the layer's `WanAttention`.
+        attend: (query, key, value [B, H, L, D], hidden_states [B, L, C]) to [B, H, L, D].
+        hidden_states: [B, L, C].
+        encoder_hidden_states, attention_mask: must be None.
+        rotary_emb: cosines and sines, [1, L, 1, D] each.
+
+    Raises:
+        ValueError: for encoder states or a mask, which self-attention in Wan never gets.
+    """
+    from diffusers.models.transformers.transformer_wan import _get_qkv_projections
+
+    for name, value in (("encoder_hidden_states", encoder_hidden_states), ("attention_mask", attention_mask)):
+        if value is not None:
+            raise ValueError(f"{name} must be None: sparse attention replaces unmasked self-attention alone")
+    query, key, value = _get_qkv_projections(attn, hidden_states, None)
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+    if rotary_emb is not None:
+        query, key = (_rotate(x, *rotary_emb) for x in (query, key))
+    output = attend(*(x.transpose(1, 2) for x in (query, key, value)), hidden_states)
+    output = output.transpose(1, 2).flatten(2)
+    for layer in attn.to_out:
+        output = layer(output)
+    return output
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of neighbouring pairs of [B, L, H, D]; the tables hold each angle twice."""
+    cos, sin = cos[..., 0::2], sin[..., 0::2]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    # Each half is rounded before the two are interleaved: a stack in float32 would take twice the memory.
+    pairs = (even * cos - odd * sin).type_as(x), (even * sin + odd * cos).type_as(x)
+    return torch.stack(pairs, dim=-1).flatten(-2)

@@ -1,0 +1,17 @@
+"""What all tests share: GPU tests are skipped in sight where there is no GPU, and generated examples are repeatable."""
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("foveal", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("foveal")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

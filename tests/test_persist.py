@@ -1,0 +1,304 @@
+"""`save` and `load`: exact round trips, interrupted saves, and loads that fail before they change anything."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_wan import SPARSE_SLA, SPARSE_VSA, randomize, run, tiny_pipeline, tiny_transformer
+
+from foveal import SLAConfig
+from foveal.integrations import densify, load, save, sparsify
+from foveal.integrations.processor import sparse_processors
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+WEIGHTS, MANIFEST = "foveal.safetensors", "foveal.json"
+
+
+def sparse_transformer(**kwargs):
+    """SLA in the first layer, VSA in the second, dense in the third."""
+    model = tiny_transformer(num_layers=3, **kwargs)
+    sparsify(model, SPARSE_SLA, layers=[0])
+    sparsify(model, SPARSE_VSA.replace(fine_gate=True), layers=[1])
+    randomize(model)
+    return model
+
+
+def rewrite(folder, change_manifest=None, change_tensors=None):
+    """Edits a saved folder, header and foveal.json alike."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    tensors = safetensors_torch.load_file(folder / WEIGHTS)
+    if change_manifest is not None:
+        change_manifest(manifest)
+    if change_tensors is not None:
+        change_tensors(tensors)
+    text = json.dumps(manifest)
+    (folder / MANIFEST).write_text(text)
+    safetensors_torch.save_file(tensors, folder / WEIGHTS, metadata={"foveal": text})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", ["dense", "sparse"])
+def test_round_trip_is_exact(tmp_path, dtype, start):
+    model = sparse_transformer().to(dtype)
+    save(model, tmp_path / "new" / "folder")
+    other = tiny_transformer(num_layers=3).to(dtype)
+    if start == "sparse":
+        sparsify(other, SPARSE_SLA, layers=[0])
+        sparsify(other, SPARSE_VSA.replace(fine_gate=True), layers=[1])
+    assert load(other, str(tmp_path / "new" / "folder")) is other
+
+    assert [p.config for p in sparse_processors(other).values()] == [
+        p.config for p in sparse_processors(model).values()
+    ]
+    expected, given = model.state_dict(), other.state_dict()
+    assert list(given) == list(expected)
+    for name, tensor in expected.items():
+        assert given[name].dtype == tensor.dtype, name
+        assert torch.equal(given[name], tensor), name
+    assert other.blocks[0].attn1.processor.attention.proj.weight.dtype == torch.float32
+    assert all(p.requires_grad for name, p in other.named_parameters() if ".processor." in name)
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == [MANIFEST, WEIGHTS]
+
+
+def test_saved_files(tmp_path):
+    save(sparse_transformer(), tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert manifest["format"] == 1
+    component = manifest["components"]["transformer"]
+    assert component["family"] == "wan"
+    assert component["layers"]["blocks.0.attn1"] == {"method": "sla", "config": SPARSE_SLA.to_dict()}
+    assert set(component["layers"]) == {"blocks.0.attn1", "blocks.1.attn1"}
+    tensors = safetensors_torch.load_file(tmp_path / WEIGHTS)
+    assert set(tensors) == {
+        *(f"transformer.blocks.0.attn1.proj.{name}" for name in ("weight", "bias")),
+        *(f"transformer.blocks.1.attn1.to_gate_{g}.{n}" for g in ("coarse", "fine") for n in ("weight", "bias")),
+    }
+
+
+def test_layers_without_parameters(tmp_path):
+    config = SLAConfig(keep_ratio=0.3, drop_ratio=0.0, block_q=16, block_k=16, linear_scope="none")
+    model = sparsify(tiny_transformer(), config, layers=[1])
+    save(model, tmp_path)
+    other = load(tiny_transformer(), tmp_path)
+    assert {name: p.config for name, p in sparse_processors(other).items()} == {"blocks.1.attn1": config}
+    with torch.no_grad():
+        assert torch.equal(run(other), run(model))
+
+
+def test_pipeline_round_trip(tmp_path):
+    pipeline = sparsify(tiny_pipeline(), SPARSE_SLA)
+    for seed, part in enumerate((pipeline.transformer, pipeline.transformer_2)):
+        randomize(part)
+        with torch.no_grad():
+            part.blocks[0].attn1.processor.attention.proj.bias.fill_(seed)
+    save(pipeline, tmp_path)
+    other = load(tiny_pipeline(), tmp_path)
+    for part in ("transformer", "transformer_2"):
+        expected, given = getattr(pipeline, part).state_dict(), getattr(other, part).state_dict()
+        assert all(torch.equal(given[name], tensor) for name, tensor in expected.items())
+
+    bare = tiny_transformer()
+    with pytest.raises(ValueError, match=r"\['transformer_2'\]"):
+        load(bare, tmp_path)
+    assert not sparse_processors(bare)
+
+
+def test_a_bare_transformer_loads_into_a_pipeline_and_back(tmp_path):
+    model = sparsify(tiny_transformer(), SPARSE_SLA)
+    randomize(model)
+    save(model, tmp_path / "bare")
+    pipeline = load(tiny_pipeline(), tmp_path / "bare")
+    assert not sparse_processors(pipeline.transformer_2)
+    save(pipeline, tmp_path / "pipeline")
+    assert (tmp_path / "pipeline" / WEIGHTS).read_bytes() == (tmp_path / "bare" / WEIGHTS).read_bytes()
+
+
+def test_dtype_follows_the_model(tmp_path):
+    model = sparse_transformer()
+    save(model, tmp_path)
+    other = load(tiny_transformer(num_layers=3).to(torch.bfloat16), tmp_path)
+    expected = model.blocks[1].attn1.processor.attention.to_gate_coarse.weight
+    assert torch.equal(other.blocks[1].attn1.processor.attention.to_gate_coarse.weight, expected.bfloat16())
+    proj = model.blocks[0].attn1.processor.attention.proj.weight
+    assert torch.equal(other.blocks[0].attn1.processor.attention.proj.weight, proj)
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3, 4, 5])
+def test_an_interrupted_save_leaves_the_former_or_the_new_one(tmp_path, monkeypatch, fail_at):
+    """Stops the second save at each of its steps: two flushes, one unlink, two renames."""
+    former = sparse_transformer()
+    save(former, tmp_path)
+    new = sparsify(tiny_transformer(num_layers=3), SPARSE_SLA)
+    randomize(new)
+
+    class Killed(BaseException):
+        pass
+
+    steps = 0
+
+    def stopping(function):
+        def step(*args, **kwargs):
+            nonlocal steps
+            steps += 1
+            if steps == fail_at:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", stopping(os.fsync))
+        patch.setattr(os, "replace", stopping(os.replace))
+        patch.setattr(Path, "unlink", stopping(Path.unlink))
+        with pytest.raises(Killed):
+            save(new, tmp_path)
+
+    expected = former if fail_at <= 4 else new
+    other = load(tiny_transformer(num_layers=3), tmp_path)
+    given = other.state_dict()
+    assert given.keys() == expected.state_dict().keys()
+    assert all(torch.equal(given[name], tensor) for name, tensor in expected.state_dict().items())
+    save(new, tmp_path)
+    assert load(tiny_transformer(num_layers=3), tmp_path).state_dict().keys() == new.state_dict().keys()
+    assert sorted(os.listdir(tmp_path)) == [MANIFEST, WEIGHTS]
+
+
+def test_other_files_in_the_folder_stay(tmp_path):
+    (tmp_path / "optimizer.pt").write_text("state")
+    save(sparse_transformer(), tmp_path)
+    save(sparse_transformer(), tmp_path)
+    assert (tmp_path / "optimizer.pt").read_text() == "state"
+
+
+def test_nothing_to_save(tmp_path):
+    with pytest.raises(ValueError, match="no sparse layer"):
+        save(tiny_transformer(), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    with torch.device("meta"):
+        model = tiny_transformer()
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn1\.proj\.weight.*meta"):
+        save(sparsify(model, SPARSE_SLA), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def layers_of(manifest) -> dict:
+    return manifest["components"]["transformer"]["layers"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "match"),
+    [
+        (lambda f: (f / WEIGHTS).unlink(), FileNotFoundError, "no foveal.safetensors"),
+        (lambda f: (f / WEIGHTS).write_bytes(b"{}"), ValueError, "foveal.safetensors is corrupt"),
+        (lambda f: os.truncate(f / WEIGHTS, (f / WEIGHTS).stat().st_size - 4), ValueError, "corrupt"),
+        (lambda f: safetensors_torch.save_file({}, f / WEIGHTS), ValueError, "no 'foveal' entry in its header"),
+        (lambda f: (f / MANIFEST).write_text("{"), ValueError, "foveal.json is not valid JSON"),
+        (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe\xff"), ValueError, "foveal.json is not valid JSON"),
+        (lambda f: (f / MANIFEST).write_text("[]"), ValueError, "must hold a JSON object, got list"),
+        (lambda f: (f / MANIFEST).write_text("{}"), ValueError, "foveal.json does not agree"),
+        (lambda f: rewrite(f, lambda m: m.update(format=2)), ValueError, "format version 2; this version reads 1"),
+        (lambda f: rewrite(f, lambda m: m.pop("components")), ValueError, "lists no components"),
+        (
+            lambda f: rewrite(f, lambda m: m["components"].update(vae={"family": "wan", "layers": {}})),
+            ValueError,
+            "'vae'",
+        ),
+        (
+            lambda f: rewrite(f, lambda m: m["components"]["transformer"].update(family="flux")),
+            ValueError,
+            "family 'flux'",
+        ),
+        (
+            lambda f: rewrite(f, lambda m: layers_of(m).update({"blocks.7.attn1": layers_of(m)["blocks.0.attn1"]})),
+            ValueError,
+            r"no layers blocks\.7\.attn1",
+        ),
+        (
+            lambda f: rewrite(f, lambda m: layers_of(m)["blocks.0.attn1"].update(method="magic")),
+            ValueError,
+            "unknown method 'magic'",
+        ),
+        (
+            lambda f: rewrite(f, lambda m: layers_of(m)["blocks.0.attn1"]["config"].update(keep=1)),
+            ValueError,
+            "unknown SLAConfig fields",
+        ),
+        (lambda f: rewrite(f, lambda m: layers_of(m)["blocks.0.attn1"].pop("config")), ValueError, "malformed"),
+        (
+            lambda f: rewrite(f, None, lambda t: t.update({"transformer.blocks.2.attn1.proj.bias": torch.zeros(16)})),
+            ValueError,
+            r"has unexpected transformer\.blocks\.2\.attn1\.proj\.bias",
+        ),
+        (
+            lambda f: rewrite(f, None, lambda t: t.pop("transformer.blocks.0.attn1.proj.bias")),
+            ValueError,
+            r"lacks transformer\.blocks\.0\.attn1\.proj\.bias",
+        ),
+        (
+            lambda f: rewrite(f, None, lambda t: t.update({"transformer.blocks.0.attn1.proj.bias": torch.zeros(3)})),
+            ValueError,
+            r"proj\.bias has shape \(3,\), expected \(16,\)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("start", ["dense", "sparse"])
+def test_a_failed_load_says_why_and_changes_nothing(tmp_path, damage, error, match, start):
+    save(sparse_transformer(), tmp_path)
+    damage(tmp_path)
+    model = tiny_transformer(num_layers=3) if start == "dense" else sparse_transformer(seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.125)
+    former = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    hooks = len(model.rope._forward_hooks)
+    with pytest.raises(error, match=match):
+        load(model, tmp_path)
+    assert model.state_dict().keys() == former.keys()
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in former.items())
+    assert len(model.rope._forward_hooks) == hooks
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        load(tiny_transformer(), tmp_path / "nowhere")
+
+
+def test_the_header_is_enough(tmp_path):
+    model = sparse_transformer()
+    save(model, tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    other = load(tiny_transformer(num_layers=3), tmp_path)
+    assert other.state_dict().keys() == model.state_dict().keys()
+
+
+def test_configurations_must_agree_with_a_sparse_model(tmp_path):
+    model = sparsify(tiny_transformer(), SPARSE_SLA)
+    randomize(model)
+    save(model, tmp_path)
+    other = sparsify(tiny_transformer(), SPARSE_SLA.replace(keep_ratio=0.5))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn1 is .*keep_ratio=0\.5.*keep_ratio=0\.3.*densify"):
+        load(other, tmp_path)
+    partly = sparsify(tiny_transformer(), SPARSE_SLA, layers=[0])
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn1 is dense in the model"):
+        load(partly, tmp_path)
+    load(densify(other), tmp_path)
+    assert other.blocks[0].attn1.processor.config == SPARSE_SLA
+
+
+def test_wrong_width(tmp_path):
+    save(sparsify(tiny_transformer(), SPARSE_SLA), tmp_path)
+    other = tiny_transformer(attention_head_dim=8)
+    with pytest.raises(ValueError, match=r"proj\.\w+ has shape"):
+        load(other, tmp_path)
+    assert not sparse_processors(other)
+
+
+def test_load_names_the_implementation(tmp_path):
+    save(sparsify(tiny_transformer(), SPARSE_SLA), tmp_path)
+    other = load(tiny_transformer(), tmp_path, impl="reference")
+    assert other.blocks[0].attn1.processor.attention.impl == "reference"
+    with pytest.raises(ValueError, match="unknown impl"):
+        load(tiny_transformer(), tmp_path, impl="fast")
