@@ -25,12 +25,14 @@ class Method:
     Args:
         name: as in saved files and tables.
         config_type: its configuration.
-        build: (config, hidden_dim, num_heads, head_dim, impl) to the module that owns its parameters.
+        module_type: the module that owns its parameters; has `select` and `token_places`.
+        build: (config, hidden_dim, num_heads, head_dim, impl) to that module.
         attend: (module, query, key, value, hidden_states, grid) to the output, [B, H, L, D] like query.
     """
 
     name: str
     config_type: type
+    module_type: type
     build: Callable[[Config, int, int, int, str], nn.Module]
     attend: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, VideoGrid], Tensor]
 
@@ -39,12 +41,14 @@ METHODS = {
     "sla": Method(
         "sla",
         SLAConfig,
+        SparseLinearAttention,
         lambda config, hidden_dim, num_heads, head_dim, impl: SparseLinearAttention(head_dim, config, impl=impl),
         lambda module, query, key, value, hidden_states, grid: module(query, key, value, grid=grid),
     ),
     "vsa": Method(
         "vsa",
         VSAConfig,
+        VideoSparseAttention,
         lambda config, hidden_dim, num_heads, head_dim, impl: VideoSparseAttention(
             hidden_dim, num_heads, head_dim, config, impl=impl
         ),

@@ -8,12 +8,17 @@ ranking by their softmax, without its underflow.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 
 import torch
 from torch import Tensor
 
-from foveal.types import BlockSelection, check_positive_int, check_ratio, count, lists_from_mask
+from foveal.types import BlockSelection, check_positive_int, check_ratio, check_scale, count, lists_from_mask
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# What the registers of one program hold: at 64 tokens a block, a million keys.
+_KERNEL_MAX_BLOCKS = 16384
 
 
 def pool_blocks(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
@@ -173,16 +178,23 @@ def select_blocks(
     sizes = valid_blocks = None
     if kv_lengths is not None:
         sizes, valid_blocks = _sizes_from_lengths(kv_lengths, query.shape[0], key_length, block_k, key.device)
-    with torch.no_grad():
-        scores = pooled_scores(pool_blocks(query, block_q), pool_blocks(key, block_k, sizes), scale)
-    critical, counts, marginal = pick_blocks(
-        scores,
-        keep_ratio=keep_ratio,
-        drop_ratio=drop_ratio,
-        valid_blocks=valid_blocks,
-        protected_keys=_token_to_block_range("protected_keys", protected_keys, key_length, block_k),
-        protected_queries=_token_to_block_range("protected_queries", protected_queries, query_length, block_q),
-    )
+    key_range = _token_to_block_range("protected_keys", protected_keys, key_length, block_k)
+    query_range = _token_to_block_range("protected_queries", protected_queries, query_length, block_q)
+    if _fits_kernel(query, key, -(-key_length // block_k)):
+        critical, counts, marginal = _select_on_device(
+            query, key, block_q, block_k, sizes, valid_blocks, keep_ratio, drop_ratio, scale, key_range, query_range
+        )
+    else:
+        with torch.no_grad():
+            scores = pooled_scores(pool_blocks(query, block_q), pool_blocks(key, block_k, sizes), scale)
+        critical, counts, marginal = pick_blocks(
+            scores,
+            keep_ratio=keep_ratio,
+            drop_ratio=drop_ratio,
+            valid_blocks=valid_blocks,
+            protected_keys=key_range,
+            protected_queries=query_range,
+        )
     return BlockSelection(
         critical=critical,
         critical_count=counts,
@@ -195,15 +207,58 @@ def select_blocks(
     )
 
 
-def check_scale(scale: float | None, head_dim: int) -> float:
-    """`scale`, or 1 / sqrt(head_dim) for None."""
-    if scale is None:
-        return head_dim**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be finite and above 0, got {scale}")
-    return float(scale)
+def _fits_kernel(query: Tensor, key: Tensor, num_key_blocks: int) -> bool:
+    """Whether the selection kernel takes these: the same rule in one pass, without a tensor of scores."""
+    return (
+        _HAS_TRITON
+        and query.device.type == "cuda"
+        and query.dtype == key.dtype
+        and query.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and query.shape[-1] in (64, 128)
+        and query.stride(-1) == key.stride(-1) == 1
+        and num_key_blocks <= _KERNEL_MAX_BLOCKS
+    )
+
+
+def _select_on_device(
+    query, key, block_q, block_k, sizes, valid_blocks, keep_ratio, drop_ratio, scale, key_range, query_range
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    from foveal.block_sparse.triton.select import select_op
+
+    rows, columns = -(-query.shape[2] // block_q), -(-key.shape[2] // block_k)
+    n_critical = width = _num_critical(columns, keep_ratio, None)
+    if key_range is not None:
+        width += key_range[1] - key_range[0]
+    if query_range is not None:
+        width = columns
+    wanted = None
+    if valid_blocks is not None:
+        valid_blocks = valid_blocks.to(torch.int32)
+        wanted = _wanted_table(columns, keep_ratio, drop_ratio, key.device)
+    critical, counts, marginal = select_op(
+        query.detach(),
+        key.detach(),
+        block_q,
+        block_k,
+        sizes,
+        valid_blocks,
+        wanted,
+        scale,
+        max(1, min(width, columns)),
+        n_critical,
+        count(drop_ratio, columns),
+        *(key_range or (0, 0)),
+        *(query_range or (0, 0)),
+        drop_ratio > 0.0,
+    )
+    return critical, counts, marginal[:, :, :rows, :columns] if drop_ratio > 0.0 else None
+
+
+@functools.lru_cache(maxsize=64)
+def _wanted_table(total: int, keep_ratio: float, drop_ratio: float, device: torch.device) -> Tensor:
+    """int32 [total + 1, 2]: how many blocks are critical and negligible for every number of valid ones."""
+    table = [(_num_critical(n, keep_ratio, None), count(drop_ratio, n)) for n in range(total + 1)]
+    return torch.tensor(table, dtype=torch.int32, device=device)
 
 
 def _num_critical(total: int, keep_ratio: float | None, topk: int | None, floor: int = 1) -> int:

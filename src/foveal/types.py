@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IMPLS = ("auto", "reference", "torch")
+IMPLS = ("auto", "reference", "torch", "triton")
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 LINEAR_SCOPES = ("marginal", "noncritical", "all", "none")
 TOKEN_ORDERS = ("raster", "tile")
@@ -49,6 +49,17 @@ def check_triple(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a tuple of three ints (frames, height, width), got {value!r}")
     for axis, side in zip(("frames", "height", "width"), value, strict=True):
         check_positive_int(f"{name} {axis}", side)
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """`scale`, or 1 / sqrt(head_dim) for None."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be finite and above 0, got {scale}")
+    return float(scale)
 
 
 class _Config:
@@ -130,6 +141,12 @@ class SLAConfig(_Config):
     def sparsity(self) -> float:
         """1 - keep_ratio."""
         return 1.0 - self.keep_ratio
+
+    def tile_for(self, grid: Any) -> tuple[int, int, int] | None:
+        """The cube that tokens are sorted by on a `VideoGrid`, or None for raster order."""
+        if self.token_order == "raster":
+            return None
+        return (1, 8, 8) if grid.frames == 1 else (4, 4, 4)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,8 @@ class VideoGrid:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return (self.frames, self.height, self.width)
+        # index() changes nothing in plain Python; under torch.compile it makes the sides constants of the graph.
+        return (operator.index(self.frames), operator.index(self.height), operator.index(self.width))
 
     @property
     def num_tokens(self) -> int:
@@ -51,6 +53,7 @@ class VideoGrid:
 
     def num_cubes(self, tile: tuple[int, int, int]) -> int:
         """How many cubes, full and partial, cover the grid."""
+        check_triple("tile", tile)
         return math.prod(-(-side // edge) for side, edge in zip(self.shape, tile, strict=True))
 
     def auto_tile(self, max_tokens: int = 64) -> tuple[int, int, int]:
@@ -91,7 +94,23 @@ class VideoGrid:
         return _cube_sizes(self.shape, tile, torch.device(device))
 
 
-@functools.lru_cache(maxsize=64)
+def _cached_constant(function):
+    """Compute once per arguments; `torch.compile` takes the result as it is, where it would trace through a cache.
+
+    Never in inference mode: whoever trains after a first call there would meet tensors that autograd refuses.
+    """
+    cached = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(function))
+
+    @functools.wraps(function)
+    def call(*arguments):
+        return cached(*arguments)
+
+    # All that torch.compiler.assume_constant_result does, which would import torch._dynamo, and Triton with it.
+    call._dynamo_marked_constant = True
+    return call
+
+
+@_cached_constant
 def _auto_tile(shape: tuple[int, int, int], max_tokens: int) -> tuple[int, int, int]:
     check_positive_int("max_tokens", max_tokens)
     best = None
@@ -109,7 +128,7 @@ def _auto_tile(shape: tuple[int, int, int], max_tokens: int) -> tuple[int, int, 
     return best[1]
 
 
-@functools.lru_cache(maxsize=64)
+@_cached_constant
 def tile_indices(
     shape: tuple[int, int, int], tile: tuple[int, int, int], slot: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -138,7 +157,7 @@ def tile_indices(
     return to_tile.to(device), to_raster.to(device)
 
 
-@functools.lru_cache(maxsize=64)
+@_cached_constant
 def _cube_sizes(shape: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device) -> Tensor:
     check_triple("tile", tile)
     edges = [

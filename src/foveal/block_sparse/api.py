@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
-from foveal.selection import check_scale
-from foveal.types import IMPLS, BlockSelection, check_choice
+from foveal.types import IMPLS, BlockSelection, check_choice, check_scale
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def block_sparse_attention(
@@ -28,7 +31,8 @@ def block_sparse_attention(
         key, value: [B, H, Lk, D], same dtype and device.
         selection: from `select_blocks` or `BlockSelection.from_labels`, for the same B, H, Lq and Lk.
         scale: softmax scale; None for 1 / sqrt(D).
-        impl: "auto", "reference" (dense mask, the oracle) or "torch" (gathers the kept blocks; any device). A named
+        impl: "reference" (dense mask, the oracle), "torch" (gathers the kept blocks; any device), "triton" (GPU,
+            bfloat16 and float16, D and blocks of 64 and 128) or "auto": "triton" where it can, else "torch". A named
             implementation never falls back.
         return_lse: also return the log-sum-exp of each row's scores.
 
@@ -43,19 +47,46 @@ def block_sparse_attention(
     validate_qkv(query, key, value)
     validate_selection(selection, query, key)
     scale = check_scale(scale, query.shape[-1])
-    match resolve_impl(impl):
+    match resolve_impl(impl, query, selection.block_q, selection.block_k):
         case "reference":
             from foveal.block_sparse.reference import block_sparse_attention_reference as run
         case "torch":
             from foveal.block_sparse.torch import block_sparse_attention_torch as run
+        case "triton":
+            from foveal.block_sparse.triton.ops import block_sparse_attention_triton as run
     output, lse = run(query, key, value, selection, scale)
     return (output, lse) if return_lse else output
 
 
-def resolve_impl(impl: str) -> str:
-    """The implementation that `impl` stands for."""
+def resolve_impl(impl: str, query: Tensor, block_q: int, block_k: int) -> str:
+    """The implementation that `impl` stands for, for tensors like `query` and these block sizes.
+
+    Raises:
+        ValueError: for an unknown name, and for a named implementation that cannot take these inputs.
+    """
     check_choice("impl", impl, IMPLS)
-    return "torch" if impl == "auto" else impl
+    if impl not in ("auto", "triton"):
+        return impl
+    reason = _why_no_triton(query, block_q, block_k)
+    if reason is None:
+        return "triton"
+    if impl == "triton":
+        raise ValueError(f'impl="triton" cannot run here: {reason}; impl="auto" takes what fits')
+    return "torch"
+
+
+def _why_no_triton(query: Tensor, block_q: int, block_k: int) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if query.device.type != "cuda":
+        return f"it needs a GPU, got tensors on {query.device.type!r}"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, got {query.dtype}"
+    if query.shape[-1] not in (64, 128):
+        return f"it takes head dimensions 64 and 128, got {query.shape[-1]}"
+    if block_q not in (64, 128) or block_k not in (64, 128):
+        return f"it takes blocks of 64 and 128 tokens, got {block_q}x{block_k}"
+    return None
 
 
 def validate_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:

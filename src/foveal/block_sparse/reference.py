@@ -20,7 +20,8 @@ def block_sparse_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, Lq, D] in the input dtype and LSE [B, H, Lq]; 0 and -inf for rows without a critical key."""
     kept_BHMN = selection.expand(selection.critical_mask())
-    value_BHND = torch.where(selection.key_valid()[:, None, :, None], value_BHND, 0)
+    # Padding may hold anything, NaN included, and 0 * NaN would spread it, backward too.
+    key_BHND, value_BHND = (torch.where(selection.key_valid()[:, None, :, None], x, 0) for x in (key_BHND, value_BHND))
 
     scores_BHMN = (query_BHMD @ key_BHND.transpose(-1, -2)) * scale
     scores_BHMN = scores_BHMN.to(torch.promote_types(scores_BHMN.dtype, torch.float32))

@@ -22,14 +22,14 @@ import foveal
 from foveal.cost import attention_cost
 from foveal.demo.report import write_report
 from foveal.demo.settings import DemoSettings
-from foveal.demo.task import Batches, HeldOut, build_model, generate, psnr, training_loss
+from foveal.demo.task import Batches, HeldOut, build_model, generate, predict, psnr, training_loss
 from foveal.inspect.capture import capture_selections, token_labels
 from foveal.integrations import sparsify
+from foveal.integrations.processor import sparse_processors
 from foveal.methods import Config, method_of
-from foveal.sla.attention import SparseLinearAttention
 from foveal.training.data import ClipWindows, read_video, sample_clip
 from foveal.training.loop import TrainingRecord, train
-from foveal.vsa.attention import VideoSparseAttention
+from foveal.training.objective import add_noise
 
 
 def run_demo(
@@ -159,6 +159,8 @@ def _train(
     batches = Batches(windows, settings, device, seed=settings.seed + (1 if pretrain else 2))
     peak = settings.learning_rate if pretrain else settings.fine_tune_learning_rate
     evaluations = 2 * settings.evaluations if pretrain else settings.evaluations
+    new = [p for processor in sparse_processors(model).values() for p in processor.parameters()]
+    fast = {"fast_parameters": new, "fast_learning_rate": settings.new_learning_rate} if new else {}
     return train(
         model,
         batches,
@@ -170,6 +172,7 @@ def _train(
         evaluate=held_out.loss,
         evaluate_every=max(1, steps // evaluations),
         on_step=on_step,
+        **fast,
     )
 
 
@@ -177,7 +180,7 @@ def _describe(config: Config | None, settings: DemoSettings) -> dict[str, Any]:
     grid = settings.grid
     shape = {"grid": grid, "heads": settings.num_heads, "head_dim": settings.head_dim}
     if config is None:
-        return {"method": "dense", "config": None, "attention_flops_reduction": 1.0, "blocks": None}
+        return {"method": "dense", "config": None, "attention_flops_reduction": 1.0}
     return {
         "method": method_of(config).name,
         "config": config.to_dict(),
@@ -187,9 +190,6 @@ def _describe(config: Config | None, settings: DemoSettings) -> dict[str, Any]:
 
 def _selection_map(arm: nn.Module, held_out: HeldOut, settings: DemoSettings) -> dict[str, Any]:
     """What one token of one layer sees, and the whole selection of that layer, at a middling noise level."""
-    from foveal.demo.task import predict
-    from foveal.training.objective import add_noise
-
     grid = settings.grid
     sigma = torch.full((1,), 0.7, device=held_out.video.device)
     noisy, _ = add_noise(held_out.video[:1], held_out.noise[:1], sigma)
@@ -197,7 +197,6 @@ def _selection_map(arm: nn.Module, held_out: HeldOut, settings: DemoSettings) ->
         predict(arm, noisy, sigma, held_out.video[:1, :, :1])
     name = list(selections)[len(selections) // 2]
     selection, attention = selections[name], arm.get_submodule(name)
-    assert isinstance(attention, SparseLinearAttention | VideoSparseAttention)
     token = (grid.frames // 2, grid.height // 2, grid.width // 2)
     labels = selection.labels()
     counts = labels.eq(1).sum(-1)[0, 0]

@@ -21,7 +21,8 @@ class DemoSettings:
         num_heads, head_dim, num_layers: the transformer.
         batch: windows in a step.
         pretrain_steps, fine_tune_steps: optimiser steps, dense and after conversion.
-        learning_rate, fine_tune_learning_rate: peaks.
+        learning_rate, fine_tune_learning_rate: peaks, dense and after conversion.
+        new_learning_rate: peak of the parameters that conversion adds, which start at zero.
         shift: of the flow-matching noise schedule.
         sampling_steps: Euler steps of a generation.
         held_out_windows: windows that the held-out loss averages over, each at every one of its noise levels.
@@ -39,10 +40,11 @@ class DemoSettings:
     head_dim: int = 64
     num_layers: int = 4
     batch: int = 1
-    pretrain_steps: int = 240
+    pretrain_steps: int = 280
     fine_tune_steps: int = 50
     learning_rate: float = 4e-3
     fine_tune_learning_rate: float = 1e-3
+    new_learning_rate: float = 2e-2
     shift: float = 2.0
     sampling_steps: int = 16
     held_out_windows: int = 4
@@ -73,6 +75,7 @@ class DemoSettings:
             fine_tune_steps=300,
             learning_rate=1e-3,
             fine_tune_learning_rate=3e-4,
+            new_learning_rate=6e-3,
             sampling_steps=32,
             evaluations=10,
         )

@@ -1,7 +1,8 @@
 """The demo's task: a small Wan transformer that continues a frame into a video, in pixel space.
 
-The transformer sees the noisy video and, as Wan's image-to-video models do, the first frame in extra channels (held
-for all frames). There is no text: the caption is one zero token.
+As in Wan's image-to-video models, the transformer sees the noisy video beside a mask of the given frames and the given
+frames themselves (zeros where there is none), so that what the first frame shows has to travel through attention. There
+is no text: the caption is one zero token.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def build_model(settings: DemoSettings) -> nn.Module:
         patch_size=(1, settings.patch, settings.patch),
         num_attention_heads=settings.num_heads,
         attention_head_dim=settings.head_dim,
-        in_channels=6,
+        in_channels=7,
         out_channels=3,
         text_dim=TEXT_DIM,
         freq_dim=64,
@@ -43,7 +44,9 @@ def predict(model: nn.Module, noisy: Tensor, sigmas: Tensor, first_frame: Tensor
     caption = noisy.new_zeros(noisy.shape[0], 1, TEXT_DIM)
     half = noisy.device.type == "cuda"
     with torch.autocast(noisy.device.type, dtype=torch.bfloat16, enabled=half):
-        inputs = torch.cat((noisy, first_frame.expand_as(noisy)), 1)
+        given = torch.cat((torch.ones_like(first_frame[:, :1]), first_frame), 1)
+        given = torch.nn.functional.pad(given, (0, 0, 0, 0, 0, noisy.shape[2] - 1))
+        inputs = torch.cat((noisy, given), 1)
         return model(inputs, sigmas * NUM_TRAIN_TIMESTEPS, caption, return_dict=False)[0].float()
 
 

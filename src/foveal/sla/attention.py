@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveal.block_sparse.api import block_sparse_attention, resolve_impl, validate_qkv, validate_selection
-from foveal.selection import check_scale, select_blocks
+from foveal.selection import select_blocks
 from foveal.sla.feature_maps import apply_feature_map
 from foveal.sla.linear import linear_branch
-from foveal.types import BlockSelection, SLAConfig, check_positive_int
-from foveal.video_grid import VideoGrid
+from foveal.types import IMPLS, BlockSelection, SLAConfig, check_choice, check_positive_int, check_scale
+from foveal.video_grid import VideoGrid, tile_indices
 
 
 def sla_attention(
@@ -40,7 +40,7 @@ def sla_attention(
         feature_weight: [D, D], for feature_map "hedgehog" alone.
         grid: the video's shape in tokens, needed for token_order "tile" (and then Lq == Lk).
         scale: softmax scale; None for 1 / sqrt(D).
-        impl: "auto", "reference" or "torch"; see `block_sparse_attention`.
+        impl: "auto", "reference", "torch" or "triton"; see `block_sparse_attention`.
 
     Returns:
         [B, H, Lq, D] in the dtype and token order of `query`. Gradients are exact for a fixed selection.
@@ -52,16 +52,18 @@ def sla_attention(
         raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
     validate_qkv(query, key, value)
     _validate_weights(query, config, proj_weight, proj_bias, feature_weight)
-    impl = resolve_impl(impl)
+    impl = resolve_impl(impl, query, config.block_q, config.block_k)
     scale = check_scale(scale, query.shape[-1])
 
+    if grid is not None and not isinstance(grid, VideoGrid):
+        raise TypeError(f"grid must be a VideoGrid, got {grid!r}")
     tile = None
     if config.token_order == "tile":
         if grid is None:
             raise ValueError('grid is required for token_order="tile": VideoGrid(frames, height, width) in tokens')
         grid.check_length(query.shape[2])
         grid.check_length(key.shape[2])
-        tile = (1, 8, 8) if grid.frames == 1 else (4, 4, 4)
+        tile = config.tile_for(grid)
         query, key, value = (grid.to_tile_order(x, tile) for x in (query, key, value))
     elif grid is not None:
         grid.check_length(query.shape[2])
@@ -98,6 +100,10 @@ def sla_attention(
             proj_bias_D=proj_bias,
             feature_weight_DD=feature_weight,
         )
+    elif impl == "triton" and config.linear_scope != "none" and config.feature_map != "hedgehog":
+        from foveal.sla.triton import sla_attention_triton
+
+        output = sla_attention_triton(query, key, value, config, selection, scale, proj_weight, proj_bias)
     else:
         output = block_sparse_attention(query, key, value, selection, scale=scale, impl=impl)
         if config.linear_scope != "none":
@@ -110,12 +116,15 @@ def sla_attention(
 
 
 def _linear_output(query, key, value, config, selection, feature_weight) -> Tensor:
+    valid = None if selection.key_block_sizes is None else selection.key_valid()[:, None, :, None]
+    if valid is not None:
+        # Before phi: its gradient at a NaN is NaN, whatever comes after.
+        key, value = torch.where(valid, key, 0), torch.where(valid, value, 0)
     phi_query = apply_feature_map(query, config.feature_map, feature_weight)
     phi_key = apply_feature_map(key, config.feature_map, feature_weight)
     value = value.to(phi_key.dtype)
-    if selection.key_block_sizes is not None:
-        valid = selection.key_valid()[:, None, :, None]
-        phi_key, value = torch.where(valid, phi_key, 0), torch.where(valid, value, 0)
+    if valid is not None:
+        phi_key = torch.where(valid, phi_key, 0)
     mask = selection.linear_mask(config.linear_scope)
     return linear_branch(phi_query, phi_key, value, mask, config.block_q, config.block_k)
 
@@ -158,7 +167,7 @@ class Float32Linear(nn.Linear):
     def _apply(self, fn, recurse=True):
         def keep_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if moved.dtype in (torch.bfloat16, torch.float16) and tensor.dtype == torch.float32:
+            if moved.is_floating_point() and moved.itemsize < 4 and tensor.dtype == torch.float32:
                 return tensor.to(moved.device)
             return moved
 
@@ -185,7 +194,7 @@ class SparseLinearAttention(nn.Module):
         check_positive_int("head_dim", head_dim)
         if not isinstance(config, SLAConfig):
             raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
-        resolve_impl(impl)
+        check_choice("impl", impl, IMPLS)
         self.head_dim, self.config, self.impl = head_dim, config, impl
         linear = config.linear_scope != "none"
         self.proj = Float32Linear(head_dim, head_dim, dtype=torch.float32) if linear and config.projection else None
@@ -219,6 +228,27 @@ class SparseLinearAttention(nn.Module):
             grid=grid,
             impl=self.impl,
         )
+
+    def select(self, query: Tensor, key: Tensor, *, grid: VideoGrid | None = None) -> BlockSelection:
+        """The selection that `forward` makes for the same arguments, to look at."""
+        config, tile = self.config, self.config.tile_for(grid)
+        if tile is not None:
+            query, key = (grid.to_tile_order(x, tile) for x in (query, key))
+        return select_blocks(
+            query,
+            key,
+            block_q=config.block_q,
+            block_k=config.block_k,
+            keep_ratio=config.keep_ratio,
+            drop_ratio=config.drop_ratio,
+        )
+
+    def token_places(self, grid: VideoGrid) -> Tensor:
+        """int64 [L]: where each token, in raster order, stands in the order that blocks are cut from."""
+        tile = self.config.tile_for(grid)
+        if tile is None:
+            return torch.arange(grid.num_tokens)
+        return tile_indices(grid.shape, tile, None, torch.device("cpu"))[1]
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, config={self.config}, impl={self.impl!r}"

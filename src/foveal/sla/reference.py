@@ -42,7 +42,7 @@ def sla_attention_reference(
     if blocks is None:
         blocks = torch.ones_like(selection.critical_mask())
     summed_BHMN = selection.expand(blocks)
-    value_BHND = torch.where(selection.key_valid()[:, None, :, None], value_BHND, 0)
+    key_BHND, value_BHND = (torch.where(selection.key_valid()[:, None, :, None], x, 0) for x in (key_BHND, value_BHND))
 
     phi_query_BHMF = apply_feature_map(query_BHMD, config.feature_map, feature_weight_DD)
     phi_key_BHNF = apply_feature_map(key_BHND, config.feature_map, feature_weight_DD)

@@ -119,7 +119,7 @@ class ClipWindows:
                 f"{stride} apart, for training and one held out"
             )
         self.clip, self.frames, self.stride = clip, frames, stride
-        self.train_starts = range(0, split - span + 1)
+        self.train_starts = range(split - span + 1)
         self.held_out_starts = range(split, total - span + 1)
 
     def window(self, start: int) -> Tensor:

@@ -38,6 +38,8 @@ def train(
     learning_rate: float,
     warmup: int,
     final_learning_rate: float = 0.0,
+    fast_parameters: list[nn.Parameter] | None = None,
+    fast_learning_rate: float | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     evaluate_every: int = 0,
     on_step: Callable[[int, float], None] | None = None,
@@ -49,14 +51,23 @@ def train(
         loss_fn: (model, batch) to a scalar.
         steps: optimiser steps.
         learning_rate, warmup, final_learning_rate: the peak, the steps up to it, and where it decays to.
+        fast_parameters, fast_learning_rate: parameters with a peak of their own, on the same schedule: those that
+            start at zero, and have a longer way to go.
         evaluate: model to held-out loss, called before the first step, every `evaluate_every` steps and at the end.
         on_step: called with (steps taken, training loss).
 
     Raises:
+        ValueError: for fast parameters without their rate, or a rate without them.
         FloatingPointError: when the training loss is not finite; the step is not taken.
     """
+    if (fast_parameters is None) != (fast_learning_rate is None):
+        raise ValueError("give fast_parameters and fast_learning_rate together")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    fast = {id(p) for p in fast_parameters or ()}
+    groups = [{"params": [p for p in parameters if id(p) not in fast], "lr": learning_rate}]
+    if fast:
+        groups.append({"params": [p for p in parameters if id(p) in fast], "lr": fast_learning_rate})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
     def rate(step: int) -> float:
         decay = (steps - step) / max(1, steps - warmup)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from foveal.block_sparse.api import block_sparse_attention, resolve_impl, validate_qkv, validate_selection
-from foveal.selection import check_scale, pick_blocks, pool_blocks, pooled_scores
-from foveal.types import BlockSelection, VSAConfig, check_positive_int
-from foveal.video_grid import VideoGrid
+from foveal.selection import pick_blocks, pool_blocks, pooled_scores
+from foveal.types import IMPLS, BlockSelection, VSAConfig, check_choice, check_positive_int, check_scale
+from foveal.video_grid import VideoGrid, tile_indices
 
 
 def resolve_tile(config: VSAConfig, grid: VideoGrid) -> tuple[int, int, int]:
@@ -63,7 +64,7 @@ def vsa_attention(
         gate_coarse, gate_fine: [B, H, L, D], raster order; a missing gate is 1.
         selection: a fixed selection (see `select_cubes`) instead of the top of the coarse stage.
         scale: softmax scale of both stages; None for 1 / sqrt(D).
-        impl: "auto", "reference" or "torch"; see `block_sparse_attention`.
+        impl: "auto", "reference", "torch" or "triton"; see `block_sparse_attention`.
 
     Returns:
         [B, H, L, D] in the dtype of `query`, raster order. Gradients flow through the pooling and the gates, not
@@ -77,10 +78,12 @@ def vsa_attention(
         if gate is not None and (not isinstance(gate, Tensor) or gate.shape != query.shape):
             got = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
             raise ValueError(f"{name} must have the shape of query, {tuple(query.shape)}, got {got}")
-    impl = resolve_impl(impl)
+        if gate is not None and gate.device != query.device:
+            raise ValueError(f"{name} is on {gate.device}, but query is on {query.device}")
     scale = check_scale(scale, query.shape[-1])
     tile = resolve_tile(config, grid)
     slot = slot_size(tile)
+    impl = resolve_impl(impl, query, slot, slot)
     sizes = grid.cube_sizes(tile, query.device)[None]
 
     raster = query, key, value
@@ -168,7 +171,7 @@ class VideoSparseAttention(nn.Module):
             check_positive_int(name, value)
         if not isinstance(config, VSAConfig):
             raise TypeError(f"config must be a VSAConfig, got {type(config).__name__}")
-        resolve_impl(impl)
+        check_choice("impl", impl, IMPLS)
         self.hidden_dim, self.num_heads, self.head_dim = hidden_dim, num_heads, head_dim
         self.config, self.impl = config, impl
         self.to_gate_coarse = nn.Linear(hidden_dim, num_heads * head_dim)
@@ -213,6 +216,15 @@ class VideoSparseAttention(nn.Module):
             selection=selection,
             impl=self.impl,
         )
+
+    def select(self, query: Tensor, key: Tensor, *, grid: VideoGrid) -> BlockSelection:
+        """The selection that `forward` makes for the same arguments, to look at; see `select_cubes`."""
+        return select_cubes(query, key, config=self.config, grid=grid)
+
+    def token_places(self, grid: VideoGrid) -> Tensor:
+        """int64 [L]: where each token, in raster order, stands in the slotted tile order."""
+        tile = resolve_tile(self.config, grid)
+        return tile_indices(grid.shape, tile, slot_size(tile), torch.device("cpu"))[1]
 
     def extra_repr(self) -> str:
         return f"hidden_dim={self.hidden_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, {self.config}"

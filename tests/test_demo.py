@@ -1,0 +1,144 @@
+"""The demo, end to end at a tiny size, and what it does when things go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("av")
+pytest.importorskip("matplotlib")
+
+from foveal import cli
+from foveal.demo import run as demo_run
+from foveal.demo.run import run_demo
+from foveal.demo.settings import DemoSettings
+
+TINY = DemoSettings(
+    height=16,
+    width=24,
+    frames=4,
+    patch=4,
+    head_dim=16,
+    num_layers=1,
+    pretrain_steps=3,
+    fine_tune_steps=2,
+    sampling_steps=2,
+    held_out_windows=2,
+    evaluations=2,
+    keep_ratio=0.5,
+)
+FILES = {
+    "index.html",
+    "results.json",
+    "loss.png",
+    "side-by-side.mp4",
+    "clip.mp4",
+    "dense.mp4",
+    "sparse-only.mp4",
+    "sla.mp4",
+    "vsa.mp4",
+    "blocks-sla.png",
+    "blocks-vsa.png",
+}
+
+
+def _without_seconds(value):
+    if isinstance(value, dict):
+        return {key: _without_seconds(item) for key, item in value.items() if key != "seconds"}
+    return value
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "report"
+    results = run_demo(TINY, output=folder, device=torch.device("cpu"))
+    return folder, results
+
+
+def test_report_is_complete(report):
+    from foveal.training.data import read_video
+
+    folder, results = report
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    page = (folder / "index.html").read_text()
+    for name in FILES - {"index.html"}:
+        assert name in page or name in {"clip.mp4", "dense.mp4", "sparse-only.mp4", "sla.mp4", "vsa.mp4"}
+    side_by_side = read_video(folder / "side-by-side.mp4", height=64, width=512)
+    assert len(side_by_side) == TINY.frames
+    assert [path.name for path in folder.parent.iterdir()] == ["report"]
+
+
+def test_results_compare_like_with_like(report):
+    _, results = report
+    arms = results["arms"]
+    assert list(arms) == ["dense", "sparse only", "SLA", "VSA"]
+    pretrained = results["pretraining"]["held_out_loss"][-1][1]
+    assert arms["dense"]["held_out_loss_converted"] == pretrained
+    assert arms["dense"]["output_error_converted"] == 0
+    # At the start SLA's projection is zero, so it is sparse attention to the last bit.
+    assert arms["SLA"]["held_out_loss_converted"] == arms["sparse only"]["held_out_loss_converted"]
+    assert arms["SLA"]["held_out_loss_fine_tuned"] != arms["sparse only"]["held_out_loss_fine_tuned"]
+    assert arms["sparse only"]["output_error_converted"] > 0
+    for arm in arms.values():
+        steps = [step for step, _ in arm["held_out_loss"]]
+        assert steps == [0, 1, 2]
+        assert all(loss > 0 for _, loss in arm["held_out_loss"])
+    for expectation in results["expectations"]:
+        assert isinstance(expectation["met"], bool)
+
+
+def test_same_seed_same_figures(report, tmp_path):
+    _, results = report
+    again = run_demo(TINY, output=tmp_path / "again", device=torch.device("cpu"))
+    assert _without_seconds(again) == _without_seconds(results)
+    other = run_demo(dataclasses.replace(TINY, seed=1), output=tmp_path / "other", device=torch.device("cpu"))
+    assert other["pretraining"]["held_out_loss"] != results["pretraining"]["held_out_loss"]
+
+
+def test_interrupted_run_leaves_the_former_report(report, tmp_path, monkeypatch):
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "results.json").write_text("{}")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_run, "write_report", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(TINY, output=folder, device=torch.device("cpu"))
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+    assert (folder / "results.json").read_text() == "{}"
+    monkeypatch.undo()
+    run_demo(TINY, output=folder, device=torch.device("cpu"))
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_command_line_answers_mistakes_in_one_line(tmp_path, capsys):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    (tmp_path / "notes.mp4").write_text("no video")
+    for arguments, message in (
+        (["demo", "--output", str(tmp_path / "thesis")], "exists and is no demo report"),
+        (["demo", "--video", str(tmp_path / "none.mp4")], "no such video file"),
+        (["demo", "--video", str(tmp_path / "notes.mp4")], "cannot decode"),
+        (["demo", "--clip", "bunny"], "unknown clip 'bunny'"),
+        (["demo", "--device", "tpu"], "unknown device 'tpu'"),
+        (["demo", "--pretrain-steps", "0"], "pretrain_steps must be at least 1"),
+    ):
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+def test_settings_scale_with_the_device():
+    assert DemoSettings.for_device("cpu").grid.num_tokens >= 2000
+    assert DemoSettings.for_device("cuda").grid.num_tokens > 16000
+    with pytest.raises(ValueError, match="height and width must be multiples of 4"):
+        DemoSettings(height=50)

@@ -1,0 +1,64 @@
+"""The table of methods: names, configurations, how a model builds and calls each."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
+from foveal.methods import METHODS, config_from_dict, method_of
+from foveal.testing import make_inputs
+
+CONFIGS = {"sla": SLAConfig(keep_ratio=0.2, block_q=16, block_k=16), "vsa": VSAConfig(topk=2, tile=(2, 4, 4))}
+MODULES = {"sla": SparseLinearAttention, "vsa": VideoSparseAttention}
+
+
+def test_every_method_is_in_these_tests():
+    assert set(METHODS) == set(CONFIGS) == set(MODULES)
+    assert all(name == method.name for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_method_of_its_configuration(name):
+    assert method_of(CONFIGS[name]) is METHODS[name]
+    assert config_from_dict(name, CONFIGS[name].to_dict()) == CONFIGS[name]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_builds_and_attends(name):
+    grid = VideoGrid(2, 5, 6)
+    hidden = torch.randn(2, grid.num_tokens, 24, generator=torch.Generator().manual_seed(0))
+    qkv = make_inputs(batch=2, heads=3, query_length=grid.num_tokens, head_dim=8, dtype=torch.float32)
+    module = METHODS[name].build(CONFIGS[name], 24, 3, 8, "torch")
+    assert isinstance(module, MODULES[name])
+    assert module.config == CONFIGS[name]
+    assert module.impl == "torch"
+    output = METHODS[name].attend(module, *qkv, hidden, grid)
+    assert output.shape == qkv[0].shape
+    direct = module(*qkv, grid=grid) if name == "sla" else module(*qkv, hidden, grid=grid)
+    assert torch.equal(output, direct)
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_unknown_configuration():
+    with pytest.raises(TypeError, match=r"config must be one of SLAConfig, VSAConfig, got dict"):
+        method_of({"keep_ratio": 0.05})
+    with pytest.raises(TypeError, match=r"got NoneType"):
+        method_of(None)
+    with pytest.raises(TypeError, match=r"got type"):
+        method_of(SLAConfig)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"unknown method 'moba'; expected one of \('sla', 'vsa'\)"):
+        config_from_dict("moba", {})
+    with pytest.raises(ValueError, match=r"unknown VSAConfig fields \['block_q'\]"):
+        config_from_dict("vsa", {"block_q": 64})
+    with pytest.raises(ValueError, match=r"keep_ratio must be in \[0, 1\], got 7"):
+        config_from_dict("sla", {"keep_ratio": 7})
+
+
+def test_methods_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        METHODS["sla"].name = "other"
