@@ -53,23 +53,26 @@ def _with_title(frames: Tensor, title: str) -> Tensor:
     return torch.cat((bar.expand(len(frames), -1, -1, -1), frames), 2)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs):
+def _figure(width: float, height: float):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
-    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+    return Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
 
 
 def _loss_figure(path: Path, results: dict[str, Any]) -> None:
-    figure, axes = _figure(10, 3.8, columns=2, gridspec_kw={"width_ratios": [1, 1.5]})
-    left, right = axes[0]
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter
+
+    figure = _figure(10, 3.8)
+    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.5]})
     steps, losses = zip(*results["pretraining"]["held_out_loss"], strict=True)
     left.plot(steps, losses, color=COLORS["dense"], marker="o", markersize=3)
     left.set(title="Pretraining, dense attention", xlabel="steps", ylabel="held-out loss", yscale="log")
+    left.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    left.yaxis.set_minor_formatter(NullFormatter())
     for name, arm in results["arms"].items():
         steps, losses = zip(*arm["held_out_loss"], strict=True)
         right.plot(steps, losses, color=COLORS[name], marker="o", markersize=3, label=name)
-    right.set(title="Fine-tuning after conversion", xlabel="steps", ylabel="held-out loss", yscale="log")
+    right.set(title="Fine-tuning after conversion", xlabel="steps", ylabel="held-out loss")
     right.legend(frameon=False)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
@@ -78,21 +81,22 @@ def _loss_figure(path: Path, results: dict[str, Any]) -> None:
 
 
 def _map_figure(path: Path, name: str, block_map: dict[str, Any], clip: Tensor) -> None:
-    """The frames as one query token sees them, a row a head, beside the selection of the whole layer."""
+    """The frames as one query token sees them, a row a head, beside the whole selection of the first head."""
     frames = to_frames(clip).permute(0, 2, 3, 1).float() / 255
     time, row, column = block_map["token"]
     heads = block_map["token_labels"]
     count = len(frames)
     patch = frames.shape[1] // heads[0].shape[1]
-    aspect = frames.shape[1] / frames.shape[2]
-    figure, axes = _figure(1.55 * count + 2.6, 1.55 * aspect * len(heads) + 1.1, len(heads), count + 1)
+    frame_height = 1.5 * frames.shape[1] / frames.shape[2]
+    figure = _figure(1.55 * count + 2.2, (frame_height + 0.18) * len(heads) + 0.55)
+    pictures, matrix = figure.subfigures(1, 2, width_ratios=[1.55 * count, 2.2])
+    axes = pictures.subplots(len(heads), count, squeeze=False)
     for head, labels in enumerate(heads):
         brightness = torch.zeros(labels.shape)
         for label, level in BRIGHTNESS.items():
             brightness[labels == label] = level
         brightness = brightness.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-        for index in range(count):
-            axis = axes[head][index]
+        for index, axis in enumerate(axes[head]):
             axis.imshow((frames[index] * brightness[index, ..., None]).numpy(), interpolation="nearest")
             if index == time:
                 center = ((column + 0.5) * patch - 0.5, (row + 0.5) * patch - 0.5)
@@ -102,14 +106,12 @@ def _map_figure(path: Path, name: str, block_map: dict[str, Any], clip: Tensor) 
             if head == 0:
                 axis.set_title(f"frame {index}", fontsize=8)
         axes[head][0].set_ylabel(f"head {head}", fontsize=8)
-        axes[head][count].axis("off")
-    if "labels" in block_map:
-        axis = figure.add_subplot(1, count + 1, count + 1)
-        axis.imshow(block_map["labels"].float().numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-        axis.set_title("all blocks, head 0", fontsize=8)
-        axis.set_xlabel("key block", fontsize=7)
-        axis.set_ylabel("query block", fontsize=7)
-        axis.tick_params(labelsize=6)
+    axis = matrix.subplots()
+    axis.imshow(block_map["labels"].float().numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    axis.set_title("all blocks, head 0", fontsize=8)
+    axis.set_xlabel("key block", fontsize=7)
+    axis.set_ylabel("query block", fontsize=7)
+    axis.tick_params(labelsize=6)
     figure.suptitle(
         f"{name}: what the marked token sees. Bright: exactly ({block_map['kept']} blocks); dim: through the global "
         "branch; dark: not at all",
@@ -126,8 +128,8 @@ def _page(results: dict[str, Any], media: dict[str, Any]) -> str:
         ("attention work, against dense", lambda name, arm: f"{100 / arm['attention_flops_reduction']:.1f} %"),
         ("held-out loss, converted", lambda name, arm: f"{arm['held_out_loss_converted']:.4f}"),
         ("held-out loss, fine-tuned", lambda name, arm: f"{arm['held_out_loss_fine_tuned']:.4f}"),
-        ("output error against dense, converted", lambda name, arm: f"{100 * arm['output_error_converted']:.1f} %"),
-        ("fine-tuned", lambda name, arm: f"{100 * arm['output_error_fine_tuned']:.1f} %"),
+        ("output error, converted", lambda name, arm: f"{100 * arm['output_error_converted']:.1f} %"),
+        ("output error, fine-tuned", lambda name, arm: f"{100 * arm['output_error_fine_tuned']:.1f} %"),
         ("PSNR to the clip", lambda name, arm: f"{arm['psnr_db']:.2f} dB"),
         ("fine-tuning step", lambda name, arm: f"{arm['seconds']['fine_tune_step']:.2f} s"),
         ("generation", lambda name, arm: f"{arm['seconds']['generation']:.1f} s"),
