@@ -60,7 +60,45 @@ class Demo:
         print(self.output / "index.html")
 
 
-COMMANDS = {"demo": Demo}
+@dataclass
+class Bench:
+    """Check attention against the reference, then time it against dense and block-sparse peers on this GPU."""
+
+    quick: bool = False
+    """480p alone, fewer repetitions, no FlexAttention, forward and backward apart."""
+    shapes: tuple[str, ...] = ()
+    """Some of 480p, 720p, paper and d64; all of them otherwise."""
+    output: Path = Path("benchmarks/results")
+    """The folder to write figures and plot into."""
+    only: str | None = None
+    """kernels or methods."""
+    impl: tuple[str, ...] = ()
+    """Implementations of ours to run instead of the default ones."""
+    seed: int = 0
+    """Of tensors and random selections."""
+    device: str = "cuda"
+    """cuda, or cpu with a length."""
+    length: int | None = None
+    """One small shape of so many tokens instead of the named ones."""
+
+    def run(self) -> None:
+        from foveal.bench.report import bench
+        from foveal.bench.run import BenchSettings
+
+        settings = BenchSettings(
+            shapes=self.shapes,
+            quick=self.quick,
+            only=self.only,
+            impls=self.impl,
+            seed=self.seed,
+            device=self.device,
+            length=self.length,
+        )
+        if bench(settings, self.output):
+            raise SystemExit(1)
+
+
+COMMANDS = {"demo": Demo, "bench": Bench}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from foveal.demo.settings import DemoSettings
 from foveal.training.data import to_frames, upscale, write_video
 
-COLORS = {"dense": "#33415c", "sparse only": "#c1666b", "SLA": "#2a7f8e", "VSA": "#d19a2e"}
+COLORS = {"dense": "#33415c", "sparse only": "#c1666b", "SLA": "#2a7f8e", "SLA hedgehog": "#6a4c93", "VSA": "#d19a2e"}
 FPS = 6
 BRIGHTNESS = {1: 1.0, 0: 0.42, -1: 0.10}
 
@@ -25,7 +25,7 @@ def write_report(folder: Path, results: dict[str, Any], media: dict[str, Any], s
         media: "clip" [3, F, H, W] in [-1, 1], "videos" by arm, "maps" by arm (see `run_demo`).
     """
     videos = {"clip": media["clip"], **media["videos"]}
-    factor = max(1, round(340 / settings.width))
+    factor = max(1, round(300 / settings.width))
     columns = []
     for name, video in videos.items():
         frames = upscale(to_frames(video), factor)

@@ -121,7 +121,7 @@ def _measure(
             "psnr_db": psnr(video, held_out.video[:1]),
             "seconds": {"fine_tune_step": record_arm.median_step_seconds, "generation": seconds},
         }
-        if config is not None and getattr(config, "linear_scope", None) != "none":
+        if name in ("SLA", "VSA"):
             maps[name] = _selection_map(arm, held_out, settings)
 
     results = {
@@ -168,7 +168,7 @@ def _train(
         steps=steps,
         learning_rate=peak,
         warmup=max(1, steps // 10),
-        final_learning_rate=settings.fine_tune_learning_rate if pretrain else 0.0,
+        final_learning_rate=settings.fine_tune_learning_rate / 2 if pretrain else 0.0,
         evaluate=held_out.loss,
         evaluate_every=max(1, steps // evaluations),
         on_step=on_step,

@@ -21,7 +21,7 @@ class DemoSettings:
         num_heads, head_dim, num_layers: the transformer.
         batch: windows in a step.
         pretrain_steps, fine_tune_steps: optimiser steps, dense and after conversion.
-        learning_rate, fine_tune_learning_rate: peaks, dense and after conversion.
+        learning_rate, fine_tune_learning_rate: peaks; pretraining decays to half the latter.
         new_learning_rate: peak of the parameters that conversion adds, which start at zero.
         shift: of the flow-matching noise schedule.
         sampling_steps: Euler steps of a generation.
@@ -41,9 +41,9 @@ class DemoSettings:
     num_layers: int = 4
     batch: int = 1
     pretrain_steps: int = 280
-    fine_tune_steps: int = 50
+    fine_tune_steps: int = 60
     learning_rate: float = 4e-3
-    fine_tune_learning_rate: float = 1e-3
+    fine_tune_learning_rate: float = 2e-3
     new_learning_rate: float = 2e-2
     shift: float = 2.0
     sampling_steps: int = 16
@@ -74,7 +74,7 @@ class DemoSettings:
             pretrain_steps=1500,
             fine_tune_steps=300,
             learning_rate=1e-3,
-            fine_tune_learning_rate=3e-4,
+            fine_tune_learning_rate=5e-4,
             new_learning_rate=6e-3,
             sampling_steps=32,
             evaluations=10,
@@ -91,6 +91,7 @@ class DemoSettings:
             "dense": None,
             "sparse only": sla.replace(drop_ratio=0.0, linear_scope="none"),
             "SLA": sla,
+            "SLA hedgehog": sla.replace(feature_map="hedgehog"),
             "VSA": VSAConfig(keep_ratio=self.keep_ratio),
         }
 

@@ -1,0 +1,61 @@
+"""What figures depend on, apart from the settings: the card, the driver, the versions, the commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+import foveal
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    """JSON-ready; None for what cannot be found out."""
+    found: dict[str, object] = {
+        "device": platform.processor() or platform.machine(),
+        "driver": None,
+        "power_limit_w": None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "foveal": foveal.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+        }
+        query = ("--query-gpu=driver_version,power.limit", "--format=csv,noheader,nounits")
+        answer = _run("nvidia-smi", f"--id={device.index or 0}", *query)
+        if answer and answer.count(",") == 1:
+            driver, limit = (part.strip() for part in answer.split(","))
+            found |= {"driver": driver, "power_limit_w": limit}
+    folder = str(Path(foveal.__file__).parent)
+    changes = _run("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
+    return found | {
+        "commit": _run("git", "-C", folder, "rev-parse", "HEAD") or None,
+        "uncommitted_changes": None if changes is None else bool(changes),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _run(*command: str) -> str | None:
+    """What a command prints; None where it is missing or fails."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

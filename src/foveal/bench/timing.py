@@ -1,0 +1,126 @@
+"""Two clocks. A power-limited card runs a burst after a pause faster than the same work for a while, and the order of
+measurements alone can shift a result by several per cent: so candidates take turns, and both figures are kept.
+
+rested: a few calls at a time after a pause, the L2 cache flushed before each; the first call of a burst is dropped.
+sustained: calls back to back, mean time, warm caches.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Hashable
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Key = TypeVar("Key", bound=Hashable)
+Function = Callable[[], object]
+
+FLUSH_BYTES = 2**28
+# Writes ahead of a burst: while they run, the host gets ahead with its launches.
+FLUSHES_AHEAD = 8
+
+
+class Timer(Protocol):
+    """How one kind of device is timed."""
+
+    def burst(self, function: Function, calls: int) -> list[float]:
+        """Milliseconds of each of `calls` calls, after a pause and a call that does not count."""
+
+    def sustained(self, function: Function, calls: int) -> float:
+        """Mean milliseconds of `calls` calls back to back."""
+
+
+class CudaTimer:
+    """CUDA events.
+
+    Args:
+        device: a CUDA device.
+        pause: seconds of rest before each burst.
+    """
+
+    def __init__(self, device: torch.device, pause: float = 0.03) -> None:
+        self.device, self.pause = device, pause
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def burst(self, function: Function, calls: int) -> list[float]:
+        torch.cuda.synchronize(self.device)
+        time.sleep(self.pause)
+        for _ in range(FLUSHES_AHEAD):
+            self._flush.zero_()
+        spans = []
+        for _ in range(calls + 1):
+            self._flush.zero_()
+            spans.append(self._span(function))
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(stop) for start, stop in spans[1:]]
+
+    def sustained(self, function: Function, calls: int) -> float:
+        torch.cuda.synchronize(self.device)
+        time.sleep(self.pause)
+
+        def repeated() -> None:
+            for _ in range(calls):
+                function()
+
+        start, stop = self._span(repeated)
+        torch.cuda.synchronize(self.device)
+        return start.elapsed_time(stop) / calls
+
+    def _span(self, function: Function) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        stop.record()
+        return start, stop
+
+
+class CpuTimer:
+    """The host's clock; no pauses, nothing flushed."""
+
+    def burst(self, function: Function, calls: int) -> list[float]:
+        function()
+        return [self.sustained(function, 1) for _ in range(calls)]
+
+    def sustained(self, function: Function, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return 1e3 * (time.perf_counter() - start) / calls
+
+
+def measure(
+    timer: Timer, functions: dict[Key, Function], *, rounds: int, calls: int, seconds: float
+) -> dict[Key, tuple[list[float], float]]:
+    """Times every function, in turns.
+
+    Args:
+        rounds, calls: bursts of each function, and calls that count in each.
+        seconds: about how long the sustained measurement of each takes.
+
+    Returns:
+        Each function's (rested milliseconds, one a call; sustained milliseconds).
+    """
+    rested: dict[Key, list[float]] = {key: [] for key in functions}
+    for _ in range(rounds):
+        for key, function in functions.items():
+            rested[key] += timer.burst(function, calls)
+    sustained = {}
+    for key, function in functions.items():
+        wanted = math.ceil(1e3 * seconds / max(statistics.median(rested[key]), 1e-3))
+        sustained[key] = timer.sustained(function, max(1, wanted))
+    return {key: (rested[key], sustained[key]) for key in functions}
+
+
+def peak_memory(device: torch.device, function: Callable[[], tuple[Tensor, ...]]) -> int:
+    """Bytes of device memory that `function` needs at its peak beyond what it was given and what it returns."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    results = function()
+    torch.cuda.synchronize(device)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in results}
+    return torch.cuda.max_memory_allocated(device) - before - sum(storages.values())

@@ -1,0 +1,303 @@
+"""The backward of block-sparse attention on Hopper: dQ over the rows' lists, dK and dV over the columns' lists.
+
+Every output tile belongs to one program that adds in list order: no atomics, the same bits each time. With
+P = exp(S - LSE), dP = dO V^T and dS = P * (dP - delta), delta = rowsum(dO * O) - dLSE:
+
+    dQ = scale * dS K,    dK = scale * dS^T Q,    dV = P^T dO.
+
+Everything is cut into tiles of 64 rows, whatever the block sizes. A product whose result ordinary code reads starts
+and is waited for in the same iteration: with one in flight over the back edge ptxas serialises them all.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from foveal.block_sparse.gluon.forward_kernel import tile_start, tile_valid
+from foveal.block_sparse.gluon.tiles import (
+    barriers,
+    clear_rows,
+    copy_rows,
+    keep_columns,
+    keep_rows,
+    scheduling_fence,
+    store_rows,
+)
+
+# Row statistics lie tile by tile, for each 64 queries their 64 LSEs in log2 units and then their 64 deltas, so that
+# one copy brings both.
+
+
+@gluon.jit(do_not_specialize=["query_length", "num_tiles"])
+def row_statistics_kernel(lse_ptr, delta_ptr, statistics_ptr, query_length, num_tiles):
+    """Grid (num_tiles / 4, B * H). Rows past the end, and rows without keys, get an LSE that makes P zero."""
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    row = gl.program_id(0) * 256 + gl.arange(0, 256, layout)
+    pair = gl.program_id(1).to(gl.int64)
+    inside = row < query_length
+    lse = gl.load(lse_ptr + pair * query_length + row, mask=inside, other=-float("inf"))
+    delta = gl.load(delta_ptr + pair * query_length + row, mask=inside, other=0.0)
+    lse = gl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
+    place = statistics_ptr + pair * num_tiles * 128 + row // 64 * 128 + row % 64
+    gl.store(place, lse, mask=row < num_tiles * 64)
+    gl.store(place + 64, delta, mask=row < num_tiles * 64)
+
+
+@gluon.jit
+def copy_queries(query, grad, statistics, batch, head, tile, all_tiles, barrier, q, g, rows, wanted):
+    """Starts the copies of one query tile: Q, dO and its row statistics."""
+    BYTES: gl.constexpr = query.block_type.nbytes + grad.block_type.nbytes + statistics.block_type.nbytes
+    mbarrier.expect(barrier, BYTES, pred=wanted)
+    tma.async_copy_global_to_shared(query, [batch, head, tile * 64, 0], barrier, q, pred=wanted)
+    tma.async_copy_global_to_shared(grad, [batch, head, tile * 64, 0], barrier, g, pred=wanted)
+    tma.async_copy_global_to_shared(statistics, [(all_tiles + tile) * 128], barrier, rows, pred=wanted)
+
+
+@gluon.jit
+def statistic(rows, WHICH: gl.constexpr, layout: gl.constexpr):
+    """LSE (0) or delta (1) of the query tile whose row statistics lie in shared memory."""
+    return rows._reinterpret(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(WHICH).load(layout)
+
+
+@gluon.jit
+def add_queries(q, g, rows, v, scores, grad_k, grad_v, scale_log2):
+    """Starts dV += P^T dO and dK += dS^T Q for one query tile, given its scores [64 keys, 64 queries]."""
+    score_layout: gl.constexpr = scores.type.layout
+    column_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, grad_k.type.layout, 2)
+    zeros = gl.zeros([64, 64], gl.float32, score_layout)
+    products = warpgroup_mma(v, g.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    lse = statistic(rows, 0, column_layout)
+    delta = statistic(rows, 1, column_layout)
+    p = gl.exp2(scores * scale_log2 - gl.expand_dims(lse, 0))
+    products, p = warpgroup_mma_wait(0, deps=[products, p])
+    grad_v = warpgroup_mma(gl.convert_layout(p.to(q.dtype), operand_layout), g, grad_v, is_async=True)
+    ds = (p * (products - gl.expand_dims(delta, 0))).to(q.dtype)
+    grad_k = warpgroup_mma(gl.convert_layout(ds, operand_layout), q, grad_k, is_async=True)
+    return grad_k, grad_v
+
+
+@gluon.jit(do_not_specialize=["query_length", "key_length", "size_stride"])
+def block_sparse_dkdv_kernel(
+    query, key, value, grad, statistics, grad_key, grad_value, offset_ptr, count_ptr, row_ptr, size_ptr,
+    scale, scale_log2, query_length, key_length, size_stride,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, SLOTS: gl.constexpr, HAS_SIZES: gl.constexpr,
+):  # fmt: skip
+    """Grid (key tiles, H, B). K and V stay in shared memory, query tiles go through a ring of SLOTS."""
+    head_dim: gl.constexpr = query.block_type.shape[3]
+    dtype: gl.constexpr = query.dtype
+    SPLIT: gl.constexpr = BLOCK_Q // 64
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, head_dim, 16])
+
+    start_k = gl.program_id(0) * 64
+    head, batch = gl.program_id(1), gl.program_id(2)
+    pair = batch * gl.num_programs(1) + head
+    column = pair.to(gl.int64) * gl.cdiv(key_length, BLOCK_K) + start_k // BLOCK_K
+    all_tiles = pair * gl.cdiv(query_length, BLOCK_Q) * SPLIT
+    k = gl.allocate_shared_memory(dtype, [64, head_dim], tile_layout)
+    v = gl.allocate_shared_memory(dtype, [64, head_dim], tile_layout)
+    q = gl.allocate_shared_memory(dtype, [SLOTS, 64, head_dim], tile_layout)
+    g = gl.allocate_shared_memory(dtype, [SLOTS, 64, head_dim], tile_layout)
+    rows = gl.allocate_shared_memory(gl.float32, [SLOTS, 128], statistics.layout)
+    kv_full, full = barriers(2, 1), barriers(SLOTS, 1)
+    fence_async_shared()
+    copy_rows(key, batch, head, start_k, kv_full.index(0), k, True)
+    copy_rows(value, batch, head, start_k, kv_full.index(1), v, True)
+    list_ptr = row_ptr + gl.load(offset_ptr + column)
+    listed = gl.load(count_ptr + column) * SPLIT
+    count = gl.maximum(listed, 1)  # a key block that nobody attends to computes one tile and throws it away
+    for i in gl.static_range(SLOTS):
+        first = tile_start(list_ptr, i, listed, 1, SPLIT)
+        copy_queries(
+            query, grad, statistics, batch, head, first, all_tiles, full.index(i), q.index(i), g.index(i),
+            rows.index(i), i < count,
+        )  # fmt: skip
+    zeros = gl.zeros([64, 64], gl.float32, score_layout)
+    grad_k = gl.zeros([64, head_dim], gl.float32, acc_layout)
+    grad_v = gl.zeros([64, head_dim], gl.float32, acc_layout)
+    mbarrier.wait(kv_full.index(0), 0)
+    mbarrier.wait(full.index(0), 0)
+    scores = warpgroup_mma(k, q.index(0).permute((1, 0)), zeros, use_acc=False)
+    mbarrier.wait(kv_full.index(1), 0)
+    for t in range(count - 1):
+        slot, following = t % SLOTS, (t + 1) % SLOTS
+        refill = tile_start(list_ptr, t + SLOTS, count, 1, SPLIT)
+        sums_k, sums_v = add_queries(
+            q.index(slot), g.index(slot), rows.index(slot), v, scores, grad_k, grad_v, scale_log2
+        )
+        mbarrier.wait(full.index(following), ((t + 1) // SLOTS) & 1)
+        scores = warpgroup_mma(k, q.index(following).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        grad_v, grad_k = warpgroup_mma_wait(1, deps=[sums_v, sums_k])
+        copy_queries(
+            query, grad, statistics, batch, head, refill, all_tiles, full.index(slot), q.index(slot), g.index(slot),
+            rows.index(slot), t + SLOTS < count,
+        )  # fmt: skip
+        scores = warpgroup_mma_wait(0, deps=[scores])
+    slot = (count - 1) % SLOTS
+    sums_k, sums_v = add_queries(q.index(slot), g.index(slot), rows.index(slot), v, scores, grad_k, grad_v, scale_log2)
+    grad_v, grad_k = warpgroup_mma_wait(0, deps=[sums_v, sums_k])
+    # Padding keys stay in their own rows of S^T, so they need no mask before the end.
+    valid = 64
+    if HAS_SIZES:
+        valid = tile_valid(size_ptr + batch * size_stride, start_k, key_length, BLOCK_K, HAS_SIZES)
+    valid = gl.where(listed > 0, valid, 0)
+    store_rows(grad_key, batch, head, start_k, keep_rows(grad_k * scale, valid), k)
+    store_rows(grad_value, batch, head, start_k, keep_rows(grad_v, valid), v)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def load_key_tiles(
+    key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,
+    SPLIT: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: tiles of K and V through their rings."""
+    tile_k: gl.constexpr = key.block_type.shape[2]
+    for t in range(count):
+        k_slot, v_slot = t % K_SLOTS, t % V_SLOTS
+        start = tile_start(list_ptr, t, count, tile_k, SPLIT)
+        mbarrier.wait(k_empty.index(k_slot), (t // K_SLOTS + 1) & 1)
+        copy_rows(key, batch, head, start, k_full.index(k_slot), k.index(k_slot), True)
+        mbarrier.wait(v_empty.index(v_slot), (t // V_SLOTS + 1) & 1)
+        copy_rows(value, batch, head, start, v_full.index(v_slot), v.index(v_slot), True)
+
+
+@gluon.jit
+def sum_query_gradient(
+    q, g, q_full, k, v, k_full, k_empty, v_full, v_empty, grad_query, statistics_ptr, list_ptr, size_ptr,
+    batch, head, start_q, key_length, count, scale, scale_log2,
+    BLOCK_K: gl.constexpr, HAS_SIZES: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """One consumer warpgroup: dQ of 64 queries."""
+    tile_k: gl.constexpr = k.shape[1]
+    head_dim: gl.constexpr = k.shape[2]
+    SPLIT: gl.constexpr = BLOCK_K // tile_k
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tile_k, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, head_dim, 16])
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    row = gl.arange(0, 64, gl.SliceLayout(1, score_layout))
+    lse = gl.expand_dims(gl.load(statistics_ptr + row), 1)
+    delta = gl.expand_dims(gl.load(statistics_ptr + 64 + row), 1)
+    zeros = gl.zeros([64, tile_k], gl.float32, score_layout)
+    grad_q = gl.zeros([64, head_dim], gl.float32, acc_layout)
+    # Without sizes only the last tile can be partial. With them, sizes are fetched one tile ahead, list entries two.
+    valid = tile_k
+    next_start = 0
+    if HAS_SIZES:
+        valid = tile_valid(size_ptr, tile_start(list_ptr, 0, count, tile_k, SPLIT), key_length, BLOCK_K, HAS_SIZES)
+        next_start = tile_start(list_ptr, 1, count, tile_k, SPLIT)
+        last_valid = valid
+    else:
+        last_valid = key_length - tile_start(list_ptr, count - 1, count, tile_k, SPLIT)
+    mbarrier.wait(q_full, 0)
+    for t in range(count):
+        k_slot, v_slot = t % K_SLOTS, t % V_SLOTS
+        mbarrier.wait(k_full.index(k_slot), (t // K_SLOTS) & 1)
+        scores = warpgroup_mma(q, k.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(v_slot), (t // V_SLOTS) & 1)
+        products = warpgroup_mma(g, v.index(v_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        next_valid = valid
+        if HAS_SIZES:
+            next_valid = tile_valid(size_ptr, next_start, key_length, BLOCK_K, HAS_SIZES)
+            next_start = tile_start(list_ptr, t + 2, count, tile_k, SPLIT)
+        elif t == count - 1:
+            valid = last_valid
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        p = gl.exp2(scores * scale_log2 - lse)
+        scheduling_fence(t)
+        products, p = warpgroup_mma_wait(0, deps=[products, p])
+        mbarrier.arrive(v_empty.index(v_slot), count=1)
+        ds = p * (products - delta)
+        if valid < tile_k:
+            ds = keep_columns(ds, valid, 0.0)
+            if HAS_SIZES:
+                clear_rows(k.index(k_slot), valid)
+        ds = gl.convert_layout(ds.to(q.dtype), operand_layout)
+        sums = warpgroup_mma(ds, k.index(k_slot), grad_q, is_async=True)
+        grad_q = warpgroup_mma_wait(0, deps=[sums])
+        mbarrier.arrive(k_empty.index(k_slot), count=1)
+        valid = next_valid
+    store_rows(grad_query, batch, head, start_q, grad_q * scale, q)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["query_length", "key_length", "width", "size_stride"])
+def block_sparse_dq_kernel(
+    query, key, value, grad, grad_query, statistics_ptr, critical_ptr, count_ptr, size_ptr,
+    scale, scale_log2, query_length, key_length, width, size_stride,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, K_SLOTS: gl.constexpr,
+    V_SLOTS: gl.constexpr, HAS_SIZES: gl.constexpr,
+):  # fmt: skip
+    """Grid (query tiles / CONSUMERS, H, B). One producer warp and CONSUMERS (1 or 2) warpgroups of 64 queries."""
+    head_dim: gl.constexpr = query.block_type.shape[3]
+    tile_k: gl.constexpr = key.block_type.shape[2]
+    dtype: gl.constexpr = query.dtype
+    SPLIT: gl.constexpr = BLOCK_K // tile_k
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+
+    start_q = gl.program_id(0) * 64 * CONSUMERS
+    head, batch = gl.program_id(1), gl.program_id(2)
+    pair = (batch * gl.num_programs(1) + head).to(gl.int64)
+    num_query_blocks = gl.cdiv(query_length, BLOCK_Q)
+    row = pair * num_query_blocks + start_q // BLOCK_Q
+    statistics_ptr += (pair * num_query_blocks * BLOCK_Q + start_q) * 2
+    q = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, head_dim], tile_layout)
+    g = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, head_dim], tile_layout)
+    k = gl.allocate_shared_memory(dtype, [K_SLOTS, tile_k, head_dim], tile_layout)
+    v = gl.allocate_shared_memory(dtype, [V_SLOTS, tile_k, head_dim], tile_layout)
+    q_full = barriers(1, 1)
+    k_full, k_empty = barriers(K_SLOTS, 1), barriers(K_SLOTS, CONSUMERS)
+    v_full, v_empty = barriers(V_SLOTS, 1), barriers(V_SLOTS, CONSUMERS)
+    fence_async_shared()
+    mbarrier.expect(q_full.index(0), CONSUMERS * (query.block_type.nbytes + grad.block_type.nbytes))
+    for w in gl.static_range(CONSUMERS):
+        tma.async_copy_global_to_shared(query, [batch, head, start_q + 64 * w, 0], q_full.index(0), q.index(w))
+        tma.async_copy_global_to_shared(grad, [batch, head, start_q + 64 * w, 0], q_full.index(0), g.index(w))
+
+    list_ptr = critical_ptr + row * width
+    if HAS_SIZES:
+        size_ptr += batch * size_stride
+    else:
+        size_ptr = count_ptr
+    count = gl.load(count_ptr + row) * SPLIT
+    if SPLIT > 1 and not HAS_SIZES:
+        # The last key block may end before its second tile.
+        last_start = tile_start(list_ptr, count - 1, count, tile_k, SPLIT)
+        count = gl.where((count > 0) & (last_start >= key_length), count - 1, count)
+    if CONSUMERS == 1:
+        gl.warp_specialize([
+            (sum_query_gradient, (
+                q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty, grad_query,
+                statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length, count, scale, scale_log2,
+                BLOCK_K, HAS_SIZES, K_SLOTS, V_SLOTS,
+            )),
+            (load_key_tiles, (
+                key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,
+                SPLIT, K_SLOTS, V_SLOTS,
+            )),
+        ], [1], [24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (sum_query_gradient, (
+                q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty, grad_query,
+                statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length, count, scale, scale_log2,
+                BLOCK_K, HAS_SIZES, K_SLOTS, V_SLOTS,
+            )),
+            (sum_query_gradient, (
+                q.index(1), g.index(1), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty, grad_query,
+                statistics_ptr + 128, list_ptr, size_ptr, batch, head, start_q + 64, key_length, count, scale,
+                scale_log2, BLOCK_K, HAS_SIZES, K_SLOTS, V_SLOTS,
+            )),
+            (load_key_tiles, (
+                key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,
+                SPLIT, K_SLOTS, V_SLOTS,
+            )),
+        ], [4, 1], [240, 24])  # fmt: skip

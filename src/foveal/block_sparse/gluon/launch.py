@@ -1,0 +1,208 @@
+"""Launchers of the Hopper kernels: how each case is cut up, descriptors, grids.
+
+Kernels are compiled once per dtype, head_dim, block sizes and presence of `sizes`; lengths, list widths, counts and
+strides are read at run time. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from foveal.block_sparse.triton.forward import LinearTerm
+
+LOG2_E = 1.4426950408889634
+TILE = 64  # rows of most tiles
+
+
+def forward_plan(
+    head_dim: int, block_q: int, block_k: int, has_sizes: bool, feature_map: str | None = None
+) -> dict[str, Any]:
+    """How the forward is cut: which kernel, columns of a copy of H and W, constants and launch options."""
+    if block_q == 128 and not has_sizes:
+        constants = {"BLOCK_K": block_k, "SLOTS": 2 if head_dim == 128 else 3, "FEATURE_MAP": feature_map}
+        return {"wide": True, "state_columns": head_dim, "constants": constants, "options": {"num_warps": 4}}
+    constants = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "HAS_SIZES": has_sizes, "FEATURE_MAP": feature_map}
+    # Three programs a multiprocessor: what the linear branch needs in the epilogue must not cost one of them.
+    return {"wide": False, "state_columns": 64, "constants": constants, "options": {"num_warps": 4, "maxnreg": 168}}
+
+
+def dkdv_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool) -> dict[str, Any]:
+    """Constants and launch options of the dK, dV kernel."""
+    return {
+        "constants": {"BLOCK_Q": block_q, "BLOCK_K": block_k, "SLOTS": 2, "HAS_SIZES": has_sizes},
+        "options": {"num_warps": 4},
+    }
+
+
+def dq_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool) -> dict[str, Any]:
+    """How dQ is cut: keys a tile, constants and launch options.
+
+    64 queries: two programs a multiprocessor, for which the compiler is held to 128 registers a thread on average.
+    """
+    single = block_q == 64
+    tile_k = 128 if block_q == block_k == 128 and not has_sizes else 64  # masks take registers
+    slots = (3, 2) if single else (256 // tile_k, 256 // tile_k)
+    return {
+        "tile_k": tile_k,
+        "constants": {
+            "BLOCK_Q": block_q,
+            "BLOCK_K": block_k,
+            "CONSUMERS": 1 if single else 2,
+            "K_SLOTS": slots[0],
+            "V_SLOTS": slots[1],
+            "HAS_SIZES": has_sizes,
+        },
+        "options": {"num_warps": 4, "maxnreg": 128} if single else {"num_warps": 4},
+    }
+
+
+def _tiles(x: Tensor, rows: int, columns: int | None = None):
+    """The descriptor of a tensor in tiles of `rows` by `columns` (all of them) of its last two dimensions."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    # The stride of a dimension of size 1 is free, and may be one that the copy engine refuses.
+    strides = [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    box = [1] * (x.dim() - 2) + [rows, columns or x.shape[-1]]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, gl.NVMMASharedLayout(128, 16, x.dim()))
+
+
+def _statistics_tiles(x: Tensor):
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(x, [x.numel()], [1], [2 * TILE], gl.NVMMASharedLayout(0, 32, 1))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _linear_arguments(linear: LinearTerm | None, columns: int) -> tuple[tuple, tuple[int, int, int]]:
+    """What the kernels take for the linear branch: (H, W, Z, b), and the step of H and strides of Z in query blocks."""
+    if linear is None:
+        return (None,) * 4, (0, 0, 0)
+    state, head_dim = linear.state, linear.state.shape[-1]
+    shared = state.stride(1) == 0 or state.shape[1] == 1
+    state = _tiles(state[:, :1] if shared else state, head_dim, columns)
+    weight = _tiles(linear.proj_weight, head_dim, columns)
+    return (state, weight, linear.norm, linear.proj_bias), (0 if shared else 1, *linear.norm.stride()[:2])
+
+
+def _size_stride(sizes: Tensor | None) -> int:
+    return 0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    critical: Tensor,
+    counts: Tensor,
+    sizes: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    linear: LinearTerm | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The output, strided like `query`, and the natural log-sum-exp, float32 [B, H, Lq]; 0 and -inf for empty rows.
+
+    Args:
+        query, key, value: [B, H, L, D], what `supports` accepts.
+        critical, counts: int32 [B, H, Tq, W] and [B, H, Tq], contiguous.
+        sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
+        block_q, block_k: 64 or 128.
+        linear: the linear branch, added to the output alone.
+    """
+    from foveal.block_sparse.gluon.forward_kernel import block_sparse_fwd_kernel
+    from foveal.block_sparse.gluon.forward_wide_kernel import block_sparse_fwd_wide_kernel
+
+    batch, heads, query_length, head_dim = query.shape
+    plan = forward_plan(head_dim, block_q, block_k, sizes is not None, None if linear is None else linear.feature_map)
+    compiled = {**plan["constants"], **plan["options"]}
+    output = torch.empty_like(query)
+    lse = torch.empty((batch, heads, query_length), dtype=torch.float32, device=query.device)
+    tensors = (*(_tiles(x, TILE) for x in (query, key, value, output)), lse, critical, counts)
+    terms, term_strides = _linear_arguments(linear, plan["state_columns"])
+    lengths = (query_length, key.shape[2], critical.shape[3])
+    with torch.cuda.device(query.device):
+        if plan["wide"]:
+            num_blocks = critical.shape[2]
+            total = batch * heads * num_blocks
+            block_sparse_fwd_wide_kernel[(min(total, _multiprocessors(query.device)),)](
+                *tensors, *terms, scale * LOG2_E, heads, num_blocks, total, *lengths, *term_strides, **compiled
+            )
+        else:
+            block_sparse_fwd_kernel[(-(-query_length // TILE), heads, batch)](
+                *tensors, sizes, *terms, scale * LOG2_E, *lengths, _size_stride(sizes), *term_strides, **compiled
+            )
+    return output, lse
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    critical: Tensor,
+    counts: Tensor,
+    columns: tuple[Tensor, Tensor, Tensor],
+    sizes: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV, strided like query, key and value.
+
+    Args:
+        grad: [B, H, Lq, D], the gradient of the output; copied only if the copy engine cannot walk it.
+        delta: float32 [B, H, Lq], rowsum(grad * output) less the gradient of the LSE.
+        lse: float32 [B, H, Lq], natural log.
+        columns: for each key block (flattened [B * H * Tk]) where its list starts in the third tensor, how long it
+            is, and the lists of query blocks, ascending; all int32.
+        query, key, value, critical, counts, sizes, block_q, block_k, scale: as in `forward`.
+    """
+    from foveal.block_sparse.gluon.backward_kernels import (
+        block_sparse_dkdv_kernel,
+        block_sparse_dq_kernel,
+        row_statistics_kernel,
+    )
+    from foveal.block_sparse.gluon.support import copyable
+
+    batch, heads, query_length, head_dim = query.shape
+    key_length, has_sizes, tile = key.shape[2], sizes is not None, TILE
+    if not copyable(grad):
+        grad = grad.contiguous()
+    grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
+    num_tiles = -(-query_length // block_q) * (block_q // tile)
+    statistics = torch.empty(batch * heads * num_tiles * 2 * tile, dtype=torch.float32, device=query.device)
+    offsets, column_counts, column_rows = columns
+    scales = (scale, scale * LOG2_E)
+    with torch.cuda.device(query.device):
+        row_statistics_kernel[(-(-num_tiles // 4), batch * heads)](
+            lse, delta, statistics, query_length, num_tiles, num_warps=4
+        )
+        plan = dq_plan(head_dim, block_q, block_k, has_sizes)
+        tile_k = plan["tile_k"]
+        per_program = tile * plan["constants"]["CONSUMERS"]
+        block_sparse_dq_kernel[(-(-query_length // per_program), heads, batch)](
+            _tiles(query, tile), _tiles(key, tile_k), _tiles(value, tile_k), _tiles(grad, tile),
+            _tiles(grad_query, tile), statistics, critical, counts, sizes, *scales, query_length, key_length,
+            critical.shape[3], _size_stride(sizes), **plan["constants"], **plan["options"],
+        )  # fmt: skip
+        plan = dkdv_plan(head_dim, block_q, block_k, has_sizes)
+        block_sparse_dkdv_kernel[(-(-key_length // tile), heads, batch)](
+            _tiles(query, tile), _tiles(key, tile), _tiles(value, tile), _tiles(grad, tile),
+            _statistics_tiles(statistics), _tiles(grad_key, tile), _tiles(grad_value, tile),
+            offsets, column_counts, column_rows, sizes, *scales, query_length, key_length,
+            _size_stride(sizes), **plan["constants"], **plan["options"],
+        )  # fmt: skip
+    return grad_query, grad_key, grad_value

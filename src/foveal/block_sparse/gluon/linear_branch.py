@@ -1,0 +1,111 @@
+"""The linear branch of SLA in the epilogue of the forward: (phi(Q_i) H_i / (phi(Q_i) Z_i + eps)) W^T + b.
+
+Source: SLA (arXiv 2509.24006), eq. 5 and 6. H and W are bfloat16 whatever the dtype of Q.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+
+HALF_WIDTH = gl.constexpr(64)  # columns of H and W at a time, half of them at head_dim 128
+
+
+@gluon.jit
+def load_row(pointer, COLUMNS: gl.constexpr, layout: gl.constexpr):
+    """[1, COLUMNS] float32 from `pointer` on, for a tile in `layout`.
+
+    Loaded behind a zero that the compiler cannot see through: it would compute the addresses long before this, and
+    keep them in registers through the main loop.
+    """
+    zero = gl.inline_asm_elementwise(
+        "mov.b32 $0, 0; // $1", "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1
+    )
+    return gl.expand_dims(gl.load((pointer + zero) + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))), 0)
+
+
+@gluon.jit
+def part_of_features(q, top, norm_ptr, column: gl.constexpr, layout: gl.constexpr, FEATURE_MAP: gl.constexpr):
+    """Some columns of phi(q), for "softmax" before its division: bfloat16; their sums, and their products with Z."""
+    LOG2_E: gl.constexpr = 1.4426950408889634
+    x = q.slice(column, HALF_WIDTH, 1).load(layout).to(gl.float32)
+    if FEATURE_MAP == "softmax":
+        phi = gl.exp2(x * LOG2_E - gl.expand_dims(top, 1))
+    elif FEATURE_MAP == "elu":
+        phi = gl.where(x > 0.0, x + 1.0, gl.exp2(gl.minimum(x, 0.0) * LOG2_E))
+    else:
+        phi = gl.maximum(x, 0.0)
+    norm = load_row(norm_ptr + column, HALF_WIDTH, layout)
+    return phi.to(gl.bfloat16), gl.sum(phi, 1), gl.sum(phi * norm, 1)
+
+
+@gluon.jit
+def features_and_inverse(q, norm_ptr, FEATURE_MAP: gl.constexpr):
+    """phi(q) in bfloat16 as left and right columns (the same at head_dim 64), and the inverse of phi(q) Z + eps.
+
+    For "softmax" both come without the division by the sum over columns: the product with H is scaled once, after it.
+    A part at a time, for the registers.
+    """
+    gl.static_assert(FEATURE_MAP == "softmax" or FEATURE_MAP == "elu" or FEATURE_MAP == "relu")
+    head_dim: gl.constexpr = q.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF_WIDTH, 16])
+    top = gl.full([q.shape[0]], 0.0, gl.float32, gl.SliceLayout(1, layout))
+    if FEATURE_MAP == "softmax":
+        top = gl.max(q.slice(0, HALF_WIDTH, 1).load(layout), 1)
+        if head_dim == 128:
+            top = gl.maximum(top, gl.max(q.slice(64, HALF_WIDTH, 1).load(layout), 1))
+        top = top.to(gl.float32) * 1.4426950408889634
+    left, total, product = part_of_features(q, top, norm_ptr, 0, layout, FEATURE_MAP)
+    right = left
+    if head_dim == 128:
+        right, right_total, right_product = part_of_features(q, top, norm_ptr, 64, layout, FEATURE_MAP)
+        total += right_total
+        product += right_product
+    if FEATURE_MAP != "softmax":
+        total = gl.full([q.shape[0]], 1.0, gl.float32, gl.SliceLayout(1, layout))
+    return left, right, 1.0 / (product + total * 1e-5)
+
+
+@gluon.jit
+def times_state(left, right, inverse, state):
+    """(phi(q) H) / n for H [D, columns] in shared memory, in bfloat16."""
+    rows: gl.constexpr = left.shape[0]
+    columns: gl.constexpr = state.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    acc = gl.zeros([rows, columns], gl.float32, layout)
+    acc = warpgroup_mma(gl.convert_layout(left, operand), state.slice(0, HALF_WIDTH, 0), acc, use_acc=False)
+    if state.shape[0] == 128:
+        acc = warpgroup_mma(gl.convert_layout(right, operand), state.slice(64, HALF_WIDTH, 0), acc)
+    inverse = gl.convert_layout(inverse, gl.SliceLayout(1, layout))
+    return (acc * gl.expand_dims(inverse, 1)).to(gl.bfloat16)
+
+
+@gluon.jit
+def copy_state(state, batch_head, block, column, barrier, slot, head_dim: gl.constexpr):
+    """Starts the copy of HALF_WIDTH columns of H into a slot that held a tile of 64 rows."""
+    mbarrier.expect(barrier, state.block_type.nbytes)
+    piece = slot._reinterpret(gl.bfloat16, [head_dim, HALF_WIDTH], gl.NVMMASharedLayout(128, 16, 2))
+    tma.async_copy_global_to_shared(state, [batch_head, block, 0, column], barrier, piece)
+
+
+@gluon.jit
+def copy_weight(weight, column, barrier, slot, head_dim: gl.constexpr):
+    """Starts the copy of HALF_WIDTH columns of W into a slot that held a tile of 64 rows."""
+    mbarrier.expect(barrier, weight.block_type.nbytes)
+    piece = slot._reinterpret(gl.bfloat16, [head_dim, HALF_WIDTH], gl.NVMMASharedLayout(128, 16, 2))
+    tma.async_copy_global_to_shared(weight, [0, column], barrier, piece)
+
+
+@gluon.jit
+def add_columns(
+    acc, left, right, inverse, state_slot, state_full, weight_slot, weight_full, head_dim: gl.constexpr
+):  # fmt: skip
+    """acc + ((phi(q) H[:, part]) / n) W[:, part]^T for the columns whose pieces arrive at these barriers."""
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    state = state_slot._reinterpret(gl.bfloat16, [head_dim, HALF_WIDTH], tile_layout)
+    weight = weight_slot._reinterpret(gl.bfloat16, [head_dim, HALF_WIDTH], tile_layout)
+    mbarrier.wait(state_full, 0)
+    linear = times_state(left, right, inverse, state)
+    mbarrier.wait(weight_full, 0)
+    linear = gl.convert_layout(linear, gl.DotOperandLayout(0, acc.type.layout, 2))
+    return warpgroup_mma(linear, weight.permute((1, 0)), acc)

@@ -1,0 +1,78 @@
+"""What the Hopper kernels share: tiles that come through the copy engine, masks, the end of an overlap.
+
+Tensors [B, H, L, D] reach a kernel as descriptors with one axis a dimension and boxes of [1, 1, rows, D]: any strides,
+rows past the end of a head read as zeros and are not written.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+
+@gluon.jit
+def copy_rows(source, batch, head, row, barrier, tile, wanted):
+    """Starts the copy of one tile into shared memory; its bytes arrive at `barrier`."""
+    mbarrier.expect(barrier, source.block_type.nbytes, pred=wanted)
+    tma.async_copy_global_to_shared(source, [batch, head, row, 0], barrier, tile, pred=wanted)
+
+
+@gluon.jit
+def store_rows(target, batch, head, row, values, tile):
+    """Starts the copy of `values` to memory through shared memory that nobody reads any more."""
+    tile.store(values.to(tile.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(target, [batch, head, row, 0], tile)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers in shared memory; a fence must follow before the first copy."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def keep_columns(x, valid, other):
+    """x [rows, columns] with `other` from column `valid` on."""
+    column = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
+    return gl.where(gl.expand_dims(column < valid, 0), x, other)
+
+
+@gluon.jit
+def keep_rows(x, valid):
+    """x [rows, columns] with zeros from row `valid` on, whatever stood there."""
+    row = gl.arange(0, x.shape[0], gl.SliceLayout(1, x.type.layout))
+    return gl.where(gl.expand_dims(row < valid, 1), x, 0.0)
+
+
+@gluon.jit
+def clear_rows(tile, valid):
+    """Zeros in a tile in shared memory from row `valid` on: padding may hold NaN, and 0 * NaN would spread it."""
+    STEP: gl.constexpr = 16  # few registers at a time
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    row = gl.arange(0, STEP, gl.SliceLayout(1, layout))
+    for i in gl.static_range(tile.shape[0] // STEP):
+        part = tile.slice(STEP * i, STEP, 0)
+        x = part.load(layout)
+        part.store(gl.where(gl.expand_dims(row < valid - STEP * i, 1), x, gl.zeros_like(x)))
+    fence_async_shared()
+
+
+@gluon.jit
+def scheduling_fence(counter):
+    """The scalar `counter`, which must not be negative; instructions on either side stay there.
+
+    A wait for a product names no registers, and a copy none that hold arithmetic, so ptxas moves the arithmetic that
+    should run under a product behind the wait, and copies behind arithmetic. It moves nothing across a branch, and
+    this one is never taken.
+    """
+    return gl.inline_asm_elementwise(
+        "{.reg .pred never; setp.lt.s32 never, $1, 0; @never nanosleep.u32 1; mov.b32 $0, $1;}",
+        "=r,r",
+        [counter],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -1,0 +1,459 @@
+"""`foveal bench`: the whole path on the CPU at a tiny size, the gate, the arithmetic of the figures, files, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from foveal import SLAConfig, attention_cost, cli, select_blocks
+from foveal.bench import __main__ as module_main
+from foveal.bench import report, timing
+from foveal.bench.candidates import (
+    BACKWARD,
+    SLA_CONFIGS,
+    VSA_CONFIGS,
+    Candidate,
+    Problem,
+    candidates_for,
+    dense_flops,
+    flex_block_mask,
+)
+from foveal.bench.gate import Gate
+from foveal.bench.run import BenchSettings, add_ratios, figures, run_bench
+from foveal.bench.shapes import SHAPES, Inputs, shape_of_length
+from foveal.bench.timing import CpuTimer, measure
+from foveal.video_grid import VideoGrid
+
+SMALL_GRID = VideoGrid(5, 8, 9)
+CPU = torch.device("cpu")
+CHOSEN = [
+    "SDPA",
+    "block-sparse 128x64 12.5 %, torch",
+    "SLA 64x64 marginal, auto",
+    "SLA 128x64 all, auto",
+    "VSA 12.5 %, both gates, auto",
+    "SLA 64x64 marginal, selection given, auto",
+]
+SETTINGS = BenchSettings(device="cpu", length=600, quick=True, gate_grid=SMALL_GRID)
+
+
+class FakeTimer:
+    """Hands out times by the order in which functions first appear; every function runs once."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def _time(self, function) -> float:
+        if function not in self.seen:
+            function()
+            self.seen.append(function)
+        return 1.0 + self.seen.index(function)
+
+    def burst(self, function, calls):
+        return [self._time(function)] * calls
+
+    def sustained(self, function, calls):
+        return 2 * self._time(function)
+
+
+def by_name(*starts):
+    return [c for c in candidates_for("cpu") if c.name.startswith(starts)]
+
+
+def spoiled(candidate, spoil):
+    """The candidate with its output passed through `spoil`."""
+
+    def build(inputs):
+        problem = candidate.build(inputs)
+        return dataclasses.replace(problem, run=lambda *tensors: spoil(problem.run(*tensors)))
+
+    return dataclasses.replace(candidate, build=build)
+
+
+def test_end_to_end(tmp_path, capsys, monkeypatch):
+    """Through the module's own command line, in float32 and with real clocks."""
+    chosen = [c for c in candidates_for("cpu") if c.name in CHOSEN]
+    monkeypatch.setattr(report, "run_bench", lambda settings, **rest: run_bench(SETTINGS, candidates=chosen, **rest))
+    assert module_main.main(["--device", "cpu", "--length", "600", "--quick", "--output", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    assert results["schema"] == 1
+    assert set(results) == {"schema", "started", "settings", "machine", "shapes", "results"}
+    assert results["shapes"]["length 600"] == {
+        "batch": 1, "heads": 2, "length": 600, "head_dim": 64, "grid": [4, 10, 15]
+    }  # fmt: skip
+    assert results["machine"]["torch"] == torch.__version__
+    assert {"commit", "uncommitted_changes", "driver", "cuda", "triton", "foveal"} <= set(results["machine"])
+
+    entries = results["results"]
+    assert [entry["name"] for entry in entries] == CHOSEN
+    assert {entry["kind"] for entry in entries} == {"dense", "kernel", "method"}
+    for entry in entries:
+        assert (entry["status"], entry["reason"]) == ("ok", None)
+        assert set(entry["passes"]) == {"forward", "backward"}
+        for own in entry["passes"].values():
+            assert 0 < own["rested_ms"] < 1e4
+            assert len(own["rested_all_ms"]) == 9
+            assert own["executed_tflops"] > 0
+            assert set(own["ratios"]) == {"SDPA"}
+        if entry["ours"]:
+            for where in ("small", "heads"):
+                errors = entry["errors"][where]
+                assert {"output", "grad_query", "grad_key", "grad_value"} <= set(errors)
+                assert 0 < max(errors.values()) < 1e-4
+    printed = capsys.readouterr().out
+    assert "SLA 64x64 marginal, selection given" in printed
+    assert str(path) in printed
+    assert path.stem.endswith(results["started"][11:19].replace(":", ""))
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    from foveal.bench.plot import write_plot
+
+    chosen = [*by_name("SDPA"), *by_name("block-sparse 64x64"), *by_name("SLA 64x64")]
+    results = run_bench(SETTINGS, candidates=chosen, timer=FakeTimer())
+    write_plot(tmp_path / "figure.png", results)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["block-sparse 64x64 12.5 %", "SLA 64x64 marginal", "VSA 12.5 %"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda output: output * 1.001,
+        lambda output: output + 0.01 * (output - output.detach()),
+        lambda output: torch.where(torch.arange(output.shape[2])[:, None] == 5, float("nan"), output),
+    ],
+    ids=["output", "gradients alone", "NaN"],
+)
+def test_gate_catches_wrong_results(name, spoil):
+    right = by_name(name)[0]
+    timer = FakeTimer()
+    results = run_bench(SETTINGS, candidates=[*by_name("SDPA"), spoiled(right, spoil)], timer=timer)
+    dense, wrong = results["results"]
+    assert dense["status"] == "ok"
+    assert wrong["status"] == "failed"
+    assert "exceeds" in wrong["reason"] or "not finite" in wrong["reason"]
+    assert wrong["passes"] == {}
+    assert len(timer.seen) == 2, "only the dense passes were timed"
+
+
+def test_gate_at_the_timed_length_catches_one_wrong_block():
+    """Right at the small size, wrong in one block of the last head at the timed one."""
+    right = by_name("block-sparse 128x64 5 %")[0]
+    timed = shape_of_length(600).length
+
+    def spoil(output):
+        scale = torch.ones_like(output)
+        if output.shape[2] == timed:
+            scale[:, -1, -24:] = 1.01
+        return output * scale
+
+    (entry,) = run_bench(SETTINGS, candidates=[spoiled(right, spoil)], timer=FakeTimer())["results"]
+    assert entry["status"] == "failed"
+    assert "small" in entry["errors"]
+    assert "heads" not in entry["errors"]
+
+
+def test_gate_catches_a_wrong_selection():
+    right = by_name("SLA 64x64 marginal")[0]
+
+    def build(inputs):
+        problem = right.build(inputs)
+
+        def select(query, key):
+            return select_blocks(query.roll(64, 2), key, block_q=64, block_k=64, keep_ratio=0.05, drop_ratio=0.1)
+
+        return dataclasses.replace(problem, select=select)
+
+    wrong = dataclasses.replace(right, build=build)
+    (entry,) = run_bench(SETTINGS, candidates=[wrong], timer=FakeTimer())["results"]
+    assert entry["status"] == "failed"
+    assert "labels are not those of float64" in entry["reason"]
+
+
+def test_others_that_do_not_run_and_impls_that_refuse_are_skipped():
+    def build(inputs):
+        raise ImportError("no such package")
+
+    missing = Candidate("peer", "peer", "kernel", False, build, dense_flops)
+    refused = candidates_for("cpu", only="kernels", impls=("triton",))[1]
+    results = run_bench(SETTINGS, candidates=[missing, refused], timer=FakeTimer())
+    assert [entry["status"] for entry in results["results"]] == ["skipped", "skipped"]
+    first, second = (entry["reason"] for entry in results["results"])
+    assert first == "ImportError: no such package"
+    assert 'impl="triton" cannot run here' in second
+
+
+def test_a_failure_of_ours_is_no_skip(tmp_path, monkeypatch):
+    def build(inputs):
+        raise RuntimeError("kernel launch failed\nat some line")
+
+    broken = Candidate("broken", "ours", "kernel", True, build, dense_flops)
+    monkeypatch.setattr(report, "run_bench", lambda settings, **rest: run_bench(SETTINGS, candidates=[broken], **rest))
+    assert report.bench(SETTINGS, tmp_path) == 1
+    (path,) = tmp_path.glob("*.json")
+    (entry,) = json.loads(path.read_text())["results"]
+    assert (entry["status"], entry["reason"]) == ("failed", "RuntimeError: kernel launch failed")
+
+
+def test_ratios_from_known_times():
+    def entry(task, kind, milliseconds, flops):
+        own = figures([9.0, milliseconds, 0.5], 2 * milliseconds, flops, 8e12)
+        return {"task": task, "kind": kind, "passes": {"forward": own}}
+
+    dense, flash, ours = entries = [
+        entry("SDPA cuDNN", "dense", 4.0, 8e12),
+        entry("SDPA flash", "dense", 8.0, 8e12),
+        entry("block-sparse", "kernel", 1.0, 1e12),
+    ]
+    add_ratios(entries)
+    own = ours["passes"]["forward"]
+    assert own["rested_ms"] == 1.0
+    assert own["executed_tflops"] == pytest.approx(1e3)
+    assert own["dense_equivalent_tflops"] == pytest.approx(8e3)
+    assert own["ratios"]["SDPA cuDNN"] == pytest.approx(
+        {"speedup": 4.0, "sustained_speedup": 4.0, "share_of_rate": 0.5}
+    )
+    assert own["ratios"]["SDPA flash"]["speedup"] == pytest.approx(8.0)
+    assert dense["passes"]["forward"]["ratios"]["SDPA cuDNN"]["speedup"] == 1.0
+    assert flash["passes"]["forward"]["ratios"]["SDPA cuDNN"]["speedup"] == pytest.approx(0.5)
+
+
+def test_figures_of_a_run_follow_from_its_times():
+    chosen = [*by_name("SDPA"), *by_name("block-sparse 64x64 12.5 %")]
+    settings = dataclasses.replace(SETTINGS, quick=False)
+    dense, sparse = run_bench(settings, candidates=chosen, timer=FakeTimer())["results"]
+    # In turns: dense forward 1 ms, sparse forward 2, dense backward 3, sparse backward 4, both 5 and 6.
+    assert [dense["passes"][name]["rested_ms"] for name in ("forward", "backward", "both")] == [1, 3, 5]
+    assert [sparse["passes"][name]["rested_ms"] for name in ("forward", "backward", "both")] == [2, 4, 6]
+    # 600 tokens are 10 blocks, of which each row keeps one.
+    forward = 4 * 2 * 640 * 64 * 64
+    assert sparse["passes"]["forward"]["executed_tflops"] == pytest.approx(forward / 2e-3 * 1e-12)
+    assert sparse["passes"]["backward"]["executed_tflops"] == pytest.approx(2.5 * forward / 4e-3 * 1e-12)
+    assert sparse["passes"]["both"]["executed_tflops"] == pytest.approx(3.5 * forward / 6e-3 * 1e-12)
+    assert dense["passes"]["forward"]["executed_tflops"] == pytest.approx(4 * 2 * 600**2 * 64 / 1e-3 * 1e-12)
+    assert sparse["passes"]["both"]["ratios"]["SDPA"]["speedup"] == pytest.approx(5 / 6)
+    assert sparse["passes"]["both"]["sustained_ms"] == 12
+
+
+def test_candidates_take_turns():
+    calls = []
+    timer = CpuTimer()
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = measure(timer, functions, rounds=2, calls=1, seconds=0.0)
+    assert "".join(calls) == "aabbaabb" + "ab"
+    assert [len(rested) for rested, _ in times.values()] == [2, 2]
+
+
+class FakeEvent:
+    """Reads a clock that `tick` moves."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, other):
+        return other.at - self.at
+
+
+def test_cuda_timer_with_a_device_played_by_the_host(monkeypatch):
+    synchronised, calls = [], []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronised.append)
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 64)
+    monkeypatch.setattr(FakeEvent, "now", 0.0)
+
+    def work():
+        calls.append(len(calls))
+        FakeEvent.now += 10.0 if len(calls) == 1 else 2.5
+
+    timer = timing.CudaTimer(CPU, pause=0.0)
+    assert timer.burst(work, 3) == [2.5, 2.5, 2.5], "the first call does not count"
+    assert len(calls) == 4
+    assert timer.sustained(work, 5) == 2.5
+    assert len(calls) == 9
+    assert synchronised == [CPU] * 4
+
+
+def test_peak_memory_leaves_out_what_is_returned(monkeypatch):
+    allocated = iter((1000, 1000 + 4096 + 400 + 24))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(allocated))
+    both = torch.zeros(100)
+    assert timing.peak_memory(CPU, lambda: (both[:50], both[50:], torch.zeros(6))) == 4096
+
+
+def test_flops_cover_every_part():
+    for config in (*SLA_CONFIGS.values(), *VSA_CONFIGS.values(), SLAConfig(token_order="tile")):
+        cost = attention_cost(config, grid=SMALL_GRID, heads=2, head_dim=64)
+        assert {part.name for part in cost.parts} - {"gates"} <= set(BACKWARD)
+
+
+def test_candidates_of_a_gpu():
+    names = [candidate.name for candidate in candidates_for("cuda")]
+    assert names[:3] == ["SDPA cuDNN", "SDPA flash", "flash-attn-4"]
+    assert "block-sparse 64x64 5 %, triton" in names
+    assert "block-sparse 128x128 12.5 %, FlexAttention" in names
+    assert not any("FlexAttention" in candidate.name for candidate in candidates_for("cuda", quick=True))
+    assert len(set(names)) == len(names)
+    kinds = {candidate.kind for candidate in candidates_for("cuda", only="methods")}
+    assert kinds == {"dense", "method"}
+
+
+def test_flex_attention_gets_the_same_blocks():
+    """The last block is partial; without compiling, FlexAttention would not look at the lists."""
+    selection = Inputs(shape_of_length(600), device=CPU, dtype=torch.float32, seed=0).random_selection(128, 128, 0.4)
+    mask = flex_block_mask(selection)
+    assert torch.equal(mask.to_dense().bool(), selection.critical_mask())
+    assert mask.seq_lengths == (600, 600)
+    assert not mask.kv_num_blocks.any(), "no block needs a mask inside"
+    assert torch.equal(mask.full_q_num_blocks, selection.critical_mask().sum(2, dtype=torch.int32))
+
+
+def test_bfloat16_goes_through_the_gate():
+    """The dtype of the GPU, on the CPU's implementation, at both sizes."""
+    shape = shape_of_length(600)
+    for candidate in (*by_name("block-sparse 128x128 12.5 %"), by_name("SLA 128x64 all")[0], by_name("VSA 12.5 %")[0]):
+        problem = candidate.build(Inputs(shape, device=CPU, dtype=torch.bfloat16, seed=0))
+        for errors in (
+            Gate().check_whole(candidate, problem),
+            Gate().check_heads(candidate, problem, ((0, 0), (0, 1))),
+        ):
+            assert 1e-4 < errors["output"] < 1e-2
+
+
+def test_inputs_are_views_that_depend_on_the_seed_alone():
+    shape = SHAPES["480p"]
+    assert (shape.length, SHAPES["720p"].length) == (32760, 75600)
+    small = shape_of_length(97)
+    assert (small.grid.shape, small.length) == ((1, 1, 97), 97)
+    first, second, other = (Inputs(small, device=CPU, dtype=torch.float32, seed=seed) for seed in (3, 3, 4))
+    key = first.tensors("key")[0]
+    assert key.shape == (1, 2, 97, 64)
+    assert key.transpose(1, 2).is_contiguous()
+    (contiguous,) = first.tensors("key", contiguous=True)
+    assert contiguous.is_contiguous()
+    assert torch.equal(contiguous, key)
+    assert torch.equal(second.tensors("query", "key")[1], key)
+    assert not torch.equal(other.tensors("key")[0], key)
+    assert not torch.equal(first.tensors("value")[0], key)
+
+
+def test_json_is_written_aside_and_renamed(tmp_path):
+    path = tmp_path / "results" / "file.json"
+    report.write_json(path, {"value": 1})
+    assert json.loads(path.read_text()) == {"value": 1}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        report.write_json(path, {"value": float("nan")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        with pytest.raises(OSError, match="no space"):
+            report.write_json(path, {"value": 2})
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["file.json"]
+
+
+def test_file_name():
+    results = {"machine": {"device": "NVIDIA H100 80GB HBM3"}, "started": "2026-01-31T23:59:58+00:00"}
+    assert report.file_name(results) == "nvidia-h100-80gb-hbm3-2026-01-31-235958.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cpu"], "device 'cpu' needs a length"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--shapes", "8k"], "unknown shape '8k'"),
+        (["--only", "everything", "--device", "cpu"], "unknown only 'everything'"),
+        (["--impl", "cuda"], "unknown impl 'cuda'"),
+        (["--device", "cpu", "--length", "64", "--shapes", "480p"], "give shapes or length"),
+    ],
+)
+@pytest.mark.parametrize("main", ["cli", "module"])
+def test_mistakes_end_with_one_line_and_status_2(main, arguments, message, capsys):
+    if main == "cli":
+        pytest.importorskip("tyro")
+        status = cli.main(["bench", *arguments])
+    else:
+        status = module_main.main(arguments)
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_no_gpu_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    pytest.importorskip("tyro")
+    assert cli.main(["bench", "--quick"]) == 2
+    assert "the benchmark needs a CUDA device" in capsys.readouterr().err
+
+
+def test_runs_without_rich_matplotlib_and_tyro(tmp_path):
+    """As a module on a machine that has torch alone: a plain table, a word about the plot, and the figures."""
+    script = f"""
+import sys
+for name in ("rich", "matplotlib", "tyro"):
+    sys.modules[name] = None
+from foveal.bench import report
+from foveal.bench.candidates import candidates_for
+from foveal.bench.run import BenchSettings, run_bench
+from foveal.video_grid import VideoGrid
+chosen = [c for c in candidates_for("cpu") if c.name.startswith(("SDPA", "block-sparse 64x64 5 %"))]
+run = lambda settings, **rest: run_bench(settings, candidates=chosen, **rest)
+report.run_bench = run
+settings = BenchSettings(device="cpu", length=128, quick=True, gate_grid=VideoGrid(1, 8, 9))
+raise SystemExit(report.bench(settings, __import__("pathlib").Path({str(tmp_path)!r})))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "no plot: matplotlib is missing" in run.stdout
+    assert "block-sparse 64x64 5 %, torch  " in run.stdout
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_problem_of_every_candidate_is_laid_out_like_its_gradient():
+    inputs = Inputs(shape_of_length(120), device=CPU, dtype=torch.float32, seed=0)
+    for candidate in candidates_for("cpu"):
+        problem: Problem = candidate.build(inputs)
+        assert len(problem.names) == len(problem.tensors)
+        dims = [x.dim() for x in problem.tensors]
+        assert dims == sorted(dims, reverse=True), "tensors with heads come first"
+        with torch.no_grad():
+            assert problem.run(*problem.tensors).shape == problem.grad.shape
+
+
+def test_table_names_both_baselines_and_says_who_is_missing():
+    def entry(name, kind, times, **rest):
+        passes = {"forward": figures([times], times, 1e12, 1e12)} if times else {}
+        base = {"shape": "480p", "name": name, "task": name, "kind": kind, "memory": {}, "status": "ok", "reason": None}
+        return base | {"passes": passes} | rest
+
+    entries = [
+        entry("SDPA cuDNN", "dense", 4.0),
+        entry("SDPA flash", "dense", 8.0),
+        entry("SLA", "method", 0.5, memory={"forward": 2**20 * 7, "forward_backward": 0}),
+        entry("peer", "kernel", None, status="skipped", reason="not installed"),
+    ]
+    add_ratios(entries)
+    headings, rows, notes = report.table({"results": entries}, "480p")
+    assert [len(row) for row in rows] == [len(headings)] * 3
+    sla = dict(zip(headings, rows[2], strict=True))
+    assert (sla["vs SDPA cuDNN"], sla["vs SDPA flash"], sla["extra MiB"]) == ("8.00x", "16.00x", "7")
+    assert notes == ["SKIPPED peer: not installed"]
+    alone = report.table({"results": [entries[0]]}, "480p")
+    assert [heading for heading in alone[0] if heading.startswith("vs ")] == ["vs SDPA cuDNN"]
+    assert len(alone[0]) == len(alone[1][0])

@@ -1,0 +1,167 @@
+"""The Hopper kernels compile without a GPU: no spills, shared memory that fits, no serialised tensor-core products."""
+
+import importlib.metadata
+import itertools
+import re
+import subprocess
+
+import pytest
+import torch
+
+from foveal.block_sparse.gluon import launch
+from foveal.block_sparse.gluon.support import BLOCK_SIZES, HEAD_DIMS, copyable, missing_gluon, supports
+
+if missing_gluon() is not None:
+    pytest.skip(f"gluon: {missing_gluon()}", allow_module_level=True)
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from foveal.block_sparse.gluon import backward_kernels, forward_kernel, forward_wide_kernel
+
+SHARED_LIMIT = 227 * 1024  # bytes a program may have
+SHARED_TOTAL = 228 * 1024  # bytes of a multiprocessor, of which each program takes 1 KiB on top of its own
+REGISTERS = 65536
+QUICK = [(128, 64, 64, False, "bf16"), (128, 64, 64, True, "bf16"), (128, 128, 128, False, "bf16")]
+OTHERS = [
+    case
+    for case in itertools.product(HEAD_DIMS, BLOCK_SIZES, BLOCK_SIZES, (False, True), ("bf16", "fp16"))
+    if case not in QUICK
+]
+CASES = QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
+
+
+def test_other_releases_are_named(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.9.1")
+    assert "3.6" in missing_gluon.__wrapped__()
+    assert "3.9.1" in missing_gluon.__wrapped__()
+
+
+def test_supports_says_why_not():
+    x = torch.zeros(1, 2, 64, 128, dtype=torch.bfloat16)
+    assert "NVIDIA GPU" in supports(x, x, x, 64, 64)
+
+
+def test_which_strides_the_copy_engine_takes():
+    packed = torch.zeros(2, 100, 3, 4, 64, dtype=torch.bfloat16)
+    assert copyable(packed[:, :, 1].transpose(1, 2))
+    assert not copyable(packed.transpose(-1, -2)[:, :, 0])
+    assert not copyable(torch.zeros(2, 4, 100, 65, dtype=torch.bfloat16)[..., :64])
+    assert not copyable(torch.zeros(2 * 4 * 100 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 4, 100, 64))
+    assert not copyable(torch.zeros(1, dtype=torch.bfloat16).expand(2, 4, 100, 64))
+
+
+def tiles(rows, head_dim, dtype):
+    return f"tensordesc<{dtype}[1, 1, {rows}, {head_dim}],{gl.NVMMASharedLayout(128, 16, 4)!r}>"
+
+
+def compile_for_hopper(kernel, signature, plan):
+    constants = dict(plan["constants"])
+    types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    for name, type_ in types.items():
+        if type_ is None:
+            types[name], constants[name] = "constexpr", None
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, types, places)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=plan["options"])
+
+
+def assembled(compiled, folder):
+    """(registers a thread, bytes of spills, warnings about serialised products) from the assembler."""
+    ptx = folder / "kernel.ptx"
+    ptx.write_text(compiled.asm["ptx"])
+    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", ptx, "-o", folder / "kernel.cubin"]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.search(r"Used (\d+) registers", report).group(1))
+    spills = sum(int(size) for size in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
+    return registers, spills, re.findall(r"C75\d\d[^\n]*", report)
+
+
+def assert_fits(compiled, folder, programs, threads, spill_limit=0):
+    """No spills, no serialised products, and as many programs a multiprocessor as the plan counts on."""
+    registers, spills, warnings = assembled(compiled, folder)
+    assert spills <= spill_limit
+    assert warnings == []
+    assert compiled.metadata.shared <= SHARED_LIMIT
+    assert programs * (compiled.metadata.shared + 1024) <= SHARED_TOTAL
+    assert programs * threads * registers <= REGISTERS
+
+
+def compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map):
+    plan = launch.forward_plan(head_dim, block_q, block_k, has_sizes, feature_map)
+    tile = tiles(64, head_dim, dtype)
+    scalars = (
+        "heads", "num_blocks", "total", "query_length", "key_length", "width", "size_stride", "state_step",
+        "norm_pair_stride", "norm_block_stride",
+    )  # fmt: skip
+    signature = {
+        "query": tile, "key": tile, "value": tile, "output": tile, "lse_ptr": "*fp32", "critical_ptr": "*i32",
+        "count_ptr": "*i32", "size_ptr": "*i32" if has_sizes else None, "scale_log2": "fp32",
+        **dict.fromkeys(("state", "weight", "norm_ptr", "bias_ptr")), **dict.fromkeys(scalars, "i32"),
+    }  # fmt: skip
+    if feature_map is not None:
+        columns = plan["state_columns"]
+        signature["state"] = tiles(head_dim, columns, "bf16")
+        signature["weight"] = f"tensordesc<bf16[{head_dim}, {columns}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
+        signature["norm_ptr"] = signature["bias_ptr"] = "*fp32"
+    if plan["wide"]:
+        return compile_for_hopper(forward_wide_kernel.block_sparse_fwd_wide_kernel, signature, plan), 1, 384
+    return compile_for_hopper(forward_kernel.block_sparse_fwd_kernel, signature, plan), 3, 128
+
+
+@pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
+def test_forward(tmp_path, head_dim, block_q, block_k, has_sizes, dtype):
+    compiled, programs, threads = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, None)
+    assert_fits(compiled, tmp_path, programs, threads)
+
+
+@pytest.mark.parametrize(
+    "feature_map",
+    ["softmax", pytest.param("elu", marks=pytest.mark.slow), pytest.param("relu", marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
+def test_forward_with_the_linear_branch(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_map):
+    compiled, programs, threads = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map)
+    # The epilogue may put a few registers aside, once a program.
+    assert_fits(compiled, tmp_path, programs, threads, spill_limit=96)
+
+
+@pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
+def test_dq(tmp_path, head_dim, block_q, block_k, has_sizes, dtype):
+    plan = launch.dq_plan(head_dim, block_q, block_k, has_sizes)
+    query, key = tiles(64, head_dim, dtype), tiles(plan["tile_k"], head_dim, dtype)
+    scalars = ("query_length", "key_length", "width", "size_stride")
+    signature = {
+        "query": query, "key": key, "value": key, "grad": query, "grad_query": query, "statistics_ptr": "*fp32",
+        "critical_ptr": "*i32", "count_ptr": "*i32", "size_ptr": "*i32" if has_sizes else None, "scale": "fp32",
+        "scale_log2": "fp32", **dict.fromkeys(scalars, "i32"),
+    }  # fmt: skip
+    compiled = compile_for_hopper(backward_kernels.block_sparse_dq_kernel, signature, plan)
+    pair = plan["constants"]["CONSUMERS"] == 2
+    assert_fits(compiled, tmp_path, programs=1 if pair else 2, threads=384 if pair else 256)
+
+
+@pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
+def test_dkdv(tmp_path, head_dim, block_q, block_k, has_sizes, dtype):
+    plan = launch.dkdv_plan(head_dim, block_q, block_k, has_sizes)
+    tile = tiles(64, head_dim, dtype)
+    statistics = f"tensordesc<fp32[128],{gl.NVMMASharedLayout(0, 32, 1)!r}>"
+    signature = {
+        "query": tile, "key": tile, "value": tile, "grad": tile, "statistics": statistics, "grad_key": tile,
+        "grad_value": tile, "offset_ptr": "*i32", "count_ptr": "*i32", "row_ptr": "*i32",
+        "size_ptr": "*i32" if has_sizes else None, "scale": "fp32", "scale_log2": "fp32",
+        **dict.fromkeys(("query_length", "key_length", "size_stride"), "i32"),
+    }  # fmt: skip
+    compiled = compile_for_hopper(backward_kernels.block_sparse_dkdv_kernel, signature, plan)
+    assert_fits(compiled, tmp_path, programs=2, threads=128)
+
+
+def test_row_statistics(tmp_path):
+    pointers = dict.fromkeys(("lse_ptr", "delta_ptr", "statistics_ptr"), "*fp32")
+    signature = {**pointers, "query_length": "i32", "num_tiles": "i32"}
+    plan = {"constants": {}, "options": {"num_warps": 4}}
+    compiled = compile_for_hopper(backward_kernels.row_statistics_kernel, signature, plan)
+    assert_fits(compiled, tmp_path, programs=4, threads=128)

@@ -1,0 +1,235 @@
+"""The Hopper kernels on a Hopper GPU, against the reference in float64."""
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from foveal.block_sparse import gluon
+from foveal.block_sparse.reference import block_sparse_attention_reference
+from foveal.types import BlockSelection
+
+pytestmark = pytest.mark.gpu
+
+BLOCKS = [(64, 64), (128, 64), (64, 128), (128, 128)]
+LENGTHS = [(1, 1), (63, 65), (64, 128), (65, 64), (200, 321), (513, 130), (130, 1027)]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """What a kernel forgets to write shows as NaN."""
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+
+        @functools.wraps(make)
+        def poisoned(*args, make=make, **kwargs):
+            made = make(*args, **kwargs)
+            return made.fill_(math.nan) if made.is_floating_point() else made.fill_(2**30)
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+def skip_unless_supported(query, key, value, block_q, block_k):
+    reason = gluon.supports(query, key, value, block_q, block_k)
+    if reason is not None:
+        pytest.skip(f"gluon: {reason}")
+
+
+def columns_of(selection):
+    """The lists of query blocks by key block: offsets, counts, rows."""
+    mask = selection.critical_mask().transpose(-1, -2)
+    counts = mask.sum(-1, dtype=torch.int32).flatten()
+    rows = mask.nonzero()[:, -1].to(torch.int32)
+    return counts.cumsum(0, dtype=torch.int32) - counts, counts, torch.cat([rows, rows.new_zeros(1)])
+
+
+def random_case(
+    dtype, head_dim, block_q, block_k, lengths, *, with_sizes=False, keep=0.4, batch=2, heads=2, spread=1.0, seed=0
+):
+    """(query, key, value, grad, selection): strided tensors, rows of different counts, some of them empty."""
+    torch.manual_seed(seed)
+    query_length, key_length = lengths
+    query, grad = (
+        torch.randn(batch, query_length, heads, head_dim, device="cuda").to(dtype).transpose(1, 2) for _ in range(2)
+    )
+    key, value = torch.randn(2, batch, key_length, heads, head_dim, device="cuda").to(dtype).transpose(2, 3)
+    blocks = -(-query_length // block_q), -(-key_length // block_k)
+    labels = (torch.rand(batch, heads, *blocks, device="cuda") < keep).to(torch.int8)
+    labels[:, :, -1, -1] = 1
+    sizes = None
+    if with_sizes:
+        full = torch.full((blocks[1],), block_k, device="cuda")
+        full[-1] = key_length - (blocks[1] - 1) * block_k
+        sizes = (torch.rand(batch, blocks[1], device="cuda") * (full + 1)).floor().to(torch.int32)
+        sizes[:, ::2] = full[::2].to(torch.int32)
+    selection = BlockSelection.from_labels(
+        labels, block_q=block_q, block_k=block_k, query_length=query_length, key_length=key_length,
+        key_block_sizes=sizes,
+    )  # fmt: skip
+    skip_unless_supported(query, key, value, block_q, block_k)
+    return query * spread, key, value, grad, selection
+
+
+def run(query, key, value, grad, selection):
+    """(output, lse, dq, dk, dv) of the kernels."""
+    scale = query.shape[-1] ** -0.5
+    lists = selection.critical, selection.critical_count
+    rest = selection.key_block_sizes, selection.block_q, selection.block_k, scale
+    output, lse = gluon.forward(query, key, value, *lists, *rest)
+    delta = (grad.float() * output.float()).sum(-1)
+    grads = gluon.backward(grad, query, key, value, delta, lse, *lists, columns_of(selection), *rest)
+    return output, lse, *grads
+
+
+def expected(query, key, value, grad, selection, dtype):
+    """(output, lse, dq, dk, dv) of the reference in `dtype`."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+    output, lse = block_sparse_attention_reference(*leaves, selection, query.shape[-1] ** -0.5)
+    return output.detach(), lse.detach(), *torch.autograd.grad(output, leaves, grad.to(dtype))
+
+
+def assert_close(case):
+    """Every result within twice the error of plain PyTorch in the same dtype, both against float64."""
+    dtype = case[0].dtype
+    query, key, value, grad, selection = case
+    padding = ~selection.key_valid()[:, None, :, None]
+    clean = query, key.masked_fill(padding, 0), value.masked_fill(padding, 0), grad, selection
+    got = run(query, key.masked_fill(padding, math.nan), value.masked_fill(padding, math.nan), grad, selection)
+    plain, exact = expected(*clean, dtype), expected(*clean, torch.float64)
+    empty = exact[1] == -math.inf
+    assert torch.equal(got[1] == -math.inf, empty)
+    assert torch.all(got[0][empty] == 0)
+    assert torch.allclose(got[1][~empty].double(), exact[1][~empty], atol=2e-3, rtol=1e-3)
+    for name, ours, theirs, truth in zip(("output", "lse", "dq", "dk", "dv"), got, plain, exact, strict=True):
+        if name == "lse":
+            continue
+        assert ours.shape == truth.shape
+        assert torch.isfinite(ours).all(), name
+        norm = truth.norm().clamp(min=1e-2 * math.sqrt(truth.numel()))
+        error, allowed = (ours.double() - truth).norm() / norm, (theirs.double() - truth).norm() / norm
+        assert error <= 2 * allowed + 1e-4, f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}"
+
+
+@pytest.mark.parametrize("with_sizes", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("block_q", "block_k"), BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matches_the_reference(dtype, head_dim, block_q, block_k, with_sizes):
+    for seed, lengths in enumerate(LENGTHS):
+        assert_close(random_case(dtype, head_dim, block_q, block_k, lengths, with_sizes=with_sizes, seed=seed))
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), BLOCKS)
+def test_large_logits_and_every_block_kept(block_q, block_k):
+    assert_close(random_case(torch.bfloat16, 128, block_q, block_k, (300, 450), spread=30.0))
+    assert_close(random_case(torch.bfloat16, 128, block_q, block_k, (300, 450), keep=1.0))
+    assert_close(random_case(torch.bfloat16, 128, block_q, block_k, (2000, 1500), keep=0.1, batch=1))
+
+
+class LinearTerm(NamedTuple):
+    """What the launcher takes for the linear branch; see block_sparse/triton/forward.py."""
+
+    state: torch.Tensor
+    norm: torch.Tensor
+    feature_map: str
+    proj_weight: torch.Tensor
+    proj_bias: torch.Tensor
+
+
+def random_linear_term(query, selection, feature_map, shared):
+    torch.manual_seed(1)
+    batch, heads, _, head_dim = query.shape
+    rows = 1 if shared else selection.num_query_blocks + 3
+    state = torch.randn(batch * heads, rows, head_dim, head_dim, device="cuda").to(torch.bfloat16)
+    norm = torch.rand(batch * heads, rows, head_dim, device="cuda") * 10
+    if shared:
+        state, norm = (x.expand(-1, selection.num_query_blocks, *x.shape[2:]) for x in (state, norm))
+    weight = (torch.randn(head_dim, head_dim, device="cuda") * head_dim**-0.5).to(torch.bfloat16)
+    return LinearTerm(state, norm, feature_map, weight, torch.randn(head_dim, device="cuda"))
+
+
+def expected_linear_branch(query, selection, term, dtype):
+    """The linear branch in float64, or as plain PyTorch has it in bfloat16."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    narrow = torch.float64 if dtype == torch.float64 else torch.bfloat16
+    x = query.to(wide)
+    phi = {"softmax": lambda: x.softmax(-1), "elu": lambda: F.elu(x) + 1, "relu": lambda: F.relu(x)}[term.feature_map]()
+    block = torch.arange(query.shape[2], device=query.device) // selection.block_q
+    norm = (phi * term.norm.unflatten(0, query.shape[:2])[:, :, block].to(wide)).sum(-1, keepdim=True) + 1e-5
+    state = term.state.unflatten(0, query.shape[:2]).to(narrow)
+    linear = torch.stack(
+        [((phi / norm).to(narrow)[:, :, i, None] @ state[:, :, b]).squeeze(2) for i, b in enumerate(block.tolist())], 2
+    )
+    return (linear @ term.proj_weight.to(narrow).T).to(wide) + term.proj_bias.to(wide)
+
+
+@pytest.mark.parametrize("with_sizes", [False, True])
+@pytest.mark.parametrize(("feature_map", "head_dim"), [("softmax", 128), ("elu", 128), ("relu", 128), ("softmax", 64)])
+@pytest.mark.parametrize(("block_q", "block_k"), BLOCKS)
+def test_linear_branch(block_q, block_k, feature_map, head_dim, with_sizes):
+    cases = itertools.product((torch.bfloat16, torch.float16), (False, True), ((200, 321), (513, 130)))
+    for dtype, shared, lengths in cases:
+        query, key, value, _, selection = random_case(dtype, head_dim, block_q, block_k, lengths, with_sizes=with_sizes)
+        term = random_linear_term(query, selection, feature_map, shared)
+        scale = head_dim**-0.5
+        rest = selection.key_block_sizes, block_q, block_k, scale
+        lists = selection.critical, selection.critical_count
+        got, lse = gluon.forward(query, key, value, *lists, *rest, linear=term)
+        sparse_alone, lse_alone = gluon.forward(query, key, value, *lists, *rest)
+        assert torch.equal(lse, lse_alone)
+        sparse = block_sparse_attention_reference(*(x.double() for x in (query, key, value)), selection, scale)[0]
+        exact = sparse + expected_linear_branch(query, selection, term, torch.float64)
+        plain = (sparse_alone.float() + expected_linear_branch(query, selection, term, dtype)).to(dtype)
+        error, allowed = ((x.double() - exact).norm() / exact.norm() for x in (got, plain))
+        assert error <= 2 * allowed, f"{error:.2e}, plain PyTorch {allowed:.2e}"
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), BLOCKS)
+def test_same_bits_each_time(block_q, block_k):
+    case = random_case(torch.bfloat16, 128, block_q, block_k, (1500, 2100), keep=0.3, batch=1, heads=3)
+    first = run(*case)
+    for _ in range(20):
+        for one, other in zip(first, run(*case), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_lengths_and_counts_do_not_recompile(block_q):
+    from foveal.block_sparse.gluon import backward_kernels, forward_kernel, forward_wide_kernel
+
+    kernels = (
+        forward_kernel.block_sparse_fwd_kernel,
+        forward_wide_kernel.block_sparse_fwd_wide_kernel,
+        backward_kernels.block_sparse_dq_kernel,
+        backward_kernels.block_sparse_dkdv_kernel,
+        backward_kernels.row_statistics_kernel,
+    )
+
+    def compiled():
+        return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
+
+    lengths = [(64, 64), (1, 16), (100, 1000), (1024, 1024), (513, 640), (640, 77)]
+    run(*random_case(torch.bfloat16, 128, block_q, 64, lengths[0]))
+    before = compiled()
+    for (query_length, key_length), batch in itertools.product(lengths, (1, 3)):
+        run(*random_case(torch.bfloat16, 128, block_q, 64, (query_length, key_length), batch=batch))
+    assert compiled() == before
+
+
+def test_no_wait_for_the_device():
+    case = random_case(torch.bfloat16, 128, 64, 64, (200, 300))
+    run(*case)
+    query, key, value, grad, selection = case
+    lists, columns = (selection.critical, selection.critical_count), columns_of(selection)
+    delta = torch.zeros(query.shape[:3], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output, lse = gluon.forward(query, key, value, *lists, None, 64, 64, 0.1)
+        gluon.backward(grad, query, key, value, delta, lse, *lists, columns, None, 64, 64, 0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert output.stride() == query.stride()
