@@ -7,6 +7,7 @@ W the width of the longest list of critical blocks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IMPLS = ("auto", "reference", "torch", "triton")
+IMPLS = ("auto", "reference", "torch", "triton", "gluon")
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 LINEAR_SCOPES = ("marginal", "noncritical", "all", "none")
 TOKEN_ORDERS = ("raster", "tile")
@@ -23,6 +24,22 @@ TOKEN_ORDERS = ("raster", "tile")
 def count(ratio: float, total: int) -> int:
     """How many of `total` blocks `ratio` stands for: floor(ratio * total), safe against 0.29 * 100 = 28.999..."""
     return math.floor(ratio * total + 1e-6)
+
+
+def cached_constant(function):
+    """Compute once per arguments; `torch.compile` takes the result as it is, where it would trace through a cache.
+
+    Never in inference mode: whoever trains after a first call there would meet tensors that autograd refuses.
+    """
+    cached = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(function))
+
+    @functools.wraps(function)
+    def call(*arguments):
+        return cached(*arguments)
+
+    # All that torch.compiler.assume_constant_result does, which would import torch._dynamo, and Triton with it.
+    call._dynamo_marked_constant = True
+    return call
 
 
 def check_choice(name: str, value: Any, valid: tuple[str, ...]) -> None:

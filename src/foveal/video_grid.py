@@ -7,7 +7,6 @@ and *slotted* (each cube at the front of a slot of equal size, the rest of the s
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveal.types import check_positive_int, check_triple
+from foveal.types import cached_constant, check_positive_int, check_triple
 
 
 @dataclass(frozen=True)
@@ -94,23 +93,7 @@ class VideoGrid:
         return _cube_sizes(self.shape, tile, torch.device(device))
 
 
-def _cached_constant(function):
-    """Compute once per arguments; `torch.compile` takes the result as it is, where it would trace through a cache.
-
-    Never in inference mode: whoever trains after a first call there would meet tensors that autograd refuses.
-    """
-    cached = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(function))
-
-    @functools.wraps(function)
-    def call(*arguments):
-        return cached(*arguments)
-
-    # All that torch.compiler.assume_constant_result does, which would import torch._dynamo, and Triton with it.
-    call._dynamo_marked_constant = True
-    return call
-
-
-@_cached_constant
+@cached_constant
 def _auto_tile(shape: tuple[int, int, int], max_tokens: int) -> tuple[int, int, int]:
     check_positive_int("max_tokens", max_tokens)
     best = None
@@ -128,7 +111,7 @@ def _auto_tile(shape: tuple[int, int, int], max_tokens: int) -> tuple[int, int, 
     return best[1]
 
 
-@_cached_constant
+@cached_constant
 def tile_indices(
     shape: tuple[int, int, int], tile: tuple[int, int, int], slot: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -157,7 +140,7 @@ def tile_indices(
     return to_tile.to(device), to_raster.to(device)
 
 
-@_cached_constant
+@cached_constant
 def _cube_sizes(shape: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device) -> Tensor:
     check_triple("tile", tile)
     edges = [

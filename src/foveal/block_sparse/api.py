@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -32,8 +33,8 @@ def block_sparse_attention(
         selection: from `select_blocks` or `BlockSelection.from_labels`, for the same B, H, Lq and Lk.
         scale: softmax scale; None for 1 / sqrt(D).
         impl: "reference" (dense mask, the oracle), "torch" (gathers the kept blocks; any device), "triton" (GPU,
-            bfloat16 and float16, D and blocks of 64 and 128) or "auto": "triton" where it can, else "torch". A named
-            implementation never falls back.
+            bfloat16 and float16, D and blocks of 64 and 128), "gluon" (the same on Hopper) or "auto": the last of
+            these that can take the inputs. A named implementation never falls back.
         return_lse: also return the log-sum-exp of each row's scores.
 
     Returns:
@@ -47,32 +48,43 @@ def block_sparse_attention(
     validate_qkv(query, key, value)
     validate_selection(selection, query, key)
     scale = check_scale(scale, query.shape[-1])
-    match resolve_impl(impl, query, selection.block_q, selection.block_k):
+    match resolve_impl(impl, query, key, value, selection.block_q, selection.block_k):
         case "reference":
             from foveal.block_sparse.reference import block_sparse_attention_reference as run
         case "torch":
             from foveal.block_sparse.torch import block_sparse_attention_torch as run
-        case "triton":
-            from foveal.block_sparse.triton.ops import block_sparse_attention_triton as run
+        case "triton" | "gluon" as backend:
+            from foveal.block_sparse.triton.ops import block_sparse_attention_gpu
+
+            run = functools.partial(block_sparse_attention_gpu, hopper=backend == "gluon")
     output, lse = run(query, key, value, selection, scale)
     return (output, lse) if return_lse else output
 
 
-def resolve_impl(impl: str, query: Tensor, block_q: int, block_k: int) -> str:
-    """The implementation that `impl` stands for, for tensors like `query` and these block sizes.
+def resolve_impl(impl: str, query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> str:
+    """The implementation that `impl` stands for, for tensors like these and these block sizes.
+
+    "auto" prefers "gluon" to "triton" wherever it can run: it was faster forward and backward at every shape measured
+    (docs/performance.md).
 
     Raises:
         ValueError: for an unknown name, and for a named implementation that cannot take these inputs.
     """
     check_choice("impl", impl, IMPLS)
-    if impl not in ("auto", "triton"):
+    if impl in ("reference", "torch"):
         return impl
-    reason = _why_no_triton(query, block_q, block_k)
-    if reason is None:
-        return "triton"
-    if impl == "triton":
-        raise ValueError(f'impl="triton" cannot run here: {reason}; impl="auto" takes what fits')
-    return "torch"
+    from foveal.block_sparse.gluon.support import supports
+
+    reasons = {
+        "gluon": lambda: supports(query, key, value, block_q, block_k),
+        "triton": lambda: _why_no_triton(query, block_q, block_k),
+    }
+    if impl == "auto":
+        return next((name for name, reason in reasons.items() if reason() is None), "torch")
+    reason = reasons[impl]()
+    if reason is not None:
+        raise ValueError(f'impl="{impl}" cannot run here: {reason}; impl="auto" takes what fits')
+    return impl
 
 
 def _why_no_triton(query: Tensor, block_q: int, block_k: int) -> str | None:

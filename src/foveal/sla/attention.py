@@ -40,7 +40,7 @@ def sla_attention(
         feature_weight: [D, D], for feature_map "hedgehog" alone.
         grid: the video's shape in tokens, needed for token_order "tile" (and then Lq == Lk).
         scale: softmax scale; None for 1 / sqrt(D).
-        impl: "auto", "reference", "torch" or "triton"; see `block_sparse_attention`.
+        impl: "auto", "reference", "torch", "triton" or "gluon"; see `block_sparse_attention`.
 
     Returns:
         [B, H, Lq, D] in the dtype and token order of `query`. Gradients are exact for a fixed selection.
@@ -52,7 +52,7 @@ def sla_attention(
         raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
     validate_qkv(query, key, value)
     _validate_weights(query, config, proj_weight, proj_bias, feature_weight)
-    impl = resolve_impl(impl, query, config.block_q, config.block_k)
+    impl = resolve_impl(impl, query, key, value, config.block_q, config.block_k)
     scale = check_scale(scale, query.shape[-1])
 
     if grid is not None and not isinstance(grid, VideoGrid):
@@ -100,10 +100,12 @@ def sla_attention(
             proj_bias_D=proj_bias,
             feature_weight_DD=feature_weight,
         )
-    elif impl == "triton" and config.linear_scope != "none" and config.feature_map != "hedgehog":
-        from foveal.sla.triton import sla_attention_triton
+    elif impl in ("triton", "gluon") and config.linear_scope != "none" and config.feature_map != "hedgehog":
+        from foveal.sla.triton import sla_attention_gpu
 
-        output = sla_attention_triton(query, key, value, config, selection, scale, proj_weight, proj_bias)
+        output = sla_attention_gpu(
+            query, key, value, config, selection, scale, proj_weight, proj_bias, hopper=impl == "gluon"
+        )
     else:
         output = block_sparse_attention(query, key, value, selection, scale=scale, impl=impl)
         if config.linear_scope != "none":
@@ -158,11 +160,21 @@ def _validate_weights(query, config, proj_weight, proj_bias, feature_weight) -> 
         )
 
 
-class Float32Linear(nn.Linear):
-    """A linear layer whose parameters stay in float32 when the model around it is cast to half precision.
+class Projection(nn.Module):
+    """W and b of the linear branch, zero at the start; call it for both.
 
-    The projection starts at zero and takes small steps, which bfloat16 would round away.
+    They stay in float32 when the model around them is cast to lower precision: they take small steps from zero, which
+    bfloat16 would round away. They are read by a call, so that offloading, which fetches a module's parameters
+    when the module is called, fetches these.
     """
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(head_dim, head_dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(head_dim, dtype=torch.float32))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
 
     def _apply(self, fn, recurse=True):
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -172,6 +184,9 @@ class Float32Linear(nn.Linear):
             return moved
 
         return super()._apply(keep_float32, recurse)
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.bias.numel()}"
 
 
 class SparseLinearAttention(nn.Module):
@@ -183,9 +198,9 @@ class SparseLinearAttention(nn.Module):
         impl: see `block_sparse_attention`.
 
     Attributes:
-        proj: Linear(D, D), shared by the heads, float32, zero at the start, so that the module first equals
-            block-sparse attention; None without a projection or linear branch. That its weight starts at zero is no
-            bug: its gradient does not, and the linear branch grows in.
+        proj: weight [D, D] and bias [D], shared by the heads, float32, zero at the start, so that the module first
+            equals block-sparse attention; None without a projection or linear branch. That its weight starts at zero
+            is no bug: its gradient does not, and the linear branch grows in.
         feature_weight: [D, D], the identity at the start, for feature_map "hedgehog"; else None.
     """
 
@@ -197,12 +212,9 @@ class SparseLinearAttention(nn.Module):
         check_choice("impl", impl, IMPLS)
         self.head_dim, self.config, self.impl = head_dim, config, impl
         linear = config.linear_scope != "none"
-        self.proj = Float32Linear(head_dim, head_dim, dtype=torch.float32) if linear and config.projection else None
+        self.proj = Projection(head_dim) if linear and config.projection else None
         hedgehog = linear and config.feature_map == "hedgehog"
         self.feature_weight = nn.Parameter(torch.eye(head_dim)) if hedgehog else None
-        if self.proj is not None:
-            nn.init.zeros_(self.proj.weight)
-            nn.init.zeros_(self.proj.bias)
 
     def forward(
         self,
@@ -216,14 +228,15 @@ class SparseLinearAttention(nn.Module):
         """[B, H, Lq, D], [B, H, Lk, D] twice to [B, H, Lq, D]; see `sla_attention`."""
         if query.shape[-1] != self.head_dim:
             raise ValueError(f"query must have head_dim {self.head_dim}, got {query.shape[-1]}")
+        weight, bias = (None, None) if self.proj is None else self.proj()
         return sla_attention(
             query,
             key,
             value,
             config=self.config,
             selection=selection,
-            proj_weight=None if self.proj is None else self.proj.weight,
-            proj_bias=None if self.proj is None else self.proj.bias,
+            proj_weight=weight,
+            proj_bias=bias,
             feature_weight=self.feature_weight,
             grid=grid,
             impl=self.impl,

@@ -1,4 +1,4 @@
-"""SLA in Triton: the linear branch rides in the epilogue of the block-sparse forward, and shares its backward's passes.
+"""SLA on GPUs: the linear branch rides in the epilogue of the block-sparse forward, and shares its backward's passes.
 
 The marginal sum is one batched GEMM of the block mask with the key states, recomputed in the backward rather than
 saved. States are made for a few heads at a time, so that the extra memory stays at about one head-sized state per query
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveal.block_sparse import gluon
 from foveal.block_sparse.triton.backward import backward
 from foveal.block_sparse.triton.forward import LinearTerm, forward
 from foveal.block_sparse.triton.linear import (
@@ -26,13 +27,15 @@ from foveal.block_sparse.triton.lists import column_lists, noncritical_mask, pad
 from foveal.block_sparse.triton.tiles import TILE
 from foveal.types import BlockSelection, SLAConfig
 
-# States of this many bytes are in flight at a time, beside those of the query blocks.
-STATE_BYTES = 2**25
+# States are made for so many heads at a time that those in flight stay within these bytes: in the forward H and the key
+# states, in the backward the key states (and as much again). Fewer, larger chunks mean fewer launches.
+FORWARD_BYTES = 224 * 2**20
+BACKWARD_BYTES = 64 * 2**20
 # Programs that share the sum over all keys of one head, for linear_scope "all".
 PARTS = 16
 
 
-def sla_attention_triton(
+def sla_attention_gpu(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -41,9 +44,14 @@ def sla_attention_triton(
     scale: float,
     proj_weight: Tensor | None,
     proj_bias: Tensor | None,
+    *,
+    hopper: bool,
 ) -> Tensor:
-    """O = O^s + O^l W^T + b, [B, H, Lq, D], differentiable; for the feature maps "softmax", "elu" and "relu"."""
-    output, _ = _forward_op(
+    """O = O^s + O^l W^T + b, [B, H, Lq, D], differentiable; for the feature maps "softmax", "elu" and "relu".
+
+    `hopper` takes the Gluon kernels for the sparse part and its epilogue; the rest is Triton's on every GPU.
+    """
+    output, _, _ = _forward_op(
         query,
         key,
         value,
@@ -57,6 +65,7 @@ def sla_attention_triton(
         selection.block_k,
         scale,
         config.feature_map,
+        hopper,
         config.linear_scope == "all",
     )
     return output
@@ -86,44 +95,40 @@ class _Linear:
         query_blocks = -(-query.shape[2] // block_q)
         self.rows, self.columns = (query_blocks, 1) if mask is None else mask.shape[1:]
 
-    def chunks(self) -> Iterator[range]:
-        """Pairs of batch and head, few enough for their states to stay within STATE_BYTES."""
-        step = max(1, STATE_BYTES // (self.columns * self.head_dim**2 * 2))
+    def chunks(self, state_bytes: int) -> Iterator[range]:
+        """Pairs of batch and head, few enough for their key states to stay within `state_bytes`."""
+        step = max(1, state_bytes // (self.columns * self.head_dim**2 * 2))
         for start in range(0, self.pairs, step):
             yield range(start, min(start + step, self.pairs))
 
-    def new_states(self, pairs: int, blocks: int) -> tuple[Tensor, Tensor]:
-        shape = (pairs, blocks, self.head_dim)
-        state = torch.empty((*shape, self.head_dim), dtype=torch.bfloat16, device=self.key.device)
-        return state, torch.empty(shape, dtype=torch.float32, device=self.key.device)
+    def new_states(self, pairs: int, blocks: int) -> Tensor:
+        shape = (pairs, blocks, self.head_dim, self.head_dim)
+        return torch.empty(shape, dtype=torch.bfloat16, device=self.key.device)
 
-    def _key_states(self, pairs: range, tiles: int, parts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return key_states(
-            self.key, self.value, self.sizes, self.block_k, self.feature_map, pairs, tiles, parts, dtype
-        )
+    def new_norms(self, blocks: int) -> Tensor:
+        return torch.empty((self.pairs, blocks, self.head_dim), dtype=torch.float32, device=self.key.device)
 
-    def sum_states(self, pairs: range, state: Tensor, norm: Tensor) -> None:
-        """Writes H and Z of these pairs; with one state for all rows where there is no mask."""
+    def sum_states(self, pairs: range, state: Tensor) -> Tensor:
+        """Writes H of these pairs and returns their z; with one H for all rows where there is no mask."""
+        key, value, sizes = self.key, self.value, self.sizes
         if self.mask is None:
             tiles = -(-self.key_tiles // PARTS)
-            h, z = self._key_states(pairs, tiles, -(-self.key_tiles // tiles), torch.float32)
+            parts = -(-self.key_tiles // tiles)
+            h, z = key_states(key, value, sizes, self.block_k, self.feature_map, pairs, tiles, parts, torch.float32)
             state.copy_(h.sum(1, keepdim=True))
-            norm.copy_(z.sum(1, keepdim=True))
-            return
-        mask = self.mask[pairs.start : pairs.stop]
-        h, z = self._key_states(pairs, self.block_k // TILE, self.columns, torch.bfloat16)
-        torch.bmm(mask, h.flatten(2), out=state.flatten(2))
-        masked_sum(mask, z, norm)
+            return z.sum(1, keepdim=True)
+        tiles = self.block_k // TILE
+        h, z = key_states(key, value, sizes, self.block_k, self.feature_map, pairs, tiles, self.columns, torch.bfloat16)
+        torch.bmm(self.mask[pairs.start : pairs.stop], h.flatten(2), out=state.flatten(2))
+        return z
 
-    def sum_gradients(self, pairs: range, grad_state, grad_norm, state: Tensor, norm: Tensor) -> None:
-        """Writes G and z of these pairs, the gradients of the key states, from dH and dZ."""
+    def sum_gradients(self, pairs: range, grad_state: Tensor, state: Tensor) -> None:
+        """Writes G of these pairs, the gradient of the key states, from dH."""
         if self.mask is None:
             state.copy_(grad_state.sum(1, keepdim=True, dtype=torch.float32))
-            norm.copy_(grad_norm.sum(1, keepdim=True))
             return
         mask = self.mask[pairs.start : pairs.stop].transpose(1, 2)
         torch.bmm(mask, grad_state.flatten(2), out=state.flatten(2))
-        masked_sum(mask, grad_norm, norm)
 
     def term(self, state: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> LinearTerm:
         if self.mask is None:
@@ -156,21 +161,32 @@ def _forward_op(
     block_k: int,
     scale: float,
     feature_map: str,
+    hopper: bool,
     all_keys: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     critical, counts = critical.contiguous(), counts.contiguous()
     mask = _mask_operand(critical, counts, marginal, -(-key.shape[2] // block_k), all_keys)
     linear = _Linear(query, key, value, sizes, mask, block_q, block_k, feature_map)
-    state, norm = linear.new_states(linear.pairs, 1 if mask is None else linear.rows)
-    for pairs in linear.chunks():
-        linear.sum_states(pairs, state[pairs.start : pairs.stop], norm[pairs.start : pairs.stop])
+    state = linear.new_states(linear.pairs, 1 if mask is None else linear.rows)
+    norm = torch.cat(
+        [
+            linear.sum_states(pairs, state[pairs.start : pairs.stop])
+            for pairs in linear.chunks(max(FORWARD_BYTES - state.nbytes, FORWARD_BYTES // 7))
+        ]
+    )
+    if mask is not None:
+        norm = masked_sum(mask, norm)
     term = linear.term(state, norm, *_projection(proj_weight, proj_bias, query))
-    return forward(query, key, value, critical, counts, sizes, block_q, block_k, scale, term)
+    run = gluon.forward if hopper else forward
+    return *run(query, key, value, critical, counts, sizes, block_q, block_k, scale, term), norm
 
 
 @_forward_op.register_fake
-def _(query, key, value, critical, counts, marginal, sizes, proj_weight, proj_bias, *options):
-    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+def _(query, key, value, critical, counts, marginal, sizes, proj_weight, proj_bias, block_q, *options):
+    batch, heads, length, head_dim = query.shape
+    rows = 1 if options[-1] else padded_blocks(-(-length // block_q))
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return torch.empty_like(query), lse, lse.new_empty((batch * heads, rows, head_dim))
 
 
 @torch.library.custom_op("foveal::sla_triton_bwd", mutates_args=())
@@ -181,6 +197,7 @@ def _backward_op(
     value: Tensor,
     output: Tensor,
     lse: Tensor,
+    norm: Tensor,
     critical: Tensor,
     counts: Tensor,
     marginal: Tensor | None,
@@ -191,6 +208,7 @@ def _backward_op(
     block_k: int,
     scale: float,
     feature_map: str,
+    hopper: bool,
     all_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -200,25 +218,42 @@ def _backward_op(
     linear = _Linear(query, key, value, sizes, mask, block_q, block_k, feature_map)
     weight, bias = _projection(proj_weight, proj_bias, query)
     grad_query, delta = torch.empty_like(query), torch.empty_like(lse)
-    grad_weight, grad_bias = torch.zeros_like(weight, dtype=torch.float32), torch.zeros_like(bias)
-    key_state, key_norm = linear.new_states(linear.pairs, linear.columns)
-    for pairs in linear.chunks():
-        state, norm = linear.new_states(len(pairs), 1 if mask is None else linear.rows)
-        linear.sum_states(pairs, state, norm)
-        term = linear.term(state, norm, weight, bias)
-        grad_state, grad_norm, normalised = query_gradients(
-            query, output, grad, *term, block_q, linear.rows, pairs, grad_query, delta
-        )
+    normalised = torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+    grad_norm, key_state = linear.new_norms(linear.rows), linear.new_states(linear.pairs, linear.columns)
+    for pairs in linear.chunks(BACKWARD_BYTES):
         chunk = slice(pairs.start, pairs.stop)
-        linear.sum_gradients(pairs, grad_state, grad_norm, key_state[chunk], key_norm[chunk])
-        if proj_weight is not None:
-            parts = projection_gradients(grad, normalised, pairs)
-            grad_weight += parts[0]
-            grad_bias += parts[1]
+        state = linear.new_states(len(pairs), 1 if mask is None else linear.rows)
+        linear.sum_states(pairs, state)
+        grad_state = query_gradients(
+            query,
+            output,
+            grad,
+            linear.term(state, norm[chunk], weight, bias),
+            block_q,
+            pairs,
+            grad_query,
+            delta,
+            normalised,
+            grad_norm,
+        )
+        linear.sum_gradients(pairs, grad_state, key_state[chunk])
+    del state, grad_state
+    if mask is None:
+        key_norm = grad_norm.sum(1, keepdim=True)
+    else:
+        key_norm = masked_sum(mask.transpose(1, 2), grad_norm)
+    if proj_weight is None:
+        grad_weight, grad_bias = torch.zeros_like(weight, dtype=torch.float32), torch.zeros_like(bias)
+    else:
+        grad_weight, grad_bias = projection_gradients(grad, normalised)
+    del normalised
     columns = column_lists(critical, counts, num_key_blocks)
-    grad_query, grad_key, grad_value = backward(
-        grad, query, key, value, delta, lse, critical, counts, columns, sizes, block_q, block_k, scale, grad_query
-    )
+    arguments = (grad, query, key, value, delta, lse, critical, counts, columns, sizes, block_q, block_k, scale)
+    if hopper:
+        sparse_grad_query, grad_key, grad_value = gluon.backward(*arguments)
+        grad_query += sparse_grad_query
+    else:
+        grad_query, grad_key, grad_value = backward(*arguments, grad_query)
     if mask is None:
         key_state, key_norm = key_state.expand(-1, num_key_blocks, -1, -1), key_norm.expand(-1, num_key_blocks, -1)
     add_key_gradients(key, value, key_state, key_norm, sizes, block_k, feature_map, grad_key, grad_value)
@@ -226,7 +261,7 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(grad, query, key, value, output, lse, *options):
+def _(grad, query, key, value, output, lse, norm, *options):
     head_dim = query.shape[-1]
     shapes = (head_dim, head_dim), (head_dim,)
     return *(torch.empty_like(x) for x in (query, key, value)), *(lse.new_empty(shape) for shape in shapes)
@@ -237,11 +272,11 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:9], *output)
 
 
-def _backward(ctx, grad: Tensor, _):
-    *inputs, output, lse = ctx.saved_tensors
+def _backward(ctx, grad: Tensor, *_):
+    *inputs, output, lse, norm = ctx.saved_tensors
     query, key, value, critical, counts, marginal, sizes, weight, bias = inputs
     *grads, grad_weight, grad_bias = _backward_op(
-        grad, query, key, value, output, lse, critical, counts, marginal, sizes, weight, bias, *ctx.options
+        grad, query, key, value, output, lse, norm, critical, counts, marginal, sizes, weight, bias, *ctx.options
     )
     grad_weight = None if weight is None else grad_weight.to(weight.dtype)
     grad_bias = None if bias is None else grad_bias.to(bias.dtype)

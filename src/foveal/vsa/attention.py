@@ -64,7 +64,7 @@ def vsa_attention(
         gate_coarse, gate_fine: [B, H, L, D], raster order; a missing gate is 1.
         selection: a fixed selection (see `select_cubes`) instead of the top of the coarse stage.
         scale: softmax scale of both stages; None for 1 / sqrt(D).
-        impl: "auto", "reference", "torch" or "triton"; see `block_sparse_attention`.
+        impl: "auto", "reference", "torch", "triton" or "gluon"; see `block_sparse_attention`.
 
     Returns:
         [B, H, L, D] in the dtype of `query`, raster order. Gradients flow through the pooling and the gates, not
@@ -83,7 +83,7 @@ def vsa_attention(
     scale = check_scale(scale, query.shape[-1])
     tile = resolve_tile(config, grid)
     slot = slot_size(tile)
-    impl = resolve_impl(impl, query, slot, slot)
+    impl = resolve_impl(impl, query, key, value, slot, slot)
     sizes = grid.cube_sizes(tile, query.device)[None]
 
     raster = query, key, value

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from foveal.block_sparse.gluon.support import copyable
+
 if TYPE_CHECKING:
     from foveal.block_sparse.triton.forward import LinearTerm
 
@@ -95,6 +97,11 @@ def _linear_arguments(linear: LinearTerm | None, columns: int) -> tuple[tuple, t
     return (state, weight, linear.norm, linear.proj_bias), (0 if shared else 1, *linear.norm.stride()[:2])
 
 
+def _walkable(x: Tensor) -> Tensor:
+    """x, or a copy if the copy engine cannot walk it as it lies."""
+    return x if copyable(x) else x.clone(memory_format=torch.contiguous_format)
+
+
 def _size_stride(sizes: Tensor | None) -> int:
     return 0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0)
 
@@ -127,6 +134,7 @@ def forward(
     plan = forward_plan(head_dim, block_q, block_k, sizes is not None, None if linear is None else linear.feature_map)
     compiled = {**plan["constants"], **plan["options"]}
     output = torch.empty_like(query)
+    query, key, value = (_walkable(x) for x in (query, key, value))
     lse = torch.empty((batch, heads, query_length), dtype=torch.float32, device=query.device)
     tensors = (*(_tiles(x, TILE) for x in (query, key, value, output)), lse, critical, counts)
     terms, term_strides = _linear_arguments(linear, plan["state_columns"])
@@ -175,13 +183,11 @@ def backward(
         block_sparse_dq_kernel,
         row_statistics_kernel,
     )
-    from foveal.block_sparse.gluon.support import copyable
 
     batch, heads, query_length, head_dim = query.shape
     key_length, has_sizes, tile = key.shape[2], sizes is not None, TILE
-    if not copyable(grad):
-        grad = grad.contiguous()
     grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
+    grad, query, key, value = (_walkable(x) for x in (grad, query, key, value))
     num_tiles = -(-query_length // block_q) * (block_q // tile)
     statistics = torch.empty(batch * heads * num_tiles * 2 * tile, dtype=torch.float32, device=query.device)
     offsets, column_counts, column_rows = columns

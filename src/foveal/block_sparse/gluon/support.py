@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 
 import torch
 from torch import Tensor
+
+from foveal.types import cached_constant
 
 # Gluon is experimental: its names and semantics change between minor releases of Triton.
 TRITON_RELEASE = "3.6"
@@ -16,7 +17,7 @@ BLOCK_SIZES = (64, 128)
 COPY_ALIGNMENT = 16  # bytes; what the bulk copy engine asks of starts and strides
 
 
-@functools.cache
+@cached_constant
 def missing_gluon() -> str | None:
     """Why Gluon cannot be used in this environment; None if it can."""
     try:
@@ -32,9 +33,10 @@ def missing_gluon() -> str | None:
     return None
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+@cached_constant
+def _capability(device: torch.device) -> str:
+    # A string: torch.compile takes one as a constant, and stumbles over comparing tuples that it took as constants.
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 def copyable(x: Tensor) -> bool:
@@ -42,7 +44,10 @@ def copyable(x: Tensor) -> bool:
     itemsize = x.element_size()
     steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     aligned = all(step > 0 and step * itemsize % COPY_ALIGNMENT == 0 for step in steps)
-    return x.stride(-1) == 1 and aligned and x.storage_offset() * itemsize % COPY_ALIGNMENT == 0
+    if x.stride(-1) != 1 or not aligned:
+        return False
+    # torch.compile cannot trace an offset; the launchers look again, and copy what turns out not to fit.
+    return torch.compiler.is_compiling() or x.storage_offset() * itemsize % COPY_ALIGNMENT == 0
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> str | None:
@@ -53,7 +58,7 @@ def supports(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: i
     """
     if query.device.type != "cuda" or torch.version.hip is not None:
         return f"it needs an NVIDIA GPU, got tensors on {query.device}"
-    if _capability(query.device) != (9, 0):
+    if _capability(query.device) != "9.0":
         return f"it needs a Hopper GPU (compute capability 9.0), got {_capability(query.device)}"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, got {query.dtype}"

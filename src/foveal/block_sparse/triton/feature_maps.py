@@ -15,7 +15,7 @@ def feature_map(x, FEATURE_MAP: tl.constexpr):
     x = x.to(tl.float32)
     if FEATURE_MAP == "softmax":
         e = tl.exp(x - tl.max(x, 1)[:, None])
-        return e / tl.sum(e, 1)[:, None]
+        return e * (1.0 / tl.sum(e, 1))[:, None]
     elif FEATURE_MAP == "elu":
         return tl.where(x > 0.0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
     else:

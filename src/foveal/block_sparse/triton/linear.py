@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.block_sparse.triton.feature_maps import EPSILON, feature_map, feature_map_backward
-from foveal.block_sparse.triton.forward import tile_valid
-from foveal.block_sparse.triton.tiles import TILE, load_rows, row_strides, store_rows
+from foveal.block_sparse.triton.forward import LinearTerm, tile_valid
+from foveal.block_sparse.triton.tiles import TILE, load_rows, register_limit, row_strides, store_rows
 
 
 @triton.jit(do_not_specialize=["heads", "length", "size_stride", "first_pair", "tiles"])
@@ -34,14 +34,14 @@ def _key_state_kernel(
     norm = tl.zeros([D], tl.float32)
     for tile in tl.range(0, tiles):
         start = (part * tiles + tile) * TILE
-        if start < length:
-            valid = tile_valid(size_ptr, size_stride, batch, start, length, TILE, BLOCK_K, HAS_SIZES)
-            k = load_rows(key_ptr, key_strides, batch, head, start, length, TILE, D, False)
-            v = load_rows(value_ptr, value_strides, batch, head, start, length, TILE, D, False)
-            phi = tl.where(valid[:, None], feature_map(k, FEATURE_MAP), 0.0)
+        valid = tile_valid(size_ptr, size_stride, batch, start, length, TILE, BLOCK_K, HAS_SIZES)
+        k = load_rows(key_ptr, key_strides, batch, head, start, length, TILE, D, False)
+        v = load_rows(value_ptr, value_strides, batch, head, start, length, TILE, D, False)
+        phi = tl.where(valid[:, None], feature_map(k, FEATURE_MAP), 0.0)
+        if HAS_SIZES:
             v = tl.where(valid[:, None], v, 0.0)
-            state = tl.dot(tl.trans(phi.to(v.dtype)), v, state)
-            norm += tl.sum(phi, 0)
+        state = tl.dot(tl.trans(phi.to(v.dtype)), v, state)
+        norm += tl.sum(phi, 0)
     index = pair.to(tl.int64) * tl.num_programs(0) + part
     offsets = index * D * D + feature[:, None] * D + feature[None, :]
     tl.store(state_ptr + offsets, state.to(state_ptr.dtype.element_ty))
@@ -49,9 +49,7 @@ def _key_state_kernel(
 
 
 @triton.jit(do_not_specialize=["terms"])
-def _masked_sum_kernel(
-    mask_ptr, term_ptr, sum_ptr, mask_strides, sum_strides, term_stride, terms, D: tl.constexpr, TILE: tl.constexpr
-):
+def _masked_sum_kernel(mask_ptr, term_ptr, sum_ptr, mask_strides, terms, D: tl.constexpr, TILE: tl.constexpr):
     """sum[pair, i] = sum over j of mask[pair, i, j] * term[pair, j], float32 to 16 bits and more."""
     pair = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -62,81 +60,81 @@ def _masked_sum_kernel(
         mask = tl.load(
             mask_ptr + pair * mask_strides[0] + row[:, None] * mask_strides[1] + column[None, :] * mask_strides[2]
         )
-        term = tl.load(term_ptr + pair * term_stride + column[:, None] * D + feature[None, :])
+        term = tl.load(term_ptr + (pair * terms + column)[:, None] * D + feature[None, :])
         # The mask is exact in bfloat16; the terms are, nearly, as a sum of two.
         high = term.to(tl.bfloat16)
         acc = tl.dot(mask, high, acc)
         acc = tl.dot(mask, (term - high.to(tl.float32)).to(tl.bfloat16), acc)
-    tl.store(sum_ptr + pair * sum_strides[0] + row[:, None] * sum_strides[1] + feature[None, :], acc)
+    rows = pair * tl.num_programs(0) * TILE + row
+    tl.store(sum_ptr + rows[:, None] * D + feature[None, :], acc)
 
 
 @triton.jit(do_not_specialize=["heads", "length", "first_pair"])
 def _query_grad_kernel(
     query_ptr, output_ptr, grad_ptr, state_ptr, norm_ptr, weight_ptr, bias_ptr,
-    grad_query_ptr, delta_ptr, linear_ptr, scaled_ptr, projected_ptr, grad_norm_ptr,
+    grad_query_ptr, delta_ptr, linear_ptr, grad_state_ptr, grad_norm_ptr,
     query_strides, output_strides, grad_strides, grad_query_strides, state_strides,
     heads, length, first_pair,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, FEATURE_MAP: tl.constexpr,
 ):  # fmt: skip
-    """The query side of the linear branch's backward for one tile, and delta of the sparse branch.
+    """The query side of the linear branch's backward for one block, and delta of the sparse branch.
 
-    With g = dO W: dQ through phi; O^l; phi(Q) / n and g, whose product per block is dH; the tile's part of dZ; and
+    With g = dO W: dQ through phi; dH and dZ; O^l for the projection's gradient; and
     delta = rowsum(dO * O) - rowsum(g * O^l) - dO b, what the sparse branch alone has as rowsum(dO * O^s).
     Queries past the end have dO = 0 and so add nothing to dH and dZ.
     """
-    tile, pair = tl.program_id(0), tl.program_id(1)
-    start = tile * TILE
-    block = start // BLOCK_Q
+    block, pair = tl.program_id(0), tl.program_id(1)
     batch, head = (first_pair + pair) // heads, (first_pair + pair) % heads
+    all_pairs = (first_pair + pair).to(tl.int64)
     feature = tl.arange(0, D)
     square = feature[:, None] * D + feature[None, :]
     state_ptr += pair.to(tl.int64) * state_strides[0] + block * state_strides[1]
     norm_ptr += pair.to(tl.int64) * state_strides[2] + block * state_strides[3]
-    index = pair.to(tl.int64) * tl.num_programs(0) + tile
-    rows = start + tl.arange(0, TILE)
-
-    do = load_rows(grad_ptr, grad_strides, batch, head, start, length, TILE, D, False)
-    o = load_rows(output_ptr, output_strides, batch, head, start, length, TILE, D, False)
-    delta = tl.sum(do.to(tl.float32) * (o.to(tl.float32) - tl.load(bias_ptr + feature)[None, :]), 1)
-    g = tl.dot(do.to(tl.bfloat16), tl.load(weight_ptr + square)).to(tl.bfloat16)
-    offsets = index * TILE * D + tl.arange(0, TILE)[:, None] * D + feature[None, :]
-    tl.store(projected_ptr + offsets, g)
-
-    q = load_rows(query_ptr, query_strides, batch, head, start, length, TILE, D, False)
-    phi = feature_map(q, FEATURE_MAP)
     norm_state = tl.load(norm_ptr + feature)
-    norm = tl.sum(phi * norm_state[None, :], 1) + EPSILON
-    scaled = (phi / norm[:, None]).to(tl.bfloat16)
-    tl.store(scaled_ptr + offsets, scaled)
-    state = tl.load(state_ptr + square)
-    linear = tl.dot(scaled, state)
-    tl.store(linear_ptr + offsets, linear.to(tl.bfloat16))
-    grad_dot_linear = tl.sum(g.to(tl.float32) * linear, 1)
-    tl.store(grad_norm_ptr + index * D + feature, -tl.sum(scaled.to(tl.float32) * grad_dot_linear[:, None], 0))
-    delta_offsets = (first_pair + pair).to(tl.int64) * length + rows
-    tl.store(delta_ptr + delta_offsets, delta - grad_dot_linear, mask=rows < length)
+    grad_state = tl.zeros([D, D], tl.float32)
+    grad_norm = tl.zeros([D], tl.float32)
+    for tile in tl.static_range(BLOCK_Q // TILE):
+        start = block * BLOCK_Q + tile * TILE
+        rows = start + tl.arange(0, TILE)
+        do = load_rows(grad_ptr, grad_strides, batch, head, start, length, TILE, D, False)
+        o = load_rows(output_ptr, output_strides, batch, head, start, length, TILE, D, False)
+        q = load_rows(query_ptr, query_strides, batch, head, start, length, TILE, D, False)
+        state = tl.load(state_ptr + square)
+        delta = tl.sum(do.to(tl.float32) * (o.to(tl.float32) - tl.load(bias_ptr + feature)[None, :]), 1)
+        g = tl.dot(do.to(tl.bfloat16), tl.load(weight_ptr + square)).to(tl.bfloat16)
+        phi = feature_map(q, FEATURE_MAP)
+        inverse = 1.0 / (tl.sum(phi * norm_state[None, :], 1) + EPSILON)
+        scaled = (phi * inverse[:, None]).to(tl.bfloat16)
+        linear = tl.dot(scaled, state)
+        linear_offsets = (all_pairs * length + rows)[:, None] * D + feature[None, :]
+        tl.store(linear_ptr + linear_offsets, linear.to(tl.bfloat16), mask=(rows < length)[:, None])
+        grad_dot_linear = tl.sum(g.to(tl.float32) * linear, 1)
+        tl.store(delta_ptr + all_pairs * length + rows, delta - grad_dot_linear, mask=rows < length)
+        grad_phi = (tl.dot(g, tl.trans(state)) - grad_dot_linear[:, None] * norm_state[None, :]) * inverse[:, None]
+        grad_query = feature_map_backward(q, phi, grad_phi, FEATURE_MAP)
+        store_rows(grad_query_ptr, grad_query_strides, batch, head, start, length, grad_query, TILE, D)
+        grad_norm -= tl.sum(scaled.to(tl.float32) * grad_dot_linear[:, None], 0)
+        grad_state = tl.dot(tl.trans(scaled), g, grad_state)
+    blocks = tl.num_programs(0)
+    tl.store(grad_norm_ptr + (all_pairs * blocks + block) * D + feature, grad_norm)
+    tl.store(grad_state_ptr + (pair.to(tl.int64) * blocks + block) * D * D + square, grad_state.to(tl.bfloat16))
 
-    grad_phi = (tl.dot(g, tl.trans(state)) - grad_dot_linear[:, None] * norm_state[None, :]) / norm[:, None]
-    grad_query = feature_map_backward(q, phi, grad_phi, FEATURE_MAP)
-    store_rows(grad_query_ptr, grad_query_strides, batch, head, start, length, grad_query, TILE, D)
 
-
-@triton.jit(do_not_specialize=["heads", "length", "padded_length", "first_pair", "tiles"])
+@triton.jit(do_not_specialize=["heads", "length", "tiles"])
 def _projection_grad_kernel(
-    grad_ptr, linear_ptr, grad_weight_ptr, grad_bias_ptr, grad_strides, heads, length, padded_length, first_pair, tiles,
+    grad_ptr, linear_ptr, grad_weight_ptr, grad_bias_ptr, grad_strides, linear_strides, heads, length, tiles,
     D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dW = dO^T O^l and db = column sums of dO over `tiles` tiles of one head; the caller sums the parts."""
     part, pair = tl.program_id(0), tl.program_id(1)
-    batch, head = (first_pair + pair) // heads, (first_pair + pair) % heads
+    batch, head = pair // heads, pair % heads
     feature = tl.arange(0, D)
     acc = tl.zeros([D, D], tl.float32)
     bias = tl.zeros([D], tl.float32)
-    stop = tl.minimum((part + 1) * tiles * TILE, length)
-    for start in range(part * tiles * TILE, stop, TILE):
+    for tile in tl.range(0, tiles):
+        start = (part * tiles + tile) * TILE
         do = load_rows(grad_ptr, grad_strides, batch, head, start, length, TILE, D, False)
-        rows = pair.to(tl.int64) * padded_length + start + tl.arange(0, TILE)
-        linear = tl.load(linear_ptr + rows[:, None] * D + feature[None, :])
+        linear = load_rows(linear_ptr, linear_strides, batch, head, start, length, TILE, D, False)
         acc = tl.dot(tl.trans(do.to(tl.bfloat16)), linear, acc)
         bias += tl.sum(do.to(tl.float32), 0)
     index = pair.to(tl.int64) * tl.num_programs(0) + part
@@ -163,12 +161,12 @@ def _key_grad_kernel(
     v = load_rows(value_ptr, value_strides, batch, head, start, length, TILE, D, False)
     grad_state = tl.load(grad_state_ptr + state + feature[:, None] * D + feature[None, :])
     grad_norm = tl.load(grad_norm_ptr + norm + feature)
-    phi = feature_map(k, FEATURE_MAP)
     grad_value = load_rows(grad_value_ptr, grad_value_strides, batch, head, start, length, TILE, D, False)
+    grad_key = load_rows(grad_key_ptr, grad_key_strides, batch, head, start, length, TILE, D, False)
+    phi = feature_map(k, FEATURE_MAP)
     grad_value = tl.dot(phi.to(tl.bfloat16), grad_state, grad_value.to(tl.float32))
     grad_phi = tl.dot(v.to(tl.bfloat16), tl.trans(grad_state)) + grad_norm[None, :]
-    grad_key = load_rows(grad_key_ptr, grad_key_strides, batch, head, start, length, TILE, D, False).to(tl.float32)
-    grad_key += feature_map_backward(k, phi, grad_phi, FEATURE_MAP)
+    grad_key = grad_key.to(tl.float32) + feature_map_backward(k, phi, grad_phi, FEATURE_MAP)
     if HAS_SIZES:
         grad_key = tl.where(valid[:, None], grad_key, 0.0)
         grad_value = tl.where(valid[:, None], grad_value, 0.0)
@@ -195,24 +193,25 @@ def key_states(
         key, value, state, norm, norm if sizes is None else sizes, row_strides(key), row_strides(value),
         heads, length, size_stride(sizes), pairs.start, tiles,
         D=head_dim, BLOCK_K=block_k, TILE=TILE, HAS_SIZES=sizes is not None, FEATURE_MAP=feature_map,
-        num_warps=8 if head_dim == 128 else 4, num_stages=2,
+        num_warps=8 if head_dim == 128 else 4, num_stages=2, **register_limit(128),
     )  # fmt: skip
     return state, norm
 
 
-def masked_sum(mask: Tensor, terms: Tensor, out: Tensor) -> None:
-    """out[p, i] = sum over j of mask[p, i, j] * terms[p, j], in float32.
+def masked_sum(mask: Tensor, terms: Tensor) -> Tensor:
+    """sum over j of mask[p, i, j] * terms[p, j], float32 [P, R, D].
 
     Args:
         mask: bfloat16 [P, R, C] of 0 and 1, any strides, R and C multiples of 64.
         terms: float32 [P, C, D], contiguous.
-        out: float32 [P, R, D], contiguous last dimension.
     """
+    pairs, rows, columns = mask.shape
     head_dim = terms.shape[-1]
-    _masked_sum_kernel[(mask.shape[1] // TILE, mask.shape[0])](
-        mask, terms, out, mask.stride(), out.stride()[:2], terms.stride(0), mask.shape[2],
-        D=head_dim, TILE=TILE, num_warps=4, num_stages=2,
-    )  # fmt: skip
+    out = torch.empty((pairs, rows, head_dim), dtype=torch.float32, device=mask.device)
+    _masked_sum_kernel[(rows // TILE, pairs)](
+        mask, terms, out, mask.stride(), columns, D=head_dim, TILE=TILE, num_warps=4, num_stages=2
+    )
+    return out
 
 
 def size_stride(sizes: Tensor | None) -> int:
@@ -224,59 +223,50 @@ def query_gradients(
     query: Tensor,
     output: Tensor,
     grad: Tensor,
-    state: Tensor,
-    norm: Tensor,
-    feature_map: str,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
+    term: LinearTerm,
     block_q: int,
-    rows: int,
     pairs: range,
     grad_query: Tensor,
     delta: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes dQ of the linear branch and delta for these pairs of batch and head.
+    linear: Tensor,
+    grad_norm: Tensor,
+) -> Tensor:
+    """The query side of the backward for these pairs of batch and head.
 
     Args:
-        state, norm: H and Z of these pairs, [pairs, Tq or 1, D, D] and [pairs, Tq or 1, D]; see `LinearTerm`.
-        rows: how many query blocks dH and dZ have room for; those past the last are zero.
+        term: the linear branch, its states those of these pairs alone.
+        grad_query, delta, linear, grad_norm: tensors over all pairs whose parts are written: dQ of the linear branch,
+            float32 [B, H, Lq] delta of the sparse branch, O^l bfloat16 [B, H, Lq, D], dZ float32 [B * H, rows, D].
 
     Returns:
-        dH bfloat16 [pairs, rows, D, D], dZ float32 [pairs, rows, D], O^l bfloat16 [pairs, rows * block_q, D].
+        dH, bfloat16 [pairs, rows, D, D]; rows past the last query block are zero.
     """
     heads, length, head_dim = query.shape[1:]
-    tiles = rows * block_q // TILE
-    linear, scaled, projected = (
-        torch.empty((len(pairs), rows * block_q, head_dim), dtype=torch.bfloat16, device=query.device) for _ in range(3)
-    )
-    grad_norm = torch.empty((len(pairs), tiles, head_dim), dtype=torch.float32, device=query.device)
-    _query_grad_kernel[(tiles, len(pairs))](
-        query, output, grad, state, norm, proj_weight, proj_bias,
-        grad_query, delta, linear, scaled, projected, grad_norm,
+    rows = grad_norm.shape[1]
+    grad_state = torch.empty((len(pairs), rows, head_dim, head_dim), dtype=torch.bfloat16, device=query.device)
+    _query_grad_kernel[(rows, len(pairs))](
+        query, output, grad, term.state, term.norm, term.proj_weight, term.proj_bias,
+        grad_query, delta, linear, grad_state, grad_norm,
         row_strides(query), row_strides(output), row_strides(grad), row_strides(grad_query),
-        (*state.stride()[:2], *norm.stride()[:2]), heads, length, pairs.start,
-        D=head_dim, BLOCK_Q=block_q, TILE=TILE, FEATURE_MAP=feature_map,
+        (*term.state.stride()[:2], *term.norm.stride()[:2]), heads, length, pairs.start,
+        D=head_dim, BLOCK_Q=block_q, TILE=TILE, FEATURE_MAP=term.feature_map,
         num_warps=8 if head_dim == 128 else 4, num_stages=1,
     )  # fmt: skip
-    scaled, projected = (x.view(-1, block_q, head_dim) for x in (scaled, projected))
-    grad_state = torch.bmm(scaled.transpose(1, 2), projected).view(len(pairs), rows, head_dim, head_dim)
-    if block_q > TILE:
-        grad_norm = grad_norm.view(len(pairs), rows, -1, head_dim).sum(2)
-    return grad_state, grad_norm, linear
+    return grad_state
 
 
-def projection_gradients(grad: Tensor, linear: Tensor, pairs: range) -> tuple[Tensor, Tensor]:
-    """dW [D, D] and db [D], float32, over these pairs; `linear` is O^l [pairs, Lq or more, D]."""
-    heads, length, head_dim = grad.shape[1:]
-    tiles = max(1, triton.cdiv(length * len(pairs), 256 * TILE))
+def projection_gradients(grad: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
+    """dW [D, D] and db [D], float32, from dO and O^l, both [B, H, Lq, D]."""
+    batch, heads, length, head_dim = grad.shape
+    tiles = max(1, triton.cdiv(length * batch * heads, 256 * TILE))
     parts = triton.cdiv(length, tiles * TILE)
-    weight = torch.empty((len(pairs), parts, head_dim, head_dim), dtype=torch.float32, device=grad.device)
-    bias = torch.empty((len(pairs), parts, head_dim), dtype=torch.float32, device=grad.device)
-    _projection_grad_kernel[(parts, len(pairs))](
-        grad, linear, weight, bias, row_strides(grad), heads, length, linear.shape[1], pairs.start, tiles,
+    weight = torch.empty((batch * heads * parts, head_dim, head_dim), dtype=torch.float32, device=grad.device)
+    bias = torch.empty((batch * heads * parts, head_dim), dtype=torch.float32, device=grad.device)
+    _projection_grad_kernel[(parts, batch * heads)](
+        grad, linear, weight, bias, row_strides(grad), row_strides(linear), heads, length, tiles,
         D=head_dim, TILE=TILE, num_warps=4, num_stages=2,
     )  # fmt: skip
-    return weight.sum((0, 1)), bias.sum((0, 1))
+    return weight.sum(0), bias.sum(0)
 
 
 def add_key_gradients(

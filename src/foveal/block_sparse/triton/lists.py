@@ -29,9 +29,7 @@ class ColumnLists(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["num_query_blocks", "num_key_blocks", "width"])
-def _mark_kernel(
-    critical_ptr, count_ptr, marks_ptr, num_query_blocks, num_key_blocks, width, CHUNK: tl.constexpr
-):
+def _mark_kernel(critical_ptr, count_ptr, marks_ptr, num_query_blocks, num_key_blocks, width, CHUNK: tl.constexpr):
     """marks[pair, key block, query block] = 1 for each entry of one row's list."""
     block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = pair * num_query_blocks + block

@@ -1,20 +1,23 @@
-"""Block-sparse attention in Triton as custom ops: opaque to `torch.compile`, differentiable, capturable."""
+"""Block-sparse attention on GPUs as custom ops: opaque to `torch.compile`, differentiable, capturable.
+
+One pair of ops serves both kernel backends, which take the same arguments: Triton, and Gluon for Hopper."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from foveal.block_sparse import gluon
 from foveal.block_sparse.triton.backward import backward, output_delta
 from foveal.block_sparse.triton.forward import forward
 from foveal.block_sparse.triton.lists import column_lists
 from foveal.types import BlockSelection
 
 
-def block_sparse_attention_triton(
-    query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, scale: float
+def block_sparse_attention_gpu(
+    query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, scale: float, *, hopper: bool
 ) -> tuple[Tensor, Tensor]:
-    """The output [B, H, Lq, D] and LSE [B, H, Lq] (float32), differentiable."""
+    """The output [B, H, Lq, D] and LSE [B, H, Lq] (float32), differentiable; `hopper` takes the Gluon kernels."""
     return _forward_op(
         query,
         key,
@@ -25,10 +28,11 @@ def block_sparse_attention_triton(
         selection.block_q,
         selection.block_k,
         scale,
+        hopper,
     )
 
 
-@torch.library.custom_op("foveal::block_sparse_triton_fwd", mutates_args=())
+@torch.library.custom_op("foveal::block_sparse_gpu_fwd", mutates_args=())
 def _forward_op(
     query: Tensor,
     key: Tensor,
@@ -39,17 +43,19 @@ def _forward_op(
     block_q: int,
     block_k: int,
     scale: float,
+    hopper: bool,
 ) -> tuple[Tensor, Tensor]:
     critical, counts = critical.contiguous(), counts.contiguous()
-    return forward(query, key, value, critical, counts, sizes, block_q, block_k, scale)
+    run = gluon.forward if hopper else forward
+    return run(query, key, value, critical, counts, sizes, block_q, block_k, scale)
 
 
 @_forward_op.register_fake
-def _(query, key, value, critical, counts, sizes, block_q, block_k, scale):
+def _(query, key, value, critical, counts, sizes, block_q, block_k, scale, hopper):
     return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("foveal::block_sparse_triton_bwd", mutates_args=())
+@torch.library.custom_op("foveal::block_sparse_gpu_bwd", mutates_args=())
 def _backward_op(
     grad: Tensor,
     grad_lse: Tensor | None,
@@ -64,24 +70,24 @@ def _backward_op(
     block_q: int,
     block_k: int,
     scale: float,
+    hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     critical, counts = critical.contiguous(), counts.contiguous()
     delta = output_delta(grad, output, grad_lse)
     columns = column_lists(critical, counts, -(-key.shape[2] // block_k))
-    return backward(
-        grad, query, key, value, delta, lse, critical, counts, columns, sizes, block_q, block_k, scale
-    )
+    run = gluon.backward if hopper else backward
+    return run(grad, query, key, value, delta, lse, critical, counts, columns, sizes, block_q, block_k, scale)
 
 
 @_backward_op.register_fake
-def _(grad, grad_lse, query, key, value, output, lse, critical, counts, sizes, block_q, block_k, scale):
+def _(grad, grad_lse, query, key, value, output, lse, critical, counts, sizes, block_q, block_k, scale, hopper):
     return tuple(torch.empty_like(x) for x in (query, key, value))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, critical, counts, sizes, ctx.block_q, ctx.block_k, ctx.scale = inputs
+    query, key, value, critical, counts, sizes, *ctx.options = inputs
     ctx.save_for_backward(query, key, value, critical, counts, sizes, *output)
     ctx.set_materialize_grads(False)
 
@@ -90,10 +96,8 @@ def _backward(ctx, grad: Tensor | None, grad_lse: Tensor | None):
     query, key, value, critical, counts, sizes, output, lse = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(output)
-    grads = _backward_op(
-        grad, grad_lse, query, key, value, output, lse, critical, counts, sizes, ctx.block_q, ctx.block_k, ctx.scale
-    )
-    return *grads, None, None, None, None, None, None
+    grads = _backward_op(grad, grad_lse, query, key, value, output, lse, critical, counts, sizes, *ctx.options)
+    return *grads, *([None] * 7)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.block_sparse.triton.lists import padded_blocks
-from foveal.block_sparse.triton.tiles import row_strides
+from foveal.block_sparse.triton.tiles import register_limit, row_strides
 
 # Scores a program holds in the registers of its eight warps; also the most key blocks a row can have.
 MAX_SCORES = 16384
@@ -50,13 +50,13 @@ def order_preserving(x):
 
 
 @triton.jit
-def top_mask(keys, candidates, wanted, LOWEST_FIRST: tl.constexpr):
-    """Marks the `wanted` [R] largest `keys` [R, C] among `candidates`; ties go to the lower columns, or to the higher."""
+def top_mask(keys, candidates, wanted, LOW_FIRST: tl.constexpr):
+    """Marks the `wanted` [R] largest `keys` [R, C] of `candidates`; ties go to the low columns, or to the high ones."""
     keys = tl.where(candidates, keys, LOWEST)
     # Built from the highest bit down, as the unsigned number that orders like the signed one with its sign flipped.
     positive = tl.sum((keys >= 0).to(tl.int32), 1)
     threshold = tl.where(positive >= wanted, LOWEST, 0)
-    for step in range(0, 31):
+    for step in range(31):
         trial = threshold | (1 << (30 - step))
         count = tl.sum((keys >= (trial ^ LOWEST)[:, None]).to(tl.int32), 1)
         threshold = tl.where(count >= wanted, trial, threshold)
@@ -65,7 +65,7 @@ def top_mask(keys, candidates, wanted, LOWEST_FIRST: tl.constexpr):
     tied = ((keys == threshold) & candidates).to(tl.int32)
     missing = (wanted - tl.sum(above.to(tl.int32), 1))[:, None]
     rank = tl.cumsum(tied, 1)
-    if not LOWEST_FIRST:
+    if not LOW_FIRST:
         rank = tl.sum(tied, 1)[:, None] - rank + tied
     return (above & candidates) | ((tied > 0) & (rank <= missing))
 
@@ -81,6 +81,7 @@ def _select_kernel(
     heads, query_blocks, key_blocks, width, padded_rows, padded_columns, scale, critical_wanted, negligible_wanted,
     key_start, key_stop, query_start, query_stop,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MARGINAL: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    PRODUCT: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -89,11 +90,19 @@ def _select_kernel(
     query_ptr += (pair * query_blocks + row) * D
     key_ptr += pair * D * key_blocks + column
     scores = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, D, 4):
-        for offset in tl.static_range(4):
-            q = tl.load(query_ptr + start + offset, mask=in_rows, other=0.0) * scale
-            k = tl.load(key_ptr + (start + offset) * key_blocks, mask=in_columns, other=0.0)
-            scores += q[:, None] * k[None, :]
+    if PRODUCT:
+        # Three products of 11-bit parts are as good as float32, and the same for equal columns: ties stay ties.
+        for start in range(0, D, 16):
+            feature = start + tl.arange(0, 16)
+            q = tl.load(query_ptr[:, None] + feature[None, :], mask=in_rows[:, None], other=0.0) * scale
+            k = tl.load(key_ptr[None, :] + feature[:, None] * key_blocks, mask=in_columns[None, :], other=0.0)
+            scores = tl.dot(q, k, scores, input_precision="tf32x3")
+    else:
+        for start in range(0, D, 4):
+            for offset in tl.static_range(4):
+                q = tl.load(query_ptr + start + offset, mask=in_rows, other=0.0) * scale
+                k = tl.load(key_ptr + (start + offset) * key_blocks, mask=in_columns, other=0.0)
+                scores += q[:, None] * k[None, :]
 
     valid = in_columns
     if PER_SAMPLE:
@@ -187,7 +196,8 @@ def select(
         counts if valid_blocks is None else valid_blocks, counts if wanted is None else wanted,
         heads, rows, columns, width, *padded, scale, critical, negligible, *key_range, *query_range,
         D=head_dim, ROWS=rows_at_once, COLUMNS=held, MARGINAL=with_marginal, PER_SAMPLE=valid_blocks is not None,
-        num_warps=8,
+        PRODUCT=rows_at_once == 16,
+        num_warps=8, **register_limit(128),
     )  # fmt: skip
     return lists, counts, marginal
 

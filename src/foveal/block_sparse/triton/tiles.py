@@ -47,6 +47,11 @@ def has_copy_engine(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def register_limit(registers: int) -> dict[str, int]:
+    """The launch option that caps a kernel's registers, so that more programs share a multiprocessor; NVIDIA alone."""
+    return {} if torch.version.hip else {"maxnreg": registers}
+
+
 def descriptors_fit(tensors: Sequence[Tensor]) -> bool:
     """Whether the bulk copy engine is there and takes these tensors: 16-byte aligned starts and strides."""
     return all(has_copy_engine(x.device) and _aligned(x) for x in tensors)
@@ -62,9 +67,7 @@ def tile_argument(x: Tensor, rows: int, descriptors: bool):
     if not descriptors:
         return x
     # The stride of a dimension of size 1 is free, and may be one that the copy engine refuses.
-    strides = [
-        stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    ]
+    strides = [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, x.shape[-1]])
 
 

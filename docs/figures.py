@@ -1,0 +1,214 @@
+"""Draws the figures of the pages from foveal's own code: `python docs/figures.py` writes them to docs/assets.
+
+The pictures that need queries and keys take the pixels of a real clip for both, so that whoever has the clip gets the
+same picture without training a model; the pages say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from foveal import BlockSelection, SLAConfig, VideoGrid, VSAConfig, attention_cost, select_blocks
+from foveal.selection import pool_blocks, pooled_scores
+from foveal.training.data import read_video, sample_clip
+from foveal.video_grid import tile_indices
+from foveal.vsa.attention import select_cubes, slot_size
+
+ASSETS = Path(__file__).parent / "assets"
+PATCH = 8
+STRIDE = 3
+GRID = VideoGrid(8, 16, 28)
+TILE = (4, 4, 4)
+TOKEN = (3, 11, 17)
+KEEP_RATIO = 0.1
+DROP_RATIO = 0.3
+BRIGHTNESS = {1: 1.0, 0: 0.42, -1: 0.10}
+WAN_480P = {"grid": VideoGrid(21, 30, 52), "heads": 12, "head_dim": 128}
+
+
+def clip_frames() -> Tensor:
+    """uint8 [frames, 3, H, W] of the sample clip, one grid of tokens large."""
+    frames = read_video(sample_clip("bigbuckbunny"), height=GRID.height * PATCH, width=GRID.width * PATCH)
+    return frames[20::STRIDE][: GRID.frames]
+
+
+def pixel_tokens(frames: Tensor) -> Tensor:
+    """[1, 1, L, 3 * PATCH * PATCH]: each token's own pixels, mean over tokens removed, unit length."""
+    patches = frames.float().unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH)
+    tokens = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+    return torch.nn.functional.normalize(tokens - tokens.mean(0), dim=-1)[None, None]
+
+
+def token_labels(selection: BlockSelection, places: Tensor) -> Tensor:
+    """int8 [frames, height, width]: what TOKEN sees; places[i] is where raster token i stands in the block order."""
+    index = (TOKEN[0] * GRID.height + TOKEN[1]) * GRID.width + TOKEN[2]
+    row = selection.labels()[0, 0, places[index] // selection.block_q]
+    return row[places // selection.block_k].view(GRID.shape)
+
+
+def shade(frames: Tensor, labels: Tensor) -> Tensor:
+    """float [F, H, W, 3] in [0, 1]: the frames, darkened by label."""
+    brightness = torch.zeros(labels.shape)
+    for label, level in BRIGHTNESS.items():
+        brightness[labels == label] = level
+    brightness = brightness.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
+    return frames.permute(0, 2, 3, 1).float() / 255 * brightness[..., None]
+
+
+def figure_of(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
+
+
+def draw_frames(row, pictures: Tensor, title: str, *, count: int = 6, mark: bool = True, **options) -> None:
+    """The first frames side by side in one subfigure; the query token is marked in its frame."""
+    row.suptitle(title, fontsize=9, x=0.01, ha="left")
+    for index, axis in enumerate(row.subplots(1, count)):
+        axis.imshow(pictures[index].numpy(), interpolation="nearest", **options)
+        axis.set(xticks=[], yticks=[])
+        if mark and index == TOKEN[0]:
+            scale = pictures.shape[1] // GRID.height
+            center = ((TOKEN[2] + 0.5) * scale - 0.5, (TOKEN[1] + 0.5) * scale - 0.5)
+            axis.plot(*center, marker="s", markersize=6, markerfacecolor="none", markeredgecolor="red")
+        axis.set_xlabel(f"frame {index}", fontsize=7)
+
+
+def draw_token_orders(path: Path) -> None:
+    """Which tokens share a block: raster order against tile order."""
+    figure = figure_of(11, 3.6)
+    rows = figure.subfigures(2, 1)
+    colors = matplotlib.colormaps["tab20"]
+    titles = (
+        "raster order: a block of 64 tokens is a strip of one frame",
+        "tile order, 4x4x4: a block is a cube of four frames",
+    )
+    for row, tile, title in zip(rows, (None, TILE), titles, strict=True):
+        places = torch.arange(GRID.num_tokens)
+        if tile is not None:
+            places = tile_indices(GRID.shape, tile, None, torch.device("cpu"))[1]
+        # Steps of seven through the palette: neighbours differ.
+        block = (places // 64 * 7 % 20).view(GRID.shape)
+        pictures = torch.tensor([colors(i)[:3] for i in range(20)])[block]
+        draw_frames(row, pictures, title, count=5, mark=False)
+    figure.savefig(path)
+
+
+def draw_selection(path: Path) -> None:
+    """What one token sees under SLA, in raster and in tile order, and the whole selection."""
+    frames = clip_frames()
+    tokens = pixel_tokens(frames)
+    figure = figure_of(13, 3.5)
+    pictures, matrices = figure.subfigures(1, 2, width_ratios=[10.4, 2.6])
+    rows, squares = pictures.subfigures(2, 1), matrices.subplots(2, 1)
+    for row, square, order in zip(rows, squares, ("raster", "tile"), strict=True):
+        config = SLAConfig(keep_ratio=KEEP_RATIO, drop_ratio=DROP_RATIO, token_order=order)
+        places, ordered = torch.arange(GRID.num_tokens), tokens
+        if order == "tile":
+            places = tile_indices(GRID.shape, config.tile_for(GRID), None, torch.device("cpu"))[1]
+            ordered = GRID.to_tile_order(tokens, config.tile_for(GRID))
+        selection = select_blocks(
+            ordered, ordered, block_q=64, block_k=64, keep_ratio=KEEP_RATIO, drop_ratio=DROP_RATIO
+        )
+        draw_frames(row, shade(frames, token_labels(selection, places)), f"{order} order")
+        labels = selection.labels()[0, 0]
+        square.imshow(labels.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        square.set_title(f"labels, {labels.shape[0]} x {labels.shape[1]} blocks", fontsize=8)
+        square.set_xlabel("key block", fontsize=7)
+        square.set_ylabel("query block", fontsize=7)
+        square.tick_params(labelsize=6)
+    figure.savefig(path)
+
+
+def draw_stages(path: Path) -> None:
+    """VSA's two stages for the cube of one token: the coarse weights over cubes, and the cubes that are read."""
+    frames = clip_frames()
+    # Unit-length tokens make the pooled softmax flat; a trained layer's are longer. The choice of cubes is the same.
+    tokens = pixel_tokens(frames) * 8
+    config = VSAConfig(keep_ratio=KEEP_RATIO, tile=TILE)
+    selection = select_cubes(tokens, tokens, config=config, grid=GRID)
+    slot = slot_size(TILE)
+    places = tile_indices(GRID.shape, TILE, slot, torch.device("cpu"))[1]
+    pooled = pool_blocks(GRID.to_tile_order(tokens, TILE, slot=slot), slot, GRID.cube_sizes(TILE)[None])
+    weights = pooled_scores(pooled, pooled, tokens.shape[-1] ** -0.5).softmax(-1)
+    index = (TOKEN[0] * GRID.height + TOKEN[1]) * GRID.width + TOKEN[2]
+    coarse = weights[0, 0, places[index] // slot]
+    heat = coarse[places // slot].view(GRID.shape)
+    labels = token_labels(selection, places)
+
+    figure = figure_of(11, 4.7)
+    rows = figure.subfigures(3, 1)
+    draw_frames(rows[0], frames.permute(0, 2, 3, 1), "the clip, and the query token")
+    draw_frames(
+        rows[1],
+        heat.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2),
+        "coarse stage: the query cube's softmax weight on every cube (brighter is more)",
+        cmap="viridis",
+        vmin=0,
+        vmax=coarse.max().item(),
+    )
+    kept = int(selection.critical_count[0, 0, 0])
+    title = f"fine stage: the tokens of the top {kept} of {selection.num_key_blocks} cubes"
+    draw_frames(rows[2], shade(frames, labels), title)
+    figure.savefig(path)
+
+
+def draw_cost(path: Path) -> None:
+    """Where the arithmetic goes, at Wan2.1 480p."""
+    configs = {
+        "SLA 64x64, marginal": SLAConfig(),
+        "SLA 128x64, marginal": SLAConfig(block_q=128),
+        "SLA 128x128, marginal": SLAConfig(block_q=128, block_k=128),
+        "SLA 64x64, all": SLAConfig(linear_scope="all"),
+        "SLA 64x64, none": SLAConfig(linear_scope="none"),
+        "VSA 5 %, 4x4x4": VSAConfig(keep_ratio=0.05),
+        "VSA 5 %, auto": VSAConfig(keep_ratio=0.05, tile="auto"),
+    }
+    figure = figure_of(10, 3.6)
+    axis = figure.subplots()
+    colors: dict[str, tuple] = {}
+    for position, config in enumerate(configs.values()):
+        cost = attention_cost(config, **WAN_480P)
+        left = 0.0
+        for part in cost.parts:
+            share = 100 * part.flops / cost.dense.flops
+            name = part.name if share >= 0.05 else "parts below 0.05 %"
+            label = None if name in colors else name
+            color = colors.setdefault(name, matplotlib.colormaps["tab10"](len(colors)))
+            axis.barh(position, share, left=left, color=color, label=label, height=0.7)
+            left += share
+        axis.text(left + 0.08, position, f"{left:.1f} %", va="center", fontsize=8)
+    axis.axvline(5, color="#888", linewidth=1, linestyle=":")
+    axis.set_yticks(range(len(configs)), configs)
+    axis.invert_yaxis()
+    axis.set_xlabel("forward FLOPs, % of dense attention, at 21 x 30 x 52 tokens (all configurations keep 5 %)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.set_xlim(0, 11.5)
+    figure.savefig(path)
+
+
+FIGURES = {
+    "token-orders.png": draw_token_orders,
+    "selection.png": draw_selection,
+    "vsa-stages.png": draw_stages,
+    "cost-480p.png": draw_cost,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, default=ASSETS, help="where to write (default: docs/assets)")
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in FIGURES.items():
+        draw(folder / name)
+        print(folder / name)
+
+
+if __name__ == "__main__":
+    main()
