@@ -1,4 +1,4 @@
-"""Both GPU backends as users meet them: numerics, determinism, host waits, CUDA graphs, torch.compile, recompilation."""
+"""Both GPU backends as users meet them: numerics, determinism, host waits, graphs, torch.compile, recompilation."""
 
 import pytest
 import torch

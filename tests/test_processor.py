@@ -264,6 +264,18 @@ def test_offloaded_models_are_refused():
     assert is_dense(model)
 
 
+@pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_SLA.replace(feature_map="hedgehog"), SPARSE_VSA], ids=str)
+def test_sequential_offloading_fetches_our_parameters(config):
+    accelerate = pytest.importorskip("accelerate")
+    model = sparsify(tiny_transformer(), config)
+    randomize(model)
+    with torch.no_grad():
+        expected = run(model)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert all(p.device.type == "meta" for p in model.parameters())
+        torch.testing.assert_close(run(model), expected)
+
+
 def test_a_pipeline_is_converted_as_a_whole_or_not_at_all():
     pipeline = tiny_pipeline()
     sparsify(pipeline.transformer_2, SPARSE_SLA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -71,3 +72,14 @@ def test_function_example_runs():
     for name in ("sparse", "sla", "vsa"):
         assert scope[name].shape == scope["query"].shape
         assert scope[name].isfinite().all()
+
+
+def test_tables_are_those_of_the_results():
+    """Figures come from the JSON that the tools wrote, not from hands."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    for page in tables.PAGES:
+        text = page.read_text()
+        assert "<!-- table:" in text
+        assert tables.rendered(text) == text, f"{page.name}: run python docs/tables.py"

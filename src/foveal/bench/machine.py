@@ -39,9 +39,10 @@ def machine(device: torch.device) -> dict[str, object]:
             found |= {"driver": driver, "power_limit_w": limit}
     folder = str(Path(foveal.__file__).parent)
     changes = _run("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
+    commit = _run("git", "-C", folder, "rev-parse", "HEAD") or None
     return found | {
-        "commit": _run("git", "-C", folder, "rev-parse", "HEAD") or None,
-        "uncommitted_changes": None if changes is None else bool(changes),
+        "commit": commit,
+        "uncommitted_changes": None if commit is None or changes is None else bool(changes),
     }
 
 

@@ -40,10 +40,10 @@ class DemoSettings:
     head_dim: int = 64
     num_layers: int = 4
     batch: int = 1
-    pretrain_steps: int = 240
+    pretrain_steps: int = 280
     fine_tune_steps: int = 50
     learning_rate: float = 4e-3
-    fine_tune_learning_rate: float = 2e-3
+    fine_tune_learning_rate: float = 1e-3
     new_learning_rate: float = 2e-2
     shift: float = 2.0
     sampling_steps: int = 16
