@@ -103,8 +103,8 @@ def _caption(run: dict) -> str:
     shape = ", ".join(f"B{s['batch']} H{s['heads']} L{s['length']} D{s['head_dim']}" for s in run["shapes"].values())
     commit = machine["commit"][:7] if machine["commit"] else "not recorded (no git on the machine)"
     return (
-        f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, Triton {machine['triton']}; {shape}, "
-        f"{run['settings']['dtype']}; rested medians, {run['started'][:10]}; commit {commit}."
+        f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, Triton {machine['triton']}; "
+        f"{shape}, {run['settings']['dtype']}; rested medians, {run['started'][:10]}; commit {commit}."
     )
 
 

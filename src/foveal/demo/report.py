@@ -60,7 +60,7 @@ def _figure(width: float, height: float):
 
 
 def _loss_figure(path: Path, results: dict[str, Any]) -> None:
-    from matplotlib.ticker import FormatStrFormatter, NullFormatter
+    from matplotlib.ticker import FormatStrFormatter
 
     figure = _figure(10, 3.8)
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.5]})
@@ -68,7 +68,8 @@ def _loss_figure(path: Path, results: dict[str, Any]) -> None:
     left.plot(steps, losses, color=COLORS["dense"], marker="o", markersize=3)
     left.set(title="Pretraining, dense attention", xlabel="steps", ylabel="held-out loss", yscale="log")
     left.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    left.yaxis.set_minor_formatter(NullFormatter())
+    left.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+    left.tick_params(which="minor", labelsize=7)
     for name, arm in results["arms"].items():
         steps, losses = zip(*arm["held_out_loss"], strict=True)
         right.plot(steps, losses, color=COLORS[name], marker="o", markersize=3, label=name)
