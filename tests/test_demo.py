@@ -44,6 +44,7 @@ FILES = {
     "vsa.mp4",
     "blocks-sla.png",
     "blocks-vsa.png",
+    "model",
 }
 
 

@@ -21,8 +21,10 @@ LAYERS = [
     {"sla", "vsa"},
     {"methods", "cost"},
     {"integrations"},
-    {"inspect", "bench", "training"},
-    {"demo"},
+    {"pipelines", "terminal"},
+    {"inspect", "bench", "models", "training"},
+    {"demo", "generate", "doctor"},
+    {"evaluate", "ui"},
     {"cli"},
 ]
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
@@ -75,7 +77,7 @@ def part_of(path):
 
 
 def in_backend(path):
-    return bool(BACKENDS & set(path.relative_to(ROOT).with_suffix("").parts))
+    return bool(BACKENDS & {part.split("_")[0] for part in path.relative_to(ROOT).with_suffix("").parts})
 
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_wan import SPARSE_SLA, SPARSE_VSA, randomize, run, tiny_pipeline, tiny_transformer
+from tiny_wan import SPARSE_SLA, SPARSE_VSA, generate, randomize, run, tiny_pipeline, tiny_transformer
 
-from foveal import SLAConfig
+from foveal import Policy, SLAConfig, get_policy, set_policy
 from foveal.integrations import densify, load, save, sparsify
 from foveal.integrations.processor import sparse_processors
 
@@ -76,6 +76,30 @@ def test_saved_files(tmp_path):
         *(f"transformer.blocks.0.attn1.proj.{name}" for name in ("weight", "bias")),
         *(f"transformer.blocks.1.attn1.to_gate_{g}.{n}" for g in ("coarse", "fine") for n in ("weight", "bias")),
     }
+
+
+def test_the_policy_is_saved(tmp_path):
+    policy = Policy(dense_first_steps=2, dense_layers=[0], keep_ratio={0: 0.2, 500: 0.4})
+    pipeline = sparsify(tiny_pipeline(), SPARSE_SLA)
+    set_policy(pipeline, policy)
+    set_policy(pipeline.transformer_2, None)
+    save(pipeline, tmp_path)
+    components = json.loads((tmp_path / MANIFEST).read_text())["components"]
+    assert components["transformer"]["policy"] == {
+        "dense_first_steps": 2,
+        "dense_layers": [0],
+        "keep_ratio": [[0.0, 0.2], [500.0, 0.4]],
+    }
+    assert "policy" not in components["transformer_2"]
+    other = load(tiny_pipeline(), tmp_path)
+    assert [get_policy(part) for part in (other.transformer, other.transformer_2)] == [policy, None]
+    assert [p.held_dense for p in sparse_processors(other.transformer).values()] == [True, False]
+    # A pipeline's scheduler tells the step from then on.
+    generate(other)
+    # What was saved takes the place of what is there.
+    set_policy(other, Policy(dense_above=900))
+    load(other, tmp_path)
+    assert [get_policy(part) for part in (other.transformer, other.transformer_2)] == [policy, None]
 
 
 def test_layers_without_parameters(tmp_path):
@@ -227,6 +251,21 @@ def layers_of(manifest) -> dict:
             "unknown SLAConfig fields",
         ),
         (lambda f: rewrite(f, lambda m: layers_of(m)["blocks.0.attn1"].pop("config")), ValueError, "malformed"),
+        (
+            lambda f: rewrite(f, lambda m: m["components"]["transformer"].update(policy={"dense": True})),
+            ValueError,
+            r"unknown Policy fields \['dense'\]",
+        ),
+        (
+            lambda f: rewrite(f, lambda m: m["components"]["transformer"].update(policy={"dense_layers": [7]})),
+            ValueError,
+            r"dense_layers must be in 0\.\.2, got 7",
+        ),
+        (
+            lambda f: rewrite(f, lambda m: m["components"]["transformer"].update(policy={"keep_ratio": [[0, 0.99]]})),
+            ValueError,
+            r"policy does not go with layer blocks\.0\.attn1",
+        ),
         (
             lambda f: rewrite(f, None, lambda t: t.update({"transformer.blocks.2.attn1.proj.bias": torch.zeros(16)})),
             ValueError,

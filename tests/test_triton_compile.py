@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from foveal import block_sparse_attention  # noqa: E402
-from foveal.block_sparse.triton import backward, forward, linear, select  # noqa: E402
+from foveal.block_sparse.triton import backward, forward, linear, linear_backward, select  # noqa: E402
 from foveal.testing import make_inputs, random_selection  # noqa: E402
 
 # Bytes of shared memory a program may have: A100, and H100 so that two programs fit a multiprocessor.
@@ -124,10 +124,10 @@ def test_linear_branch(arch):
     constants = {"D": 128, "BLOCK_K": 64, "TILE": 64, "HAS_SIZES": False, "FEATURE_MAP": "softmax"}
     options = {"arch": arch, "num_warps": 8}
     check(compiled(linear._key_state_kernel, constants, num_stages=2, maxnreg=128, **options), arch, allowed=256)
-    check(compiled(linear._key_grad_kernel, constants, num_stages=1, **options), arch)
+    check(compiled(linear_backward._key_grad_kernel, constants, num_stages=1, **options), arch)
     constants = {"D": 128, "BLOCK_Q": 64, "TILE": 64, "FEATURE_MAP": "softmax"}
     if arch >= 90:
-        check(compiled(linear._query_grad_kernel, constants, num_stages=1, **options), arch)
+        check(compiled(linear_backward._query_grad_kernel, constants, num_stages=1, **options), arch)
 
 
 def test_selection():

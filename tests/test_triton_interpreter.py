@@ -96,10 +96,10 @@ def run_selection() -> None:
         {"keep_ratio": 0.2, "drop_ratio": 0.2, "protected_keys": (400, 450), "protected_queries": (150, 200)},
     ]
     for option in options:
-        module._fits_kernel = lambda *_: False
+        module.fits_kernel = lambda *_: False
         expected = select_blocks(query, key, block_q=64, block_k=16, **option)
-        module._fits_kernel = lambda *_: True
-        for kernel.MAX_SCORES in (16384, 512) if "kv_lengths" in option else (16384,):
+        module.fits_kernel = lambda *_: True
+        for kernel.SCORE_BYTES in (2**20, 1) if "kv_lengths" in option else (2**20,):
             ours = select_blocks(query, key, block_q=64, block_k=16, **option)
             assert torch.equal(ours.critical_count, expected.critical_count), option
             assert torch.equal(ours.critical, expected.critical), option
@@ -125,13 +125,14 @@ def run_sla(name: str) -> None:
     import torch
 
     from foveal import SLAConfig
-    from foveal.block_sparse.triton import backward, forward
+    from foveal.block_sparse.triton import backward, forward, linear
     from foveal.sla.reference import sla_attention_reference
     from foveal.sla.triton import sla_attention_gpu
     from foveal.testing import assert_close_to_reference, make_inputs, output_and_gradients, random_selection
 
     feature_map, scope, projection, block_q, block_k, head_dim, kv_lengths = SLA_CASES[name]
-    forward.descriptors_fit = backward.descriptors_fit = lambda tensors: True
+    descriptors = head_dim == 64
+    forward.descriptors_fit = backward.descriptors_fit = linear.descriptors_fit = lambda tensors: descriptors
     kv_lengths = None if kv_lengths is None else torch.tensor(kv_lengths)
     sizes = {"batch": 1 if kv_lengths is None else 2, "heads": 1, "query_length": 200, "key_length": 150}
     selection = random_selection(**sizes, block_q=block_q, block_k=block_k, kv_lengths=kv_lengths)
@@ -166,6 +167,48 @@ def run_sla(name: str) -> None:
         assert_close_to_reference(x, y, z, name=f"{name}: {label}", factor=4.0)
 
 
+# name: (linear_scope, block_k, GROUP_BYTES, options of the selection)
+SELECTING_CASES = {
+    "selecting": ("marginal", 64, 2**30, {"protected_keys": (300, 301)}),
+    "selecting, two tiles a block": ("marginal", 128, 1, {}),
+    "selecting, all": ("all", 64, 1, {"kv_lengths": (301, 80)}),
+    "selecting, padding keys": ("noncritical", 64, 1, {"kv_lengths": (301, 80)}),
+}
+
+
+def run_selecting(name: str) -> None:
+    """A selection made on the way is the one made beforehand, to the bit, however heads are grouped."""
+    import torch
+
+    from foveal import SLAConfig, select_blocks
+    from foveal import selection as module
+    from foveal.sla import triton_forward
+    from foveal.sla.triton import sla_attention_gpu
+    from foveal.testing import make_inputs, output_and_gradients
+
+    scope, block_k, triton_forward.GROUP_BYTES, options = SELECTING_CASES[name]
+    module.fits_kernel = lambda *_: True
+    if "kv_lengths" in options:
+        options["kv_lengths"] = torch.tensor(options["kv_lengths"])
+    ratios = {"keep_ratio": 0.3, "drop_ratio": 0.4 if scope == "marginal" else 0.0, "block_q": 64, "block_k": block_k}
+    inputs = make_inputs(batch=2, heads=2, query_length=130, key_length=301, head_dim=64, dtype=torch.bfloat16)
+    weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(2)).div(8), torch.ones(64)
+    given = select_blocks(*inputs[:2], **ratios, **options)
+    rule = module.selection_rule(*inputs[:2], **ratios, **options)
+
+    def run(selection):
+        config = SLAConfig(linear_scope=scope, **ratios)
+        return output_and_gradients(
+            lambda query, key, value, weight, bias: sla_attention_gpu(
+                query, key, value, config, selection, 0.125, weight, bias, hopper=False
+            ),
+            (*inputs, *weights),
+        )
+
+    for x, y in zip(run(rule), run(given), strict=True):
+        assert torch.equal(x, y), name
+
+
 def main(names) -> None:
     from triton import language
     from triton.runtime import interpreter
@@ -196,6 +239,8 @@ def main(names) -> None:
             run_selection()
         elif name in SLA_CASES:
             run_sla(name)
+        elif name in SELECTING_CASES:
+            run_selecting(name)
         else:
             run_case(name)
 
@@ -206,6 +251,7 @@ def main(names) -> None:
         pytest.param(list(CASES), id="attention"),
         pytest.param(["lists", "selection"], id="lists"),
         pytest.param(list(SLA_CASES), id="sla", marks=pytest.mark.slow),
+        pytest.param(list(SELECTING_CASES), id="selecting", marks=pytest.mark.slow),
     ],
 )
 def test_interpreted(names):

@@ -234,6 +234,128 @@ def test_auto_tile_is_the_grids():
     assert resolve_tile(VSAConfig(), grid) == (4, 4, 4)
 
 
+class TestText:
+    """Keys past the video's."""
+
+    TEXT = 21  # with slots of 16 tokens a full block and a partial one
+
+    def arguments(self, batch=1, text=TEXT, **options):
+        gates = make_arguments(GRID, batch=batch)[3:]
+        lengths = {"query_length": GRID.num_tokens, "key_length": GRID.num_tokens + text}
+        return (*make_inputs(batch=batch, head_dim=8, **lengths, **options), *gates)
+
+    @staticmethod
+    def attend(impl, config=CONFIG, **options):
+        def function(query, key, value, gate_coarse=None, gate_fine=None):
+            gates = {"gate_coarse": gate_coarse, "gate_fine": gate_fine}
+            return vsa_attention(query, key, value, config=config, grid=GRID, impl=impl, **gates, **options)
+
+        return function
+
+    @pytest.mark.parametrize("impl", ["reference", "torch"])
+    def test_every_cube_attends_to_text_and_its_own_choice(self, impl):
+        inputs = self.arguments()[:3]
+        num_tokens = GRID.num_tokens
+        video_only = select_cubes(inputs[0], inputs[1][:, :, :num_tokens], config=CONFIG, grid=GRID)
+        cubes = cube_slices(GRID, CONFIG.tile)
+        cube_of = torch.zeros(GRID.shape, dtype=torch.long)
+        for index, (t, h, w) in enumerate(cubes):
+            cube_of[t, h, w] = index
+        cube_of = cube_of.flatten()
+        mask = video_only.critical_mask()[:, :, cube_of][..., cube_of]
+        mask = torch.cat([mask, torch.ones(*mask.shape[:3], self.TEXT, dtype=torch.bool)], -1)
+
+        no_coarse = torch.zeros_like(inputs[0])
+        ours = output_and_gradients(lambda *qkv: self.attend(impl)(*qkv, no_coarse), inputs)
+        assert_same(ours, output_and_gradients(lambda *x: F.scaled_dot_product_attention(*x, attn_mask=mask), inputs))
+
+    @pytest.mark.parametrize("impl", ["reference", "torch"])
+    def test_the_coarse_stage_sees_the_video_alone(self, impl):
+        query, key, value, *_ = self.arguments()
+        no_fine = torch.zeros_like(query)
+        output = self.attend(impl)(query, key, value, None, no_fine)
+        video = (x[:, :, : GRID.num_tokens] for x in (key, value))
+        torch.testing.assert_close(output, self.attend(impl)(query, *video, None, no_fine), **TIGHT)
+
+    @pytest.mark.parametrize("text", [1, 16, 21])
+    def test_torch_matches_reference(self, text):
+        arguments = self.arguments(batch=2, text=text)
+        with poison_empty():
+            ours = output_and_gradients(self.attend("torch"), arguments)
+        assert_same(ours, output_and_gradients(self.attend("reference"), arguments))
+
+    @pytest.mark.parametrize("impl", ["reference", "torch"])
+    def test_padding_is_as_if_it_were_not_there(self, impl):
+        arguments = list(self.arguments(batch=3))
+        valid = [GRID.num_tokens + text for text in (0, 7, 21)]
+        for index in (1, 2):
+            for sample, length in enumerate(valid):
+                arguments[index][sample, :, length:] = math.nan
+        padded = output_and_gradients(self.attend(impl, kv_lengths=torch.tensor(valid)), arguments)
+        for sample, length in enumerate(valid):
+            query, key, value, *gates = (x[sample : sample + 1] for x in arguments)
+            alone = self.attend(impl)(query, key[:, :, :length], value[:, :, :length], *gates)
+            torch.testing.assert_close(padded[0][sample : sample + 1], alone, **TIGHT)
+            assert not padded[2][sample, :, length:].any()
+            assert not padded[3][sample, :, length:].any()
+        assert all(x.isfinite().all() for x in padded)
+
+    def test_padding_has_the_reference_gradients(self):
+        arguments, lengths = self.arguments(batch=2), torch.tensor([GRID.num_tokens + 18, GRID.num_tokens + 3])
+        ours = output_and_gradients(self.attend("torch", kv_lengths=lengths), arguments)
+        assert_same(ours, output_and_gradients(self.attend("reference", kv_lengths=lengths), arguments))
+
+    def test_selection_lists_the_cubes_and_then_the_text(self):
+        query, key, *_ = self.arguments(batch=2)
+        lengths = torch.tensor([GRID.num_tokens + 18, GRID.num_tokens + 3])
+        video = select_cubes(query, key[:, :, : GRID.num_tokens], config=CONFIG, grid=GRID)
+        selection = select_cubes(query, key, config=CONFIG, grid=GRID, kv_lengths=lengths)
+        num_cubes = video.num_key_blocks
+        assert selection.key_block_sizes[:, num_cubes:].tolist() == [[16, 2], [3, 0]]
+        labels = selection.labels()
+        assert torch.equal(labels[..., :num_cubes], video.labels())
+        assert labels[0, ..., num_cubes:].eq(1).all()
+        assert labels[1, ..., num_cubes:].flatten(0, 1).unique(dim=0).shape[0] == 1
+        assert selection.critical_count[:, 0, 0].tolist() == [6, 5]
+
+    @pytest.mark.parametrize("impl", ["reference", "torch"])
+    def test_a_fixed_selection_decides(self, impl):
+        arguments, lengths = self.arguments(batch=2), torch.tensor([GRID.num_tokens + 18, GRID.num_tokens + 3])
+        selection = select_cubes(*arguments[:2], config=CONFIG, grid=GRID)
+        given = self.attend(impl, selection=selection, kv_lengths=lengths)(*arguments)
+        torch.testing.assert_close(given, self.attend(impl, kv_lengths=lengths)(*arguments), **TIGHT)
+
+    def test_compiles_without_graph_break(self):
+        arguments, lengths = self.arguments(), torch.tensor([GRID.num_tokens + 18])
+        function = self.attend("torch", kv_lengths=lengths)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert_same(output_and_gradients(compiled, arguments), output_and_gradients(function, arguments))
+
+    def test_module_takes_text(self):
+        query, key, value, *_ = (x.float() for x in self.arguments(batch=2))
+        hidden = torch.randn(2, GRID.num_tokens, 24, generator=torch.Generator().manual_seed(1))
+        lengths = torch.tensor([GRID.num_tokens + 18, GRID.num_tokens + 3])
+        module = VideoSparseAttention(24, 2, 8, CONFIG)
+        closed = torch.zeros_like(query)
+        expected = self.attend("torch", kv_lengths=lengths)(query, key, value, closed)
+        torch.testing.assert_close(module(query, key, value, hidden, grid=GRID, kv_lengths=lengths), expected)
+        selection = module.select(query, key, grid=GRID, kv_lengths=lengths)
+        assert torch.equal(selection.key_block_sizes[:, -1], torch.tensor([2, 0], dtype=torch.int32))
+
+    @pytest.mark.parametrize(
+        ("lengths", "error", "message"),
+        [
+            ([90, 90], TypeError, r"kv_lengths must be an integer tensor"),
+            (torch.tensor([90]), ValueError, r"kv_lengths must have shape \[2\], got \[1\]"),
+            (torch.tensor([89, 100]), ValueError, r"between the video's 90 tokens and all 111 keys, got \[89, 100\]"),
+            (torch.tensor([90, 112]), ValueError, r"between the video's 90 tokens and all 111 keys, got \[90, 112\]"),
+        ],
+    )
+    def test_wrong_lengths(self, lengths, error, message):
+        with pytest.raises(error, match=message):
+            self.attend("torch", kv_lengths=lengths)(*self.arguments(batch=2))
+
+
 class TestModule:
     inputs = make_inputs(query_length=GRID.num_tokens, head_dim=8, dtype=torch.float32)
     hidden = torch.randn(1, GRID.num_tokens, 24, generator=torch.Generator().manual_seed(1))
@@ -297,8 +419,10 @@ class TestErrors:
 
     def test_query_and_key_lengths_differ(self):
         query, key, value = self.inputs
-        with pytest.raises(ValueError, match=r"has 90 tokens, but the tensors have 80"):
+        with pytest.raises(ValueError, match=r"key must hold the 90 tokens of the video.*got 80"):
             self.attend(inputs=(query, key[:, :, :80], value[:, :, :80]))
+        with pytest.raises(ValueError, match=r"grid 3x5x6 has 90 tokens, but the tensors have 80"):
+            self.attend(inputs=(query[:, :, :80], key, value))
 
     @pytest.mark.parametrize("name", ["gate_coarse", "gate_fine"])
     def test_gate_of_another_shape(self, name):

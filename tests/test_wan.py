@@ -54,6 +54,7 @@ def test_layer_runs_the_method(config):
     randomize(model)
     attn = model.blocks[0].attn1
     grid, data = VideoGrid(3, 5, 7), inputs()
+    run(model, **data)
     rotary = model.rope(data["hidden_states"])
     x = torch.randn(2, grid.num_tokens, 32, generator=torch.Generator().manual_seed(3))
 
@@ -66,7 +67,6 @@ def test_layer_runs_the_method(config):
     query, key, value = seen["args"][:3]
     dense_output = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     with dense(model):
-        rotary = model.rope(data["hidden_states"])
         torch.testing.assert_close(
             attn.to_out[0](dense_output.transpose(1, 2).flatten(2)), attn(x, None, None, rotary), rtol=0, atol=1e-5
         )

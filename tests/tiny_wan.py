@@ -67,7 +67,7 @@ def tiny_pipeline():
     )
 
 
-def generate(pipeline) -> torch.Tensor:
+def generate(pipeline, **settings) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     embeds = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(4))
     return pipeline(
@@ -76,7 +76,7 @@ def generate(pipeline) -> torch.Tensor:
         height=80,
         width=112,
         num_frames=9,
-        num_inference_steps=2,
+        **{"num_inference_steps": 2} | settings,
         generator=torch.Generator().manual_seed(5),
         output_type="latent",
     ).frames

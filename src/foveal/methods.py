@@ -27,14 +27,43 @@ class Method:
         config_type: its configuration.
         module_type: the module that owns its parameters; has `select` and `token_places`.
         build: (config, hidden_dim, num_heads, head_dim, impl) to that module.
-        attend: (module, query, key, value, hidden_states, grid) to the output, [B, H, L, D] like query.
+        attend: (module, query, key, value, hidden_states, grid, kv_lengths=None, config=None) to the output,
+            [B, H, L, D] like query. Keys past the grid's tokens are text, say: kept for every query. kv_lengths, int
+            [B], counts each sample's valid keys. A config stands in for the module's own, with other ratios.
     """
 
     name: str
     config_type: type
     module_type: type
     build: Callable[[Config, int, int, int, str], nn.Module]
-    attend: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, VideoGrid], Tensor]
+    attend: Callable[..., Tensor]
+
+
+def _attend_with_sla(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+    grid: VideoGrid,
+    kv_lengths: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    text = (query.shape[2], key.shape[2]) if key.shape[2] > query.shape[2] else None
+    return module(query, key, value, grid=grid, protected_keys=text, kv_lengths=kv_lengths, config=config)
+
+
+def _attend_with_vsa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+    grid: VideoGrid,
+    kv_lengths: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    return module(query, key, value, hidden_states, grid=grid, kv_lengths=kv_lengths, config=config)
 
 
 METHODS = {
@@ -43,7 +72,7 @@ METHODS = {
         SLAConfig,
         SparseLinearAttention,
         lambda config, hidden_dim, num_heads, head_dim, impl: SparseLinearAttention(head_dim, config, impl=impl),
-        lambda module, query, key, value, hidden_states, grid: module(query, key, value, grid=grid),
+        _attend_with_sla,
     ),
     "vsa": Method(
         "vsa",
@@ -52,7 +81,7 @@ METHODS = {
         lambda config, hidden_dim, num_heads, head_dim, impl: VideoSparseAttention(
             hidden_dim, num_heads, head_dim, config, impl=impl
         ),
-        lambda module, query, key, value, hidden_states, grid: module(query, key, value, hidden_states, grid=grid),
+        _attend_with_vsa,
     ),
 }
 

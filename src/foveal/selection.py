@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -175,15 +176,11 @@ def select_blocks(
     scale = check_scale(scale, query.shape[-1])
     query_length, key_length = query.shape[2], key.shape[2]
 
-    sizes = valid_blocks = None
-    if kv_lengths is not None:
-        sizes, valid_blocks = _sizes_from_lengths(kv_lengths, query.shape[0], key_length, block_k, key.device)
-    key_range = _token_to_block_range("protected_keys", protected_keys, key_length, block_k)
-    query_range = _token_to_block_range("protected_queries", protected_queries, query_length, block_q)
-    if _fits_kernel(query, key, -(-key_length // block_k)):
-        critical, counts, marginal = _select_on_device(
-            query, key, block_q, block_k, sizes, valid_blocks, keep_ratio, drop_ratio, scale, key_range, query_range
-        )
+    limits = _limits(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries)
+    sizes, valid_blocks, key_range, query_range = limits
+    if fits_kernel(query, key, block_k):
+        rule = _rule(query, key, block_q, block_k, keep_ratio, drop_ratio, limits)
+        critical, counts, marginal = _select_on_device(query, key, block_q, block_k, scale, rule, drop_ratio > 0.0)
     else:
         with torch.no_grad():
             scores = pooled_scores(pool_blocks(query, block_q), pool_blocks(key, block_k, sizes), scale)
@@ -207,8 +204,8 @@ def select_blocks(
     )
 
 
-def _fits_kernel(query: Tensor, key: Tensor, num_key_blocks: int) -> bool:
-    """Whether the selection kernel takes these: the same rule in one pass, without a tensor of scores."""
+def fits_kernel(query: Tensor, key: Tensor, block_k: int) -> bool:
+    """Whether the selection kernels take these: the same rule, on the device."""
     return (
         _HAS_TRITON
         and query.device.type == "cuda"
@@ -216,42 +213,105 @@ def _fits_kernel(query: Tensor, key: Tensor, num_key_blocks: int) -> bool:
         and query.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and query.shape[-1] in (64, 128)
         and query.stride(-1) == key.stride(-1) == 1
-        and num_key_blocks <= _KERNEL_MAX_BLOCKS
+        and -(-key.shape[2] // block_k) <= _KERNEL_MAX_BLOCKS
     )
 
 
-def _select_on_device(
-    query, key, block_q, block_k, sizes, valid_blocks, keep_ratio, drop_ratio, scale, key_range, query_range
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    from foveal.block_sparse.triton.select import select_op
+class SelectionRule(NamedTuple):
+    """All that `select_blocks` settles before it looks at a score, for kernels that select on the way.
 
-    rows, columns = -(-query.shape[2] // block_q), -(-key.shape[2] // block_k)
-    n_critical = width = _num_critical(columns, keep_ratio, None)
+    width: of the critical lists.
+    critical, negligible: how many blocks a row gets, if every sample has all its keys.
+    key_block_sizes: int32 [B, Tk] or None, as in `BlockSelection`.
+    valid_blocks: int32 [B], leading key blocks with a valid token, or None for all; then
+    table: int32 [Tk + 1, 2] has how many are critical and negligible for each number of valid blocks.
+    key_range, query_range: [start, stop) in blocks: critical for every row, and rows that attend to everything.
+    """
+
+    width: int
+    critical: int
+    negligible: int
+    key_block_sizes: Tensor | None
+    valid_blocks: Tensor | None
+    table: Tensor | None
+    key_range: tuple[int, int]
+    query_range: tuple[int, int]
+
+
+def selection_rule(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    keep_ratio: float,
+    drop_ratio: float,
+    kv_lengths: Tensor | None = None,
+    protected_keys: tuple[int, int] | None = None,
+    protected_queries: tuple[int, int] | None = None,
+) -> SelectionRule:
+    """The rule of `select_blocks` for inputs that `fits_kernel` accepts; arguments and errors as there."""
+    limits = _limits(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries)
+    return _rule(query, key, block_q, block_k, keep_ratio, drop_ratio, limits)
+
+
+def _limits(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries):
+    """Sizes of key blocks, valid blocks, and the protected blocks of keys and queries; each None if there is none."""
+    sizes = valid_blocks = None
+    if kv_lengths is not None:
+        sizes, valid_blocks = _sizes_from_lengths(kv_lengths, query.shape[0], key.shape[2], block_k, key.device)
+    key_range = _token_to_block_range("protected_keys", protected_keys, key.shape[2], block_k)
+    query_range = _token_to_block_range("protected_queries", protected_queries, query.shape[2], block_q)
+    return sizes, valid_blocks, key_range, query_range
+
+
+def _rule(query, key, block_q, block_k, keep_ratio, drop_ratio, limits) -> SelectionRule:
+    sizes, valid_blocks, key_range, query_range = limits
+    columns = -(-key.shape[2] // block_k)
+    critical = width = _num_critical(columns, keep_ratio, None)
     if key_range is not None:
         width += key_range[1] - key_range[0]
     if query_range is not None:
         width = columns
-    wanted = None
+    table = None
     if valid_blocks is not None:
         valid_blocks = valid_blocks.to(torch.int32)
-        wanted = _wanted_table(columns, keep_ratio, drop_ratio, key.device)
+        table = _wanted_table(columns, keep_ratio, drop_ratio, key.device)
+    return SelectionRule(
+        width=max(1, min(width, columns)),
+        critical=critical,
+        negligible=count(drop_ratio, columns),
+        key_block_sizes=sizes,
+        valid_blocks=valid_blocks,
+        table=table,
+        key_range=key_range or (0, 0),
+        query_range=query_range or (0, 0),
+    )
+
+
+def _select_on_device(
+    query: Tensor, key: Tensor, block_q: int, block_k: int, scale: float, rule: SelectionRule, with_marginal: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    from foveal.block_sparse.triton.select import select_op
+
+    rows, columns = -(-query.shape[2] // block_q), -(-key.shape[2] // block_k)
     critical, counts, marginal = select_op(
         query.detach(),
         key.detach(),
         block_q,
         block_k,
-        sizes,
-        valid_blocks,
-        wanted,
+        rule.key_block_sizes,
+        rule.valid_blocks,
+        rule.table,
         scale,
-        max(1, min(width, columns)),
-        n_critical,
-        count(drop_ratio, columns),
-        *(key_range or (0, 0)),
-        *(query_range or (0, 0)),
-        drop_ratio > 0.0,
+        rule.width,
+        rule.critical,
+        rule.negligible,
+        *rule.key_range,
+        *rule.query_range,
+        with_marginal,
     )
-    return critical, counts, marginal[:, :, :rows, :columns] if drop_ratio > 0.0 else None
+    return critical, counts, marginal[:, :, :rows, :columns] if with_marginal else None
 
 
 @functools.lru_cache(maxsize=64)

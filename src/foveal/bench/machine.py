@@ -12,8 +12,13 @@ import torch
 import foveal
 
 
-def machine(device: torch.device) -> dict[str, object]:
-    """JSON-ready; None for what cannot be found out."""
+def machine(device: torch.device, commit: str | None = None) -> dict[str, object]:
+    """JSON-ready; None for what cannot be found out.
+
+    Args:
+        device: the one that is timed.
+        commit: of this tree, said by the user where there is no git to ask; git's word counts where it is there.
+    """
     found: dict[str, object] = {
         "device": platform.processor() or platform.machine(),
         "driver": None,
@@ -39,10 +44,10 @@ def machine(device: torch.device) -> dict[str, object]:
             found |= {"driver": driver, "power_limit_w": limit}
     folder = str(Path(foveal.__file__).parent)
     changes = _run("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
-    commit = _run("git", "-C", folder, "rev-parse", "HEAD") or None
+    found_commit = _run("git", "-C", folder, "rev-parse", "HEAD") or None
     return found | {
-        "commit": commit,
-        "uncommitted_changes": None if commit is None or changes is None else bool(changes),
+        "commit": found_commit or commit,
+        "uncommitted_changes": None if found_commit is None or changes is None else bool(changes),
     }
 
 

@@ -47,6 +47,7 @@ class BenchSettings:
         device: "cuda", or "cpu" with a `length`.
         length: run one small shape of so many tokens instead of `shapes` (1 sample, 2 heads, 64 wide).
         gate_grid: the video of the small correctness check.
+        commit: of this tree, for the record, where there is no git to ask.
 
     Raises:
         ValueError: naming the field, what was expected and what came.
@@ -60,6 +61,7 @@ class BenchSettings:
     device: str = "cuda"
     length: int | None = None
     gate_grid: VideoGrid = GATE_GRID
+    commit: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, ("cuda", "cpu"))
@@ -118,7 +120,7 @@ def run_bench(
         "schema": SCHEMA,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "settings": {"quick": settings.quick, "only": settings.only, "seed": settings.seed, "dtype": str(dtype)[6:]},
-        "machine": machine(device),
+        "machine": machine(device, settings.commit),
         "shapes": {shape.name: shape.to_dict() for shape in shapes},
         "results": [],
     }

@@ -68,6 +68,7 @@ def run_demo(
         results["environment"] = _environment(device)
         task = progress.add_task("report", total=1)
         write_report(folder, results, media, settings)
+        media["model"].save_pretrained(folder / "model")
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         progress.advance(task)
     return results
@@ -135,7 +136,7 @@ def _measure(
         "arms": arms,
         "expectations": _expectations(arms),
     }
-    return results, {"clip": held_out.video[0].cpu(), "videos": videos, "maps": maps}
+    return results, {"model": model, "clip": held_out.video[0].cpu(), "videos": videos, "maps": maps}
 
 
 def _train(

@@ -22,7 +22,7 @@ def capture_selections(model: nn.Module) -> Iterator[dict[str, BlockSelection]]:
 
     def record(name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            found[name] = module.select(args[0].detach(), args[1].detach(), grid=kwargs["grid"])
+            found[name] = module.select(args[0].detach(), args[1].detach(), **kwargs)
 
         return hook
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from foveal.integrations import wan
+from foveal.integrations import cogvideox, flux, hunyuan_video, hunyuan_video15, ltx2, ltx_video, wan
 from foveal.video_grid import VideoGrid
 
 
@@ -25,11 +26,9 @@ class Family:
         processors: class names of the attention processors that ours stands in for.
         self_attention_layers: transformer to its self-attention modules by qualified name, in order of depth.
         dimensions: attention module to (hidden_dim, num_heads, head_dim).
-        grid_source: transformer to the submodule that sees the latent once per forward and makes the position
-            embedding that every layer is passed.
-        read_grid: (that submodule, its positional arguments) to the grid of tokens.
-        self_attention: (attention module, attend, *the processor's arguments) to the layer's output, where
-            attend(query, key, value, hidden_states) is the method's attention on [B, H, L, D].
+        read_grid: (transformer, the arguments of its forward by name) to the grid of tokens.
+        self_attention: (attention module, the method's attention as an `Attend`, *the processor's arguments) to the
+            layer's output.
     """
 
     name: str
@@ -37,22 +36,46 @@ class Family:
     processors: tuple[str, ...]
     self_attention_layers: Callable[[nn.Module], dict[str, nn.Module]]
     dimensions: Callable[[nn.Module], tuple[int, int, int]]
-    grid_source: Callable[[nn.Module], nn.Module]
-    read_grid: Callable[[nn.Module, tuple[Any, ...]], VideoGrid]
-    self_attention: Callable[..., Tensor]
+    read_grid: Callable[[nn.Module, dict[str, Any]], VideoGrid]
+    self_attention: Callable[..., Any]
+
+
+def _family(name: str, transformer: str, processors: tuple[str, ...], module: ModuleType) -> Family:
+    functions = (module.self_attention_layers, module.dimensions, module.read_grid, module.self_attention)
+    return Family(name, transformer, processors, *functions)
 
 
 FAMILIES = {
-    "wan": Family(
-        "wan",
-        "WanTransformer3DModel",
-        ("WanAttnProcessor",),
-        wan.self_attention_layers,
-        wan.dimensions,
-        wan.grid_source,
-        wan.read_grid,
-        wan.self_attention,
-    ),
+    family.name: family
+    for family in (
+        _family("wan", "WanTransformer3DModel", ("WanAttnProcessor",), wan),
+        _family("wan_vace", "WanVACETransformer3DModel", ("WanAttnProcessor",), wan),
+        _family("wan_animate", "WanAnimateTransformer3DModel", ("WanAttnProcessor",), wan),
+        _family("hunyuan_video", "HunyuanVideoTransformer3DModel", ("HunyuanVideoAttnProcessor2_0",), hunyuan_video),
+        _family(
+            "hunyuan_video_framepack",
+            "HunyuanVideoFramepackTransformer3DModel",
+            ("HunyuanVideoAttnProcessor2_0",),
+            hunyuan_video,
+        ),
+        _family(
+            "hunyuan_video15", "HunyuanVideo15Transformer3DModel", ("HunyuanVideo15AttnProcessor2_0",), hunyuan_video15
+        ),
+        _family(
+            "cogvideox",
+            "CogVideoXTransformer3DModel",
+            ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0"),
+            cogvideox,
+        ),
+        _family("ltx_video", "LTXVideoTransformer3DModel", ("LTXVideoAttnProcessor",), ltx_video),
+        _family(
+            "ltx2",
+            "LTX2VideoTransformer3DModel",
+            ("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
+            ltx2,
+        ),
+        _family("flux", "FluxTransformer2DModel", ("FluxAttnProcessor",), flux),
+    )
 }
 
 PIPELINE_COMPONENTS = ("transformer", "transformer_2")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from foveal.cost import attention_cost
+from foveal.cost import AttentionCost, attention_cost
 from foveal.integrations.families import components_of, family_of
+from foveal.integrations.policy import Policy, get_policy
 from foveal.integrations.processor import sparse_processors, state_of
 from foveal.methods import Config, method_of
 from foveal.types import SLAConfig
@@ -28,6 +29,7 @@ class LayerSummary:
         parameters: how many `sparsify` added.
         grid: what the costs are for; None if none was given or seen.
         heads, head_dim: of the layer.
+        held_dense: the policy keeps the layer dense, and its configuration waits.
     """
 
     layer: str
@@ -36,6 +38,7 @@ class LayerSummary:
     grid: VideoGrid | None
     heads: int
     head_dim: int
+    held_dense: bool = False
 
     @property
     def method(self) -> str:
@@ -43,16 +46,23 @@ class LayerSummary:
         return "dense" if self.config is None else method_of(self.config).name
 
     @property
-    def reduction(self) -> float | None:
-        """Dense FLOPs of the attention over ours (see `attention_cost`); None without a grid."""
+    def cost(self) -> AttentionCost | None:
+        """The layer's arithmetic in a forward where it may be sparse; None without a grid."""
         if self.grid is None:
             return None
-        return attention_cost(self.config, grid=self.grid, heads=self.heads, head_dim=self.head_dim).reduction
+        config = None if self.held_dense else self.config
+        return attention_cost(config, grid=self.grid, heads=self.heads, head_dim=self.head_dim)
+
+    @property
+    def reduction(self) -> float | None:
+        """Dense FLOPs of the attention over ours (see `attention_cost`); None without a grid."""
+        return None if self.cost is None else self.cost.reduction
 
     def cells(self) -> tuple[str, ...]:
         """The texts of the table's columns."""
         reduction = "" if self.reduction is None else f"{self.reduction:.1f}x"
-        return (self.layer, self.method, *_settings(self.config, self.grid), f"{self.parameters:,}", reduction)
+        method = f"({self.method})" if self.held_dense else self.method
+        return (self.layer, method, *_settings(self.config, self.grid), f"{self.parameters:,}", reduction)
 
 
 @dataclass(frozen=True)
@@ -60,10 +70,14 @@ class Summary:
     """The layers of a model; `print` it for a table, in colour with rich.
 
     Args:
-        rows: one per self-attention layer, sparse or dense, in order of depth.
+        rows: one per self-attention layer, sparse or dense, in order of depth. A method in parentheses waits: the
+            policy keeps the layer dense.
+        policies: by component, of those that have one. Costs are those of a forward where they ask nothing but their
+            `dense_layers`.
     """
 
     rows: tuple[LayerSummary, ...]
+    policies: dict[str, Policy] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -73,19 +87,25 @@ class Summary:
     @property
     def reduction(self) -> float | None:
         """Dense FLOPs of all these layers' attention over ours; None unless every layer has a grid."""
-        if any(row.grid is None for row in self.rows):
+        costs = [row.cost for row in self.rows]
+        if None in costs:
             return None
-        costs = [attention_cost(row.config, grid=row.grid, heads=row.heads, head_dim=row.head_dim) for row in self.rows]
         return sum(cost.dense.flops for cost in costs) / sum(cost.flops for cost in costs)
 
     def title(self) -> str:
-        """One line on the whole model."""
+        """A line on the whole model, and one on its policy if it has one."""
         sparse = sum(row.config is not None for row in self.rows)
         parts = [f"{sparse} of {len(self.rows)} self-attention layers sparse", f"{self.parameters:,} parameters added"]
         if self.reduction is not None:
             grids = dict.fromkeys("x".join(map(str, row.grid.shape)) for row in self.rows)
             parts.append(f"{self.reduction:.1f}x fewer attention FLOPs than dense at {', '.join(grids)} tokens")
-        return "; ".join(parts)
+        lines = ["; ".join(parts)]
+        shown = dict.fromkeys(map(str, self.policies.values()))
+        if len(shown) == 1:
+            lines.append(f"policy: {next(iter(shown))}")
+        else:
+            lines.extend(f"policy of {component}: {policy}" for component, policy in self.policies.items())
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         table = [COLUMNS, *(row.cells() for row in self.rows)]
@@ -118,11 +138,14 @@ def summary(model: Any, grid: VideoGrid | None = None) -> Summary:
     """
     if grid is not None and not isinstance(grid, VideoGrid):
         raise TypeError(f"grid must be a VideoGrid, got {grid!r}")
-    rows = []
+    rows, policies = [], {}
     for component, transformer in components_of(model).items():
         family = family_of(transformer)
         processors, state = sparse_processors(transformer), state_of(transformer)
         seen = None if state is None else state.grid
+        policy = get_policy(transformer)
+        if policy is not None:
+            policies[component] = policy
         for name, attn in family.self_attention_layers(transformer).items():
             processor = processors.get(name)
             _, heads, head_dim = family.dimensions(attn)
@@ -134,9 +157,10 @@ def summary(model: Any, grid: VideoGrid | None = None) -> Summary:
                     grid=grid or seen,
                     heads=heads,
                     head_dim=head_dim,
+                    held_dense=processor is not None and processor.held_dense,
                 )
             )
-    return Summary(tuple(rows))
+    return Summary(tuple(rows), policies)
 
 
 _FIRST_NUMBER = COLUMNS.index("added")

@@ -2,9 +2,10 @@
 
 A folder holds `foveal.safetensors`, the parameters, and `foveal.json`, the configurations for people to read:
 
-    {"format": 1, "components": {"transformer": {"family": "wan", "layers": {
+    {"format": 1, "components": {"transformer": {"family": "wan", "policy": {"dense_first_steps": 2}, "layers": {
         "blocks.0.attn1": {"method": "sla", "config": {"keep_ratio": 0.05, ...}}, ...}}}}
 
+A component without a policy has no such entry. What `save_pretrained` of diffusers writes is in `pretrained.py`.
 The header of `foveal.safetensors` carries the same text, so that one rename commits a save. The parameters are named
 component.layer.parameter, "transformer.blocks.0.attn1.proj.weight"; a bare transformer is the component "transformer".
 """
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from foveal.integrations.families import components_of, family_of
+from foveal.integrations.parameters import own_tensors
+from foveal.integrations.policy import Policy, attach_policy, check_policy, get_policy
+from foveal.integrations.pretrained import register_components
 from foveal.integrations.processor import (
     SparseAttentionProcessor,
     build_attention,
@@ -38,7 +42,7 @@ Model = TypeVar("Model")
 
 
 def save(model: Any, folder: str | os.PathLike) -> None:
-    """Writes what `sparsify` added to a model: parameters bit for bit, and each layer's configuration.
+    """Writes what `sparsify` added to a model: parameters bit for bit, each layer's configuration, and the policy.
 
     Both files are written aside and renamed. Interrupted at any point, the folder holds the former save or the new
     one, complete; other files in it are left alone.
@@ -63,9 +67,8 @@ def save(model: Any, folder: str | os.PathLike) -> None:
         state = _state(component, processors)
         _check_tensors(state, _expected(component, transformer, configs), "the model")
         _check_not_offloaded(state)
-        tensors.update({name: tensor.cpu().contiguous() for name, tensor in state.items()})
-        layers = {name: {"method": method_of(c).name, "config": c.to_dict()} for name, c in configs.items()}
-        components[component] = {"family": family_of(transformer).name, "layers": layers}
+        tensors.update({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+        components[component] = _entry(transformer)
     if not components:
         raise ValueError("model has no sparse layer, there is nothing to save; call sparsify first")
 
@@ -89,6 +92,8 @@ def save(model: Any, folder: str | os.PathLike) -> None:
 
 def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Model:
     """Puts what `save` wrote into a model: sparsifies a dense one as saved, and checks that a sparse one agrees.
+
+    A saved policy takes the place of the model's, a pipeline's scheduler telling the step.
 
     Parameters take the dtype that `sparsify` gives them; where that is the saved one, they come back bit for bit.
 
@@ -116,32 +121,70 @@ def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Mode
 
     expected = {}
     for component, transformer in components.items():
-        family, configs = saved.get(component, (family_of(transformer).name, {}))
-        _check_component(component, transformer, family, configs)
+        family, configs, policy = saved.get(component, (family_of(transformer).name, {}, None))
+        _check_component(component, transformer, family, configs, policy)
         expected.update(_expected(component, transformer, configs))
     _check_tensors(tensors, expected, str(folder))
 
     plans = []
-    for component, (_, configs) in saved.items():
+    for component, (_, configs, policy) in saved.items():
         transformer = components[component]
         processors = sparse_processors(transformer)
         fresh = {} if processors else build_processors(transformer, configs, impl=impl)
         state = _state(component, processors or fresh)
         _check_not_offloaded(state)
-        plans.append((transformer, fresh, state))
-    for transformer, fresh, state in plans:
+        plans.append((transformer, fresh, state, policy))
+    pipeline = None if isinstance(model, nn.Module) else model
+    for transformer, fresh, state, policy in plans:
         with torch.no_grad():
             for name, parameter in state.items():
                 parameter.copy_(tensors[name])
         install(transformer, fresh)
+        if policy is not None or get_policy(transformer) is not None:
+            attach_policy(transformer, policy, pipeline=pipeline)
+    register_components(model)
     return model
+
+
+def describe(transformer: nn.Module) -> dict[str, Any] | None:
+    """A transformer's sparse layers for its `config.json`, JSON-ready; None for a dense one."""
+    return {"format": FORMAT, **_entry(transformer)} if sparse_processors(transformer) else None
+
+
+def build_described(transformer: nn.Module, description: Any) -> None:
+    """Converts a dense transformer as `describe` says, with parameters at their start.
+
+    Raises:
+        ValueError: a description that is malformed, of another version, or of another model.
+    """
+    source = "config.json"
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        version = description.get("format") if isinstance(description, dict) else description
+        raise ValueError(f"{source} describes sparse layers in format {version!r}; this version reads {FORMAT}")
+    family, configs, policy = _parse_component(source, description)
+    _check_component(source, transformer, family, configs, policy)
+    install(transformer, build_processors(transformer, configs))
+    if policy is not None:
+        attach_policy(transformer, policy)
+
+
+def _entry(transformer: nn.Module) -> dict[str, Any]:
+    """One component of the manifest."""
+    configs = {name: processor.config for name, processor in sparse_processors(transformer).items()}
+    layers = {name: {"method": method_of(c).name, "config": c.to_dict()} for name, c in configs.items()}
+    policy = get_policy(transformer)
+    return {
+        "family": family_of(transformer).name,
+        **({} if policy is None else {"policy": policy.to_dict()}),
+        "layers": layers,
+    }
 
 
 def _state(component: str, processors: dict[str, SparseAttentionProcessor]) -> dict[str, Tensor]:
     return {
         f"{component}.{layer}.{name}": tensor
         for layer, processor in processors.items()
-        for name, tensor in processor.attention.state_dict().items()
+        for name, tensor in own_tensors(processor.attention).items()
     }
 
 
@@ -198,17 +241,20 @@ def _parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     return parsed
 
 
-def _parse_component(component: str, entry: Any) -> tuple[str, dict[str, Config]]:
-    """(family name, configuration by layer) of one component of the manifest."""
+def _parse_component(component: str, entry: Any) -> tuple[str, dict[str, Config], Policy | None]:
+    """(family name, configuration by layer, policy) of one component of the manifest."""
     try:
         layers = {name: config_from_dict(layer["method"], layer["config"]) for name, layer in entry["layers"].items()}
-        return entry["family"], layers
+        policy = None if entry.get("policy") is None else Policy.from_dict(entry["policy"])
+        return entry["family"], layers, policy
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"component {component!r} of the saved configurations is malformed: {error!r}") from None
 
 
-def _check_component(component: str, transformer: nn.Module, family: str, configs: dict[str, Config]) -> None:
-    """Raises a ValueError unless a transformer can take these configurations, or has them already."""
+def _check_component(
+    component: str, transformer: nn.Module, family: str, configs: dict[str, Config], policy: Policy | None
+) -> None:
+    """Raises a ValueError unless a transformer can take these configurations and policy, or has the former already."""
     known = family_of(transformer)
     if family != known.name:
         raise ValueError(f"{component} was saved from family {family!r}, but the model's is {known.name!r}")
@@ -218,6 +264,8 @@ def _check_component(component: str, transformer: nn.Module, family: str, config
         raise ValueError(
             f"{component} has no layers {_listed(unknown)}; it has {len(layers)}, up to {list(layers)[-1]}"
         )
+    if policy is not None:
+        check_policy(transformer, policy, configs)
     current = {name: processor.config for name, processor in sparse_processors(transformer).items()}
     if not current:
         return

@@ -1,22 +1,27 @@
 """`sparsify`, `densify` and `dense`: sparse attention in the place of a model's self-attention, and back.
 
 Each converted layer gets a `SparseAttentionProcessor`, a module that owns the method's parameters and keeps the
-processor that it stands in for. All of a transformer's processors share one `ForwardState`, which a hook on the
-transformer's position embedding keeps up to date.
+processor that it stands in for. All of a transformer's processors share one `ForwardState`, which hooks on the
+transformer and its blocks keep up to date.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from foveal.integrations.families import FAMILIES, Family, components_of, family_of
+from foveal.integrations.layers import Layers, choose_configs
+from foveal.integrations.pretrained import become_dense, become_sparse, register_components
+from foveal.integrations.self_attention import Attend
 from foveal.methods import METHODS, Config, method_of
+from foveal.types import SLAConfig
 from foveal.video_grid import VideoGrid
 
 Model = TypeVar("Model")
@@ -31,45 +36,103 @@ CONTEXT_PARALLEL = (
 )
 
 
-class ForwardState:
-    """What the sparse layers of one transformer share: the grid of the forward in progress, and the dense switch.
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
-    The hook is a bound method, not a closure, so that `copy.deepcopy` of a model gives the copy a state of its own.
+
+# What the processors of all families are called with.
+_PROCESSOR_ARGUMENTS = tuple(
+    dict.fromkeys(name for family in FAMILIES.values() for name in _parameters(family.self_attention)[2:])
+)
+
+
+class Phase(NamedTuple):
+    """What a policy asks of a transformer's sparse layers for one forward; the default asks nothing.
+
+    Args:
+        dense: run the original processors.
+        keep_ratio, drop_ratio: instead of those of the layers' configurations; None leaves them.
+    """
+
+    dense: bool = False
+    keep_ratio: float | None = None
+    drop_ratio: float | None = None
+
+    def apply(self, config: Config) -> Config:
+        """A layer's configuration with these ratios."""
+        changes = {}
+        if self.keep_ratio is not None:
+            changes["keep_ratio"] = self.keep_ratio
+            if not isinstance(config, SLAConfig):
+                changes["topk"] = None
+        if self.drop_ratio is not None and isinstance(config, SLAConfig):
+            changes["drop_ratio"] = self.drop_ratio
+        return config.replace(**changes) if changes else config
+
+
+class ForwardState:
+    """What the sparse layers of one transformer share: the grid of the forward in progress, and what is dense in it.
+
+    The hooks are bound methods, not closures, so that `copy.deepcopy` of a model gives the copy a state of its own.
 
     Args:
         family: name in the table of families.
+        parameters: names of the parameters of the transformer's forward, in order.
 
     Attributes:
         grid: the grid of the latest forward; None before the first.
         dense: run the original processors for now.
+        phase: what the policy asks of the latest forward.
+        held: names of the layers that the policy keeps dense.
+        clock: the policy and where it reads the denoising step, a `PolicyClock`; None without a policy.
+        recomputed: (grid, phase) of the forward that gradient checkpointing runs again; None outside of that.
+        handles: of the hooks, by the name of the module that has them.
     """
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, parameters: tuple[str, ...]) -> None:
         self.family = family
+        self.parameters = parameters
         self.grid: VideoGrid | None = None
         self.dense = False
-        self.handle: torch.utils.hooks.RemovableHandle | None = None
+        self.phase = Phase()
+        self.held: frozenset[str] = frozenset()
+        self.clock: Any = None
+        self.recomputed: tuple[VideoGrid | None, Phase] | None = None
+        self.handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
 
-    def observe(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook on the family's grid source."""
-        self.grid = FAMILIES[self.family].read_grid(module, args)
-        # Gradient checkpointing runs a layer again during the backward, maybe after a forward on another grid or past
-        # the end of `with dense(model)`. The position embedding is an argument that it keeps, so it carries both.
-        if not torch.compiler.is_compiling():
-            _first(output)._foveal_forward = (self.grid, self.dense)
+    def begin_forward(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook on the transformer."""
+        arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        self.grid = FAMILIES[self.family].read_grid(transformer, arguments)
+        if self.clock is not None and not self.dense:
+            self.phase = self.clock.phase(transformer, arguments.get("timestep"))
 
-    def of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[VideoGrid | None, bool]:
-        """(grid, dense) for one call of a layer with these arguments."""
-        if not torch.compiler.is_compiling():
-            for value in (*args, *kwargs.values()):
-                carried = getattr(_first(value), "_foveal_forward", None)
-                if carried is not None:
-                    return carried
-        return self.grid, self.dense
+    def begin_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook on a block of layers.
+
+        Gradient checkpointing runs a block again during the backward, maybe after a forward on another grid or past
+        the end of `with dense(model)`. The block's first argument, which it keeps for that, carries both.
+        """
+        if torch.compiler.is_compiling():
+            return
+        carrier = args[0] if args else kwargs["hidden_states"]
+        if _in_backward():
+            self.recomputed = getattr(carrier, "_foveal_forward", None)
+        else:
+            carrier._foveal_forward = (self.grid, self._phase())
+
+    def current(self) -> tuple[VideoGrid | None, Phase]:
+        """(grid, phase) for the block that runs."""
+        if not torch.compiler.is_compiling() and self.recomputed is not None and _in_backward():
+            return self.recomputed
+        return self.grid, self._phase()
+
+    def _phase(self) -> Phase:
+        return Phase(dense=True) if self.dense else self.phase
 
 
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, tuple) and value else value
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 class SparseAttentionProcessor(nn.Module):
@@ -79,6 +142,9 @@ class SparseAttentionProcessor(nn.Module):
         attention: the method's module, with its parameters and configuration.
         state: shared by the layers of one transformer.
         original: the processor that this one stands in for.
+
+    Attributes:
+        held_dense: the policy keeps this layer dense.
     """
 
     def __init__(self, attention: nn.Module, state: ForwardState, original: Any) -> None:
@@ -86,6 +152,7 @@ class SparseAttentionProcessor(nn.Module):
         self.attention = attention
         self.state = state
         self.original = original
+        self.held_dense = False
 
     @property
     def config(self) -> Config:
@@ -111,39 +178,61 @@ class SparseAttentionProcessor(nn.Module):
         if config is not None:
             raise ValueError(CONTEXT_PARALLEL)
 
-    def forward(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+    # Some attention classes pass on those keyword arguments alone that they find in this signature.
+    __call__.__signature__ = inspect.Signature(
+        [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        + [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in _PROCESSOR_ARGUMENTS]
+    )
+
+    def forward(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The layer's output, from the arguments that the original processor takes."""
-        grid, dense = self.state.of_call(args, kwargs)
-        if dense:
+        grid, phase = self.state.current()
+        if phase.dense or self.held_dense:
             return self.original(attn, *args, **kwargs)
         if grid is None:
             raise ValueError("no grid is known yet: run the whole transformer, not one of its blocks alone")
         family = FAMILIES[self.state.family]
-        return family.self_attention(attn, functools.partial(self._attend, grid), *args, **kwargs)
+        return family.self_attention(attn, Attend(functools.partial(self._attend, grid, phase), grid), *args, **kwargs)
 
-    def _attend(self, grid: VideoGrid, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor) -> Tensor:
+    def _attend(
+        self,
+        grid: VideoGrid,
+        phase: Phase,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden_states: Tensor,
+        kv_lengths: Tensor | None,
+    ) -> Tensor:
         # Autocast leaves norms in float32 and would cast all three at scaled_dot_product_attention.
         if torch.is_autocast_enabled(query.device.type):
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        method = method_of(self.config)
-        return method.attend(self.attention, query, key, value, hidden_states, grid)
+        method, config = method_of(self.config), phase.apply(self.config)
+        return method.attend(self.attention, query, key, value, hidden_states, grid, kv_lengths, config)
 
     def extra_repr(self) -> str:
         return f"method={method_of(self.config).name!r}"
 
 
-def sparsify(model: Model, config: Config, *, layers: Iterable[int | str] | None = None, impl: str = "auto") -> Model:
+def sparsify(model: Model, config: Config | None = None, *, layers: Layers = None, impl: str = "auto") -> Model:
     """Puts sparse attention in the place of a model's dense self-attention. Cross-attention stays as it is.
 
     The new parameters go where the layer's are, in the model's dtype, but for SLA's projection, which stays float32.
     They start at values that leave the sparse branch alone (see `SparseLinearAttention`, `VideoSparseAttention`).
 
     Args:
-        model: a `WanTransformer3DModel`, or a pipeline, whose `transformer` and `transformer_2` are converted alike.
+        model: a transformer of a family in the table, or a pipeline, whose `transformer` and `transformer_2` are
+            converted alike.
         config: an `SLAConfig` or `VSAConfig`.
-        layers: the layers to convert, by index or by name ("blocks.0.attn1"); the others stay as they are. None
-            converts all. Call again with other layers to mix configurations.
+        layers: which layers, by index or by name ("blocks.0.attn1"). None converts all of them. A collection, [0, 5]
+            or range(2, 28), converts these. A table, {0: None, range(1, 4): one, "blocks.7.attn1": another}, gives
+            these layers configurations of their own, None for dense, and the others `config`; without a `config` the
+            others stay as they are. A function (index, name) gives every layer its configuration or None; `config`
+            must then be None. Calls add up: a layer that is sparse already may be left out, and is not converted again.
         impl: see `block_sparse_attention`.
 
     Returns:
@@ -151,16 +240,17 @@ def sparsify(model: Model, config: Config, *, layers: Iterable[int | str] | None
 
     Raises:
         TypeError: an unsupported model, or a `config` or `layers` of the wrong type.
-        ValueError: a layer that does not exist, is sparse already, or has a processor of someone else's; a model
-            under context parallelism; an unknown `impl`.
+        ValueError: a layer that does not exist, is named twice in a table, is sparse already, or has a processor of
+            someone else's; `layers` that leave nothing to convert; a model under context parallelism; an unknown
+            `impl`.
     """
-    method_of(config)
     plans = []
     for transformer in components_of(model).values():
-        names = _choose_layers(family_of(transformer).self_attention_layers(transformer), layers)
-        plans.append((transformer, build_processors(transformer, dict.fromkeys(names, config), impl=impl)))
+        configs = choose_configs(family_of(transformer).self_attention_layers(transformer), config, layers)
+        plans.append((transformer, build_processors(transformer, configs, impl=impl)))
     for transformer, processors in plans:
         install(transformer, processors)
+    register_components(model)
     return model
 
 
@@ -178,9 +268,12 @@ def densify(model: Model) -> Model:
         layers = family_of(transformer).self_attention_layers(transformer)
         for name, processor in processors.items():
             layers[name].set_processor(processor.original)
-            if processor.state.handle is not None:
-                processor.state.handle.remove()
+            for handle in processor.state.handles.values():
+                handle.remove()
+            processor.state.handles.clear()
         _skip_casting(transformer, skip=False)
+        become_dense(transformer)
+    register_components(model)
     return model
 
 
@@ -228,7 +321,7 @@ def build_processors(
     family = family_of(transformer)
     layers = family.self_attention_layers(transformer)
     _check_parallelism(transformer)
-    state = state_of(transformer) or ForwardState(family.name)
+    state = state_of(transformer) or ForwardState(family.name, _parameters(type(transformer).forward)[1:])
     processors = {}
     for name, config in configs.items():
         attn = layers[name]
@@ -253,32 +346,14 @@ def install(transformer: nn.Module, processors: dict[str, SparseAttentionProcess
     layers = family.self_attention_layers(transformer)
     for name, processor in processors.items():
         layers[name].set_processor(processor)
-        state = processor.state
-        if state.handle is None:
-            state.handle = family.grid_source(transformer).register_forward_hook(state.observe)
+        processor.held_dense = name in processor.state.held
+        state, block = processor.state, name.rpartition(".")[0]
+        for owner, hook in (("", state.begin_forward), (block, state.begin_block)):
+            if owner not in state.handles:
+                module = transformer.get_submodule(owner)
+                state.handles[owner] = module.register_forward_pre_hook(hook, with_kwargs=True)
     _skip_casting(transformer, skip=True)
-
-
-def _choose_layers(layers: dict[str, nn.Module], chosen: Iterable[int | str] | None) -> list[str]:
-    names = list(layers)
-    if chosen is None:
-        return names
-    if isinstance(chosen, str) or not isinstance(chosen, Iterable):
-        raise TypeError(f"layers must be an iterable of indices or names, got {chosen!r}")
-    picked = set()
-    for layer in chosen:
-        if isinstance(layer, bool) or not isinstance(layer, int | str):
-            raise TypeError(f"layers must hold indices or names, got {layer!r} ({type(layer).__name__})")
-        if isinstance(layer, int):
-            if not 0 <= layer < len(names):
-                raise ValueError(f"layers must be in 0..{len(names) - 1}, got {layer}")
-            layer = names[layer]
-        if layer not in layers:
-            raise ValueError(f"unknown layer {layer!r}; expected some of {names[0]!r} to {names[-1]!r}")
-        picked.add(layer)
-    if not picked:
-        raise ValueError("layers is empty; None converts all layers")
-    return [name for name in names if name in picked]
+    become_sparse(transformer)
 
 
 def _check_parallelism(transformer: nn.Module) -> None:
@@ -291,7 +366,7 @@ def _check_replaceable(name: str, attn: nn.Module, family: Family) -> None:
     processor = attn.processor
     if isinstance(processor, SparseAttentionProcessor):
         raise ValueError(
-            f"layer {name} is sparse already ({processor.config}); densify the model before another configuration"
+            f"layer {name} is sparse already ({processor.config}); reconfigure changes that, densify takes it out"
         )
     if type(processor).__name__ not in family.processors:
         raise ValueError(

@@ -1,42 +1,45 @@
-"""Wan 2.1 and 2.2 (`WanTransformer3DModel` of diffusers): where its self-attention is, and how it runs.
+"""Wan 2.1 and 2.2, VACE and Animate: where their self-attention is, and how it runs.
+
+The transformers of diffusers are `WanTransformer3DModel` (text, image, and with timesteps per token text or image to
+video), `WanVACETransformer3DModel` and `WanAnimateTransformer3DModel`. Text goes through cross-attention.
 
 Shape legend: B batch, L tokens, C hidden width, H heads, D head dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveal.integrations.self_attention import Attend, check_absent, dimensions
 from foveal.video_grid import VideoGrid
+
+__all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
 
 def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
-    """The self-attention modules by qualified name; `attn2` is cross-attention and stays as it is."""
-    return {f"blocks.{index}.attn1": block.attn1 for index, block in enumerate(transformer.blocks)}
+    """The self-attention modules by qualified name; `attn2` is cross-attention and stays as it is.
+
+    VACE's control blocks come after the others: their indices are then those of a Wan without them.
+    """
+    return {
+        f"{blocks}.{index}.attn1": block.attn1
+        for blocks in ("blocks", "vace_blocks")
+        for index, block in enumerate(getattr(transformer, blocks, ()))
+    }
 
 
-def dimensions(attn: nn.Module) -> tuple[int, int, int]:
-    """(hidden_dim, num_heads, head_dim) of an attention module."""
-    return attn.to_q.in_features, attn.heads, attn.inner_dim // attn.heads
-
-
-def grid_source(transformer: nn.Module) -> nn.Module:
-    """The rotary embedding: called once per forward, on the latent."""
-    return transformer.rope
-
-
-def read_grid(rope: nn.Module, args: tuple[Any, ...]) -> VideoGrid:
-    """The grid of tokens of the latent [B, channels, frames, height, width] that `rope` was called with."""
-    return VideoGrid(*(side // patch for side, patch in zip(args[0].shape[2:], rope.patch_size, strict=True)))
+def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
+    """The grid of tokens of the latent [B, channels, frames, height, width]."""
+    latent, patch_size = arguments["hidden_states"], transformer.config.patch_size
+    return VideoGrid(*(side // patch for side, patch in zip(latent.shape[2:], patch_size, strict=True)))
 
 
 def self_attention(
     attn: nn.Module,
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    attend: Attend,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -46,7 +49,7 @@ def self_attention(
 
     Args:
         attn: the layer's `WanAttention`.
-        attend: (query, key, value [B, H, L, D], hidden_states [B, L, C]) to [B, H, L, D].
+        attend: the method's attention.
         hidden_states: [B, L, C].
         encoder_hidden_states, attention_mask: must be None.
         rotary_emb: cosines and sines, [1, L, 1, D] each.
@@ -56,9 +59,7 @@ def self_attention(
     """
     from diffusers.models.transformers.transformer_wan import _get_qkv_projections
 
-    for name, value in (("encoder_hidden_states", encoder_hidden_states), ("attention_mask", attention_mask)):
-        if value is not None:
-            raise ValueError(f"{name} must be None: sparse attention replaces unmasked self-attention alone")
+    check_absent(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
     query, key, value = _get_qkv_projections(attn, hidden_states, None)
     query, key = attn.norm_q(query), attn.norm_k(key)
     query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))

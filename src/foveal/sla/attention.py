@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveal.block_sparse.api import block_sparse_attention, resolve_impl, validate_qkv, validate_selection
-from foveal.selection import select_blocks
+from foveal.selection import fits_kernel, select_blocks, selection_rule
 from foveal.sla.feature_maps import apply_feature_map
 from foveal.sla.linear import linear_branch
 from foveal.types import IMPLS, BlockSelection, SLAConfig, check_choice, check_positive_int, check_scale
@@ -25,6 +25,8 @@ def sla_attention(
     proj_bias: Tensor | None = None,
     feature_weight: Tensor | None = None,
     grid: VideoGrid | None = None,
+    protected_keys: tuple[int, int] | None = None,
+    kv_lengths: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -35,10 +37,15 @@ def sla_attention(
         key, value: [B, H, Lk, D].
         config: ratios, block sizes, feature map and scope.
         selection: a fixed selection instead of the one `config` makes; its blocks are cut from the tokens in
-            `config.token_order`.
+            `config.token_order`, and it knows its protected and its valid keys.
         proj_weight, proj_bias: [D, D] and [D], float32 or the dtype of `query`. No weight adds O^l as it is.
         feature_weight: [D, D], for feature_map "hedgehog" alone.
-        grid: the video's shape in tokens, needed for token_order "tile" (and then Lq == Lk).
+        grid: the video's shape in tokens, needed for token_order "tile". Lq is its number of tokens; in tile order so
+            is Lk, but for keys after the video's (text), which stay where they are.
+        protected_keys: token range [start, stop) whose key blocks every query attends to, text say. In tile order it
+            must be all keys after the video's, and there have to be none without it.
+        kv_lengths: int [B], valid keys at the front of each sample; the rest is padding. In tile order at least the
+            grid's number of tokens.
         scale: softmax scale; None for 1 / sqrt(D).
         impl: "auto", "reference", "torch", "triton" or "gluon"; see `block_sparse_attention`.
 
@@ -62,23 +69,33 @@ def sla_attention(
         if grid is None:
             raise ValueError('grid is required for token_order="tile": VideoGrid(frames, height, width) in tokens')
         grid.check_length(query.shape[2])
-        grid.check_length(key.shape[2])
+        if selection is None:
+            _validate_tile_order(grid, key, protected_keys, kv_lengths)
         tile = config.tile_for(grid)
-        query, key, value = (grid.to_tile_order(x, tile) for x in (query, key, value))
+        query, key, value = (_to_tile_order(x, grid, tile) for x in (query, key, value))
     elif grid is not None:
         grid.check_length(query.shape[2])
 
+    on_gpu = impl in ("triton", "gluon") and config.linear_scope != "none" and config.feature_map != "hedgehog"
     if selection is None:
-        selection = select_blocks(
-            query,
-            key,
-            block_q=config.block_q,
-            block_k=config.block_k,
-            keep_ratio=config.keep_ratio,
-            drop_ratio=config.drop_ratio,
-            scale=scale,
-        )
+        rule = {
+            "block_q": config.block_q,
+            "block_k": config.block_k,
+            "keep_ratio": config.keep_ratio,
+            "drop_ratio": config.drop_ratio,
+            "protected_keys": protected_keys,
+            "kv_lengths": kv_lengths,
+        }
+        if on_gpu and fits_kernel(query, key, config.block_k):
+            if config.linear_scope != "marginal":
+                rule["drop_ratio"] = 0.0  # what is negligible makes no difference
+            selection = selection_rule(query, key, **rule)
+        else:
+            selection = select_blocks(query, key, scale=scale, **rule)
     else:
+        for name, given in (("protected_keys", protected_keys), ("kv_lengths", kv_lengths)):
+            if given is not None:
+                raise ValueError(f"{name} goes into a selection when that is made; give {name} or selection, not both")
         validate_selection(selection, query, key)
         if (selection.block_q, selection.block_k) != (config.block_q, config.block_k):
             raise ValueError(
@@ -100,7 +117,7 @@ def sla_attention(
             proj_bias_D=proj_bias,
             feature_weight_DD=feature_weight,
         )
-    elif impl in ("triton", "gluon") and config.linear_scope != "none" and config.feature_map != "hedgehog":
+    elif on_gpu:
         from foveal.sla.triton import sla_attention_gpu
 
         output = sla_attention_gpu(
@@ -129,6 +146,31 @@ def _linear_output(query, key, value, config, selection, feature_weight) -> Tens
         phi_key = torch.where(valid, phi_key, 0)
     mask = selection.linear_mask(config.linear_scope)
     return linear_branch(phi_query, phi_key, value, mask, config.block_q, config.block_k)
+
+
+def _to_tile_order(x: Tensor, grid: VideoGrid, tile: tuple[int, int, int]) -> Tensor:
+    """[B, H, L, D], the video's tokens to tile order; those after them (text) stay."""
+    video = grid.num_tokens
+    if x.shape[2] == video:
+        return grid.to_tile_order(x, tile)
+    return torch.cat((grid.to_tile_order(x[:, :, :video], tile), x[:, :, video:]), 2)
+
+
+def _validate_tile_order(grid, key, protected_keys, kv_lengths) -> None:
+    video, length = grid.num_tokens, key.shape[2]
+    if length != video and (length < video or protected_keys is None):
+        grid.check_length(length)
+    if protected_keys is not None and tuple(protected_keys) != (video, length):
+        raise ValueError(
+            f'protected_keys must be all keys after the video\'s, ({video}, {length}), for token_order="tile", '
+            f"got {protected_keys!r}"
+        )
+    # Elsewhere a look at the values would make the host wait for the device.
+    on_host = kv_lengths is not None and kv_lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and (kv_lengths < video).any():
+        raise ValueError(
+            f'kv_lengths must be at least the grid\'s {video} tokens for token_order="tile", got {kv_lengths.tolist()}'
+        )
 
 
 def _validate_weights(query, config, proj_weight, proj_bias, feature_weight) -> None:
@@ -165,7 +207,8 @@ class Projection(nn.Module):
 
     They stay in float32 when the model around them is cast to lower precision: they take small steps from zero, which
     bfloat16 would round away. They are read by a call, so that offloading, which fetches a module's parameters
-    when the module is called, fetches these.
+    when the module is called, fetches these. The call gives views: group offloading takes the data out of the parameters
+    again right after it.
     """
 
     def __init__(self, head_dim: int) -> None:
@@ -174,7 +217,7 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(head_dim, dtype=torch.float32))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        return self.weight, self.bias
+        return self.weight.view_as(self.weight), self.bias.view_as(self.bias)
 
     def _apply(self, fn, recurse=True):
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -223,9 +266,15 @@ class SparseLinearAttention(nn.Module):
         value: Tensor,
         *,
         grid: VideoGrid | None = None,
+        protected_keys: tuple[int, int] | None = None,
+        kv_lengths: Tensor | None = None,
         selection: BlockSelection | None = None,
+        config: SLAConfig | None = None,
     ) -> Tensor:
-        """[B, H, Lq, D], [B, H, Lk, D] twice to [B, H, Lq, D]; see `sla_attention`."""
+        """[B, H, Lq, D], [B, H, Lk, D] twice to [B, H, Lq, D]; see `sla_attention`.
+
+        A `config` stands in for the module's own; it must need the same parameters.
+        """
         if query.shape[-1] != self.head_dim:
             raise ValueError(f"query must have head_dim {self.head_dim}, got {query.shape[-1]}")
         weight, bias = (None, None) if self.proj is None else self.proj()
@@ -233,20 +282,32 @@ class SparseLinearAttention(nn.Module):
             query,
             key,
             value,
-            config=self.config,
+            config=self.config if config is None else config,
             selection=selection,
             proj_weight=weight,
             proj_bias=bias,
             feature_weight=self.feature_weight,
             grid=grid,
+            protected_keys=protected_keys,
+            kv_lengths=kv_lengths,
             impl=self.impl,
         )
 
-    def select(self, query: Tensor, key: Tensor, *, grid: VideoGrid | None = None) -> BlockSelection:
+    def select(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        grid: VideoGrid | None = None,
+        protected_keys: tuple[int, int] | None = None,
+        kv_lengths: Tensor | None = None,
+        config: SLAConfig | None = None,
+    ) -> BlockSelection:
         """The selection that `forward` makes for the same arguments, to look at."""
-        config, tile = self.config, self.config.tile_for(grid)
+        config = self.config if config is None else config
+        tile = config.tile_for(grid)
         if tile is not None:
-            query, key = (grid.to_tile_order(x, tile) for x in (query, key))
+            query, key = (_to_tile_order(x, grid, tile) for x in (query, key))
         return select_blocks(
             query,
             key,
@@ -254,6 +315,8 @@ class SparseLinearAttention(nn.Module):
             block_k=config.block_k,
             keep_ratio=config.keep_ratio,
             drop_ratio=config.drop_ratio,
+            protected_keys=protected_keys,
+            kv_lengths=kv_lengths,
         )
 
     def token_places(self, grid: VideoGrid) -> Tensor:

@@ -1,13 +1,19 @@
-"""A flat training loop: batches in, optimiser steps out, a record of held-out losses kept."""
+"""A flat training loop: batches in, optimiser steps out, a record of held-out losses kept.
+
+It is for experiments of one process that nobody minds starting again, the demo's say; `trainer` is for the others.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from foveal.training.optimization import build_optimizer, optimizer_step, parameter_groups, warmup_and_decay
 
 
 @dataclass
@@ -63,18 +69,14 @@ def train(
     if (fast_parameters is None) != (fast_learning_rate is None):
         raise ValueError("give fast_parameters and fast_learning_rate together")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    fast = {id(p) for p in fast_parameters or ()}
-    groups = [{"params": [p for p in parameters if id(p) not in fast], "lr": learning_rate}]
-    if fast:
-        groups.append({"params": [p for p in parameters if id(p) in fast], "lr": fast_learning_rate})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-
-    def rate(step: int) -> float:
-        decay = (steps - step) / max(1, steps - warmup)
-        floor = final_learning_rate / learning_rate
-        return min((step + 1) / warmup if warmup else 1.0, floor + (1 - floor) * min(1.0, decay))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    groups = parameter_groups(
+        parameters,
+        learning_rate=learning_rate,
+        fast_parameters=fast_parameters or (),
+        fast_learning_rate=fast_learning_rate,
+    )
+    optimizer = build_optimizer(groups)
+    schedule = warmup_and_decay(optimizer, steps=steps, warmup=warmup, floor=final_learning_rate / learning_rate)
     record = TrainingRecord()
     device = parameters[0].device
     if evaluate is not None:
@@ -82,21 +84,18 @@ def train(
     model.train()
     for step in range(1, steps + 1):
         start = time.perf_counter()
-        loss = loss_fn(model, next(batches))
-        value = loss.item()
-        if not torch.isfinite(loss.detach()):
-            raise FloatingPointError(f"training loss is {value} at step {step}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        losses = (loss_fn(model, batch) for batch in (next(batches),))
+        report = optimizer_step(
+            parameters, optimizer, schedule, losses, accept=lambda loss, gradient_norm: math.isfinite(loss)
+        )
+        if not report.taken:
+            raise FloatingPointError(f"training loss is {report.loss} at step {step}")
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         record.step_seconds.append(time.perf_counter() - start)
-        record.losses.append(value)
+        record.losses.append(report.loss)
         if on_step is not None:
-            on_step(step, value)
+            on_step(step, report.loss)
         if evaluate is not None and (step == steps or (evaluate_every and step % evaluate_every == 0)):
             record.held_out.append((step, evaluate(model)))
             model.train()

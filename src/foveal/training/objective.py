@@ -7,15 +7,20 @@ with the timestep 1000 sigma and the resolution shift sigma = s u / (1 + (s - 1)
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
 NUM_TRAIN_TIMESTEPS = 1000
 
 
-def sample_sigmas(batch: int, *, shift: float, generator: torch.Generator) -> Tensor:
-    """float32 [batch] noise levels in (0, 1), uniform before the shift, on the generator's device."""
-    uniform = torch.rand(batch, generator=generator, device=generator.device)
+def sample_sigmas(
+    batch: int, *, shift: float, generator: torch.Generator, sigma_range: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
+    """float32 [batch] noise levels in `sigma_range`, uniform before the shift, on the generator's device."""
+    low, high = (sigma / (shift - (shift - 1) * sigma) for sigma in sigma_range)
+    uniform = low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
@@ -28,3 +33,47 @@ def add_noise(clean: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Ten
 def flow_matching_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error, float32 [B]: one figure a sample, so that held-out losses can be paired."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def sample_noise(
+    shape: tuple[int, ...], *, first: int, seed: int, shift: float, sigma_range: tuple[float, float] = (0.0, 1.0)
+) -> tuple[Tensor, Tensor]:
+    """Noise [B, C, F, H, W] and noise levels [B] that are a function of the seed and each sample's number alone.
+
+    So they do not depend on how a batch is cut into micro-batches or spread over devices, and a resumed run needs to
+    remember nothing of them.
+
+    Args:
+        shape: of the noise; B is its first side.
+        first: number of the first sample since training began; the others count on from it.
+        seed: of the run.
+        shift, sigma_range: see `sample_sigmas`.
+
+    Returns:
+        Both float32 on the CPU.
+    """
+    noise, sigmas = [], []
+    for number in range(first, first + shape[0]):
+        # torch's generator for the CPU looks at 32 bits of its seed: they must not be those of the number alone.
+        digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+        sigmas.append(sample_sigmas(1, shift=shift, generator=generator, sigma_range=sigma_range))
+        noise.append(torch.randn(shape[1:], generator=generator))
+    return torch.stack(noise), torch.cat(sigmas)
+
+
+def scheduler_shift(scheduler: dict) -> float:
+    """The resolution shift in a diffusers scheduler's configuration, 1 where there is none.
+
+    Raises:
+        ValueError: for a scheduler that is not one of flow matching, or shifts by resolution as it samples.
+    """
+    flow = "FlowMatch" in scheduler.get("_class_name", "") or scheduler.get("use_flow_sigmas", False)
+    if not flow:
+        raise ValueError(
+            f"the model's scheduler, {scheduler.get('_class_name')}, is not one of flow matching; give objective.shift"
+        )
+    if scheduler.get("use_dynamic_shifting", False):
+        raise ValueError("the model's scheduler shifts noise levels by resolution; give objective.shift")
+    key = "shift" if "shift" in scheduler else "flow_shift"
+    return float(scheduler.get(key) or 1.0)

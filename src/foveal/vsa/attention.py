@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from foveal.block_sparse.api import block_sparse_attention, resolve_impl, validate_qkv, validate_selection
-from foveal.selection import pick_blocks, pool_blocks, pooled_scores
+from foveal.block_sparse.api import resolve_impl, validate_qkv
+from foveal.selection import pool_blocks, pooled_scores
 from foveal.types import IMPLS, BlockSelection, VSAConfig, check_choice, check_positive_int, check_scale
 from foveal.video_grid import VideoGrid, tile_indices
-
-
-def resolve_tile(config: VSAConfig, grid: VideoGrid) -> tuple[int, int, int]:
-    """The cube that `config` means on this grid."""
-    return grid.auto_tile() if config.tile == "auto" else config.tile
-
-
-def slot_size(tile: tuple[int, int, int]) -> int:
-    """Tokens per slot in the slotted tile order: the power of two that holds a cube, at least 16 (a matrix tile)."""
-    return max(16, 1 << (math.prod(tile) - 1).bit_length())
+from foveal.vsa.layout import CubeLayout, resolve_tile, slot_size
+from foveal.vsa.torch import vsa_attention_torch
 
 
 def select_cubes(
-    query: Tensor, key: Tensor, *, config: VSAConfig, grid: VideoGrid, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    *,
+    config: VSAConfig,
+    grid: VideoGrid,
+    scale: float | None = None,
+    kv_lengths: Tensor | None = None,
 ) -> BlockSelection:
     """The cubes that each cube attends to, as `vsa_attention` picks them: for reuse, or to look at.
 
     Args:
-        query, key: [B, H, L, D], raster order.
+        query: [B, H, L, D], raster order.
+        key: [B, H, L + text, D].
+        kv_lengths: as in `vsa_attention`.
 
     Returns:
-        A selection over the slotted tile order: one row and one column per cube.
+        A selection over the slotted tile order: one row per cube, one column per cube and per block of text. Every
+        row lists all of the text.
     """
     _validate(query, key, key, config, grid)
-    tile = resolve_tile(config, grid)
-    slot = slot_size(tile)
-    sizes = grid.cube_sizes(tile, query.device)[None]
-    query, key = (pool_blocks(grid.to_tile_order(x.detach(), tile, slot=slot), slot, sizes) for x in (query, key))
-    return _pick(pooled_scores(query, key, check_scale(scale, query.shape[-1])), config, slot, sizes)
+    if kv_lengths is not None:
+        _validate_lengths(kv_lengths, key, grid)
+    scale = check_scale(scale, query.shape[-1])
+    layout = CubeLayout(config, grid, key, kv_lengths)
+    query, key = query.detach(), key.detach()
+    if resolve_impl("auto", query, key, key, layout.slot, layout.slot) in ("triton", "gluon"):
+        from foveal.vsa.triton import select_cubes_gpu
+
+        return select_cubes_gpu(query, key, layout, scale)
+    cubes = (layout.to_cubes(x) for x in (query, key[:, :, : grid.num_tokens]))
+    return layout.pick(pooled_scores(*(pool_blocks(x, layout.slot, layout.cube_sizes) for x in cubes), scale))
 
 
 def vsa_attention(
@@ -52,17 +57,21 @@ def vsa_attention(
     gate_coarse: Tensor | None = None,
     gate_fine: Tensor | None = None,
     selection: BlockSelection | None = None,
+    kv_lengths: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Video sparse attention: O = Gc * Oc + Gf * Of (VSA, arXiv 2505.13389, eq. 1-4).
 
     Args:
-        query, key, value: [B, H, L, D], raster order, L = grid.num_tokens; bfloat16, float16, float32 or float64.
+        query: [B, H, L, D], raster order, L = grid.num_tokens; bfloat16, float16, float32 or float64.
+        key, value: [B, H, L + text, D]. Keys past the video's are text: every cube's fine stage attends to them, in one
+            softmax with the chosen cubes; the coarse stage neither pools nor ranks them.
         config: how many cubes, and which.
         grid: the video's shape in tokens.
         gate_coarse, gate_fine: [B, H, L, D], raster order; a missing gate is 1.
         selection: a fixed selection (see `select_cubes`) instead of the top of the coarse stage.
+        kv_lengths: int [B], valid keys of each sample, video and text, between L and L + text; the rest is padding.
         scale: softmax scale of both stages; None for 1 / sqrt(D).
         impl: "auto", "reference", "torch", "triton" or "gluon"; see `block_sparse_attention`.
 
@@ -80,61 +89,38 @@ def vsa_attention(
             raise ValueError(f"{name} must have the shape of query, {tuple(query.shape)}, got {got}")
         if gate is not None and gate.device != query.device:
             raise ValueError(f"{name} is on {gate.device}, but query is on {query.device}")
+    if kv_lengths is not None:
+        _validate_lengths(kv_lengths, key, grid)
     scale = check_scale(scale, query.shape[-1])
-    tile = resolve_tile(config, grid)
-    slot = slot_size(tile)
-    impl = resolve_impl(impl, query, key, value, slot, slot)
-    sizes = grid.cube_sizes(tile, query.device)[None]
+    layout = CubeLayout(config, grid, key, kv_lengths)
+    impl = resolve_impl(impl, query, key, value, layout.slot, layout.slot)
+    if selection is not None:
+        selection = layout.checked(selection, query)
+    match impl:
+        case "reference":
+            from foveal.vsa.reference import vsa_attention_reference
 
-    raster = query, key, value
-    query, key, value = (grid.to_tile_order(x, tile, slot=slot) for x in raster)
-    query_c, key_c, value_c = (pool_blocks(x, slot, sizes) for x in (query, key, value))
-    scores = pooled_scores(query_c, key_c, scale)
-    if selection is None:
-        selection = _pick(scores, config, slot, sizes)
-    else:
-        validate_selection(selection, query, key)
-        if (selection.block_q, selection.block_k) != (slot, slot):
-            raise ValueError(
-                f"selection must have blocks of {slot}x{slot} for tile {tile}, "
-                f"got {selection.block_q}x{selection.block_k}"
+            if selection is None:
+                selection = select_cubes(query, key, config=config, grid=grid, scale=scale, kv_lengths=kv_lengths)
+            return vsa_attention_reference(
+                query,
+                key,
+                value,
+                grid=grid,
+                tile=layout.tile,
+                selection=selection,
+                scale=scale,
+                gate_coarse_BHLD=gate_coarse,
+                gate_fine_BHLD=gate_fine,
+                kv_lengths_B=kv_lengths,
             )
-    if impl == "reference":
-        from foveal.vsa.reference import vsa_attention_reference
+        case "torch":
+            return vsa_attention_torch(query, key, value, layout, selection, scale, gate_coarse, gate_fine)
+        case "triton" | "gluon":
+            from foveal.vsa.triton import vsa_attention_gpu
 
-        return vsa_attention_reference(
-            *raster,
-            grid=grid,
-            tile=tile,
-            selection=selection,
-            scale=scale,
-            gate_coarse_BHLD=gate_coarse,
-            gate_fine_BHLD=gate_fine,
-        )
-    coarse = scores.softmax(-1) @ value_c
-    coarse = coarse.unsqueeze(3).expand(-1, -1, -1, slot, -1).flatten(2, 3)
-    fine = block_sparse_attention(query, key, value, selection, scale=scale, impl=impl)
-    coarse, fine = (grid.to_raster_order(x, tile, slot=slot) for x in (coarse, fine))
-    if gate_coarse is not None:
-        coarse = coarse * gate_coarse
-    if gate_fine is not None:
-        fine = fine * gate_fine
-    return (coarse + fine).to(fine.dtype)
-
-
-def _pick(scores: Tensor, config: VSAConfig, slot: int, sizes: Tensor) -> BlockSelection:
-    critical, counts, _ = pick_blocks(scores, keep_ratio=config.keep_ratio, topk=config.topk)
-    length = scores.shape[-1] * slot
-    return BlockSelection(
-        critical=critical,
-        critical_count=counts,
-        marginal=None,
-        block_q=slot,
-        block_k=slot,
-        query_length=length,
-        key_length=length,
-        key_block_sizes=sizes,
-    )
+            hopper = impl == "gluon"
+            return vsa_attention_gpu(query, key, value, layout, selection, scale, gate_coarse, gate_fine, hopper=hopper)
 
 
 def _validate(query, key, value, config, grid) -> None:
@@ -144,7 +130,25 @@ def _validate(query, key, value, config, grid) -> None:
         raise TypeError(f"grid must be a VideoGrid, got {grid!r}")
     validate_qkv(query, key, value)
     grid.check_length(query.shape[2])
-    grid.check_length(key.shape[2])
+    if key.shape[2] < grid.num_tokens:
+        raise ValueError(
+            f"key must hold the {grid.num_tokens} tokens of the video, and text after them, got {key.shape[2]} tokens"
+        )
+
+
+def _validate_lengths(kv_lengths, key: Tensor, grid: VideoGrid) -> None:
+    batch, shortest, longest = key.shape[0], grid.num_tokens, key.shape[2]
+    if not isinstance(kv_lengths, Tensor) or kv_lengths.is_floating_point():
+        raise TypeError(f"kv_lengths must be an integer tensor, got {getattr(kv_lengths, 'dtype', type(kv_lengths))}")
+    if tuple(kv_lengths.shape) != (batch,):
+        raise ValueError(f"kv_lengths must have shape [{batch}], got {list(kv_lengths.shape)}")
+    # Elsewhere a look at the values would make the host wait for the device.
+    readable = kv_lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and ((kv_lengths < shortest) | (kv_lengths > longest)).any():
+        raise ValueError(
+            f"kv_lengths must be between the video's {shortest} tokens and all {longest} keys, "
+            f"got {kv_lengths.tolist()}"
+        )
 
 
 class VideoSparseAttention(nn.Module):
@@ -191,8 +195,13 @@ class VideoSparseAttention(nn.Module):
         *,
         grid: VideoGrid,
         selection: BlockSelection | None = None,
+        kv_lengths: Tensor | None = None,
+        config: VSAConfig | None = None,
     ) -> Tensor:
-        """[B, H, L, D] three times and hidden_states [B, L, hidden_dim] to [B, H, L, D]; see `vsa_attention`."""
+        """[B, H, L, D], [B, H, L + text, D] twice and hidden_states [B, L, hidden_dim], the video's, to [B, H, L, D].
+
+        See `vsa_attention`. A `config` stands in for the module's own; it must need the same parameters.
+        """
         expected = (self.num_heads, self.head_dim)
         if (query.shape[1], query.shape[-1]) != expected:
             raise ValueError(f"query must have (heads, head_dim) {expected}, got {(query.shape[1], query.shape[-1])}")
@@ -209,17 +218,28 @@ class VideoSparseAttention(nn.Module):
             query,
             key,
             value,
-            config=self.config,
+            config=self.config if config is None else config,
             grid=grid,
             gate_coarse=gates[0],
             gate_fine=gates[1],
             selection=selection,
+            kv_lengths=kv_lengths,
             impl=self.impl,
         )
 
-    def select(self, query: Tensor, key: Tensor, *, grid: VideoGrid) -> BlockSelection:
+    def select(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        grid: VideoGrid,
+        kv_lengths: Tensor | None = None,
+        config: VSAConfig | None = None,
+    ) -> BlockSelection:
         """The selection that `forward` makes for the same arguments, to look at; see `select_cubes`."""
-        return select_cubes(query, key, config=self.config, grid=grid)
+        return select_cubes(
+            query, key, config=self.config if config is None else config, grid=grid, kv_lengths=kv_lengths
+        )
 
     def token_places(self, grid: VideoGrid) -> Tensor:
         """int64 [L]: where each token, in raster order, stands in the slotted tile order."""

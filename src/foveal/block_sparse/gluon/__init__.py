@@ -3,7 +3,17 @@
 Importing this package needs neither Triton nor a GPU; `supports` says whether the kernels can run.
 """
 
-from foveal.block_sparse.gluon.launch import backward, forward
+from foveal.block_sparse.gluon.cubes import attend_cubes
+from foveal.block_sparse.gluon.launch import KeyGradients, backward, forward
+from foveal.block_sparse.gluon.launch_linear import query_gradients, shared_query_gradients
 from foveal.block_sparse.gluon.support import supports
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = [
+    "KeyGradients",
+    "attend_cubes",
+    "backward",
+    "forward",
+    "query_gradients",
+    "shared_query_gradients",
+    "supports",
+]

@@ -20,6 +20,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.block_sparse.gluon.forward_kernel import tile_start, tile_valid
+from foveal.block_sparse.gluon.linear_branch import HALF_WIDTH, load_row
+from foveal.block_sparse.gluon.linear_gradients import (
+    features,
+    features_backward,
+    halves_of,
+    load_halves,
+    store_halves,
+)
 from foveal.block_sparse.gluon.tiles import (
     barriers,
     clear_rows,
@@ -83,13 +91,60 @@ def add_queries(q, g, rows, v, scores, grad_k, grad_v, scale_log2):
     return grad_k, grad_v
 
 
-@gluon.jit(do_not_specialize=["query_length", "key_length", "size_stride"])
+@gluon.jit
+def add_key_branch(
+    k, v, grad_k, grad_v, state_0, state_1, staging, norm_ptr, grad_key, grad_value, batch, head, start, valid,
+    FEATURE_MAP: gl.constexpr,
+):  # fmt: skip
+    """Adds dV = phi(K) G and dK through dphi(K) = V G^T + z, and starts the copies of both sums to memory.
+
+    state_0 and state_1 hold the first and last 64 rows of G (the same at head_dim 64). One after the other, for the
+    registers. Padding keys spoil their own rows alone, which are zeroed.
+    """
+    rows: gl.constexpr = k.shape[0]
+    head_dim: gl.constexpr = k.shape[1]
+    half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF_WIDTH, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, grad_v.type.layout, 2)
+    left, right = features(k, half, FEATURE_MAP)
+    grad_v = warpgroup_mma(gl.convert_layout(left.to(gl.bfloat16), operand), state_0, grad_v)
+    if head_dim == 128:
+        grad_v = warpgroup_mma(gl.convert_layout(right.to(gl.bfloat16), operand), state_1, grad_v)
+    store_rows(grad_value, batch, head, start, keep_rows(grad_v, valid), staging)
+    v_narrow = v._reinterpret(gl.bfloat16, [rows, head_dim], v.layout)
+    if v.dtype != gl.bfloat16:
+        v_left, v_right = load_halves(v, half)
+        store_halves(v_narrow, v_left, v_right)
+    zeros = gl.zeros([rows, HALF_WIDTH], gl.float32, half)
+    grad_left = warpgroup_mma(v_narrow, state_0.permute((1, 0)), zeros, use_acc=False)
+    grad_left += load_row(norm_ptr, HALF_WIDTH, half)
+    grad_right = grad_left
+    if head_dim == 128:
+        grad_right = warpgroup_mma(v_narrow, state_1.permute((1, 0)), zeros, use_acc=False)
+        grad_right += load_row(norm_ptr + HALF_WIDTH, HALF_WIDTH, half)
+    left, right = features(k, half, FEATURE_MAP)
+    left, right = features_backward(left, right, grad_left, grad_right, head_dim, FEATURE_MAP)
+    k_left, k_right = halves_of(grad_k, half)
+    store_halves(k, keep_rows(k_left + left, valid), keep_rows(k_right + right, valid))
+    tma.async_copy_shared_to_global(grad_key, [batch, head, start, 0], k)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "query_length", "key_length", "size_stride", "state_step", "norm_pair_stride", "norm_block_stride",
+    ]
+)  # fmt: skip
 def block_sparse_dkdv_kernel(
     query, key, value, grad, statistics, grad_key, grad_value, offset_ptr, count_ptr, row_ptr, size_ptr,
-    scale, scale_log2, query_length, key_length, size_stride,
+    grad_state, grad_norm_ptr, scale, scale_log2, query_length, key_length, size_stride, state_step, norm_pair_stride,
+    norm_block_stride,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, SLOTS: gl.constexpr, HAS_SIZES: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
 ):  # fmt: skip
-    """Grid (key tiles, H, B). K and V stay in shared memory, query tiles go through a ring of SLOTS."""
+    """Grid (key tiles, H, B). K and V stay in shared memory, query tiles go through a ring of SLOTS, which is 2.
+
+    With a FEATURE_MAP the linear branch's part is added, from G (grad_state) and z (grad_norm_ptr) of the key block;
+    `state_step` is 0 where all key blocks share one, else 1.
+    """
     head_dim: gl.constexpr = query.block_type.shape[3]
     dtype: gl.constexpr = query.dtype
     SPLIT: gl.constexpr = BLOCK_Q // 64
@@ -142,15 +197,38 @@ def block_sparse_dkdv_kernel(
         )  # fmt: skip
         scores = warpgroup_mma_wait(0, deps=[scores])
     slot = (count - 1) % SLOTS
+    if FEATURE_MAP is not None:
+        state_full = barriers(1, 1)
+        fence_async_shared()
+        state_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+        state_0 = q.index(count % SLOTS)._reinterpret(gl.bfloat16, [HALF_WIDTH, head_dim], state_layout)
+        state_1 = g.index(count % SLOTS)._reinterpret(gl.bfloat16, [HALF_WIDTH, head_dim], state_layout)
+        block = start_k // BLOCK_K
+        mbarrier.expect(state_full.index(0), grad_state.block_type.nbytes * (head_dim // HALF_WIDTH))
+        tma.async_copy_global_to_shared(grad_state, [pair, block * state_step, 0, 0], state_full.index(0), state_0)
+        if head_dim == 128:
+            tma.async_copy_global_to_shared(
+                grad_state, [pair, block * state_step, HALF_WIDTH, 0], state_full.index(0), state_1
+            )
     sums_k, sums_v = add_queries(q.index(slot), g.index(slot), rows.index(slot), v, scores, grad_k, grad_v, scale_log2)
     grad_v, grad_k = warpgroup_mma_wait(0, deps=[sums_v, sums_k])
     # Padding keys stay in their own rows of S^T, so they need no mask before the end.
     valid = 64
     if HAS_SIZES:
         valid = tile_valid(size_ptr + batch * size_stride, start_k, key_length, BLOCK_K, HAS_SIZES)
-    valid = gl.where(listed > 0, valid, 0)
-    store_rows(grad_key, batch, head, start_k, keep_rows(grad_k * scale, valid), k)
-    store_rows(grad_value, batch, head, start_k, keep_rows(grad_v, valid), v)
+    if FEATURE_MAP is None:
+        valid = gl.where(listed > 0, valid, 0)
+        store_rows(grad_key, batch, head, start_k, keep_rows(grad_k * scale, valid), k)
+        store_rows(grad_value, batch, head, start_k, keep_rows(grad_v, valid), v)
+    else:
+        grad_norm_ptr += pair.to(gl.int64) * norm_pair_stride + block.to(gl.int64) * norm_block_stride
+        grad_k = gl.where(listed > 0, grad_k * scale, 0.0)
+        grad_v = gl.where(listed > 0, grad_v, 0.0)
+        mbarrier.wait(state_full.index(0), 0)
+        add_key_branch(
+            k, v, grad_k, grad_v, state_0, state_1, q.index(slot), grad_norm_ptr, grad_key, grad_value, batch, head,
+            start_k, valid, FEATURE_MAP,
+        )  # fmt: skip
     tma.store_wait(0)
 
 
@@ -172,11 +250,11 @@ def load_key_tiles(
 
 @gluon.jit
 def sum_query_gradient(
-    q, g, q_full, k, v, k_full, k_empty, v_full, v_empty, grad_query, statistics_ptr, list_ptr, size_ptr,
+    q, g, q_full, k, v, k_full, k_empty, v_full, v_empty, added_full, grad_query, statistics_ptr, list_ptr, size_ptr,
     batch, head, start_q, key_length, count, scale, scale_log2,
-    BLOCK_K: gl.constexpr, HAS_SIZES: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
+    BLOCK_K: gl.constexpr, HAS_SIZES: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """One consumer warpgroup: dQ of 64 queries."""
+    """One consumer warpgroup: dQ of 64 queries; ADD adds it to what stands there."""
     tile_k: gl.constexpr = k.shape[1]
     head_dim: gl.constexpr = k.shape[2]
     SPLIT: gl.constexpr = BLOCK_K // tile_k
@@ -225,7 +303,12 @@ def sum_query_gradient(
         grad_q = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(k_empty.index(k_slot), count=1)
         valid = next_valid
-    store_rows(grad_query, batch, head, start_q, grad_q * scale, q)
+    grad_q *= scale
+    if ADD:
+        copy_rows(grad_query, batch, head, start_q, added_full, g, True)
+        mbarrier.wait(added_full, 0)
+        grad_q += g.load(acc_layout).to(gl.float32)
+    store_rows(grad_query, batch, head, start_q, grad_q, q)
     tma.store_wait(0)
 
 
@@ -234,9 +317,12 @@ def block_sparse_dq_kernel(
     query, key, value, grad, grad_query, statistics_ptr, critical_ptr, count_ptr, size_ptr,
     scale, scale_log2, query_length, key_length, width, size_stride,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, K_SLOTS: gl.constexpr,
-    V_SLOTS: gl.constexpr, HAS_SIZES: gl.constexpr,
+    V_SLOTS: gl.constexpr, HAS_SIZES: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles / CONSUMERS, H, B). One producer warp and CONSUMERS (1 or 2) warpgroups of 64 queries."""
+    """Grid (query tiles / CONSUMERS, H, B). One producer warp and CONSUMERS (1 or 2) warpgroups of 64 queries.
+
+    ADD adds to what stands in grad_query.
+    """
     head_dim: gl.constexpr = query.block_type.shape[3]
     tile_k: gl.constexpr = key.block_type.shape[2]
     dtype: gl.constexpr = query.dtype
@@ -253,7 +339,7 @@ def block_sparse_dq_kernel(
     g = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, head_dim], tile_layout)
     k = gl.allocate_shared_memory(dtype, [K_SLOTS, tile_k, head_dim], tile_layout)
     v = gl.allocate_shared_memory(dtype, [V_SLOTS, tile_k, head_dim], tile_layout)
-    q_full = barriers(1, 1)
+    q_full, added_full = barriers(1, 1), barriers(CONSUMERS, 1)
     k_full, k_empty = barriers(K_SLOTS, 1), barriers(K_SLOTS, CONSUMERS)
     v_full, v_empty = barriers(V_SLOTS, 1), barriers(V_SLOTS, CONSUMERS)
     fence_async_shared()
@@ -275,9 +361,9 @@ def block_sparse_dq_kernel(
     if CONSUMERS == 1:
         gl.warp_specialize([
             (sum_query_gradient, (
-                q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty, grad_query,
-                statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length, count, scale, scale_log2,
-                BLOCK_K, HAS_SIZES, K_SLOTS, V_SLOTS,
+                q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
+                added_full.index(0), grad_query, statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length,
+                count, scale, scale_log2, BLOCK_K, HAS_SIZES, K_SLOTS, V_SLOTS, ADD,
             )),
             (load_key_tiles, (
                 key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,
@@ -287,14 +373,14 @@ def block_sparse_dq_kernel(
     else:
         gl.warp_specialize([
             (sum_query_gradient, (
-                q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty, grad_query,
-                statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length, count, scale, scale_log2,
-                BLOCK_K, HAS_SIZES, K_SLOTS, V_SLOTS,
+                q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
+                added_full.index(0), grad_query, statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length,
+                count, scale, scale_log2, BLOCK_K, HAS_SIZES, K_SLOTS, V_SLOTS, ADD,
             )),
             (sum_query_gradient, (
-                q.index(1), g.index(1), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty, grad_query,
-                statistics_ptr + 128, list_ptr, size_ptr, batch, head, start_q + 64, key_length, count, scale,
-                scale_log2, BLOCK_K, HAS_SIZES, K_SLOTS, V_SLOTS,
+                q.index(1), g.index(1), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
+                added_full.index(1), grad_query, statistics_ptr + 128, list_ptr, size_ptr, batch, head, start_q + 64,
+                key_length, count, scale, scale_log2, BLOCK_K, HAS_SIZES, K_SLOTS, V_SLOTS, ADD,
             )),
             (load_key_tiles, (
                 key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,

@@ -66,12 +66,34 @@ def tile_valid(size_ptr, start, key_length, BLOCK_K: gl.constexpr, HAS_SIZES: gl
 
 
 @gluon.jit
+def keep_valid(scores, valid, MASK: gl.constexpr):
+    """Scores [rows, keys] with -inf where no key counts.
+
+    MASK: None where all count, "tail" where all do but some of the last eight (cheap: the compiler knows which
+    registers hold them), else any number may be valid.
+    """
+    if MASK is None:
+        return scores
+    elif MASK == "tail":
+        keys: gl.constexpr = scores.shape[1]
+        column = gl.arange(0, keys, gl.SliceLayout(0, scores.type.layout))
+        return gl.where(gl.expand_dims((column < keys - 8) | (column < valid), 0), scores, -float("inf"))
+    else:
+        if valid < scores.shape[1]:
+            scores = keep_columns(scores, valid, -float("inf"))
+        return scores
+
+
+@gluon.jit
 def add_tile(
     q, k, v, previous_v, k_barrier, k_phase, v_barrier, v_phase, previous_v_barrier, previous_v_phase,
     key_desc, batch, head, refill, wanted, weights, acc, top, total, decay, valid, scale_log2,
-    MASKED: gl.constexpr, HAS_SIZES: gl.constexpr,
+    MASK: gl.constexpr, MAY_BE_EMPTY: gl.constexpr,
 ):  # fmt: skip
-    """Scores and softmax of tile t while acc takes in tile t - 1; then K's slot is refilled."""
+    """Scores and softmax of tile t while acc takes in tile t - 1; then K's slot is refilled.
+
+    MASK: as in `keep_valid`; with "clear" rows of V that do not count may hold anything.
+    """
     rows: gl.constexpr = q.shape[0]
     tile_k: gl.constexpr = k.shape[0]
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tile_k, 16])
@@ -84,13 +106,14 @@ def add_tile(
     sums = warpgroup_mma(weights, previous_v, acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
     copy_rows(key_desc, batch, head, refill, k_barrier, k, wanted)
-    if MASKED:  # noqa: SIM102
+    if MASK == "clear":
         if valid < tile_k:
             scores = keep_columns(scores, valid, -float("inf"))
-            if HAS_SIZES:
-                mbarrier.wait(v_barrier, v_phase)
-                clear_rows(v, valid)
-    p, top, total, decay = online_softmax_update(scores, top, total, scale_log2, HAS_SIZES)
+            mbarrier.wait(v_barrier, v_phase)
+            clear_rows(v, valid)
+    else:
+        scores = keep_valid(scores, valid, MASK)
+    p, top, total, decay = online_softmax_update(scores, top, total, scale_log2, MAY_BE_EMPTY)
     acc, p = warpgroup_mma_wait(0, deps=[sums, p])
     weights = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, acc_layout, 2))
     return weights, acc, top, total, decay
@@ -186,7 +209,7 @@ def block_sparse_fwd_kernel(
         weights, acc, top, total, decay = add_tile(
             q, k, v.index(slot), v.index(1 - slot), k_full, t & 1, v_full.index(slot), (t // 2) & 1,
             v_full.index(1 - slot), ((t - 1) // 2) & 1, key, batch, head, start, True,
-            weights, acc, top, total, decay, valid, scale_log2, HAS_SIZES, HAS_SIZES,
+            weights, acc, top, total, decay, valid, scale_log2, "clear" if HAS_SIZES else None, HAS_SIZES,
         )  # fmt: skip
         if HAS_SIZES:
             valid = tile_valid(size_ptr, start, key_length, BLOCK_K, HAS_SIZES)
@@ -198,7 +221,7 @@ def block_sparse_fwd_kernel(
         weights, acc, top, total, decay = add_tile(
             q, k, v.index(slot), v.index(1 - slot), k_full, last & 1, v_full.index(slot), (last // 2) & 1,
             v_full.index(1 - slot), ((last - 1) // 2) & 1, key, batch, head, 0, False,
-            weights, acc, top, total, decay, valid, scale_log2, True, HAS_SIZES,
+            weights, acc, top, total, decay, valid, scale_log2, "clear" if HAS_SIZES else "columns", HAS_SIZES,
         )  # fmt: skip
     if FEATURE_MAP is not None:
         state_full, weight_full = barriers(2, 1), barriers(2, 1)

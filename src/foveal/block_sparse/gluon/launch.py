@@ -7,7 +7,7 @@ strides are read at run time. Nothing here waits for the device.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 
 LOG2_E = 1.4426950408889634
 TILE = 64  # rows of most tiles
+
+
+class KeyGradients(NamedTuple):
+    """The linear branch's part of dK and dV: dphi(K_j) = V_j G_j^T + z_j, dV_j = phi(K_j) G_j.
+
+    state: G, bfloat16 [B * H, Tk or more, D, D], contiguous; with one block where all key blocks share it.
+    norm: z, float32 [B * H, Tk or more, D], contiguous; with one block where all key blocks share it.
+    feature_map: "softmax", "elu" or "relu".
+    """
+
+    state: Tensor
+    norm: Tensor
+    feature_map: str
 
 
 def forward_plan(
@@ -117,6 +130,7 @@ def forward(
     block_k: int,
     scale: float,
     linear: LinearTerm | None = None,
+    results: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output, strided like `query`, and the natural log-sum-exp, float32 [B, H, Lq]; 0 and -inf for empty rows.
 
@@ -126,6 +140,7 @@ def forward(
         sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
         block_q, block_k: 64 or 128.
         linear: the linear branch, added to the output alone.
+        results: memory for the two results, the second contiguous; new if None.
     """
     from foveal.block_sparse.gluon.forward_kernel import block_sparse_fwd_kernel
     from foveal.block_sparse.gluon.forward_wide_kernel import block_sparse_fwd_wide_kernel
@@ -133,9 +148,11 @@ def forward(
     batch, heads, query_length, head_dim = query.shape
     plan = forward_plan(head_dim, block_q, block_k, sizes is not None, None if linear is None else linear.feature_map)
     compiled = {**plan["constants"], **plan["options"]}
-    output = torch.empty_like(query)
+    if results is None:
+        lse = torch.empty((batch, heads, query_length), dtype=torch.float32, device=query.device)
+        results = torch.empty_like(query), lse
+    output, lse = results
     query, key, value = (_walkable(x) for x in (query, key, value))
-    lse = torch.empty((batch, heads, query_length), dtype=torch.float32, device=query.device)
     tensors = (*(_tiles(x, TILE) for x in (query, key, value, output)), lse, critical, counts)
     terms, term_strides = _linear_arguments(linear, plan["state_columns"])
     lengths = (query_length, key.shape[2], critical.shape[3])
@@ -167,6 +184,8 @@ def backward(
     block_q: int,
     block_k: int,
     scale: float,
+    grad_query: Tensor | None = None,
+    linear: KeyGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV, strided like query, key and value.
 
@@ -177,6 +196,8 @@ def backward(
         columns: for each key block (flattened [B * H * Tk]) where its list starts in the third tensor, how long it
             is, and the lists of query blocks, ascending; all int32.
         query, key, value, critical, counts, sizes, block_q, block_k, scale: as in `forward`.
+        grad_query: a gradient to add dQ to, in place; None for a new tensor.
+        linear: what the linear branch adds to dK and dV.
     """
     from foveal.block_sparse.gluon.backward_kernels import (
         block_sparse_dkdv_kernel,
@@ -186,12 +207,20 @@ def backward(
 
     batch, heads, query_length, head_dim = query.shape
     key_length, has_sizes, tile = key.shape[2], sizes is not None, TILE
-    grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
+    add = grad_query is not None
+    grad_query = grad_query if add else torch.empty_like(query)
+    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     grad, query, key, value = (_walkable(x) for x in (grad, query, key, value))
     num_tiles = -(-query_length // block_q) * (block_q // tile)
     statistics = torch.empty(batch * heads * num_tiles * 2 * tile, dtype=torch.float32, device=query.device)
     offsets, column_counts, column_rows = columns
     scales = (scale, scale * LOG2_E)
+    terms, term_strides, feature_map = (None, None), (0, 0, 0), None
+    if linear is not None:
+        terms = _tiles(linear.state, min(tile, head_dim)), linear.norm
+        step = int(linear.state.shape[1] > 1)
+        term_strides = step, linear.norm.stride(0), step * linear.norm.stride(1)
+        feature_map = linear.feature_map
     with torch.cuda.device(query.device):
         row_statistics_kernel[(-(-num_tiles // 4), batch * heads)](
             lse, delta, statistics, query_length, num_tiles, num_warps=4
@@ -202,13 +231,13 @@ def backward(
         block_sparse_dq_kernel[(-(-query_length // per_program), heads, batch)](
             _tiles(query, tile), _tiles(key, tile_k), _tiles(value, tile_k), _tiles(grad, tile),
             _tiles(grad_query, tile), statistics, critical, counts, sizes, *scales, query_length, key_length,
-            critical.shape[3], _size_stride(sizes), **plan["constants"], **plan["options"],
+            critical.shape[3], _size_stride(sizes), ADD=add, **plan["constants"], **plan["options"],
         )  # fmt: skip
         plan = dkdv_plan(head_dim, block_q, block_k, has_sizes)
         block_sparse_dkdv_kernel[(-(-key_length // tile), heads, batch)](
             _tiles(query, tile), _tiles(key, tile), _tiles(value, tile), _tiles(grad, tile),
             _statistics_tiles(statistics), _tiles(grad_key, tile), _tiles(grad_value, tile),
-            offsets, column_counts, column_rows, sizes, *scales, query_length, key_length,
-            _size_stride(sizes), **plan["constants"], **plan["options"],
+            offsets, column_counts, column_rows, sizes, *terms, *scales, query_length, key_length,
+            _size_stride(sizes), *term_strides, FEATURE_MAP=feature_map, **plan["constants"], **plan["options"],
         )  # fmt: skip
     return grad_query, grad_key, grad_value

@@ -11,9 +11,16 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 @gluon.jit
 def copy_rows(source, batch, head, row, barrier, tile, wanted):
-    """Starts the copy of one tile into shared memory; its bytes arrive at `barrier`."""
+    """Starts the copy of one tile into shared memory; its bytes arrive at `barrier`.
+
+    A source of five dimensions, [B, H, blocks, rows, D], is cut into blocks that may have fewer rows than the tile.
+    """
     mbarrier.expect(barrier, source.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(source, [batch, head, row, 0], barrier, tile, pred=wanted)
+    if source.block_type.shape[2] == 1:
+        block = row // tile.shape[0]
+        tma.async_copy_global_to_shared(source, [batch, head, block, 0, 0], barrier, tile, pred=wanted)
+    else:
+        tma.async_copy_global_to_shared(source, [batch, head, row, 0], barrier, tile, pred=wanted)
 
 
 @gluon.jit

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 EPSILON = tl.constexpr(1e-5)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -14,10 +15,11 @@ def feature_map(x, FEATURE_MAP: tl.constexpr):
     tl.static_assert(FEATURE_MAP == "softmax" or FEATURE_MAP == "elu" or FEATURE_MAP == "relu")
     x = x.to(tl.float32)
     if FEATURE_MAP == "softmax":
-        e = tl.exp(x - tl.max(x, 1)[:, None])
+        x = x * LOG2_E
+        e = tl.math.exp2(x - tl.max(x, 1)[:, None])
         return e * (1.0 / tl.sum(e, 1))[:, None]
     elif FEATURE_MAP == "elu":
-        return tl.where(x > 0.0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+        return tl.where(x > 0.0, x + 1.0, tl.math.exp2(tl.minimum(x, 0.0) * LOG2_E))
     else:
         return tl.maximum(x, 0.0)
 

@@ -193,6 +193,7 @@ def forward(
     block_k: int,
     scale: float,
     linear: LinearTerm | None = None,
+    results: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output, strided like `query`, and the natural log-sum-exp, float32 [B, H, Lq]; 0 and -inf for empty rows.
 
@@ -202,10 +203,13 @@ def forward(
         sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
         block_q, block_k: 64 or 128.
         linear: the linear branch, added to the output alone.
+        results: memory for the two results, the second contiguous; new if None.
     """
     batch, heads, query_length, head_dim = query.shape
-    output = torch.empty_like(query)
-    lse = torch.empty((batch, heads, query_length), dtype=torch.float32, device=query.device)
+    if results is None:
+        lse = torch.empty((batch, heads, query_length), dtype=torch.float32, device=query.device)
+        results = torch.empty_like(query), lse
+    output, lse = results
     full = counts
     if sizes is not None:
         critical, full = full_blocks_first(critical, counts, sizes, block_k)

@@ -1,4 +1,4 @@
-"""The linear branch of SLA on the device: block states, their masked sums, and the gradients.
+"""The linear branch of SLA on the device: block states and their masked sums.
 
     h_j = phi(K_j)^T V_j        z_j = column sums of phi(K_j)          one state per key block
     H_i = sum of h_j            Z_i = sum of z_j                       one batched GEMM with the block mask
@@ -15,46 +15,107 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.block_sparse.triton.feature_maps import EPSILON, feature_map, feature_map_backward
-from foveal.block_sparse.triton.forward import LinearTerm, tile_valid
-from foveal.block_sparse.triton.tiles import TILE, load_rows, register_limit, row_strides, store_rows
+from foveal.block_sparse.triton.feature_maps import feature_map
+from foveal.block_sparse.triton.select import add_column_sums, block_mean, store_first_row
+from foveal.block_sparse.triton.tiles import (
+    TILE,
+    descriptors_fit,
+    load_rows,
+    multiprocessors,
+    register_limit,
+    row_strides,
+    tile_argument,
+)
 
 
-@triton.jit(do_not_specialize=["heads", "length", "size_stride", "first_pair", "tiles"])
+@triton.jit(
+    do_not_specialize=["heads", "pairs", "length", "size_stride", "first_pair", "blocks", "at_once"]
+)
 def _key_state_kernel(
-    key_ptr, value_ptr, state_ptr, norm_ptr, size_ptr, key_strides, value_strides,
-    heads, length, size_stride, first_pair, tiles,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, HAS_SIZES: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    key, value, state_ptr, norm_ptr, pooled_ptr, size_ptr, key_strides, value_strides,
+    heads, pairs, length, size_stride, first_pair, blocks, at_once,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, PER_BLOCK: tl.constexpr, POOL: tl.constexpr,
+    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, FEATURE_MAP: tl.constexpr,
 ):  # fmt: skip
-    """h and z of `tiles` tiles of keys. Tiles past the end leave zeros, which the padding of the mask product needs."""
-    part, pair = tl.program_id(0), tl.program_id(1)
+    """h and z of `at_once` key blocks, of each block or of their sum, and their pooled keys, in one pass over K and V.
+
+    Blocks past the end get zeros, which the padding of the mask product needs. Heads are neighbours, as in `pool`.
+    """
+    SPLIT: tl.constexpr = BLOCK_K // TILE
+    part, pair = tl.program_id(0) // pairs, tl.program_id(0) % pairs
     batch, head = (first_pair + pair) // heads, (first_pair + pair) % heads
+    key_blocks = tl.cdiv(length, BLOCK_K)
     feature = tl.arange(0, D)
+    square = feature[:, None] * D + feature[None, :]
     state = tl.zeros([D, D], tl.float32)
-    norm = tl.zeros([D], tl.float32)
-    for tile in tl.range(0, tiles):
-        start = (part * tiles + tile) * TILE
-        valid = tile_valid(size_ptr, size_stride, batch, start, length, TILE, BLOCK_K, HAS_SIZES)
-        k = load_rows(key_ptr, key_strides, batch, head, start, length, TILE, D, False)
-        v = load_rows(value_ptr, value_strides, batch, head, start, length, TILE, D, False)
-        phi = tl.where(valid[:, None], feature_map(k, FEATURE_MAP), 0.0)
+    norm = tl.zeros([16, D], tl.float32)
+    total = tl.zeros([16, D], tl.float32)
+    for tile in tl.range(part * at_once * SPLIT, tl.minimum((part + 1) * at_once, blocks) * SPLIT):
+        block, start = tile // SPLIT, tile * TILE
+        size = tl.maximum(tl.minimum(length - block * BLOCK_K, BLOCK_K), 0)
         if HAS_SIZES:
+            listed = size_ptr + batch.to(tl.int64) * size_stride + block
+            size = tl.minimum(size, tl.load(listed, mask=block < key_blocks, other=0))
+        valid = tile % SPLIT * TILE + tl.arange(0, TILE) < size
+        k = load_rows(key, key_strides, batch, head, start, length, TILE, D, DESCRIPTORS)
+        v = load_rows(value, value_strides, batch, head, start, length, TILE, D, DESCRIPTORS)
+        if HAS_SIZES:
+            k = tl.where(valid[:, None], k, 0.0)
             v = tl.where(valid[:, None], v, 0.0)
-        state = tl.dot(tl.trans(phi.to(v.dtype)), v, state)
-        norm += tl.sum(phi, 0)
-    index = pair.to(tl.int64) * tl.num_programs(0) + part
-    offsets = index * D * D + feature[:, None] * D + feature[None, :]
-    tl.store(state_ptr + offsets, state.to(state_ptr.dtype.element_ty))
-    tl.store(norm_ptr + index * D + feature, norm)
+        # Rows that do not count have v = 0 and stay out of the column sums: phi of them may be anything.
+        phi = feature_map(k, FEATURE_MAP).to(v.dtype)
+        if SPLIT == 1:
+            total = tl.zeros([16, D], tl.float32)
+        else:
+            total = tl.where(tile % SPLIT == 0, 0.0, total)
+        if PER_BLOCK and SPLIT == 1:
+            state = tl.zeros([D, D], tl.float32)
+            norm = tl.zeros([16, D], tl.float32)
+        elif PER_BLOCK:
+            state = tl.where(tile % SPLIT == 0, 0.0, state)
+            norm = tl.where(tile % SPLIT == 0, 0.0, norm)
+        state = tl.dot(tl.trans(phi), v, state)
+        norm = add_column_sums(norm, phi, valid)
+        if POOL:
+            total = add_column_sums(total, k, valid)
+            if (tile % SPLIT == SPLIT - 1) & (block < key_blocks):
+                mean = block_mean(total, size)
+                store_first_row(pooled_ptr + (pair.to(tl.int64) * key_blocks + block) * D + feature, mean)
+        if PER_BLOCK:  # noqa: SIM102
+            if tile % SPLIT == SPLIT - 1:
+                index = pair.to(tl.int64) * blocks + block
+                tl.store(state_ptr + index * D * D + square, state.to(state_ptr.dtype.element_ty))
+                store_first_row(norm_ptr + index * D + feature, norm)
+    if not PER_BLOCK:
+        index = pair.to(tl.int64) * (tl.num_programs(0) // pairs) + part
+        tl.store(state_ptr + index * D * D + square, state)
+        store_first_row(norm_ptr + index * D + feature, norm)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _sum_parts_kernel(part_ptr, norm_part_ptr, state_ptr, norm_ptr, parts, D: tl.constexpr, ROWS: tl.constexpr):
+    """Sums what the parts of one head's keys gave: a few rows of the state, and Z with the first."""
+    strip, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    feature = tl.arange(0, D)
+    square = (strip * ROWS + tl.arange(0, ROWS))[:, None] * D + feature[None, :]
+    state = tl.zeros([ROWS, D], tl.float32)
+    norm = tl.zeros([D], tl.float32)
+    for part in range(parts):
+        state += tl.load(part_ptr + (pair * parts + part) * D * D + square)
+        norm += tl.load(norm_part_ptr + (pair * parts + part) * D + feature)
+    tl.store(state_ptr + pair * D * D + square, state.to(state_ptr.dtype.element_ty))
+    tl.store(norm_ptr + pair * D + feature, norm, mask=strip + feature * 0 == 0)
 
 
 @triton.jit(do_not_specialize=["terms"])
-def _masked_sum_kernel(mask_ptr, term_ptr, sum_ptr, mask_strides, terms, D: tl.constexpr, TILE: tl.constexpr):
+def _masked_sum_kernel(
+    mask_ptr, term_ptr, sum_ptr, mask_strides, terms, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
+):
     """sum[pair, i] = sum over j of mask[pair, i, j] * term[pair, j], float32 to 16 bits and more."""
     pair = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     feature = tl.arange(0, D)
-    acc = tl.zeros([TILE, D], tl.float32)
+    acc = tl.zeros([ROWS, D], tl.float32)
     for start in range(0, terms, TILE):
         column = start + tl.arange(0, TILE)
         mask = tl.load(
@@ -65,113 +126,29 @@ def _masked_sum_kernel(mask_ptr, term_ptr, sum_ptr, mask_strides, terms, D: tl.c
         high = term.to(tl.bfloat16)
         acc = tl.dot(mask, high, acc)
         acc = tl.dot(mask, (term - high.to(tl.float32)).to(tl.bfloat16), acc)
-    rows = pair * tl.num_programs(0) * TILE + row
+    rows = pair * tl.num_programs(0) * ROWS + row
     tl.store(sum_ptr + rows[:, None] * D + feature[None, :], acc)
 
 
-@triton.jit(do_not_specialize=["heads", "length", "first_pair"])
-def _query_grad_kernel(
-    query_ptr, output_ptr, grad_ptr, state_ptr, norm_ptr, weight_ptr, bias_ptr,
-    grad_query_ptr, delta_ptr, linear_ptr, grad_state_ptr, grad_norm_ptr,
-    query_strides, output_strides, grad_strides, grad_query_strides, state_strides,
-    heads, length, first_pair,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, FEATURE_MAP: tl.constexpr,
-):  # fmt: skip
-    """The query side of the linear branch's backward for one block, and delta of the sparse branch.
-
-    With g = dO W: dQ through phi; dH and dZ; O^l for the projection's gradient; and
-    delta = rowsum(dO * O) - rowsum(g * O^l) - dO b, what the sparse branch alone has as rowsum(dO * O^s).
-    Queries past the end have dO = 0 and so add nothing to dH and dZ.
-    """
-    block, pair = tl.program_id(0), tl.program_id(1)
-    batch, head = (first_pair + pair) // heads, (first_pair + pair) % heads
-    all_pairs = (first_pair + pair).to(tl.int64)
-    feature = tl.arange(0, D)
-    square = feature[:, None] * D + feature[None, :]
-    state_ptr += pair.to(tl.int64) * state_strides[0] + block * state_strides[1]
-    norm_ptr += pair.to(tl.int64) * state_strides[2] + block * state_strides[3]
-    norm_state = tl.load(norm_ptr + feature)
-    grad_state = tl.zeros([D, D], tl.float32)
-    grad_norm = tl.zeros([D], tl.float32)
-    for tile in tl.static_range(BLOCK_Q // TILE):
-        start = block * BLOCK_Q + tile * TILE
-        rows = start + tl.arange(0, TILE)
-        do = load_rows(grad_ptr, grad_strides, batch, head, start, length, TILE, D, False)
-        o = load_rows(output_ptr, output_strides, batch, head, start, length, TILE, D, False)
-        q = load_rows(query_ptr, query_strides, batch, head, start, length, TILE, D, False)
-        state = tl.load(state_ptr + square)
-        delta = tl.sum(do.to(tl.float32) * (o.to(tl.float32) - tl.load(bias_ptr + feature)[None, :]), 1)
-        g = tl.dot(do.to(tl.bfloat16), tl.load(weight_ptr + square)).to(tl.bfloat16)
-        phi = feature_map(q, FEATURE_MAP)
-        inverse = 1.0 / (tl.sum(phi * norm_state[None, :], 1) + EPSILON)
-        scaled = (phi * inverse[:, None]).to(tl.bfloat16)
-        linear = tl.dot(scaled, state)
-        linear_offsets = (all_pairs * length + rows)[:, None] * D + feature[None, :]
-        tl.store(linear_ptr + linear_offsets, linear.to(tl.bfloat16), mask=(rows < length)[:, None])
-        grad_dot_linear = tl.sum(g.to(tl.float32) * linear, 1)
-        tl.store(delta_ptr + all_pairs * length + rows, delta - grad_dot_linear, mask=rows < length)
-        grad_phi = (tl.dot(g, tl.trans(state)) - grad_dot_linear[:, None] * norm_state[None, :]) * inverse[:, None]
-        grad_query = feature_map_backward(q, phi, grad_phi, FEATURE_MAP)
-        store_rows(grad_query_ptr, grad_query_strides, batch, head, start, length, grad_query, TILE, D)
-        grad_norm -= tl.sum(scaled.to(tl.float32) * grad_dot_linear[:, None], 0)
-        grad_state = tl.dot(tl.trans(scaled), g, grad_state)
-    blocks = tl.num_programs(0)
-    tl.store(grad_norm_ptr + (all_pairs * blocks + block) * D + feature, grad_norm)
-    tl.store(grad_state_ptr + (pair.to(tl.int64) * blocks + block) * D * D + square, grad_state.to(tl.bfloat16))
+def _programs_at_once(device: torch.device) -> int:
+    """Programs of `_key_state_kernel` that run at once: two a multiprocessor."""
+    return 2 * multiprocessors(device)
 
 
-@triton.jit(do_not_specialize=["heads", "length", "tiles"])
-def _projection_grad_kernel(
-    grad_ptr, linear_ptr, grad_weight_ptr, grad_bias_ptr, grad_strides, linear_strides, heads, length, tiles,
-    D: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """dW = dO^T O^l and db = column sums of dO over `tiles` tiles of one head; the caller sums the parts."""
-    part, pair = tl.program_id(0), tl.program_id(1)
-    batch, head = pair // heads, pair % heads
-    feature = tl.arange(0, D)
-    acc = tl.zeros([D, D], tl.float32)
-    bias = tl.zeros([D], tl.float32)
-    for tile in tl.range(0, tiles):
-        start = (part * tiles + tile) * TILE
-        do = load_rows(grad_ptr, grad_strides, batch, head, start, length, TILE, D, False)
-        linear = load_rows(linear_ptr, linear_strides, batch, head, start, length, TILE, D, False)
-        acc = tl.dot(tl.trans(do.to(tl.bfloat16)), linear, acc)
-        bias += tl.sum(do.to(tl.float32), 0)
-    index = pair.to(tl.int64) * tl.num_programs(0) + part
-    tl.store(grad_weight_ptr + index * D * D + feature[:, None] * D + feature[None, :], acc)
-    tl.store(grad_bias_ptr + index * D + feature, bias)
-
-
-@triton.jit(do_not_specialize=["heads", "length", "size_stride"])
-def _key_grad_kernel(
-    key_ptr, value_ptr, grad_state_ptr, grad_norm_ptr, size_ptr, grad_key_ptr, grad_value_ptr,
-    key_strides, value_strides, grad_key_strides, grad_value_strides, state_strides,
-    heads, length, size_stride,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, HAS_SIZES: tl.constexpr, FEATURE_MAP: tl.constexpr,
-):  # fmt: skip
-    """Adds to dK and dV: dphi(K_j) = V_j G_j^T + z_j, dV_j = phi(K_j) G_j, of one tile of keys."""
-    start, pair = tl.program_id(0) * TILE, tl.program_id(1)
-    batch, head = pair // heads, pair % heads
-    feature = tl.arange(0, D)
-    block = start // BLOCK_K
-    state = pair.to(tl.int64) * state_strides[0] + block * state_strides[1]
-    norm = pair.to(tl.int64) * state_strides[2] + block * state_strides[3]
-    valid = tile_valid(size_ptr, size_stride, batch, start, length, TILE, BLOCK_K, HAS_SIZES)
-    k = load_rows(key_ptr, key_strides, batch, head, start, length, TILE, D, False)
-    v = load_rows(value_ptr, value_strides, batch, head, start, length, TILE, D, False)
-    grad_state = tl.load(grad_state_ptr + state + feature[:, None] * D + feature[None, :])
-    grad_norm = tl.load(grad_norm_ptr + norm + feature)
-    grad_value = load_rows(grad_value_ptr, grad_value_strides, batch, head, start, length, TILE, D, False)
-    grad_key = load_rows(grad_key_ptr, grad_key_strides, batch, head, start, length, TILE, D, False)
-    phi = feature_map(k, FEATURE_MAP)
-    grad_value = tl.dot(phi.to(tl.bfloat16), grad_state, grad_value.to(tl.float32))
-    grad_phi = tl.dot(v.to(tl.bfloat16), tl.trans(grad_state)) + grad_norm[None, :]
-    grad_key = grad_key.to(tl.float32) + feature_map_backward(k, phi, grad_phi, FEATURE_MAP)
-    if HAS_SIZES:
-        grad_key = tl.where(valid[:, None], grad_key, 0.0)
-        grad_value = tl.where(valid[:, None], grad_value, 0.0)
-    store_rows(grad_key_ptr, grad_key_strides, batch, head, start, length, grad_key, TILE, D)
-    store_rows(grad_value_ptr, grad_value_strides, batch, head, start, length, grad_value, TILE, D)
+def _run_key_states(
+    key: Tensor, value: Tensor, sizes: Tensor | None, block_k: int, feature_map: str, pairs: range, blocks: int,
+    at_once: int, state: Tensor, norm: Tensor, pooled: Tensor | None,
+) -> None:  # fmt: skip
+    heads, length, head_dim = key.shape[1:]
+    descriptors = descriptors_fit((key, value))
+    _key_state_kernel[(triton.cdiv(blocks, at_once) * len(pairs),)](
+        tile_argument(key, TILE, descriptors), tile_argument(value, TILE, descriptors), state, norm,
+        norm if pooled is None else pooled, norm if sizes is None else sizes, row_strides(key), row_strides(value),
+        heads, len(pairs), length, size_stride(sizes), pairs.start, blocks, at_once,
+        D=head_dim, BLOCK_K=block_k, TILE=TILE, PER_BLOCK=state.dtype == torch.bfloat16, POOL=pooled is not None,
+        HAS_SIZES=sizes is not None, DESCRIPTORS=descriptors, FEATURE_MAP=feature_map,
+        num_warps=8 if head_dim == 128 else 4, num_stages=3, **register_limit(128),
+    )  # fmt: skip
 
 
 def key_states(
@@ -181,25 +158,44 @@ def key_states(
     block_k: int,
     feature_map: str,
     pairs: range,
-    tiles: int,
-    parts: int,
-    dtype: torch.dtype,
+    blocks: int,
+    pooled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h [pairs, parts, D, D] in `dtype` and z [pairs, parts, D] in float32, each over `tiles` tiles of 64 keys."""
-    heads, length, head_dim = key.shape[1:]
-    state = torch.empty((len(pairs), parts, head_dim, head_dim), dtype=dtype, device=key.device)
-    norm = torch.empty((len(pairs), parts, head_dim), dtype=torch.float32, device=key.device)
-    _key_state_kernel[(parts, len(pairs))](
-        key, value, state, norm, norm if sizes is None else sizes, row_strides(key), row_strides(value),
-        heads, length, size_stride(sizes), pairs.start, tiles,
-        D=head_dim, BLOCK_K=block_k, TILE=TILE, HAS_SIZES=sizes is not None, FEATURE_MAP=feature_map,
-        num_warps=8 if head_dim == 128 else 4, num_stages=2, **register_limit(128),
-    )  # fmt: skip
+    """h [pairs, blocks, D, D] in bfloat16 and z [pairs, blocks, D] in float32; zero for blocks past the last.
+
+    Args:
+        key, value: [B, H, Lk, D].
+        sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
+        pairs: of batch and head.
+        pooled: float32 [pairs, Tk, D], contiguous, for the means of each block's keys; None if they are not wanted.
+    """
+    head_dim = key.shape[-1]
+    state = torch.empty((len(pairs), blocks, head_dim, head_dim), dtype=torch.bfloat16, device=key.device)
+    norm = torch.empty((len(pairs), blocks, head_dim), dtype=torch.float32, device=key.device)
+    at_once = triton.cdiv(blocks * len(pairs), _programs_at_once(key.device))
+    _run_key_states(key, value, sizes, block_k, feature_map, pairs, blocks, at_once, state, norm, pooled)
     return state, norm
 
 
-def masked_sum(mask: Tensor, terms: Tensor) -> Tensor:
-    """sum over j of mask[p, i, j] * terms[p, j], float32 [P, R, D].
+def key_state_sums(
+    key: Tensor, value: Tensor, sizes: Tensor | None, block_k: int, feature_map: str, pooled: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """H [B * H, 1, D, D] in bfloat16 and Z [B * H, 1, D] in float32 over all keys; arguments as in `key_states`."""
+    pairs, blocks, head_dim = key.shape[0] * key.shape[1], triton.cdiv(key.shape[2], block_k), key.shape[-1]
+    at_once = triton.cdiv(blocks * pairs, _programs_at_once(key.device))
+    parts = triton.cdiv(blocks, at_once)
+    part, norm_part, norm = (
+        torch.empty((pairs, n, *shape), dtype=torch.float32, device=key.device)
+        for n, shape in ((parts, (head_dim, head_dim)), (parts, (head_dim,)), (1, (head_dim,)))
+    )
+    state = torch.empty((pairs, 1, head_dim, head_dim), dtype=torch.bfloat16, device=key.device)
+    _run_key_states(key, value, sizes, block_k, feature_map, range(pairs), blocks, at_once, part, norm_part, pooled)
+    _sum_parts_kernel[(head_dim // 8, pairs)](part, norm_part, state, norm, parts, D=head_dim, ROWS=8, num_warps=4)
+    return state, norm
+
+
+def masked_sum(mask: Tensor, terms: Tensor, out: Tensor | None = None) -> Tensor:
+    """sum over j of mask[p, i, j] * terms[p, j], float32 [P, R, D], contiguous; in `out` if that is given.
 
     Args:
         mask: bfloat16 [P, R, C] of 0 and 1, any strides, R and C multiples of 64.
@@ -207,9 +203,10 @@ def masked_sum(mask: Tensor, terms: Tensor) -> Tensor:
     """
     pairs, rows, columns = mask.shape
     head_dim = terms.shape[-1]
-    out = torch.empty((pairs, rows, head_dim), dtype=torch.float32, device=mask.device)
-    _masked_sum_kernel[(rows // TILE, pairs)](
-        mask, terms, out, mask.stride(), columns, D=head_dim, TILE=TILE, num_warps=4, num_stages=2
+    if out is None:
+        out = torch.empty((pairs, rows, head_dim), dtype=torch.float32, device=mask.device)
+    _masked_sum_kernel[(rows // 32, pairs)](
+        mask, terms, out, mask.stride(), columns, D=head_dim, ROWS=32, TILE=TILE, num_warps=4, num_stages=3
     )
     return out
 
@@ -217,75 +214,3 @@ def masked_sum(mask: Tensor, terms: Tensor) -> Tensor:
 def size_stride(sizes: Tensor | None) -> int:
     """The batch stride of key block sizes, 0 where the batch shares them."""
     return 0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0)
-
-
-def query_gradients(
-    query: Tensor,
-    output: Tensor,
-    grad: Tensor,
-    term: LinearTerm,
-    block_q: int,
-    pairs: range,
-    grad_query: Tensor,
-    delta: Tensor,
-    linear: Tensor,
-    grad_norm: Tensor,
-) -> Tensor:
-    """The query side of the backward for these pairs of batch and head.
-
-    Args:
-        term: the linear branch, its states those of these pairs alone.
-        grad_query, delta, linear, grad_norm: tensors over all pairs whose parts are written: dQ of the linear branch,
-            float32 [B, H, Lq] delta of the sparse branch, O^l bfloat16 [B, H, Lq, D], dZ float32 [B * H, rows, D].
-
-    Returns:
-        dH, bfloat16 [pairs, rows, D, D]; rows past the last query block are zero.
-    """
-    heads, length, head_dim = query.shape[1:]
-    rows = grad_norm.shape[1]
-    grad_state = torch.empty((len(pairs), rows, head_dim, head_dim), dtype=torch.bfloat16, device=query.device)
-    _query_grad_kernel[(rows, len(pairs))](
-        query, output, grad, term.state, term.norm, term.proj_weight, term.proj_bias,
-        grad_query, delta, linear, grad_state, grad_norm,
-        row_strides(query), row_strides(output), row_strides(grad), row_strides(grad_query),
-        (*term.state.stride()[:2], *term.norm.stride()[:2]), heads, length, pairs.start,
-        D=head_dim, BLOCK_Q=block_q, TILE=TILE, FEATURE_MAP=term.feature_map,
-        num_warps=8 if head_dim == 128 else 4, num_stages=1,
-    )  # fmt: skip
-    return grad_state
-
-
-def projection_gradients(grad: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
-    """dW [D, D] and db [D], float32, from dO and O^l, both [B, H, Lq, D]."""
-    batch, heads, length, head_dim = grad.shape
-    tiles = max(1, triton.cdiv(length * batch * heads, 256 * TILE))
-    parts = triton.cdiv(length, tiles * TILE)
-    weight = torch.empty((batch * heads * parts, head_dim, head_dim), dtype=torch.float32, device=grad.device)
-    bias = torch.empty((batch * heads * parts, head_dim), dtype=torch.float32, device=grad.device)
-    _projection_grad_kernel[(parts, batch * heads)](
-        grad, linear, weight, bias, row_strides(grad), row_strides(linear), heads, length, tiles,
-        D=head_dim, TILE=TILE, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    return weight.sum(0), bias.sum(0)
-
-
-def add_key_gradients(
-    key: Tensor,
-    value: Tensor,
-    grad_state: Tensor,
-    grad_norm: Tensor,
-    sizes: Tensor | None,
-    block_k: int,
-    feature_map: str,
-    grad_key: Tensor,
-    grad_value: Tensor,
-) -> None:
-    """Adds the linear branch's dK and dV in place, from G [B * H, Tk or 1, D, D] and z [B * H, Tk or 1, D]."""
-    batch, heads, length, head_dim = key.shape
-    _key_grad_kernel[(triton.cdiv(length, TILE), batch * heads)](
-        key, value, grad_state, grad_norm, grad_norm if sizes is None else sizes, grad_key, grad_value,
-        row_strides(key), row_strides(value), row_strides(grad_key), row_strides(grad_value),
-        (*grad_state.stride()[:2], *grad_norm.stride()[:2]), heads, length, size_stride(sizes),
-        D=head_dim, BLOCK_K=block_k, TILE=TILE, HAS_SIZES=sizes is not None, FEATURE_MAP=feature_map,
-        num_warps=8 if head_dim == 128 else 4, num_stages=1,
-    )  # fmt: skip

@@ -47,6 +47,11 @@ def has_copy_engine(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+@functools.lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def register_limit(registers: int) -> dict[str, int]:
     """The launch option that caps a kernel's registers, so that more programs share a multiprocessor; NVIDIA alone."""
     return {} if torch.version.hip else {"maxnreg": registers}

@@ -1,0 +1,100 @@
+"""How close two videos of one prompt and seed are, and how steady one is. All take uint8 [frames, 3, H, W]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# What stands for "bit for bit the same": the PSNR of 8-bit videos that differ ends near 48 dB + 10 log10(pixels).
+IDENTICAL_DB = 100.0
+# Frames at once, so that a long video does not take its size in float32 several times.
+CHUNK = 8
+# SSIM's window is 11 pixels wide.
+SMALLEST_SIDE = 11
+# The file that torchvision downloads for the AlexNet of LPIPS.
+ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
+
+
+def psnr(video: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, of the error over the whole video; `IDENTICAL_DB` if there is none."""
+    _check_pair(video, reference)
+    error = sum((a.double() - b.double()).square().sum().item() for a, b in _chunks(video, reference))
+    if error == 0:
+        return IDENTICAL_DB
+    return min(IDENTICAL_DB, 10 * math.log10(255**2 * video.numel() / error))
+
+
+def ssim(video: Tensor, reference: Tensor) -> float:
+    """Structural similarity (Wang et al., 2004: Gaussian window of 11 pixels, borders reflected), the mean over frames.
+
+    Raises:
+        ValueError: for frames smaller than the window.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _check_pair(video, reference)
+    if min(video.shape[2:]) < SMALLEST_SIDE:
+        raise ValueError(f"SSIM needs at least {SMALLEST_SIDE} pixels a side, got {tuple(video.shape[2:])}")
+    total = sum(
+        structural_similarity_index_measure(a / 255, b / 255, data_range=1.0, reduction="none").sum().item()
+        for a, b in ((a.float(), b.float()) for a, b in _chunks(video, reference))
+    )
+    return total / len(video)
+
+
+def flicker(video: Tensor) -> float:
+    """Mean absolute difference of neighbouring frames in levels of 0 to 255; 0 for an image.
+
+    VBench's temporal flickering is (255 - this) / 255, on videos of a still scene. Motion counts as well, so it says
+    something only against the dense video of the same prompt and seed.
+    """
+    if len(video) < 2:
+        return 0.0
+    differences = [(a.float() - b.float()).abs().sum().item() for a, b in _chunks(video[1:], video[:-1])]
+    return sum(differences) / video[1:].numel()
+
+
+def lpips_weights() -> Path:
+    """Where torchvision keeps the AlexNet that LPIPS looks through."""
+    return Path(torch.hub.get_dir(), "checkpoints", ALEXNET_FILE)
+
+
+def load_lpips(device: torch.device) -> tuple[Callable[[Tensor, Tensor], float] | None, str | None]:
+    """(LPIPS of two videos, the mean over frames; why it cannot be measured), one of them None.
+
+    Nothing is downloaded: without torchvision, or without AlexNet's weights on this machine, LPIPS is left out.
+    """
+    try:
+        import torchvision  # noqa: F401, torchmetrics imports it without saying what is missing
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    except ImportError as error:
+        return None, f'{error.name} is not installed: pip install "foveal[eval]"'
+    if not lpips_weights().is_file():
+        return None, f"AlexNet's weights are not at {lpips_weights()}"
+    network = LearnedPerceptualImagePatchSimilarity(net_type="alex", reduction="sum").to(device)
+
+    @torch.no_grad()
+    def lpips(video: Tensor, reference: Tensor) -> float:
+        _check_pair(video, reference)
+        network.reset()
+        for a, b in _chunks(video, reference):
+            network.update(a.to(device).float() / 127.5 - 1, b.to(device).float() / 127.5 - 1)
+        return network.compute().item() / len(video)
+
+    return lpips, None
+
+
+def _chunks(video: Tensor, reference: Tensor):
+    return zip(video.split(CHUNK), reference.split(CHUNK), strict=True)
+
+
+def _check_pair(video: Tensor, reference: Tensor) -> None:
+    if video.shape != reference.shape:
+        raise ValueError(
+            f"videos must have the same shape, got {tuple(video.shape)} and {tuple(reference.shape)} "
+            "[frames, 3, height, width]"
+        )

@@ -1,0 +1,1 @@
+"""Videos and images from pipelines, dense and sparse, in batches that may be interrupted."""

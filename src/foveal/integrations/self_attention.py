@@ -1,0 +1,98 @@
+"""What the self-attention of several families shares.
+
+Shape legend: B batch, H heads, D head dimension, C hidden width, L tokens, Lv of the video, Lt past them (text).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foveal.video_grid import VideoGrid
+
+
+@dataclass(frozen=True)
+class Attend:
+    """The method's attention in one layer, for one forward.
+
+    Args:
+        method: (query [B, H, Lv, D], key, value [B, H, Lv + Lt, D], hidden_states [B, Lv, C], kv_lengths [B] or None)
+            to [B, H, Lv, D]: every query sees the last Lt keys, text say, as far as they are valid.
+        grid: of the video's Lv tokens, which are in raster order.
+    """
+
+    method: Callable[..., Tensor]
+    grid: VideoGrid
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, kv_lengths: Tensor | None = None
+    ) -> Tensor:
+        return self.method(query, key, value, hidden_states, kv_lengths)
+
+
+def dimensions(attn: nn.Module) -> tuple[int, int, int]:
+    """(hidden_dim, num_heads, head_dim) of an attention module."""
+    return attn.to_q.in_features, attn.heads, attn.inner_dim // attn.heads
+
+
+def check_absent(**arguments: Any) -> None:
+    """Raises a ValueError for an argument that is not None."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name} must be None: sparse attention replaces unmasked self-attention alone")
+
+
+def joint_attention(
+    attend: Attend, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, kv_lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over video and text in one sequence: sparse for the video's queries, dense for those of the text.
+
+    Args:
+        attend: the method's attention.
+        query, key, value: [B, Lv + Lt, H, D], the video first.
+        hidden_states: [B, Lv, C], the video's.
+        kv_lengths: int [B], valid keys at the front of each sample, at least Lv; None when all are.
+
+    Returns:
+        [B, Lv, H * D] and [B, Lt, H * D].
+    """
+    video = hidden_states.shape[1]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    video_output = attend(query[:, :, :video], key, value, hidden_states, kv_lengths)
+    mask = None
+    if kv_lengths is not None:
+        mask = (torch.arange(key.shape[2], device=key.device) < kv_lengths[:, None])[:, None, None]
+    text_output = F.scaled_dot_product_attention(query[:, :, video:], key, value, attn_mask=mask)
+    return tuple(x.transpose(1, 2).flatten(2) for x in (video_output, text_output))
+
+
+def grid_of_coordinates(name: str, coordinates: Tensor) -> VideoGrid:
+    """The grid that tokens with these coordinates form. Reading them makes the host wait for the device.
+
+    Args:
+        name: of the argument that they came with, for the error.
+        coordinates: [3, L], each token's frame, row and column in any units.
+
+    Raises:
+        ValueError: for tokens that are not one grid in raster order.
+    """
+    coordinates = coordinates.detach().cpu()
+    length = coordinates.shape[1]
+    in_frame = coordinates[0] == coordinates[0, 0]
+    in_row = in_frame & (coordinates[1] == coordinates[1, 0])
+    per_frame, width = (int(x.long().cumprod(0).sum()) for x in (in_frame, in_row))
+    if per_frame % width == 0 and length % per_frame == 0:
+        grid = VideoGrid(length // per_frame, per_frame // width, width)
+        frames, rows, columns = coordinates.view(3, *grid.shape)
+        along = (frames == frames[:, :1, :1], rows == rows[:1, :, :1], columns == columns[:1, :1])
+        if all(equal.all() for equal in along):
+            return grid
+    raise ValueError(
+        f"{name} must be those of one grid of tokens in raster order, frame by frame and row by row, which its "
+        f"{length} tokens are not; run the model dense for this input"
+    )

@@ -1,0 +1,322 @@
+"""Checkpoints: a folder a step, written aside and renamed, so that a folder of that name is always whole.
+
+    step-00000250/
+      checkpoint.json             step, files with their lengths and checksums, and all state that is no tensor
+      model-00001.safetensors     trained parameters by name, at most SHARD_BYTES a file
+      optimizer-00001.safetensors "exp_avg/" + name of the parameter, and so on
+      ema-00001.safetensors, rng-00001.safetensors
+
+Tensors are whole ones, however they were spread over devices, so that any number of processes can go on. Nothing is
+pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+SHARD_BYTES = 4 * 2**30
+NAME = re.compile(r"step-(\d{8})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written or read; what was there before is as it was."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One whole checkpoint on the disk.
+
+    Args:
+        folder: where it is.
+        manifest: what `checkpoint.json` says.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken."""
+        return self.manifest["step"]
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """Of the state that was saved; None if it was not evaluated."""
+        return self.manifest["held_out_loss"]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What `CheckpointStore.save` was given as `state`."""
+        return self.manifest["state"]
+
+    def tensors(self, group: str) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of one group ("model", "optimizer", ...), one at a time, on the CPU."""
+        from safetensors import safe_open
+
+        for name in self.manifest["files"]:
+            if name.rsplit("-", 1)[0] == group:
+                with safe_open(self.folder / name, framework="pt", device="cpu") as file:
+                    for key in file.keys():  # noqa: SIM118, a file is no dict
+                        yield key, file.get_tensor(key)
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: that holds them; created by the first `save`.
+        keep: how many of the latest are kept, beside the one of the lowest held-out loss.
+        report: called with a line on what went wrong with a checkpoint.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 3, report: Callable[[str], None] = print) -> None:
+        self.folder, self.keep, self.report = Path(folder), keep, report
+
+    def save(
+        self,
+        step: int,
+        groups: dict[str, Iterable[tuple[str, Tensor]]],
+        state: dict[str, Any],
+        *,
+        held_out_loss: float | None = None,
+        write: bool = True,
+    ) -> None:
+        """Writes a checkpoint, then removes those that are no longer kept.
+
+        Where tensors are sharded over processes, every process calls it, since gathering them takes all; one writes.
+
+        Args:
+            step: optimiser steps taken.
+            groups: names and tensors, by group. DTensors are gathered one at a time.
+            state: anything that JSON holds.
+            held_out_loss: of this state, if it was evaluated.
+            write: False on the processes that only take part in the gathering.
+
+        Raises:
+            CheckpointError: if it could not be written, the disk full say; the earlier checkpoints are as they were.
+        """
+        if not write:
+            for tensors in groups.values():
+                for _ in _whole(tensors):
+                    pass
+            return
+        final = self.folder / f"step-{step:08d}"
+        aside = self.folder / f".{final.name}.partial"
+        # A failure must not keep this process from the gathering that the others wait in.
+        whole = {name: _Draining(_whole(tensors)) for name, tensors in groups.items()}
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(aside)
+            aside.mkdir(parents=True)
+            files: dict[str, Any] = {}
+            for group, tensors in whole.items():
+                for number, shard in enumerate(_shards(tensors), 1):
+                    path = aside / f"{group}-{number:05d}.safetensors"
+                    _write_tensors(path, shard)
+                    files[path.name] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+            manifest = {"format": FORMAT, "step": step, "held_out_loss": held_out_loss, "files": files, "state": state}
+            _write_text(aside / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            _flush(aside)
+            if final.exists():
+                self._remove(final)
+            os.rename(aside, final)
+            _flush(self.folder)
+        except OSError as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(self._complaint(step, error)) from error
+        finally:
+            for tensors in whole.values():
+                tensors.drain()
+        self._prune()
+
+    def latest(self) -> Checkpoint | None:
+        """The latest checkpoint that is whole; None if there is none. Says which ones it passed over, and why."""
+        for folder in reversed(self._folders()):
+            try:
+                return read_checkpoint(folder)
+            except CheckpointError as error:
+                self.report(f"checkpoint {folder.name} is damaged, falling back to the one before: {error}")
+        return None
+
+    def exists(self) -> bool:
+        """Whether there is any checkpoint, damaged or not."""
+        return bool(self._folders())
+
+    def _folders(self) -> list[Path]:
+        """Checkpoints by step, ascending."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
+
+    def _prune(self) -> None:
+        folders = self._folders()
+        losses = {}
+        for folder in folders:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                loss = json.loads((folder / MANIFEST).read_bytes())["held_out_loss"]
+                if loss is not None:
+                    losses[folder] = loss
+        best = min(losses, key=losses.get) if losses else None
+        for folder in folders[: -self.keep]:
+            if folder != best:
+                with contextlib.suppress(OSError):
+                    self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        # Renamed first: removing takes a while, and half a checkpoint must not bear a checkpoint's name.
+        doomed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+    def _complaint(self, step: int, error: OSError) -> str:
+        folders = self._folders()
+        kept = "there is no earlier one"
+        if folders:
+            kept = f"the checkpoint of step {int(NAME.fullmatch(folders[-1].name)[1])} is intact"
+        if error.errno == errno.ENOSPC:
+            return f"the disk of {self.folder} is full: the checkpoint of step {step} was not written; {kept}"
+        return f"the checkpoint of step {step} was not written to {self.folder} ({error}); {kept}"
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint whose every file has been checked.
+
+    Raises:
+        CheckpointError: naming the file that is missing, shorter or other than what was written.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not of checkpoint format {FORMAT}")
+    for name, expected in manifest["files"].items():
+        file = Path(folder) / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, {expected['bytes']} were written")
+        if _checksum(file) != expected["crc32"]:
+            raise CheckpointError(f"{file} is not what was written: its checksum differs")
+    return Checkpoint(Path(folder), manifest)
+
+
+def restore(parameters: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
+    """Copies saved tensors into parameters of the same names, sharded or not.
+
+    Raises:
+        CheckpointError: for names or shapes that differ.
+    """
+    missing = set(parameters)
+    with torch.no_grad():
+        for name, tensor in tensors:
+            if name not in parameters:
+                raise CheckpointError(f"{source} has {name}, which this run does not train")
+            if parameters[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"{source}: {name} has shape {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}"
+                )
+            parameters[name].copy_(spread(tensor, parameters[name]))
+            missing.discard(name)
+    if missing:
+        raise CheckpointError(f"{source} lacks {sorted(missing)[:5]} and so on, {len(missing)} in all")
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as `like` is: on its device, and sharded as it is."""
+    tensor = tensor.to(like.device)
+    if not hasattr(like, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process has read the whole tensor: each keeps its part, and nothing is sent.
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every process has to call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _whole(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        yield name, whole(tensor.detach()).cpu().contiguous()
+
+
+class _Draining:
+    """An iterator that can be run to its end by `drain` if its reader stopped short."""
+
+    def __init__(self, items: Iterator) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator:
+        return self.items
+
+    def drain(self) -> None:
+        for _ in self.items:
+            pass
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # safetensors reports the system's errors as text.
+        found = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(found[1]) if found else errno.EIO, str(error)) from error
+    _flush(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            value = zlib.crc32(chunk, value)
+    return value

@@ -1,0 +1,199 @@
+"""From a media file to the clips that a model is trained on: a size for each file, a frame rate, and exact frames.
+
+Sizes are buckets, FRAMESxHEIGHTxWIDTH in pixels. A file goes to the bucket that is nearest in shape, of those that it
+is long enough for; it is scaled to cover it and cropped at its centre.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The size of a clip: frames, and height and width in pixels; an image has one frame."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+    @classmethod
+    def parse(cls, text: str) -> Bucket:
+        """From "81x480x832".
+
+        Raises:
+            ValueError: for any other form.
+        """
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+        if found is None:
+            raise ValueError(f"bucket must read FRAMESxHEIGHTxWIDTH, like 81x480x832, got {text!r}")
+        return cls(*map(int, found.groups()))
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a file holds.
+
+    Args:
+        path: the file.
+        times: when each frame is shown, ascending, in seconds from the first one.
+        first: the time stamp of the first one, in seconds.
+        height, width: of the picture as it is shown, in pixels.
+    """
+
+    path: Path
+    times: tuple[float, ...]
+    first: float
+    height: int
+    width: int
+
+    def frames_at(self, fps: float | None) -> int:
+        """How many frames there are at `fps` frames a second; None for the file's own frames."""
+        if fps is None:
+            return len(self.times)
+        # The last frame is shown for as long as the others: one at 24 fps lasts to 1/24 s, not to 0.
+        lasts = self.times[-1] / (len(self.times) - 1) if len(self.times) > 1 else 0.0
+        return max(1, math.floor((self.times[-1] + lasts) * fps + 1e-3))
+
+    def frame_indices(self, fps: float | None, start: int, count: int) -> list[int]:
+        """The frames of the file that are nearest in time to frames `start` to `start + count` at `fps`."""
+        if fps is None:
+            return list(range(start, start + count))
+        return [self._nearest((start + place) / fps) for place in range(count)]
+
+    def _nearest(self, time: float) -> int:
+        after = min(bisect.bisect_left(self.times, time), len(self.times) - 1)
+        before = max(after - 1, 0)
+        return before if time - self.times[before] <= self.times[after] - time else after
+
+
+def probe(path: str | Path) -> MediaInfo:
+    """Frame times and picture size of a video or an image; one frame is decoded.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file without a video stream, or that cannot be decoded.
+    """
+    import av
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such video file: {path}")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} has no video stream")
+            stream = container.streams.video[0]
+            frame = next(container.decode(stream), None)
+            if frame is None:
+                raise ValueError(f"{path} has a video stream, but no frame could be decoded")
+            turned = frame.rotation % 180 == 90
+            height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
+        with av.open(str(path)) as container:
+            # Time stamps of packets, not decoded frames, so that a long file costs a read; a container's own count and
+            # duration are often wrong or missing.
+            stream = container.streams.video[0]
+            stamps = sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
+            base = float(stream.time_base or 0)
+    except av.FFmpegError as error:
+        raise ValueError(f"cannot decode {path} as a video: {error}") from error
+    stamps = stamps or [0]
+    times = tuple((stamp - stamps[0]) * base for stamp in stamps)
+    return MediaInfo(path, times, stamps[0] * base, height, width)
+
+
+def choose_bucket(media: MediaInfo, buckets: Sequence[Bucket], fps: float | None) -> Bucket:
+    """The bucket that a file goes to: of those it is long enough for, the nearest in shape, then one that it need not
+    be enlarged for, then the longest, then the largest.
+
+    Raises:
+        ValueError: if it is too short for all of them.
+    """
+    available = media.frames_at(fps)
+    fitting = [bucket for bucket in buckets if bucket.frames <= available]
+    if not fitting:
+        rate = "" if fps is None else f" at {fps:g} a second"
+        shortest = min(bucket.frames for bucket in buckets)
+        raise ValueError(f"{media.path} has {available} frame{'s' * (available != 1)}{rate}, needs at least {shortest}")
+
+    def distance(bucket: Bucket) -> tuple[float, bool, int, int]:
+        shape = abs(math.log((bucket.height / bucket.width) / (media.height / media.width)))
+        enlarged = bucket.height > media.height or bucket.width > media.width
+        return round(shape, 2), enlarged, -bucket.frames, -bucket.height * bucket.width
+
+    return min(fitting, key=distance)
+
+
+def clip_starts(media: MediaInfo, bucket: Bucket, fps: float | None, clips: int) -> list[int]:
+    """First frames, at `fps`, of up to `clips` clips that do not overlap, spread evenly over the file."""
+    available = media.frames_at(fps)
+    count = max(1, min(clips, available // bucket.frames))
+    spare = available - bucket.frames
+    return [round(place * spare / max(1, count - 1)) if count > 1 else spare // 2 for place in range(count)]
+
+
+def read_clip(media: MediaInfo, bucket: Bucket, *, fps: float | None, start: int) -> Tensor:
+    """Decode one clip.
+
+    Args:
+        media: the file, from `probe`.
+        bucket: the size.
+        fps: frames a second; frames of the file are repeated or left out to get there. None takes them as they are.
+        start: the first frame, at `fps`.
+
+    Returns:
+        uint8 [frames, 3, height, width], RGB.
+
+    Raises:
+        ValueError: for a file that cannot be decoded up to the clip's end.
+    """
+    import av
+
+    wanted = media.frame_indices(fps, start, bucket.frames)
+    missing = set(wanted)
+    images: dict[int, Tensor] = {}
+    try:
+        with av.open(str(media.path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            if media.times[wanted[0]] > 1.0:
+                # A little early: the key frame before the target, by the container's own, inexact index.
+                target = media.first + media.times[wanted[0]] - 0.5
+                container.seek(int(target / float(stream.time_base)), stream=stream, backward=True)
+            for frame in container.decode(stream):
+                index = media._nearest((frame.time or media.first) - media.first)
+                if index in missing:
+                    missing.discard(index)
+                    images[index] = _fit(frame, bucket)
+                if not missing:
+                    break
+    except av.FFmpegError as error:
+        raise ValueError(f"cannot decode {media.path} as a video: {error}") from error
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(set(wanted))} frames of {media.path} could not be decoded")
+    return torch.stack([images[index] for index in wanted])
+
+
+def _fit(frame, bucket: Bucket) -> Tensor:
+    """uint8 [3, height, width]: a decoded frame, upright, scaled to cover the bucket and cropped at its centre."""
+    turns = round(frame.rotation / 90) % 4
+    height, width = (bucket.width, bucket.height) if turns % 2 else (bucket.height, bucket.width)
+    scale = max(height / frame.height, width / frame.width)
+    scaled = (max(height, round(frame.height * scale)), max(width, round(frame.width * scale)))
+    # Averaging where it shrinks, so that nothing flickers; a cubic where it grows.
+    interpolation = "AREA" if scale < 1 else "BICUBIC"
+    image = frame.to_ndarray(format="rgb24", height=scaled[0], width=scaled[1], interpolation=interpolation)
+    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    picture = torch.from_numpy(image[top : top + height, left : left + width].copy()).permute(2, 0, 1)
+    return torch.rot90(picture, turns, (1, 2)).contiguous()

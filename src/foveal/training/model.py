@@ -1,0 +1,179 @@
+"""The model of a run: built or loaded, made sparse, its trained parameters chosen, annealed, and called."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveal.integrations import dense, reconfigure, sparse_parameters, sparsify
+from foveal.integrations.families import family_of
+from foveal.integrations.processor import sparse_processors
+from foveal.methods import Config
+from foveal.training.config import Annealing, ModelSettings, TrainingConfig, WanArchitecture
+from foveal.training.objective import NUM_TRAIN_TIMESTEPS
+from foveal.video_grid import VideoGrid
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TRAINED_FAMILIES = ("wan",)
+
+
+def build_model(config: TrainingConfig) -> nn.Module:
+    """The transformer of a run on the CPU: its weights, sparse attention, adapters, and what requires a gradient.
+
+    The same configuration gives the same weights.
+
+    Raises:
+        TypeError: a transformer of a family that training does not know how to call.
+        ValueError: for layers that the model does not have.
+    """
+    torch.manual_seed(config.seed)
+    model = load_transformer(config.model)
+    family = family_of(model).name
+    if family not in TRAINED_FAMILIES:
+        raise TypeError(f"training calls transformers of {TRAINED_FAMILIES}, got one of family {family!r}")
+    layers = config.sparsity.layer_configs(len(family_of(model).self_attention_layers(model)))
+    if layers:
+        sparsify(model, layers=layers, impl=config.sparsity.impl)
+    if config.optimizer.trainable == "lora":
+        _add_lora(model, config)
+    choose_trained(model, config.optimizer.trainable)
+    # diffusers' own list of what bfloat16 spoils.
+    precise = set(model._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        frozen = not parameter.requires_grad and not precise & set(name.split("."))
+        parameter.data = parameter.data.to(DTYPES[config.model.frozen_dtype] if frozen else torch.float32)
+    if config.model.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def load_transformer(settings: ModelSettings) -> nn.Module:
+    """The dense transformer in float32, from its folder or with random weights."""
+    if settings.path is not None:
+        from diffusers import AutoModel
+
+        return AutoModel.from_pretrained(settings.path, subfolder=settings.subfolder, torch_dtype=torch.float32)
+    return build_wan(settings.architecture)
+
+
+def build_wan(sizes: WanArchitecture, *, given_channels: int = 0) -> nn.Module:
+    """A `WanTransformer3DModel` with random weights from torch's global generator.
+
+    Args:
+        sizes: of the transformer.
+        given_channels: channels of the input beside the noisy video, as image-to-video models have.
+    """
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, sizes.patch, sizes.patch),
+        num_attention_heads=sizes.num_heads,
+        attention_head_dim=sizes.head_dim,
+        in_channels=sizes.channels + given_channels,
+        out_channels=sizes.channels,
+        text_dim=sizes.text_dim,
+        freq_dim=sizes.freq_dim,
+        ffn_dim=sizes.ffn_dim,
+        num_layers=sizes.num_layers,
+        rope_max_seq_len=sizes.rope_max_seq_len,
+    )
+
+
+def _add_lora(model: nn.Module, config: TrainingConfig) -> None:
+    from peft import LoraConfig
+
+    lora = config.lora
+    model.add_adapter(
+        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets))
+    )
+
+
+def choose_trained(model: nn.Module, trainable: str) -> None:
+    """Sets `requires_grad` of every parameter.
+
+    Args:
+        model: with its sparse attention and its adapters in place.
+        trainable: see `OptimizerSettings`.
+    """
+    new = sparse_parameters(model)
+    layers = tuple(f"{name}." for name in family_of(model).self_attention_layers(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(
+            name in new
+            or trainable == "all"
+            or (trainable == "attention" and name.startswith(layers))
+            or (trainable == "lora" and ".lora_" in name)
+        )
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def anneal(model: nn.Module, final: Config, annealing: Annealing, step: int) -> float | None:
+    """Sets what every sparse layer keeps in optimiser step `step` (from 1); returns it, None while dense.
+
+    Args:
+        model: sparse.
+        final: the configuration that annealing ends at.
+    """
+    by_cubes = getattr(final, "topk", None) is not None
+    kept = annealing.kept(step, final.topk if by_cubes else final.keep_ratio)
+    if kept is None:
+        return None
+    if by_cubes:
+        config = final.replace(topk=round(kept))
+    elif hasattr(final, "drop_ratio"):
+        kept = min(1.0, kept)
+        config = final.replace(keep_ratio=kept, drop_ratio=min(final.drop_ratio, 1 - kept))
+    else:
+        kept = min(1.0, kept)
+        config = final.replace(keep_ratio=kept)
+    if any(processor.config != config for processor in sparse_processors(model).values()):
+        reconfigure(model, config)
+    return kept
+
+
+@contextlib.contextmanager
+def teaching(model: nn.Module) -> Iterator[None]:
+    """The model as it was before it was made sparse and adapted: dense attention, adapters off."""
+    adapted = getattr(model, "_hf_peft_config_loaded", False)
+    with dense(model):
+        if adapted:
+            model.disable_adapters()
+        try:
+            yield
+        finally:
+            if adapted:
+                model.enable_adapters()
+
+
+def velocity(model: nn.Module, noisy: Tensor, sigmas: Tensor, text: dict[str, Tensor]) -> Tensor:
+    """The model's prediction, float32 [B, C, F, H, W].
+
+    Args:
+        model: a Wan transformer, or one wrapped by DDP.
+        noisy: [B, C, F, H, W].
+        sigmas: noise levels [B].
+        text: a batch's text tensors; empty where there is no text, which gives the model one zero token.
+    """
+    embeds = text.get("prompt_embeds")
+    if embeds is None:
+        inner = getattr(model, "module", model)
+        embeds = noisy.new_zeros(len(noisy), 1, inner.config.text_dim)
+    return model(noisy, sigmas * NUM_TRAIN_TIMESTEPS, embeds.to(noisy.dtype), return_dict=False)[0].float()
+
+
+def text_of(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """The text tensors of a dataset's item or batch."""
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "latents"}
+
+
+def token_grid(model: nn.Module, shape: tuple[int, ...]) -> VideoGrid:
+    """The grid of tokens of latents of some shape, [..., F, H, W]."""
+    return VideoGrid(*(side // patch for side, patch in zip(shape[-3:], model.config.patch_size, strict=True)))

@@ -1,0 +1,97 @@
+"""Sparse attention in a tiny random `LTX2VideoTransformer3DModel`: its video's self-attention alone."""
+
+import pytest
+import torch
+from family_checks import FamilyChecks
+from tiny_wan import DENSE_SLA, DENSE_VSA, SPARSE_SLA
+
+from foveal import VideoGrid
+from foveal.integrations import sparsify
+from foveal.integrations.processor import state_of
+
+diffusers = pytest.importorskip("diffusers")
+
+
+class TestLTX2(FamilyChecks):
+    LAYERS = ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1")
+    LATENTS = ((3, 5, 6), (3, 6, 5))
+    GRID = VideoGrid(3, 5, 6)
+
+    def model(self, seed=0, **overrides):
+        torch.manual_seed(seed)
+        settings = {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "cross_attention_dim": 32,
+            "audio_in_channels": 4,
+            "audio_out_channels": 4,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 8,
+            "audio_cross_attention_dim": 16,
+            "num_layers": 2,
+            "caption_channels": 16,
+            "rope_double_precision": False,
+        }
+        return diffusers.LTX2VideoTransformer3DModel(**settings | overrides).eval()
+
+    def inputs(self, latent=None, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(1)
+        frames, height, width = latent or self.LATENTS[0]
+        return {
+            "hidden_states": torch.randn(2, frames * height * width, 4, generator=generator).to(dtype),
+            "audio_hidden_states": torch.randn(2, 5, 4, generator=generator).to(dtype),
+            "encoder_hidden_states": torch.randn(2, 7, 16, generator=generator).to(dtype),
+            "audio_encoder_hidden_states": torch.randn(2, 7, 16, generator=generator).to(dtype),
+            "timestep": torch.tensor([[3.0], [403.0]], dtype=dtype),
+            "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]]),
+            "audio_encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]]),
+            "num_frames": frames,
+            "height": height,
+            "width": width,
+            "audio_num_frames": 5,
+        }
+
+    @pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=["sla", "vsa"])
+    @pytest.mark.parametrize("rope_type", ["interleaved", "split"])
+    @pytest.mark.parametrize("perturbed", [None, (0.0, 1.0), (0.0, 0.0)])
+    @torch.no_grad()
+    def test_gates_rotary_kinds_and_perturbation(self, config, rope_type, perturbed):
+        settings = {"rope_type": rope_type, "gated_attn": True, "audio_gated_attn": True}
+        model = self.model(perturbed_attn=perturbed is not None, **settings).double()
+        data = self.inputs(dtype=torch.float64)
+        if perturbed is not None:
+            mask = torch.tensor(perturbed, dtype=torch.float64)
+            data |= {"spatio_temporal_guidance_blocks": [1], "perturbation_mask": mask}
+        expected = self.run(model, **data)
+        sparsify(model, config)
+        torch.testing.assert_close(self.run(model, **data), expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("config", [DENSE_SLA, DENSE_SLA.replace(token_order="tile"), DENSE_VSA], ids=str)
+    @torch.no_grad()
+    def test_tokens_of_conditioning_frames(self, config):
+        model, data = self.model().double(), self.inputs(dtype=torch.float64)
+        coords = model.rope.prepare_video_coords(2, 4, 5, 6, torch.device("cpu"))
+        data["hidden_states"] = torch.randn(2, 120, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        data["video_coords"] = coords
+        expected = self.run(model, **data)
+        sparsify(model, config)
+        torch.testing.assert_close(self.run(model, **data), expected, rtol=0, atol=1e-5)
+        assert state_of(model).grid == self.GRID
+
+    @torch.no_grad()
+    def test_grid_of_coordinates(self):
+        model, data = sparsify(self.model(), SPARSE_SLA), self.inputs()
+        expected = self.run(model, **data)
+        data["video_coords"] = model.rope.prepare_video_coords(2, 3, 5, 6, torch.device("cpu"))
+        for name in ("num_frames", "height", "width"):
+            del data[name]
+        assert torch.equal(self.run(model, **data), expected)
+        assert state_of(model).grid == self.GRID
+
+    @torch.no_grad()
+    def test_masks_are_refused(self):
+        model = sparsify(self.model(), SPARSE_SLA)
+        with pytest.raises(ValueError, match="attention_mask must be None"):
+            self.run(model, **self.inputs(), video_self_attention_mask=torch.ones(2, 90, 90))

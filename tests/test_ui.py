@@ -1,0 +1,176 @@
+"""The page of `foveal ui`: what it shows is what the methods choose, and a browser can click it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("av")
+
+from foveal import SLAConfig, VideoGrid, VSAConfig, cli
+from foveal.demo.settings import DemoSettings
+from foveal.demo.task import build_model
+from foveal.training.data import sample_clip
+from foveal.ui.scene import Scene, Sheet, demo_scene, pipeline_scene, view
+
+TINY = DemoSettings(height=32, width=48, frames=4, patch=4, head_dim=16, num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A demo's report, as far as the page reads it, with an untrained model."""
+    folder = tmp_path_factory.mktemp("ui") / "demo"
+    build_model(TINY).save_pretrained(folder / "model")
+    (folder / "results.json").write_text(json.dumps({"settings": TINY.to_dict()}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scene(folder):
+    return demo_scene(folder, sample_clip("bigbuckbunny"), noise_level=0.5)
+
+
+def test_scene_holds_the_clip_and_every_layer(scene):
+    assert scene.frames.shape == (4, 32, 48, 3)
+    assert scene.grid == VideoGrid(4, 8, 12)
+    assert list(scene.layers) == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert scene.layers["blocks.1.attn1"][0].shape == (1, 2, 384, 16)
+
+
+def made_scene():
+    """Tokens of four cubes, each of which likes its own cube alone."""
+    grid = VideoGrid(4, 4, 16)
+    cube = torch.arange(16).div(4, rounding_mode="floor").repeat(16)
+    x = torch.nn.functional.one_hot(cube, 16).float()[None, None] * 12
+    frames = torch.full((4, 8, 32, 3), 200, dtype=torch.uint8)
+    return Scene("made", frames, grid, {"only": (x, x, x)})
+
+
+@pytest.mark.parametrize(
+    "config", [SLAConfig(keep_ratio=0.25, drop_ratio=0.25, token_order="tile"), VSAConfig(keep_ratio=0.25)]
+)
+def test_a_token_sees_its_own_cube(config):
+    seen = view(made_scene(), config, layer="only", head=0, token=(1, 2, 9))
+    assert (seen.labels[:, :, 8:12] == 1).all()
+    assert (seen.labels == 1).sum() == 64
+    assert (seen.kept, seen.blocks) == (1, 4)
+    assert seen.recall > 0.99
+    assert seen.head_recall > 0.99
+    assert seen.head_error < 0.01
+    if isinstance(config, SLAConfig):
+        assert sorted(seen.labels.unique().tolist()) == [-1, 0, 1]
+
+
+def test_raster_order_mixes_the_cubes():
+    seen = view(made_scene(), SLAConfig(keep_ratio=0.25, drop_ratio=0.0), layer="only", head=0, token=(1, 2, 9))
+    # A block is a frame, a quarter of it the token's own cube.
+    assert seen.head_recall == pytest.approx(0.25, abs=0.01)
+    assert (seen.labels == 1).sum() == 64
+
+
+def test_sheet_draws_and_finds_tokens():
+    scene = made_scene()
+    sheet = Sheet(scene, columns=2, width=140)
+    assert sheet.factor == 2
+    seen = view(scene, VSAConfig(keep_ratio=0.25), layer="only", head=0, token=(3, 0, 0))
+    drawn = sheet.draw(seen.labels, (3, 0, 0))
+    assert tuple(drawn.shape) == (2 * sheet.cell[0], 2 * sheet.cell[1], 3)
+    # Frame 0: the first cube is bright, the others dim.
+    assert drawn[8, 4].tolist() == [200, 200, 200]
+    assert drawn[8, 40].tolist() == [84, 84, 84]
+    # Frame 3 is at the right of the second row; its first token is framed.
+    top, left = sheet.cell
+    assert drawn[top, left].tolist() == [230, 40, 40]
+    for token in ((0, 0, 0), (1, 3, 15), (3, 2, 7)):
+        frame, row, column = token
+        y = (frame // 2) * sheet.cell[0] + row * 4 + 1
+        x = (frame % 2) * sheet.cell[1] + column * 4 + 1
+        assert sheet.token_at(x, y) == token
+    assert sheet.token_at(sheet.cell[1] - 1, 0) is None
+
+
+def test_a_pipeline_can_be_looked_at(tmp_path):
+    pytest.importorskip("transformers")
+    from tiny_media import save_tiny_wan
+
+    from foveal.pipelines import load_pipeline
+
+    loaded = load_pipeline(save_tiny_wan(tmp_path / "wan"), device=torch.device("cpu"), dtype=torch.float32)
+    scene = pipeline_scene(loaded, "a bar", step=1, size=(9, 48, 64), num_inference_steps=2)
+    assert scene.grid == VideoGrid(3, 3, 4)
+    assert tuple(scene.frames.shape) == (3, 48, 64, 3)
+    layer = next(iter(scene.layers))
+    seen = view(scene, SLAConfig(keep_ratio=1.0, drop_ratio=0.0), layer=layer, head=0, token=(0, 0, 0))
+    assert seen.recall == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(ValueError, match=r"step must be in \[0, 2\), got 2"):
+        pipeline_scene(loaded, "a bar", step=2, size=(9, 48, 64), num_inference_steps=2)
+
+
+def test_mistakes(folder, scene, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="holds no model of the demo"):
+        demo_scene(tmp_path, sample_clip("bikes"), noise_level=0.5)
+    with pytest.raises(ValueError, match="noise_level must be above 0 and below 1, got 1"):
+        demo_scene(folder, sample_clip("bikes"), noise_level=1.0)
+    with pytest.raises(ValueError, match=r"unknown layer 'blocks\.9'"):
+        view(scene, VSAConfig(), layer="blocks.9", head=0, token=(0, 0, 0))
+    with pytest.raises(ValueError, match=r"head must be in \[0, 2\), got 5"):
+        view(scene, VSAConfig(), layer="blocks.0.attn1", head=5, token=(0, 0, 0))
+    with pytest.raises(ValueError, match="token must lie in the grid"):
+        view(scene, VSAConfig(), layer="blocks.0.attn1", head=0, token=(4, 0, 0))
+    pytest.importorskip("tyro")
+    pytest.importorskip("gradio")
+    assert cli.main(["ui", "--demo", str(tmp_path)]) == 2
+    assert "holds no model of the demo" in capsys.readouterr().err
+
+
+def test_controls_stand_for_configurations():
+    pytest.importorskip("gradio")
+    from foveal.ui.page import configuration
+
+    assert configuration("VSA", 25, 50) == VSAConfig(keep_ratio=0.25)
+    assert configuration("SLA, tile order", 95, 10) == SLAConfig(keep_ratio=0.95, drop_ratio=0.05, token_order="tile")
+    with pytest.raises(ValueError, match="unknown method"):
+        configuration("dense", 1, 1)
+
+
+def test_in_a_browser(folder, tmp_path):
+    """Loads the page in headless Chromium, clicks a token, moves a slider with the keyboard, changes the method."""
+    gradio = pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser_path is None:
+        pytest.skip("needs Chromium")
+    from foveal.ui.page import build_page
+
+    assert gradio.__version__
+    page = build_page(folder)
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False)
+    try:
+        with playwright.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+            tab = browser.new_page(viewport={"width": 1400, "height": 1000})
+            tab.goto(address)
+            facts = tab.locator("#facts")
+            facts.get_by_text("frame 2, row 4, column 6").wait_for(timeout=60000)
+            facts.get_by_text("1 of 6").wait_for()
+            picture = tab.locator("#sheet img")
+            size = picture.bounding_box()
+            picture.click(position={"x": size["width"] * 0.03, "y": size["height"] * 0.03})
+            facts.get_by_text("frame 0, row 0, column 0").wait_for()
+            first = picture.get_attribute("src")
+            slider = tab.locator("#keep input[type=range]")
+            slider.focus()
+            for _ in range(40):
+                slider.press("ArrowRight")
+            slider.dispatch_event("pointerup")
+            facts.get_by_text("3 of 6").wait_for()
+            assert picture.get_attribute("src") != first
+            tab.get_by_label("VSA").check()
+            facts.get_by_text("3 of 6").wait_for()
+            tab.screenshot(path=tmp_path / "page.png")
+            browser.close()
+        assert (tmp_path / "page.png").stat().st_size > 20000
+    finally:
+        page.close()

@@ -1,0 +1,159 @@
+"""VSA's Triton kernels without a GPU: their numerics on small odd grids, and that each compiles.
+
+Triton decides when it is imported whether kernels are interpreted, so the numerics run in a process of their own: this
+file, started as a script.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# name: (grid, tile, topk, heads, D, text keys of each sample or None, gates)
+CASES = {
+    "partial cubes": ((3, 5, 9), (4, 4, 4), 3, 2, 64, None, "both"),
+    "whole cubes in slots": ((3, 10, 8), "auto", 2, 1, 64, None, "coarse"),
+    "full slots": ((4, 4, 8), (4, 4, 4), 1, 2, 64, None, "none"),
+    "image, expanded gates": ((1, 17, 9), (1, 8, 8), 4, 1, 64, None, "expanded"),
+    "wide slots": ((4, 5, 9), (4, 4, 8), 2, 1, 128, None, "fine"),
+    "text": ((2, 5, 7), (4, 4, 4), 2, 1, 64, (70, 70), "coarse"),
+    "text with padding": ((2, 5, 7), (4, 4, 4), 2, 1, 64, (68, 3), "both"),
+}
+
+
+def make_case(name, dtype, device):
+    """(query, key, value, gates), grid, config and kv_lengths; layouts as transformers hold them."""
+    import torch
+
+    from foveal import VideoGrid, VSAConfig
+    from foveal.testing import make_inputs
+
+    sides, tile, topk, heads, head_dim, text, gates = CASES[name]
+    grid, config = VideoGrid(*sides), VSAConfig(topk=topk, tile=tile)
+    batch = 1 if text is None else len(text)
+    sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "dtype": dtype, "device": device}
+    length = grid.num_tokens
+    qkv = make_inputs(query_length=length, key_length=length + (70 if text else 0), layout="BLHD", **sizes)
+    both = make_inputs(query_length=length, seed=5, layout="BLHD", **sizes)[:2]
+    expanded = (both[0][:, :, :, :1].expand_as(both[0]), both[1][:, :1, :1].expand_as(both[1]))
+    gates = {
+        "both": both,
+        "coarse": (both[0], None),
+        "fine": (None, both[1]),
+        "none": (None, None),
+        "expanded": expanded,
+    }[gates]
+    lengths = None if text is None else torch.tensor([length + n for n in text], device=device)
+    return qkv, gates, grid, config, lengths
+
+
+def check_case(name, dtype, device, attend):
+    """`attend`(query, key, value, gates, grid, config, selection, lengths) against the reference, all gradients."""
+    import torch
+
+    from foveal import vsa_attention
+    from foveal.testing import assert_close_to_reference, output_and_gradients, poison_empty
+    from foveal.vsa.attention import select_cubes
+
+    qkv, gates, grid, config, lengths = make_case(name, dtype, device)
+    selection = select_cubes(*qkv[:2], config=config, grid=grid, kv_lengths=lengths)
+    named = [f"gate_{kind}" for kind, gate in zip(("coarse", "fine"), gates, strict=True) if gate is not None]
+    inputs = (*qkv, *(gate for gate in gates if gate is not None))
+
+    def reference(query, key, value, *given):
+        return vsa_attention(
+            query,
+            key,
+            value,
+            config=config,
+            grid=grid,
+            selection=selection,
+            kv_lengths=lengths,
+            impl="reference",
+            **dict(zip(named, given, strict=True)),
+        )
+
+    def ours(query, key, value, *given):
+        given = dict(zip(named, given, strict=True))
+        pair = (given.get("gate_coarse"), given.get("gate_fine"))
+        return attend(query, key, value, pair, grid, config, selection, lengths)
+
+    poisoned = inputs
+    if lengths is not None:
+        padding = torch.arange(qkv[1].shape[2], device=device) >= lengths[:, None]
+        poisoned = (inputs[0], *(x.masked_fill(padding[:, None, :, None], float("nan")) for x in qkv[1:]), *inputs[3:])
+    with poison_empty():
+        results = output_and_gradients(ours, poisoned)
+    exact = output_and_gradients(reference, [x.double() for x in inputs])
+    plain = output_and_gradients(reference, inputs)
+    labels = ("output", "grad_query", "grad_key", "grad_value", *named)
+    for label, x, y, z in zip(labels, results, exact, plain, strict=True):
+        assert_close_to_reference(x, y, z, name=f"{name}: {label}")
+
+
+def run_case(name: str) -> None:
+    import torch
+
+    from foveal.vsa.layout import CubeLayout
+    from foveal.vsa.triton import vsa_attention_gpu
+
+    def attend(query, key, value, gates, grid, config, selection, lengths):
+        layout = CubeLayout(config, grid, key, lengths)
+        selection = layout.checked(selection, query)
+        return vsa_attention_gpu(query, key, value, layout, selection, query.shape[-1] ** -0.5, *gates, hopper=False)
+
+    check_case(name, torch.float16, "cpu", attend)
+
+
+def run_selection(name: str) -> None:
+    """The choice made inside, and by `select_cubes_gpu`, is that of plain PyTorch."""
+    import torch
+
+    from foveal.vsa.attention import select_cubes
+    from foveal.vsa.layout import CubeLayout
+    from foveal.vsa.triton import _forward_op, select_cubes_gpu
+
+    (query, key, value), _, grid, config, lengths = make_case(name, torch.float16, "cpu")
+    layout = CubeLayout(config, grid, key, lengths)
+    expected = select_cubes(query, key, config=config, grid=grid, kv_lengths=lengths)
+    ours = select_cubes_gpu(query, key, layout, query.shape[-1] ** -0.5)
+    assert torch.equal(ours.labels(), expected.labels())
+    assert torch.equal(ours.critical_count, expected.critical_count)
+    assert torch.equal(ours.key_block_sizes, expected.key_block_sizes)
+    options = layout.slot, layout.uniform_size or 0, layout.kept, query.shape[-1] ** -0.5, False, False
+    tables = layout.places(query.device), layout.cube_sizes, layout.key_sizes, layout.text_counts
+    *_, critical, counts = _forward_op(query, key, value, None, None, *tables, None, None, *options)
+    assert torch.equal(critical, ours.critical)
+    assert torch.equal(counts, ours.critical_count)
+
+
+def main(names) -> None:
+    import test_triton_interpreter
+
+    test_triton_interpreter.main([])  # mends what the interpreter of this release gets wrong
+    for name in names:
+        if name.startswith("selection: "):
+            run_selection(name.removeprefix("selection: "))
+        else:
+            run_case(name)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["partial cubes", "whole cubes in slots", "full slots"], id="cubes"),
+        pytest.param(["image, expanded gates", "wide slots"], id="gates"),
+        pytest.param(["text", "text with padding"], id="text"),
+        pytest.param(["selection: partial cubes", "selection: text with padding"], id="selection"),
+    ],
+)
+def test_interpreted(names):
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([sys.executable, __file__, *names], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

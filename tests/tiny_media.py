@@ -1,0 +1,100 @@
+"""A tiny random Wan pipeline with text encoder and tokenizer, saved as a user would have it, and clips to feed it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_wan import tiny_transformer
+
+from foveal.training.data import write_video
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("av")
+
+LATENTS_MEAN, LATENTS_STD = [0.1, -0.2, 0.3, 0.0], [1.0, 2.0, 0.5, 1.5]
+
+
+def tiny_tokenizer():
+    """A tokenizer of single characters, made here: none can be downloaded in a test."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "</s>", "<unk>", *map(chr, range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def tiny_vae() -> torch.nn.Module:
+    """An `AutoencoderKLWan` that compresses as the real one does, 4 in time and 8 in space."""
+    return diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=LATENTS_MEAN,
+        latents_std=LATENTS_STD,
+    ).eval()
+
+
+def tiny_text_encoder() -> torch.nn.Module:
+    config = transformers.UMT5Config(vocab_size=128, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return transformers.UMT5EncoderModel(config).eval()
+
+
+def save_tiny_wan(folder: Path) -> Path:
+    torch.manual_seed(0)
+    diffusers.WanPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=tiny_text_encoder(),
+        vae=tiny_vae(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=tiny_transformer(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def moving_bar(frames: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """uint8 [frames, 3, height, width]: a bright bar that moves over a coloured ground."""
+    generator = torch.Generator().manual_seed(seed)
+    ground = torch.randint(40, 120, (3, 1, 1), generator=generator).expand(3, height, width)
+    video = ground.to(torch.uint8).repeat(frames, 1, 1, 1)
+    for frame in range(frames):
+        left = (3 * frame + 5 * seed) % (width - 8)
+        video[frame, :, :, left : left + 8] = 230
+    return video
+
+
+def write_clip(path: Path, frames: int = 12, height: int = 48, width: int = 64, fps: int = 16, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, moving_bar(frames, height, width, seed), fps=fps)
+    return path
+
+
+def write_sound(path: Path) -> Path:
+    """An MP4 with sound and no picture."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+        frame.sample_rate = 8000
+        frame.planes[0].update(bytes(4096))
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """The arguments of every `foveal` command in the bash blocks of a page of the documentation."""
+    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("foveal ")]
