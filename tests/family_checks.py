@@ -64,6 +64,19 @@ class FamilyChecks:
         assert state_of(model).grid == self.GRID
         assert expected.abs().max() > 0.1
 
+    @pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=["sla", "vsa"])
+    def test_keeping_everything_has_the_dense_gradients(self, config):
+        model, data = self.model().double(), self.inputs(dtype=torch.float64)
+        parameters = dict(model.named_parameters())
+        expected = torch.autograd.grad(self.run(model, **data).square().mean(), parameters.values(), allow_unused=True)
+        loss = self.run(sparsify(model, config), **data).square().mean()
+        ours = torch.autograd.grad(loss, parameters.values(), allow_unused=True)
+        for name, one, other in zip(parameters, ours, expected, strict=True):
+            if other is None:
+                assert one is None, name
+            else:
+                assert (one - other).norm() <= 1e-4 * other.norm() + 1e-9, name
+
     def test_layers(self):
         model = self.model()
         before, processors = set(model.state_dict()), attention_processors(model)
@@ -88,7 +101,7 @@ class FamilyChecks:
             assert query.shape[2] == self.GRID.num_tokens
             assert key.shape == value.shape
             assert key.shape[2] == self.GRID.num_tokens + self.TEXT
-            assert all(x.shape[1] == self.GRID.num_tokens for x in hidden_states)
+            assert all(x.shape[1] == self.GRID.num_tokens for x in hidden_states if x is not None)
         for selection in selections.values():
             valid = selection.key_valid().sum(1).tolist()
             assert valid[0] == self.GRID.num_tokens + self.TEXT - self.PADDING
@@ -184,9 +197,8 @@ class FamilyChecks:
         assert torch.equal(self.run(loaded), expected)
         assert tuple(sparse_processors(loaded)) == tuple(dict.fromkeys((self.LAYERS[0], self.LAYERS[-1])))
 
-    @METHODS
     @torch.no_grad()
-    def test_compiled_blocks(self, config):
+    def test_compiled_blocks(self, config=SPARSE_SLA):
         model = self.sparse(config)
         data = [self.inputs(latent=latent) for latent in self.LATENTS]
         expected = [self.run(model, **inputs) for inputs in data]

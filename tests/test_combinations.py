@@ -165,6 +165,22 @@ def test_a_copy_as_a_dense_teacher(config):
     assert all(p.grad is not None for p in sparse_parameters(model).values())
 
 
+def test_an_average_of_the_weights():
+    from diffusers.training_utils import EMAModel
+
+    model = sparse(SPARSE_SLA)
+    former = {name: p.clone() for name, p in sparse_parameters(model).items()}
+    average = EMAModel(model.parameters(), decay=0.5, min_decay=0.5)
+    average.step(model.parameters())
+    with torch.no_grad():
+        for parameter in sparse_parameters(model).values():
+            parameter.add_(2)
+    average.step(model.parameters())
+    average.copy_to(model.parameters())
+    for name, parameter in sparse_parameters(model).items():
+        torch.testing.assert_close(parameter, former[name] + 1, rtol=0, atol=1e-6)
+
+
 def lora(**settings):
     peft = pytest.importorskip("peft")
     return peft.LoraConfig(r=2, **{"target_modules": ["to_q", "to_v"], "init_lora_weights": False} | settings)

@@ -264,3 +264,20 @@ def test_commands_of_the_page_run(wan, tmp_path, monkeypatch):
         )
     assert (tmp_path / "foveal-eval" / "evaluation.md").is_file()
     assert (tmp_path / "eval-vsa" / "vbench" / "sparse.json").is_file()
+
+
+def test_missing_packages_are_named(wan, tmp_path, monkeypatch, capsys):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("av", "torchmetrics") else found(name)
+    )
+    for command, message in (
+        ("eval", 'needs torchmetrics: pip install "foveal[eval]"'),
+        ("generate", 'needs av: pip install "foveal[generate]"'),
+    ):
+        assert cli.main([command, "--model", str(wan), "--prompt", "a cat"]) == 2
+        assert capsys.readouterr().err == f"foveal: this command {message}\n"
+    assert cli.main(["precompute", "--videos", str(tmp_path), "--output", str(tmp_path / "out"), "--pixels"]) == 2
+    assert capsys.readouterr().err == 'foveal: this command needs av: pip install "foveal[train]"\n'

@@ -261,63 +261,6 @@ def test_names_are_readable_and_unique():
     assert output_name("../../etc/passwd", 0, "dense").startswith("etc-passwd-")
 
 
-def test_flux_makes_images(tmp_path):
-    """A tiny `FluxPipeline` of the real classes, through the command: PNG files, side by side too."""
-    from tiny_media import tiny_tokenizer, transformers
-
-    torch.manual_seed(0)
-    t5 = transformers.T5Config(vocab_size=128, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    clip = transformers.CLIPTextConfig(
-        vocab_size=128, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=1
-    )
-    tokenizer = tiny_tokenizer()
-    tokenizer.model_max_length = 77
-    diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=diffusers.AutoencoderKL(
-            latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            scaling_factor=0.36,
-            shift_factor=0.11,
-        ),
-        text_encoder=transformers.CLIPTextModel(clip).eval(),
-        tokenizer=tokenizer,
-        text_encoder_2=transformers.T5EncoderModel(t5).eval(),
-        tokenizer_2=tiny_tokenizer(),
-        transformer=diffusers.FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=16,
-            pooled_projection_dim=16,
-            axes_dims_rope=(4, 6, 6),
-            guidance_embeds=True,
-        ),
-    ).save_pretrained(tmp_path / "flux")
-    size = ("--height", "32", "--width", "48", "--steps", "2")
-    arguments = ("generate", "--model", tmp_path / "flux", "--output", tmp_path / "out", "--prompt", "a cat")
-    assert run(*arguments, *size) == 0
-    name = output_name("a cat", 0, "dense")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"{name}.png", f"{name}.json"}
-    image = diffusers.FluxPipeline.from_pretrained(tmp_path / "flux")(
-        "a cat",
-        height=32,
-        width=48,
-        num_inference_steps=2,
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-    ).images
-    expected = (image * 255).round().to(torch.uint8)
-    assert torch.equal(read_media(tmp_path / "out" / f"{name}.png", height=32, width=48), expected)
-    record = json.loads((tmp_path / "out" / f"{name}.json").read_text())
-    assert record["tokens"] == [1, 8, 12]
-
-
 def test_mistakes_are_answered_in_one_line(wan, tmp_path, capsys):
     (tmp_path / "blank.txt").write_text("\n  \n")
     (tmp_path / "twice.txt").write_text("a\nb\na\n")

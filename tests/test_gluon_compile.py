@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from foveal.block_sparse.gluon import launch
+from foveal.block_sparse.gluon import launch, launch_linear
 from foveal.block_sparse.gluon.support import BLOCK_SIZES, HEAD_DIMS, copyable, missing_gluon, supports
 
 if missing_gluon() is not None:
@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from foveal.block_sparse.gluon import backward_kernels, forward_kernel, forward_wide_kernel
+from foveal.block_sparse.gluon import backward_kernels, forward_kernel, forward_wide_kernel, linear_gradients
 
 SHARED_LIMIT = 227 * 1024  # bytes a program may have
 SHARED_TOTAL = 228 * 1024  # bytes of a multiprocessor, of which each program takes 1 KiB on top of its own
@@ -94,8 +94,8 @@ def compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map):
     plan = launch.forward_plan(head_dim, block_q, block_k, has_sizes, feature_map)
     tile = tiles(64, head_dim, dtype)
     scalars = (
-        "heads", "num_blocks", "total", "query_length", "key_length", "width", "size_stride", "state_step",
-        "norm_pair_stride", "norm_block_stride",
+        "heads", "first_pair", "num_blocks", "total", "query_length", "key_length", "width", "size_stride",
+        "state_step", "norm_pair_stride", "norm_block_stride",
     )  # fmt: skip
     signature = {
         "query": tile, "key": tile, "value": tile, "output": tile, "lse_ptr": "*fp32", "critical_ptr": "*i32",
@@ -129,34 +129,96 @@ def test_forward_with_the_linear_branch(tmp_path, head_dim, block_q, block_k, ha
     assert_fits(compiled, tmp_path, programs, threads, spill_limit=96)
 
 
+@pytest.mark.parametrize("add", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
-def test_dq(tmp_path, head_dim, block_q, block_k, has_sizes, dtype):
+def test_dq(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, add):
     plan = launch.dq_plan(head_dim, block_q, block_k, has_sizes)
     query, key = tiles(64, head_dim, dtype), tiles(plan["tile_k"], head_dim, dtype)
-    scalars = ("query_length", "key_length", "width", "size_stride")
+    scalars = ("query_length", "key_length", "width", "size_stride", "uniform")
     signature = {
         "query": query, "key": key, "value": key, "grad": query, "grad_query": query, "statistics_ptr": "*fp32",
         "critical_ptr": "*i32", "count_ptr": "*i32", "size_ptr": "*i32" if has_sizes else None, "scale": "fp32",
         "scale_log2": "fp32", **dict.fromkeys(scalars, "i32"),
     }  # fmt: skip
+    plan = {**plan, "constants": {**plan["constants"], "ADD": add}}
     compiled = compile_for_hopper(backward_kernels.block_sparse_dq_kernel, signature, plan)
     pair = plan["constants"]["CONSUMERS"] == 2
     assert_fits(compiled, tmp_path, programs=1 if pair else 2, threads=384 if pair else 256)
 
 
+@pytest.mark.parametrize(
+    "feature_map",
+    [
+        "softmax",
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param("elu", marks=pytest.mark.slow),
+        pytest.param("relu", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
-def test_dkdv(tmp_path, head_dim, block_q, block_k, has_sizes, dtype):
+def test_dkdv(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_map):
     plan = launch.dkdv_plan(head_dim, block_q, block_k, has_sizes)
     tile = tiles(64, head_dim, dtype)
     statistics = f"tensordesc<fp32[128],{gl.NVMMASharedLayout(0, 32, 1)!r}>"
+    scalars = ("query_length", "key_length", "size_stride", "state_step", "norm_pair_stride", "norm_block_stride")
     signature = {
         "query": tile, "key": tile, "value": tile, "grad": tile, "statistics": statistics, "grad_key": tile,
         "grad_value": tile, "offset_ptr": "*i32", "count_ptr": "*i32", "row_ptr": "*i32",
         "size_ptr": "*i32" if has_sizes else None, "scale": "fp32", "scale_log2": "fp32",
-        **dict.fromkeys(("query_length", "key_length", "size_stride"), "i32"),
+        "grad_state": tiles(64, head_dim, "bf16") if feature_map else None,
+        "grad_norm_ptr": "*fp32" if feature_map else None, **dict.fromkeys(scalars, "i32"),
     }  # fmt: skip
+    plan = {**plan, "constants": {**plan["constants"], "FEATURE_MAP": feature_map}}
     compiled = compile_for_hopper(backward_kernels.block_sparse_dkdv_kernel, signature, plan)
     assert_fits(compiled, tmp_path, programs=2, threads=128)
+
+
+QUERY_SIDE = [("softmax", 128, 64, "bf16", True), ("softmax", 128, 128, "bf16", True)]
+QUERY_SIDE += [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product(("softmax", "elu", "relu"), HEAD_DIMS, BLOCK_SIZES, ("bf16", "fp16"), (False, True))
+    if case not in QUERY_SIDE
+]
+
+
+@pytest.mark.parametrize(("feature_map", "head_dim", "block_q", "dtype", "projected"), QUERY_SIDE)
+def test_linear_query_gradient(tmp_path, feature_map, head_dim, block_q, dtype, projected):
+    rows = tiles(block_q, head_dim, dtype)
+    pointers = dict.fromkeys(("norm_ptr", "bias_ptr", "delta_ptr", "grad_norm_ptr"), "*fp32")
+    scalars = ("heads", "query_length", "first_pair", "norm_pair_stride", "norm_block_stride")
+    weight = f"tensordesc<bf16[{head_dim}, {head_dim}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
+    signature = {
+        "query": rows, "output": rows, "grad": rows, "state": tiles(head_dim, head_dim, "bf16"),
+        "weight": weight if projected else None, "grad_query": rows,
+        "linear": tiles(block_q, head_dim, "bf16") if projected else None,
+        "grad_state": tiles(min(block_q, head_dim), head_dim, "bf16"), **pointers, **dict.fromkeys(scalars, "i32"),
+    }  # fmt: skip
+    plan = {"constants": {"FEATURE_MAP": feature_map}, "options": {"num_warps": block_q // 16}}
+    compiled = compile_for_hopper(linear_gradients.linear_query_grad_kernel, signature, plan)
+    assert_fits(compiled, tmp_path, programs=128 // block_q, threads=2 * block_q)
+
+
+@pytest.mark.parametrize(
+    ("feature_map", "head_dim", "dtype"),
+    [
+        ("softmax", 128, "bf16"),
+        pytest.param("elu", 128, "fp16", marks=pytest.mark.slow),
+        pytest.param("relu", 64, "bf16", marks=pytest.mark.slow),
+        pytest.param("softmax", 64, "fp16", marks=pytest.mark.slow),
+    ],
+)
+def test_shared_query_gradient(tmp_path, feature_map, head_dim, dtype):
+    rows = tiles(launch_linear.SHARED_ROWS, head_dim, dtype)
+    pointers = ("grad_state_ptr", "norm_ptr", "bias_ptr", "delta_ptr", "grad_norm_ptr", "grad_bias_ptr")
+    scalars = ("heads", "query_length", "num_blocks", "per_program")
+    signature = {
+        "query": rows, "output": rows, "grad": rows, "state": tiles(head_dim, head_dim, "bf16"), "grad_query": rows,
+        **dict.fromkeys(pointers, "*fp32"), **dict.fromkeys(scalars, "i32"),
+    }  # fmt: skip
+    plan = {"constants": {"FEATURE_MAP": feature_map}, "options": {"num_warps": launch_linear.SHARED_ROWS // 16}}
+    compiled = compile_for_hopper(linear_gradients.shared_query_grad_kernel, signature, plan)
+    # A hundred registers of the sum over all rows wait in the L1 cache while a block's rows are worked on.
+    assert_fits(compiled, tmp_path, programs=1, threads=256, spill_limit=1000)
 
 
 def test_row_statistics(tmp_path):

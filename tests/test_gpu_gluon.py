@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 from foveal.block_sparse import gluon
 from foveal.block_sparse.reference import block_sparse_attention_reference
-from foveal.types import BlockSelection
+from foveal.sla.reference import sla_attention_reference
+from foveal.sla.triton import sla_attention_gpu
+from foveal.types import BlockSelection, SLAConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -186,6 +188,69 @@ def test_linear_branch(block_q, block_k, feature_map, head_dim, with_sizes):
         plain = (sparse_alone.float() + expected_linear_branch(query, selection, term, dtype)).to(dtype)
         error, allowed = ((x.double() - exact).norm() / exact.norm() for x in (got, plain))
         assert error <= 2 * allowed, f"{error:.2e}, plain PyTorch {allowed:.2e}"
+
+
+def with_marginal_blocks(selection, query, key):
+    """The selection with some blocks marginal and some negligible, rows and columns without a critical block."""
+    labels = selection.labels()
+    labels[:, :, ::2, -1] = 0
+    negligible = (torch.rand(labels.shape, device=labels.device) < 0.2) & (labels == 0)
+    return BlockSelection.from_labels(
+        labels.masked_fill(negligible, -1), block_q=selection.block_q, block_k=selection.block_k,
+        query_length=query.shape[2], key_length=key.shape[2], key_block_sizes=selection.key_block_sizes,
+    )  # fmt: skip
+
+
+def gradients(run, tensors, grad):
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    return torch.autograd.grad(run(*leaves), leaves, grad)
+
+
+@pytest.mark.parametrize(
+    ("feature_map", "scope", "head_dim", "projection", "dtype"),
+    [
+        ("softmax", "marginal", 128, True, torch.bfloat16),
+        ("elu", "marginal", 128, False, torch.float16),
+        ("relu", "noncritical", 64, True, torch.float16),
+        ("softmax", "all", 128, True, torch.bfloat16),
+        ("elu", "all", 64, False, torch.bfloat16),
+        ("softmax", "all", 128, True, torch.float16),
+    ],
+)
+@pytest.mark.parametrize(("block_q", "block_k"), BLOCKS)
+def test_gradients_of_both_branches(block_q, block_k, feature_map, scope, head_dim, projection, dtype):
+    blocks = {"block_q": block_q, "block_k": block_k}
+    config = SLAConfig(**blocks, feature_map=feature_map, linear_scope=scope, projection=projection)
+    scale, weights = head_dim**-0.5, ()
+    if projection:
+        torch.manual_seed(2)
+        weights = (torch.randn(head_dim, head_dim, device="cuda") * scale, torch.randn(head_dim, device="cuda"))
+    for lengths, with_sizes in (((513, 130), False), ((200, 321), True), ((700, 400), False)):
+        case = random_case(dtype, head_dim, block_q, block_k, lengths, with_sizes=with_sizes)
+        query, key, value, grad, selection = case
+        selection = with_marginal_blocks(selection, query, key)
+        padding = ~selection.key_valid()[:, None, :, None]
+
+        def hopper(query, key, value, weight=None, bias=None, selection=selection):
+            return sla_attention_gpu(query, key, value, config, selection, scale, weight, bias, hopper=True)
+
+        def reference(query, key, value, weight=None, bias=None, selection=selection):
+            weights = {"proj_weight_DD": weight, "proj_bias_D": bias}
+            return sla_attention_reference(
+                query, key, value, config=config, selection=selection, scale=scale, **weights
+            )
+
+        poisoned = query, key.masked_fill(padding, math.nan), value.masked_fill(padding, math.nan), *weights
+        clean = query, key.masked_fill(padding, 0), value.masked_fill(padding, 0), *weights
+        ours = gradients(hopper, poisoned, grad)
+        exact = gradients(reference, [x.double() for x in clean], grad.double())
+        for name, x, y in zip(("dq", "dk", "dv", "dw", "db"), ours, exact, strict=False):
+            norm = y.norm().clamp(min=1e-2 * math.sqrt(y.numel()))
+            error = (x.double() - y).norm() / norm
+            # States and products of the linear branch are bfloat16 whatever the dtype.
+            assert error <= 6e-3, f"{name}, {lengths}: {error:.2e}"
+        for x, y in zip(ours, gradients(hopper, poisoned, grad), strict=True):
+            assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize(("block_q", "block_k"), BLOCKS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from family_checks import FamilyChecks
-from tiny_wan import DENSE_SLA, DENSE_VSA, SPARSE_SLA
+from tiny_wan import DENSE_SLA, DENSE_VSA, SPARSE_SLA, SPARSE_VSA
 
 from foveal import VideoGrid
 from foveal.integrations import sparsify
@@ -62,6 +62,9 @@ class TestHunyuanVideo(FamilyChecks):
         expected = self.run(model, **data)
         sparsify(model, config)
         torch.testing.assert_close(self.run(model, **data), expected, rtol=0, atol=1e-5)
+
+    def test_compiled_blocks_with_vsa(self):
+        self.test_compiled_blocks(SPARSE_VSA)
 
     def test_wrong_mask(self):
         model = sparsify(self.model(), SPARSE_SLA)

@@ -25,6 +25,7 @@ LAYERS = [
     {"inspect", "bench", "models", "training"},
     {"demo", "generate", "doctor"},
     {"evaluate", "ui"},
+    {"media_commands"},
     {"cli"},
 ]
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -12,6 +12,7 @@ from tiny_wan import SPARSE_SLA, SPARSE_VSA, generate, inputs, randomize, run, t
 
 import foveal
 from foveal import Policy, SLAConfig, dense, densify, get_policy, set_policy, sparsify, summary
+from foveal.inspect.capture import capture_selections
 from foveal.integrations.policy import PolicyClock
 from foveal.integrations.processor import Phase, sparse_processors, state_of
 
@@ -386,6 +387,19 @@ def test_a_model_that_is_compiled_as_a_whole():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
+@CONFIGS
+@torch.no_grad()
+def test_captured_selections_are_those_of_the_phase(config):
+    model = sparse(config, num_layers=1)
+    set_policy(model, Policy(keep_ratio={600: 0.6}))
+    counts = []
+    for timestep in (500, 700):
+        with capture_selections(model) as found:
+            at(model, timestep)
+        counts.append(int(next(iter(found.values())).critical_count.float().mean()))
+    assert counts[1] >= 1.8 * counts[0]
+
+
 def test_set_policy_refuses():
     model = sparse()
     for policy, error, match in (
@@ -402,6 +416,12 @@ def test_set_policy_refuses():
         with pytest.raises(error, match=match):
             set_policy(model, policy)
         assert get_policy(model) is None
+    with pytest.raises(TypeError, match="scheduler must be a scheduler of diffusers, with timesteps, got 'euler'"):
+        set_policy(model, Policy(dense_first_steps=1), scheduler="euler")
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = None
+    with pytest.raises(ValueError, match="need a schedule"):
+        set_policy(sparsify(pipeline, SPARSE_SLA), Policy(dense_first_steps=1))
     with pytest.raises(ValueError, match="no sparse layer for a policy; call sparsify first"):
         set_policy(tiny_transformer(), Policy(dense_above=900))
     with pytest.raises(TypeError, match="transformer or transformer_2, got str"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,10 +58,11 @@ def test_recipes_are_those_of_the_papers():
 
 
 def test_the_command_line_overrides_any_setting():
-    built = parse(
+    line = (
         "tiny --steps 7 --sparsity.attention.keep-ratio 0.3 --optimizer.learning-rate 1e-3 --resume "
-        "--sparsity.layer-keep-ratio 0 0.5 --model.architecture.num-layers 3 --sparsity.dense-layers 2".split()
+        "--sparsity.layer-keep-ratio 0 0.5 --model.architecture.num-layers 3 --sparsity.dense-layers 2"
     )
+    built = parse(line.split())
     expected = RECIPES["tiny"]()
     expected = expected.replace(
         steps=7,
@@ -107,6 +109,21 @@ def test_a_recipe_may_be_in_a_file(tmp_path):
         find_recipe("tny")
 
 
+def test_the_page_shows_commands_and_settings_that_exist(monkeypatch):
+    """Each command of docs/training.md parses, and each setting in its text is one."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "training.md").read_text()
+    commands = re.findall(r"^(?:torchrun .* )?foveal train (.*)$", page, re.M)
+    assert len(commands) >= 7
+    for command in commands:
+        assert isinstance(parse(command.split()), TrainingConfig), command
+    named = re.findall(r"`(?:--)?((?:model|sparsity|data|objective|optimizer|evaluation|checkpoint)\.[a-z-]+)`", page)
+    assert len(named) >= 12
+    for name in named:
+        part, field = name.replace("-", "_").split(".")
+        assert hasattr(getattr(RECIPES["tiny"](), part), field), name
+
+
 def test_layers_have_configurations_of_their_own():
     attention = SLAConfig(keep_ratio=0.1)
     settings = SparsitySettings(attention, dense_layers=(0,), layer_keep_ratio={2: 0.5})
@@ -148,11 +165,11 @@ def test_contradictions_are_refused(tmp_path, changes, message):
 
 
 def test_settings_are_refused_where_they_stand():
-    with pytest.raises(ValueError, match="give model.path or model.architecture"):
+    with pytest.raises(ValueError, match=r"give model\.path or model\.architecture"):
         ModelSettings()
     with pytest.raises(ValueError, match="must be at least 0 and not both 0"):
         ObjectiveSettings(flow_matching=0.0)
-    with pytest.raises(ValueError, match="need sparsity.attention"):
+    with pytest.raises(ValueError, match=r"need sparsity\.attention"):
         SparsitySettings(dense_layers=(0,))
     with pytest.raises(ValueError, match="got one with topk"):
         SparsitySettings(VSAConfig(topk=3), layer_keep_ratio={0: 0.5})

@@ -61,6 +61,7 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     """accelerate keeps one state a process, of the first run's precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -287,6 +288,33 @@ def test_lora_learns_from_the_model_itself(folder):
     loaded = {name.replace("default_0", "default"): p for name, p in model.named_parameters()}
     for name, tensor in average.items():
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
+
+
+def test_the_shift_is_the_models_own(folder):
+    from diffusers import UniPCMultistepScheduler
+
+    settings = config(folder, model=dataclasses.replace(save_base(folder), frozen_dtype="float32"))
+    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction")
+    scheduler.save_pretrained(folder / "base" / "scheduler")
+    without = dataclasses.replace(settings.objective, shift=None)
+    assert Trainer(settings.replace(objective=without)).shift == 5.0
+    assert Trainer(settings).shift == 2.0
+    random = config(folder, objective__shift=None)
+    with pytest.raises(ValueError, match=r"objective\.shift is needed with model\.architecture"):
+        Trainer(random)
+
+
+def test_an_empty_model_is_the_same_but_for_its_weights(folder):
+    """What all processes but the first start from when they are to get their shards from it."""
+    pytest.importorskip("peft")
+    settings = config(folder, model=save_base(folder), optimizer__trainable="lora")
+    full, empty = build_model(settings), build_model(settings, empty=True)
+    described = [
+        {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()} for model in (full, empty)
+    ]
+    assert described[0] == described[1]
+    assert [name for name, _ in full.named_buffers()] == [name for name, _ in empty.named_buffers()]
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("teacher", ["same", "copy"])

@@ -123,25 +123,28 @@ def test_backward(arch, head_dim, dtype):
 def test_linear_branch(arch):
     constants = {"D": 128, "BLOCK_K": 64, "TILE": 64, "HAS_SIZES": False, "FEATURE_MAP": "softmax"}
     options = {"arch": arch, "num_warps": 8}
-    check(compiled(linear._key_state_kernel, constants, num_stages=2, maxnreg=128, **options), arch, allowed=256)
+    for per_block in (True, False):
+        own = {"PER_BLOCK": per_block, "POOL": True, "DESCRIPTORS": arch >= 90}
+        types = {"pooled_ptr": "*fp32", "state_ptr": "*bf16" if per_block else "*fp32"}
+        kernel = linear._key_state_kernel
+        binary = compiled(kernel, constants | own, num_stages=3, maxnreg=128, overrides=types, **options)
+        check(binary, arch, allowed=160)
     check(compiled(linear_backward._key_grad_kernel, constants, num_stages=1, **options), arch)
     constants = {"D": 128, "BLOCK_Q": 64, "TILE": 64, "FEATURE_MAP": "softmax"}
     if arch >= 90:
         check(compiled(linear_backward._query_grad_kernel, constants, num_stages=1, **options), arch)
 
 
-def test_selection():
-    constants = {
-        "D": 128,
-        "ROWS": 16,
-        "COLUMNS": 512,
-        "MARGINAL": True,
-        "PER_SAMPLE": False,
-        "PRODUCT": True,
-    }
-    pooled = {"query_ptr": "*fp32", "key_ptr": "*fp32"}
-    binary = compiled(select._select_kernel, constants, arch=90, overrides=pooled, num_warps=8, maxnreg=128)
-    assert binary.metadata.shared <= SHARED_LIMIT[90]
+@pytest.mark.parametrize("arch", [80, 90])
+def test_selection(arch):
+    types = {"query_ptr": "*fp32", "key_ptr": "*fp32", "score_ptr": "*i32", "pooled_ptr": "*fp32", "x_ptr": "*bf16"}
+    options = {"arch": arch, "overrides": types}
+    check(compiled(select._pool_kernel, {"D": 128, "ROWS": 64, "HAS_SIZES": False}, num_warps=4, **options), arch)
+    constants = {"D": 128, "TILE": 64, "TRANSPOSED": False}
+    check(compiled(select._score_kernel, constants, num_warps=4, num_stages=2, **options), arch)
+    for columns, warps in ((512, 1), (2048, 4)):
+        constants = {"COLUMNS": columns, "TILE": 64, "MARGINAL": True, "PER_SAMPLE": False}
+        check(compiled(select._pick_kernel, constants, num_warps=warps, maxnreg=96, **options), arch, allowed=64)
 
 
 def test_named_never_falls_back():

@@ -27,15 +27,19 @@ class Method:
         config_type: its configuration.
         module_type: the module that owns its parameters; has `select` and `token_places`.
         build: (config, hidden_dim, num_heads, head_dim, impl) to that module.
-        attend: (module, query, key, value, hidden_states, grid, kv_lengths=None, config=None) to the output,
-            [B, H, L, D] like query. Keys past the grid's tokens are text, say: kept for every query. kv_lengths, int
-            [B], counts each sample's valid keys. A config stands in for the module's own, with other ratios.
+        gates: (module, hidden_states [B, L, C]) to what the module makes of these token by token, a tuple of
+            [B, H, L, D] or None; None for a method that makes nothing.
+        attend: (module, query, key, value, hidden_states, grid, kv_lengths=None, config=None, gates=None) to the
+            output, [B, H, L, D] like query. Keys past the grid's tokens are text, say: kept for every query.
+            kv_lengths, int [B], counts each sample's valid keys. A config stands in for the module's own, with other
+            ratios. Gates stand in for the hidden states, which are then None; some of the heads may then go alone.
     """
 
     name: str
     config_type: type
     module_type: type
     build: Callable[[Config, int, int, int, str], nn.Module]
+    gates: Callable[[nn.Module, Tensor], tuple[Tensor | None, ...] | None]
     attend: Callable[..., Tensor]
 
 
@@ -44,10 +48,11 @@ def _attend_with_sla(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    hidden_states: Tensor,
+    hidden_states: Tensor | None,
     grid: VideoGrid,
     kv_lengths: Tensor | None = None,
     config: Config | None = None,
+    gates: tuple[Tensor | None, ...] | None = None,
 ) -> Tensor:
     text = (query.shape[2], key.shape[2]) if key.shape[2] > query.shape[2] else None
     return module(query, key, value, grid=grid, protected_keys=text, kv_lengths=kv_lengths, config=config)
@@ -58,12 +63,13 @@ def _attend_with_vsa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    hidden_states: Tensor,
+    hidden_states: Tensor | None,
     grid: VideoGrid,
     kv_lengths: Tensor | None = None,
     config: Config | None = None,
+    gates: tuple[Tensor | None, ...] | None = None,
 ) -> Tensor:
-    return module(query, key, value, hidden_states, grid=grid, kv_lengths=kv_lengths, config=config)
+    return module(query, key, value, hidden_states, gates, grid=grid, kv_lengths=kv_lengths, config=config)
 
 
 METHODS = {
@@ -72,6 +78,7 @@ METHODS = {
         SLAConfig,
         SparseLinearAttention,
         lambda config, hidden_dim, num_heads, head_dim, impl: SparseLinearAttention(head_dim, config, impl=impl),
+        lambda module, hidden_states: None,
         _attend_with_sla,
     ),
     "vsa": Method(
@@ -81,6 +88,7 @@ METHODS = {
         lambda config, hidden_dim, num_heads, head_dim, impl: VideoSparseAttention(
             hidden_dim, num_heads, head_dim, config, impl=impl
         ),
+        lambda module, hidden_states: module.gates(hidden_states),
         _attend_with_vsa,
     ),
 }

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from foveal.demo.settings import DemoSettings
+from foveal.training.config import WanArchitecture
+from foveal.training.model import build_wan
 from foveal.training.objective import NUM_TRAIN_TIMESTEPS, add_noise, flow_matching_loss, sample_sigmas
+from foveal.training.sampling import euler_steps
 
 TEXT_DIM = 32
 HELD_OUT_SIGMAS = (0.2, 0.45, 0.7, 0.9)
@@ -21,22 +24,20 @@ HELD_OUT_SIGMAS = (0.2, 0.45, 0.7, 0.9)
 
 def build_model(settings: DemoSettings) -> nn.Module:
     """A randomly initialised `WanTransformer3DModel`, seeded."""
-    from diffusers import WanTransformer3DModel
-
     torch.manual_seed(settings.seed)
     dim = settings.num_heads * settings.head_dim
-    return WanTransformer3DModel(
-        patch_size=(1, settings.patch, settings.patch),
-        num_attention_heads=settings.num_heads,
-        attention_head_dim=settings.head_dim,
-        in_channels=7,
-        out_channels=3,
+    sizes = WanArchitecture(
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
+        head_dim=settings.head_dim,
+        ffn_dim=4 * dim,
+        patch=settings.patch,
+        channels=3,
         text_dim=TEXT_DIM,
         freq_dim=64,
-        ffn_dim=4 * dim,
-        num_layers=settings.num_layers,
         rope_max_seq_len=max(64, *settings.grid.shape),
     )
+    return build_wan(sizes, given_channels=4)
 
 
 def predict(model: nn.Module, noisy: Tensor, sigmas: Tensor, first_frame: Tensor) -> Tensor:
@@ -110,7 +111,6 @@ class HeldOut:
         return (self.velocities(model) - (self.noise - self.video)).square().mean().item()
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     first_frame: Tensor,
@@ -119,18 +119,12 @@ def generate(
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """A video [B, 3, F, H, W] in [-1, 1] from its first frame [B, 3, 1, H, W] and noise, by Euler steps."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=settings.shift)
-    scheduler.set_timesteps(settings.sampling_steps)
     model.eval()
-    video = noise
-    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
-        velocity = predict(model, video, sigma.to(video).expand(len(video)), first_frame)
-        video = scheduler.step(velocity, timestep, video, return_dict=False)[0]
-        if on_step is not None:
-            on_step()
-    return video
+
+    def velocity(video: Tensor, sigmas: Tensor) -> Tensor:
+        return predict(model, video, sigmas, first_frame)
+
+    return euler_steps(velocity, noise, shift=settings.shift, steps=settings.sampling_steps, on_step=on_step)
 
 
 def psnr(video: Tensor, target: Tensor) -> float:

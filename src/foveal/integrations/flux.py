@@ -61,7 +61,7 @@ def self_attention(
     check_absent(attention_mask=attention_mask)
     single = encoder_hidden_states is None
     if single:
-        text = hidden_states.shape[1] - attend.grid.num_tokens
+        text = hidden_states.shape[1] - attend.video_tokens
         image_states = hidden_states[:, text:]
         hidden_states = torch.cat((image_states, hidden_states[:, :text]), 1)
     else:

@@ -38,7 +38,7 @@ def own_tensors(attention: nn.Module) -> dict[str, Tensor]:
     """The parameters of a sparse layer by the names that they have in it, whatever PEFT wrapped around them.
 
     Args:
-        attention: a method's module; or PEFT's copy-keeping wrapper of one (`modules_to_save`), whose active copy counts.
+        attention: a method's module; or PEFT's wrapper around one (`modules_to_save`), whose copy in use counts.
     """
     copies = getattr(attention, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from foveal.integrations.families import components_of, family_of
@@ -44,6 +45,8 @@ Model = TypeVar("Model")
 def save(model: Any, folder: str | os.PathLike) -> None:
     """Writes what `sparsify` added to a model: parameters bit for bit, each layer's configuration, and the policy.
 
+    A model sharded by FSDP2 is gathered: all ranks call this together, the first one writes, and all return after that.
+
     Both files are written aside and renamed. Interrupted at any point, the folder holds the former save or the new
     one, complete; other files in it are left alone.
 
@@ -56,9 +59,7 @@ def save(model: Any, folder: str | os.PathLike) -> None:
         ValueError: a model without a sparse layer, or with parameters that are offloaded ("meta") or not those that
             its configuration has.
     """
-    from safetensors.torch import save_file
-
-    components, tensors = {}, {}
+    components, tensors, sharded = {}, {}, False
     for component, transformer in components_of(model).items():
         processors = sparse_processors(transformer)
         if not processors:
@@ -67,27 +68,19 @@ def save(model: Any, folder: str | os.PathLike) -> None:
         state = _state(component, processors)
         _check_tensors(state, _expected(component, transformer, configs), "the model")
         _check_not_offloaded(state)
-        tensors.update({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+        sharded = sharded or any(_is_sharded(tensor) for tensor in state.values())
+        tensors.update({name: _gathered(tensor.detach()).cpu().contiguous() for name, tensor in state.items()})
         components[component] = _entry(transformer)
     if not components:
         raise ValueError("model has no sparse layer, there is nothing to save; call sparsify first")
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     manifest = json.dumps({"format": FORMAT, "components": components}, indent=2) + "\n"
-    weights_aside, manifest_aside = folder / f".{WEIGHTS_FILE}.new", folder / f".{MANIFEST_FILE}.new"
     try:
-        save_file(tensors, weights_aside, metadata={HEADER_KEY: manifest})
-        manifest_aside.write_text(manifest, encoding="utf-8")
-        _flush(weights_aside)
-        _flush(manifest_aside)
-        # The readable copy goes first: at no moment does one lie beside parameters that it does not describe.
-        (folder / MANIFEST_FILE).unlink(missing_ok=True)
-        os.replace(weights_aside, folder / WEIGHTS_FILE)
-        os.replace(manifest_aside, folder / MANIFEST_FILE)
+        if not sharded or dist.get_rank() == 0:
+            _write(Path(folder), manifest, tensors)
     finally:
-        weights_aside.unlink(missing_ok=True)
-        manifest_aside.unlink(missing_ok=True)
+        if sharded:
+            dist.barrier()
 
 
 def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Model:
@@ -138,7 +131,7 @@ def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Mode
     for transformer, fresh, state, policy in plans:
         with torch.no_grad():
             for name, parameter in state.items():
-                parameter.copy_(tensors[name])
+                _copy(tensors[name], parameter)
         install(transformer, fresh)
         if policy is not None or get_policy(transformer) is not None:
             attach_policy(transformer, policy, pipeline=pipeline)
@@ -197,6 +190,46 @@ def _expected(component: str, transformer: nn.Module, configs: dict[str, Config]
         for layer, config in configs.items()
         for name, tensor in build_attention(family, layers[layer], config, "meta").state_dict().items()
     }
+
+
+def _write(folder: Path, manifest: str, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights_aside, manifest_aside = folder / f".{WEIGHTS_FILE}.new", folder / f".{MANIFEST_FILE}.new"
+    try:
+        save_file(tensors, weights_aside, metadata={HEADER_KEY: manifest})
+        manifest_aside.write_text(manifest, encoding="utf-8")
+        _flush(weights_aside)
+        _flush(manifest_aside)
+        # The readable copy goes first: at no moment does one lie beside parameters that it does not describe.
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        os.replace(weights_aside, folder / WEIGHTS_FILE)
+        os.replace(manifest_aside, folder / MANIFEST_FILE)
+    finally:
+        weights_aside.unlink(missing_ok=True)
+        manifest_aside.unlink(missing_ok=True)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor, which need not be imported for that."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+
+
+def _copy(tensor: Tensor, target: Tensor) -> None:
+    """Into a parameter, or into this rank's part of a sharded one."""
+    if _is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        # Every rank has read the file: nothing to send.
+        tensor = distribute_tensor(
+            tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
+    target.copy_(tensor)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -242,18 +242,20 @@ def set_policy(model: Model, policy: Policy | None, *, scheduler: Any = None) ->
         The same model, changed in place; unchanged if anything below is raised.
 
     Raises:
-        TypeError: an unsupported model, or a policy of another type.
+        TypeError: an unsupported model, or a policy or scheduler of another type.
         ValueError: a model without a sparse layer; layers that do not exist; ratios that a layer's configuration does
-            not take; a policy that counts steps for a transformer without a scheduler.
+            not take; a policy that counts steps where there is no scheduler.
     """
     if policy is not None and not isinstance(policy, Policy):
         raise TypeError(f"policy must be a Policy or None, got {policy!r} ({type(policy).__name__})")
     transformers = [part for part in components_of(model).values() if sparse_processors(part)]
     if not transformers:
         raise ValueError("model has no sparse layer for a policy; call sparsify first")
+    if scheduler is not None and not hasattr(scheduler, "timesteps"):
+        raise TypeError(f"scheduler must be a scheduler of diffusers, with timesteps, got {scheduler!r}")
     pipeline = None if isinstance(model, nn.Module) else model
     if policy is not None:
-        if policy.counts_steps and pipeline is None and scheduler is None:
+        if policy.counts_steps and scheduler is None and getattr(pipeline, "scheduler", None) is None:
             raise ValueError(
                 "dense_first_steps and dense_last_steps need a schedule: pass the pipeline, or scheduler=...; for a "
                 "transformer alone, give timesteps, dense_above and dense_below"

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from foveal.integrations.context_parallel import Shards, check_parallel_config, exchange_gates, shards_of
 from foveal.integrations.families import FAMILIES, Family, components_of, family_of
 from foveal.integrations.layers import Layers, choose_configs
 from foveal.integrations.pretrained import become_dense, become_sparse, register_components
 from foveal.integrations.self_attention import Attend
 from foveal.methods import METHODS, Config, method_of
-from foveal.types import SLAConfig
 from foveal.video_grid import VideoGrid
 
 Model = TypeVar("Model")
@@ -29,11 +29,6 @@ Model = TypeVar("Model")
 # A regular expression on module paths, as layerwise casting takes them. Our parameters are few, and the projection's
 # small steps do not survive storage in eight bits.
 SKIP_CASTING = r"\.processor(\.|$)"
-
-CONTEXT_PARALLEL = (
-    "context parallelism is not supported by sparse attention: each rank would attend to its own shard of the tokens; "
-    "densify the model, or run it without context parallelism"
-)
 
 
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -61,11 +56,11 @@ class Phase(NamedTuple):
     def apply(self, config: Config) -> Config:
         """A layer's configuration with these ratios."""
         changes = {}
-        if self.keep_ratio is not None:
+        if self.keep_ratio is not None and hasattr(config, "keep_ratio"):
             changes["keep_ratio"] = self.keep_ratio
-            if not isinstance(config, SLAConfig):
+            if hasattr(config, "topk"):
                 changes["topk"] = None
-        if self.drop_ratio is not None and isinstance(config, SLAConfig):
+        if self.drop_ratio is not None and hasattr(config, "drop_ratio"):
             changes["drop_ratio"] = self.drop_ratio
         return config.replace(**changes) if changes else config
 
@@ -102,6 +97,8 @@ class ForwardState:
 
     def begin_forward(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook on the transformer."""
+        if not torch.compiler.is_compiling():
+            self._go_first()
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         self.grid = FAMILIES[self.family].read_grid(transformer, arguments)
         if self.clock is not None and not self.dense:
@@ -120,6 +117,13 @@ class ForwardState:
             self.recomputed = getattr(carrier, "_foveal_forward", None)
         else:
             carrier._foveal_forward = (self.grid, self._phase())
+
+    def _go_first(self) -> None:
+        """Puts the hooks of the blocks before any that came later and replaces their arguments, as FSDP2's does."""
+        for handle in self.handles.values():
+            hooks = handle.hooks_dict_ref()
+            if next(iter(hooks)) != handle.id:
+                hooks.move_to_end(handle.id, last=False)
 
     def current(self) -> tuple[VideoGrid | None, Phase]:
         """(grid, phase) for the block that runs."""
@@ -169,14 +173,14 @@ class SparseAttentionProcessor(nn.Module):
         self.original._attention_backend = backend
 
     @property
-    def _parallel_config(self) -> None:
-        return None
+    def _parallel_config(self) -> Any:
+        # `enable_parallelism` sets it, on the processors that have it. The original needs it too, when it runs.
+        return getattr(self.original, "_parallel_config", None)
 
     @_parallel_config.setter
     def _parallel_config(self, config: Any) -> None:
-        # `enable_parallelism` skips processors without the attribute: they would attend within their shard, unnoticed.
-        if config is not None:
-            raise ValueError(CONTEXT_PARALLEL)
+        check_parallel_config(self.state.family, config)
+        self.original._parallel_config = config
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs)
@@ -195,24 +199,26 @@ class SparseAttentionProcessor(nn.Module):
         if grid is None:
             raise ValueError("no grid is known yet: run the whole transformer, not one of its blocks alone")
         family = FAMILIES[self.state.family]
-        return family.self_attention(attn, Attend(functools.partial(self._attend, grid, phase), grid), *args, **kwargs)
+        shards = shards_of(self._parallel_config)
+        attend = Attend(functools.partial(self._attend, grid, phase, shards), grid, shards)
+        return family.self_attention(attn, attend, *args, **kwargs)
 
     def _attend(
         self,
         grid: VideoGrid,
         phase: Phase,
+        shards: Shards | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         hidden_states: Tensor,
         kv_lengths: Tensor | None,
     ) -> Tensor:
-        # Autocast leaves norms in float32 and would cast all three at scaled_dot_product_attention.
-        if torch.is_autocast_enabled(query.device.type):
-            dtype = torch.get_autocast_dtype(query.device.type)
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         method, config = method_of(self.config), phase.apply(self.config)
-        return method.attend(self.attention, query, key, value, hidden_states, grid, kv_lengths, config)
+        gates = None
+        if shards is not None:
+            gates, hidden_states = exchange_gates(self.attention, hidden_states, grid, shards), None
+        return method.attend(self.attention, query, key, value, hidden_states, grid, kv_lengths, config, gates)
 
     def extra_repr(self) -> str:
         return f"method={method_of(self.config).name!r}"
@@ -232,7 +238,7 @@ def sparsify(model: Model, config: Config | None = None, *, layers: Layers = Non
             or range(2, 28), converts these. A table, {0: None, range(1, 4): one, "blocks.7.attn1": another}, gives
             these layers configurations of their own, None for dense, and the others `config`; without a `config` the
             others stay as they are. A function (index, name) gives every layer its configuration or None; `config`
-            must then be None. Calls add up: a layer that is sparse already may be left out, and is not converted again.
+            must then be None. Calls add up, and none converts a layer again; `reconfigure` changes one.
         impl: see `block_sparse_attention`.
 
     Returns:
@@ -241,8 +247,8 @@ def sparsify(model: Model, config: Config | None = None, *, layers: Layers = Non
     Raises:
         TypeError: an unsupported model, or a `config` or `layers` of the wrong type.
         ValueError: a layer that does not exist, is named twice in a table, is sparse already, or has a processor of
-            someone else's; `layers` that leave nothing to convert; a model under context parallelism; an unknown
-            `impl`.
+            someone else's; `layers` that leave nothing to convert; a model under context parallelism that sparse
+            layers cannot follow, or sharded; an unknown `impl`.
     """
     plans = []
     for transformer in components_of(model).values():
@@ -320,7 +326,7 @@ def build_processors(
     """
     family = family_of(transformer)
     layers = family.self_attention_layers(transformer)
-    _check_parallelism(transformer)
+    check_parallel_config(family.name, getattr(transformer, "_parallel_config", None))
     state = state_of(transformer) or ForwardState(family.name, _parameters(type(transformer).forward)[1:])
     processors = {}
     for name, config in configs.items():
@@ -356,12 +362,6 @@ def install(transformer: nn.Module, processors: dict[str, SparseAttentionProcess
     become_sparse(transformer)
 
 
-def _check_parallelism(transformer: nn.Module) -> None:
-    parallel = getattr(transformer, "_parallel_config", None)
-    if getattr(parallel, "context_parallel_config", None) is not None:
-        raise ValueError(CONTEXT_PARALLEL)
-
-
 def _check_replaceable(name: str, attn: nn.Module, family: Family) -> None:
     processor = attn.processor
     if isinstance(processor, SparseAttentionProcessor):
@@ -372,6 +372,11 @@ def _check_replaceable(name: str, attn: nn.Module, family: Family) -> None:
         raise ValueError(
             f"layer {name} has a {type(processor).__name__}, which sparse attention cannot stand in for; "
             f"expected {' or '.join(family.processors)}"
+        )
+    if any(hasattr(parameter, "full_tensor") for parameter in attn.parameters()):
+        raise ValueError(
+            f"layer {name} is sharded (DTensor), and parameters added now would not be; sparsify the model before "
+            "fully_shard"
         )
     offloaded = any(hasattr(module, "_hf_hook") for module in attn.modules())
     if offloaded and next(attn.parameters()).device.type == "meta":

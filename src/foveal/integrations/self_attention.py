@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foveal.integrations.context_parallel import Shards
 from foveal.video_grid import VideoGrid
 
 
@@ -22,17 +23,43 @@ class Attend:
 
     Args:
         method: (query [B, H, Lv, D], key, value [B, H, Lv + Lt, D], hidden_states [B, Lv, C], kv_lengths [B] or None)
-            to [B, H, Lv, D]: every query sees the last Lt keys, text say, as far as they are valid.
+            to [B, H, Lv, D]: every query sees the last Lt keys, text say, as far as they are valid. Under context
+            parallelism the hidden states are this rank's tokens, and the rest is all tokens of this rank's heads.
         grid: of the video's Lv tokens, which are in raster order.
+        shards: how the tokens are spread over ranks; None outside of context parallelism.
     """
 
     method: Callable[..., Tensor]
     grid: VideoGrid
+    shards: Shards | None = None
+
+    @property
+    def video_tokens(self) -> int:
+        """Tokens of the video in the sequence at hand, this rank's."""
+        length = self.grid.num_tokens
+        return length if self.shards is None else self.shards.sizes(length)[self.shards.rank]
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, kv_lengths: Tensor | None = None
     ) -> Tensor:
-        return self.method(query, key, value, hidden_states, kv_lengths)
+        text = key.shape[2] - hidden_states.shape[1]
+        query, key, value = self.to_heads((query, key, value), text)
+        return self.to_tokens(self.method(query, key, value, hidden_states, kv_lengths))
+
+    def to_heads(self, tensors: tuple[Tensor, ...], text: int) -> tuple[Tensor, ...]:
+        """Query, key and value as `method` takes them; `text` counts this rank's tokens past the video's."""
+        # Autocast leaves norms in float32 and would cast all three at scaled_dot_product_attention.
+        device = tensors[0].device.type
+        if torch.is_autocast_enabled(device):
+            tensors = tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+        return tensors if self.shards is None else self.shards.to_heads(tensors, self.grid.num_tokens, text)
+
+    def to_tokens(self, output: Tensor, text: int | None = None) -> Tensor:
+        """What `method` returns, as this rank's tokens of all heads; so too for `text` tokens past the video's."""
+        if self.shards is None:
+            return output
+        sizes = self.shards.sizes(self.grid.num_tokens)
+        return self.shards.to_tokens(output, sizes if text is None else [text] * len(sizes))
 
 
 def dimensions(attn: nn.Module) -> tuple[int, int, int]:
@@ -54,21 +81,23 @@ def joint_attention(
 
     Args:
         attend: the method's attention.
-        query, key, value: [B, Lv + Lt, H, D], the video first.
+        query, key, value: [B, Lv + Lt, H, D], the video first. Under context parallelism, of both what this rank has.
         hidden_states: [B, Lv, C], the video's.
         kv_lengths: int [B], valid keys at the front of each sample, at least Lv; None when all are.
 
     Returns:
         [B, Lv, H * D] and [B, Lt, H * D].
     """
-    video = hidden_states.shape[1]
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    video_output = attend(query[:, :, :video], key, value, hidden_states, kv_lengths)
+    text = query.shape[1] - hidden_states.shape[1]
+    query, key, value = attend.to_heads(tuple(x.transpose(1, 2) for x in (query, key, value)), text)
+    video = query.shape[2] - (text if attend.shards is None else attend.shards.ranks * text)
+    video_output = attend.method(query[:, :, :video], key, value, hidden_states, kv_lengths)
     mask = None
     if kv_lengths is not None:
         mask = (torch.arange(key.shape[2], device=key.device) < kv_lengths[:, None])[:, None, None]
     text_output = F.scaled_dot_product_attention(query[:, :, video:], key, value, attn_mask=mask)
-    return tuple(x.transpose(1, 2).flatten(2) for x in (video_output, text_output))
+    outputs = attend.to_tokens(video_output), attend.to_tokens(text_output, text)
+    return tuple(x.transpose(1, 2).flatten(2) for x in outputs)
 
 
 def grid_of_coordinates(name: str, coordinates: Tensor) -> VideoGrid:

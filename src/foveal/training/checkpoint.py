@@ -112,19 +112,19 @@ class CheckpointStore:
         """
         if not write:
             for tensors in groups.values():
-                for _ in _whole(tensors):
-                    pass
+                for _, tensor in tensors:
+                    whole(tensor.detach())
             return
         final = self.folder / f"step-{step:08d}"
         aside = self.folder / f".{final.name}.partial"
         # A failure must not keep this process from the gathering that the others wait in.
-        whole = {name: _Draining(_whole(tensors)) for name, tensors in groups.items()}
+        gathered = {name: _Draining(_gather(tensors)) for name, tensors in groups.items()}
         try:
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(aside)
             aside.mkdir(parents=True)
             files: dict[str, Any] = {}
-            for group, tensors in whole.items():
+            for group, tensors in gathered.items():
                 for number, shard in enumerate(_shards(tensors), 1):
                     path = aside / f"{group}-{number:05d}.safetensors"
                     _write_tensors(path, shard)
@@ -140,7 +140,7 @@ class CheckpointStore:
             shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(self._complaint(step, error)) from error
         finally:
-            for tensors in whole.values():
+            for tensors in gathered.values():
                 tensors.drain()
         self._prune()
 
@@ -255,7 +255,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _whole(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _gather(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         yield name, whole(tensor.detach()).cpu().contiguous()
 

@@ -70,9 +70,10 @@ class MediaInfo:
         """The frames of the file that are nearest in time to frames `start` to `start + count` at `fps`."""
         if fps is None:
             return list(range(start, start + count))
-        return [self._nearest((start + place) / fps) for place in range(count)]
+        return [self.nearest((start + place) / fps) for place in range(count)]
 
-    def _nearest(self, time: float) -> int:
+    def nearest(self, time: float) -> int:
+        """The frame of the file that is nearest to a time, in seconds from the first one."""
         after = min(bisect.bisect_left(self.times, time), len(self.times) - 1)
         before = max(after - 1, 0)
         return before if time - self.times[before] <= self.times[after] - time else after
@@ -172,7 +173,8 @@ def read_clip(media: MediaInfo, bucket: Bucket, *, fps: float | None, start: int
                 target = media.first + media.times[wanted[0]] - 0.5
                 container.seek(int(target / float(stream.time_base)), stream=stream, backward=True)
             for frame in container.decode(stream):
-                index = media._nearest((frame.time or media.first) - media.first)
+                # Only an image has a frame without a time.
+                index = 0 if frame.time is None else media.nearest(frame.time - media.first)
                 if index in missing:
                     missing.discard(index)
                     images[index] = _fit(frame, bucket)

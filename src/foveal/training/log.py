@@ -92,10 +92,10 @@ class RunLog:
         self.progress.update(self.task, completed=step, description=description)
         steps = self.config.steps
         if self.progress.disable and (step == 1 or step == steps or step % max(1, steps // LINES) == 0):
-            self.console.print(f"step {step} of {steps}: {description}")
+            self.say(f"step {step} of {steps}: {description}")
 
     def say(self, message: str) -> None:
-        self.console.print(message)
+        self.console.print(message, soft_wrap=True)
 
     def warn(self, message: str) -> None:
         self.console.print(f"[bold yellow]warning[/]: {message}", soft_wrap=True)

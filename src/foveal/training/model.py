@@ -21,17 +21,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TRAINED_FAMILIES = ("wan",)
 
 
-def build_model(config: TrainingConfig) -> nn.Module:
+def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
     """The transformer of a run on the CPU: its weights, sparse attention, adapters, and what requires a gradient.
 
     The same configuration gives the same weights.
+
+    Args:
+        config: of the run.
+        empty: all but the weights, on the meta device.
 
     Raises:
         TypeError: a transformer of a family that training does not know how to call.
         ValueError: for layers that the model does not have.
     """
     torch.manual_seed(config.seed)
-    model = load_transformer(config.model)
+    model = load_transformer(config.model, empty=empty)
     family = family_of(model).name
     if family not in TRAINED_FAMILIES:
         raise TypeError(f"training calls transformers of {TRAINED_FAMILIES}, got one of family {family!r}")
@@ -51,13 +55,20 @@ def build_model(config: TrainingConfig) -> nn.Module:
     return model
 
 
-def load_transformer(settings: ModelSettings) -> nn.Module:
-    """The dense transformer in float32, from its folder or with random weights."""
-    if settings.path is not None:
-        from diffusers import AutoModel
+def load_transformer(settings: ModelSettings, *, empty: bool = False) -> nn.Module:
+    """The dense transformer in float32, from its folder or with random weights; on the meta device if `empty`."""
+    with torch.device("meta") if empty else contextlib.nullcontext():
+        if settings.path is None:
+            return build_wan(settings.architecture)
+        import diffusers
 
-        return AutoModel.from_pretrained(settings.path, subfolder=settings.subfolder, torch_dtype=torch.float32)
-    return build_wan(settings.architecture)
+        if not empty:
+            return diffusers.AutoModel.from_pretrained(
+                settings.path, subfolder=settings.subfolder, torch_dtype=torch.float32
+            )
+        # Any model's: this class alone reads the file.
+        fields = diffusers.WanTransformer3DModel.load_config(settings.path, subfolder=settings.subfolder)
+        return getattr(diffusers, fields["_class_name"]).from_config(fields)
 
 
 def build_wan(sizes: WanArchitecture, *, given_channels: int = 0) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def place(model: nn.Module, accelerator: Any, config: TrainingConfig, *, trained
     """The model on its device: wrapped by DDP, sharded in place, or neither with one process.
 
     Args:
-        model: on the CPU.
+        model: on the CPU, or empty where `starts_empty` says so.
         trained: False for a model that gets no gradient, a teacher.
     """
     if config.parallel == "fsdp" and accelerator.num_processes > 1:
@@ -54,18 +55,56 @@ def place(model: nn.Module, accelerator: Any, config: TrainingConfig, *, trained
 
 
 def shard(model: nn.Module, accelerator: Any, *, bf16: bool) -> nn.Module:
-    """FSDP2 over all processes, a unit a transformer block. Parameters become DTensors of the same names."""
+    """FSDP2 over all processes, a unit a transformer block. Parameters become DTensors of the same names.
+
+    Args:
+        model: with its weights in the main process; the others' do not count and may be on the meta device, so that
+            one copy is in memory and not one a process.
+        accelerator: of the run.
+        bf16: compute in bfloat16.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    # Inputs stay as they are: the position embedding needs its float32, and carries the grid of its forward.
+    # Inputs stay as they are: the position embedding needs its float32.
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    weights = {name: tensor.detach() for name, tensor in _tensors(model)}
+    model.to("meta")
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=accelerator.device)
+    for name, tensor in _tensors(model):
+        _scatter(weights.pop(name), tensor.detach(), accelerator)
+    return model
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _scatter(source: Tensor, target: Tensor, accelerator: Any) -> None:
+    """Fills a tensor, sharded or not, from the main process's whole one."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if accelerator.is_main_process:
+        full = source.to(accelerator.device)
+    else:
+        full = torch.empty(target.shape, dtype=target.dtype, device=accelerator.device)
+    if hasattr(target, "device_mesh"):
+        target.copy_(distribute_tensor(full, target.device_mesh, target.placements))
+    else:
+        torch.distributed.broadcast(full, src=0)
+        target.copy_(full)
+
+
+def starts_empty(accelerator: Any, config: TrainingConfig) -> bool:
+    """Whether this process gets its weights from the main one."""
+    return config.parallel == "fsdp" and not accelerator.is_main_process
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

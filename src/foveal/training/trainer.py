@@ -40,7 +40,7 @@ from foveal.training.optimization import (
     parameter_groups,
     warmup_and_decay,
 )
-from foveal.training.parallel import accumulating, any_of, build_accelerator, mean_of, place
+from foveal.training.parallel import accumulating, any_of, build_accelerator, mean_of, place, starts_empty
 from foveal.training.sampling import dense_and_sparse, visible, write_samples
 from foveal.training.state import RunState
 from foveal.training.throughput import peak_flops, sample_flops
@@ -116,7 +116,7 @@ class Trainer:
         )
 
         # `transformer` is the model itself, `model` what a forward in training calls: the same, or DDP around it.
-        self.transformer = build_model(config)
+        self.transformer = build_model(config, empty=starts_empty(self.accelerator, config))
         self.model = place(self.transformer, self.accelerator, config)
         self.teacher = self._build_teacher()
         if config.model.compile:
@@ -330,7 +330,8 @@ class Trainer:
         if not objective.distillation or objective.teacher != "copy":
             return None
         torch.manual_seed(self.config.seed)
-        teacher = load_transformer(self.config.model).requires_grad_(False).eval()
+        empty = starts_empty(self.accelerator, self.config)
+        teacher = load_transformer(self.config.model, empty=empty).requires_grad_(False).eval()
         return place(teacher, self.accelerator, self.config, trained=False)
 
     def _build_state(self) -> RunState:

@@ -186,12 +186,24 @@ class VideoSparseAttention(nn.Module):
             nn.init.zeros_(self.to_gate_fine.weight)
             nn.init.ones_(self.to_gate_fine.bias)
 
+    def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gc and Gf, [B, H, L, D] each, from hidden_states [B, L, hidden_dim]; None for a fine gate fixed at 1."""
+        if not isinstance(hidden_states, Tensor) or hidden_states.shape[2:] != (self.hidden_dim,):
+            got = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
+            raise ValueError(f"hidden_states must have shape [B, L, {self.hidden_dim}], got {got}")
+        shape = (self.num_heads, self.head_dim)
+        return tuple(
+            None if to_gate is None else to_gate(hidden_states).unflatten(-1, shape).transpose(1, 2)
+            for to_gate in (self.to_gate_coarse, self.to_gate_fine)
+        )
+
     def forward(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        hidden_states: Tensor,
+        hidden_states: Tensor | None,
+        gates: tuple[Tensor, Tensor | None] | None = None,
         *,
         grid: VideoGrid,
         selection: BlockSelection | None = None,
@@ -200,20 +212,23 @@ class VideoSparseAttention(nn.Module):
     ) -> Tensor:
         """[B, H, L, D], [B, H, L + text, D] twice and hidden_states [B, L, hidden_dim], the video's, to [B, H, L, D].
 
-        See `vsa_attention`. A `config` stands in for the module's own; it must need the same parameters.
+        See `vsa_attention`. A `config` stands in for the module's own; it must need the same parameters. `gates`, as
+        `self.gates` returns them, stand in for `hidden_states`, which must then be None; all tensors may then hold
+        some of the layer's heads alone.
         """
         expected = (self.num_heads, self.head_dim)
-        if (query.shape[1], query.shape[-1]) != expected:
-            raise ValueError(f"query must have (heads, head_dim) {expected}, got {(query.shape[1], query.shape[-1])}")
-        if hidden_states.shape != (query.shape[0], query.shape[2], self.hidden_dim):
-            raise ValueError(
-                f"hidden_states must have shape {(query.shape[0], query.shape[2], self.hidden_dim)}, "
-                f"got {tuple(hidden_states.shape)}"
-            )
-        gates = [
-            None if to_gate is None else to_gate(hidden_states).unflatten(-1, expected).transpose(1, 2)
-            for to_gate in (self.to_gate_coarse, self.to_gate_fine)
-        ]
+        if gates is None:
+            if (query.shape[1], query.shape[-1]) != expected:
+                got = (query.shape[1], query.shape[-1])
+                raise ValueError(f"query must have (heads, head_dim) {expected}, got {got}")
+            if hidden_states.shape != (query.shape[0], query.shape[2], self.hidden_dim):
+                raise ValueError(
+                    f"hidden_states must have shape {(query.shape[0], query.shape[2], self.hidden_dim)}, "
+                    f"got {tuple(hidden_states.shape)}"
+                )
+            gates = self.gates(hidden_states)
+        elif hidden_states is not None:
+            raise ValueError("gates stand in for hidden_states; give one of them")
         return vsa_attention(
             query,
             key,

@@ -198,8 +198,12 @@ def _backward_op(
     pooled = pooled_attention_backward(grad_coarse, query_c, key_c, value_c, coarse, coarse_lse, scale)
     cubes, _ = pool_cubes(query, key, value, places, key_sizes, slot, gather="qkv", pool=False)
     sizes = _fine_sizes(key_sizes, slot, uniform)
-    run = gluon.backward if hopper else backward
-    cubes = run(grad_fine, *cubes, delta, lse, critical, counts, columns, sizes, slot, slot, scale)
+    arguments = (grad_fine, *cubes, delta, lse, critical, counts, columns, sizes, slot, slot, scale)
+    if hopper:
+        cubes = gluon.backward(*arguments, uniform=uniform if slot == SLOT else 0)
+    else:
+        cubes = backward(*arguments)
+    del arguments
     del grad_fine
     grads = tuple(torch.empty_like(x) for x in (query, key, value))
     return_gradients(cubes, pooled, places, cube_sizes, slot, grads)

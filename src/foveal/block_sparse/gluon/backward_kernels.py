@@ -34,6 +34,7 @@ from foveal.block_sparse.gluon.tiles import (
     copy_rows,
     keep_columns,
     keep_rows,
+    keep_tail,
     scheduling_fence,
     store_rows,
 )
@@ -251,8 +252,9 @@ def load_key_tiles(
 @gluon.jit
 def sum_query_gradient(
     q, g, q_full, k, v, k_full, k_empty, v_full, v_empty, added_full, grad_query, statistics_ptr, list_ptr, size_ptr,
-    batch, head, start_q, key_length, count, scale, scale_log2,
-    BLOCK_K: gl.constexpr, HAS_SIZES: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr, ADD: gl.constexpr,
+    batch, head, start_q, key_length, count, scale, scale_log2, uniform,
+    BLOCK_K: gl.constexpr, HAS_SIZES: gl.constexpr, TAIL: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
+    ADD: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: dQ of 64 queries; ADD adds it to what stands there."""
     tile_k: gl.constexpr = k.shape[1]
@@ -294,10 +296,13 @@ def sum_query_gradient(
         products, p = warpgroup_mma_wait(0, deps=[products, p])
         mbarrier.arrive(v_empty.index(v_slot), count=1)
         ds = p * (products - delta)
-        if valid < tile_k:
-            ds = keep_columns(ds, valid, 0.0)
-            if HAS_SIZES:
-                clear_rows(k.index(k_slot), valid)
+        if TAIL:
+            ds = keep_tail(ds, uniform, 0.0)
+        else:
+            if valid < tile_k:
+                ds = keep_columns(ds, valid, 0.0)
+                if HAS_SIZES:
+                    clear_rows(k.index(k_slot), valid)
         ds = gl.convert_layout(ds.to(q.dtype), operand_layout)
         sums = warpgroup_mma(ds, k.index(k_slot), grad_q, is_async=True)
         grad_q = warpgroup_mma_wait(0, deps=[sums])
@@ -312,16 +317,16 @@ def sum_query_gradient(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["query_length", "key_length", "width", "size_stride"])
+@gluon.jit(do_not_specialize=["query_length", "key_length", "width", "size_stride", "uniform"])
 def block_sparse_dq_kernel(
     query, key, value, grad, grad_query, statistics_ptr, critical_ptr, count_ptr, size_ptr,
-    scale, scale_log2, query_length, key_length, width, size_stride,
+    scale, scale_log2, query_length, key_length, width, size_stride, uniform,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, K_SLOTS: gl.constexpr,
-    V_SLOTS: gl.constexpr, HAS_SIZES: gl.constexpr, ADD: gl.constexpr,
+    V_SLOTS: gl.constexpr, HAS_SIZES: gl.constexpr, TAIL: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles / CONSUMERS, H, B). One producer warp and CONSUMERS (1 or 2) warpgroups of 64 queries.
 
-    ADD adds to what stands in grad_query.
+    ADD adds to what stands in grad_query. With TAIL each key block has `uniform` keys, over 56, and zeros behind them.
     """
     head_dim: gl.constexpr = query.block_type.shape[3]
     tile_k: gl.constexpr = key.block_type.shape[2]
@@ -363,7 +368,7 @@ def block_sparse_dq_kernel(
             (sum_query_gradient, (
                 q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
                 added_full.index(0), grad_query, statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length,
-                count, scale, scale_log2, BLOCK_K, HAS_SIZES, K_SLOTS, V_SLOTS, ADD,
+                count, scale, scale_log2, uniform, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
             )),
             (load_key_tiles, (
                 key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,
@@ -375,12 +380,12 @@ def block_sparse_dq_kernel(
             (sum_query_gradient, (
                 q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
                 added_full.index(0), grad_query, statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length,
-                count, scale, scale_log2, BLOCK_K, HAS_SIZES, K_SLOTS, V_SLOTS, ADD,
+                count, scale, scale_log2, uniform, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
             )),
             (sum_query_gradient, (
                 q.index(1), g.index(1), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
                 added_full.index(1), grad_query, statistics_ptr + 128, list_ptr, size_ptr, batch, head, start_q + 64,
-                key_length, count, scale, scale_log2, BLOCK_K, HAS_SIZES, K_SLOTS, V_SLOTS, ADD,
+                key_length, count, scale, scale_log2, uniform, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
             )),
             (load_key_tiles, (
                 key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.block_sparse.gluon.launch import LOG2_E, TILE, _tiles
+from foveal.block_sparse.gluon.launch import LOG2_E, TAIL, TILE, _tiles
 
 SLOT = TILE  # tokens that a cube takes up
-TAIL = 8  # masks of so many keys at a tile's end are cheap
 
 
 def cubes_plan(uniform: int, gated_coarse: bool, gated_fine: bool, save_fine: bool) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from foveal.block_sparse.gluon.tiles import (
     clear_rows,
     copy_rows,
     keep_columns,
+    keep_tail,
     store_rows,
 )
 
@@ -69,15 +70,12 @@ def tile_valid(size_ptr, start, key_length, BLOCK_K: gl.constexpr, HAS_SIZES: gl
 def keep_valid(scores, valid, MASK: gl.constexpr):
     """Scores [rows, keys] with -inf where no key counts.
 
-    MASK: None where all count, "tail" where all do but some of the last eight (cheap: the compiler knows which
-    registers hold them), else any number may be valid.
+    MASK: None where all count, "tail" where all do but some of the last eight, else any number may be valid.
     """
     if MASK is None:
         return scores
     elif MASK == "tail":
-        keys: gl.constexpr = scores.shape[1]
-        column = gl.arange(0, keys, gl.SliceLayout(0, scores.type.layout))
-        return gl.where(gl.expand_dims((column < keys - 8) | (column < valid), 0), scores, -float("inf"))
+        return keep_tail(scores, valid, -float("inf"))
     else:
         if valid < scores.shape[1]:
             scores = keep_columns(scores, valid, -float("inf"))
@@ -133,18 +131,21 @@ def finished(acc, top, total, kept, row_layout: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[
-        "query_length", "key_length", "width", "size_stride", "state_step", "norm_pair_stride", "norm_block_stride",
+        "heads", "first_pair", "query_length", "key_length", "width", "size_stride", "state_step", "norm_pair_stride",
+        "norm_block_stride",
     ]
 )  # fmt: skip
 def block_sparse_fwd_kernel(
     query, key, value, output, lse_ptr, critical_ptr, count_ptr, size_ptr, state, weight, norm_ptr, bias_ptr,
-    scale_log2, query_length, key_length, width, size_stride, state_step, norm_pair_stride, norm_block_stride,
+    scale_log2, heads, first_pair, query_length, key_length, width, size_stride,
+    state_step, norm_pair_stride, norm_block_stride,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, HAS_SIZES: gl.constexpr, FEATURE_MAP: gl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, H, B). One slot for a tile of K and two for V: small programs, three a multiprocessor.
+    """Grid (query tiles, pairs of batch and head from `first_pair` on). One slot for a tile of K and two for V: small
+    programs, three a multiprocessor.
 
-    With a FEATURE_MAP the linear branch is added: its state and weight travel through the slots that fall free, 64
-    columns at a time. `state_step` is 0 where all query blocks share one state, else 1.
+    With a FEATURE_MAP the linear branch is added, from states of these pairs alone: state and weight travel through the
+    slots that fall free, 64 columns at a time. `state_step` is 0 where all query blocks share one state, else 1.
     """
     rows: gl.constexpr = query.block_type.shape[2]
     head_dim: gl.constexpr = query.block_type.shape[3]
@@ -157,8 +158,8 @@ def block_sparse_fwd_kernel(
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
 
     start_q = gl.program_id(0) * rows
-    head, batch = gl.program_id(1), gl.program_id(2)
-    pair = (batch * gl.num_programs(1) + head).to(gl.int64)
+    head, batch = (first_pair + gl.program_id(1)) % heads, (first_pair + gl.program_id(1)) // heads
+    pair = (first_pair + gl.program_id(1)).to(gl.int64)
     row = pair * gl.cdiv(query_length, BLOCK_Q) + start_q // BLOCK_Q
     q = gl.allocate_shared_memory(dtype, [rows, head_dim], tile_layout)
     k = gl.allocate_shared_memory(dtype, [tile_k, head_dim], tile_layout)
@@ -226,11 +227,11 @@ def block_sparse_fwd_kernel(
     if FEATURE_MAP is not None:
         state_full, weight_full = barriers(2, 1), barriers(2, 1)
         fence_async_shared()
-        batch_head = batch * gl.num_programs(1) + head
+        state_pair = gl.program_id(1)
         state_block = start_q // BLOCK_Q * state_step
-        copy_state(state, batch_head, state_block, 0, state_full.index(0), k, head_dim)
+        copy_state(state, state_pair, state_block, 0, state_full.index(0), k, head_dim)
         if head_dim == 128:
-            copy_state(state, batch_head, state_block, 64, state_full.index(1), v.index(1 - slot), head_dim)
+            copy_state(state, state_pair, state_block, 64, state_full.index(1), v.index(1 - slot), head_dim)
     acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
     mbarrier.wait(v_full.index(slot), (last // 2) & 1)
     acc = warpgroup_mma(weights, v.index(slot), acc)
@@ -241,7 +242,9 @@ def block_sparse_fwd_kernel(
     out = q
     if FEATURE_MAP is not None:
         copy_weight(weight, 0, weight_full.index(0), v.index(slot), head_dim)
-        norm_ptr += pair * norm_pair_stride + (start_q // BLOCK_Q).to(gl.int64) * norm_block_stride
+        norm_ptr += (
+            gl.program_id(1).to(gl.int64) * norm_pair_stride + (start_q // BLOCK_Q).to(gl.int64) * norm_block_stride
+        )
         left, right, inverse = features_and_inverse(q, norm_ptr, FEATURE_MAP)
         if head_dim == 128:
             copy_weight(weight, 64, weight_full.index(1), q, head_dim)

@@ -51,7 +51,7 @@ def square(tile):
 @gluon.jit
 def load_shared_tiles(
     query, key, value, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, state, weight,
-    critical_ptr, count_ptr, heads, num_blocks, total, key_length, width, state_step,
+    critical_ptr, count_ptr, heads, first_pair, num_blocks, total, key_length, width, state_step,
     SPLIT: gl.constexpr, HAS_LINEAR: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: Q of each query block, then its tiles of K and V, then H and W for the linear branch."""
@@ -61,7 +61,7 @@ def load_shared_tiles(
     turn = 0
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
         block, pair = item % num_blocks, item // num_blocks
-        head, batch = pair % heads, pair // heads
+        head, batch = (first_pair + pair) % heads, (first_pair + pair) // heads
         list_ptr = critical_ptr + item.to(gl.int64) * width
         listed, _ = listed_halves(list_ptr, gl.load(count_ptr + item), key_length, SPLIT)
         slot = turn % Q_SLOTS
@@ -105,7 +105,8 @@ def load_shared_tiles(
 @gluon.jit
 def attend_queries(
     part, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr, count_ptr,
-    norm_ptr, bias_ptr, scale_log2, heads, num_blocks, total, query_length, key_length, width, norm_pair_stride,
+    norm_ptr, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length, width,
+    norm_pair_stride,
     norm_block_stride, SPLIT: gl.constexpr, FEATURE_MAP: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: queries 64 * part ... of each query block."""
@@ -120,7 +121,7 @@ def attend_queries(
     turn = 0
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
         block, pair = item % num_blocks, item // num_blocks
-        head, batch = pair % heads, pair // heads
+        head, batch = (first_pair + pair) % heads, (first_pair + pair) // heads
         kept = gl.load(count_ptr + item)
         listed, last_valid = listed_halves(critical_ptr + item.to(gl.int64) * width, kept, key_length, SPLIT)
         steps = gl.maximum((listed + 1) // 2, 1)
@@ -193,19 +194,21 @@ def attend_queries(
 
 @gluon.jit(
     do_not_specialize=[
-        "heads", "num_blocks", "total", "query_length", "key_length", "width", "state_step", "norm_pair_stride",
+        "heads", "first_pair", "num_blocks", "total", "query_length", "key_length", "width", "state_step",
+        "norm_pair_stride",
         "norm_block_stride",
     ]
 )  # fmt: skip
 def block_sparse_fwd_wide_kernel(
     query, key, value, output, lse_ptr, critical_ptr, count_ptr, state, weight, norm_ptr, bias_ptr,
-    scale_log2, heads, num_blocks, total, query_length, key_length, width,
+    scale_log2, heads, first_pair, num_blocks, total, query_length, key_length, width,
     state_step, norm_pair_stride, norm_block_stride,
     BLOCK_K: gl.constexpr, SLOTS: gl.constexpr, FEATURE_MAP: gl.constexpr,
 ):  # fmt: skip
-    """Any grid; `total` = B * H * num_blocks query blocks of 128. Key blocks of 64 or 128, full but for the last.
+    """Any grid; `total` = pairs * num_blocks query blocks of 128, of the pairs of batch and head from `first_pair` on.
 
-    With a FEATURE_MAP the linear branch is added. `state_step` is 0 where all query blocks share one state, else 1.
+    Key blocks have 64 or 128 tokens, full but for the last. With a FEATURE_MAP the linear branch is added, from states
+    of these pairs alone. `state_step` is 0 where all query blocks share one state, else 1.
     """
     head_dim: gl.constexpr = query.block_type.shape[3]
     dtype: gl.constexpr = query.dtype
@@ -215,6 +218,9 @@ def block_sparse_fwd_wide_kernel(
     q = gl.allocate_shared_memory(dtype, [Q_SLOTS * 2, 64, head_dim], tile_layout)
     k = gl.allocate_shared_memory(dtype, [SLOTS, 128, head_dim], tile_layout)
     v = gl.allocate_shared_memory(dtype, [SLOTS, 128, head_dim], tile_layout)
+    critical_ptr += first_pair.to(gl.int64) * num_blocks * width
+    count_ptr += first_pair.to(gl.int64) * num_blocks
+    lse_ptr += first_pair.to(gl.int64) * query_length
     q_full, q_empty = barriers(Q_SLOTS, 1), barriers(Q_SLOTS, 2)
     k_full, k_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)
     v_full, v_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)
@@ -222,16 +228,17 @@ def block_sparse_fwd_wide_kernel(
     gl.warp_specialize([
         (attend_queries, (
             0, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr,
-            count_ptr, norm_ptr, bias_ptr, scale_log2, heads, num_blocks, total, query_length, key_length, width,
-            norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP,
+            count_ptr, norm_ptr, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length,
+            width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP,
         )),
         (attend_queries, (
             1, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr,
-            count_ptr, norm_ptr, bias_ptr, scale_log2, heads, num_blocks, total, query_length, key_length, width,
-            norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP,
+            count_ptr, norm_ptr, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length,
+            width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP,
         )),
         (load_shared_tiles, (
             query, key, value, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, state, weight,
-            critical_ptr, count_ptr, heads, num_blocks, total, key_length, width, state_step, SPLIT, HAS_LINEAR,
+            critical_ptr, count_ptr, heads, first_pair, num_blocks, total, key_length, width, state_step, SPLIT,
+            HAS_LINEAR,
         )),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -16,9 +16,11 @@ from foveal.block_sparse.gluon.support import copyable
 
 if TYPE_CHECKING:
     from foveal.block_sparse.triton.forward import LinearTerm
+    from foveal.block_sparse.triton.launch import Launcher
 
 LOG2_E = 1.4426950408889634
 TILE = 64  # rows of most tiles
+TAIL = 8  # masks of so many columns at a tile's end are cheap
 
 
 class KeyGradients(NamedTuple):
@@ -54,8 +56,8 @@ def dkdv_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool) -> dic
     }
 
 
-def dq_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool) -> dict[str, Any]:
-    """How dQ is cut: keys a tile, constants and launch options.
+def dq_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool, tail: bool = False) -> dict[str, Any]:
+    """How dQ is cut: keys a tile, constants and launch options; `tail` for key blocks that all lack a few keys.
 
     64 queries: two programs a multiprocessor, for which the compiler is held to 128 registers a thread on average.
     """
@@ -70,7 +72,8 @@ def dq_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool) -> dict[
             "CONSUMERS": 1 if single else 2,
             "K_SLOTS": slots[0],
             "V_SLOTS": slots[1],
-            "HAS_SIZES": has_sizes,
+            "HAS_SIZES": has_sizes and not tail,
+            "TAIL": tail,
         },
         "options": {"num_warps": 4, "maxnreg": 128} if single else {"num_warps": 4},
     }
@@ -78,13 +81,19 @@ def dq_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool) -> dict[
 
 def _tiles(x: Tensor, rows: int, columns: int | None = None):
     """The descriptor of a tensor in tiles of `rows` by `columns` (all of them) of its last two dimensions."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     # The stride of a dimension of size 1 is free, and may be one that the copy engine refuses.
     strides = [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
     box = [1] * (x.dim() - 2) + [rows, columns or x.shape[-1]]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, gl.NVMMASharedLayout(128, 16, x.dim()))
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, _tile_layout(x.dim()))
+
+
+@functools.cache
+def _tile_layout(rank: int):
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(128, 16, rank)
 
 
 def _statistics_tiles(x: Tensor):
@@ -99,17 +108,6 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _linear_arguments(linear: LinearTerm | None, columns: int) -> tuple[tuple, tuple[int, int, int]]:
-    """What the kernels take for the linear branch: (H, W, Z, b), and the step of H and strides of Z in query blocks."""
-    if linear is None:
-        return (None,) * 4, (0, 0, 0)
-    state, head_dim = linear.state, linear.state.shape[-1]
-    shared = state.stride(1) == 0 or state.shape[1] == 1
-    state = _tiles(state[:, :1] if shared else state, head_dim, columns)
-    weight = _tiles(linear.proj_weight, head_dim, columns)
-    return (state, weight, linear.norm, linear.proj_bias), (0 if shared else 1, *linear.norm.stride()[:2])
-
-
 def _walkable(x: Tensor) -> Tensor:
     """x, or a copy if the copy engine cannot walk it as it lies."""
     return x if copyable(x) else x.clone(memory_format=torch.contiguous_format)
@@ -117,6 +115,83 @@ def _walkable(x: Tensor) -> Tensor:
 
 def _size_stride(sizes: Tensor | None) -> int:
     return 0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0)
+
+
+@functools.cache
+def _forward_launchers() -> tuple[Launcher, Launcher]:
+    from foveal.block_sparse.gluon.forward_kernel import block_sparse_fwd_kernel
+    from foveal.block_sparse.gluon.forward_wide_kernel import block_sparse_fwd_wide_kernel
+    from foveal.block_sparse.triton.launch import Launcher
+
+    return Launcher(block_sparse_fwd_kernel), Launcher(block_sparse_fwd_wide_kernel)
+
+
+class Forward:
+    """The forward of one call, with all that its launches share; each launch takes some pairs of batch and head.
+
+    Args:
+        query, key, value: [B, H, L, D], what `supports` accepts.
+        critical, counts: int32 [B, H, Tq, W] and [B, H, Tq], contiguous.
+        sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
+        block_q, block_k: 64 or 128.
+        projection: for the linear branch W, bfloat16 [D, D], contiguous, and b, float32 [D]; None without it.
+        feature_map: of the linear branch.
+        results: memory for the two results, the second contiguous; new if None.
+
+    Attributes:
+        results: the output, strided like `query`, and the natural log-sum-exp, float32 [B, H, Lq]; 0 and -inf for empty
+            rows.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        critical: Tensor,
+        counts: Tensor,
+        sizes: Tensor | None,
+        block_q: int,
+        block_k: int,
+        scale: float,
+        projection: tuple[Tensor, Tensor] | None = None,
+        feature_map: str | None = None,
+        results: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        heads, query_length, head_dim = query.shape[1:]
+        if results is None:
+            lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+            results = torch.empty_like(query), lse
+        self.results, self.device = results, query.device
+        self.plan = forward_plan(head_dim, block_q, block_k, sizes is not None, feature_map)
+        query, key, value = (_walkable(x) for x in (query, key, value))
+        tensors = (*(_tiles(x, TILE) for x in (query, key, value, results[0])), results[1], critical, counts)
+        self.tensors = tensors if self.plan["wide"] else (*tensors, sizes)
+        self.scalars = scale * LOG2_E, heads
+        self.lengths = query_length, key.shape[2], critical.shape[3]
+        self.size_stride, self.blocks = _size_stride(sizes), critical.shape[2]
+        self.weight, self.bias = None, None
+        if projection is not None:
+            self.weight, self.bias = _tiles(projection[0], head_dim, self.plan["state_columns"]), projection[1]
+
+    def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
+        """Writes the results of these pairs; H and Z are of these alone, as in `LinearTerm`."""
+        launch, launch_wide = _forward_launchers()
+        strides = (0, 0, 0)
+        if state is not None:
+            shared = state.stride(1) == 0 or state.shape[1] == 1
+            strides = (0 if shared else 1, *norm.stride()[:2])
+            state = _tiles(state[:, :1] if shared else state, state.shape[-1], self.plan["state_columns"])
+        tensors = (*self.tensors, state, self.weight, norm, self.bias, *self.scalars, pairs.start)
+        constants, options = self.plan["constants"], self.plan["options"]
+        with torch.cuda.device(self.device):
+            if self.plan["wide"]:
+                total = len(pairs) * self.blocks
+                grid = (min(total, _multiprocessors(self.device)),)
+                launch_wide(grid, (*tensors, self.blocks, total, *self.lengths, *strides), constants, **options)
+            else:
+                grid = -(-self.lengths[0] // TILE), len(pairs)
+                launch(grid, (*tensors, *self.lengths, self.size_stride, *strides), constants, **options)
 
 
 def forward(
@@ -132,42 +207,12 @@ def forward(
     linear: LinearTerm | None = None,
     results: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output, strided like `query`, and the natural log-sum-exp, float32 [B, H, Lq]; 0 and -inf for empty rows.
-
-    Args:
-        query, key, value: [B, H, L, D], what `supports` accepts.
-        critical, counts: int32 [B, H, Tq, W] and [B, H, Tq], contiguous.
-        sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
-        block_q, block_k: 64 or 128.
-        linear: the linear branch, added to the output alone.
-        results: memory for the two results, the second contiguous; new if None.
-    """
-    from foveal.block_sparse.gluon.forward_kernel import block_sparse_fwd_kernel
-    from foveal.block_sparse.gluon.forward_wide_kernel import block_sparse_fwd_wide_kernel
-
-    batch, heads, query_length, head_dim = query.shape
-    plan = forward_plan(head_dim, block_q, block_k, sizes is not None, None if linear is None else linear.feature_map)
-    compiled = {**plan["constants"], **plan["options"]}
-    if results is None:
-        lse = torch.empty((batch, heads, query_length), dtype=torch.float32, device=query.device)
-        results = torch.empty_like(query), lse
-    output, lse = results
-    query, key, value = (_walkable(x) for x in (query, key, value))
-    tensors = (*(_tiles(x, TILE) for x in (query, key, value, output)), lse, critical, counts)
-    terms, term_strides = _linear_arguments(linear, plan["state_columns"])
-    lengths = (query_length, key.shape[2], critical.shape[3])
-    with torch.cuda.device(query.device):
-        if plan["wide"]:
-            num_blocks = critical.shape[2]
-            total = batch * heads * num_blocks
-            block_sparse_fwd_wide_kernel[(min(total, _multiprocessors(query.device)),)](
-                *tensors, *terms, scale * LOG2_E, heads, num_blocks, total, *lengths, *term_strides, **compiled
-            )
-        else:
-            block_sparse_fwd_kernel[(-(-query_length // TILE), heads, batch)](
-                *tensors, sizes, *terms, scale * LOG2_E, *lengths, _size_stride(sizes), *term_strides, **compiled
-            )
-    return output, lse
+    """All of `Forward` in one launch, and its results; `linear` is added to the output alone."""
+    projection, feature_map = (None, None) if linear is None else (linear[3:], linear.feature_map)
+    lists = critical, counts, sizes, block_q, block_k
+    call = Forward(query, key, value, *lists, scale, projection, feature_map, results)
+    call.run(range(query.shape[0] * query.shape[1]), *(() if linear is None else linear[:2]))
+    return call.results
 
 
 def backward(
@@ -186,6 +231,7 @@ def backward(
     scale: float,
     grad_query: Tensor | None = None,
     linear: KeyGradients | None = None,
+    uniform: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV, strided like query, key and value.
 
@@ -198,6 +244,7 @@ def backward(
         query, key, value, critical, counts, sizes, block_q, block_k, scale: as in `forward`.
         grad_query: a gradient to add dQ to, in place; None for a new tensor.
         linear: what the linear branch adds to dK and dV.
+        uniform: for blocks of 64x64, the size of every key block, if zeros stand behind its keys; 0 if not.
     """
     from foveal.block_sparse.gluon.backward_kernels import (
         block_sparse_dkdv_kernel,
@@ -225,13 +272,13 @@ def backward(
         row_statistics_kernel[(-(-num_tiles // 4), batch * heads)](
             lse, delta, statistics, query_length, num_tiles, num_warps=4
         )
-        plan = dq_plan(head_dim, block_q, block_k, has_sizes)
+        plan = dq_plan(head_dim, block_q, block_k, has_sizes, tail=TILE - TAIL < uniform < TILE)
         tile_k = plan["tile_k"]
         per_program = tile * plan["constants"]["CONSUMERS"]
         block_sparse_dq_kernel[(-(-query_length // per_program), heads, batch)](
             _tiles(query, tile), _tiles(key, tile_k), _tiles(value, tile_k), _tiles(grad, tile),
             _tiles(grad_query, tile), statistics, critical, counts, sizes, *scales, query_length, key_length,
-            critical.shape[3], _size_stride(sizes), ADD=add, **plan["constants"], **plan["options"],
+            critical.shape[3], _size_stride(sizes), uniform, ADD=add, **plan["constants"], **plan["options"],
         )  # fmt: skip
         plan = dkdv_plan(head_dim, block_q, block_k, has_sizes)
         block_sparse_dkdv_kernel[(-(-key_length // tile), heads, batch)](

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.block_sparse.triton.feature_maps import EPSILON, feature_map
+from foveal.block_sparse.triton.launch import Launcher
 from foveal.block_sparse.triton.lists import full_blocks_first
 from foveal.block_sparse.triton.tiles import (
     LN_2,
@@ -102,16 +103,19 @@ def add_linear_branch(
     return acc + tl.load(bias_ptr + feature)[None, :]
 
 
-@triton.jit(do_not_specialize=["heads", "query_length", "key_length", "width", "size_stride", "scale_log2"])
+@triton.jit(
+    do_not_specialize=["heads", "first_pair", "query_length", "key_length", "width", "size_stride", "scale_log2"]
+)
 def _block_sparse_fwd_kernel(
     query, key, value, query_ptr, output_ptr, lse_ptr,
     query_strides, key_strides, value_strides, output_strides,
     critical_ptr, count_ptr, full_count_ptr, size_ptr, state_ptr, norm_ptr, weight_ptr, bias_ptr,
-    heads, query_length, key_length, width, size_stride, state_strides, scale_log2,
+    heads, first_pair, query_length, key_length, width, size_stride, state_strides, scale_log2,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
     HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, FEATURE_MAP: tl.constexpr,
 ):  # fmt: skip
-    block, pair = tl.program_id(0), tl.program_id(1)
+    block, state_pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pair = first_pair + tl.program_id(1)
     batch, head = pair // heads, pair % heads
     row = pair.to(tl.int64) * tl.num_programs(0) + block
     list_ptr = critical_ptr + row * width
@@ -146,8 +150,8 @@ def _block_sparse_fwd_kernel(
     acc = acc * tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)[:, None]
     lse = tl.where(some, (top * scale_log2 + tl.math.log2(tl.where(some, total, 1.0))) * LN_2, -float("inf"))
     if FEATURE_MAP is not None:
-        state_ptr += pair.to(tl.int64) * state_strides[0] + block * state_strides[1]
-        norm_ptr += pair.to(tl.int64) * state_strides[2] + block * state_strides[3]
+        state_ptr += state_pair * state_strides[0] + block * state_strides[1]
+        norm_ptr += state_pair * state_strides[2] + block * state_strides[3]
         if BLOCK_Q == TILE_K:
             acc = add_linear_branch(acc, q, state_ptr, norm_ptr, weight_ptr, bias_ptr, D, 32, FEATURE_MAP)
     rows = start_q + tl.arange(0, BLOCK_Q)
@@ -182,6 +186,89 @@ class LinearTerm(NamedTuple):
     proj_bias: Tensor
 
 
+_launch_forward = Launcher(_block_sparse_fwd_kernel)
+
+
+class Forward:
+    """The forward of one call, with all that its launches share; each launch takes some pairs of batch and head.
+
+    Args:
+        query, key, value: [B, H, L, D], bfloat16 or float16, D 64 or 128, contiguous last dimension.
+        critical, counts: int32 [B, H, Tq, W] and [B, H, Tq], contiguous.
+        sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
+        block_q, block_k: 64 or 128.
+        projection: for the linear branch W, bfloat16 [D, D], contiguous, and b, float32 [D]; None without it.
+        feature_map: of the linear branch.
+        results: memory for the two results, the second contiguous; new if None.
+
+    Attributes:
+        results: the output, strided like `query`, and the natural log-sum-exp, float32 [B, H, Lq]; 0 and -inf for empty
+            rows.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        critical: Tensor,
+        counts: Tensor,
+        sizes: Tensor | None,
+        block_q: int,
+        block_k: int,
+        scale: float,
+        projection: tuple[Tensor, Tensor] | None = None,
+        feature_map: str | None = None,
+        results: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        if results is None:
+            lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+            results = torch.empty_like(query), lse
+        self.results, self.sizes, self.lists, self.projection = results, sizes, (critical, counts), projection
+        self.ordered = None
+        descriptors = descriptors_fit((query, key, value))
+        rows = block_q, TILE, TILE
+        qkv = query, key, value
+        self.tensors = (*(tile_argument(x, n, descriptors) for x, n in zip(qkv, rows, strict=True)), query, *results)
+        self.strides = tuple(row_strides(x) for x in (query, key, value, results[0]))
+        size_stride = 0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0)
+        self.scale_log2, self.heads = scale * LOG2_E, query.shape[1]
+        self.lengths = query.shape[2], key.shape[2], critical.shape[3], size_stride
+        self.constants = {
+            "D": query.shape[-1],
+            "BLOCK_Q": block_q,
+            "BLOCK_K": block_k,
+            "TILE_K": TILE,
+            "HAS_SIZES": sizes is not None,
+            "DESCRIPTORS": descriptors,
+            "FEATURE_MAP": feature_map,
+        }
+        head_dim = query.shape[-1]
+        self.options = {
+            # Without the copy engine, 128 rows of 128 features do not fit the registers of four warps.
+            "num_warps": 4 if descriptors or head_dim * block_q < 128 * 128 else 8,
+            # Blocks of 64 rows: three unpipelined programs a multiprocessor beat two pipelined ones (473 : 433
+            # effective TFLOP/s at 5 % on an H100); of 128 rows, the other way round (475 : 517).
+            "num_stages": 1 if descriptors and block_q == 64 and head_dim == 128 else 2,
+        }
+
+    def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
+        """Writes the results of these pairs; H and Z are of these alone, as in `LinearTerm`."""
+        (critical, counts), sizes = self.lists, self.sizes
+        full = counts
+        if sizes is not None:
+            self.ordered = full_blocks_first(critical, counts, sizes, self.constants["BLOCK_K"], pairs, self.ordered)
+            critical, full = self.ordered
+        lse = self.results[1]
+        terms, strides = (lse,) * 4, (0, 0, 0, 0)
+        if state is not None:
+            terms, strides = (state, norm, *self.projection), (*state.stride()[:2], *norm.stride()[:2])
+        lists = critical, counts, full, counts if sizes is None else sizes
+        scalars = self.heads, pairs.start, *self.lengths, strides, self.scale_log2
+        arguments = *self.tensors, *self.strides, *lists, *terms, *scalars
+        _launch_forward((critical.shape[2], len(pairs)), arguments, self.constants, **self.options)
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -195,59 +282,9 @@ def forward(
     linear: LinearTerm | None = None,
     results: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output, strided like `query`, and the natural log-sum-exp, float32 [B, H, Lq]; 0 and -inf for empty rows.
-
-    Args:
-        query, key, value: [B, H, L, D], bfloat16 or float16, D 64 or 128, contiguous last dimension.
-        critical, counts: int32 [B, H, Tq, W] and [B, H, Tq], contiguous.
-        sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
-        block_q, block_k: 64 or 128.
-        linear: the linear branch, added to the output alone.
-        results: memory for the two results, the second contiguous; new if None.
-    """
-    batch, heads, query_length, head_dim = query.shape
-    if results is None:
-        lse = torch.empty((batch, heads, query_length), dtype=torch.float32, device=query.device)
-        results = torch.empty_like(query), lse
-    output, lse = results
-    full = counts
-    if sizes is not None:
-        critical, full = full_blocks_first(critical, counts, sizes, block_k)
-    descriptors = descriptors_fit((query, key, value))
-    _block_sparse_fwd_kernel[(critical.shape[2], batch * heads)](
-        tile_argument(query, block_q, descriptors),
-        tile_argument(key, TILE, descriptors),
-        tile_argument(value, TILE, descriptors),
-        query,
-        output,
-        lse,
-        row_strides(query),
-        row_strides(key),
-        row_strides(value),
-        row_strides(output),
-        critical,
-        counts,
-        full,
-        counts if sizes is None else sizes,
-        *((lse, lse, lse, lse) if linear is None else (linear.state, linear.norm, *linear[3:])),
-        heads,
-        query_length,
-        key.shape[2],
-        critical.shape[3],
-        0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0),
-        (0, 0, 0, 0) if linear is None else (*linear.state.stride()[:2], *linear.norm.stride()[:2]),
-        scale * LOG2_E,
-        D=head_dim,
-        BLOCK_Q=block_q,
-        BLOCK_K=block_k,
-        TILE_K=TILE,
-        HAS_SIZES=sizes is not None,
-        DESCRIPTORS=descriptors,
-        FEATURE_MAP=None if linear is None else linear.feature_map,
-        # Without the copy engine, 128 rows of 128 features do not fit the registers of four warps.
-        num_warps=4 if descriptors or head_dim * block_q < 128 * 128 else 8,
-        # Blocks of 64 rows: three unpipelined programs a multiprocessor beat two pipelined ones (473 : 433 effective
-        # TFLOP/s at 5 % on an H100); of 128 rows, the other way round (475 : 517).
-        num_stages=1 if descriptors and block_q == 64 and head_dim == 128 else 2,
-    )
-    return output, lse
+    """All of `Forward` in one launch, and its results; `linear` is added to the output alone."""
+    projection, feature_map = (None, None) if linear is None else (linear[3:], linear.feature_map)
+    lists = critical, counts, sizes, block_q, block_k
+    call = Forward(query, key, value, *lists, scale, projection, feature_map, results)
+    call.run(range(query.shape[0] * query.shape[1]), *(() if linear is None else linear[:2]))
+    return call.results

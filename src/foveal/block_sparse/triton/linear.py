@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.block_sparse.triton.feature_maps import feature_map
+from foveal.block_sparse.triton.launch import Launcher
 from foveal.block_sparse.triton.select import add_column_sums, block_mean, store_first_row
 from foveal.block_sparse.triton.tiles import (
     TILE,
@@ -28,9 +29,7 @@ from foveal.block_sparse.triton.tiles import (
 )
 
 
-@triton.jit(
-    do_not_specialize=["heads", "pairs", "length", "size_stride", "first_pair", "blocks", "at_once"]
-)
+@triton.jit(do_not_specialize=["heads", "pairs", "length", "size_stride", "first_pair", "blocks", "at_once"])
 def _key_state_kernel(
     key, value, state_ptr, norm_ptr, pooled_ptr, size_ptr, key_strides, value_strides,
     heads, pairs, length, size_stride, first_pair, blocks, at_once,
@@ -130,6 +129,11 @@ def _masked_sum_kernel(
     tl.store(sum_ptr + rows[:, None] * D + feature[None, :], acc)
 
 
+_launch_key_states = Launcher(_key_state_kernel)
+_launch_sum_parts = Launcher(_sum_parts_kernel)
+_launch_masked_sum = Launcher(_masked_sum_kernel)
+
+
 def _programs_at_once(device: torch.device) -> int:
     """Programs of `_key_state_kernel` that run at once: two a multiprocessor."""
     return 2 * multiprocessors(device)
@@ -141,12 +145,18 @@ def _run_key_states(
 ) -> None:  # fmt: skip
     heads, length, head_dim = key.shape[1:]
     descriptors = descriptors_fit((key, value))
-    _key_state_kernel[(triton.cdiv(blocks, at_once) * len(pairs),)](
-        tile_argument(key, TILE, descriptors), tile_argument(value, TILE, descriptors), state, norm,
-        norm if pooled is None else pooled, norm if sizes is None else sizes, row_strides(key), row_strides(value),
-        heads, len(pairs), length, size_stride(sizes), pairs.start, blocks, at_once,
-        D=head_dim, BLOCK_K=block_k, TILE=TILE, PER_BLOCK=state.dtype == torch.bfloat16, POOL=pooled is not None,
-        HAS_SIZES=sizes is not None, DESCRIPTORS=descriptors, FEATURE_MAP=feature_map,
+    _launch_key_states(
+        (-(-blocks // at_once) * len(pairs),),
+        (
+            tile_argument(key, TILE, descriptors), tile_argument(value, TILE, descriptors), state, norm,
+            norm if pooled is None else pooled, norm if sizes is None else sizes, row_strides(key), row_strides(value),
+            heads, len(pairs), length, size_stride(sizes), pairs.start, blocks, at_once,
+        ),
+        {
+            "D": head_dim, "BLOCK_K": block_k, "TILE": TILE, "PER_BLOCK": state.dtype == torch.bfloat16,
+            "POOL": pooled is not None, "HAS_SIZES": sizes is not None, "DESCRIPTORS": descriptors,
+            "FEATURE_MAP": feature_map,
+        },
         num_warps=8 if head_dim == 128 else 4, num_stages=3, **register_limit(128),
     )  # fmt: skip
 
@@ -172,7 +182,7 @@ def key_states(
     head_dim = key.shape[-1]
     state = torch.empty((len(pairs), blocks, head_dim, head_dim), dtype=torch.bfloat16, device=key.device)
     norm = torch.empty((len(pairs), blocks, head_dim), dtype=torch.float32, device=key.device)
-    at_once = triton.cdiv(blocks * len(pairs), _programs_at_once(key.device))
+    at_once = -(-(blocks * len(pairs)) // _programs_at_once(key.device))
     _run_key_states(key, value, sizes, block_k, feature_map, pairs, blocks, at_once, state, norm, pooled)
     return state, norm
 
@@ -181,16 +191,17 @@ def key_state_sums(
     key: Tensor, value: Tensor, sizes: Tensor | None, block_k: int, feature_map: str, pooled: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """H [B * H, 1, D, D] in bfloat16 and Z [B * H, 1, D] in float32 over all keys; arguments as in `key_states`."""
-    pairs, blocks, head_dim = key.shape[0] * key.shape[1], triton.cdiv(key.shape[2], block_k), key.shape[-1]
-    at_once = triton.cdiv(blocks * pairs, _programs_at_once(key.device))
-    parts = triton.cdiv(blocks, at_once)
+    pairs, blocks, head_dim = key.shape[0] * key.shape[1], -(-key.shape[2] // block_k), key.shape[-1]
+    at_once = -(-(blocks * pairs) // _programs_at_once(key.device))
+    parts = -(-blocks // at_once)
     part, norm_part, norm = (
         torch.empty((pairs, n, *shape), dtype=torch.float32, device=key.device)
         for n, shape in ((parts, (head_dim, head_dim)), (parts, (head_dim,)), (1, (head_dim,)))
     )
     state = torch.empty((pairs, 1, head_dim, head_dim), dtype=torch.bfloat16, device=key.device)
     _run_key_states(key, value, sizes, block_k, feature_map, range(pairs), blocks, at_once, part, norm_part, pooled)
-    _sum_parts_kernel[(head_dim // 8, pairs)](part, norm_part, state, norm, parts, D=head_dim, ROWS=8, num_warps=4)
+    constants = {"D": head_dim, "ROWS": 8}
+    _launch_sum_parts((head_dim // 8, pairs), (part, norm_part, state, norm, parts), constants, num_warps=4)
     return state, norm
 
 
@@ -205,9 +216,9 @@ def masked_sum(mask: Tensor, terms: Tensor, out: Tensor | None = None) -> Tensor
     head_dim = terms.shape[-1]
     if out is None:
         out = torch.empty((pairs, rows, head_dim), dtype=torch.float32, device=mask.device)
-    _masked_sum_kernel[(rows // 32, pairs)](
-        mask, terms, out, mask.stride(), columns, D=head_dim, ROWS=32, TILE=TILE, num_warps=4, num_stages=3
-    )
+    arguments = mask, terms, out, mask.stride(), columns
+    constants = {"D": head_dim, "ROWS": 32, "TILE": TILE}
+    _launch_masked_sum((rows // 32, pairs), arguments, constants, num_warps=4, num_stages=3)
     return out
 
 

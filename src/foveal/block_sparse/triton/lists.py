@@ -94,12 +94,13 @@ class RowLists(NamedTuple):
     full_counts: Tensor
 
 
-@triton.jit(do_not_specialize=["num_query_blocks", "width", "size_stride", "heads", "block_k"])
+@triton.jit(do_not_specialize=["num_query_blocks", "width", "size_stride", "heads", "first_pair", "block_k"])
 def _full_first_kernel(
-    critical_ptr, count_ptr, size_ptr, ordered_ptr, full_ptr, num_query_blocks, width, size_stride, heads, block_k,
+    critical_ptr, count_ptr, size_ptr, ordered_ptr, full_ptr,
+    num_query_blocks, width, size_stride, heads, first_pair, block_k,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, pair = tl.program_id(0), first_pair + tl.program_id(1).to(tl.int64)
     row = pair * num_query_blocks + block
     sizes = size_ptr + (pair // heads) * size_stride
     count = tl.load(count_ptr + row)
@@ -122,18 +123,28 @@ def _full_first_kernel(
         partial += tl.sum(short, 0)
 
 
-def full_blocks_first(critical: Tensor, counts: Tensor, sizes: Tensor, block_k: int) -> RowLists:
+def full_blocks_first(
+    critical: Tensor,
+    counts: Tensor,
+    sizes: Tensor,
+    block_k: int,
+    pairs: range | None = None,
+    lists: RowLists | None = None,
+) -> RowLists:
     """Orders each row's list so that a kernel's main loop needs no masks: full key blocks first.
 
     Args:
         critical, counts: int32 [B, H, Tq, W] and [B, H, Tq].
         sizes: int32 [B or 1, Tk], valid tokens at the front of each key block.
+        pairs: of batch and head, whose lists are wanted; None for all.
+        lists: memory for all pairs; new if None.
     """
     batch, heads, num_query_blocks, width = critical.shape
-    ordered, full = torch.empty_like(critical), torch.empty_like(counts)
+    pairs = range(batch * heads) if pairs is None else pairs
+    ordered, full = (torch.empty_like(critical), torch.empty_like(counts)) if lists is None else lists
     size_stride = sizes.stride(0) if sizes.shape[0] > 1 else 0
-    _full_first_kernel[(num_query_blocks, batch * heads)](
-        critical, counts, sizes, ordered, full, num_query_blocks, width, size_stride, heads, block_k,
+    _full_first_kernel[(num_query_blocks, len(pairs))](
+        critical, counts, sizes, ordered, full, num_query_blocks, width, size_stride, heads, pairs.start, block_k,
         CHUNK=128, num_warps=4,
     )  # fmt: skip
     return RowLists(ordered, full)

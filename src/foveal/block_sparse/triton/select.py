@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.block_sparse.triton.launch import Launcher
 from foveal.block_sparse.triton.lists import padded_blocks
 from foveal.block_sparse.triton.tiles import register_limit, row_strides
 
@@ -28,7 +29,7 @@ HIGHEST = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def add_column_sums(total, x, valid):
-    """`total` [16, D] float32 plus the sums of the `valid` [N] rows of x [N, D], in each of its rows; others are finite.
+    """`total` [16, D] float32 plus the sum of the `valid` [N] rows of x [N, D], in each of its rows; others are finite.
 
     By a matrix product: whichever kernel pools a block of 16-bit numbers, and however it lays them out, gets the same
     bits, and so the same selection.
@@ -120,7 +121,7 @@ def from_order_preserving(keys):
 def middle(first, last, step):
     """A number from first + 1 to last: half way between the scores, and after ten steps between their integers.
 
-    The first finds a score among others like it in two thirds of the steps, the second ends after 32 whatever the scores.
+    The first finds a score among others like it in two thirds of the steps, the second ends after 32 in any case.
     """
     scores = order_preserving(0.5 * from_order_preserving(first) + 0.5 * from_order_preserving(last))
     integers = (first | last) - ((first ^ last) >> 1)  # rounded up, without overflow
@@ -223,6 +224,11 @@ def _pick_kernel(
         tl.store(marginal_ptr, tl.zeros([COLUMNS], tl.float32).to(marginal_ptr.dtype.element_ty), mask=inside)
 
 
+_launch_pool = Launcher(_pool_kernel)
+_launch_scores = Launcher(_score_kernel)
+_launch_pick = Launcher(_pick_kernel)
+
+
 def pool(x: Tensor, block: int, sizes: Tensor | None = None, *, transposed: bool = False) -> Tensor:
     """Mean over each block's valid tokens, float32 [B, H, T, D], or [B, H, D, T] if `transposed`.
 
@@ -231,15 +237,18 @@ def pool(x: Tensor, block: int, sizes: Tensor | None = None, *, transposed: bool
         sizes: int32 [B or 1, T], valid tokens at the front of each block; None when all are full but the last.
     """
     batch, heads, length, head_dim = x.shape
-    blocks = triton.cdiv(length, block)
+    blocks = -(-length // block)
     shape = (batch, heads, head_dim, blocks) if transposed else (batch, heads, blocks, head_dim)
     pooled = torch.empty(shape, dtype=torch.float32, device=x.device)
     strides = (head_dim * blocks, 1, blocks) if transposed else (head_dim * blocks, head_dim, 1)
-    _pool_kernel[(blocks * batch * heads,)](
-        x, pooled, pooled if sizes is None else sizes, row_strides(x), strides, heads, batch * heads, length,
-        0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0), block,
-        D=head_dim, ROWS=64, HAS_SIZES=sizes is not None, num_warps=4,
-    )  # fmt: skip
+    size_stride = 0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0)
+    tensors = x, pooled, pooled if sizes is None else sizes
+    _launch_pool(
+        (blocks * batch * heads,),
+        (*tensors, row_strides(x), strides, heads, batch * heads, length, size_stride, block),
+        {"D": head_dim, "ROWS": 64, "HAS_SIZES": sizes is not None},
+        num_warps=4,
+    )
     return pooled
 
 
@@ -273,8 +282,8 @@ def pick(
     """
     pairs, rows, head_dim = query.shape
     columns, heads = key.shape[-1], lists.shape[1]
-    column_tiles = triton.cdiv(columns, SCORE_TILE)
-    held = max(128, triton.next_power_of_2(columns))
+    column_tiles = -(-columns // SCORE_TILE)
+    held = max(128, 1 << (columns - 1).bit_length())
     with_marginal = marginal is not None
     padded_rows = marginal.shape[2] if with_marginal else rows
     row_bytes = 4 * SCORE_TILE * column_tiles
@@ -282,17 +291,26 @@ def pick(
     scores = torch.empty(min(step, pairs) * rows * row_bytes // 4, dtype=torch.int32, device=query.device)
     for start in range(0, pairs, step):
         some = min(step, pairs - start)
-        _score_kernel[(column_tiles, triton.cdiv(rows, SCORE_TILE), some)](
-            query[start:], key[start:], scores, rows, columns, scale,
-            D=head_dim, TILE=SCORE_TILE, TRANSPOSED=key.stride(-1) == 1, num_warps=4, num_stages=2,
-        )  # fmt: skip
-        _pick_kernel[(padded_rows, some)](
-            scores, lists, counts, marginal if with_marginal else lists,
-            counts if wanted.valid_blocks is None else wanted.valid_blocks,
-            counts if wanted.table is None else wanted.table,
-            heads, rows, columns, lists.shape[-1], padded_rows, column_tiles, wanted.critical,
-            wanted.negligible, *wanted.key_range, *wanted.query_range, first_pair + start,
-            COLUMNS=held, TILE=SCORE_TILE, MARGINAL=with_marginal, PER_SAMPLE=wanted.valid_blocks is not None,
+        _launch_scores(
+            (column_tiles, -(-rows // SCORE_TILE), some),
+            (query[start:], key[start:], scores, rows, columns, scale),
+            {"D": head_dim, "TILE": SCORE_TILE, "TRANSPOSED": key.stride(-1) == 1},
+            num_warps=4,
+            num_stages=2,
+        )
+        _launch_pick(
+            (padded_rows, some),
+            (
+                scores, lists, counts, marginal if with_marginal else lists,
+                counts if wanted.valid_blocks is None else wanted.valid_blocks,
+                counts if wanted.table is None else wanted.table,
+                heads, rows, columns, lists.shape[-1], padded_rows, column_tiles, wanted.critical,
+                wanted.negligible, *wanted.key_range, *wanted.query_range, first_pair + start,
+            ),
+            {
+                "COLUMNS": held, "TILE": SCORE_TILE, "MARGINAL": with_marginal,
+                "PER_SAMPLE": wanted.valid_blocks is not None,
+            },
             num_warps=max(1, held // SCORES_PER_WARP), **register_limit(96 if held <= 8192 else 64),
         )  # fmt: skip
 

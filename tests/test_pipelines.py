@@ -1,0 +1,183 @@
+"""Every kind of pipeline through `foveal precompute` and `foveal generate`: tiny random models of the real classes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_media import diffusers, write_clip
+from tiny_pipelines import tiny_cogvideox, tiny_flux, tiny_hunyuan, tiny_ltx
+
+from foveal import cli
+from foveal.generate.outputs import output_name, read_media
+from foveal.pipelines import (
+    PIPELINES,
+    Sizes,
+    choose_device,
+    choose_dtype,
+    load_pipeline,
+    normalize_latents,
+)
+from foveal.training.clips import Bucket, probe, read_clip
+from foveal.training.data import to_model_range
+from foveal.training.dataset import LatentDataset
+
+pytest.importorskip("tyro")
+
+# name: builder, size in pixels, latent shape of it, grid of tokens, text tensors of a sample
+KINDS = {
+    "ltx": (
+        tiny_ltx,
+        (9, 96, 96),
+        (4, 3, 6, 6),
+        (3, 6, 6),
+        {"prompt_embeds": (128, 16), "prompt_attention_mask": (128,)},
+    ),
+    "cogvideox": (tiny_cogvideox, (5, 96, 96), (4, 2, 12, 12), (2, 6, 6), {"prompt_embeds": (226, 16)}),
+    "hunyuan": (
+        tiny_hunyuan,
+        (5, 96, 96),
+        (4, 2, 12, 12),
+        (2, 6, 6),
+        {"prompt_embeds": (256, 16), "pooled_prompt_embeds": (16,), "prompt_attention_mask": (256,)},
+    ),
+    "flux": (
+        tiny_flux,
+        (1, 32, 48),
+        (4, 1, 16, 24),
+        (1, 8, 12),
+        {"prompt_embeds": (512, 16), "pooled_prompt_embeds": (16,)},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipelines")
+    for name, (build, *_) in KINDS.items():
+        torch.manual_seed(0)
+        build().save_pretrained(folder / name)
+    write_clip(folder / "clips" / "a.mp4", 9, 96, 96)
+    (folder / "clips" / "a.txt").write_text("a bar that moves")
+    return folder
+
+
+def pipeline_of(folder, name):
+    return diffusers.DiffusionPipeline.from_pretrained(folder / name)
+
+
+def run(*arguments) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_samples_are_the_pipeline_s_own_encodings(folder, tmp_path, name):
+    _, size, latent_shape, _, text = KINDS[name]
+    arguments = ("--model", folder / name, "--videos", folder / "clips", "--output", tmp_path / "data")
+    assert run("precompute", *arguments, "--bucket", "x".join(map(str, size)), "--fps", 16, "--store", "float32") == 0
+    data = LatentDataset(tmp_path / "data", verify=True)
+    assert data[0]["latents"].shape == latent_shape
+    assert {key: data[0][key].shape for key in data.settings["text"]} == text
+
+    pipe = pipeline_of(folder, name)
+    frames = read_clip(probe(folder / "clips" / "a.mp4"), Bucket(*size), fps=None, start=(9 - size[0]) // 2)
+    video = to_model_range(frames)[None]
+    z = pipe.vae.encode(video.squeeze(2) if name == "flux" else video).latent_dist.mode()
+    expected = normalize_latents(pipe.vae, z.unsqueeze(2) if name == "flux" else z)[0]
+    torch.testing.assert_close(data[0]["latents"], expected)
+    encoded = pipe.encode_prompt("a bar that moves", **({"prompt_2": None} if name == "flux" else {}))
+    torch.testing.assert_close(data[0]["prompt_embeds"], encoded[0][0])
+    if "pooled_prompt_embeds" in text:
+        torch.testing.assert_close(data[0]["pooled_prompt_embeds"], encoded[1][0])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_latents_are_normalised_as_the_pipeline_undoes_it(folder, name):
+    """Against the arithmetic that each family's pipeline has in front of its decoder."""
+    vae = pipeline_of(folder, name).vae
+    if name == "ltx":
+        vae.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.5]))
+        vae.latents_std.copy_(torch.tensor([1.0, 2.0, 0.5, 1.5]))
+    z = torch.randn(2, 4, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+    latents = normalize_latents(vae, z)
+    if name == "ltx":
+        restored = diffusers.LTXPipeline._denormalize_latents(
+            latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
+        )
+    elif name == "flux":
+        restored = latents / vae.config.scaling_factor + vae.config.shift_factor
+    else:
+        restored = 1 / vae.config.scaling_factor * latents
+    torch.testing.assert_close(restored, z)
+    assert (latents - z).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_outputs_are_those_of_the_pipeline(folder, tmp_path, name):
+    _, (frames, height, width), _, grid, _ = KINDS[name]
+    size = ("--frames", frames, "--height", height, "--width", width, "--steps", 2, "--exact")
+    arguments = ("--model", folder / name, "--prompt", "a cat", "--output", tmp_path / "out", *size)
+    assert run("generate", *arguments, "--method", "sla", "--keep-ratio", 0.4, "--compare", "dense") == 0
+    dense = output_name("a cat", 0, "dense")
+    record = json.loads((tmp_path / "out" / f"{dense}.json").read_text())
+    assert tuple(record["tokens"]) == grid
+    assert len(record["seconds"]["steps"]) == 2
+    length = {} if name == "flux" else {"num_frames": frames}
+    result = pipeline_of(folder, name)(
+        "a cat",
+        height=height,
+        width=width,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+        return_dict=False,
+        **length,
+    )[0]
+    expected = ((result if name == "flux" else result[0]) * 255).round().to(torch.uint8)
+    suffix = "png" if name == "flux" else "mkv"
+    assert torch.equal(read_media(tmp_path / "out" / f"{dense}.{suffix}", height=height, width=width), expected)
+    sparse = list((tmp_path / "out").glob("*sla*.json"))
+    assert len(sparse) == 1
+    for path in sparse:
+        video = read_media(path.with_suffix(f".{suffix}"), height=height, width=width)
+        assert video.shape == expected.shape
+        assert not torch.equal(video, expected)
+
+
+def test_sizes_are_checked_before_anything_runs():
+    sizes = Sizes(4, 8, (1, 2, 2))
+    sizes.check(81, 480, 832)
+    assert sizes.grid(81, 480, 832).shape == (21, 30, 52)
+    assert Sizes(1, 8, (1, 2, 2)).grid(1, 1024, 1024).shape == (1, 64, 64)
+    for size, message in (
+        ((80, 480, 832), "frames must be 1 more than a multiple of 4, got 80"),
+        ((81, 472, 832), "height must be a positive multiple of 16"),
+        ((81, 480, 0), "width must be a positive multiple of 16"),
+        ((0, 480, 832), "frames must be 1 more than a multiple of 4, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sizes.check(*size)
+
+
+def test_pipelines_are_loaded_as_asked(folder):
+    cpu = torch.device("cpu")
+    loaded = load_pipeline(folder / "ltx", device=cpu, dtype=torch.bfloat16, without_transformer=True)
+    assert loaded.pipe.transformer is None
+    assert loaded.pipe.vae.dtype == torch.float32
+    assert loaded.pipe.text_encoder.dtype == torch.bfloat16
+    assert loaded.kind is PIPELINES["LTXPipeline"]
+    whole = load_pipeline(folder / "ltx", device=cpu, dtype=torch.bfloat16)
+    assert {whole.pipe.transformer.dtype, whole.pipe.vae.dtype} == {torch.bfloat16}
+    assert whole.sizes == loaded.sizes
+
+
+def test_devices_and_dtypes_by_name():
+    cpu = torch.device("cpu")
+    assert choose_device("cpu") == cpu
+    assert choose_dtype("auto", cpu) == torch.float32
+    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert choose_dtype("float16", cpu) == torch.float16
+    for name in ("gpu", "cuda:x", "CPU"):
+        with pytest.raises(ValueError, match="unknown device"):
+            choose_device(name)

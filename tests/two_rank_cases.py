@@ -1,0 +1,401 @@
+"""What `test_context_parallel.py` runs in two processes, each case compared with one process.
+
+    python tests/two_rank_cases.py RANK RENDEZVOUS RESULTS CASE...
+
+Both ranks run the cases in the order given, and write {case: None or a traceback} to RESULTS as JSON.
+"""
+
+import datetime
+import json
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny_wan import SPARSE_SLA, inputs, randomize, tiny_transformer
+from torch.distributed.fsdp import fully_shard
+
+import foveal
+from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
+from foveal.integrations.context_parallel import Shards, context_parallel_attention
+from foveal.testing import make_inputs
+
+RANKS = 2
+CONFIGS = {
+    "sla": SPARSE_SLA,
+    "sla tile": SPARSE_SLA.replace(token_order="tile", feature_map="hedgehog"),
+    "vsa": VSAConfig(keep_ratio=0.3, tile=(2, 2, 4), fine_gate=True),
+}
+# 48 tokens divide between the ranks, 105 do not.
+EVEN, ODD = {"latent": (2, 8, 12)}, {"latent": (3, 10, 14)}
+
+
+def close(actual, expected, **tolerances):
+    torch.testing.assert_close(actual, expected, **{"rtol": 1e-4, "atol": 2e-5} | tolerances)
+
+
+def run(model, **fed):
+    # Under its hooks for context parallelism, diffusers cannot return a dictionary.
+    return model(**fed, return_dict=False)[0]
+
+
+def summed(gradient):
+    """A parameter's gradient from all ranks; none counts as zero where another rank has one."""
+    total = gradient.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def parallel(model, **settings):
+    from diffusers import ContextParallelConfig
+
+    # Without an accelerator diffusers counts no devices, and divides by that.
+    torch.accelerator.device_count = lambda: RANKS
+    model.enable_parallelism(config=ContextParallelConfig(**{"ulysses_degree": RANKS} | settings))
+    return model
+
+
+def backward(model, fed):
+    """Output and gradients by name of a loss that sees every value of it."""
+    output = run(model, **fed)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
+    (output * weights).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return output.detach(), gradients
+
+
+def raises(match, function, *args):
+    try:
+        function(*args)
+    except ValueError as error:
+        assert match in str(error), str(error)
+    else:
+        raise AssertionError(f"expected a ValueError with {match!r}")
+
+
+# The exchange
+
+
+def exchange_is_a_permutation():
+    """Rows arrive where they belong, with and without text and with uneven shards, and gradients go the same way back."""
+    rank = dist.get_rank()
+    for length, text in ((6, 0), (7, 0), (6, 3)):
+        shards = Shards(dist.group.WORLD, uneven=length % RANKS > 0)
+        sizes = shards.sizes(length)
+        whole = torch.randn(2, 4, length + text * RANKS, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        video, texts = whole[:, :, :length].split(sizes, 2), whole[:, :, length:].split(text or 1, 2)
+        local = torch.cat((video[rank], texts[rank]), 2) if text else video[rank]
+        local = local.clone().requires_grad_()
+        (heads,) = shards.to_heads((local,), length, text)
+        assert torch.equal(heads, whole.chunk(RANKS, 1)[rank])
+        assert torch.equal(shards.to_tokens(heads[:, :, :length], sizes), video[rank])
+        if text:
+            assert torch.equal(shards.to_tokens(heads[:, :, length:], [text] * RANKS), texts[rank])
+        (gradient,) = torch.autograd.grad((heads * whole.chunk(RANKS, 1)[rank]).sum(), local)
+        assert torch.equal(gradient, local.detach())
+    with torch.no_grad():
+        raises("3 heads do not divide among 2 ranks", lambda: shards.to_heads((whole[:, :3, :3],), 6))
+        raises("must hold 3 of the video's 6 tokens", lambda: shards.to_heads((whole,), 6))
+        raises("5 tokens do not divide among 2 ranks", lambda: shards.to_heads((whole,), 5))
+        raises("even shards", lambda: Shards(dist.group.WORLD, uneven=True).to_heads((whole[:, :, :4],), 6, 1))
+
+
+def own_modules(name):
+    """`context_parallel_attention` on shards of 105 tokens: outputs, gradients of the inputs and of the parameters."""
+    config, grid, rank = CONFIGS[name], VideoGrid(3, 5, 7), dist.get_rank()
+    torch.manual_seed(0)
+    if isinstance(config, SLAConfig):
+        module = SparseLinearAttention(8, config).double()
+    else:
+        module = VideoSparseAttention(24, 4, 8, config).double()
+    for parameter in module.parameters():
+        parameter.data.normal_(0, 0.5)
+    query, key, value = make_inputs(batch=2, heads=4, query_length=105, head_dim=8, dtype=torch.float64)
+    hidden = torch.randn(2, 105, 24, dtype=torch.float64)
+    weights = torch.randn(query.shape, dtype=torch.float64)
+    gated = isinstance(config, VSAConfig)
+
+    wholes = [x.clone().requires_grad_() for x in (query, key, value, hidden)][: 4 if gated else 3]
+    output = module(*wholes, grid=grid)
+    parameters = list(module.parameters())
+    expected = torch.autograd.grad((output * weights).sum(), wholes + parameters)
+
+    part = slice(0, 53) if rank == 0 else slice(53, 105)
+    locals_ = [x.detach()[..., part, :].clone().requires_grad_() for x in wholes]
+    local = context_parallel_attention(module, *locals_, grid=grid)
+    close(local, output[:, :, part].detach(), rtol=1e-9, atol=1e-11)
+    gradients = torch.autograd.grad((local * weights[:, :, part]).sum(), locals_ + parameters)
+    for ours, theirs in zip(gradients[: len(wholes)], expected, strict=False):
+        close(ours, theirs[..., part, :], rtol=1e-8, atol=1e-10)
+    for ours, theirs in zip(gradients[len(wholes) :], expected[len(wholes) :], strict=True):
+        assert theirs.abs().max() > 1e-3
+        close(summed(ours), theirs, rtol=1e-8, atol=1e-10)
+
+
+# Under diffusers
+
+
+def gather_uneven(tensor, dim, group):
+    """What diffusers gathers with NCCL; gloo takes equal shapes alone."""
+    sizes = [torch.tensor(0) for _ in range(RANKS)]
+    dist.all_gather(sizes, torch.tensor(tensor.shape[dim]))
+    padded = tensor.new_zeros((*tensor.shape[:dim], max(sizes), *tensor.shape[dim + 1 :]))
+    padded.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    parts = [torch.empty_like(padded) for _ in range(RANKS)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim)
+
+
+def wan(name, *, latent, checkpointing=False, sparse_first=True, **settings):
+    """Wan under `enable_parallelism`: output and the gradients of all parameters."""
+    fed = inputs(**latent)
+    single, model = (tiny_transformer() for _ in range(2))
+    foveal.sparsify(single, CONFIGS[name])
+    if sparse_first:
+        foveal.sparsify(model, CONFIGS[name])
+        parallel(model, **settings)
+    else:
+        parallel(model, **settings)
+        foveal.sparsify(model, CONFIGS[name])
+    randomize(single)
+    randomize(model)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    output, gradients = backward(model, fed)
+    expected, theirs = backward(single, fed)
+    close(output, expected)
+    assert gradients.keys() == theirs.keys()
+    assert any(".processor." in name for name in gradients)
+    for key, gradient in gradients.items():
+        close(summed(gradient), theirs[key])
+    return single, model, fed
+
+
+def wan_uneven():
+    from diffusers.hooks import context_parallel
+
+    context_parallel._all_gather_anything = gather_uneven
+    wan("vsa", latent=ODD, ulysses_anything=True)
+
+
+def wan_dense_again():
+    """`dense` and `densify` fall back on diffusers' own exchange, and `dense` holds through a recomputation."""
+    single, model, fed = wan("vsa", latent=EVEN, checkpointing=True, sparse_first=False)
+    with torch.no_grad(), foveal.dense(single):
+        expected = run(single, **fed)
+    assert (run(single, **fed) - expected).abs().max() > 1e-3
+    with foveal.dense(model):
+        output = run(model, **fed)
+    close(output.detach(), expected)
+    model.zero_grad()
+    output.sum().backward()
+    with torch.no_grad():
+        close(run(foveal.densify(model), **fed), expected)
+
+
+def wan_policy():
+    """A policy sees the whole timesteps and holds its layers dense on every rank."""
+    fed = inputs(**EVEN)
+    models = foveal.sparsify(tiny_transformer(), SPARSE_SLA), parallel(foveal.sparsify(tiny_transformer(), SPARSE_SLA))
+    outputs = []
+    for model in models:
+        randomize(model)
+        foveal.set_policy(model, foveal.Policy(dense_layers=[0], keep_ratio={0: 0.6}))
+        with torch.no_grad():
+            outputs.append(run(model, **fed))
+    close(outputs[1], outputs[0])
+
+
+def wan_mistakes():
+    three = parallel(foveal.sparsify(tiny_transformer(num_attention_heads=3), SPARSE_SLA))
+    raises("3 heads do not divide among 2 ranks", lambda: run(three, **inputs(**EVEN)))
+
+
+def family(name):
+    """Flux, with text in the same sequence: outputs, gradients of the sparse parameters. LTX-Video: outputs.
+
+    diffusers' exchange of LTX-Video's cross-attention takes no mask, and has no backward.
+    """
+    if name == "flux":
+        from test_flux import TestFlux as Checks
+
+        Checks.TEXT = 8
+        fed = Checks().inputs()
+    else:
+        from test_ltx_video import TestLTXVideo as Checks
+
+        fed = Checks().inputs() | {"encoder_attention_mask": None}
+        fed["encoder_hidden_states"] = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(4))
+    for config in (SPARSE_SLA, CONFIGS["vsa"].replace(tile="auto")):
+        single = foveal.sparsify(Checks().model(), config)
+        model = parallel(foveal.sparsify(Checks().model(), config))
+        randomize(single)
+        randomize(model)
+        if name == "ltx_video":
+            with torch.no_grad():
+                close(run(model, **fed), run(single, **fed))
+            continue
+        (output, ours), (expected, theirs) = backward(model, fed), backward(single, fed)
+        close(output, expected)
+        sparse = foveal.sparse_parameters(single)
+        assert sparse
+        for key in sparse:
+            close(summed(ours[key]), theirs[key])
+
+
+# Sharded parameters
+
+
+def sharded(model, **settings):
+    """FSDP2 as its users apply it: the blocks, then the whole."""
+    for block in model.blocks:
+        fully_shard(block, **settings)
+    return fully_shard(model, **settings)
+
+
+def wan_pair(config, dtype=torch.float32):
+    """Two equal models, one of them to be sharded."""
+    models = [foveal.sparsify(tiny_transformer().to(dtype), config) for _ in range(RANKS)]
+    for model in models:
+        randomize(model)
+    return models
+
+
+def samples(dtype=torch.float32, **latent):
+    """A sample for each rank."""
+    fed = inputs(**latent, dtype=dtype)
+    return [{name: x[rank : rank + 1] for name, x in fed.items()} for rank in range(RANKS)]
+
+
+def fsdp(name):
+    """Each rank has a sample of its own: its output, and the mean over ranks of all gradients."""
+    single, model = wan_pair(CONFIGS[name])
+    sharded(model)
+    shards = foveal.sparse_parameters(model)
+    assert shards
+    for parameter in shards.values():
+        assert parameter.to_local().numel() == parameter.numel() // RANKS
+    outputs, fed = [], samples()
+    for sample in fed:
+        expected, theirs = backward(single, sample)
+        outputs.append(expected)
+    output, ours = backward(model, fed[dist.get_rank()])
+    close(output, outputs[dist.get_rank()])
+    assert ours.keys() == theirs.keys()
+    for key, gradient in ours.items():
+        close(gradient.full_tensor(), theirs[key] / RANKS)
+
+
+def fsdp_bfloat16():
+    """SLA's projection stays in float32; as FSDP2 wants one dtype a unit, it gets units of its own."""
+    single, model = wan_pair(SPARSE_SLA, torch.bfloat16)
+    for block in model.blocks:
+        fully_shard(block.attn1.processor.attention.proj, reshard_after_forward=False)
+    sharded(model)
+    fed = samples(torch.bfloat16)[0]
+    for _ in range(2):
+        (output, ours), (expected, theirs) = backward(model, fed), backward(single, fed)
+        assert torch.equal(output, expected)
+        for key, gradient in ours.items():
+            close(gradient.full_tensor(), theirs[key], rtol=0.02, atol=0.02 * theirs[key].abs().max().item())
+
+
+def fsdp_recomputes_dense():
+    """FSDP2 replaces a block's arguments, and with them what a recomputation reads its phase from."""
+    single, model = wan_pair(SPARSE_SLA)
+    model.enable_gradient_checkpointing()
+    sharded(model)
+    fed = samples()[0]
+    with foveal.dense(single):
+        expected = run(single, **fed)
+    with foveal.dense(model):
+        output = run(model, **fed)
+    close(output, expected)
+    expected.sum().backward()
+    output.clone().sum().backward()
+    for ours, theirs in zip(model.parameters(), single.parameters(), strict=True):
+        if theirs.grad is not None:
+            close(ours.grad.full_tensor(), theirs.grad)
+
+
+def fsdp_saves_and_loads():
+    single, model = wan_pair(CONFIGS["vsa"])
+    sharded(model)
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    foveal.save(model, folder[0])
+    expected = foveal.sparse_parameters(single)
+    loaded = foveal.load(tiny_transformer(), folder[0])
+    for name, parameter in foveal.sparse_parameters(loaded).items():
+        assert torch.equal(parameter, expected[name])
+    for parameter in foveal.sparse_parameters(model).values():
+        parameter.data.zero_()
+    foveal.load(model, folder[0])
+    for name, parameter in foveal.sparse_parameters(model).items():
+        assert torch.equal(parameter.full_tensor(), expected[name])
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+
+
+def fsdp_comes_after_sparsify():
+    raises("sparsify the model before fully_shard", lambda: foveal.sparsify(sharded(tiny_transformer()), SPARSE_SLA))
+
+
+def fsdp_and_context_parallel(name):
+    """Both over the same ranks: FSDP2 takes the mean, so the loss counts once for every rank of a sequence."""
+    single, model = wan_pair(CONFIGS[name])
+    sharded(parallel(model))
+    fed = samples(**EVEN)[0]
+    (output, ours), (expected, theirs) = backward(model, fed), backward(single, fed)
+    close(output, expected)
+    assert ours.keys() == theirs.keys()
+    for key, gradient in ours.items():
+        close(gradient.full_tensor() * RANKS, theirs[key])
+
+
+CASES = {
+    "exchange": exchange_is_a_permutation,
+    **{f"own modules, {name}": lambda name=name: own_modules(name) for name in CONFIGS},
+    **{f"wan, {name}": lambda name=name: wan(name, latent=EVEN) for name in CONFIGS},
+    "wan, uneven": wan_uneven,
+    "wan, dense again": wan_dense_again,
+    "wan, policy": wan_policy,
+    "wan, mistakes": wan_mistakes,
+    "flux": lambda: family("flux"),
+    "ltx_video": lambda: family("ltx_video"),
+    **{f"fsdp, {name}": lambda name=name: fsdp(name) for name in CONFIGS},
+    "fsdp, bfloat16": fsdp_bfloat16,
+    "fsdp, recomputed dense": fsdp_recomputes_dense,
+    "fsdp, save and load": fsdp_saves_and_loads,
+    "fsdp, after sparsify": fsdp_comes_after_sparsify,
+    "fsdp, context parallel, sla": lambda: fsdp_and_context_parallel("sla"),
+    "fsdp, context parallel, vsa": lambda: fsdp_and_context_parallel("vsa"),
+}
+
+
+def main(rank: str, rendezvous: str, results: str, *names: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=Path(rendezvous).as_uri(),
+        rank=int(rank),
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    outcome = {}
+    for name in names:
+        try:
+            CASES[name]()
+            outcome[name] = None
+        except Exception:
+            outcome[name] = traceback.format_exc()
+    Path(results).write_text(json.dumps(outcome))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
