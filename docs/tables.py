@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "choosing-sparsity.md", ROOT / "README.md")
 
 
 def gpu_runs(only: str) -> list[dict]:
@@ -98,6 +98,30 @@ def cpu() -> str:
     )
 
 
+def order() -> str:
+    """Raster against tile order on the demo's trained model: means over the runs of each clip."""
+    run = json.loads((RESULTS / "token_order.json").read_text())
+    ratios = run["keep_ratios"]
+    heads = [f"{name}, {100 * ratio:g} %" for name in ("recall", "error") for ratio in ratios]
+    lines = [_row("clip", "order", *heads), "|---" * (len(heads) + 2) + "|"]
+    for clip in dict.fromkeys(each["clip"] for each in run["runs"]):
+        runs = [each for each in run["runs"] if each["clip"] == clip]
+        for name in ("raster", "tile"):
+            cells = [
+                f"{sum(each[name][figure]['pooled'][index] for each in runs) / len(runs):.3f}"
+                for figure in ("recall", "error")
+                for index in range(len(ratios))
+            ]
+            lines.append(_row(clip, name, *cells))
+    settings = run["settings"]
+    caption = (
+        f"The demo's model after {settings['pretrain_steps']} steps of dense pretraining, {len(run['runs'])} runs "
+        f"(seeds 0 to {max(each['seed'] for each in run['runs'])} on each clip), all layers, heads and query blocks, "
+        f"held-out windows; blocks of 64x64, pooled choice; torch {run['machine']['torch']}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
 def _caption(run: dict) -> str:
     machine = run["machine"]
     shape = ", ".join(f"B{s['batch']} H{s['heads']} L{s['length']} D{s['head_dim']}" for s in run["shapes"].values())
@@ -108,7 +132,7 @@ def _caption(run: dict) -> str:
     )
 
 
-TABLES = {"kernels": kernels, "methods": methods, "speed": speed, "cpu": cpu}
+TABLES = {"kernels": kernels, "methods": methods, "speed": speed, "cpu": cpu, "order": order}
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 

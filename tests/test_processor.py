@@ -191,21 +191,6 @@ def test_attention_backend_reaches_the_dense_processor():
     assert original._attention_backend is None
 
 
-def test_context_parallelism_is_refused():
-    class Parallel:
-        context_parallel_config = object()
-
-    model = tiny_transformer()
-    model._parallel_config = Parallel()
-    with pytest.raises(ValueError, match="context parallelism"):
-        sparsify(model, SPARSE_SLA)
-    assert is_dense(model)
-    model._parallel_config = None
-    sparsify(model, SPARSE_SLA)
-    with pytest.raises(ValueError, match="context parallelism"):
-        model.blocks[0].attn1.processor._parallel_config = Parallel()
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [

@@ -171,6 +171,23 @@ def test_stopped_by_sigterm_it_saves_and_goes_on_to_the_last_bit(finished, folde
     assert (folder / exported).read_bytes() == (finished[0] / exported).read_bytes()
 
 
+def test_eight_bit_moments_go_on_to_the_last_bit_too(folder, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    # Tensors of fewer than 4,096 elements keep their moments in float32.
+    wider = dataclasses.replace(ARCHITECTURE, ffn_dim=256)
+    eight = {"optimizer__name": "adamw8bit", "model__architecture": wider, "optimizer__ema_decay": None}
+    trainer = Trainer(config(folder, output=folder / "whole", **eight))
+    trainer.run()
+    moments = [state["state1"].dtype for state in trainer.state.optimizer.state.values()]
+    assert torch.uint8 in moments
+    stop_at(monkeypatch, 3)
+    run_training(config(folder, **eight))
+    monkeypatch.undo()
+    run_training(config(folder, resume=True, **eight))
+    whole = [json.loads(line) for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics(folder) == {line["step"]: line["loss"] for line in whole if "loss" in line}
+
+
 def test_a_truncated_checkpoint_is_passed_over(finished, folder, monkeypatch, capsys):
     stop_at(monkeypatch, 5)
     run_training(config(folder))
@@ -526,6 +543,18 @@ def test_a_full_disk_does_not_end_a_run(folder, monkeypatch, capsys):
     assert "step 2 is intact; training goes on and tries again in 2 steps" in said
 
 
+def test_a_failed_export_keeps_the_checkpoint(folder, monkeypatch):
+    def full(model, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("foveal.training.export.save", full)
+    with pytest.raises(TrainingError, match=r"export .* failed .*No space left.* with resume exports it"):
+        run_training(config(folder, steps=2))
+    monkeypatch.undo()
+    assert run_training(config(folder, steps=2, resume=True)).export.is_dir()
+    assert {path.name for path in (folder / "run").iterdir()} == {"checkpoints", "export", "metrics.jsonl"}
+
+
 def test_out_of_memory_says_what_to_change(folder, monkeypatch):
     def exhaust(self, part, first):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
@@ -552,6 +581,10 @@ def test_a_resumed_run_says_what_changed(folder, capsys):
     said = capsys.readouterr().err
     assert "changed since: steps: 2 -> 4" in said
     assert "changed since: optimizer.weight_decay: 0.01 -> 0.5" in said
+    # And it is so: the checkpoint does not bring the former settings back.
+    trainer = Trainer(config(folder, steps=4, resume=True, optimizer__learning_rate=0.5))
+    trainer.run()
+    assert [group["lr"] for group in trainer.state.optimizer.param_groups] == [0.5, 1e-2]
     with pytest.raises(ValueError, match="the data has another seed"):
         run_training(config(folder, steps=6, resume=True, seed=1))
 

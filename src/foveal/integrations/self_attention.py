@@ -5,6 +5,7 @@ Shape legend: B batch, H heads, D head dimension, C hidden width, L tokens, Lv o
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,10 +92,13 @@ def joint_attention(
     text = query.shape[1] - hidden_states.shape[1]
     query, key, value = attend.to_heads(tuple(x.transpose(1, 2) for x in (query, key, value)), text)
     video = query.shape[2] - (text if attend.shards is None else attend.shards.ranks * text)
+    # index() changes nothing in plain Python. Under torch.compile it makes the length a constant of the graph, as the
+    # grid's sides are: how many blocks are kept cannot be computed from a symbol.
+    length = operator.index(key.shape[2])
     video_output = attend.method(query[:, :, :video], key, value, hidden_states, kv_lengths)
     mask = None
     if kv_lengths is not None:
-        mask = (torch.arange(key.shape[2], device=key.device) < kv_lengths[:, None])[:, None, None]
+        mask = (torch.arange(length, device=key.device) < kv_lengths[:, None])[:, None, None]
     text_output = F.scaled_dot_product_attention(query[:, :, video:], key, value, attn_mask=mask)
     outputs = attend.to_tokens(video_output), attend.to_tokens(text_output, text)
     return tuple(x.transpose(1, 2).flatten(2) for x in outputs)

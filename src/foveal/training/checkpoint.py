@@ -120,8 +120,7 @@ class CheckpointStore:
         # A failure must not keep this process from the gathering that the others wait in.
         gathered = {name: _Draining(_gather(tensors)) for name, tensors in groups.items()}
         try:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(aside)
+            self._sweep()
             aside.mkdir(parents=True)
             files: dict[str, Any] = {}
             for group, tensors in gathered.items():
@@ -162,6 +161,12 @@ class CheckpointStore:
         if not self.folder.is_dir():
             return []
         return sorted(path for path in self.folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
+
+    def _sweep(self) -> None:
+        """Removes what a killed process left half written or half removed."""
+        for pattern in (".step-*.partial", ".step-*.removed"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path)
 
     def _prune(self) -> None:
         folders = self._folders()
@@ -257,7 +262,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _gather(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
-        yield name, whole(tensor.detach()).cpu().contiguous()
+        # A copy of each, since safetensors refuses tensors that share memory, as tables of eight-bit optimisers do.
+        yield name, whole(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 class _Draining:

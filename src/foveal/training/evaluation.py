@@ -14,6 +14,7 @@ from foveal.integrations import dense
 from foveal.integrations.processor import sparse_processors
 from foveal.training.config import TrainingConfig
 from foveal.training.dataset import LatentDataset
+from foveal.training.faults import TrainingError
 from foveal.training.model import text_of, velocity
 from foveal.training.objective import add_noise, flow_matching_loss, sample_noise
 from foveal.training.parallel import mean_of
@@ -86,8 +87,13 @@ class HeldOut:
 
     def sample(self, index: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(clean, noise, text) of one sample, a batch of one, on the device."""
+        from safetensors import SafetensorError
+
         device = self.accelerator.device
-        item = self.data[index]
+        try:
+            item = self.data[index]
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"held-out sample {index} cannot be read: {error}") from error
         batch = {key: value[None].to(device) for key, value in item.items() if isinstance(value, Tensor)}
         clean = batch["latents"].float()
         # Training counts its samples up from 0; these lie below.

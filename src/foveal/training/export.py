@@ -41,23 +41,30 @@ def export(
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    try:
+        aside.mkdir(parents=True)
+        _write(config, model, aside, report)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _write(config: TrainingConfig, model: nn.Module, folder: Path, report: Callable[[str], None]) -> None:
     if sparse_processors(model):
-        save(model, aside / "sparse")
+        save(model, folder / "sparse")
     if config.optimizer.trainable == "lora":
-        _save_lora(model, aside / "lora")
+        _save_lora(model, folder / "lora")
     for name in config.export_formats:
         try:
-            export_checkpoint(model, aside / f"{name}.safetensors", format=name)
+            export_checkpoint(model, folder / f"{name}.safetensors", format=name)
         except ValueError as error:
             report(f"no export as {name}: {error}")
     if config.optimizer.trainable in ("all", "attention") or config.model.path is None:
         # The sparse parameters have a file of their own; beside the model's they would be unknown weights.
-        densify(model).save_pretrained(aside / "transformer")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(aside, folder)
-    return folder
+        densify(model).save_pretrained(folder / "transformer")
 
 
 def _save_lora(model: nn.Module, folder: Path) -> None:

@@ -82,10 +82,14 @@ class RunLog:
     def note(self, step: int, figures: dict[str, Any]) -> None:
         """Keeps some figures of a step; those that are None are left out."""
         figures = {name: value for name, value in figures.items() if value is not None}
-        if self.file is not None:
-            self.file.write(json.dumps({"step": step, **figures}) + "\n")
-            self.file.flush()
-        self.accelerator.log({name: float(value) for name, value in figures.items()}, step=step)
+        try:
+            if self.file is not None:
+                self.file.write(json.dumps({"step": step, **figures}) + "\n")
+                self.file.flush()
+            self.accelerator.log({name: float(value) for name, value in figures.items()}, step=step)
+        except OSError as error:
+            # Figures are not worth ending a run for.
+            self.warn(f"the figures of step {step} were not written: {error}")
 
     def show(self, step: int, description: str) -> None:
         """Moves the bar; without a terminal, prints a line now and then."""

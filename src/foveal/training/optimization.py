@@ -56,6 +56,15 @@ def warmup_and_decay(
     return LambdaLR(optimizer, rate)
 
 
+def set_steps_taken(schedule: LambdaLR, steps: int) -> None:
+    """Puts a new schedule and its optimiser's rates where so many steps leave them, to the last bit."""
+    schedule.last_epoch = steps
+    groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, peak, rate in groups:
+        group["lr"] = peak * rate(steps)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+
 @dataclass(frozen=True)
 class StepReport:
     """One optimiser step.

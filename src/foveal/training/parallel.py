@@ -19,17 +19,13 @@ def build_accelerator(config: TrainingConfig) -> Any:
     Raises:
         ValueError: for a batch that does not divide among the processes.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator
 
-    annealing = config.sparsity.annealing
-    # While attention is still dense, the sparse parameters get no gradient.
-    idle = annealing is not None and annealing.dense_steps > 0
     accelerator = Accelerator(
         mixed_precision=config.precision,
         cpu=config.device == "cpu",
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(config.output),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idle)],
     )
     unit = accelerator.num_processes * config.micro_batch_size
     if config.batch_size % unit:
@@ -49,9 +45,15 @@ def place(model: nn.Module, accelerator: Any, config: TrainingConfig, *, trained
     if config.parallel == "fsdp" and accelerator.num_processes > 1:
         return shard(model, accelerator, bf16=config.precision == "bf16")
     model.to(accelerator.device)
-    if trained and accelerator.num_processes > 1:
-        return accelerator.prepare_model(model)
-    return model
+    if not trained or accelerator.num_processes == 1:
+        return model
+    annealing = config.sparsity.annealing
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=None if accelerator.device.type == "cpu" else [accelerator.device],
+        # While attention is still dense, the sparse parameters get no gradient.
+        find_unused_parameters=annealing is not None and annealing.dense_steps > 0,
+    )
 
 
 def shard(model: nn.Module, accelerator: Any, *, bf16: bool) -> nn.Module:

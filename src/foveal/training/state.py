@@ -17,6 +17,7 @@ from foveal.training.checkpoint import Checkpoint, CheckpointError, CheckpointSt
 from foveal.training.dataset import BatchStream
 from foveal.training.evaluation import DivergenceAlarm
 from foveal.training.faults import LossGuard
+from foveal.training.optimization import set_steps_taken
 from foveal.training.parallel import any_of
 
 
@@ -71,7 +72,7 @@ class RunState:
             "config": config,
             "data": self.stream.state_dict(),
             "optimizer": optimizer_values(self.optimizer, self.parameters),
-            "schedule": self.schedule.state_dict(),
+            "steps_taken": self.schedule.last_epoch,
             "average": average,
             "random": [state for _, state in randoms],
             "guard": self.guard.state_dict(),
@@ -99,7 +100,7 @@ class RunState:
         self.stream.load_state_dict(values["data"])
         restore(self.parameters, checkpoint.tensors("model"), source)
         restore_optimizer(self.optimizer, self.parameters, checkpoint.tensors("optimizer"), values["optimizer"], source)
-        self.schedule.load_state_dict(values["schedule"])
+        set_steps_taken(self.schedule, values["steps_taken"])
         if self.average is not None:
             if values["average"] is None:
                 raise CheckpointError(f"{source} has no average, but optimizer.ema_decay is set")
@@ -136,14 +137,16 @@ def optimizer_tensors(
 
 
 def optimizer_values(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Any]:
-    """The rest of the optimiser's state: each group's settings, and what is no tensor, by parameter name."""
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    scalars = {}
+    """What is no tensor in the optimiser's state, by parameter name.
+
+    The groups' settings are not in it: the run's configuration has them, and may change.
+    """
+    values = {}
     for name, parameter in parameters.items():
-        values = {k: v for k, v in optimizer.state.get(parameter, {}).items() if not isinstance(v, Tensor)}
-        if values:
-            scalars[name] = values
-    return {"groups": groups, "scalars": scalars}
+        scalars = {k: v for k, v in optimizer.state.get(parameter, {}).items() if not isinstance(v, Tensor)}
+        if scalars:
+            values[name] = scalars
+    return values
 
 
 def restore_optimizer(
@@ -156,15 +159,8 @@ def restore_optimizer(
     """The inverse of `optimizer_tensors` and `optimizer_values`.
 
     Raises:
-        CheckpointError: for parameters or groups other than this run's.
+        CheckpointError: for parameters other than this run's.
     """
-    if len(values["groups"]) != len(optimizer.param_groups):
-        raise CheckpointError(
-            f"{source} has {len(values['groups'])} groups of parameters, this run {len(optimizer.param_groups)}"
-        )
-    for group, saved in zip(optimizer.param_groups, values["groups"], strict=True):
-        # JSON has no tuples.
-        group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
     optimizer.state.clear()
     for full_name, tensor in tensors:
         key, name = full_name.split("/", 1)
@@ -176,7 +172,7 @@ def restore_optimizer(
         if placed is tensor and (optimizer.defaults.get("fused") or tensor.dim()):
             placed = tensor.to(parameter.device)
         optimizer.state[parameter][key] = placed
-    for name, scalars in values["scalars"].items():
+    for name, scalars in values.items():
         optimizer.state[parameters[name]].update(scalars)
 
 

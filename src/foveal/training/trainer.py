@@ -170,8 +170,7 @@ class Trainer:
         folder = None
         if finished:
             if self.accelerator.is_main_process:
-                checkpoint = self._checkpoint(self.step)
-                folder = export(config, checkpoint, config.output / "export", report=self.log.warn)
+                folder = self._export()
             self.accelerator.wait_for_everyone()
         else:
             self.log.say(f"stopped at step {self.step} of {config.steps} and saved; resume goes on from there")
@@ -245,11 +244,12 @@ class Trainer:
         )
         noise, sigmas = noise.to(device), sigmas.to(device)
         noisy, target = add_noise(clean, noise, sigmas)
+        # The teacher first: later, the student's activations would be in memory beside its own.
+        taught = self._taught(noisy, sigmas, text) if objective.distillation else None
         with self.accelerator.autocast():
             predicted = velocity(self.model, noisy, sigmas, text)
         loss = objective.flow_matching * flow_matching_loss(predicted, target)
-        if objective.distillation:
-            taught = self._taught(noisy, sigmas, text)
+        if taught is not None:
             loss = loss + objective.distillation * flow_matching_loss(predicted, taught)
         return loss
 
@@ -365,6 +365,17 @@ class Trainer:
         loss = self.evaluation.sparse if self.evaluated_at == self.step else None
         self.state.save(self.store, self.step, config=self.config.to_dict(), held_out_loss=loss)
         self.saved_at = self.step
+
+    def _export(self) -> Path:
+        from safetensors import SafetensorError
+
+        folder = self.config.output / "export"
+        try:
+            return export(self.config, self._checkpoint(self.step), folder, report=self.log.warn)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"the export to {folder} failed ({error}); the checkpoint is whole: the same run with resume exports it"
+            ) from error
 
     def _checkpoint(self, step: int) -> Checkpoint:
         """One that is known to be whole."""

@@ -1,0 +1,122 @@
+"""Context parallelism and FSDP2: two processes on the CPU agree with one, forward and backward; what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_wan import SPARSE_SLA, diffusers, run, tiny_transformer
+from two_rank_cases import CASES, RANKS
+
+from foveal import SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig, densify, sparsify
+from foveal.integrations.context_parallel import check_parallel_config, context_parallel_attention
+from foveal.integrations.processor import sparse_processors
+
+if not torch.distributed.is_available():
+    pytest.skip("needs torch.distributed", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory):
+    """{case: a traceback or None} of each rank, for the cases that were selected: one pair of processes runs them all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    names = [item.callspec.params["case"] for item in request.session.items if item.originalname == "test_two_ranks"]
+    results = [folder / f"{rank}.json" for rank in range(RANKS)]
+    command = [sys.executable, str(Path(__file__).with_name("two_rank_cases.py"))]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(folder / "rendezvous"), str(result), *names],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, result in enumerate(results)
+    ]
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, printed, strict=True):
+        assert process.returncode == 0, output
+    return [json.loads(result.read_text()) for result in results]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks(case, outcomes):
+    for rank, outcome in enumerate(outcomes):
+        assert outcome[case] is None, f"rank {rank}: {outcome[case]}"
+
+
+def parallel_config(**degrees):
+    return diffusers.ParallelConfig(context_parallel_config=diffusers.ContextParallelConfig(**degrees))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "got"),
+    [
+        ({"ring_degree": 2}, "ring_degree=2, ulysses_degree=1"),
+        ({"ring_degree": 2, "ulysses_degree": 2}, "ring_degree=2, ulysses_degree=2"),
+    ],
+)
+def test_ring_attention_is_refused(degrees, got):
+    model, config = sparsify(tiny_transformer(), SPARSE_SLA), parallel_config(**degrees)
+    processor = model.blocks[0].attn1.processor
+    with pytest.raises(ValueError, match=rf"takes Ulysses alone: expected ring_degree=1 .*, got {got}"):
+        processor._parallel_config = config
+    assert processor._parallel_config is None
+    densify(model)._parallel_config = config
+    with pytest.raises(ValueError, match="takes Ulysses alone"):
+        sparsify(model, SPARSE_SLA)
+    assert not sparse_processors(model)
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video", "cogvideox", "wan_vace", "ltx2"])
+def test_families_that_diffusers_does_not_shard(family):
+    with pytest.raises(ValueError, match=rf"supported for wan, ltx_video, flux, not for {family}"):
+        check_parallel_config(family, parallel_config(ulysses_degree=2))
+    check_parallel_config(family, None)
+
+
+def test_the_dense_processor_shares_the_configuration():
+    model, config = sparsify(tiny_transformer(), SPARSE_SLA), parallel_config(ulysses_degree=2)
+    processor = model.blocks[0].attn1.processor
+    processor._parallel_config = config
+    assert processor.original._parallel_config is config
+    processor._parallel_config = None
+    assert processor.original._parallel_config is None
+    with torch.no_grad():
+        run(model)
+
+
+def test_own_modules_mistakes():
+    query = torch.zeros(1, 2, 8, 16)
+    grid = VideoGrid(1, 4, 4)
+    with pytest.raises(TypeError, match="attention must be a SparseLinearAttention or VideoSparseAttention, got Linear"):
+        context_parallel_attention(torch.nn.Linear(2, 2), query, query, query, grid=grid)
+    with pytest.raises(ValueError, match=r"must have one shape, .* got \(1, 2, 8, 16\), \(1, 2, 7, 16\) and"):
+        module = SparseLinearAttention(16, SPARSE_SLA)
+        context_parallel_attention(module, query, query[:, :, :7], query, grid=grid)
+
+
+def test_gates_stand_in_for_hidden_states():
+    grid, config = VideoGrid(1, 4, 4), VSAConfig(keep_ratio=0.5, tile=(1, 2, 2), fine_gate=True)
+    torch.manual_seed(0)
+    module = VideoSparseAttention(6, 2, 8, config)
+    for parameter in module.parameters():
+        parameter.data.normal_()
+    query, key, value = torch.randn(3, 1, 2, 16, 8)
+    hidden = torch.randn(1, 16, 6)
+    expected, gates = module(query, key, value, hidden, grid=grid), module.gates(hidden)
+    assert torch.equal(module(query, key, value, None, gates, grid=grid), expected)
+    one_head = [x[:, 1:] for x in (query, key, value)]
+    output = module(*one_head, None, tuple(gate[:, 1:] for gate in gates), grid=grid)
+    torch.testing.assert_close(output, expected[:, 1:])
+    with pytest.raises(ValueError, match="gates stand in for hidden_states"):
+        module(query, key, value, hidden, gates, grid=grid)
+    with pytest.raises(ValueError, match=r"hidden_states must have shape \[B, L, 6\], got NoneType"):
+        module.gates(None)
