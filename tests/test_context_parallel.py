@@ -1,55 +1,18 @@
-"""Context parallelism and FSDP2: two processes on the CPU agree with one, forward and backward; what is refused."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Context parallelism: two processes on the CPU agree with one, forward and backward; what is refused."""
 
 import pytest
 import torch
 from tiny_wan import SPARSE_SLA, diffusers, run, tiny_transformer
-from two_rank_cases import CASES, RANKS
+from two_rank_cases import CONTEXT_PARALLEL, check_case
 
 from foveal import SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig, densify, sparsify
 from foveal.integrations.context_parallel import check_parallel_config, context_parallel_attention
 from foveal.integrations.processor import sparse_processors
 
-if not torch.distributed.is_available():
-    pytest.skip("needs torch.distributed", allow_module_level=True)
 
-
-@pytest.fixture(scope="module")
-def outcomes(request, tmp_path_factory):
-    """{case: a traceback or None} of each rank, for the cases that were selected: one pair of processes runs them all."""
-    folder = tmp_path_factory.mktemp("ranks")
-    names = [item.callspec.params["case"] for item in request.session.items if item.originalname == "test_two_ranks"]
-    results = [folder / f"{rank}.json" for rank in range(RANKS)]
-    command = [sys.executable, str(Path(__file__).with_name("two_rank_cases.py"))]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder / "rendezvous"), str(result), *names],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, result in enumerate(results)
-    ]
-    try:
-        printed = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, printed, strict=True):
-        assert process.returncode == 0, output
-    return [json.loads(result.read_text()) for result in results]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks(case, outcomes):
-    for rank, outcome in enumerate(outcomes):
-        assert outcome[case] is None, f"rank {rank}: {outcome[case]}"
+@pytest.mark.parametrize("case", CONTEXT_PARALLEL)
+def test_two_ranks(case, request):
+    check_case(case, request)
 
 
 def parallel_config(**degrees):
@@ -96,7 +59,9 @@ def test_the_dense_processor_shares_the_configuration():
 def test_own_modules_mistakes():
     query = torch.zeros(1, 2, 8, 16)
     grid = VideoGrid(1, 4, 4)
-    with pytest.raises(TypeError, match="attention must be a SparseLinearAttention or VideoSparseAttention, got Linear"):
+    with pytest.raises(
+        TypeError, match="attention must be a SparseLinearAttention or VideoSparseAttention, got Linear"
+    ):
         context_parallel_attention(torch.nn.Linear(2, 2), query, query, query, grid=grid)
     with pytest.raises(ValueError, match=r"must have one shape, .* got \(1, 2, 8, 16\), \(1, 2, 7, 16\) and"):
         module = SparseLinearAttention(16, SPARSE_SLA)

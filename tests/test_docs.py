@@ -120,8 +120,9 @@ def test_examples_run_and_print_what_the_page_says(page):
     for name in ("diffusers", "av", "skvideo"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"needs {name}")
-    if "peft" in page.read_text(encoding="utf-8"):
-        pytest.importorskip("peft")
+    for name in ("peft", "accelerate", "tyro"):
+        if name in page.read_text(encoding="utf-8"):
+            pytest.importorskip(name)
     for example, printed in zip(examples_of(page), run_page(page), strict=True):
         expected = example.prints or "\n"
         assert printed == expected, (
@@ -213,6 +214,27 @@ def test_figures_are_drawn_by_their_script(tmp_path):
         size = (96, 48)
         pixels = [torch.tensor(list(x.convert("L").resize(size).tobytes())).float() for x in (drawn, committed)]
         assert (pixels[0] - pixels[1]).abs().mean() < 6, f"docs/assets/{name} is not what docs/figures.py draws"
+
+
+def test_tables_of_features_name_tests_that_exist():
+    spec = importlib.util.spec_from_file_location("docs_features", DOCS / "features.py")
+    features = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(features)
+
+    def source(file):
+        return (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+
+    for file, owner in features.ROWS.values():
+        text = source(file) + (source("family_checks") if owner else "")
+        assert owner is None or f"class {owner}(" in text
+    wan = "".join(source(file) for file in ("test_wan", "test_wan_variants", "family_checks"))
+    for column, beginnings in features.COLUMNS.items():
+        assert all(f"def {beginning}" in wan for beginning in beginnings if column != "pipeline"), column
+    for file, beginning in (*features.COMBINATIONS.values(), *(x for many in features.OF_WAN.values() for x in many)):
+        assert f"def {beginning}" in source(file), (file, beginning)
+    page = (DOCS / "families.md").read_text(encoding="utf-8")
+    assert all(f"| {row} |" in page for row in features.ROWS), "run python docs/features.py"
+    assert "fail |" not in page
 
 
 def test_site_builds_without_a_warning(tmp_path):

@@ -327,6 +327,62 @@ def test_sla_without_synchronisation_and_in_one_graph():
         torch.testing.assert_close(x, y, rtol=2e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("group_bytes", [1, 2**30])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"block_q": 128},
+        {"block_q": 128, "block_k": 128},
+        {"linear_scope": "all", "drop_ratio": 0.0, "block_q": 128},
+        {"linear_scope": "noncritical"},
+        {"kv_lengths": (1500, 200)},
+        {"protected_keys": (1400, 1500)},
+    ],
+    ids=str,
+)
+def test_sla_selects_on_the_way(options, group_bytes, impl, monkeypatch):
+    """A selection made on the way is the one made beforehand, to the bit, however the heads are grouped."""
+    from foveal.sla import triton_forward
+
+    monkeypatch.setattr(triton_forward, "GROUP_BYTES", group_bytes)
+    limits = {name: options[name] for name in ("kv_lengths", "protected_keys") if name in options}
+    if "kv_lengths" in limits:
+        limits["kv_lengths"] = torch.tensor(limits["kv_lengths"])
+    config = SLAConfig(keep_ratio=0.1, **{"drop_ratio": 0.2, **{k: v for k, v in options.items() if k not in limits}})
+    query, key, value = make_inputs(
+        batch=2, heads=3, query_length=1000, key_length=1500, dtype=torch.bfloat16, device="cuda", layout="BLHD"
+    )
+    names = ("block_q", "block_k", "keep_ratio", "drop_ratio")
+    selection = select_blocks(query, key, **{name: getattr(config, name) for name in names}, **limits)
+    weight = torch.eye(query.shape[-1], device="cuda")
+
+    def run(**how):
+        def attention(*qkv):
+            return sla_attention(*qkv, config=config, proj_weight=weight, impl=impl, **how)
+
+        with torch.no_grad():
+            return attention(query, key, value), *output_and_gradients(attention, (query, key, value))
+
+    with poison_empty():
+        for x, y in zip(run(**limits), run(selection=selection), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_sla_kernels_compile_once_over_lengths():
+    from foveal.block_sparse.triton import linear, select
+
+    config, compiled = SLAConfig(keep_ratio=0.1, drop_ratio=0.2), None
+    kernels = (linear._key_state_kernel, linear._masked_sum_kernel, select._pool_kernel, select._score_kernel)
+    for length in (300, 1024, 999, 640, 4097):
+        inputs = make_inputs(query_length=length, head_dim=64, dtype=torch.bfloat16, device="cuda", layout="BLHD")
+        with torch.no_grad():
+            sla_attention(*inputs, config=config, impl="triton")
+        sizes = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
+        compiled = compiled or sizes
+        assert sizes == compiled, f"length {length} compiled again"
+
+
 def test_vsa_matches_reference(impl):
     from foveal.vsa.attention import select_cubes
 

@@ -34,13 +34,15 @@ from foveal.training.config import (
     ModelSettings,
     SparsitySettings,
 )
-from foveal.training.evaluation import DivergenceAlarm, Evaluation, compare_with_dense
+from foveal.training.evaluation import DivergenceAlarm, Evaluation, HeldOut, LayerReport, compare_with_dense
 from foveal.training.faults import LossGuard, TrainingError, out_of_memory
 from foveal.training.model import anneal, build_model, build_wan, token_grid, velocity
 from foveal.training.objective import add_noise, flow_matching_loss, sample_noise
 from foveal.training.throughput import sample_flops
 from foveal.training.trainer import Trainer, run_training
 from foveal.video_grid import VideoGrid
+
+REPORTS = {"blocks.0.attn1": LayerReport(0.1, 0.9)}
 
 
 @pytest.fixture
@@ -171,6 +173,21 @@ def test_stopped_by_sigterm_it_saves_and_goes_on_to_the_last_bit(finished, folde
     assert (folder / exported).read_bytes() == (finished[0] / exported).read_bytes()
 
 
+def test_dropout_goes_on_to_the_last_bit(folder, monkeypatch):
+    """The one part of training that torch's own generator decides."""
+    pytest.importorskip("peft")
+    model = dataclasses.replace(save_base(folder), frozen_dtype="float32")
+    drops = {"model": model, "optimizer__trainable": "lora", "lora": LoraSettings(rank=2, dropout=0.3)}
+    run_training(config(folder, output=folder / "whole", **drops))
+    stop_at(monkeypatch, 3)
+    run_training(config(folder, **drops))
+    monkeypatch.undo()
+    torch.manual_seed(123)
+    run_training(config(folder, resume=True, **drops))
+    whole = [json.loads(line) for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics(folder) == {line["step"]: line["loss"] for line in whole if "loss" in line}
+
+
 def test_eight_bit_moments_go_on_to_the_last_bit_too(folder, monkeypatch):
     pytest.importorskip("bitsandbytes")
     # Tensors of fewer than 4,096 elements keep their moments in float32.
@@ -199,6 +216,9 @@ def test_a_truncated_checkpoint_is_passed_over(finished, folder, monkeypatch, ca
     assert "step-00000005 is damaged, falling back to the one before" in said
     assert "resuming at step 4" in said
     assert metrics(folder) == metrics(finished[0])
+    # Step 5 was noted twice, and the first time is forgotten.
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
 def test_killed_at_a_random_moment_it_goes_on_to_the_last_bit(tmp_path, capsys):
@@ -229,7 +249,9 @@ def test_the_export_loads_and_generates(finished):
     # What is exported is the average.
     average = dict(zip(trainer.parameters, trainer.state.average.shadow_params, strict=True))
     assert all(torch.equal(parameter, average[name]) for name, parameter in model.named_parameters())
-    assert any(not torch.equal(parameter, trainer.parameters[name]) for name, parameter in model.named_parameters())
+    initial = dict(build_model(trainer.config).named_parameters())
+    for others in (trainer.parameters, initial):
+        assert any(not torch.equal(parameter, others[name]) for name, parameter in model.named_parameters())
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from foveal.training.sampling import euler_steps
@@ -453,6 +475,35 @@ def test_divergence_is_said_early_and_only_then():
     other = DivergenceAlarm(0.1)
     other.load_state_dict(json.loads(json.dumps(alarm.state_dict())))
     assert other.warning(Evaluation(1.3, 1.2)) == alarm.warning(Evaluation(1.3, 1.2)) != ""
+
+
+def test_a_run_that_diverges_says_so(folder, monkeypatch, capsys):
+    losses = iter([1.0, 1.3, 1.6])
+    monkeypatch.setattr(HeldOut, "evaluate", lambda self, model: Evaluation(next(losses), 1.0, REPORTS))
+    run_training(config(folder))
+    said = capsys.readouterr().err
+    assert said.count("it diverges") == 2
+    assert "1.6000, is 60% above the dense one, and was 30% last time" in said
+
+
+def test_the_curves_reach_tensorboard(folder):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_training(config(folder, steps=2, tracker="tensorboard"))
+    events = EventAccumulator(str(folder / "run" / "tensorboard"))
+    events.Reload()
+    curve = {event.step: event.value for event in events.Scalars("loss")}
+    assert curve == pytest.approx(metrics(folder), rel=1e-6)
+
+
+def test_deterministic_kernels_may_be_asked_for(finished, folder):
+    try:
+        run_training(config(folder, deterministic=True))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert metrics(folder).keys() == metrics(finished[0]).keys()
 
 
 def test_bad_steps_are_refused_and_counted():

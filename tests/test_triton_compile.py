@@ -140,8 +140,8 @@ def test_selection(arch):
     types = {"query_ptr": "*fp32", "key_ptr": "*fp32", "score_ptr": "*i32", "pooled_ptr": "*fp32", "x_ptr": "*bf16"}
     options = {"arch": arch, "overrides": types}
     check(compiled(select._pool_kernel, {"D": 128, "ROWS": 64, "HAS_SIZES": False}, num_warps=4, **options), arch)
-    constants = {"D": 128, "TILE": 64, "TRANSPOSED": False}
-    check(compiled(select._score_kernel, constants, num_warps=4, num_stages=2, **options), arch)
+    constants = {"D": 128, "TILE": 64}
+    check(compiled(select._score_kernel, constants, num_warps=4, num_stages=1, **options), arch)
     for columns, warps in ((512, 1), (2048, 4)):
         constants = {"COLUMNS": columns, "TILE": 64, "MARGINAL": True, "PER_SAMPLE": False}
         check(compiled(select._pick_kernel, constants, num_warps=warps, maxnreg=96, **options), arch, allowed=64)

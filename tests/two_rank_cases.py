@@ -1,4 +1,4 @@
-"""What `test_context_parallel.py` runs in two processes, each case compared with one process.
+"""What `test_context_parallel.py` and `test_fsdp.py` run in two processes, each case compared with one process.
 
     python tests/two_rank_cases.py RANK RENDEZVOUS RESULTS CASE...
 
@@ -6,8 +6,11 @@ Both ranks run the cases in the order given, and write {case: None or a tracebac
 """
 
 import datetime
+import functools
 import json
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -85,7 +88,9 @@ def exchange_is_a_permutation():
     for length, text in ((6, 0), (7, 0), (6, 3)):
         shards = Shards(dist.group.WORLD, uneven=length % RANKS > 0)
         sizes = shards.sizes(length)
-        whole = torch.randn(2, 4, length + text * RANKS, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        whole = torch.randn(
+            2, 4, length + text * RANKS, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
         video, texts = whole[:, :, :length].split(sizes, 2), whole[:, :, length:].split(text or 1, 2)
         local = torch.cat((video[rank], texts[rank]), 2) if text else video[rank]
         local = local.clone().requires_grad_()
@@ -194,6 +199,21 @@ def wan_dense_again():
     output.sum().backward()
     with torch.no_grad():
         close(run(foveal.densify(model), **fed), expected)
+
+
+def wan_compiled(name):
+    """The exchange is in the graph of a block, forward and backward."""
+    single, model = (foveal.sparsify(tiny_transformer(num_layers=1), CONFIGS[name]) for _ in range(2))
+    randomize(single)
+    randomize(model)
+    fed = inputs(**EVEN)
+    with torch.no_grad():
+        run(parallel(model), **fed)  # diffusers' hook on the first block looks up its parameters, which no graph holds
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    (output, ours), (expected, theirs) = backward(model, fed), backward(single, fed)
+    close(output, expected)
+    for key, gradient in ours.items():
+        close(summed(gradient), theirs[key.replace("._orig_mod", "")])
 
 
 def wan_policy():
@@ -357,16 +377,19 @@ def fsdp_and_context_parallel(name):
         close(gradient.full_tensor() * RANKS, theirs[key])
 
 
-CASES = {
+CONTEXT_PARALLEL = {
     "exchange": exchange_is_a_permutation,
     **{f"own modules, {name}": lambda name=name: own_modules(name) for name in CONFIGS},
     **{f"wan, {name}": lambda name=name: wan(name, latent=EVEN) for name in CONFIGS},
     "wan, uneven": wan_uneven,
     "wan, dense again": wan_dense_again,
+    "wan, compiled": lambda: wan_compiled("vsa"),
     "wan, policy": wan_policy,
     "wan, mistakes": wan_mistakes,
     "flux": lambda: family("flux"),
     "ltx_video": lambda: family("ltx_video"),
+}
+FSDP = {
     **{f"fsdp, {name}": lambda name=name: fsdp(name) for name in CONFIGS},
     "fsdp, bfloat16": fsdp_bfloat16,
     "fsdp, recomputed dense": fsdp_recomputes_dense,
@@ -375,6 +398,43 @@ CASES = {
     "fsdp, context parallel, sla": lambda: fsdp_and_context_parallel("sla"),
     "fsdp, context parallel, vsa": lambda: fsdp_and_context_parallel("vsa"),
 }
+CASES = CONTEXT_PARALLEL | FSDP
+
+
+def check_case(case, request):
+    """Fails with the traceback of a rank that failed.
+
+    One pair of processes, which take long to start, runs all cases that were selected, of both files.
+    """
+    items = request.session.items
+    names = [item.callspec.params["case"] for item in items if item.originalname == "test_two_ranks"]
+    for rank, outcome in enumerate(_run(tuple(names))):
+        assert outcome[case] is None, f"rank {rank}: {outcome[case]}"
+
+
+@functools.cache
+def _run(names):
+    """Of each rank, {case: a traceback or None}."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = [Path(folder, f"{rank}.json") for rank in range(RANKS)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(rank), str(Path(folder, "rendezvous")), str(result), *names],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank, result in enumerate(results)
+        ]
+        try:
+            printed = [process.communicate(timeout=600)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for process, output in zip(processes, printed, strict=True):
+            assert process.returncode == 0, output
+        return [json.loads(result.read_text()) for result in results]
 
 
 def main(rank: str, rendezvous: str, results: str, *names: str) -> None:

@@ -342,7 +342,8 @@ def _sizes_from_lengths(
         raise TypeError(f"kv_lengths must be an integer tensor, got {getattr(kv_lengths, 'dtype', type(kv_lengths))}")
     if tuple(kv_lengths.shape) != (batch,):
         raise ValueError(f"kv_lengths must have shape [{batch}], got {list(kv_lengths.shape)}")
-    if kv_lengths.device.type == "cpu" and ((kv_lengths < 0) | (kv_lengths > key_length)).any():
+    readable = kv_lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and ((kv_lengths < 0) | (kv_lengths > key_length)).any():
         raise ValueError(f"kv_lengths must be in [0, {key_length}], got {kv_lengths.tolist()}")
     lengths = kv_lengths.to(device).clamp(0, key_length)
     starts = torch.arange(-(-key_length // block_k), device=device) * block_k

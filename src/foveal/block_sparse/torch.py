@@ -136,7 +136,8 @@ def _forward_op(
                 top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
                 weights = scores.sub_(top).exp_()
                 total = weights.sum(-1, keepdim=True)
-                out[rows] = torch.bmm(weights.to(v.dtype), v) / total.clamp(min=torch.finfo(total.dtype).tiny)
+                part = torch.bmm(weights.to(v.dtype), v) / total.clamp(min=torch.finfo(total.dtype).tiny)
+                out[rows] = part.to(out.dtype)
                 out_lse[rows] = (top + total.log()).squeeze(-1)
             output[b, h] = out.flatten(0, 1)[:length]
             lse[b, h] = out_lse.flatten()[:length]

@@ -29,22 +29,27 @@ from foveal.video_grid import VideoGrid
 FAMILIES_WITH_PLAN = ("wan", "ltx_video", "flux")
 
 
+def _exchange(group: Any, received: list[int], sent: list[int], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Row blocks of each tensor to their ranks, all tensors on their way at once."""
+    from torch.distributed import _functional_collectives as collectives
+
+    under_way = [collectives.all_to_all_single(x.contiguous(), received, sent, group) for x in tensors]
+    # Waited for here: kernels that read a tensor by its address would not wait themselves.
+    pending = collectives.AsyncCollectiveTensor
+    return tuple(x.wait() if isinstance(x, pending) else x for x in under_way)
+
+
 class _AllToAll(torch.autograd.Function):
-    """Row blocks of each tensor to their ranks, all tensors on their way at once; the backward is the way back."""
+    """`_exchange`, and the way back for the gradients."""
 
     @staticmethod
     def forward(ctx, group, received: list[int], sent: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
-        from torch.distributed import _functional_collectives as collectives
-
         ctx.group, ctx.received, ctx.sent = group, received, sent
-        under_way = [collectives.all_to_all_single(x.contiguous(), received, sent, group) for x in tensors]
-        # Waited for here: kernels that read a tensor by its address would not wait themselves.
-        pending = collectives.AsyncCollectiveTensor
-        return tuple(x.wait() if isinstance(x, pending) else x for x in under_way)
+        return _exchange(group, received, sent, tensors)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Any, ...]:
-        return None, None, None, *_AllToAll.apply(ctx.group, ctx.sent, ctx.received, *gradients)
+        return None, None, None, *_exchange(ctx.group, ctx.sent, ctx.received, gradients)
 
 
 @dataclass(frozen=True)

@@ -226,9 +226,7 @@ def _copy(tensor: Tensor, target: Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor
 
         # Every rank has read the file: nothing to send.
-        tensor = distribute_tensor(
-            tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None
-        )
+        tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(tensor)
 
 

@@ -68,7 +68,7 @@ def attend(
         pooled = None if wanted is None else lse.new_empty((pairs, key_blocks, head_dim))
         state, norm = key_state_sums(key, value, sizes, block_k, feature_map, pooled)
         if wanted is not None:
-            pick(pooled_query, pooled.transpose(1, 2), scale, wanted, 0, critical, counts, None)
+            pick(pooled_query, pooled, scale, wanted, 0, critical, counts, None)
         rows = critical.shape[2]
         call.run(range(pairs), state.expand(-1, rows, -1, -1), norm.expand(-1, rows, -1))
         return output, lse, norm, state
@@ -84,7 +84,7 @@ def attend(
         h, z = key_states(key, value, sizes, block_k, feature_map, group, columns, pooled)
         if wanted is not None:
             queries = pooled_query[part]
-            pick(queries, pooled.transpose(1, 2), scale, wanted, group.start, critical, counts, mask)
+            pick(queries, pooled, scale, wanted, group.start, critical, counts, mask)
         group_mask, group_norm = mask_of_pairs[part], norm[part]
         if keep_states:
             states = kept[part]

@@ -54,7 +54,7 @@ def tiny() -> TrainingConfig:
 
 
 def wan_1_3b_sla() -> TrainingConfig:
-    """Wan2.1-1.3B to SLA: the paper's 2,000 steps of batch 64 (arXiv 2509.24006, section 6.1)."""
+    """Wan2.1-1.3B to SLA: the paper's 2,000 steps of batch 64 (arXiv 2509.24006)."""
     return TrainingConfig(
         model=ModelSettings(WAN_1_3B),
         sparsity=SparsitySettings(SLAConfig(keep_ratio=0.05, drop_ratio=0.10)),
@@ -71,7 +71,7 @@ def wan_14b_sla() -> TrainingConfig:
 
 
 def wan_1_3b_vsa() -> TrainingConfig:
-    """Wan2.1-1.3B to VSA: dense at first, then fewer cubes every 50 steps down to 32 (arXiv 2505.13389, section 3.3).
+    """Wan2.1-1.3B to VSA: dense at first, then fewer cubes every 50 steps down to 32 (arXiv 2505.13389).
 
     At 480p and 81 frames there are 624 cubes; 3 % of them go at a time.
     """
@@ -108,7 +108,7 @@ def wan_1_3b_lora() -> TrainingConfig:
 
 
 def _from_scratch(output: str) -> TrainingConfig:
-    """A Wan of 0.4B parameters with random weights, dense."""
+    """A Wan of about 0.4B parameters with random weights, dense."""
     return TrainingConfig(
         model=ModelSettings(architecture=WanArchitecture(num_layers=24, num_heads=8, ffn_dim=4096)),
         sparsity=SparsitySettings(),
@@ -125,12 +125,12 @@ def _from_scratch(output: str) -> TrainingConfig:
 
 
 def scratch_sla() -> TrainingConfig:
-    """A Wan of 0.4B parameters from random weights, SLA from the first step."""
+    """A Wan of about 0.4B parameters from random weights, SLA from the first step."""
     return _from_scratch("scratch-sla").replace(sparsity=SparsitySettings(SLAConfig(keep_ratio=0.05, drop_ratio=0.10)))
 
 
 def scratch_vsa() -> TrainingConfig:
-    """The same with VSA, both gates learned, 87.5 % sparse (arXiv 2505.13389, section 3.1)."""
+    """The same with VSA, both gates learned, 87.5 % sparse (arXiv 2505.13389)."""
     return _from_scratch("scratch-vsa").replace(sparsity=SparsitySettings(VSAConfig(keep_ratio=0.125, fine_gate=True)))
 
 

@@ -344,7 +344,9 @@ def block_sparse_dq_kernel(
     g = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, head_dim], tile_layout)
     k = gl.allocate_shared_memory(dtype, [K_SLOTS, tile_k, head_dim], tile_layout)
     v = gl.allocate_shared_memory(dtype, [V_SLOTS, tile_k, head_dim], tile_layout)
-    q_full, added_full = barriers(1, 1), barriers(CONSUMERS, 1)
+    # One of Q and dO, and for ADD one a consumer, in one piece: barriers that nobody waits at would give up their
+    # memory to what the partitions hand over.
+    q_full = barriers(1 + CONSUMERS, 1)
     k_full, k_empty = barriers(K_SLOTS, 1), barriers(K_SLOTS, CONSUMERS)
     v_full, v_empty = barriers(V_SLOTS, 1), barriers(V_SLOTS, CONSUMERS)
     fence_async_shared()
@@ -367,7 +369,7 @@ def block_sparse_dq_kernel(
         gl.warp_specialize([
             (sum_query_gradient, (
                 q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
-                added_full.index(0), grad_query, statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length,
+                q_full.index(1), grad_query, statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length,
                 count, scale, scale_log2, uniform, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
             )),
             (load_key_tiles, (
@@ -379,12 +381,12 @@ def block_sparse_dq_kernel(
         gl.warp_specialize([
             (sum_query_gradient, (
                 q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
-                added_full.index(0), grad_query, statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length,
+                q_full.index(1), grad_query, statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length,
                 count, scale, scale_log2, uniform, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
             )),
             (sum_query_gradient, (
                 q.index(1), g.index(1), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
-                added_full.index(1), grad_query, statistics_ptr + 128, list_ptr, size_ptr, batch, head, start_q + 64,
+                q_full.index(2), grad_query, statistics_ptr + 128, list_ptr, size_ptr, batch, head, start_q + 64,
                 key_length, count, scale, scale_log2, uniform, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
             )),
             (load_key_tiles, (

@@ -56,7 +56,7 @@ def store_first_row(pointers, x):
 
 @triton.jit(do_not_specialize=["heads", "pairs", "length", "size_stride", "block"])
 def _pool_kernel(
-    x_ptr, pooled_ptr, size_ptr, strides, pooled_strides, heads, pairs, length, size_stride, block,
+    x_ptr, pooled_ptr, size_ptr, strides, heads, pairs, length, size_stride, block,
     D: tl.constexpr, ROWS: tl.constexpr, HAS_SIZES: tl.constexpr,
 ):  # fmt: skip
     """Mean over one block's valid tokens, in float32. Heads are neighbours: in [B, L, H, D] memory they are, too."""
@@ -72,8 +72,8 @@ def _pool_kernel(
         row = first + tl.arange(0, ROWS)
         tokens = (start + row).to(tl.int64)[:, None] * strides[2]
         total = add_column_sums(total, tl.load(x_ptr + tokens, mask=(row < size)[:, None], other=0.0), row < size)
-    pooled_ptr += pair.to(tl.int64) * pooled_strides[0] + index * pooled_strides[1]
-    store_first_row(pooled_ptr + tl.arange(0, D) * pooled_strides[2], block_mean(total, size))
+    pooled_ptr += (pair.to(tl.int64) * tl.cdiv(length, block) + index) * D
+    store_first_row(pooled_ptr + tl.arange(0, D), block_mean(total, size))
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def order_preserving(x):
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "scale"])
 def _score_kernel(
     query_ptr, key_ptr, score_ptr, query_blocks, key_blocks, scale,
-    D: tl.constexpr, TILE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """order_preserving(scale * q k^T) of a tile of pooled blocks; what is past the last key block is undefined."""
     pair = tl.program_id(2).to(tl.int64)
@@ -95,17 +95,13 @@ def _score_kernel(
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     in_rows, in_columns = row < query_blocks, column < key_blocks
     query_ptr += (pair * query_blocks + row)[:, None] * D
-    key_ptr += pair * D * key_blocks
+    key_ptr += (pair * key_blocks + column)[None, :] * D
     scores = tl.zeros([TILE, TILE], tl.float32)
     # Three products of 11-bit parts are as good as float32, and the same for equal columns: ties stay ties.
     for start in range(0, D, 32):
         feature = start + tl.arange(0, 32)
         q = tl.load(query_ptr + feature[None, :], mask=in_rows[:, None], other=0.0) * scale
-        if TRANSPOSED:
-            keys = key_ptr + feature[:, None] * key_blocks + column[None, :]
-        else:
-            keys = key_ptr + feature[:, None] + column[None, :] * D
-        k = tl.load(keys, mask=in_columns[None, :], other=0.0)
+        k = tl.load(key_ptr + feature[:, None], mask=in_columns[None, :], other=0.0)
         scores = tl.dot(q, k, scores, input_precision="tf32x3")
     offsets = (pair * query_blocks + row)[:, None] * padded_columns + column[None, :]
     tl.store(score_ptr + offsets, order_preserving(scores), mask=in_rows[:, None])
@@ -229,8 +225,8 @@ _launch_scores = Launcher(_score_kernel)
 _launch_pick = Launcher(_pick_kernel)
 
 
-def pool(x: Tensor, block: int, sizes: Tensor | None = None, *, transposed: bool = False) -> Tensor:
-    """Mean over each block's valid tokens, float32 [B, H, T, D], or [B, H, D, T] if `transposed`.
+def pool(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
+    """Mean over each block's valid tokens, float32 [B, H, T, D].
 
     Args:
         x: [B, H, L, D], D a power of two.
@@ -238,14 +234,12 @@ def pool(x: Tensor, block: int, sizes: Tensor | None = None, *, transposed: bool
     """
     batch, heads, length, head_dim = x.shape
     blocks = -(-length // block)
-    shape = (batch, heads, head_dim, blocks) if transposed else (batch, heads, blocks, head_dim)
-    pooled = torch.empty(shape, dtype=torch.float32, device=x.device)
-    strides = (head_dim * blocks, 1, blocks) if transposed else (head_dim * blocks, head_dim, 1)
+    pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
     size_stride = 0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0)
     tensors = x, pooled, pooled if sizes is None else sizes
     _launch_pool(
         (blocks * batch * heads,),
-        (*tensors, row_strides(x), strides, heads, batch * heads, length, size_stride, block),
+        (*tensors, row_strides(x), heads, batch * heads, length, size_stride, block),
         {"D": head_dim, "ROWS": 64, "HAS_SIZES": sizes is not None},
         num_warps=4,
     )
@@ -276,12 +270,12 @@ def pick(
     """Writes the rows of some pairs of batch and head.
 
     Args:
-        query, key: pooled, float32 [pairs, Tq, D] and [pairs, D, Tk]; each contiguous, or the transpose of such.
+        query, key: pooled, float32 [pairs, Tq, D] and [pairs, Tk, D], contiguous.
         first_pair: where these pairs start among all of
         lists, counts, marginal: what `select` returns; None without the mask.
     """
     pairs, rows, head_dim = query.shape
-    columns, heads = key.shape[-1], lists.shape[1]
+    columns, heads = key.shape[1], lists.shape[1]
     column_tiles = -(-columns // SCORE_TILE)
     held = max(128, 1 << (columns - 1).bit_length())
     with_marginal = marginal is not None
@@ -294,9 +288,9 @@ def pick(
         _launch_scores(
             (column_tiles, -(-rows // SCORE_TILE), some),
             (query[start:], key[start:], scores, rows, columns, scale),
-            {"D": head_dim, "TILE": SCORE_TILE, "TRANSPOSED": key.stride(-1) == 1},
+            {"D": head_dim, "TILE": SCORE_TILE},
             num_warps=4,
-            num_stages=2,
+            num_stages=1,
         )
         _launch_pick(
             (padded_rows, some),
@@ -342,7 +336,7 @@ def select(
 
     Args:
         query: float32 [B, H, Tq, D], contiguous.
-        key: float32 [B, H, D, Tk], contiguous or the transpose of a contiguous [B, H, Tk, D].
+        key: float32 [B, H, D, Tk], best the transpose of a contiguous [B, H, Tk, D]; others are copied.
         width: of the lists; no row may have more critical blocks.
         critical, negligible, valid_blocks, wanted, key_range, query_range: see `Wanted`, where `wanted` is its table.
 
@@ -353,6 +347,7 @@ def select(
     wanted = Wanted(critical, negligible, valid_blocks, wanted, key_range, query_range)
     lists, counts, marginal = made
     marginal = marginal if with_marginal else None
+    key = key.transpose(2, 3).contiguous()
     pick(query.flatten(0, 1), key.flatten(0, 1), scale, wanted, 0, lists, counts, marginal)
     return made
 

@@ -1,0 +1,202 @@
+"""A Wan transformer call on one GPU against several: context parallelism by Ulysses, dense and sparse, random weights.
+
+    torchrun --nproc-per-node 2 benchmarks/context_parallel.py
+    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --backward --no-compile
+
+Every rank holds the whole model twice: as it is, which all ranks run at the same time on the same input, and under
+diffusers' `enable_parallelism`, which they run together. The two take turns, round by round; what counts is the median
+of the slowest rank's times. With `--backward` a call is a forward and its backward under gradient checkpointing,
+without the sum of gradients over ranks that a training step needs.
+
+First, a tiny float32 model must give the same on one rank as on all, outputs and summed gradients, for every arm. At
+full size, in bfloat16, the relative difference of the outputs is written down beside the times: rounding moves a block
+in or out of a selection, so sparse arms differ by more than dense ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig, WanTransformer3DModel
+from wan_transformer import ARMS, DENSE, RESOLUTIONS, SIZES, build, call_inputs, milliseconds, synchronise
+
+import foveal
+from foveal.bench.machine import machine
+from foveal.bench.report import file_name, write_json
+
+SAME = 1e-3  # of a float32 gradient's norm: other sums, in another order
+
+
+def sparsified(model: WanTransformer3DModel, arm: str) -> WanTransformer3DModel:
+    """Converted, with sparse parameters that leave their neutral start."""
+    if arm != DENSE:
+        foveal.sparsify(model, ARMS[arm])
+        with torch.no_grad():
+            for parameter in foveal.sparse_parameters(model).values():
+                parameter.normal_(0, 0.02)
+    return model
+
+
+def parallelised(model: WanTransformer3DModel) -> WanTransformer3DModel:
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+    return model
+
+
+def difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference over that of what was expected."""
+    return ((ours - expected).float().norm() / expected.float().norm()).item()
+
+
+def check(arm: str, device: torch.device) -> dict[str, float]:
+    """Relative differences of a tiny float32 model on all ranks from the same on one.
+
+    Raises:
+        SystemExit: they are no rounding.
+    """
+
+    def output_and_gradients(parallel: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        torch.manual_seed(0)
+        with torch.device(device):
+            settings = SIZES["tiny"] | {"num_attention_heads": dist.get_world_size()}
+            model = sparsified(WanTransformer3DModel(attention_head_dim=128, **settings), arm)
+        torch.manual_seed(1)
+        fed = {name: x.float() for name, x in call_inputs("tiny", model, device).items()}
+        output = (parallelised(model) if parallel else model)(**fed, return_dict=False)[0]
+        output.square().sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        for gradient in gradients if parallel else ():
+            dist.all_reduce(gradient)
+        return output.detach(), gradients
+
+    (expected, theirs), (output, ours) = output_and_gradients(False), output_and_gradients(True)
+    found = {
+        "output": difference(output, expected),
+        "gradients": difference(*(torch.cat([x.flatten() for x in gradients]) for gradients in (ours, theirs))),
+    }
+    if len(ours) != len(theirs) or not max(found.values()) < SAME:
+        raise SystemExit(f"{arm}: one rank and {dist.get_world_size()} disagree in float32, {found}; nothing was timed")
+    return found
+
+
+def build_call(arm: str, parallel: bool, options: argparse.Namespace, device: torch.device) -> Callable[[], Any]:
+    """A function that runs one call, and returns the output."""
+    model = build(options.size, device)
+    if options.backend is not None:
+        model.set_attention_backend(options.backend)
+    torch.manual_seed(1)
+    model = sparsified(model, arm).requires_grad_(options.backward)
+    if options.backward:
+        model.enable_gradient_checkpointing()
+    torch.manual_seed(2)
+    fed = call_inputs(options.resolution, model, device)
+
+    def call() -> torch.Tensor:
+        if not options.backward:
+            with torch.no_grad():
+                return model(**fed, return_dict=False)[0]
+        model.zero_grad(set_to_none=True)
+        output = model(**fed, return_dict=False)[0]
+        output.float().square().mean().backward()
+        return output.detach()
+
+    if parallel:
+        parallelised(model)
+        call()  # diffusers' hook on the first block looks up its parameters, which a compiler cannot follow
+    if options.compile:
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    return call
+
+
+def slowest(milliseconds_here: float, device: torch.device) -> float:
+    """A time, on the rank where it is longest."""
+    worst = torch.tensor(milliseconds_here, device=device, dtype=torch.float64)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return worst.item()
+
+
+def time_arm(arm: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    calls = {name: build_call(arm, name == "parallel", options, device) for name in ("single", "parallel")}
+    results: dict[str, Any] = {name: {"all_ms": []} for name in calls}
+    outputs = {}
+    for name, call in calls.items():
+        call()  # compiles
+        synchronise(device)
+        dist.barrier()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        outputs[name] = call()
+        if device.type == "cuda":
+            results[name]["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+    for _ in range(options.rounds):
+        for name, call in calls.items():
+            dist.barrier()
+            results[name]["all_ms"].append(slowest(milliseconds(call, device), device))
+    for result in results.values():
+        result["ms"] = statistics.median(result["all_ms"])
+    results["speedup"] = results["single"]["ms"] / results["parallel"]["ms"]
+    results["relative_difference"] = difference(outputs["parallel"], outputs["single"])
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=tuple(SIZES), default="1.3b")
+    parser.add_argument("--resolution", choices=tuple(RESOLUTIONS), default="480p")
+    parser.add_argument("--arms", nargs="+", choices=(DENSE, *ARMS), default=[DENSE, *ARMS])
+    parser.add_argument("--backward", action="store_true", help="time forward and backward")
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each arm")
+    parser.add_argument("--backend", help="diffusers' name for the dense backend; by default cuDNN's on CUDA")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", help="of this tree, where there is no git to ask")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args(arguments)
+
+    dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+    first, ranks = dist.get_rank() == 0, dist.get_world_size()
+    if options.device == "cuda":
+        device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        options.backend = options.backend or "_native_cudnn"
+    else:
+        device = torch.device("cpu")
+        # diffusers divides by the number of accelerators.
+        torch.accelerator.device_count = lambda: ranks
+    torch._dynamo.config.recompile_limit = 64
+
+    names = ("size", "resolution", "backward", "rounds", "backend", "compile")
+    results: dict[str, Any] = {
+        "schema": 1,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": {name: getattr(options, name) for name in names} | {"ranks": ranks},
+        "machine": machine(device, options.commit),
+        "arms": {arm: ARMS[arm].to_dict() for arm in options.arms if arm != DENSE},
+        "float32_differences": {},
+        "calls": {},
+    }
+    path = options.output / f"context-parallel-{options.size}-{file_name(results)}"
+    for arm in options.arms:
+        results["float32_differences"][arm] = check(arm, device)
+    for arm in options.arms:
+        results["calls"][arm] = found = time_arm(arm, options, device)
+        if first:
+            times = f"{found['single']['ms']:.1f} ms on one rank, {found['parallel']['ms']:.1f} ms on {ranks}"
+            differing = f"differing by {found['relative_difference']:.2e}"
+            print(f"{arm}: {times}, {found['speedup']:.2f}x, {differing}", file=sys.stderr, flush=True)
+            write_json(path, results)
+    if first:
+        print(path)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
