@@ -58,13 +58,12 @@ def test_the_dense_processor_shares_the_configuration():
 
 def test_own_modules_mistakes():
     query = torch.zeros(1, 2, 8, 16)
-    grid = VideoGrid(1, 4, 4)
+    grid, module = VideoGrid(1, 4, 4), SparseLinearAttention(16, SPARSE_SLA)
     with pytest.raises(
         TypeError, match="attention must be a SparseLinearAttention or VideoSparseAttention, got Linear"
     ):
         context_parallel_attention(torch.nn.Linear(2, 2), query, query, query, grid=grid)
     with pytest.raises(ValueError, match=r"must have one shape, .* got \(1, 2, 8, 16\), \(1, 2, 7, 16\) and"):
-        module = SparseLinearAttention(16, SPARSE_SLA)
         context_parallel_attention(module, query, query[:, :, :7], query, grid=grid)
 
 

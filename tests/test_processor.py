@@ -215,7 +215,7 @@ def test_wrong_arguments(arguments, error, match):
 
 @pytest.mark.parametrize("use", [lambda model: sparsify(model, SPARSE_SLA), densify, summary])
 def test_unsupported_models(use):
-    with pytest.raises(TypeError, match="one of WanTransformer3DModel, .*, or a pipeline with one, got Linear"):
+    with pytest.raises(TypeError, match=r"one of WanTransformer3DModel, .*, or a pipeline with one, got Linear"):
         use(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="transformer or transformer_2, got str"):
         use("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")

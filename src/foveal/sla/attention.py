@@ -206,9 +206,9 @@ class Projection(nn.Module):
     """W and b of the linear branch, zero at the start; call it for both.
 
     They stay in float32 when the model around them is cast to lower precision: they take small steps from zero, which
-    bfloat16 would round away. They are read by a call, so that offloading, which fetches a module's parameters
-    when the module is called, fetches these. The call gives views: group offloading takes the data out of the parameters
-    again right after it.
+    bfloat16 would round away. They are read by a call, so that offloading, which fetches a module's parameters when the
+    module is called, fetches these. The call gives views: group offloading takes the data out of the parameters again
+    right after it.
     """
 
     def __init__(self, head_dim: int) -> None:

@@ -125,12 +125,13 @@ def _forward_op(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     critical, counts = critical.contiguous(), counts.contiguous()
-    mask = _mask_operand(critical, counts, marginal, -(-key.shape[2] // block_k), all_keys)
-    mask = mask if mask is None else mask.unflatten(0, query.shape[:2])
     projection = _projection(proj_weight, proj_bias, query)
     blocks = block_q, block_k, scale, feature_map
-    tensors = query, key, value, critical, counts, mask, sizes, projection
-    return attend(*tensors, *blocks, None, hopper=hopper, keep_states=keep_states)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        mask = _mask_operand(critical, counts, marginal, -(-key.shape[2] // block_k), all_keys)
+        mask = mask if mask is None else mask.unflatten(0, query.shape[:2])
+        tensors = query, key, value, critical, counts, mask, sizes, projection
+        return attend(*tensors, *blocks, None, hopper=hopper, keep_states=keep_states)
 
 
 def _fake_results(query: Tensor, block_q: int, all_keys: bool, keep_states: bool) -> tuple[Tensor, ...]:
@@ -174,27 +175,28 @@ def _backward_op(
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     critical, counts = critical.contiguous(), counts.contiguous()
     assert state.shape[0] > 0, "the forward was told that no backward follows"
-    return gradients(
-        grad,
-        query,
-        key,
-        value,
-        output,
-        lse,
-        norm,
-        state,
-        critical,
-        counts,
-        _mask_operand(critical, counts, marginal, -(-key.shape[2] // block_k), all_keys),
-        sizes,
-        _projection(proj_weight, proj_bias, query),
-        block_q,
-        block_k,
-        scale,
-        feature_map,
-        projected=proj_weight is not None,
-        hopper=hopper,
-    )
+    with torch.cuda.device_of(query):
+        return gradients(
+            grad,
+            query,
+            key,
+            value,
+            output,
+            lse,
+            norm,
+            state,
+            critical,
+            counts,
+            _mask_operand(critical, counts, marginal, -(-key.shape[2] // block_k), all_keys),
+            sizes,
+            _projection(proj_weight, proj_bias, query),
+            block_q,
+            block_k,
+            scale,
+            feature_map,
+            projected=proj_weight is not None,
+            hopper=hopper,
+        )
 
 
 @_backward_op.register_fake
@@ -237,7 +239,8 @@ def _select_forward_op(
     blocks = block_q, block_k, scale, feature_map
     mask = None if all_keys else marginal
     tensors = query, key, value, lists, counts, mask, sizes, projection
-    results = attend(*tensors, *blocks, wanted, hopper=hopper, keep_states=keep_states)
+    with torch.cuda.device_of(query):
+        results = attend(*tensors, *blocks, wanted, hopper=hopper, keep_states=keep_states)
     return *results, lists, counts, marginal
 
 

@@ -61,7 +61,8 @@ class Launcher:
             constants: the kernel's compile-time constants by name.
             options: num_warps and the like.
         """
-        if not isinstance(self.kernel, JITFunction):  # interpreted
+        # Interpreted; or on AMD, where variants also depend on the size of each tensor's memory.
+        if not isinstance(self.kernel, JITFunction) or torch.version.hip:
             self.kernel[grid](*arguments, **constants, **options)
             return
         values = [constants[name] for name in self._constants]

@@ -372,19 +372,20 @@ def select_op(
     with_marginal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`pool` and `select` as one op: query and key are [B, H, L, D]."""
-    return select(
-        pool(query, block_q),
-        pool(key, block_k, sizes).transpose(2, 3),
-        scale,
-        width,
-        critical,
-        negligible,
-        valid_blocks,
-        wanted,
-        (key_start, key_stop),
-        (query_start, query_stop),
-        with_marginal,
-    )
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        return select(
+            pool(query, block_q),
+            pool(key, block_k, sizes).transpose(2, 3),
+            scale,
+            width,
+            critical,
+            negligible,
+            valid_blocks,
+            wanted,
+            (key_start, key_stop),
+            (query_start, query_stop),
+            with_marginal,
+        )
 
 
 @select_op.register_fake

@@ -1,0 +1,123 @@
+"""What `Launcher` tells variants of a kernel by is at least what Triton compiles variants for."""
+
+import itertools
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import make_backend  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from foveal.block_sparse.gluon.launch import _forward_launchers  # noqa: E402
+from foveal.block_sparse.gluon.support import missing_gluon  # noqa: E402
+from foveal.block_sparse.triton import forward, launch, linear, select  # noqa: E402
+
+LAUNCHERS = {
+    "forward": forward._launch_forward,
+    "key states": linear._launch_key_states,
+    "sum of parts": linear._launch_sum_parts,
+    "masked sum": linear._launch_masked_sum,
+    "pool": select._launch_pool,
+    "scores": select._launch_scores,
+    "pick": select._launch_pick,
+}
+if missing_gluon() is None:
+    LAUNCHERS |= dict(zip(("Hopper forward", "wide Hopper forward"), _forward_launchers(), strict=True))
+INTEGERS = (0, 1, 2, 16, 17, -16, -1, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2**31) - 1, 2**40)
+
+
+def values():
+    """Pairs of arguments of one kind; in each kind some that Triton compiles for apart."""
+    memory = torch.zeros(4096, dtype=torch.bfloat16)
+    yield from itertools.combinations(INTEGERS, 2)
+    yield from itertools.combinations([(x, 128, 7) for x in INTEGERS], 2)
+    tensors = memory, memory[8:], memory[1:], memory.half(), memory.float(), memory.float()[1:], None
+    yield from itertools.combinations(tensors, 2)
+    tiles = (memory, 64), (memory, 128), (memory.half(), 64), (memory[8:], 64)
+    descriptors = [TensorDescriptor(x, [16, 16], [128, 1], [1, width]) for x, width in tiles]
+    yield from itertools.combinations([*descriptors, memory], 2)
+    yield 0.5, 1.0
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launcher_tells_apart_what_triton_does(name):
+    launcher = LAUNCHERS[name]
+    kernel = launcher.kernel
+    if not isinstance(kernel, JITFunction):
+        pytest.skip("kernels are interpreted")
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    names = [p.name for p in kernel.params]
+    run_time = [p.name for p in kernel.params if not p.is_constexpr]
+    # Called with its arguments and then its constants: these come last, then, and in the kernel's order.
+    assert names == [*run_time, *launcher._constants]
+    apart = 0
+    for first, second in values():
+        for place, matters in enumerate(launcher._specialized):
+            facts, variants = [], []
+            for x in (first, second):
+                arguments = [0] * len(run_time)
+                arguments[place] = x
+                facts.append(launch._facts(tuple(arguments), launcher._specialized))
+                variants.append(bind(*arguments, *launcher._constants)[1])
+            if variants[0] != variants[1]:
+                apart += 1
+                assert facts[0] != facts[1], f"{run_time[place]} (specialized: {matters}): {first} and {second}"
+    assert apart > 0
+
+
+class Recorder(JITFunction):
+    """A kernel that notes how it was called, and what it would have compiled."""
+
+    def __init__(self, fn):
+        super().__init__(fn, do_not_specialize=["n"])
+        self.calls = []
+
+    def __getitem__(self, grid):
+        def run(*arguments, **named):
+            self.calls.append((grid, arguments, named))
+            return Compiled(self.calls)
+
+        return run
+
+
+class Compiled:
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.calls.append((grid, arguments))
+
+
+def example(x_ptr, n, FIRST: "tl.constexpr", SECOND: "tl.constexpr"):  # noqa: F821
+    pass
+
+
+def test_a_second_launch_takes_the_compiled_kernel(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    kernel = Recorder(example)
+    launcher = launch.Launcher(kernel)
+    x, constants = torch.zeros(4), {"SECOND": 2, "FIRST": 1}
+    launcher((3,), (x, 5), constants, num_warps=4)
+    launcher((4,), (x, 6), constants, num_warps=4)
+    assert kernel.calls[0] == ((3,), (x, 5), {**constants, "num_warps": 4})
+    assert kernel.calls[1] == ((4, 1, 1), (x, 6, 1, 2))
+    launcher((4,), (x[1:], 6), constants, num_warps=4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    launcher((4,), (x, 6), constants, num_warps=4)
+    assert [len(call) for call in kernel.calls] == [3, 2, 3, 3]
+
+
+def test_amd_is_left_to_triton(monkeypatch):
+    # There variants also depend on whether a tensor's memory is within 2 GiB.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    kernel = Recorder(example)
+    launcher = launch.Launcher(kernel)
+    for _ in range(2):
+        launcher((3,), (torch.zeros(4), 5), {"FIRST": 1, "SECOND": 2}, num_warps=4)
+    assert [len(call) for call in kernel.calls] == [3, 3]
