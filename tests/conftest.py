@@ -8,6 +8,12 @@ hypothesis.settings.register_profile("foveal", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("foveal")
 
 
+def pytest_configure(config):
+    # As many workers as cores: one thread each, or they fight over the cores.
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

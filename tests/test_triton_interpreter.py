@@ -167,12 +167,13 @@ def run_sla(name: str) -> None:
         assert_close_to_reference(x, y, z, name=f"{name}: {label}", factor=4.0)
 
 
-# name: (linear_scope, block_k, GROUP_BYTES, options of the selection)
+# name: (linear_scope, block_k, heads, GROUP_BYTES, options of the selection)
 SELECTING_CASES = {
-    "selecting": ("marginal", 64, 1, {"protected_keys": (200, 201)}),
-    "selecting, two tiles a block": ("marginal", 128, 2**30, {}),
-    "selecting, all": ("all", 64, 1, {"kv_lengths": (201, 80)}),
-    "selecting, padding keys": ("noncritical", 64, 1, {"kv_lengths": (201, 80)}),
+    "selecting": ("marginal", 64, 2, 1, {"protected_keys": (200, 201)}),
+    "selecting, two tiles a block": ("marginal", 128, 1, 2**30, {}),
+    "selecting, all": ("all", 64, 1, 1, {"kv_lengths": (201, 80)}),
+    # Three groups of two heads, the second with one of each sample.
+    "selecting, padding keys": ("noncritical", 64, 3, 2 * 2**20, {"kv_lengths": (201, 80)}),
 }
 
 
@@ -186,20 +187,19 @@ def run_selecting(name: str) -> None:
     from foveal.sla.triton import sla_attention_gpu
     from foveal.testing import make_inputs, output_and_gradients
 
-    scope, block_k, triton_forward.GROUP_BYTES, options = SELECTING_CASES[name]
+    scope, block_k, heads, group_bytes, options = SELECTING_CASES[name]
     module.fits_kernel = lambda *_: True
     if "kv_lengths" in options:
         options["kv_lengths"] = torch.tensor(options["kv_lengths"])
     ratios = {"keep_ratio": 0.3, "drop_ratio": 0.4 if scope == "marginal" else 0.0, "block_q": 64, "block_k": block_k}
-    # Samples differ only where their lengths do; each head is a group of its own where there are groups.
     batch = 2 if "kv_lengths" in options else 1
-    heads = 2 if name == "selecting" else 1
     inputs = make_inputs(batch=batch, heads=heads, query_length=70, key_length=201, head_dim=64, dtype=torch.bfloat16)
     weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(2)).div(8), torch.ones(64)
     given = select_blocks(*inputs[:2], **ratios, **options)
     rule = module.selection_rule(*inputs[:2], **ratios, **options)
 
-    def run(selection):
+    def run(selection, group_bytes):
+        triton_forward.GROUP_BYTES = group_bytes
         config = SLAConfig(linear_scope=scope, **ratios)
 
         def attention(query, key, value, weight, bias):
@@ -210,7 +210,7 @@ def run_selecting(name: str) -> None:
         with torch.no_grad():
             return (attention(*inputs, *weights),)
 
-    for x, y in zip(run(rule), run(given), strict=True):
+    for x, y in zip(run(rule, group_bytes), run(given, 2**30), strict=True):
         assert torch.equal(x, y), name
 
 

@@ -1,5 +1,6 @@
 """What `Launcher` tells variants of a kernel by is at least what Triton compiles variants for."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -15,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 from foveal.block_sparse.gluon.launch import _forward_launchers  # noqa: E402
 from foveal.block_sparse.gluon.support import missing_gluon  # noqa: E402
 from foveal.block_sparse.triton import forward, launch, linear, select  # noqa: E402
+from foveal.sla import triton as sla  # noqa: E402
 
 LAUNCHERS = {
     "forward": forward._launch_forward,
@@ -121,3 +123,34 @@ def test_amd_is_left_to_triton(monkeypatch):
     for _ in range(2):
         launcher((3,), (torch.zeros(4), 5), {"FIRST": 1, "SECOND": 2}, num_warps=4)
     assert [len(call) for call in kernel.calls] == [3, 3]
+
+
+def test_sla_launches_where_its_tensors_are(monkeypatch):
+    current = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.data_ptr())
+        yield
+        current.pop()
+
+    def attend(query, *_, **__):
+        assert current == [query.data_ptr()]
+        return sla._fake_results(query, 64, True, True)
+
+    def gradients(grad, query, key, value, *_, **__):
+        assert current == [query.data_ptr()]
+        return *(torch.zeros_like(x) for x in (query, key, value)), torch.zeros(64, 64), torch.zeros(64)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(sla, "attend", attend)
+    monkeypatch.setattr(sla, "gradients", gradients)
+    inputs = [torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    config = sla.SLAConfig(linear_scope="all", projection=False)
+    rule = sla.SelectionRule(1, 1, 0, None, None, None, (0, 0), (0, 0))
+    selection = sla.BlockSelection.from_labels(
+        torch.ones(1, 1, 1, 1, dtype=torch.int8), block_q=64, block_k=64, query_length=64, key_length=64
+    )
+    for chosen in (rule, selection):
+        sla.sla_attention_gpu(*inputs, config, chosen, 0.125, None, None, hopper=False).sum().backward()
+    assert not current

@@ -20,6 +20,7 @@ USUAL_VAE_STRIDES = {
     "wan_vace": (4, 8, 8),
     "wan_animate": (4, 8, 8),
     "hunyuan_video": (4, 8, 8),
+    "hunyuan_video_framepack": (4, 8, 8),
     "hunyuan_video15": (4, 16, 16),
     "cogvideox": (4, 8, 8),
     "ltx_video": (8, 32, 32),

@@ -66,8 +66,9 @@ def select_cubes_gpu(query: Tensor, key: Tensor, layout: CubeLayout, scale: floa
 def _select_op(
     query: Tensor, key: Tensor, places: Tensor, cube_sizes: Tensor, slot: int, kept: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    _, pooled = pool_cubes(query, key, None, places, cube_sizes, slot)
-    return _pick(*pooled, kept, scale)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        _, pooled = pool_cubes(query, key, None, places, cube_sizes, slot)
+        return _pick(*pooled, kept, scale)
 
 
 @_select_op.register_fake
@@ -117,32 +118,33 @@ def _forward_op(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, and what the backward reads (empty unless `save`) and the lists."""
-    in_place = hopper and slot == SLOT
-    cubes, pooled = pool_cubes(query, key, value, places, key_sizes, slot, gather="kv" if in_place else "qkv")
-    if given_critical is None:
-        critical, counts = _pick(*pooled[:2], kept, scale)
-        critical, counts = _with_text(critical, counts, text_counts, key_sizes.shape[1])
-    else:
-        # An op may not return what it was given.
-        critical, counts = (x.clone(memory_format=torch.contiguous_format) for x in (given_critical, given_counts))
-    coarse, coarse_lse = pooled_attention(*pooled, scale)
-    gates = gate_coarse, gate_fine
-    if in_place:
-        output, fine, lse = gluon.attend_cubes(
-            query, *cubes, critical, counts, key_sizes, uniform, places, coarse, *gates, scale, save_fine=save
-        )
-    else:
-        run = gluon.forward if hopper else forward
-        lse = torch.empty(cubes[0].shape[:3], dtype=torch.float32, device=query.device)
-        # Every program is done with its queries when it writes its output: into their memory.
-        sizes, results = _fine_sizes(key_sizes, slot, uniform), (cubes[0], lse)
-        fine, lse = run(*cubes, critical, counts, sizes, slot, slot, scale, results=results)
-        output = torch.empty_like(query)
-        combine(fine, coarse, *gates, places, slot, output)
-    if not save:
-        fine = query.new_empty(0)
-        lse, coarse, coarse_lse, *pooled = (lse.new_empty(0) for _ in range(6))
-    return output, fine, lse, *pooled, coarse, coarse_lse, critical, counts
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        in_place = hopper and slot == SLOT
+        cubes, pooled = pool_cubes(query, key, value, places, key_sizes, slot, gather="kv" if in_place else "qkv")
+        if given_critical is None:
+            critical, counts = _pick(*pooled[:2], kept, scale)
+            critical, counts = _with_text(critical, counts, text_counts, key_sizes.shape[1])
+        else:
+            # An op may not return what it was given.
+            critical, counts = (x.clone(memory_format=torch.contiguous_format) for x in (given_critical, given_counts))
+        coarse, coarse_lse = pooled_attention(*pooled, scale)
+        gates = gate_coarse, gate_fine
+        if in_place:
+            output, fine, lse = gluon.attend_cubes(
+                query, *cubes, critical, counts, key_sizes, uniform, places, coarse, *gates, scale, save_fine=save
+            )
+        else:
+            run = gluon.forward if hopper else forward
+            lse = torch.empty(cubes[0].shape[:3], dtype=torch.float32, device=query.device)
+            # Every program is done with its queries when it writes its output: into their memory.
+            sizes, results = _fine_sizes(key_sizes, slot, uniform), (cubes[0], lse)
+            fine, lse = run(*cubes, critical, counts, sizes, slot, slot, scale, results=results)
+            output = torch.empty_like(query)
+            combine(fine, coarse, *gates, places, slot, output)
+        if not save:
+            fine = query.new_empty(0)
+            lse, coarse, coarse_lse, *pooled = (lse.new_empty(0) for _ in range(6))
+        return output, fine, lse, *pooled, coarse, coarse_lse, critical, counts
 
 
 @_forward_op.register_fake
@@ -190,24 +192,25 @@ def _backward_op(
     scale: float,
     hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    columns = column_lists(critical, counts, key_sizes.shape[1])
-    grad_fine, delta, grad_coarse, *grad_gates = split_gradient(
-        grad, fine, coarse, gate_coarse, gate_fine, places, slot
-    )
-    pooled = pooled_attention_backward(grad_coarse, query_c, key_c, value_c, coarse, coarse_lse, scale)
-    cubes, _ = pool_cubes(query, key, value, places, key_sizes, slot, gather="qkv", pool=False)
-    sizes = _fine_sizes(key_sizes, slot, uniform)
-    arguments = (grad_fine, *cubes, delta, lse, critical, counts, columns, sizes, slot, slot, scale)
-    if hopper:
-        cubes = gluon.backward(*arguments, uniform=uniform if slot == SLOT else 0)
-    else:
-        cubes = backward(*arguments)
-    del arguments
-    del grad_fine
-    grads = tuple(torch.empty_like(x) for x in (query, key, value))
-    return_gradients(cubes, pooled, places, cube_sizes, slot, grads)
-    return *grads, *(grad.new_empty(0) if x is None else x for x in grad_gates)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        columns = column_lists(critical, counts, key_sizes.shape[1])
+        grad_fine, delta, grad_coarse, *grad_gates = split_gradient(
+            grad, fine, coarse, gate_coarse, gate_fine, places, slot
+        )
+        pooled = pooled_attention_backward(grad_coarse, query_c, key_c, value_c, coarse, coarse_lse, scale)
+        cubes, _ = pool_cubes(query, key, value, places, key_sizes, slot, gather="qkv", pool=False)
+        sizes = _fine_sizes(key_sizes, slot, uniform)
+        arguments = (grad_fine, *cubes, delta, lse, critical, counts, columns, sizes, slot, slot, scale)
+        if hopper:
+            cubes = gluon.backward(*arguments, uniform=uniform if slot == SLOT else 0)
+        else:
+            cubes = backward(*arguments)
+        del arguments
+        del grad_fine
+        grads = tuple(torch.empty_like(x) for x in (query, key, value))
+        return_gradients(cubes, pooled, places, cube_sizes, slot, grads)
+        return *grads, *(grad.new_empty(0) if x is None else x for x in grad_gates)
 
 
 @_backward_op.register_fake

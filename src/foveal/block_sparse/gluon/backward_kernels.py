@@ -276,7 +276,7 @@ def sum_query_gradient(
         next_start = tile_start(list_ptr, 1, count, tile_k, SPLIT)
         last_valid = valid
     else:
-        last_valid = key_length - tile_start(list_ptr, count - 1, count, tile_k, SPLIT)
+        last_valid = key_length - tile_start(list_ptr, gl.maximum(count - 1, 0), count, tile_k, SPLIT)
     mbarrier.wait(q_full, 0)
     for t in range(count):
         k_slot, v_slot = t % K_SLOTS, t % V_SLOTS

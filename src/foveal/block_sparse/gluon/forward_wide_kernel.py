@@ -33,10 +33,10 @@ def half_start(list_ptr, half, listed, key_length, SPLIT: gl.constexpr):
 def listed_halves(list_ptr, kept, key_length, SPLIT: gl.constexpr):
     """How many halves of tiles a row's list has, and how many keys of the last one count."""
     listed = kept * SPLIT
-    start = half_start(list_ptr, listed - 1, listed, key_length, SPLIT)
+    start = half_start(list_ptr, gl.maximum(listed - 1, 0), listed, key_length, SPLIT)
     if SPLIT == 2:  # the last key block may end before its second half
         listed = gl.where((kept > 0) & (start >= key_length), listed - 1, listed)
-        start = half_start(list_ptr, listed - 1, listed, key_length, SPLIT)
+        start = half_start(list_ptr, gl.maximum(listed - 1, 0), listed, key_length, SPLIT)
     return listed, gl.minimum(key_length - start, HALF)
 
 

@@ -47,7 +47,8 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:
     critical, counts = critical.contiguous(), counts.contiguous()
     run = gluon.forward if hopper else forward
-    return run(query, key, value, critical, counts, sizes, block_q, block_k, scale)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        return run(query, key, value, critical, counts, sizes, block_q, block_k, scale)
 
 
 @_forward_op.register_fake
@@ -75,10 +76,11 @@ def _backward_op(
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     critical, counts = critical.contiguous(), counts.contiguous()
-    delta = output_delta(grad, output, grad_lse)
-    columns = column_lists(critical, counts, -(-key.shape[2] // block_k))
     run = gluon.backward if hopper else backward
-    return run(grad, query, key, value, delta, lse, critical, counts, columns, sizes, block_q, block_k, scale)
+    with torch.cuda.device_of(query):
+        delta = output_delta(grad, output, grad_lse)
+        columns = column_lists(critical, counts, -(-key.shape[2] // block_k))
+        return run(grad, query, key, value, delta, lse, critical, counts, columns, sizes, block_q, block_k, scale)
 
 
 @_backward_op.register_fake
