@@ -210,9 +210,9 @@ def _pick_kernel(
         count = tl.sum(marks, 0)
         place = tl.cumsum(marks, 0) - 1
         lists = critical_ptr + (pair * query_blocks + row) * width
-        tl.store(lists + place, column, mask=critical & (place < width))
+        tl.store(lists + place, column, mask=critical)
         tl.store(lists + column, tl.zeros([COLUMNS], tl.int32), mask=(column >= count) & (column < width))
-        tl.store(count_ptr + pair * query_blocks + row, tl.minimum(count, width))
+        tl.store(count_ptr + pair * query_blocks + row, count)
         if MARGINAL:
             marginal = tl.where(valid & (marks + below + low_tied == 0), 1.0, 0.0)
             tl.store(marginal_ptr, marginal.to(marginal_ptr.dtype.element_ty), mask=inside)
