@@ -23,7 +23,7 @@ def block_rows(place_ptr, block, first, num_cubes, length, key_length, SLOT: tl.
     """Raster rows int64 [ROWS] of places first ... of a block, and which of them hold a token."""
     place = first + tl.arange(0, ROWS)
     is_cube = block < num_cubes
-    row = tl.load(place_ptr + block * SLOT + place, mask=is_cube, other=-1)
+    row = tl.load(place_ptr + block * SLOT + place, mask=(block + 0 * place) < num_cubes, other=-1)
     text = (length + (block - num_cubes) * SLOT + place).to(tl.int64)
     row = tl.where(is_cube, row, text)
     return row, (row >= 0) & (row < key_length)
@@ -34,7 +34,7 @@ def load_gate(gate_ptr, strides, batch, head, row, inside, D: tl.constexpr):
     """float32 [ROWS, D]; a gate may be expanded along any dimension."""
     base = gate_ptr + batch * strides[0] + head * strides[1]
     offsets = row[:, None] * strides[2] + tl.arange(0, D)[None, :].to(tl.int64) * strides[3]
-    return tl.load(base + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+    return tl.load(base + offsets, mask=inside[:, None] != 0, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -42,14 +42,14 @@ def store_gate(gate_ptr, strides, batch, head, row, inside, values, D: tl.conste
     """The inverse of `load_gate`."""
     base = gate_ptr + batch * strides[0] + head * strides[1]
     offsets = row[:, None] * strides[2] + tl.arange(0, D)[None, :].to(tl.int64) * strides[3]
-    tl.store(base + offsets, values.to(gate_ptr.dtype.element_ty), mask=inside[:, None])
+    tl.store(base + offsets, values.to(gate_ptr.dtype.element_ty), mask=inside[:, None] != 0)
 
 
 @triton.jit
 def load_tokens(x_ptr, strides, batch, head, row, inside, D: tl.constexpr):
     """[ROWS, D] of a raster-order tensor, zero where no token is."""
     base = x_ptr + batch * strides[0] + head * strides[1]
-    return tl.load(base + row[:, None] * strides[2] + tl.arange(0, D)[None, :], mask=inside[:, None], other=0.0)
+    return tl.load(base + row[:, None] * strides[2] + tl.arange(0, D)[None, :], mask=inside[:, None] != 0, other=0.0)
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def store_tokens(x_ptr, strides, batch, head, row, inside, values, D: tl.constex
     """The inverse of `load_tokens`."""
     base = x_ptr + batch * strides[0] + head * strides[1]
     offsets = row[:, None] * strides[2] + tl.arange(0, D)[None, :]
-    tl.store(base + offsets, values.to(x_ptr.dtype.element_ty), mask=inside[:, None])
+    tl.store(base + offsets, values.to(x_ptr.dtype.element_ty), mask=inside[:, None] != 0)
 
 
 @triton.jit
@@ -198,10 +198,12 @@ def _return_gradients_kernel(
     batch, head = pair // heads, pair % heads
     is_cube = block < num_cubes
     share = 1.0 / tl.load(size_ptr + block, mask=is_cube, other=1).to(tl.float32)
-    pooled = (pair * num_cubes + block) * D + tl.arange(0, D)
-    shared_q = tl.load(pooled_query_ptr + pooled, mask=is_cube, other=0.0)[None, :] * share
-    shared_k = tl.load(pooled_key_ptr + pooled, mask=is_cube, other=0.0)[None, :] * share
-    shared_v = tl.load(pooled_value_ptr + pooled, mask=is_cube, other=0.0)[None, :] * share
+    feature = tl.arange(0, D)
+    pooled = (pair * num_cubes + block) * D + feature
+    has_pooled = (block + 0 * feature) < num_cubes
+    shared_q = tl.load(pooled_query_ptr + pooled, mask=has_pooled, other=0.0)[None, :] * share
+    shared_k = tl.load(pooled_key_ptr + pooled, mask=has_pooled, other=0.0)[None, :] * share
+    shared_v = tl.load(pooled_value_ptr + pooled, mask=has_pooled, other=0.0)[None, :] * share
     for first in tl.static_range(0, SLOT, ROWS):
         row, inside = block_rows(place_ptr, block, first, num_cubes, length, key_length, SLOT, ROWS)
         offsets = slot_offsets(pair, num_blocks, block, first, SLOT, ROWS, D)

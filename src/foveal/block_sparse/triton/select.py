@@ -210,7 +210,7 @@ def _pick_kernel(
         count = tl.sum(marks, 0)
         place = tl.cumsum(marks, 0) - 1
         lists = critical_ptr + (pair * query_blocks + row) * width
-        tl.store(lists + place, column, mask=critical)
+        tl.store(lists + place, column, mask=marks > 0)
         tl.store(lists + column, tl.zeros([COLUMNS], tl.int32), mask=(column >= count) & (column < width))
         tl.store(count_ptr + pair * query_blocks + row, count)
         if MARGINAL:
