@@ -31,18 +31,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from foveal import SLAConfig, VideoGrid, VSAConfig, attention_cost, sparsify
 from foveal.bench.machine import machine
 from foveal.methods import Config
-from foveal.training.config import WanArchitecture
 from foveal.training.model import build_wan, token_grid, velocity
 from foveal.training.objective import add_noise, flow_matching_loss
 from foveal.training.optimization import StepReport, build_optimizer, optimizer_step, warmup_and_decay
+from foveal.training.settings import WanArchitecture
 from foveal.training.throughput import peak_flops, sample_flops
 
 ARMS: dict[str, Config | None] = {
     "dense": None,
     "sla 5% 64x64 marginal": SLAConfig(keep_ratio=0.05, drop_ratio=0.10),
     "sla 5% 128x64 all": SLAConfig(keep_ratio=0.05, drop_ratio=0.0, block_q=128, linear_scope="all"),
-    "vsa 12.5%": VSAConfig(keep_ratio=0.125),
-    "vsa 10%": VSAConfig(keep_ratio=0.10),
+    "vsa 12.5%": VSAConfig(keep_ratio=0.125, tile="auto"),
+    "vsa 10%": VSAConfig(keep_ratio=0.10, tile="auto"),
     "dense again": None,
 }
 BACKENDS = {
@@ -50,6 +50,8 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+# argparse formats its help texts.
+ARM_NAMES = ", ".join(ARMS).replace("%", "%%")
 # Of the latents against pixels and frames, as Wan's VAE has them.
 SPATIAL, TEMPORAL = 8, 4
 TEXT_LENGTH = 512
@@ -187,7 +189,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ffn-dim", type=int, default=8960)
     parser.add_argument("--warmup", type=int, default=3, help="steps that are not timed, compilation among them")
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=ARM_NAMES)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="run the blocks eagerly")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--commit", help="of this tree, where there is no git to ask")

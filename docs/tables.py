@@ -13,70 +13,164 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "choosing-sparsity.md", ROOT / "README.md")
+PAGES = (
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "choosing-sparsity.md",
+    ROOT / "docs" / "multi-gpu.md",
+    ROOT / "docs" / "training.md",
+    ROOT / "README.md",
+)
 
 
-def gpu_runs(only: str) -> list[dict]:
-    """The runs of `foveal bench` of one sort ("kernels", "methods"), oldest first."""
-    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("nvidia-*.json"))]
-    return [run for run in runs if run["settings"]["only"] == only]
+def latest(pattern: str, wanted=lambda run: True) -> dict:
+    """The newest of the results whose file names match and that are wanted."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+    return [run for run in runs if wanted(run)][-1]
+
+
+def bench_run(shape: str, kind: str) -> tuple[dict, list[dict]]:
+    """The newest run of `foveal bench` with this shape and kind of candidates, and its entries of them that ran."""
+
+    def entries(run: dict) -> list[dict]:
+        return [
+            entry
+            for entry in run["results"]
+            if entry["shape"] == shape and entry["status"] == "ok" and entry["kind"] in (kind, "dense")
+        ]
+
+    run = latest("nvidia-*.json", lambda run: any(entry["kind"] == kind for entry in entries(run)))
+    return run, entries(run)
 
 
 def _row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def kernels() -> str:
+def kernels(shape: str = "480p") -> str:
     """Block-sparse kernels: milliseconds, and the share of dense cuDNN's rate that they keep."""
-    run = gpu_runs("kernels")[-1]
+    run, entries = bench_run(shape, "kernel")
     lines = [
         _row("candidate", "forward, ms", "share of cuDNN's TFLOP/s", "backward, ms", "share of cuDNN's TFLOP/s"),
         "|---|---|---|---|---|",
     ]
-    for entry in run["results"]:
-        if entry["status"] == "ok":
-            cells = []
-            for name in ("forward", "backward"):
-                figures = entry["passes"][name]
-                share = figures["ratios"]["SDPA cuDNN"]["share_of_rate"]
-                cells += [f"{figures['rested_ms']:.3f}", f"{100 * share:.0f} %"]
-            lines.append(_row(entry["name"], *cells))
-    return "\n".join([*lines, "", _caption(run)])
+    for entry in entries:
+        cells = []
+        for name in ("forward", "backward"):
+            figures = entry["passes"][name]
+            share = figures["ratios"]["SDPA cuDNN"]["share_of_rate"]
+            cells += [f"{figures['rested_ms']:.3f}", f"{100 * share:.0f} %"]
+        lines.append(_row(entry["name"], *cells))
+    return "\n".join([*lines, "", _caption(run, shape)])
 
 
-def methods() -> str:
+def methods(shape: str = "480p") -> str:
     """Whole methods: milliseconds, and how many times faster than dense attention."""
-    run = gpu_runs("methods")[-1]
-    lines = [
-        _row("candidate", "forward, ms", "x cuDNN", "x flash", "backward, ms", "x cuDNN", "x flash", "extra MiB"),
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for entry in run["results"]:
-        if entry["status"] == "ok":
-            cells = []
-            for name in ("forward", "backward"):
-                figures = entry["passes"][name]
-                cells.append(f"{figures['rested_ms']:.3f}")
-                cells += [f"{figures['ratios'][base]['speedup']:.1f}" for base in ("SDPA cuDNN", "SDPA flash")]
-            cells.append(f"{entry['memory']['forward_backward'] / 2**20:.0f}")
-            lines.append(_row(entry["name"].removesuffix(", auto"), *cells))
-    return "\n".join([*lines, "", _caption(run)])
+    run, entries = bench_run(shape, "method")
+    one = ("ms", "x cuDNN", "sustained", "x flash", "host, ms")
+    heads = [f"{name}, {cell}" if cell == "ms" else cell for name in ("forward", "backward") for cell in one]
+    lines = [_row("candidate", *heads, "extra MiB"), "|---" * (len(heads) + 2) + "|"]
+    for entry in entries:
+        cells = []
+        for name in ("forward", "backward"):
+            figures = entry["passes"][name]
+            cudnn, flash = (figures["ratios"][base] for base in ("SDPA cuDNN", "SDPA flash"))
+            cells += [f"{figures['rested_ms']:.3f}", f"{cudnn['speedup']:.1f}", f"{cudnn['sustained_speedup']:.1f}"]
+            cells += [f"{flash['speedup']:.1f}", f"{figures['host_ms']:.1f}"]
+        cells.append(f"{entry['memory']['forward'] / 2**20:.0f}, {entry['memory']['forward_backward'] / 2**20:.0f}")
+        lines.append(_row(entry["name"].removesuffix(", auto"), *cells))
+    return "\n".join([*lines, "", _caption(run, shape)])
 
 
 def speed() -> str:
-    """The README's short table: whole methods against dense attention."""
-    run = gpu_runs("methods")[-1]
-    lines = [_row("attention, Wan 480p (32,760 tokens)", "forward", "backward"), "|---|---|---|"]
-    wanted = ("SLA 64x64 marginal, auto", "SLA 128x64 marginal, auto", "SLA 128x64 all, auto", "VSA 12.5 %, auto")
-    for entry in run["results"]:
-        if entry["name"] in ("SDPA cuDNN", *wanted):
+    """The README's short table: whole methods against dense attention, and a whole model."""
+    run, entries = bench_run("480p", "method")
+    model = latest("wan-1.3b-*.json")
+    calls = model["calls"]["480p"]
+    head = ("Wan2.1-1.3B, 480p, 81 frames (32,760 tokens)", "attention forward", "backward", "whole transformer call")
+    lines = [_row(*head), "|---|---|---|---|"]
+    wanted = {
+        "SDPA cuDNN": "dense",
+        "SLA 64x64 marginal, auto": "SLA 64x64 marginal",
+        "SLA 128x64 all, auto": "SLA 128x64 all",
+        "VSA 12.5 %, auto tile, auto": "VSA 12.5 %",
+    }
+    for entry in entries:
+        if entry["name"] in wanted:
             cells = [
                 f"{entry['passes'][name]['rested_ms']:.2f} ms "
                 f"({entry['passes'][name]['ratios']['SDPA cuDNN']['speedup']:.1f}x)"
                 for name in ("forward", "backward")
             ]
-            lines.append(_row(entry["name"].removesuffix(", auto"), *cells))
-    return "\n".join([*lines, "", _caption(run)])
+            call = calls[wanted[entry["name"]]]
+            lines.append(_row(wanted[entry["name"]], *cells, f"{call['ms']:.0f} ms ({call['speedup']:.2f}x)"))
+    return "\n".join([*lines, "", _caption(run, "480p"), f"Transformer calls: {_machine(model)}, blocks compiled."])
+
+
+def wan() -> str:
+    """Transformer calls and a whole generation."""
+    run = latest("wan-1.3b-*.json")
+    lines = [_row("", "attention", "ms", "", "peak GiB above the weights"), "|---|---|---|---|---|"]
+    for resolution, calls in run["calls"].items():
+        for arm, call in calls.items():
+            cells = (f"{call['ms']:.0f}", f"{call['speedup']:.2f}x", f"{call['peak_bytes'] / 2**30:.2f}")
+            lines.append(_row(resolution, arm, *cells))
+    heads = ("a generation", "attention", "s", "", "denoising, s", "VAE decode, s")
+    lines += ["", _row(*heads), "|---" * len(heads) + "|"]
+    for resolution, arms in run["generation"].items():
+        for arm, found in arms.items():
+            cells = [f"{found[name]:.1f}" for name in ("seconds", "denoising_s", "decode_s")]
+            label = f"{resolution}, {run['settings']['generate']} steps"
+            lines.append(_row(label, arm, cells[0], f"{found['speedup']:.2f}x", *cells[1:]))
+    return "\n".join([*lines, "", f"{_machine(run)}; medians of {run['settings']['rounds']} calls."])
+
+
+def steps() -> str:
+    """Seconds of a fine-tuning step."""
+    runs: dict[int, dict] = {}
+    for path in sorted(RESULTS.glob("training-step-*.json")):
+        run = json.loads(path.read_text())
+        runs[run["tokens"]] = run
+    lines = [_row("tokens", "attention", "s a step", "", "peak GiB", "parameters, M"), "|---|---|---|---|---|---|"]
+    for tokens, run in runs.items():
+        dense = run["arms"]["dense"]["median_seconds"]
+        for arm, found in run["arms"].items():
+            seconds = found["median_seconds"]
+            cells = (f"{seconds:.3f}", f"{dense / seconds:.2f}x", f"{found['peak_memory_gib']:.1f}")
+            lines.append(_row(f"{tokens:,}", arm, *cells, f"{found['parameters'] / 1e6:.0f}"))
+    return "\n".join([*lines, "", f"{_machine(run)}; medians of {run['settings']['steps']} steps."])
+
+
+def parallel() -> str:
+    """One GPU against two: a transformer call under Ulysses, and steps of `foveal train` under FSDP2."""
+    lines = [_row("", "attention", "one GPU", "two GPUs", ""), "|---|---|---|---|---|"]
+    for backward, label in ((False, "Ulysses, forward"), (True, "Ulysses, forward and backward")):
+        run = latest("context-parallel-*.json", lambda run, wanted=backward: run["settings"]["backward"] is wanted)
+        for arm, found in run["calls"].items():
+            times = [f"{found[name]['ms']:.0f} ms" for name in ("single", "parallel")]
+            lines.append(_row(label, arm, *times, f"{found['speedup']:.2f}x"))
+    run = latest("train-scaling-*.json")
+    rates = [f"{one['tokens_per_second']:,.0f} tokens/s" for one in (run["one_process"], run)]
+    lines.append(_row("FSDP2, `foveal train`", "SLA 64x64 marginal", *rates, f"{run['scaling']:.2f}x"))
+    return "\n".join([*lines, "", f"{_machine(run)}, two of them."])
+
+
+def fine_tune() -> str:
+    """Held-out losses of the fine-tune at 16K tokens."""
+    run = latest("fine_tune.json")
+    marks = [step for step, _ in run["arms"]["dense"]["held_out_loss"]]
+    shown = [marks[index] for index in (0, len(marks) // 4, len(marks) // 2, -1)]
+    lines = [_row("attention", *(f"after {step} steps" for step in shown), "s a step"), "|---" * 6 + "|"]
+    for arm, found in run["arms"].items():
+        losses = dict(map(tuple, found["held_out_loss"]))
+        cells = (*(f"{losses[step]:.4f}" for step in shown), f"{found['median_step_seconds']:.3f}")
+        lines.append(_row(arm, *cells))
+    settings, before = run["settings"], run["pretraining"]
+    caption = (
+        f"{run['tokens']:,} tokens, {run['parameters'] / 1e6:.0f} M parameters, {settings['pretrain_steps']} dense "
+        f"steps before ({before['seconds']:.0f} s), batch {settings['batch']}, seed {settings['seed']}; "
+        f"{_machine(run)}."
+    )
+    return "\n".join([*lines, "", caption])
 
 
 def cpu() -> str:
@@ -122,17 +216,32 @@ def order() -> str:
     return "\n".join([*lines, "", caption])
 
 
-def _caption(run: dict) -> str:
+def _machine(run: dict) -> str:
     machine = run["machine"]
-    shape = ", ".join(f"B{s['batch']} H{s['heads']} L{s['length']} D{s['head_dim']}" for s in run["shapes"].values())
-    commit = machine["commit"][:7] if machine["commit"] else "not recorded (no git on the machine)"
-    return (
-        f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, Triton {machine['triton']}; "
-        f"{shape}, {run['settings']['dtype']}; rested medians, {run['started'][:10]}; commit {commit}."
-    )
+    commit = f", commit {machine['commit'][:7]}" if machine["commit"] else ""
+    return f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}{commit}"
 
 
-TABLES = {"kernels": kernels, "methods": methods, "speed": speed, "cpu": cpu, "order": order}
+def _caption(run: dict, shape: str) -> str:
+    sizes = run["shapes"][shape]
+    sizes = f"B{sizes['batch']} H{sizes['heads']} L{sizes['length']} D{sizes['head_dim']}"
+    return f"{_machine(run)}; {sizes}, {run['settings']['dtype']}; rested medians, {run['started'][:10]}."
+
+
+TABLES = {
+    "kernels": kernels,
+    "methods": methods,
+    "methods_720p": lambda: methods("720p"),
+    "methods_paper": lambda: methods("paper"),
+    "methods_d64": lambda: methods("d64"),
+    "speed": speed,
+    "wan": wan,
+    "steps": steps,
+    "parallel": parallel,
+    "fine_tune": fine_tune,
+    "cpu": cpu,
+    "order": order,
+}
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 

@@ -7,8 +7,9 @@ foveal train recipes/my_clips.py:sparser --data.folder latents/
 import dataclasses
 
 from foveal import SLAConfig
-from foveal.training.config import SparsitySettings, TrainingConfig
+from foveal.training.config import TrainingConfig
 from foveal.training.recipes import RECIPES
+from foveal.training.settings import SparsitySettings
 
 
 def sparser() -> TrainingConfig:

@@ -12,10 +12,30 @@ from foveal.integrations import dense, densify, load, save, sparsify, summary
 from foveal.integrations.processor import sparse_processors, state_of
 
 METHODS = pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_VSA], ids=["sla", "vsa"])
+DENSE_METHODS = pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=["sla", "vsa"])
 
 
 def attention_processors(model) -> dict:
     return {f"{name}.processor": part.processor for name, part in model.named_modules() if hasattr(part, "processor")}
+
+
+@torch.no_grad()
+def check_pipeline(pipeline, grid, **arguments) -> None:
+    """A pipeline whose attention keeps everything makes what it made dense, and its tokens are of this grid."""
+    pipeline.set_progress_bar_config(disable=True)
+
+    def generate() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return pipeline(**arguments, num_inference_steps=2, generator=generator, output_type="latent")[0]
+
+    expected = generate()
+    assert expected.abs().max() > 0.1
+    sparsify(pipeline, DENSE_SLA)
+    torch.testing.assert_close(generate(), expected, rtol=0, atol=1e-4)
+    assert state_of(pipeline.transformer).grid == grid
+    # Whatever the model is, it was ours that ran.
+    sparsify(densify(pipeline), SPARSE_SLA)
+    assert (generate() - expected).abs().max() > 1e-4
 
 
 class FamilyChecks:
@@ -51,20 +71,27 @@ class FamilyChecks:
         randomize(model)
         return model
 
-    @pytest.mark.parametrize(
-        "config", [DENSE_SLA, DENSE_SLA.replace(token_order="tile"), DENSE_VSA], ids=["sla", "sla tile order", "vsa"]
-    )
     @torch.no_grad()
-    def test_keeping_everything_equals_dense(self, config):
-        model, data = self.model().double(), self.inputs(dtype=torch.float64)
+    def check_equals_dense(self, model, config, data, grid=None) -> None:
+        """A dense model gives the same once it is sparse with a configuration that keeps everything.
+
+        Args:
+            grid: of the tokens; None for `GRID`.
+        """
         expected = self.run(model, **data)
         sparsify(model, config)
         # Rotary embeddings and time embeddings are float32 in diffusers whatever the model is.
         torch.testing.assert_close(self.run(model, **data), expected, rtol=0, atol=1e-5)
-        assert state_of(model).grid == self.GRID
+        assert state_of(model).grid == (grid or self.GRID)
         assert expected.abs().max() > 0.1
 
-    @pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=["sla", "vsa"])
+    @pytest.mark.parametrize(
+        "config", [DENSE_SLA, DENSE_SLA.replace(token_order="tile"), DENSE_VSA], ids=["sla", "sla tile order", "vsa"]
+    )
+    def test_keeping_everything_equals_dense(self, config):
+        self.check_equals_dense(self.model().double(), config, self.inputs(dtype=torch.float64))
+
+    @DENSE_METHODS
     def test_keeping_everything_has_the_dense_gradients(self, config):
         model, data = self.model().double(), self.inputs(dtype=torch.float64)
         parameters = dict(model.named_parameters())
@@ -164,7 +191,7 @@ class FamilyChecks:
             else:
                 assert torch.equal(parameter.grad, other.grad), name
 
-    @pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=["sla", "vsa"])
+    @DENSE_METHODS
     @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
     @torch.no_grad()
     def test_half_precision(self, config, autocast):

@@ -60,6 +60,9 @@ class FakeTimer:
     def sustained(self, function, calls):
         return 2 * self._time(function)
 
+    def host(self, function):
+        return 3 * self._time(function)
+
 
 def by_name(*starts):
     return [c for c in candidates_for("cpu") if c.name.startswith(starts)]
@@ -82,7 +85,7 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     assert module_main.main(["--device", "cpu", "--length", "600", "--quick", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
     results = json.loads(path.read_text())
-    assert results["schema"] == 1
+    assert results["schema"] == 2
     assert set(results) == {"schema", "started", "settings", "machine", "shapes", "results"}
     assert results["shapes"]["length 600"] == {
         "batch": 1, "heads": 2, "length": 600, "head_dim": 64, "grid": [4, 10, 15]
@@ -205,7 +208,7 @@ def test_a_failure_of_ours_is_no_skip(tmp_path, monkeypatch):
 
 def test_ratios_from_known_times():
     def entry(task, kind, milliseconds, flops):
-        own = figures([9.0, milliseconds, 0.5], 2 * milliseconds, flops, 8e12)
+        own = figures([9.0, milliseconds, 0.5], 2 * milliseconds, 1.0, flops, 8e12)
         return {"task": task, "kind": kind, "passes": {"forward": own}}
 
     dense, flash, ours = entries = [
@@ -241,6 +244,7 @@ def test_figures_of_a_run_follow_from_its_times():
     assert dense["passes"]["forward"]["executed_tflops"] == pytest.approx(4 * 2 * 600**2 * 64 / 1e-3 * 1e-12)
     assert sparse["passes"]["both"]["ratios"]["SDPA"]["speedup"] == pytest.approx(5 / 6)
     assert sparse["passes"]["both"]["sustained_ms"] == 12
+    assert sparse["passes"]["both"]["host_ms"] == 18
 
 
 def test_candidates_take_turns():
@@ -248,8 +252,8 @@ def test_candidates_take_turns():
     timer = CpuTimer()
     functions = {name: lambda name=name: calls.append(name) for name in "ab"}
     times = measure(timer, functions, rounds=2, calls=1, seconds=0.0)
-    assert "".join(calls) == "aabbaabb" + "ab"
-    assert [len(rested) for rested, _ in times.values()] == [2, 2]
+    assert "".join(calls) == "aabbaabb" + "abab"
+    assert [len(rested) for rested, _, _ in times.values()] == [2, 2]
 
 
 class FakeEvent:
@@ -284,6 +288,9 @@ def test_cuda_timer_with_a_device_played_by_the_host(monkeypatch):
     assert timer.sustained(work, 5) == 2.5
     assert len(calls) == 9
     assert synchronised == [CPU] * 4
+    assert timer.host(work) < 1000, "the host's own clock, not the device's"
+    assert len(calls) == 9 + timing.HOST_CALLS
+    assert synchronised == [CPU] * (4 + timing.HOST_CALLS + 1), "the device is idle before each"
 
 
 def test_peak_memory_leaves_out_what_is_returned(monkeypatch):
@@ -438,7 +445,7 @@ def test_problem_of_every_candidate_is_laid_out_like_its_gradient():
 
 def test_table_names_both_baselines_and_says_who_is_missing():
     def entry(name, kind, times, **rest):
-        passes = {"forward": figures([times], times, 1e12, 1e12)} if times else {}
+        passes = {"forward": figures([times], times, times, 1e12, 1e12)} if times else {}
         base = {"shape": "480p", "name": name, "task": name, "kind": kind, "memory": {}, "status": "ok", "reason": None}
         return base | {"passes": passes} | rest
 

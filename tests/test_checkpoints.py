@@ -25,6 +25,7 @@ from checkpoint_files import (
 from tiny_wan import SPARSE_SLA, SPARSE_VSA, inputs, randomize, tiny_pipeline, tiny_transformer
 
 from foveal import SLAConfig, VSAConfig
+from foveal.inspect.capture import capture_selections
 from foveal.integrations import densify, save, sparsify
 from foveal.integrations.checkpoint_formats import FORMATS, to_diffusers, wan_names
 from foveal.integrations.checkpoints import export_checkpoint, load_checkpoint
@@ -119,6 +120,28 @@ def test_fastvideo_ratio_goes_by_the_model_size():
     config_for = FORMATS["fastvideo-vsa"].config_for
     assert config_for(1536) == VSAConfig(keep_ratio=0.2, tile=(4, 4, 4))
     assert config_for(5120) == VSAConfig(keep_ratio=0.1, tile=(4, 4, 4))
+
+
+def test_fastvideo_rounds_up_and_the_report_says_so(tmp_path):
+    """Its grid here has 2 x 2 x 2 cubes: of a ratio of 0.3, FastVideo keeps 3 and we keep 2."""
+    path = write(tmp_path / "fast.safetensors", trained().state_dict() | gates())
+    rounding = FORMATS["fastvideo-vsa"].rounding
+    models, kept = {}, {}
+    for name, changes in {"ratio": {"keep_ratio": 0.3}, "topk": {"topk": 3}}.items():
+        models[name] = tiny_transformer(num_layers=LAYERS)
+        report = load_checkpoint(models[name], path, **changes)
+        assert (rounding in str(report).splitlines()[-1]) == (name == "ratio")
+        assert report.changes == changes
+        with capture_selections(models[name]) as selections:
+            outputs(models[name], **inputs(latent=(5, 10, 14)))
+        kept[name] = {count for one in selections.values() for count in one.critical_count.unique().tolist()}
+    assert kept == {"ratio": {2}, "topk": {3}}
+    assert report.config == VSAConfig(topk=3, tile=(4, 4, 4))
+    # What was trained and written here was trained with our rounding.
+    export_checkpoint(models["ratio"], tmp_path / "ours.safetensors", format="fastvideo-vsa")
+    report = load_checkpoint(tiny_transformer(num_layers=LAYERS), tmp_path / "ours.safetensors")
+    assert report.config == VSAConfig(keep_ratio=0.3, tile=(4, 4, 4))
+    assert rounding not in str(report)
 
 
 def test_sparse_parameters_alone_leave_the_base_weights(tmp_path):

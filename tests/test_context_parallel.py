@@ -5,8 +5,16 @@ import torch
 from tiny_wan import SPARSE_SLA, diffusers, run, tiny_transformer
 from two_rank_cases import CONTEXT_PARALLEL, check_case
 
-from foveal import SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig, densify, sparsify
-from foveal.integrations.context_parallel import check_parallel_config, context_parallel_attention
+from foveal import (
+    SparseLinearAttention,
+    VideoGrid,
+    VideoSparseAttention,
+    VSAConfig,
+    context_parallel_attention,
+    densify,
+    sparsify,
+)
+from foveal.integrations.context_parallel import check_parallel_config
 from foveal.integrations.processor import sparse_processors
 
 

@@ -227,6 +227,9 @@ class FixedTimer:
     def sustained(self, function, calls):
         return 1.0
 
+    def host(self, function):
+        return 1.0
+
 
 @pytest.mark.parametrize(
     "config", [SLAConfig(keep_ratio=0.3, block_q=16, block_k=16), VSAConfig(keep_ratio=0.3, tile=(2, 2, 4))]

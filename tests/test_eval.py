@@ -274,7 +274,7 @@ def test_missing_packages_are_named(wan, tmp_path, monkeypatch, capsys):
         importlib.util, "find_spec", lambda name: None if name in ("av", "torchmetrics") else found(name)
     )
     for command, message in (
-        ("eval", 'needs torchmetrics: pip install "foveal[eval]"'),
+        ("eval", f'needs torchmetrics: pip install "foveal[eval]" torch=={torch.__version__}'),
         ("generate", 'needs av: pip install "foveal[generate]"'),
     ):
         assert cli.main([command, "--model", str(wan), "--prompt", "a cat"]) == 2

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from family_checks import FamilyChecks
-from tiny_wan import DENSE_SLA, DENSE_VSA, SPARSE_SLA
+from family_checks import DENSE_METHODS, FamilyChecks, check_pipeline
+from tiny_wan import DENSE_SLA, SPARSE_SLA
 
 from foveal import VideoGrid, VSAConfig
 from foveal.integrations import sparsify
-from foveal.integrations.processor import state_of
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -56,28 +55,21 @@ class TestFlux(FamilyChecks):
         }
 
     @pytest.mark.parametrize("config", [DENSE_SLA, VSAConfig(keep_ratio=1.0, tile="auto")], ids=["sla", "vsa"])
-    @torch.no_grad()
     def test_fused_projections(self, config):
         model = self.model().double()
         model.fuse_qkv_projections()
         data = self.inputs(dtype=torch.float64)
         data["img_ids"] = data["img_ids"][None].expand(2, -1, -1)
-        expected = self.run(model, **data)
-        sparsify(model, config)
-        torch.testing.assert_close(self.run(model, **data), expected, rtol=0, atol=1e-5)
+        self.check_equals_dense(model, config, data)
 
-    @pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=["sla", "vsa"])
-    @torch.no_grad()
+    @DENSE_METHODS
     def test_reference_image(self, config):
         """Kontext: the tokens of a reference image of the same size follow, with 1 for their first index."""
         model, data = self.model().double(), self.inputs(dtype=torch.float64)
         reference = data["img_ids"] + torch.tensor([1.0, 0.0, 0.0])
         data["img_ids"] = torch.cat((data["img_ids"], reference))
         data["hidden_states"] = torch.cat((data["hidden_states"], data["hidden_states"].flip(1)), 1)
-        expected = self.run(model, **data)
-        sparsify(model, config)
-        torch.testing.assert_close(self.run(model, **data), expected, rtol=0, atol=1e-5)
-        assert state_of(model).grid == VideoGrid(2, 8, 10)
+        self.check_equals_dense(model, config, data, VideoGrid(2, 8, 10))
 
     @torch.no_grad()
     def test_wrong_inputs(self):
@@ -87,7 +79,6 @@ class TestFlux(FamilyChecks):
         with pytest.raises(ValueError, match="attention_mask must be None"):
             self.run(model, **data, joint_attention_kwargs={"attention_mask": torch.ones(2, 1, 1, 87)})
 
-    @torch.no_grad()
     def test_pipeline(self):
         pipeline = diffusers.FluxPipeline(
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
@@ -98,22 +89,7 @@ class TestFlux(FamilyChecks):
             tokenizer_2=None,
             transformer=self.model(),
         )
-        pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(2)
         text, pooled = torch.randn(1, 7, 16, generator=generator), torch.randn(1, 8, generator=generator)
-
-        def generate():
-            return pipeline(
-                prompt_embeds=text,
-                pooled_prompt_embeds=pooled,
-                height=128,
-                width=160,
-                num_inference_steps=2,
-                generator=torch.Generator().manual_seed(3),
-                output_type="latent",
-            ).images
-
-        expected = generate()
-        sparsify(pipeline, DENSE_SLA)
-        torch.testing.assert_close(generate(), expected, rtol=0, atol=1e-4)
-        assert state_of(pipeline.transformer).grid == self.GRID
+        prompts = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
+        check_pipeline(pipeline, self.GRID, **prompts, height=128, width=160)

@@ -281,7 +281,7 @@ def test_mistakes_are_answered_in_one_line(wan, tmp_path, capsys):
         ((*cat, "--compare", "sparse"), "unknown comparison 'sparse'; expected dense"),
         ((*cat, "--compare", "dense"), "nothing to compare"),
         ((*cat, "--method", "nsa"), "unknown method 'nsa'; expected one of"),
-        ((*cat, "--keep-ratio", "0.1"), "keep_ratio need a --method"),
+        ((*cat, "--keep-ratio", "0.1"), "give --method with keep_ratio; expected one of sla, vsa"),
         ((*cat, "--method", "vsa", "--drop-ratio", "0.1"), "method vsa has no drop_ratio"),
         ((*cat, "--method", "sla", "--keep-ratio", "1.5"), "keep_ratio must be"),
         ((*cat, *SLA, "--impl", "cuda"), "impl"),
@@ -292,6 +292,9 @@ def test_mistakes_are_answered_in_one_line(wan, tmp_path, capsys):
         ((*cat, "--height", "8"), "height must be a positive multiple of 16 (the VAE's 8 times 2 to a token), got 8"),
         ((*cat, "--frames", "8"), "frames must be 1 more than a multiple of 4, got 8"),
         ((*cat, "--steps", "0"), "steps must be at least 1"),
+        ((*cat, "--fps", "0"), "fps must be above 0, got 0.0"),
+        ((*cat, "--fps", "-5"), "fps must be above 0, got -5.0"),
+        ((*cat, "--guidance-scale", "nan"), "guidance_scale must be finite, got nan"),
         ((*cat, *SLA, "--frames", "1"), "too small for sparse attention: its 1x6x6 tokens are one block of 64 tokens"),
         (
             (*cat, "--method", "vsa", "--frames", "1", "--height", "64", "--width", "64"),

@@ -15,6 +15,9 @@ if missing_gluon() is not None:
     pytest.skip(f"gluon: {missing_gluon()}", allow_module_level=True)
 
 import triton
+from launched_calls import BF16, vsa
+from launched_kernels import compiled as compiled_as_launched
+from launched_kernels import noted_launches
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
@@ -227,3 +230,21 @@ def test_row_statistics(tmp_path):
     plan = {"constants": {}, "options": {"num_warps": 4}}
     compiled = compile_for_hopper(backward_kernels.row_statistics_kernel, signature, plan)
     assert_fits(compiled, tmp_path, programs=4, threads=128)
+
+
+# Bytes that spill: masks of any size take a register or two more than there are.
+CUBES = {"full slots": 0, "whole cubes in slots": 0, "partial cubes": 64}
+
+
+@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cubes", CUBES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_vsa(tmp_path, monkeypatch, head_dim, cubes, train):
+    with noted_launches(monkeypatch, 90) as launched:
+        vsa(head_dim, BF16, cubes, True, True, train, hopper=True)
+    (fine,) = (x for x in launched.values() if x.name == "cubes_fwd_kernel")
+    assert fine.constants["SAVE_FINE"] == train
+    assert_fits(compiled_as_launched(fine), tmp_path, programs=3, threads=128, spill_limit=CUBES[cubes])
+    for dq in (x for x in launched.values() if x.constants.get("TAIL")):
+        assert_fits(compiled_as_launched(dq), tmp_path, programs=2, threads=256)
+    assert any(x.constants.get("TAIL") for x in launched.values()) == (train and cubes == "whole cubes in slots")

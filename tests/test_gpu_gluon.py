@@ -133,7 +133,7 @@ def test_large_logits_and_every_block_kept(block_q, block_k):
 
 
 class LinearTerm(NamedTuple):
-    """What the launcher takes for the linear branch; see block_sparse/triton/forward.py."""
+    """What the launcher takes for the linear branch; see block_sparse/launch_arguments.py."""
 
     state: torch.Tensor
     norm: torch.Tensor

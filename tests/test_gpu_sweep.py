@@ -63,7 +63,14 @@ def test_sla(lengths, kind, blocks):
         return tuple(x[:, 1:].to(dtype) for x in found)
 
     names = ("output", "grad_query", "grad_key", "grad_value")
-    for name, x, y, z in zip(names, ours, oracle(torch.float64), oracle(torch.bfloat16), strict=True):
+    exact = oracle(torch.float64)
+    for name, x, y, z in zip(names, ours, exact, oracle(torch.bfloat16), strict=True):
+        if not y.any():
+            # A softmax over one key does not move: two equal terms of this size cancel, and leave their rounding.
+            sizes = [tensor[:, 1:].double().norm() for tensor in (query, key, value)]
+            size = exact[3].norm() * sizes[2] * max(sizes[:2]) / 128**0.5
+            assert x.norm() <= torch.finfo(x.dtype).eps * size, name
+            continue
         # Twice plain PyTorch's error, four times its largest entry: the more entries, the wider their spread.
         assert relative_error(x, y) <= max(2 * relative_error(z, y), 2 * torch.finfo(x.dtype).eps), name
         assert_close_to_reference(x, y, z, name=name, factor=4.0)

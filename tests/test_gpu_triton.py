@@ -362,7 +362,8 @@ def test_sla_selects_on_the_way(options, group_bytes, impl, monkeypatch):
             return sla_attention(*qkv, config=config, proj_weight=weight, impl=impl, **how)
 
         with torch.no_grad():
-            return attention(query, key, value), *output_and_gradients(attention, (query, key, value))
+            inference = attention(query, key, value)
+        return inference, *output_and_gradients(attention, (query, key, value))
 
     with poison_empty():
         for x, y in zip(run(**limits), run(selection=selection), strict=True):

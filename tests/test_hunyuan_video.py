@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from family_checks import FamilyChecks
-from tiny_wan import DENSE_SLA, DENSE_VSA, SPARSE_SLA, SPARSE_VSA
+from family_checks import DENSE_METHODS, FamilyChecks, check_pipeline
+from tiny_wan import SPARSE_SLA, SPARSE_VSA
 
 from foveal import VideoGrid
 from foveal.integrations import sparsify
-from foveal.integrations.processor import state_of
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -55,13 +54,10 @@ class TestHunyuanVideo(FamilyChecks):
             "guidance": torch.tensor([6.0, 6.0], dtype=dtype),
         }
 
-    @pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=["sla", "vsa"])
-    @torch.no_grad()
+    @DENSE_METHODS
     def test_image_to_video_by_token_replacement(self, config):
-        model, data = self.model(image_condition_type="token_replace").double(), self.inputs(dtype=torch.float64)
-        expected = self.run(model, **data)
-        sparsify(model, config)
-        torch.testing.assert_close(self.run(model, **data), expected, rtol=0, atol=1e-5)
+        model = self.model(image_condition_type="token_replace").double()
+        self.check_equals_dense(model, config, self.inputs(dtype=torch.float64))
 
     def test_compiled_blocks_with_vsa(self):
         self.test_compiled_blocks(SPARSE_VSA)
@@ -75,7 +71,6 @@ class TestHunyuanVideo(FamilyChecks):
                     torch.randn(1, 90, 32), torch.randn(1, 9, 32), attention_mask=torch.ones(1, 99, dtype=torch.bool)
                 )
 
-    @torch.no_grad()
     def test_pipeline(self):
         pipeline = diffusers.HunyuanVideoPipeline(
             text_encoder=None,
@@ -86,26 +81,13 @@ class TestHunyuanVideo(FamilyChecks):
             text_encoder_2=None,
             tokenizer_2=None,
         )
-        pipeline.set_progress_bar_config(disable=True)
         data = self.inputs()
-
-        def generate():
-            return pipeline(
-                prompt_embeds=data["encoder_hidden_states"],
-                prompt_attention_mask=data["encoder_attention_mask"],
-                pooled_prompt_embeds=data["pooled_projections"],
-                height=80,
-                width=96,
-                num_frames=9,
-                num_inference_steps=2,
-                generator=torch.Generator().manual_seed(3),
-                output_type="latent",
-            ).frames
-
-        expected = generate()
-        sparsify(pipeline, DENSE_SLA)
-        torch.testing.assert_close(generate(), expected, rtol=0, atol=1e-4)
-        assert state_of(pipeline.transformer).grid == self.GRID
+        prompts = {
+            "prompt_embeds": data["encoder_hidden_states"],
+            "prompt_attention_mask": data["encoder_attention_mask"],
+            "pooled_prompt_embeds": data["pooled_projections"],
+        }
+        check_pipeline(pipeline, self.GRID, **prompts, height=80, width=96, num_frames=9)
 
 
 class TestFramepack(FamilyChecks):
@@ -161,12 +143,9 @@ class TestFramepack(FamilyChecks):
             "indices_latents_history_4x": torch.tensor([1, 2, 3, 4]),
         }
 
-    @pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=["sla", "vsa"])
-    @torch.no_grad()
+    @DENSE_METHODS
     def test_one_sample_has_no_mask(self, config):
         """The model then cuts the padding off."""
         model, data = self.model().double(), self.inputs(dtype=torch.float64)
         data = {name: x[:1] if x.shape[0] == 2 and not name.startswith("indices") else x for name, x in data.items()}
-        expected = self.run(model, **data)
-        sparsify(model, config)
-        torch.testing.assert_close(self.run(model, **data), expected, rtol=0, atol=1e-5)
+        self.check_equals_dense(model, config, data)

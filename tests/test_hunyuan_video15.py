@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from family_checks import FamilyChecks
-from tiny_wan import DENSE_SLA, DENSE_VSA, SPARSE_SLA
+from family_checks import DENSE_METHODS, FamilyChecks
+from tiny_wan import SPARSE_SLA
 
 from foveal import VideoGrid
 from foveal.integrations import sparsify
@@ -49,13 +49,9 @@ class TestHunyuanVideo15(FamilyChecks):
             "image_embeds": torch.randn(2, 3, 8, generator=generator).to(dtype) * image,
         }
 
-    @pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=["sla", "vsa"])
-    @torch.no_grad()
+    @DENSE_METHODS
     def test_image_to_video(self, config):
-        model, data = self.model().double(), self.inputs(dtype=torch.float64, image=True)
-        expected = self.run(model, **data)
-        sparsify(model, config)
-        torch.testing.assert_close(self.run(model, **data), expected, rtol=0, atol=1e-5)
+        self.check_equals_dense(self.model().double(), config, self.inputs(dtype=torch.float64, image=True))
 
     @torch.no_grad()
     def test_wrong_mask(self):

@@ -215,7 +215,12 @@ def test_advice_takes_the_fewest_blocks_within_the_tolerance():
     assert advice.error < 0.01
     few = InspectSettings(keep_ratios=(0.0625,), blocks=((16, 16),), orders=("raster",))
     spread = LayerObservation("transformer", "spread", 0, 0, 1.0, grid, *look_at(flat, flat, value, grid, few))
-    assert not advise([spread], few, heads=1, head_dim=16).reached
+    advice = advise([spread], few, heads=1, head_dim=16)
+    assert not advice.reached
+    # No layer is left to convert: the figures are those of the layers that would have been.
+    assert advice.dense_layers == (("transformer", "spread"),)
+    assert advice.recall == pytest.approx(1 / 16, rel=1e-3)
+    assert advice.error > 0.2
 
 
 def test_report(tmp_path):
@@ -271,6 +276,8 @@ def test_command(pipeline_folder, tmp_path, capsys):
         (["--model", "MODEL", *SIZE, "--look-at", "3"], "steps must be in [0, 3), got [3]"),
         (["--model", "MODEL", *SIZE, "--layers", "blocks.7.attn1"], "unknown layers ['blocks.7.attn1']"),
         (["--model", "MODEL", *SIZE, "--sparse", "nothing"], "nothing"),
+        (["--model", "MODEL", *SIZE, "--tolerance", "0"], "tolerance must be above 0, got 0.0"),
+        (["--model", "MODEL", *SIZE, "--tolerance", "nan"], "tolerance must be above 0, got nan"),
     ],
 )
 def test_mistakes_at_the_command_line(arguments, message, pipeline_folder, tmp_path, capsys):
@@ -282,3 +289,12 @@ def test_mistakes_at_the_command_line(arguments, message, pipeline_folder, tmp_p
     assert message in error
     assert len(error.splitlines()) == 1
     assert not output.exists()
+
+
+@pytest.mark.parametrize(("name", "error"), [("file", ValueError), ("file/below", OSError)])
+def test_folders_that_cannot_be_made_cost_no_generation(tmp_path, name, error):
+    (tmp_path / "file").write_text("x")
+    model = tiny_transformer()
+    with pytest.raises(error, match="file"):
+        inspect_model(model, lambda: pytest.fail("the model ran"), tmp_path / name)
+    assert (tmp_path / "file").read_text() == "x"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from family_checks import FamilyChecks
+from family_checks import DENSE_METHODS, FamilyChecks
 from tiny_wan import DENSE_SLA, DENSE_VSA, SPARSE_SLA
 
 from foveal import VideoGrid
@@ -53,10 +53,9 @@ class TestLTX2(FamilyChecks):
             "audio_num_frames": 5,
         }
 
-    @pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=["sla", "vsa"])
+    @DENSE_METHODS
     @pytest.mark.parametrize("rope_type", ["interleaved", "split"])
     @pytest.mark.parametrize("perturbed", [None, (0.0, 1.0), (0.0, 0.0)])
-    @torch.no_grad()
     def test_gates_rotary_kinds_and_perturbation(self, config, rope_type, perturbed):
         settings = {"rope_type": rope_type, "gated_attn": True, "audio_gated_attn": True}
         model = self.model(perturbed_attn=perturbed is not None, **settings).double()
@@ -64,21 +63,15 @@ class TestLTX2(FamilyChecks):
         if perturbed is not None:
             mask = torch.tensor(perturbed, dtype=torch.float64)
             data |= {"spatio_temporal_guidance_blocks": [1], "perturbation_mask": mask}
-        expected = self.run(model, **data)
-        sparsify(model, config)
-        torch.testing.assert_close(self.run(model, **data), expected, rtol=0, atol=1e-5)
+        self.check_equals_dense(model, config, data)
 
     @pytest.mark.parametrize("config", [DENSE_SLA, DENSE_SLA.replace(token_order="tile"), DENSE_VSA], ids=str)
-    @torch.no_grad()
     def test_tokens_of_conditioning_frames(self, config):
         model, data = self.model().double(), self.inputs(dtype=torch.float64)
         coords = model.rope.prepare_video_coords(2, 4, 5, 6, torch.device("cpu"))
         data["hidden_states"] = torch.randn(2, 120, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         data["video_coords"] = coords
-        expected = self.run(model, **data)
-        sparsify(model, config)
-        torch.testing.assert_close(self.run(model, **data), expected, rtol=0, atol=1e-5)
-        assert state_of(model).grid == self.GRID
+        self.check_equals_dense(model, config, data)
 
     @torch.no_grad()
     def test_grid_of_coordinates(self):

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from family_checks import FamilyChecks
+from family_checks import FamilyChecks, check_pipeline
 from tiny_wan import DENSE_SLA, SPARSE_SLA
 
 from foveal import VideoGrid
 from foveal.integrations import sparsify
-from foveal.integrations.processor import state_of
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -57,25 +56,13 @@ class TestLTXVideo(FamilyChecks):
         return data
 
     @pytest.mark.parametrize("shape", [(3, 5, 6), (1, 4, 3), (4, 1, 5), (2, 3, 1), (1, 1, 1)])
-    @torch.no_grad()
     def test_grid_of_coordinates(self, shape):
-        model, data = self.model(), self.coordinate_inputs(coordinates(*shape))
-        expected = self.run(model, **data)
-        sparsify(model, DENSE_SLA)
-        torch.testing.assert_close(self.run(model, **data), expected, rtol=0, atol=1e-5)
-        grid = state_of(model).grid
-        assert grid.num_tokens == data["hidden_states"].shape[1]
-        if shape[1] > 1:
-            assert grid == VideoGrid(*shape)
+        self.check_equals_dense(self.model(), DENSE_SLA, self.coordinate_inputs(coordinates(*shape)), VideoGrid(*shape))
 
-    @torch.no_grad()
     def test_conditioning_frame_before_the_video(self):
         condition = coordinates(1, 5, 6) + torch.tensor([[0.5], [0.0], [0.0]])
-        model, data = self.model(), self.coordinate_inputs(torch.cat((condition, coordinates(3, 5, 6)), 1))
-        expected = self.run(model, **data)
-        sparsify(model, DENSE_SLA.replace(token_order="tile"))
-        torch.testing.assert_close(self.run(model, **data), expected, rtol=0, atol=1e-5)
-        assert state_of(model).grid == VideoGrid(4, 5, 6)
+        data = self.coordinate_inputs(torch.cat((condition, coordinates(3, 5, 6)), 1))
+        self.check_equals_dense(self.model(), DENSE_SLA.replace(token_order="tile"), data, VideoGrid(4, 5, 6))
 
     @torch.no_grad()
     def test_tokens_that_are_no_grid(self):
@@ -94,7 +81,6 @@ class TestLTXVideo(FamilyChecks):
             self.run(model, **data | {"width": 7})
 
     @pytest.mark.parametrize("name", ["LTXPipeline", "LTXConditionPipeline"])
-    @torch.no_grad()
     def test_pipeline(self, name):
         """The second passes the tokens' coordinates, and not the sides of their grid."""
         vae = diffusers.AutoencoderKLLTXVideo(
@@ -113,24 +99,11 @@ class TestLTXVideo(FamilyChecks):
             tokenizer=None,
             transformer=self.model(),
         )
-        pipeline.set_progress_bar_config(disable=True)
         text = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(2))
-
-        def generate():
-            return pipeline(
-                prompt_embeds=text[:1],
-                prompt_attention_mask=torch.ones(1, 7),
-                negative_prompt_embeds=text[1:],
-                negative_prompt_attention_mask=torch.ones(1, 7),
-                height=160,
-                width=192,
-                num_frames=17,
-                num_inference_steps=2,
-                generator=torch.Generator().manual_seed(3),
-                output_type="latent",
-            ).frames
-
-        expected = generate()
-        sparsify(pipeline, DENSE_SLA)
-        torch.testing.assert_close(generate(), expected, rtol=0, atol=1e-4)
-        assert state_of(pipeline.transformer).grid == self.GRID
+        prompts = {
+            "prompt_embeds": text[:1],
+            "prompt_attention_mask": torch.ones(1, 7),
+            "negative_prompt_embeds": text[1:],
+            "negative_prompt_attention_mask": torch.ones(1, 7),
+        }
+        check_pipeline(pipeline, self.GRID, **prompts, height=160, width=192, num_frames=17)

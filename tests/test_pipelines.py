@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -170,6 +171,20 @@ def test_pipelines_are_loaded_as_asked(folder):
     whole = load_pipeline(folder / "ltx", device=cpu, dtype=torch.bfloat16)
     assert {whole.pipe.transformer.dtype, whole.pipe.vae.dtype} == {torch.bfloat16}
     assert whole.sizes == loaded.sizes
+
+
+def test_a_torchvision_that_does_not_fit_is_named(folder, monkeypatch):
+    """One of another build fails when it is imported, and diffusers with it."""
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "torchvision":
+                raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(ValueError, match=r"torchvision does not fit torch .*nms does not exist.*uninstall it"):
+        load_pipeline(folder / "flux", device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_devices_and_dtypes_by_name():

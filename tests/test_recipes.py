@@ -19,16 +19,15 @@ pytest.importorskip("tyro")
 from tiny_training import config
 
 from foveal import SLAConfig, VSAConfig
-from foveal.training.config import (
+from foveal.training.config import TrainingConfig, differences
+from foveal.training.objective import sample_noise, sample_sigmas, scheduler_shift
+from foveal.training.recipes import RECIPES, find_recipe, parse
+from foveal.training.settings import (
     Annealing,
     ModelSettings,
     ObjectiveSettings,
     SparsitySettings,
-    TrainingConfig,
-    differences,
 )
-from foveal.training.objective import sample_noise, sample_sigmas, scheduler_shift
-from foveal.training.recipes import RECIPES, find_recipe, parse
 
 ROOT = Path(__file__).parent.parent
 

@@ -26,7 +26,11 @@ from tiny_training import ARCHITECTURE, LATENT, SPARSE, config, metrics, run_her
 import foveal
 from foveal import SLAConfig, VSAConfig, cli
 from foveal.integrations.processor import sparse_processors
-from foveal.training.config import (
+from foveal.training.evaluation import DivergenceAlarm, Evaluation, HeldOut, LayerReport, compare_with_dense
+from foveal.training.faults import LossGuard, TrainingError, out_of_memory
+from foveal.training.model import anneal, build_model, build_wan, token_grid, velocity
+from foveal.training.objective import add_noise, flow_matching_loss, sample_noise
+from foveal.training.settings import (
     Annealing,
     DataSettings,
     FaultSettings,
@@ -34,10 +38,6 @@ from foveal.training.config import (
     ModelSettings,
     SparsitySettings,
 )
-from foveal.training.evaluation import DivergenceAlarm, Evaluation, HeldOut, LayerReport, compare_with_dense
-from foveal.training.faults import LossGuard, TrainingError, out_of_memory
-from foveal.training.model import anneal, build_model, build_wan, token_grid, velocity
-from foveal.training.objective import add_noise, flow_matching_loss, sample_noise
 from foveal.training.throughput import sample_flops
 from foveal.training.trainer import Trainer, run_training
 from foveal.video_grid import VideoGrid
@@ -341,6 +341,19 @@ def test_the_shift_is_the_models_own(folder):
     random = config(folder, objective__shift=None)
     with pytest.raises(ValueError, match=r"objective\.shift is needed with model\.architecture"):
         Trainer(random)
+
+
+def test_another_family_is_named_before_its_scheduler_is_read(folder, monkeypatch):
+    from diffusers import WanTransformer3DModel
+
+    def load_config(path, subfolder=None):
+        assert (path, subfolder) == ("some/CogVideoX", "transformer")
+        return {"_class_name": "CogVideoXTransformer3DModel"}
+
+    monkeypatch.setattr(WanTransformer3DModel, "load_config", load_config)
+    settings = config(folder, model=ModelSettings("some/CogVideoX"), objective__shift=None)
+    with pytest.raises(ValueError, match=r"some/CogVideoX/transformer has a CogVideoX.*, of family 'cogvideox'"):
+        Trainer(settings)
 
 
 def test_an_empty_model_is_the_same_but_for_its_weights(folder):

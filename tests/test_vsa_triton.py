@@ -1,4 +1,4 @@
-"""VSA's Triton kernels without a GPU: their numerics on small odd grids, and that each compiles.
+"""The numerics of VSA's Triton kernels on small odd grids, without a GPU.
 
 Triton decides when it is imported whether kernels are interpreted, so the numerics run in a process of their own: this
 file, started as a script.
@@ -153,102 +153,6 @@ def test_interpreted(names):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run([sys.executable, __file__, *names], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-
-
-def compile_for(arch, kernel, constants, types, **options):
-    """A Triton or Gluon kernel for tensors as transformers hold them, [B, L, H, D] in memory."""
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
-
-    in_gluon = isinstance(kernel, GluonJITFunction)
-    signature, attributes, fixed = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], fixed[(index,)] = "constexpr", constants[name]
-        elif name.endswith("strides"):
-            # Of gates all four strides (in Gluon of all tensors), the last 1; of pooled tensors the last is 1 too.
-            length = 4 if "gate" in name or in_gluon else 3
-            last_is_1 = length == 4 or "pooled" in name
-            signature[name] = ("i64",) * (length - last_is_1) + ("constexpr",) * last_is_1
-            if last_is_1:
-                fixed[(index, length - 1)] = 1
-            attributes |= {(index, axis): [["tt.divisibility", 16]] for axis in range(length - last_is_1)}
-        elif name.startswith("scale"):
-            signature[name] = "fp32"
-        elif types.get(name, "*").startswith("tensordesc"):
-            signature[name] = types[name]
-        elif name.endswith("_ptr"):
-            signature[name], attributes[(index,)] = types.get(name, "*fp32"), [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32"
-    source = (GluonASTSource if in_gluon else ASTSource)(kernel, signature, fixed, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-HALF = ["query", "key", "value", "cube_query", "cube_key", "cube_value", "fine", "output", "grad", "grad_fine"]
-HALF += ["gate_coarse", "gate_fine", "grad_gate_coarse", "grad_gate_fine"]
-INTEGERS = {"place_ptr": "*i64", "size_ptr": "*i32", "critical_ptr": "*i32", "count_ptr": "*i32"}
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_passes_over_cubes_compile(arch, head_dim):
-    pytest.importorskip("triton")
-    from test_triton_compile import check
-
-    from foveal.block_sparse.triton import cubes
-
-    types = {f"{name}_ptr": "*bf16" for name in HALF} | INTEGERS
-    sizes = {"D": head_dim, "SLOT": 64, "ROWS": 64}
-    gates = {"GATED_COARSE": True, "GATED_FINE": True}
-    gather = {"GATHER_QUERY": True, "GATHER": True, "POOL": True, "WITH_VALUE": True}
-    for kernel, constants in (
-        (cubes._gather_cubes_kernel, sizes | gather),
-        (cubes._combine_kernel, sizes | gates),
-        (cubes._split_gradient_kernel, sizes | gates | {"ROWS": 32}),
-        (cubes._return_gradients_kernel, sizes),
-    ):
-        check(compile_for(arch, kernel, constants, types, num_warps=4), arch)
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_coarse_stage_compiles(arch, head_dim):
-    pytest.importorskip("triton")
-    from test_triton_compile import spilled
-
-    from foveal.block_sparse.triton import pooled
-
-    sizes = {"D": head_dim, "ROWS": pooled.ROWS}
-    for kernel, columns in (
-        (pooled._pooled_fwd_kernel, pooled.FORWARD_COLUMNS),
-        (pooled._pooled_dq_kernel, pooled.BACKWARD_COLUMNS),
-        (pooled._pooled_dkdv_kernel, pooled.BACKWARD_COLUMNS),
-    ):
-        binary = compile_for(arch, kernel, sizes | {"COLUMNS": columns}, {}, num_warps=8, num_stages=2)
-        assert binary.metadata.shared <= 163 * 1024
-        # A few registers, of some hundred a program's prologue and loop use.
-        assert spilled(binary, arch) <= 320
-
-
-@pytest.mark.parametrize("uniform", [0, 60, 64])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_fine_stage_compiles_for_hopper(tmp_path, head_dim, uniform):
-    pytest.importorskip("triton")
-    from test_gluon_compile import assert_fits, tiles
-    from triton.experimental.gluon import language as gl
-
-    from foveal.block_sparse.gluon import cubes, cubes_kernel
-
-    plan = cubes.cubes_plan(uniform, True, True, True)
-    slots = f"tensordesc<bf16[1, 1, 1, 64, {head_dim}],{gl.NVMMASharedLayout(128, 16, 5)!r}>"
-    types = {f"{name}_ptr": "*bf16" for name in ("query", "gate_coarse", "gate_fine", "output")} | INTEGERS
-    types |= {"key": slots, "value": slots, "fine": tiles(64, head_dim, "bf16")}
-    compiled = compile_for(90, cubes_kernel.cubes_fwd_kernel, plan["constants"], types, **plan["options"])
-    # Masks of any size take a register or two more than there are.
-    assert_fits(compiled, tmp_path, programs=3, threads=128, spill_limit=0 if uniform else 64)
 
 
 if __name__ == "__main__":

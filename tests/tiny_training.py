@@ -13,7 +13,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 from foveal import SLAConfig
-from foveal.training.config import (
+from foveal.training.config import TrainingConfig
+from foveal.training.dataset import write_latent_dataset
+from foveal.training.recipes import parse
+from foveal.training.settings import (
     CheckpointSettings,
     DataSettings,
     EvaluationSettings,
@@ -21,11 +24,8 @@ from foveal.training.config import (
     ObjectiveSettings,
     OptimizerSettings,
     SparsitySettings,
-    TrainingConfig,
     WanArchitecture,
 )
-from foveal.training.dataset import write_latent_dataset
-from foveal.training.recipes import parse
 from foveal.training.trainer import run_training
 
 ARCHITECTURE = WanArchitecture(

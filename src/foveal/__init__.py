@@ -8,6 +8,7 @@ from foveal.block_sparse.api import block_sparse_attention
 from foveal.cost import attention_cost
 from foveal.integrations import (
     Policy,
+    context_parallel_attention,
     dense,
     densify,
     export_checkpoint,
@@ -40,6 +41,7 @@ __all__ = [
     "VideoSparseAttention",
     "attention_cost",
     "block_sparse_attention",
+    "context_parallel_attention",
     "dense",
     "densify",
     "export_checkpoint",

@@ -329,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         command.run()
     except KeyboardInterrupt:
-        print("foveal: interrupted; nothing was written", file=sys.stderr)
+        print("foveal: interrupted", file=sys.stderr)
         return 130
     except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
         print(f"foveal: {error}", file=sys.stderr)

@@ -218,7 +218,7 @@ def _times_of(
         # Compiles kernels.
         function()
     times = measure(timer, functions, rounds=3, calls=3, seconds=0.05)
-    return {name: statistics.median(rested) for name, (rested, _) in times.items()}
+    return {name: statistics.median(rested) for name, (rested, *_) in times.items()}
 
 
 def break_even(speedups: Sequence[tuple[int, float]]) -> tuple[int | None, str]:

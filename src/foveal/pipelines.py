@@ -133,9 +133,11 @@ def load_pipeline(
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id.
-        ValueError: a folder or a repository without a pipeline, or one that cannot be loaded.
+        ValueError: a folder or a repository without a pipeline, one that cannot be loaded, or an installed torchvision
+            that does not fit this torch, without which diffusers does not import.
         TypeError: a pipeline of a class that is not in the table.
     """
+    _check_torchvision()
     import diffusers
 
     source = str(source)
@@ -262,6 +264,19 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; expected auto or one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _check_torchvision() -> None:
+    """diffusers imports torchvision where it is installed, and fails without naming it where it does not fit."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"torchvision does not fit torch {torch.__version__} ({_one_line(error)}): install the one that goes "
+            "with it, or uninstall it; LPIPS alone needs it"
+        ) from error
 
 
 def _kind(class_name: str, source: str) -> PipelineKind:

@@ -26,7 +26,7 @@ from foveal.bench.timing import CpuTimer, CudaTimer, Timer, measure, peak_memory
 from foveal.types import IMPLS, check_choice
 from foveal.video_grid import VideoGrid
 
-SCHEMA = 1
+SCHEMA = 2  # 2: rested times are the device's, with launches queued ahead; host_ms
 # Small, and no multiple of any block or cube.
 GATE_GRID = VideoGrid(5, 12, 25)
 # In the order of preference: ratios in tables are to the first that ran.
@@ -165,9 +165,9 @@ def _run_shape(shape, candidates, settings, timer, device, dtype, log) -> list[d
     # All forwards, then all backwards: a pass has its like as neighbours.
     order = sorted(functions, key=lambda key: (PASSES.index(key[1]), key[0]))
     times = measure(timer, {key: functions[key] for key in order}, **repeats)
-    for (index, name), (rested, sustained) in times.items():
+    for (index, name), measured in times.items():
         work = _of_pass(name, *candidates[index].flops(shape))
-        entries[index]["passes"][name] = figures(rested, sustained, work, _of_pass(name, *dense_flops(shape)))
+        entries[index]["passes"][name] = figures(*measured, work, _of_pass(name, *dense_flops(shape)))
     add_ratios(entries)
 
     functions.clear()
@@ -257,13 +257,14 @@ def _of_pass(name: str, forward: float, backward: float) -> float:
     return {"forward": forward, "backward": backward, "both": forward + backward}[name]
 
 
-def figures(rested: list[float], sustained: float, flops: float, flops_of_dense: float) -> dict[str, Any]:
+def figures(rested: list[float], sustained: float, host: float, flops: float, flops_of_dense: float) -> dict[str, Any]:
     """Milliseconds and rates of one pass; the rates are of the rested median."""
     median = statistics.median(rested)
     return {
         "rested_ms": median,
         "rested_all_ms": rested,
         "sustained_ms": sustained,
+        "host_ms": host,
         "executed_tflops": flops / median * 1e-9,
         "dense_equivalent_tflops": flops_of_dense / median * 1e-9,
     }

@@ -1,8 +1,11 @@
 """Two clocks. A power-limited card runs a burst after a pause faster than the same work for a while, and the order of
 measurements alone can shift a result by several per cent: so candidates take turns, and both figures are kept.
 
-rested: a few calls at a time after a pause, the L2 cache flushed before each; the first call of a burst is dropped.
-sustained: calls back to back, mean time, warm caches.
+rested: a few calls at a time after a pause, the L2 cache flushed before each; the first call of a burst is dropped. The
+    device is kept busy until the host is ahead with its launches, as it is in the middle of a model: this is the
+    device's time, gaps between kernels included.
+sustained: calls back to back, mean time, warm caches, launches and all.
+host: what a call takes until it returns, the device idle before it: the cost of its launches.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ Key = TypeVar("Key", bound=Hashable)
 Function = Callable[[], object]
 
 FLUSH_BYTES = 2**28
-# Writes ahead of a burst: while they run, the host gets ahead with its launches.
-FLUSHES_AHEAD = 8
+# Writes ahead of a burst, about 6 ms of them on an H100: while they run, the host gets ahead with its launches.
+FLUSHES_AHEAD = 64
+HOST_CALLS = 9
 
 
 class Timer(Protocol):
@@ -32,6 +36,9 @@ class Timer(Protocol):
 
     def sustained(self, function: Function, calls: int) -> float:
         """Mean milliseconds of `calls` calls back to back."""
+
+    def host(self, function: Function) -> float:
+        """Median milliseconds until a call returns, whatever it started."""
 
 
 class CudaTimer:
@@ -70,6 +77,14 @@ class CudaTimer:
         torch.cuda.synchronize(self.device)
         return start.elapsed_time(stop) / calls
 
+    def host(self, function: Function) -> float:
+        times = []
+        for _ in range(HOST_CALLS):
+            torch.cuda.synchronize(self.device)
+            times.append(_host_milliseconds(function))
+        torch.cuda.synchronize(self.device)
+        return statistics.median(times)
+
     def _span(self, function: Function) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -91,10 +106,19 @@ class CpuTimer:
             function()
         return 1e3 * (time.perf_counter() - start) / calls
 
+    def host(self, function: Function) -> float:
+        return _host_milliseconds(function)
+
+
+def _host_milliseconds(function: Function) -> float:
+    start = time.perf_counter()
+    function()
+    return 1e3 * (time.perf_counter() - start)
+
 
 def measure(
     timer: Timer, functions: dict[Key, Function], *, rounds: int, calls: int, seconds: float
-) -> dict[Key, tuple[list[float], float]]:
+) -> dict[Key, tuple[list[float], float, float]]:
     """Times every function, in turns.
 
     Args:
@@ -102,7 +126,7 @@ def measure(
         seconds: about how long the sustained measurement of each takes.
 
     Returns:
-        Each function's (rested milliseconds, one a call; sustained milliseconds).
+        Each function's (rested milliseconds, one a call; sustained milliseconds; the host's milliseconds).
     """
     rested: dict[Key, list[float]] = {key: [] for key in functions}
     for _ in range(rounds):
@@ -112,7 +136,7 @@ def measure(
     for key, function in functions.items():
         wanted = math.ceil(1e3 * seconds / max(statistics.median(rested[key]), 1e-3))
         sustained[key] = timer.sustained(function, max(1, wanted))
-    return {key: (rested[key], sustained[key]) for key in functions}
+    return {key: (rested[key], sustained[key], timer.host(functions[key])) for key in functions}
 
 
 def peak_memory(device: torch.device, function: Callable[[], tuple[Tensor, ...]]) -> int:

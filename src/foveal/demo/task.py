@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from foveal.demo.settings import DemoSettings
-from foveal.training.config import WanArchitecture
 from foveal.training.model import build_wan
 from foveal.training.objective import NUM_TRAIN_TIMESTEPS, add_noise, flow_matching_loss, sample_sigmas
 from foveal.training.sampling import euler_steps
+from foveal.training.settings import WanArchitecture
 
 TEXT_DIM = 32
 HELD_OUT_SIGMAS = (0.2, 0.45, 0.7, 0.9)

@@ -72,7 +72,8 @@ def load_lpips(device: torch.device) -> tuple[Callable[[Tensor, Tensor], float] 
         import torchvision  # noqa: F401, torchmetrics imports it without saying what is missing
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
     except ImportError as error:
-        return None, f'{error.name} is not installed: pip install "foveal[eval]"'
+        # Named, since torchvision goes with one torch, and pip would replace the installed one with the newest pair.
+        return None, f'{error.name} is not installed: pip install "foveal[eval]" torch=={torch.__version__}'
     if not lpips_weights().is_file():
         return None, f"AlexNet's weights are not at {lpips_weights()}"
     network = LearnedPerceptualImagePatchSimilarity(net_type="alex", reduction="sum").to(device)

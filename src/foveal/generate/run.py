@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import itertools
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -54,6 +55,12 @@ class GenerationSettings:
     negative_prompt: str | None = None
     fps: float | None = None
     exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"fps must be above 0, got {self.fps}")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be finite, got {self.guidance_scale}")
 
     def call_arguments(self, loaded: LoadedPipeline) -> dict[str, Any]:
         """The arguments of the pipeline's call, all but prompt and seed, each with a value.

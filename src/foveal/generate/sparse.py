@@ -114,7 +114,7 @@ def choose_sparse(
         return SparseChoice(path=path, impl=impl)
     if method is None:
         if ratios:
-            raise ValueError(f"{', '.join(ratios)} need a --method; expected one of {', '.join(METHODS)}")
+            raise ValueError(f"give --method with {' and '.join(ratios)}; expected one of {', '.join(METHODS)}")
         return None
     check_choice("method", method, tuple(METHODS))
     config_type = METHODS[method].config_type

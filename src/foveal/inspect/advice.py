@@ -25,7 +25,8 @@ class Advice:
     Attributes:
         config: an `SLAConfig` for the layers that are converted.
         dense_layers: (component, layer) of those whose output changes by more than twice the tolerance.
-        error: mean output error of the converted layers before any fine-tuning, sparse branch alone.
+        error: mean output error of the converted layers (of all where none is left to convert) before any fine-tuning,
+            sparse branch alone.
         recall: mean attention mass that their kept blocks hold.
         flops_ratio: their attention's FLOPs over dense attention's, all parts counted; says nothing of time.
         reached: whether the error is within the tolerance at all.
@@ -92,19 +93,15 @@ def advise(
         keep_ratio=ratio, drop_ratio=min(drop_ratio, 1 - ratio), block_q=block_q, block_k=block_k, token_order=order
     )
     cost = attention_cost(config, grid=observations[0].grid, heads=heads, head_dim=head_dim)
-    mean = _mean([o.quality[best].error["pooled"][:, index] for o in converted])
+    counted = [o.quality[best] for o in converted or observations]
     return Advice(
         config=config,
         dense_layers=dense,
-        error=mean,
-        recall=_mean([o.quality[best].recall["pooled"][:, index] for o in converted]),
+        error=float(torch.stack([quality.error["pooled"][:, index] for quality in counted]).mean()),
+        recall=float(torch.stack([quality.recall["pooled"][:, index] for quality in counted]).mean()),
         flops_ratio=cost.flops_ratio,
         reached=bool(converted) and float(medians[best][index]) <= tolerance,
     )
-
-
-def _mean(parts: list[torch.Tensor]) -> float:
-    return float(torch.stack(parts).mean()) if parts else float("nan")
 
 
 def to_json(observations: Sequence[LayerObservation], settings: InspectSettings) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,14 @@ def head_shape(model: Any) -> tuple[int, int]:
     family = family_of(transformer)
     layer = next(iter(family.self_attention_layers(transformer).values()))
     return family.dimensions(layer)[1:]
+
+
+def check_request(folder: Path, tolerance: float) -> None:
+    """Raises a ValueError for a folder that is a file, or a tolerance that no error can be within."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file; expected a folder")
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be above 0, got {tolerance}")
 
 
 def inspect_model(
@@ -50,16 +59,24 @@ def inspect_model(
         The page, the recommendation and the observations.
 
     Raises:
-        TypeError, ValueError: see `observe`.
+        TypeError, ValueError: see `observe` and `check_request`.
     """
     settings = settings or InspectSettings()
+    folder = Path(folder)
+    check_request(folder, tolerance)
+
+    def run_once() -> None:
+        # Made before the model runs: a folder that cannot be made costs no generation.
+        folder.mkdir(parents=True, exist_ok=True)
+        run()
+
     device = next(next(iter(components_of(model).values())).parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     start = time.perf_counter()
     observations = observe(
-        model, run, calls=calls, steps=steps, layers=layers, settings=settings, on_observation=on_observation
+        model, run_once, calls=calls, steps=steps, layers=layers, settings=settings, on_observation=on_observation
     )
     known = {"seconds": round(time.perf_counter() - start, 2), "device": str(device)}
     if device.type == "cuda":
@@ -107,7 +124,7 @@ def inspect_pipeline(
 
     Raises:
         FileNotFoundError, TypeError, ValueError: for a pipeline that cannot be loaded, a size that it does not take,
-            or steps that its schedule has not.
+            or steps that its schedule has not; and what `check_request` raises.
     """
     from foveal.pipelines import choose_device, choose_dtype, default_size, load_pipeline
 
@@ -118,6 +135,7 @@ def inspect_pipeline(
     wrong = [step for step in steps if not 0 <= step < num_inference_steps]
     if wrong or not steps:
         raise ValueError(f"steps must be in [0, {num_inference_steps}), got {wrong or list(steps)}")
+    check_request(Path(folder), tolerance)
     chosen = choose_device(device)
     loaded = load_pipeline(source, device=chosen, dtype=choose_dtype(dtype, chosen))
     if sparse is not None:

@@ -21,7 +21,7 @@ ORDERS = ("raster", "tile")
 RANKINGS = ("oracle", "pooled")
 # Weights above 1/N and below 1/(100 N), the shares that SLA's figure 1 shows.
 FLOOR = 100
-# Copies of a chunk of weights that are alive at once, masks and temporaries included.
+# Copies of a chunk of weights that are alive at once, temporaries included.
 LIVE_COPIES = 6
 POWER_ITERATIONS = 24
 
@@ -108,31 +108,40 @@ def selection_quality(
     both = (chosen[:, :, 1:] & chosen[:, :, :-1] & ~protected).sum(-1).float()
     overlap = (both / kept[:, None, None]).mean(-1).T if rows_of_blocks > 1 else both.new_ones(heads, len(kept))
 
-    recall = {name: query.new_zeros((heads, len(kept)), dtype=torch.float64) for name in RANKINGS}
-    lost, total = {name: recall[name].clone() for name in RANKINGS}, recall["oracle"].new_zeros(heads)
+    # One row a ranking and ratio, in that order: [H, M], M = 2 R.
+    recall = query.new_zeros((heads, len(RANKINGS) * len(kept)), dtype=torch.float64)
+    lost, total = recall.clone(), recall.new_zeros(heads)
     sampled = sample(rows_of_blocks, query_blocks).to(query.device)
-    for block_range, some in _chunks(len(sampled), heads, block_q * key.shape[2] * 4 * LIVE_COPIES, memory_bytes):
+    # Weights; what each key block adds to the outputs, D for every block_k weights; and the outputs, with temporaries.
+    bytes_each = block_q * 4 * (columns * (block_k * LIVE_COPIES + head_dim) + 3 * recall.shape[1] * head_dim)
+    for block_range, some in _chunks(len(sampled), heads, bytes_each, memory_bytes):
         blocks = sampled[block_range]
         row, valid = _rows(blocks, block_q, length)
         weights = _weights(query[0, some], key[0, some], row, scale) * valid[:, None]
-        exact = weights @ value[0, some].float()
-        total[some] += exact.double().square().sum((1, 2))
-        mass = _by_block(weights, block_k).unflatten(1, (len(blocks), block_q)).sum(2)
-        for name in RANKINGS:
-            rank = _places(mass.masked_fill(protected, torch.inf)) if name == "oracle" else places[some][:, blocks]
-            for index, wanted in enumerate((kept + protected.sum()).tolist()):
-                inside = rank < wanted
-                recall[name][some, index] += (mass * inside).double().sum((1, 2))
-                mask = inside.repeat_interleave(block_q, 1).repeat_interleave(block_k, 2)[..., : key.shape[2]]
-                left = weights * mask
-                part = (left @ value[0, some].float()) / left.sum(-1, keepdim=True).clamp_min(1e-30)
-                lost[name][some, index] += ((part - exact) * valid[:, None]).double().square().sum((1, 2))
+        # Head, query block, row, key block, key: the letters of the products below are h, b, q, t, k; d is a feature.
+        weights = _cut(_cut(weights, 2, block_k), 1, block_q)
+        sums = weights.sum(-1)
+        parts = torch.einsum("hbqtk,htkd->htbqd", weights, _cut(value[0, some].float(), 1, block_k))
+        del weights
+        mass = sums.sum(2)
+        ranks = {"oracle": _places(mass.masked_fill(protected, torch.inf)), "pooled": places[some][:, blocks]}
+        wanted = (kept + protected.sum())[:, None]
+        inside = torch.cat([(ranks[name][:, :, None] < wanted) for name in RANKINGS], 2).float()
+        recall[some] += torch.einsum("hbmt,hbt->hm", inside, mass).double()
+        exact = parts.sum(1)
+        total[some] += exact.double().square().sum((1, 2, 3))
+        # The kept sets are block masks, so all of them together are one product with the blocks' parts.
+        outputs = torch.einsum("hbmt,htbqd->hbmqd", inside, parts)
+        outputs /= torch.einsum("hbmt,hbqt->hbmq", inside, sums).clamp_min(1e-30)[..., None]
+        difference = (outputs - exact[:, :, None]) * valid.view(1, len(blocks), 1, block_q, 1)
+        lost[some] += difference.square().sum((3, 4)).double().sum(1)
     rows = _rows(sampled, block_q, length)[1].sum()
-    return SelectionQuality(
-        recall={name: (value / rows).float().cpu() for name, value in recall.items()},
-        error={name: (value / total[:, None]).sqrt().float().cpu() for name, value in lost.items()},
-        overlap=overlap.float().cpu(),
-    )
+    by_ranking = {"recall": recall / rows, "error": (lost / total[:, None]).sqrt()}
+    by_ranking = {
+        figure: dict(zip(RANKINGS, found.float().cpu().chunk(len(RANKINGS), 1), strict=True))
+        for figure, found in by_ranking.items()
+    }
+    return SelectionQuality(**by_ranking, overlap=overlap.float().cpu())
 
 
 @torch.no_grad()
@@ -168,7 +177,7 @@ def weight_distribution(
         found["mass_below"].append((weights * below).sum((1, 2)) / len(row))
         found["stable_rank"].append(_stable_rank(weights))
         del above, below
-        largest = weights.topk(max(1, count(top, keys)), -1).indices
+        largest = weights.topk(max(1, count(top, keys)), -1, sorted=False).indices
         found["stable_rank_rest"].append(_stable_rank(weights.scatter_(-1, largest, 0.0)))
     return WeightDistribution(**{name: torch.cat(parts).float().cpu() for name, parts in found.items()})
 
@@ -206,10 +215,12 @@ def _weights(query: Tensor, key: Tensor, row: Tensor, scale: float) -> Tensor:
     return ((query[:, row].float() * scale) @ key.float().transpose(-1, -2)).softmax(-1)
 
 
-def _by_block(weights: Tensor, block: int) -> Tensor:
-    """[h, r, N] to the sums over key blocks [h, r, Tk]."""
-    short = -weights.shape[-1] % block
-    return torch.nn.functional.pad(weights, (0, short)).unflatten(-1, (-1, block)).sum(-1)
+def _cut(x: Tensor, dim: int, block: int) -> Tensor:
+    """Cuts a dimension into blocks; the last one is filled with zeros."""
+    short = -x.shape[dim] % block
+    if short:
+        x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, short))
+    return x.unflatten(dim, (-1, block))
 
 
 def _places(scores: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class CheckpointFormat:
         flat_patches: patches are embedded by a linear layer: [C, channels * t * h * w] where diffusers has the
             convolution's [C, channels, t, h, w].
         lora: the file holds low-rank updates of the base weights instead of weights.
+        rounding: what the project makes of a ratio where it is not what we do, for the report; "" where it is.
     """
 
     name: str
@@ -43,6 +44,7 @@ class CheckpointFormat:
     layout: str
     flat_patches: bool = False
     lora: bool = False
+    rounding: str = ""
 
     def matches(self, names: Iterable[str]) -> bool:
         """Whether a file with these names is of this format."""
@@ -96,6 +98,8 @@ FORMATS = {
                 f"to_gate_coarse.{part}": f"blocks.{{index}}.to_gate_compress.{part}" for part in ("weight", "bias")
             },
             layout="diffusers",
+            # No ratio rounds down to what another rounds up to on every grid; a topk is right on one of them.
+            rounding="FastVideo keeps ceil(keep_ratio * cubes) cubes, we keep floor: topk=N keeps N, at one video size",
         ),
         # Distilled at 85 % sparsity, run block-sparse alone: the files have no projection, and none is applied.
         CheckpointFormat(

@@ -96,8 +96,8 @@ def load_checkpoint(
             pipeline's folder, its transformer's.
         format: a name in `FORMATS`; None recognises it. Needed for a LoRA, which does not say what it was trained for.
         impl: see `block_sparse_attention`.
-        changes: fields of the configuration to change, as in `keep_ratio=0.15`; those that the format stands for
-            (its `fixed`) are not among them.
+        changes: fields of the configuration to change, as in `keep_ratio=0.15`, or in `topk=125` instead of a ratio;
+            those that the format stands for (its `fixed`) are not among them.
 
     Returns:
         What was done. The model is unchanged if anything below is raised. A load that is interrupted while it copies
@@ -124,6 +124,8 @@ def load_checkpoint(
         config = _configuration(found, header, transformer, changes)
         load = _load_lora if found.lora else _load_weights
         sparse_tensors, base_tensors, notes = load(transformer, file, names, found, config, impl)
+    if found.rounding and header is None and config.keep_ratio is not None:
+        notes = (*notes, found.rounding)
     return CheckpointReport(
         path=str(path),
         format=found.name,
@@ -212,6 +214,9 @@ def _configuration(
     unknown = [name for name in changes if name not in known]
     if unknown:
         raise ValueError(f"unknown {type(config).__name__} fields {unknown}; expected some of {known}")
+    if changes.get("topk") is not None:
+        # In the place of the ratio, as in `VSAConfig(topk=125)`.
+        changes = {"keep_ratio": None} | changes
     config = config.replace(**changes)
     _check_fixed(found, config, expected)
     return config

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveal.integrations.readers import grid_of_latent, layers_of_blocks
 from foveal.integrations.self_attention import Attend, check_absent, dimensions, joint_attention
 from foveal.video_grid import VideoGrid
 
@@ -21,15 +22,13 @@ __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
 def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
     """The joint attention modules by qualified name."""
-    blocks = enumerate(transformer.transformer_blocks)
-    return {f"transformer_blocks.{index}.attn1": block.attn1 for index, block in blocks}
+    return layers_of_blocks(transformer, ("transformer_blocks",), "attn1")
 
 
 def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
     """The grid of tokens of the latent [B, frames, channels, height, width]."""
     frames, _, height, width = arguments["hidden_states"].shape[1:]
-    patch, patch_t = transformer.config.patch_size, transformer.config.patch_size_t or 1
-    return VideoGrid(frames // patch_t, height // patch, width // patch)
+    return grid_of_latent(transformer, (frames, height, width))
 
 
 def self_attention(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveal.integrations.readers import grid_of_latent, layers_of_blocks
 from foveal.integrations.self_attention import Attend, dimensions, joint_attention
 from foveal.video_grid import VideoGrid
 
@@ -26,18 +27,12 @@ __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
 def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
     """The joint attention modules by qualified name, dual stream first, as they run."""
-    return {
-        f"{blocks}.{index}.attn": block.attn
-        for blocks in ("transformer_blocks", "single_transformer_blocks")
-        for index, block in enumerate(getattr(transformer, blocks))
-    }
+    return layers_of_blocks(transformer, ("transformer_blocks", "single_transformer_blocks"), "attn")
 
 
 def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
     """The grid of tokens of the latent [B, channels, frames, height, width]."""
-    frames, height, width = arguments["hidden_states"].shape[2:]
-    patch = transformer.config.patch_size
-    return VideoGrid(frames // transformer.config.patch_size_t, height // patch, width // patch)
+    return grid_of_latent(transformer, arguments["hidden_states"].shape[2:])
 
 
 def self_attention(

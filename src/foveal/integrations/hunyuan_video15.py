@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from foveal.integrations.hunyuan_video import read_grid, video_and_text_attention
+from foveal.integrations.readers import layers_of_blocks
 from foveal.integrations.self_attention import Attend, dimensions
 
 __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
@@ -18,9 +19,7 @@ __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
 def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
     """The joint attention modules by qualified name."""
-    return {
-        f"transformer_blocks.{index}.attn": block.attn for index, block in enumerate(transformer.transformer_blocks)
-    }
+    return layers_of_blocks(transformer, ("transformer_blocks",), "attn")
 
 
 def self_attention(

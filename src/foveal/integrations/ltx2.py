@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.integrations.ltx_video import self_attention_layers
+from foveal.integrations.readers import patch_size
 from foveal.integrations.self_attention import Attend, check_absent, dimensions, grid_of_coordinates, joint_attention
 from foveal.video_grid import VideoGrid
 
@@ -29,8 +30,8 @@ def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
     length = arguments["hidden_states"].shape[1]
     sides = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
     if None not in sides:
-        patch, patch_t = transformer.config.patch_size, transformer.config.patch_size_t
-        grid = VideoGrid(*(-(-side // step) for side, step in zip(sides, (patch_t, patch, patch), strict=True)))
+        patches = patch_size(transformer.config)
+        grid = VideoGrid(*(-(-side // patch) for side, patch in zip(sides, patches, strict=True)))
         if grid.num_tokens <= length:
             return grid
     if arguments.get("video_coords") is not None:

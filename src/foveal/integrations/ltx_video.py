@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from foveal.integrations.readers import layers_of_blocks
 from foveal.integrations.self_attention import Attend, check_absent, dimensions, grid_of_coordinates
 from foveal.video_grid import VideoGrid
 
@@ -18,8 +19,7 @@ __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
 def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
     """The video's self-attention modules by qualified name; `attn2` is cross-attention and stays as it is."""
-    blocks = enumerate(transformer.transformer_blocks)
-    return {f"transformer_blocks.{index}.attn1": block.attn1 for index, block in blocks}
+    return layers_of_blocks(transformer, ("transformer_blocks",), "attn1")
 
 
 def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from foveal.integrations.families import FAMILIES
+from foveal.integrations.readers import patch_size
 from foveal.types import check_positive_int
 from foveal.video_grid import VideoGrid
 
@@ -142,7 +143,7 @@ def model_size(model: str | os.PathLike) -> ModelSize:
         heads=heads,
         head_dim=head_dim,
         vae_strides=strides or usual,
-        patch_size=_PACKED_IMAGES.get(family.name) or _patch_size(transformer.config),
+        patch_size=_PACKED_IMAGES.get(family.name) or patch_size(transformer.config),
         ffn_dim=transformer.config.ffn_dim if family.name == "wan" else None,
         note=None if strides else f"no VAE beside it: strides {usual} assumed",
     )
@@ -153,13 +154,6 @@ def _read(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
-
-
-def _patch_size(config: Any) -> tuple[int, int, int]:
-    patch = config.get("patch_size", 1)
-    if isinstance(patch, int):
-        return (config.get("patch_size_t") or 1, patch, patch)
-    return tuple(patch)
 
 
 def _vae_strides(path: Path, usual: tuple[int, int, int]) -> tuple[int, int, int] | None:

@@ -18,7 +18,7 @@ from foveal.integrations.context_parallel import Shards
 from foveal.video_grid import VideoGrid
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # compared by identity: Dynamo hashes objects before they have their attributes
 class Attend:
     """The method's attention in one layer, for one forward.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveal.integrations.readers import grid_of_latent, layers_of_blocks
 from foveal.integrations.self_attention import Attend, check_absent, dimensions
 from foveal.video_grid import VideoGrid
 
@@ -24,17 +25,12 @@ def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
 
     VACE's control blocks come after the others: their indices are then those of a Wan without them.
     """
-    return {
-        f"{blocks}.{index}.attn1": block.attn1
-        for blocks in ("blocks", "vace_blocks")
-        for index, block in enumerate(getattr(transformer, blocks, ()))
-    }
+    return layers_of_blocks(transformer, ("blocks", "vace_blocks"), "attn1")
 
 
 def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
     """The grid of tokens of the latent [B, channels, frames, height, width]."""
-    latent, patch_size = arguments["hidden_states"], transformer.config.patch_size
-    return VideoGrid(*(side // patch for side, patch in zip(latent.shape[2:], patch_size, strict=True)))
+    return grid_of_latent(transformer, arguments["hidden_states"].shape[2:])
 
 
 def self_attention(

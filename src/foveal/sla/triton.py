@@ -206,6 +206,12 @@ def _(grad, query, key, value, output, lse, norm, state, *options):
     return *(torch.empty_like(x) for x in (query, key, value)), *(lse.new_empty(shape) for shape in shapes)
 
 
+def _new_lists(query: Tensor, key: Tensor, block_q: int, block_k: int, width: int, all_keys: bool):
+    """Memory for the lists, their counts and the marginal mask, which is empty over all keys."""
+    rows, columns = -(-query.shape[2] // block_q), -(-key.shape[2] // block_k)
+    return new_lists(*query.shape[:2], rows, columns, width, not all_keys, query.device)
+
+
 @torch.library.custom_op("foveal::sla_select_fwd", mutates_args=())
 def _select_forward_op(
     query: Tensor,
@@ -232,8 +238,7 @@ def _select_forward_op(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `_forward_op` returns, and the selection's lists, counts and marginal mask (padded; empty over all keys)."""
-    rows, columns = -(-query.shape[2] // block_q), -(-key.shape[2] // block_k)
-    lists, counts, marginal = new_lists(*query.shape[:2], rows, columns, width, not all_keys, query.device)
+    lists, counts, marginal = _new_lists(query, key, block_q, block_k, width, all_keys)
     wanted = Wanted(critical, negligible, valid_blocks, table, (key_start, key_stop), (query_start, query_stop))
     projection = _projection(proj_weight, proj_bias, query)
     blocks = block_q, block_k, scale, feature_map
@@ -247,36 +252,27 @@ def _select_forward_op(
 @_select_forward_op.register_fake
 def _(query, key, value, sizes, valid_blocks, table, weight, bias, block_q, block_k, scale, feature_map, *options):
     _, all_keys, width, *_, keep_states = options
-    batch, heads, length, _ = query.shape
-    rows, columns = -(-length // block_q), -(-key.shape[2] // block_k)
-    padded = (0, 0) if all_keys else (padded_blocks(rows), padded_blocks(columns))
-    return (
-        *_fake_results(query, block_q, all_keys, keep_states),
-        query.new_empty((batch, heads, rows, width), dtype=torch.int32),
-        query.new_empty((batch, heads, rows), dtype=torch.int32),
-        query.new_empty((batch, heads, *padded), dtype=torch.bfloat16),
-    )
+    lists = _new_lists(query, key, block_q, block_k, width, all_keys)
+    return *_fake_results(query, block_q, all_keys, keep_states), *lists
+
+
+def _save(ctx, inputs, options, results) -> None:
+    """Keeps what `_backward` reads: the first nine inputs of `_forward_op`, the six options after them, its results."""
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *results)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _save(ctx, inputs[:9], inputs[9:15], output)
 
 
 def _select_setup_context(ctx, inputs, output) -> None:
     query, key, value, sizes, _, _, weight, bias, *options = inputs
     *results, lists, counts, marginal = output
-    ctx.options = options[:6]
-    ctx.unused = len(options)
     marginal = marginal if marginal.shape[-1] else None
-    ctx.save_for_backward(query, key, value, lists, counts, marginal, sizes, weight, bias, *results)
-    ctx.set_materialize_grads(False)
-
-
-def _select_backward(ctx, grad: Tensor, *_):
-    grads = _backward(ctx, grad)
-    return *grads[:3], None, None, None, *grads[7:9], *([None] * ctx.unused)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.options = inputs[9:15]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:9], *output)
+    _save(ctx, (query, key, value, lists, counts, marginal, sizes, weight, bias), options[:6], results)
+    ctx.unused = len(options)
 
 
 def _backward(ctx, grad: Tensor, *_):
@@ -288,6 +284,11 @@ def _backward(ctx, grad: Tensor, *_):
     grad_weight = None if weight is None else grad_weight.to(weight.dtype)
     grad_bias = None if bias is None else grad_bias.to(bias.dtype)
     return *grads, None, None, None, None, grad_weight, grad_bias, *([None] * (len(ctx.options) + 1))
+
+
+def _select_backward(ctx, grad: Tensor, *_):
+    grads = _backward(ctx, grad)
+    return *grads[:3], None, None, None, *grads[7:9], *([None] * ctx.unused)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

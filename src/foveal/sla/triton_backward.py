@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from foveal.block_sparse import gluon
+from foveal.block_sparse.launch_arguments import LinearTerm
 from foveal.block_sparse.triton.backward import backward
-from foveal.block_sparse.triton.forward import LinearTerm
 from foveal.block_sparse.triton.linear import masked_sum
 from foveal.block_sparse.triton.linear_backward import add_key_gradients, projection_gradients, query_gradients
 from foveal.block_sparse.triton.lists import column_lists

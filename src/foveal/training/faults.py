@@ -10,7 +10,8 @@ import statistics
 import threading
 from collections.abc import Callable, Iterator
 
-from foveal.training.config import FaultSettings, TrainingConfig
+from foveal.training.config import TrainingConfig
+from foveal.training.settings import FaultSettings
 
 RECENT_LOSSES = 50
 # Before so many losses are known, none is called a spike.

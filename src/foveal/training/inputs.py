@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from foveal.training.config import DataSettings
 from foveal.training.data import SAMPLE_CLIPS, ClipWindows, read_video, sample_clip
 from foveal.training.dataset import BatchStream, LatentDataset, write_latent_dataset
+from foveal.training.settings import DataSettings
 
 
 def open_data(settings: DataSettings, output: Path, accelerator: Any) -> tuple[LatentDataset, LatentDataset]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foveal.integrations import dense, reconfigure, sparse_parameters, sparsify
-from foveal.integrations.families import family_of
+from foveal.integrations.families import FAMILIES, family_of
 from foveal.integrations.processor import sparse_processors
+from foveal.integrations.readers import grid_of_latent
 from foveal.methods import Config
-from foveal.training.config import Annealing, ModelSettings, TrainingConfig, WanArchitecture
+from foveal.training.config import TrainingConfig
 from foveal.training.objective import NUM_TRAIN_TIMESTEPS
+from foveal.training.settings import Annealing, ModelSettings, WanArchitecture
 from foveal.video_grid import VideoGrid
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,14 +34,11 @@ def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
         empty: all but the weights, on the meta device.
 
     Raises:
-        TypeError: a transformer of a family that training does not know how to call.
+        FileNotFoundError, ValueError: as `transformer_fields` does.
         ValueError: for layers that the model does not have.
     """
     torch.manual_seed(config.seed)
     model = load_transformer(config.model, empty=empty)
-    family = family_of(model).name
-    if family not in TRAINED_FAMILIES:
-        raise TypeError(f"training calls transformers of {TRAINED_FAMILIES}, got one of family {family!r}")
     layers = config.sparsity.layer_configs(len(family_of(model).self_attention_layers(model)))
     if layers:
         sparsify(model, layers=layers, impl=config.sparsity.impl)
@@ -56,19 +56,51 @@ def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
 
 
 def load_transformer(settings: ModelSettings, *, empty: bool = False) -> nn.Module:
-    """The dense transformer in float32, from its folder or with random weights; on the meta device if `empty`."""
+    """The dense transformer in float32, from its folder or with random weights; on the meta device if `empty`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `transformer_fields` does.
+    """
     with torch.device("meta") if empty else contextlib.nullcontext():
         if settings.path is None:
             return build_wan(settings.architecture)
         import diffusers
 
-        if not empty:
-            return diffusers.AutoModel.from_pretrained(
-                settings.path, subfolder=settings.subfolder, torch_dtype=torch.float32
-            )
+        fields = transformer_fields(settings)
+        cls = getattr(diffusers, fields["_class_name"])
+        if empty:
+            return cls.from_config(fields)
+        return cls.from_pretrained(settings.path, subfolder=settings.subfolder, torch_dtype=torch.float32)
+
+
+def transformer_fields(settings: ModelSettings) -> dict[str, Any]:
+    """The configuration of the transformer at `settings.path`, read without its weights.
+
+    Raises:
+        FileNotFoundError: no configuration there.
+        ValueError: a transformer that training does not know how to call, or one without a pipeline's folder around it.
+    """
+    from diffusers import WanTransformer3DModel
+
+    place, alone = f"{settings.path}/{settings.subfolder}", False
+    if not Path(place, "config.json").is_file() and Path(settings.path, "config.json").is_file():
+        place, alone = settings.path, True
+    try:
         # Any model's: this class alone reads the file.
-        fields = diffusers.WanTransformer3DModel.load_config(settings.path, subfolder=settings.subfolder)
-        return getattr(diffusers, fields["_class_name"]).from_config(fields)
+        fields = WanTransformer3DModel.load_config(settings.path, subfolder=None if alone else settings.subfolder)
+    except OSError as error:
+        raise FileNotFoundError(f"model.path: no config.json of {place} ({str(error).splitlines()[0]})") from error
+    name = fields.get("_class_name")
+    if name not in {FAMILIES[family].transformer for family in TRAINED_FAMILIES}:
+        known = next((family.name for family in FAMILIES.values() if family.transformer == name), None)
+        what = f"family {known!r}, which converts but is not trained yet" if known else "no family that foveal knows"
+        trained = " or ".join(map(repr, TRAINED_FAMILIES))
+        raise ValueError(f"training takes transformers of family {trained}; {place} has a {name}, of {what}")
+    if alone:
+        raise ValueError(
+            f"model.path must be a pipeline's folder with {settings.subfolder!r} in it, {place} is a transformer's own"
+        )
+    return fields
 
 
 def build_wan(sizes: WanArchitecture, *, given_channels: int = 0) -> nn.Module:
@@ -187,4 +219,4 @@ def text_of(batch: dict[str, Any]) -> dict[str, Tensor]:
 
 def token_grid(model: nn.Module, shape: tuple[int, ...]) -> VideoGrid:
     """The grid of tokens of latents of some shape, [..., F, H, W]."""
-    return VideoGrid(*(side // patch for side, patch in zip(shape[-3:], model.config.patch_size, strict=True)))
+    return grid_of_latent(model, shape[-3:])

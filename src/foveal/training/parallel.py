@@ -69,7 +69,7 @@ def shard(model: nn.Module, accelerator: Any, *, bf16: bool) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    # Inputs stay as they are: the position embedding needs its float32.
+    # Inputs stay as they are: bfloat16 would round the timesteps, up to 1000, and the blocks' rotary tables.
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from foveal.training.config import (
+from foveal.training.config import TrainingConfig
+from foveal.training.settings import (
     Annealing,
     CheckpointSettings,
     DataSettings,
@@ -19,7 +20,6 @@ from foveal.training.config import (
     ObjectiveSettings,
     OptimizerSettings,
     SparsitySettings,
-    TrainingConfig,
     WanArchitecture,
 )
 from foveal.types import SLAConfig, VSAConfig

@@ -30,6 +30,7 @@ from foveal.training.model import (
     text_of,
     token_grid,
     trained_parameters,
+    transformer_fields,
     velocity,
 )
 from foveal.training.objective import add_noise, flow_matching_loss, sample_noise, scheduler_shift
@@ -89,6 +90,9 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
+        # At once, before data and output; a model of the hub is looked at when it is loaded.
+        if config.model.path is not None and Path(config.model.path).is_dir():
+            transformer_fields(config.model)
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
         self.accelerator = build_accelerator(config)
@@ -413,5 +417,7 @@ def _shift(config: TrainingConfig) -> float:
         raise ValueError("objective.shift is needed with model.architecture: random weights have no scheduler")
     from diffusers import FlowMatchEulerDiscreteScheduler
 
+    # First: another family's scheduler would be refused for a reason that is not the real one.
+    transformer_fields(config.model)
     # Any scheduler's: this class alone reads the file.
     return scheduler_shift(FlowMatchEulerDiscreteScheduler.load_config(config.model.path, subfolder="scheduler"))

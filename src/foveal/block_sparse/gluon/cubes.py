@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.block_sparse.gluon.launch import LOG2_E, TAIL, TILE, _tiles
+from foveal.block_sparse.gluon.launch import TAIL, TILE, _tiles
+from foveal.block_sparse.launch_arguments import LOG2_E, size_stride
 
 SLOT = TILE  # tokens that a cube takes up
 
@@ -79,6 +80,6 @@ def attend_cubes(
             *(_slots(x, uniform or SLOT) for x in (cube_key, cube_value)), _tiles(fine, SLOT) if save_fine else None,
             query, coarse, *gates, output, places, lse, critical, counts, sizes,
             *(x.stride() for x in (query, *gates, output)), scale * LOG2_E, uniform, critical.shape[3],
-            0 if sizes.shape[0] == 1 else sizes.stride(0), **plan["constants"], **plan["options"],
+            size_stride(sizes), **plan["constants"], **plan["options"],
         )  # fmt: skip
     return output, fine, lse

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from foveal.block_sparse.gluon.support import copyable
+from foveal.block_sparse.launch_arguments import LOG2_E, ForwardCall, copy_strides, size_stride
 
 if TYPE_CHECKING:
-    from foveal.block_sparse.triton.forward import LinearTerm
     from foveal.block_sparse.triton.launch import Launcher
 
-LOG2_E = 1.4426950408889634
 TILE = 64  # rows of most tiles
 TAIL = 8  # masks of so many columns at a tile's end are cheap
 
@@ -83,10 +82,8 @@ def _tiles(x: Tensor, rows: int, columns: int | None = None):
     """The descriptor of a tensor in tiles of `rows` by `columns` (all of them) of its last two dimensions."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    # The stride of a dimension of size 1 is free, and may be one that the copy engine refuses.
-    strides = [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
     box = [1] * (x.dim() - 2) + [rows, columns or x.shape[-1]]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, _tile_layout(x.dim()))
+    return TensorDescriptor(x, list(x.shape), copy_strides(x), box, _tile_layout(x.dim()))
 
 
 @functools.cache
@@ -113,10 +110,6 @@ def _walkable(x: Tensor) -> Tensor:
     return x if copyable(x) else x.clone(memory_format=torch.contiguous_format)
 
 
-def _size_stride(sizes: Tensor | None) -> int:
-    return 0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0)
-
-
 @functools.cache
 def _forward_launchers() -> tuple[Launcher, Launcher]:
     from foveal.block_sparse.gluon.forward_kernel import block_sparse_fwd_kernel
@@ -126,63 +119,28 @@ def _forward_launchers() -> tuple[Launcher, Launcher]:
     return Launcher(block_sparse_fwd_kernel), Launcher(block_sparse_fwd_wide_kernel)
 
 
-class Forward:
-    """The forward of one call, with all that its launches share; each launch takes some pairs of batch and head.
+class Forward(ForwardCall):
+    """`ForwardCall` for the Hopper kernels, of inputs that `supports` accepts."""
 
-    Args:
-        query, key, value: [B, H, L, D], what `supports` accepts.
-        critical, counts: int32 [B, H, Tq, W] and [B, H, Tq], contiguous.
-        sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
-        block_q, block_k: 64 or 128.
-        projection: for the linear branch W, bfloat16 [D, D], contiguous, and b, float32 [D]; None without it.
-        feature_map: of the linear branch.
-        results: memory for the two results, the second contiguous; new if None.
-
-    Attributes:
-        results: the output, strided like `query`, and the natural log-sum-exp, float32 [B, H, Lq]; 0 and -inf for empty
-            rows.
-    """
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        critical: Tensor,
-        counts: Tensor,
-        sizes: Tensor | None,
-        block_q: int,
-        block_k: int,
-        scale: float,
-        projection: tuple[Tensor, Tensor] | None = None,
-        feature_map: str | None = None,
-        results: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        heads, query_length, head_dim = query.shape[1:]
-        if results is None:
-            lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-            results = torch.empty_like(query), lse
-        self.results, self.device = results, query.device
+    def _prepare(self, query, key, value, block_q, block_k, projection, feature_map) -> None:
+        (critical, counts, sizes), (output, lse) = self.lists, self.results
+        head_dim, self.device, self.blocks = query.shape[-1], query.device, critical.shape[2]
         self.plan = forward_plan(head_dim, block_q, block_k, sizes is not None, feature_map)
         query, key, value = (_walkable(x) for x in (query, key, value))
-        tensors = (*(_tiles(x, TILE) for x in (query, key, value, results[0])), results[1], critical, counts)
+        tensors = (*(_tiles(x, TILE) for x in (query, key, value, output)), lse, critical, counts)
         self.tensors = tensors if self.plan["wide"] else (*tensors, sizes)
-        self.scalars = scale * LOG2_E, heads
-        self.lengths = query_length, key.shape[2], critical.shape[3]
-        self.size_stride, self.blocks = _size_stride(sizes), critical.shape[2]
         self.weight, self.bias = None, None
         if projection is not None:
             self.weight, self.bias = _tiles(projection[0], head_dim, self.plan["state_columns"]), projection[1]
 
     def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
-        """Writes the results of these pairs; H and Z are of these alone, as in `LinearTerm`."""
         launch, launch_wide = _forward_launchers()
         strides = (0, 0, 0)
         if state is not None:
             shared = state.stride(1) == 0 or state.shape[1] == 1
             strides = (0 if shared else 1, *norm.stride()[:2])
             state = _tiles(state[:, :1] if shared else state, state.shape[-1], self.plan["state_columns"])
-        tensors = (*self.tensors, state, self.weight, norm, self.bias, *self.scalars, pairs.start)
+        tensors = (*self.tensors, state, self.weight, norm, self.bias, self.scale_log2, self.heads, pairs.start)
         constants, options = self.plan["constants"], self.plan["options"]
         with torch.cuda.device(self.device):
             if self.plan["wide"]:
@@ -194,25 +152,7 @@ class Forward:
                 launch(grid, (*tensors, *self.lengths, self.size_stride, *strides), constants, **options)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    critical: Tensor,
-    counts: Tensor,
-    sizes: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    linear: LinearTerm | None = None,
-    results: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """All of `Forward` in one launch, and its results; `linear` is added to the output alone."""
-    projection, feature_map = (None, None) if linear is None else (linear[3:], linear.feature_map)
-    lists = critical, counts, sizes, block_q, block_k
-    call = Forward(query, key, value, *lists, scale, projection, feature_map, results)
-    call.run(range(query.shape[0] * query.shape[1]), *(() if linear is None else linear[:2]))
-    return call.results
+forward = Forward.at_once
 
 
 def backward(
@@ -278,13 +218,13 @@ def backward(
         block_sparse_dq_kernel[(-(-query_length // per_program), heads, batch)](
             _tiles(query, tile), _tiles(key, tile_k), _tiles(value, tile_k), _tiles(grad, tile),
             _tiles(grad_query, tile), statistics, critical, counts, sizes, *scales, query_length, key_length,
-            critical.shape[3], _size_stride(sizes), uniform, ADD=add, **plan["constants"], **plan["options"],
+            critical.shape[3], size_stride(sizes), uniform, ADD=add, **plan["constants"], **plan["options"],
         )  # fmt: skip
         plan = dkdv_plan(head_dim, block_q, block_k, has_sizes)
         block_sparse_dkdv_kernel[(-(-key_length // tile), heads, batch)](
             _tiles(query, tile), _tiles(key, tile), _tiles(value, tile), _tiles(grad, tile),
             _statistics_tiles(statistics), _tiles(grad_key, tile), _tiles(grad_value, tile),
             offsets, column_counts, column_rows, sizes, *terms, *scales, query_length, key_length,
-            _size_stride(sizes), *term_strides, FEATURE_MAP=feature_map, **plan["constants"], **plan["options"],
+            size_stride(sizes), *term_strides, FEATURE_MAP=feature_map, **plan["constants"], **plan["options"],
         )  # fmt: skip
     return grad_query, grad_key, grad_value

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from foveal.block_sparse.gluon.launch import _multiprocessors, _tiles, _walkable
-
-if TYPE_CHECKING:
-    from foveal.block_sparse.triton.forward import LinearTerm
+from foveal.block_sparse.launch_arguments import LinearTerm
 
 SHARED_ROWS = 128  # rows of a block where all share one H
 
@@ -27,17 +25,7 @@ def query_gradients(
     linear: Tensor | None,
     grad_norm: Tensor,
 ) -> Tensor:
-    """The query side of the backward for these pairs of batch and head.
-
-    Args:
-        query, output, grad: [B, H, Lq, D].
-        term: the linear branch, its states those of these pairs alone; W counts as the identity if `linear` is None.
-        grad_query, delta, linear, grad_norm: tensors over all pairs whose parts are written: dQ of the linear branch,
-            float32 [B, H, Lq] delta of the sparse branch, O^l bfloat16 [B, H, Lq, D], dZ float32 [B * H, rows, D].
-
-    Returns:
-        dH, bfloat16 [pairs, rows, D, D]; rows past the last query block are zero.
-    """
+    """As `query_gradients` in `block_sparse.triton.linear_backward`; W counts as the identity if `linear` is None."""
     from foveal.block_sparse.gluon.linear_gradients import linear_query_grad_kernel
 
     heads, length, head_dim = query.shape[1:]

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.block_sparse.launch_arguments import LOG2_E, size_stride
 from foveal.block_sparse.triton.forward import count_tiles, tile_valid
 from foveal.block_sparse.triton.lists import ColumnLists, full_blocks_first
 from foveal.block_sparse.triton.tiles import (
-    LOG2_E,
     TILE,
     descriptors_fit,
     load_rows,
@@ -197,8 +197,7 @@ def backward(
     descriptors = descriptors_fit((query, key, value, grad))
     arguments = [tile_argument(x, TILE, descriptors) for x in (query, key, value, grad)]
     strides = [row_strides(x) for x in (query, key, value, grad)]
-    size_argument = counts if sizes is None else sizes
-    size_stride = 0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0)
+    size_argument, batch_stride = counts if sizes is None else sizes, size_stride(sizes)
     constants = {
         "D": head_dim,
         "BLOCK_Q": block_q,
@@ -212,13 +211,13 @@ def backward(
     }
     _block_sparse_dkdv_kernel[(triton.cdiv(key_length, TILE), batch * heads)](
         *arguments, grad_key, grad_value, lse, delta, *strides, row_strides(grad_key), row_strides(grad_value),
-        *columns, size_argument, heads, query_length, key_length, size_stride, scale, scale * LOG2_E, **constants,
+        *columns, size_argument, heads, query_length, key_length, batch_stride, scale, scale * LOG2_E, **constants,
     )  # fmt: skip
     full = counts
     if sizes is not None:
         critical, full = full_blocks_first(critical, counts, sizes, block_k)
     _block_sparse_dq_kernel[(triton.cdiv(query_length, TILE), batch * heads)](
         *arguments, grad_query, lse, delta, *strides, row_strides(grad_query), critical, counts, full, size_argument,
-        heads, query_length, key_length, critical.shape[3], size_stride, scale, scale * LOG2_E, ADD=add, **constants,
+        heads, query_length, key_length, critical.shape[3], batch_stride, scale, scale * LOG2_E, ADD=add, **constants,
     )  # fmt: skip
     return grad_query, grad_key, grad_value

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.block_sparse.launch_arguments import size_stride
 from foveal.block_sparse.triton.tiles import row_strides
 
 UNSPECIALIZED = ["heads", "num_cubes", "num_blocks", "length", "key_length", "size_stride"]
@@ -261,7 +262,7 @@ def pool_cubes(
     _gather_cubes_kernel[(batch * heads, num_blocks if gather else num_cubes)](
         *(given + unused)[:3], *(unused + copies)[-3:], *(pooled + unused)[:3], places, sizes,
         *([row_strides(x) for x in given] + [(0, 0, 0)])[:3], (num_cubes * head_dim, head_dim, 1),
-        heads, num_cubes, num_blocks, length, key.shape[2], 0 if sizes.shape[0] == 1 else sizes.stride(0),
+        heads, num_cubes, num_blocks, length, key.shape[2], size_stride(sizes),
         D=head_dim, SLOT=slot, ROWS=min(slot, 64), GATHER_QUERY="q" in gather, GATHER=gather != "", POOL=pool,
         WITH_VALUE=value is not None, num_warps=4,
     )  # fmt: skip

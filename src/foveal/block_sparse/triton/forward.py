@@ -7,19 +7,16 @@ Source: FlashAttention-2's recurrence over the critical blocks of SLA (arXiv 250
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.block_sparse.launch_arguments import ForwardCall
 from foveal.block_sparse.triton.feature_maps import EPSILON, feature_map
 from foveal.block_sparse.triton.launch import Launcher
 from foveal.block_sparse.triton.lists import full_blocks_first
 from foveal.block_sparse.triton.tiles import (
     LN_2,
-    LOG2_E,
     TILE,
     descriptors_fit,
     load_rows,
@@ -169,73 +166,23 @@ def _block_sparse_fwd_kernel(
             store_rows(output_ptr, output_strides, batch, head, start, query_length, o, TILE_K, D)
 
 
-class LinearTerm(NamedTuple):
-    """What the forward adds to the sparse output: (phi(Q_i) H_i / (phi(Q_i) Z_i + eps)) W^T + b.
-
-    state: H, bfloat16 [B * H, Tq or more, D, D], each state contiguous; a stride of 0 shares one state among rows.
-    norm: Z, float32 [B * H, Tq or more, D].
-    feature_map: "softmax", "elu" or "relu".
-    proj_weight: W, bfloat16 [D, D], contiguous.
-    proj_bias: b, float32 [D].
-    """
-
-    state: Tensor
-    norm: Tensor
-    feature_map: str
-    proj_weight: Tensor
-    proj_bias: Tensor
-
-
 _launch_forward = Launcher(_block_sparse_fwd_kernel)
 
 
-class Forward:
-    """The forward of one call, with all that its launches share; each launch takes some pairs of batch and head.
+class Forward(ForwardCall):
+    """`ForwardCall` for Triton's kernel."""
 
-    Args:
-        query, key, value: [B, H, L, D], bfloat16 or float16, D 64 or 128, contiguous last dimension.
-        critical, counts: int32 [B, H, Tq, W] and [B, H, Tq], contiguous.
-        sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
-        block_q, block_k: 64 or 128.
-        projection: for the linear branch W, bfloat16 [D, D], contiguous, and b, float32 [D]; None without it.
-        feature_map: of the linear branch.
-        results: memory for the two results, the second contiguous; new if None.
-
-    Attributes:
-        results: the output, strided like `query`, and the natural log-sum-exp, float32 [B, H, Lq]; 0 and -inf for empty
-            rows.
-    """
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        critical: Tensor,
-        counts: Tensor,
-        sizes: Tensor | None,
-        block_q: int,
-        block_k: int,
-        scale: float,
-        projection: tuple[Tensor, Tensor] | None = None,
-        feature_map: str | None = None,
-        results: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        if results is None:
-            lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-            results = torch.empty_like(query), lse
-        self.results, self.sizes, self.lists, self.projection = results, sizes, (critical, counts), projection
-        self.ordered = None
+    def _prepare(self, query, key, value, block_q, block_k, projection, feature_map) -> None:
+        sizes, head_dim = self.lists[2], query.shape[-1]
+        self.projection, self.ordered = projection, None
         descriptors = descriptors_fit((query, key, value))
         rows = block_q, TILE, TILE
         qkv = query, key, value
-        self.tensors = (*(tile_argument(x, n, descriptors) for x, n in zip(qkv, rows, strict=True)), query, *results)
-        self.strides = tuple(row_strides(x) for x in (query, key, value, results[0]))
-        size_stride = 0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0)
-        self.scale_log2, self.heads = scale * LOG2_E, query.shape[1]
-        self.lengths = query.shape[2], key.shape[2], critical.shape[3], size_stride
+        tiles = (tile_argument(x, n, descriptors) for x, n in zip(qkv, rows, strict=True))
+        self.tensors = (*tiles, query, *self.results)
+        self.strides = tuple(row_strides(x) for x in (query, key, value, self.results[0]))
         self.constants = {
-            "D": query.shape[-1],
+            "D": head_dim,
             "BLOCK_Q": block_q,
             "BLOCK_K": block_k,
             "TILE_K": TILE,
@@ -243,7 +190,6 @@ class Forward:
             "DESCRIPTORS": descriptors,
             "FEATURE_MAP": feature_map,
         }
-        head_dim = query.shape[-1]
         self.options = {
             # Without the copy engine, 128 rows of 128 features do not fit the registers of four warps.
             "num_warps": 4 if descriptors or head_dim * block_q < 128 * 128 else 8,
@@ -253,8 +199,7 @@ class Forward:
         }
 
     def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
-        """Writes the results of these pairs; H and Z are of these alone, as in `LinearTerm`."""
-        (critical, counts), sizes = self.lists, self.sizes
+        critical, counts, sizes = self.lists
         full = counts
         if sizes is not None:
             self.ordered = full_blocks_first(critical, counts, sizes, self.constants["BLOCK_K"], pairs, self.ordered)
@@ -264,27 +209,9 @@ class Forward:
         if state is not None:
             terms, strides = (state, norm, *self.projection), (*state.stride()[:2], *norm.stride()[:2])
         lists = critical, counts, full, counts if sizes is None else sizes
-        scalars = self.heads, pairs.start, *self.lengths, strides, self.scale_log2
+        scalars = self.heads, pairs.start, *self.lengths, self.size_stride, strides, self.scale_log2
         arguments = *self.tensors, *self.strides, *lists, *terms, *scalars
         _launch_forward((critical.shape[2], len(pairs)), arguments, self.constants, **self.options)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    critical: Tensor,
-    counts: Tensor,
-    sizes: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    linear: LinearTerm | None = None,
-    results: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """All of `Forward` in one launch, and its results; `linear` is added to the output alone."""
-    projection, feature_map = (None, None) if linear is None else (linear[3:], linear.feature_map)
-    lists = critical, counts, sizes, block_q, block_k
-    call = Forward(query, key, value, *lists, scale, projection, feature_map, results)
-    call.run(range(query.shape[0] * query.shape[1]), *(() if linear is None else linear[:2]))
-    return call.results
+forward = Forward.at_once

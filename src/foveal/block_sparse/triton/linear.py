@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.block_sparse.launch_arguments import size_stride
 from foveal.block_sparse.triton.feature_maps import feature_map
 from foveal.block_sparse.triton.launch import Launcher
 from foveal.block_sparse.triton.select import add_column_sums, block_mean, store_first_row
@@ -145,6 +146,8 @@ def _run_key_states(
 ) -> None:  # fmt: skip
     heads, length, head_dim = key.shape[1:]
     descriptors = descriptors_fit((key, value))
+    # Without the copy engine, two programs' share of the registers would spill kilobytes in the loop.
+    limits = {"num_stages": 3, **register_limit(128)} if descriptors else {"num_stages": 2}
     _launch_key_states(
         (-(-blocks // at_once) * len(pairs),),
         (
@@ -157,7 +160,7 @@ def _run_key_states(
             "POOL": pooled is not None, "HAS_SIZES": sizes is not None, "DESCRIPTORS": descriptors,
             "FEATURE_MAP": feature_map,
         },
-        num_warps=8 if head_dim == 128 else 4, num_stages=3, **register_limit(128),
+        num_warps=8 if head_dim == 128 else 4, **limits,
     )  # fmt: skip
 
 
@@ -220,8 +223,3 @@ def masked_sum(mask: Tensor, terms: Tensor, out: Tensor | None = None) -> Tensor
     constants = {"D": head_dim, "ROWS": 32, "TILE": TILE}
     _launch_masked_sum((rows // 32, pairs), arguments, constants, num_warps=4, num_stages=3)
     return out
-
-
-def size_stride(sizes: Tensor | None) -> int:
-    """The batch stride of key block sizes, 0 where the batch shares them."""
-    return 0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0)

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.block_sparse.launch_arguments import LinearTerm, size_stride
 from foveal.block_sparse.triton.feature_maps import EPSILON, feature_map, feature_map_backward
-from foveal.block_sparse.triton.forward import LinearTerm, tile_valid
-from foveal.block_sparse.triton.linear import size_stride
+from foveal.block_sparse.triton.forward import tile_valid
 from foveal.block_sparse.triton.tiles import TILE, load_rows, row_strides, store_rows
 
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.block_sparse.launch_arguments import size_stride
+
 CHUNK = 1024
 
 
@@ -142,10 +144,9 @@ def full_blocks_first(
     batch, heads, num_query_blocks, width = critical.shape
     pairs = range(batch * heads) if pairs is None else pairs
     ordered, full = (torch.empty_like(critical), torch.empty_like(counts)) if lists is None else lists
-    size_stride = sizes.stride(0) if sizes.shape[0] > 1 else 0
     _full_first_kernel[(num_query_blocks, len(pairs))](
-        critical, counts, sizes, ordered, full, num_query_blocks, width, size_stride, heads, pairs.start, block_k,
-        CHUNK=128, num_warps=4,
+        critical, counts, sizes, ordered, full, num_query_blocks, width, size_stride(sizes), heads, pairs.start,
+        block_k, CHUNK=128, num_warps=4,
     )  # fmt: skip
     return RowLists(ordered, full)
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.block_sparse.triton.tiles import LOG2_E
+from foveal.block_sparse.launch_arguments import LOG2_E
 
 ROWS = 64  # queries of a program; keys in the kernel for dK and dV
 FORWARD_COLUMNS, BACKWARD_COLUMNS = 64, 32  # how many of the others come at a time

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.block_sparse.launch_arguments import size_stride
 from foveal.block_sparse.triton.launch import Launcher
 from foveal.block_sparse.triton.lists import padded_blocks
 from foveal.block_sparse.triton.tiles import register_limit, row_strides
@@ -235,11 +236,10 @@ def pool(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
     batch, heads, length, head_dim = x.shape
     blocks = -(-length // block)
     pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
-    size_stride = 0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0)
     tensors = x, pooled, pooled if sizes is None else sizes
     _launch_pool(
         (blocks * batch * heads,),
-        (*tensors, row_strides(x), heads, batch * heads, length, size_stride, block),
+        (*tensors, row_strides(x), heads, batch * heads, length, size_stride(sizes), block),
         {"D": head_dim, "ROWS": 64, "HAS_SIZES": sizes is not None},
         num_warps=4,
     )
@@ -390,11 +390,5 @@ def select_op(
 
 @select_op.register_fake
 def _(query, key, block_q, block_k, sizes, valid_blocks, wanted, scale, width, critical, negligible, *options):
-    batch, heads, query_length, _ = query.shape
-    rows, columns = -(-query_length // block_q), -(-key.shape[2] // block_k)
-    padded = (padded_blocks(rows), padded_blocks(columns)) if options[-1] else (0, 0)
-    return (
-        query.new_empty((batch, heads, rows, width), dtype=torch.int32),
-        query.new_empty((batch, heads, rows), dtype=torch.int32),
-        query.new_empty((batch, heads, *padded), dtype=torch.bfloat16),
-    )
+    rows, columns = -(-query.shape[2] // block_q), -(-key.shape[2] // block_k)
+    return new_lists(*query.shape[:2], rows, columns, width, options[-1], query.device)

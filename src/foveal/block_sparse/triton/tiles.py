@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from foveal.block_sparse.launch_arguments import copy_strides
+
 TILE = 64
-LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -71,9 +72,7 @@ def tile_argument(x: Tensor, rows: int, descriptors: bool):
     """What a kernel takes for x [B, H, L, D]: a descriptor of [rows, D] tiles, or x itself."""
     if not descriptors:
         return x
-    # The stride of a dimension of size 1 is free, and may be one that the copy engine refuses.
-    strides = [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, x.shape[-1]])
+    return TensorDescriptor(x, list(x.shape), copy_strides(x), [1, 1, rows, x.shape[-1]])
 
 
 def row_strides(x: Tensor) -> tuple[int, int, int]:

@@ -1,0 +1,132 @@
+"""Steps of `foveal train` on one GPU and on several under FSDP2: losses must agree, tokens a second are compared.
+
+    python benchmarks/train_scaling.py --json one.json
+    torchrun --nproc-per-node 2 benchmarks/train_scaling.py --json two.json --against one.json
+
+The trainer itself runs, on random latents of a 480p video of 81 frames (32,760 tokens), with Wan2.1-1.3B's width and
+random weights: float32 weights, bfloat16 autocast, gradient checkpointing, fused AdamW, SLA. The step's batch is the
+same whatever the number of processes: with one, gradients accumulate. Few layers, so that checkpoint and export are
+small; what a layer costs does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from foveal import SLAConfig
+from foveal.bench.machine import machine
+from foveal.bench.report import write_json
+from foveal.training.config import TrainingConfig
+from foveal.training.dataset import write_latent_dataset
+from foveal.training.settings import (
+    CheckpointSettings,
+    DataSettings,
+    EvaluationSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    SparsitySettings,
+    WanArchitecture,
+)
+from foveal.training.trainer import run_training
+
+# Relative, of a loss. The batch is split otherwise, and bfloat16 gradients are summed in another order.
+SAME = 2e-3
+
+
+def write_data(folder: Path, options: argparse.Namespace) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (16, (options.frames - 1) // 4 + 1, options.height // 8, options.width // 8)
+    text = torch.randn(512, 4096, generator=generator).bfloat16()
+    samples = [
+        {
+            "latents": torch.randn(shape, generator=generator),
+            "prompt_embeds": text,
+            "caption": "noise",
+            "id": f"noise-{number}#0",
+        }
+        for number in range(options.batch + 1)
+    ]
+    write_latent_dataset(folder, samples, empty_prompt={"prompt_embeds": torch.zeros_like(text)})
+
+
+def configuration(data: Path, output: Path, options: argparse.Namespace) -> TrainingConfig:
+    return TrainingConfig(
+        model=ModelSettings(
+            architecture=WanArchitecture(num_layers=options.layers, num_heads=options.heads, ffn_dim=options.ffn_dim)
+        ),
+        sparsity=SparsitySettings(SLAConfig(keep_ratio=0.05, drop_ratio=0.10)),
+        data=DataSettings(folder=data, held_out=1, caption_dropout=0.0),
+        output=output,
+        steps=options.steps,
+        batch_size=options.batch,
+        objective=ObjectiveSettings(shift=3.0),
+        optimizer=OptimizerSettings(learning_rate=1e-4, new_learning_rate=1e-3, warmup=1),
+        evaluation=EvaluationSettings(every=0),
+        checkpoint=CheckpointSettings(every=10 * options.steps),
+        parallel="fsdp",
+        device=options.device,
+        tracker="none",
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--width", type=int, default=832)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=12, help="of 128")
+    parser.add_argument("--ffn-dim", type=int, default=8960)
+    parser.add_argument("--batch", type=int, default=2, help="samples in a step, over all processes")
+    parser.add_argument("--steps", type=int, default=6, help="the first two are not timed")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--commit", help="of this tree, where there is no git to ask")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--against", type=Path, help="an earlier run's file, whose losses must be the same")
+    options = parser.parse_args(arguments)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # Folders beside the file that will be written: all processes know them.
+    data, output = options.json.with_suffix(".data"), options.json.with_suffix(".run")
+    if rank == 0:
+        write_data(data, options)
+    while not (data / "index.json").exists():
+        time.sleep(0.1)
+    run_training(configuration(data, output, options))
+    if rank:
+        return
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    for folder in (data, output):
+        shutil.rmtree(folder)
+    steps = [line for line in lines if "loss" in line]
+    results = {
+        "settings": {name: value for name, value in vars(options).items() if name not in ("json", "against")},
+        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), options.commit),
+        "processes": ranks,
+        "losses": [line["loss"] for line in steps],
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in steps[2:]),
+    }
+    if torch.cuda.is_available():
+        results["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if options.against:
+        former = json.loads(options.against.read_text())
+        results["scaling"] = results["tokens_per_second"] / former["tokens_per_second"]
+        results["one_process"] = former
+        pairs = zip(results["losses"], former["losses"], strict=True)
+        results["largest_relative_difference"] = max(abs(ours - theirs) / theirs for ours, theirs in pairs)
+    write_json(options.json, results)
+    print({name: value for name, value in results.items() if name not in ("settings", "machine")})
+    if options.against and not results["largest_relative_difference"] < SAME:
+        raise SystemExit("the losses differ by more than rounding")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Calls of the launch code that between them compile every kernel: what tests note launches of. Nothing is computed."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from foveal import SLAConfig, VideoGrid, VSAConfig
+from foveal.block_sparse.triton import select
+from foveal.block_sparse.triton.ops import block_sparse_attention_gpu
+from foveal.selection import selection_rule
+from foveal.sla.triton import sla_attention_gpu
+from foveal.testing import make_inputs, random_selection
+from foveal.vsa.layout import CubeLayout
+from foveal.vsa.triton import select_cubes_gpu, vsa_attention_gpu
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SIZES = {"batch": 1, "heads": 2, "query_length": 400, "key_length": 400}
+CUBES = {
+    "full slots": ((4, 8, 8), (4, 4, 4), 0),
+    "whole cubes in slots": ((3, 10, 8), (3, 5, 4), 0),
+    "partial cubes": ((4, 5, 9), (4, 4, 4), 0),
+    "text": ((4, 8, 8), (4, 4, 4), 70),
+    "wide slots": ((4, 8, 8), (4, 4, 8), 0),
+    "partial wide cubes": ((4, 5, 9), (4, 4, 8), 0),
+}  # grid, tile and tokens of text
+
+
+def _lengths(padded: bool):
+    return torch.tensor([300]) if padded else None
+
+
+def _inputs(head_dim, dtype, **sizes):
+    inputs = make_inputs(head_dim=head_dim, dtype=dtype, layout="BLHD", **(sizes or SIZES))
+    return [x.requires_grad_() for x in inputs]
+
+
+def sparse(head_dim, block_q, block_k, dtype, padded, with_lse=True, hopper=False):
+    """Block-sparse attention and its backward, with a gradient of the LSE or without."""
+    selection = random_selection(**SIZES, block_q=block_q, block_k=block_k, kv_lengths=_lengths(padded))
+    inputs = _inputs(head_dim, dtype)
+    output, lse = block_sparse_attention_gpu(*inputs, selection, 0.125, hopper=hopper)
+    torch.autograd.grad(output.sum() + (lse.sum() if with_lse else 0), inputs)
+
+
+def sla(head_dim, block_q, block_k, dtype, padded, feature_map, scope, projected=True, rule=True, hopper=False):
+    """SLA and its backward, by a rule or with a selection that is given."""
+    inputs, blocks = _inputs(head_dim, dtype), {"block_q": block_q, "block_k": block_k}
+    ratios = {"keep_ratio": 0.1, "drop_ratio": 0.1}
+    config = SLAConfig(feature_map=feature_map, linear_scope=scope, projection=projected, **ratios, **blocks)
+    if rule:
+        selection = selection_rule(*inputs[:2], **ratios, **blocks, kv_lengths=_lengths(padded))
+    else:
+        selection = random_selection(**SIZES, **blocks, kv_lengths=_lengths(padded))
+    weights = (torch.zeros(head_dim, head_dim), torch.zeros(head_dim)) if projected else (None, None)
+    output = sla_attention_gpu(*inputs, config, selection, 0.125, *weights, hopper=hopper)
+    torch.autograd.grad(output.sum(), inputs)
+
+
+def vsa(head_dim, dtype, cubes, gated_coarse, gated_fine, train=True, hopper=False):
+    """VSA, and its backward when it is trained; without it also the choice of cubes alone."""
+    grid, tile, text = CUBES[cubes]
+    grid, config = VideoGrid(*grid), VSAConfig(topk=2, tile=tile)
+    sizes = {"batch": 1, "heads": 2, "query_length": grid.num_tokens}
+    inputs = _inputs(head_dim, dtype, **sizes, key_length=grid.num_tokens + text)
+    gates = [
+        x if on else None for x, on in zip(_inputs(head_dim, dtype, **sizes), (gated_coarse, gated_fine), strict=False)
+    ]
+    layout = CubeLayout(config, grid, inputs[1], None)
+    with torch.set_grad_enabled(train):
+        output = vsa_attention_gpu(*inputs, layout, None, 0.125, *gates, hopper=hopper)
+    if train:
+        torch.autograd.grad(output.sum(), [*inputs, *(x for x in gates if x is not None)])
+    else:
+        select_cubes_gpu(*inputs[:2], layout, 0.125)
+
+
+def pool(head_dim, dtype, padded):
+    sizes = torch.ones(1, 4, dtype=torch.int32) if padded else None
+    select.pool(torch.zeros(1, 2, 256, head_dim, dtype=dtype), 64, sizes)
+
+
+def pick(columns, with_marginal, per_sample):
+    """Lists and mask of rows with so many key blocks, for all samples or by each sample's valid blocks."""
+    lists, counts, marginal = select.new_lists(1, 2, 64, columns, 9, with_marginal, torch.device("cpu"))
+    valid = torch.ones(1, dtype=torch.int32) if per_sample else None
+    table = torch.ones(columns + 1, 2, dtype=torch.int32) if per_sample else None
+    wanted = select.Wanted(9, 9, valid, table, (0, 0), (0, 0))
+    query, key = torch.zeros(2, 64, 64), torch.zeros(2, columns, 64)
+    select.pick(query, key, 0.125, wanted, 0, lists, counts, marginal if with_marginal else None)
+
+
+# Each constant of each kernel takes each of its values, each dtype occurs.
+FEW = [
+    partial(sla, 128, 64, 64, BF16, False, "softmax", "marginal"),
+    partial(sla, 64, 64, 128, FP16, True, "elu", "all", projected=False),
+    partial(sla, 64, 128, 64, BF16, False, "relu", "all", rule=False),
+    partial(sla, 64, 64, 64, FP16, False, "softmax", "noncritical", rule=False),
+    partial(sparse, 128, 128, 128, BF16, True),
+    partial(sparse, 64, 64, 64, FP16, False, with_lse=False),
+    partial(vsa, 128, BF16, "text", True, True),
+    partial(vsa, 64, FP16, "wide slots", False, False),
+    partial(vsa, 64, FP16, "wide slots", True, False, train=False),
+    *(partial(pool, *case) for case in ((128, BF16, False), (64, FP16, True), (64, FP32, False))),
+    *(partial(pick, *case) for case in ((500, True, False), (1000, False, True), (2000, True, True))),
+    *(partial(pick, columns, True, True) for columns in (4000, 8000, 16000)),
+]
+
+
+def all_calls() -> Iterator[Callable]:
+    """Every case that users can ask for."""
+    dims, blocks, dtypes, both = (64, 128), (64, 128), (BF16, FP16), (False, True)
+    for case in itertools.product(dims, blocks, blocks, dtypes, both):
+        yield from (partial(sparse, *case, with_lse) for with_lse in both)
+        scopes = itertools.product(("softmax", "elu", "relu"), ("marginal", "noncritical", "all"), both, both)
+        yield from (partial(sla, *case, *scope) for scope in scopes)
+    yield from (partial(vsa, *case) for case in itertools.product(dims, dtypes, CUBES, both, both, both))
+    yield from (partial(pool, *case) for case in itertools.product(dims, (*dtypes, FP32), both))
+    columns = (100, 500, 1000, 2000, 4000, 8000, 16000)
+    yield from (partial(pick, *case) for case in itertools.product(columns, both, both))

@@ -1,0 +1,126 @@
+"""What the launch code compiles for a GPU that is not there: launches noted, kernels compiled and read as machine code.
+
+The production code runs on CPU tensors with every kernel launch replaced by a note of what Triton would compile for it:
+the very constants, types, divisibilities and options of production.
+"""
+
+import bisect
+import contextlib
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from foveal.block_sparse.gluon import launch as gluon_launch
+from foveal.block_sparse.gluon import launch_linear
+from foveal.block_sparse.triton import tiles
+
+# Multiprocessors that the launch code counts on; it decides about run-time integers alone.
+MULTIPROCESSORS = 132
+
+
+class Launched(NamedTuple):
+    """One variant of a kernel; `constants` by name."""
+
+    name: str
+    constants: dict[str, Any]
+    types: tuple[str, ...]
+    source: ASTSource
+    target: GPUTarget
+    options: Any
+
+    @property
+    def key(self) -> tuple:
+        """What tells variants apart."""
+        return self.name, self.types, repr(sorted(self.source.attrs.items())), repr(self.constants), str(self.options)
+
+
+@contextlib.contextmanager
+def noted_launches(monkeypatch, arch: int):
+    """A dict of `Launched`, without repetitions, that fills while production code runs as if on this architecture."""
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    launched = {}
+
+    def note(kernel, *arguments, grid, warmup, **named):
+        named |= {"debug": False, "instrumentation_mode": ""}
+        bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+            *arguments, **named
+        )
+        options, signature, constants, attributes = kernel._pack_args(backend, named, bound, specialization, options)
+        source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
+        by_name = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
+        one = Launched(kernel.__name__, by_name, tuple(map(str, signature.values())), source, target, options)
+        launched.setdefault(one.key, one)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", note)
+        patch.setattr(tiles, "has_copy_engine", lambda device: arch >= 90)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        for module in (gluon_launch, launch_linear):
+            patch.setattr(module, "_multiprocessors", lambda device: MULTIPROCESSORS)
+        yield launched
+
+
+class Figures(NamedTuple):
+    """What a compiled kernel takes: registers a thread, bytes of shared memory, and spills in bytes a thread.
+
+    loop_spills: stores to and loads from local memory in innermost loops around tensor-core products.
+    spills: all stores to local memory.
+    """
+
+    registers: int
+    shared: int
+    loop_spills: int
+    spills: int
+
+
+def compiled(launched: Launched):
+    return triton.compile(launched.source, target=launched.target, options=launched.options.__dict__)
+
+
+def figures(binary) -> Figures:
+    """Read from the machine code that a launch would load."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", path]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = int(re.search(r"REG:(\d+)", report).group(1))
+    return Figures(registers, binary.metadata.shared, *_spills(report))
+
+
+def _spills(sass: str) -> tuple[int, int]:
+    instructions = [(int(at, 16), text) for at, text in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass, re.M)]
+    assert instructions, "no machine code found"
+    products = [at for at, text in instructions if re.search(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", text)]
+    loops = {}  # where each begins and ends, of those with products
+    for at, text in instructions:
+        target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
+        if target is not None and int(target.group(1), 16) < at:
+            first = int(target.group(1), 16)
+            if bisect.bisect_left(products, first) < bisect.bisect_right(products, at):
+                loops[first] = max(at, loops.get(first, 0))
+    innermost = [
+        (first, last)
+        for first, last in loops.items()
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in loops.items())
+    ]
+    in_loops = total = 0
+    for at, text in instructions:
+        access = re.search(r"\b(STL|LDL)((?:\.\w+)*)", text)
+        if access is not None:
+            size = next((int(bits) // 8 for bits in re.findall(r"\.(64|128)", access.group(2))), 4)
+            total += size * (access.group(1) == "STL")
+            in_loops += size * any(first <= at <= last for first, last in innermost)
+    return in_loops, total

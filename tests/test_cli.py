@@ -1,0 +1,76 @@
+"""The `foveal` command as a whole: how it ends when it is interrupted, and what it says of models it cannot train."""
+
+import json
+
+import pytest
+
+pytest.importorskip("tyro")
+
+from foveal import cli
+
+
+def test_an_interrupted_command_claims_nothing_of_its_files(monkeypatch, capsys):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Doctor, "run", interrupt)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "foveal: interrupted\n"
+
+
+def test_an_interrupted_training_says_where_its_checkpoints_are(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("diffusers")
+    from foveal.training import trainer
+
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "run_training", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "tiny", "--output", str(tmp_path)])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == f"foveal: interrupted; {tmp_path} has what was saved before\n"
+
+
+NOT_TRAINED = ", of family {!r}, which converts but is not trained yet"
+
+
+@pytest.mark.parametrize(
+    ("transformer", "message"),
+    [
+        ("LTXVideoTransformer3DModel", NOT_TRAINED.format("ltx_video")),
+        ("HunyuanVideoTransformer3DModel", NOT_TRAINED.format("hunyuan_video")),
+        ("CogVideoXTransformer3DModel", NOT_TRAINED.format("cogvideox")),
+        ("WanVACETransformer3DModel", NOT_TRAINED.format("wan_vace")),
+        ("MochiTransformer3DModel", ", of no family that foveal knows"),
+    ],
+)
+@pytest.mark.parametrize("around", ["a pipeline", "nothing"])
+def test_models_that_cannot_be_trained_are_named_at_once(tmp_path, capsys, transformer, message, around):
+    """From the configuration alone: neither weights nor data are there."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("diffusers")
+    base = tmp_path / "base"
+    place = base / "transformer" if around == "a pipeline" else base
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(json.dumps({"_class_name": transformer}))
+    output = tmp_path / "run"
+    assert cli.main(["train", "wan-1.3b-sla", "--model.path", str(base), "--output", str(output)]) == 2
+    expected = f"training takes transformers of family 'wan'; {place} has a {transformer}{message}"
+    assert capsys.readouterr().err == f"foveal: {expected}\n"
+    assert not output.exists()
+
+
+def test_folders_without_a_pipelines_transformer(tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("diffusers")
+    arguments = ["train", "wan-1.3b-sla", "--model.path", str(tmp_path), "--output", str(tmp_path / "run")]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"model.path: no config.json of {tmp_path}/transformer" in error
+    assert error.count("\n") == 1
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel"}))
+    assert cli.main(arguments) == 2
+    expected = f"model.path must be a pipeline's folder with 'transformer' in it, {tmp_path} is a transformer's own"
+    assert capsys.readouterr().err == f"foveal: {expected}\n"
