@@ -7,6 +7,7 @@ same picture without training a model; the pages say so.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +22,7 @@ from foveal.video_grid import tile_indices
 from foveal.vsa.attention import select_cubes, slot_size
 
 ASSETS = Path(__file__).parent / "assets"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 PATCH = 8
 STRIDE = 3
 GRID = VideoGrid(8, 16, 28)
@@ -192,7 +194,26 @@ def draw_cost(path: Path) -> None:
     figure.savefig(path)
 
 
+def draw_fine_tune(path: Path) -> None:
+    """Held-out losses of the fine-tune at 16K tokens, as `benchmarks/fine_tune.py` measured them."""
+    run = json.loads((RESULTS / "fine_tune.json").read_text())
+    figure = figure_of(10, 3.6)
+    before, after = figure.subplots(1, 2, width_ratios=[1, 1.6])
+    steps, losses = zip(*run["pretraining"]["held_out_loss"][1:], strict=True)
+    before.plot(steps, losses, color="#444")
+    before.set(title="pretraining, dense", xlabel="steps", ylabel="held-out loss")
+    for name, arm in run["arms"].items():
+        steps, losses = zip(*arm["held_out_loss"], strict=True)
+        after.plot(steps, losses, label=name, marker="o", markersize=3)
+    after.set(title=f"fine-tuning at {run['tokens']:,} tokens", xlabel="steps")
+    after.legend(frameon=False, fontsize=8)
+    for axis in (before, after):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 FIGURES = {
+    "fine-tune.png": draw_fine_tune,
     "token-orders.png": draw_token_orders,
     "selection.png": draw_selection,
     "vsa-stages.png": draw_stages,

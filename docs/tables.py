@@ -46,9 +46,9 @@ def _row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def kernels(shape: str = "480p") -> str:
+def kernels() -> str:
     """Block-sparse kernels: milliseconds, and the share of dense cuDNN's rate that they keep."""
-    run, entries = bench_run(shape, "kernel")
+    run, entries = bench_run("480p", "kernel")
     lines = [
         _row("candidate", "forward, ms", "share of cuDNN's TFLOP/s", "backward, ms", "share of cuDNN's TFLOP/s"),
         "|---|---|---|---|---|",
@@ -60,13 +60,13 @@ def kernels(shape: str = "480p") -> str:
             share = figures["ratios"]["SDPA cuDNN"]["share_of_rate"]
             cells += [f"{figures['rested_ms']:.3f}", f"{100 * share:.0f} %"]
         lines.append(_row(entry["name"], *cells))
-    return "\n".join([*lines, "", _caption(run, shape)])
+    return "\n".join([*lines, "", _caption(run)])
 
 
-def methods(shape: str = "480p") -> str:
+def methods() -> str:
     """Whole methods: milliseconds, and how many times faster than dense attention."""
-    run, entries = bench_run(shape, "method")
-    one = ("ms", "x cuDNN", "sustained", "x flash", "host, ms")
+    run, entries = bench_run("480p", "method")
+    one = ("ms", "x cuDNN", "sustained x cuDNN", "x flash")
     heads = [f"{name}, {cell}" if cell == "ms" else cell for name in ("forward", "backward") for cell in one]
     lines = [_row("candidate", *heads, "extra MiB"), "|---" * (len(heads) + 2) + "|"]
     for entry in entries:
@@ -75,10 +75,10 @@ def methods(shape: str = "480p") -> str:
             figures = entry["passes"][name]
             cudnn, flash = (figures["ratios"][base] for base in ("SDPA cuDNN", "SDPA flash"))
             cells += [f"{figures['rested_ms']:.3f}", f"{cudnn['speedup']:.1f}", f"{cudnn['sustained_speedup']:.1f}"]
-            cells += [f"{flash['speedup']:.1f}", f"{figures['host_ms']:.1f}"]
+            cells.append(f"{flash['speedup']:.1f}")
         cells.append(f"{entry['memory']['forward'] / 2**20:.0f}, {entry['memory']['forward_backward'] / 2**20:.0f}")
         lines.append(_row(entry["name"].removesuffix(", auto"), *cells))
-    return "\n".join([*lines, "", _caption(run, shape)])
+    return "\n".join([*lines, "", _caption(run)])
 
 
 def speed() -> str:
@@ -97,13 +97,14 @@ def speed() -> str:
     for entry in entries:
         if entry["name"] in wanted:
             cells = [
-                f"{entry['passes'][name]['rested_ms']:.2f} ms "
-                f"({entry['passes'][name]['ratios']['SDPA cuDNN']['speedup']:.1f}x)"
+                f"{entry['passes'][name]['rested_ms']:.2f} ms ({ratios['speedup']:.1f}x, "
+                f"sustained {ratios['sustained_speedup']:.1f}x)"
                 for name in ("forward", "backward")
+                for ratios in (entry["passes"][name]["ratios"]["SDPA cuDNN"],)
             ]
             call = calls[wanted[entry["name"]]]
             lines.append(_row(wanted[entry["name"]], *cells, f"{call['ms']:.0f} ms ({call['speedup']:.2f}x)"))
-    return "\n".join([*lines, "", _caption(run, "480p"), f"Transformer calls: {_machine(model)}, blocks compiled."])
+    return "\n".join([*lines, "", _caption(run), f"Transformer calls: {_machine(model)}, blocks compiled."])
 
 
 def wan() -> str:
@@ -222,8 +223,8 @@ def _machine(run: dict) -> str:
     return f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}{commit}"
 
 
-def _caption(run: dict, shape: str) -> str:
-    sizes = run["shapes"][shape]
+def _caption(run: dict) -> str:
+    sizes = run["shapes"]["480p"]
     sizes = f"B{sizes['batch']} H{sizes['heads']} L{sizes['length']} D{sizes['head_dim']}"
     return f"{_machine(run)}; {sizes}, {run['settings']['dtype']}; rested medians, {run['started'][:10]}."
 
@@ -231,9 +232,6 @@ def _caption(run: dict, shape: str) -> str:
 TABLES = {
     "kernels": kernels,
     "methods": methods,
-    "methods_720p": lambda: methods("720p"),
-    "methods_paper": lambda: methods("paper"),
-    "methods_d64": lambda: methods("d64"),
     "speed": speed,
     "wan": wan,
     "steps": steps,

@@ -81,7 +81,8 @@ SPILLS = [
     ("_key_state_kernel", 80, {"D": 128}, 16, 24),
     ("_key_state_kernel", 90, {"D": 128}, 40, 80),
     ("_masked_sum_kernel", 90, {"D": 64}, 0, 8),
-    ("_masked_sum_kernel", 100, {"D": 128}, 0, 8),
+    ("_key_state_kernel", 100, {"D": 128}, 32, 32),
+    ("_masked_sum_kernel", 100, {"D": 128}, 0, 16),
     # The assembler gives up: straight-line code over two tiles of 64 rows, three products of 128 x 128 each.
     ("_query_grad_kernel", 80, {"D": 128, "BLOCK_Q": 128}, 0, 38400),
     ("_query_grad_kernel", 80, {"D": 128}, 0, 2048),

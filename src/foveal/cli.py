@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,9 +274,12 @@ class Ui:
             import gradio  # noqa: F401
         except ImportError as error:
             raise ValueError('the page needs gradio: pip install "foveal[ui]"') from error
+        from foveal.ui.address import check_address
         from foveal.ui.page import build_page
         from foveal.ui.scene import pipeline_scene
 
+        # At once: a pipeline's video takes long.
+        check_address(self.host, self.port)
         scene = None
         if self.model is not None:
             from foveal.pipelines import choose_device, choose_dtype, load_pipeline
@@ -292,9 +296,18 @@ class Ui:
             )
         page = build_page(self.demo, scene)
         try:
-            page.launch(server_name=self.host, server_port=self.port, inbrowser=self.open_browser, quiet=True)
+            _, address, _ = page.launch(
+                server_name=self.host,
+                server_port=self.port,
+                inbrowser=self.open_browser,
+                quiet=True,
+                prevent_thread_lock=True,
+            )
         except OSError as error:
-            raise ValueError(f"cannot serve at {self.host}:{self.port}: {error}") from error
+            # Taken since it was checked; gradio's own advice is about its arguments.
+            raise ValueError(f"cannot serve at {self.host}:{self.port}; choose another --port") from error
+        print(address, flush=True)
+        page.block_thread()
 
 
 COMMANDS = {
@@ -328,10 +341,22 @@ def main(arguments: list[str] | None = None) -> int:
                 COMMANDS, prog="foveal", description=description, args=arguments
             )
         command.run()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("foveal: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
-        print(f"foveal: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        # Who reads has seen enough; python would complain when it flushes what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"foveal: {_reason(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong; of the system's own errors the file and the reason, without the number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

@@ -36,7 +36,15 @@ def bench(settings: BenchSettings, output: Path) -> int:
 
     Returns:
         How many candidates of ours failed.
+
+    Raises:
+        ValueError: for an output folder that cannot be made or written to.
     """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise ValueError(f"cannot write into output {output}: {error.strerror}") from error
 
     def keep(results: dict[str, Any]) -> None:
         write_json(output / file_name(results), results)

@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def run_demo(
             run leaves it as it was.
         video: a video file of one's own; None takes the sample clip named `clip`.
         device: where to run.
-        console: where progress goes; None for the standard error stream.
+        console: where progress goes, bars on a terminal and lines elsewhere; None for the standard error stream.
 
     Returns:
         The results, as written to results.json.
@@ -62,26 +62,26 @@ def run_demo(
     source = Path(video) if video is not None else sample_clip(clip)
     frames = read_video(source, height=settings.height, width=settings.width)
     windows = ClipWindows(frames, frames=settings.frames, stride=settings.stride)
-    with _replacing(output) as folder, _progress(console) as progress:
-        results, media = _measure(settings, windows, device, progress)
+    with _replacing(output) as folder, _Stages(console) as stages:
+        results, media = _measure(settings, windows, device, stages)
         results["clip"] = {"file": source.name, "frames": len(frames), "sample": video is None}
         results["environment"] = _environment(device)
-        task = progress.add_task("report", total=1)
-        write_report(folder, results, media, settings)
-        media["model"].save_pretrained(folder / "model")
-        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        progress.advance(task)
+        with stages.stage("report", 1) as advance:
+            write_report(folder, results, media, settings)
+            media["model"].save_pretrained(folder / "model")
+            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            advance()
     return results
 
 
 def _measure(
-    settings: DemoSettings, windows: ClipWindows, device: torch.device, progress: Progress
+    settings: DemoSettings, windows: ClipWindows, device: torch.device, stages: _Stages
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     held_out = HeldOut(windows, settings, device)
     model = build_model(settings).to(device)
     started = time.perf_counter()
     record = _train(
-        model, windows, held_out, settings, device, progress, "pretrain, dense", settings.pretrain_steps, pretrain=True
+        model, windows, held_out, settings, device, stages, "pretrain, dense", settings.pretrain_steps, pretrain=True
     )
     pretrain_seconds = time.perf_counter() - started
     pretrained = held_out.velocities(model)
@@ -96,21 +96,17 @@ def _measure(
             sparsify(arm, config)
         converted_error = _relative_error(held_out.velocities(arm), pretrained)
         record_arm = _train(
-            arm, windows, held_out, settings, device, progress, f"fine-tune, {name}", settings.fine_tune_steps
+            arm, windows, held_out, settings, device, stages, f"fine-tune, {name}", settings.fine_tune_steps
         )
         velocities = held_out.velocities(arm)
         reference = velocities if config is None else reference
-        task = progress.add_task(f"generate, {name}", total=settings.sampling_steps)
-        video, seconds = _timed(
-            device,
-            lambda arm=arm, task=task: generate(
-                arm,
-                held_out.video[:1, :, :1],
-                held_out.noise[:1],
-                settings,
-                on_step=lambda: progress.advance(task),
-            ),
-        )
+        with stages.stage(f"generate, {name}", settings.sampling_steps) as advance:
+            video, seconds = _timed(
+                device,
+                lambda arm=arm, advance=advance: generate(
+                    arm, held_out.video[:1, :, :1], held_out.noise[:1], settings, on_step=advance
+                ),
+            )
         videos[name] = video[0].cpu()
         arms[name] = {
             **_describe(config, settings),
@@ -145,36 +141,32 @@ def _train(
     held_out: HeldOut,
     settings: DemoSettings,
     device: torch.device,
-    progress: Progress,
+    stages: _Stages,
     title: str,
     steps: int,
     *,
     pretrain: bool = False,
 ) -> TrainingRecord:
-    task = progress.add_task(title, total=steps)
-
-    def on_step(step: int, loss: float) -> None:
-        progress.update(task, completed=step, description=f"{title} [dim]loss {loss:.3f}[/]")
-
     # Every arm sees the same windows, noise and noise levels; pretraining sees others.
     batches = Batches(windows, settings, device, seed=settings.seed + (1 if pretrain else 2))
     peak = settings.learning_rate if pretrain else settings.fine_tune_learning_rate
     evaluations = 2 * settings.evaluations if pretrain else settings.evaluations
     new = [p for processor in sparse_processors(model).values() for p in processor.parameters()]
     fast = {"fast_parameters": new, "fast_learning_rate": settings.new_learning_rate} if new else {}
-    return train(
-        model,
-        batches,
-        training_loss,
-        steps=steps,
-        learning_rate=peak,
-        warmup=max(1, steps // 10),
-        final_learning_rate=settings.fine_tune_learning_rate / 2 if pretrain else 0.0,
-        evaluate=held_out.loss,
-        evaluate_every=max(1, steps // evaluations),
-        on_step=on_step,
-        **fast,
-    )
+    with stages.stage(title, steps) as advance:
+        return train(
+            model,
+            batches,
+            training_loss,
+            steps=steps,
+            learning_rate=peak,
+            warmup=max(1, steps // 10),
+            final_learning_rate=settings.fine_tune_learning_rate / 2 if pretrain else 0.0,
+            evaluate=held_out.loss,
+            evaluate_every=max(1, steps // evaluations),
+            on_step=lambda step, loss: advance(f"loss {loss:.3f}"),
+            **fast,
+        )
 
 
 def _describe(config: Config | None, settings: DemoSettings) -> dict[str, Any]:
@@ -256,15 +248,47 @@ def _environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", justify="left"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+class _Stages:
+    """The stages of the demo as they go: bars on a terminal, elsewhere a line at the start and the end of each."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description}", justify="left"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> _Stages:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    @contextlib.contextmanager
+    def stage(self, title: str, steps: int) -> Iterator[Callable[[str], None]]:
+        """Gives what to call after each step, with a note on it or none."""
+        task = self.bars.add_task(title, total=steps)
+        last, started = "", time.perf_counter()
+
+        def advance(note: str = "") -> None:
+            nonlocal last
+            last = note
+            self.bars.update(task, advance=1, description=f"{title} [dim]{note}[/]" if note else title)
+
+        self._say(f"{title}: {steps} steps" if steps > 1 else title)
+        yield advance
+        figures = [f"{time.perf_counter() - started:.1f} s", last]
+        self._say(f"{title}: done, {', '.join(figure for figure in figures if figure)}")
+
+    def _say(self, line: str) -> None:
+        if self.bars.disable:
+            self.console.print(line, soft_wrap=True, highlight=False)
 
 
 @contextlib.contextmanager

@@ -182,7 +182,7 @@ def generate(
     Raises:
         ValueError: no prompt or seed, one that is given twice, nothing to compare with dense, a size that the pipeline
             cannot make or that is too small for sparse attention, or an output path that is a file;
-            FileNotFoundError, TypeError and ValueError as `SparseChoice.install` does.
+            FileNotFoundError, TypeError and ValueError as `SparseChoice.check` and `install` do.
         FloatingPointError: for an output that is not finite.
     """
     output, progress = Path(output), progress or Progress()
@@ -199,6 +199,9 @@ def generate(
         raise ValueError(f"{loaded.source} is dense, nothing to compare; give sparse weights or a method")
     arguments = settings.call_arguments(loaded)
     grid = loaded.sizes.grid(arguments["num_frames"], arguments["height"], arguments["width"])
+    if sparse is not None:
+        # Now: dense outputs may take hours.
+        sparse.check()
     if sparse is not None and sparse.config is not None:
         sparse.check_grid(grid, [sparse.config])
     arms = [DENSE] if sparse is None else [DENSE, SPARSE] if compare_dense else [SPARSE]

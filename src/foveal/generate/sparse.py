@@ -11,10 +11,11 @@ from typing import Any
 
 from foveal.generate.outputs import slug
 from foveal.integrations import load, sparsify
-from foveal.integrations.checkpoints import load_checkpoint
+from foveal.integrations.checkpoints import check_checkpoint, load_checkpoint
 from foveal.integrations.families import components_of
 from foveal.integrations.persist import WEIGHTS_FILE
 from foveal.integrations.processor import sparse_processors
+from foveal.integrations.tensor_files import open_tensors
 from foveal.methods import METHODS, Config
 from foveal.types import SLAConfig, check_choice
 from foveal.video_grid import VideoGrid
@@ -57,6 +58,23 @@ class SparseChoice:
             return "sparse"
         readable = described["method"] if self.path is None else slug(self.path.stem, 20)
         return f"{readable}-{hashlib.sha256(json.dumps(described).encode()).hexdigest()[:4]}"
+
+    def check(self) -> None:
+        """Look at what `path` is, without a model and without reading weights.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: files that are corrupt, or of no known format.
+        """
+        if self.path is None:
+            return
+        if not self.path.exists():
+            raise FileNotFoundError(f"no such folder or checkpoint of sparse weights: {self.path}")
+        for folder in (self.path, self.path / EXPORTED):
+            if (folder / WEIGHTS_FILE).is_file():
+                with open_tensors(folder / WEIGHTS_FILE):
+                    return
+        check_checkpoint(self.path)
 
     def install(self, pipe: Any) -> None:
         """Make a dense pipeline sparse, with the base weights that go with it, if any.
@@ -102,16 +120,16 @@ def choose_sparse(
     Raises:
         FileNotFoundError: no such folder or checkpoint.
         ValueError: options that exclude each other, an unknown method, a ratio that it does not have or that is out
-            of its range, or a folder without sparse weights.
+            of its range, or a folder or checkpoint of no known format.
     """
     ratios = {"keep_ratio": keep_ratio, "drop_ratio": drop_ratio}
     ratios = {name: value for name, value in ratios.items() if value is not None}
     if path is not None and (method is not None or ratios):
         raise ValueError("sparse weights have their own method and ratios: give --sparse, or --method and ratios")
     if path is not None:
-        if not path.exists():
-            raise FileNotFoundError(f"no such folder or checkpoint of sparse weights: {path}")
-        return SparseChoice(path=path, impl=impl)
+        choice = SparseChoice(path=path, impl=impl)
+        choice.check()
+        return choice
     if method is None:
         if ratios:
             raise ValueError(f"give --method with {' and '.join(ratios)}; expected one of {', '.join(METHODS)}")

@@ -140,6 +140,17 @@ def load_checkpoint(
     )
 
 
+def check_checkpoint(path: str | os.PathLike) -> None:
+    """Whether `load_checkpoint` recognises a file or folder, from its names alone, without a model.
+
+    Raises:
+        FileNotFoundError: no such file, or missing shards.
+        ValueError: a file that is corrupt or of no known format.
+    """
+    with open_tensors(path) as file:
+        _choose_format(file, without_prefix(file.shapes), _header(file), None)
+
+
 def export_checkpoint(model: Any, path: str | os.PathLike, *, format: str) -> None:
     """Writes a sparse model as another project reads it: the whole transformer, or for a LoRA format its one adapter.
 

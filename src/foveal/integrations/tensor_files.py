@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is corrupt, or holds more than tensors, which is not loaded: {_first_line(error)}"
+            f"{path} is corrupt, or holds more than tensors, which is not loaded{_what_more(error)}"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, IndexError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is corrupt or cut short: {_first_line(error)}") from None
@@ -174,6 +175,12 @@ def enumerated(names: list[str]) -> str:
     """The first five names, and how many more."""
     shown = ", ".join(names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def _what_more(error: pickle.UnpicklingError) -> str:
+    """The class or function that a pickle asks for, where torch names one; its advice is to run it."""
+    named = re.search(r"\bGLOBAL ([\w.]+)", str(error))
+    return f": it asks for {named.group(1)}" if named else ""
 
 
 def _first_line(error: Any) -> str:

@@ -1,8 +1,7 @@
-"""The samples of a run: what `foveal precompute` wrote, or windows of one clip in pixel space."""
+"""The output folder of a run, which is its own, and its samples: precomputed ones, or windows of one clip."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,35 @@ import torch
 
 from foveal.training.data import SAMPLE_CLIPS, ClipWindows, read_video, sample_clip
 from foveal.training.dataset import BatchStream, LatentDataset, write_latent_dataset
-from foveal.training.settings import DataSettings
+from foveal.training.log import METRICS_FILE
+from foveal.training.settings import DataSettings, ModelSettings
+from foveal.training.shards import INDEX_FILE, read_index
+
+WINDOWS = "clip-windows"
+# What a run may leave before its first checkpoint; "export", which is replaced as a whole, comes later.
+BEFORE_CHECKPOINTS = {WINDOWS, METRICS_FILE, Path(METRICS_FILE).with_suffix(".new").name}
+BEFORE_CHECKPOINTS |= {"checkpoints", "samples", "tensorboard"}
+
+
+def check_output(output: Path) -> None:
+    """Raises a ValueError for an output without checkpoints that is a file, or holds what no run has written."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file; expected a folder")
+    found = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    others = [name for name in found if name not in BEFORE_CHECKPOINTS and not name.startswith(".")]
+    if others:
+        raise ValueError(f"output {output} holds something else ({others[0]}); choose a new or empty folder")
+
+
+def check_sizes(data: DataSettings, model: ModelSettings) -> None:
+    """Raises a ValueError if the windows of a clip are not whole patches of a model with random weights."""
+    if data.clip is None or model.architecture is None:
+        return
+    patch = model.architecture.patch
+    for name in ("height", "width"):
+        size = getattr(data, name)
+        if size % patch:
+            raise ValueError(f"data.{name} must be a multiple of {patch} (model.architecture.patch), got {size}")
 
 
 def open_data(settings: DataSettings, output: Path, accelerator: Any) -> tuple[LatentDataset, LatentDataset]:
@@ -27,18 +54,17 @@ def open_data(settings: DataSettings, output: Path, accelerator: Any) -> tuple[L
         )
     if settings.folder is not None:
         return LatentDataset(settings.folder).split(settings.held_out)
-    folders = output / "clip" / "train", output / "clip" / "held-out"
+    folders = output / WINDOWS / "train", output / WINDOWS / "held-out"
     if accelerator.is_main_process:
-        _write_windows(settings, output / "clip", *folders)
+        _write_windows(settings, *folders)
     accelerator.wait_for_everyone()
     return tuple(LatentDataset(folder) for folder in folders)
 
 
-def _write_windows(settings: DataSettings, parent: Path, train: Path, held_out: Path) -> None:
+def _write_windows(settings: DataSettings, train: Path, held_out: Path) -> None:
     path = sample_clip(settings.clip) if settings.clip in SAMPLE_CLIPS else Path(settings.clip)
     clip = read_video(path, height=settings.height, width=settings.width)
     windows = ClipWindows(clip, frames=settings.frames, stride=settings.stride)
-    shutil.rmtree(parent, ignore_errors=True)
     parts = (train, windows.train_starts, settings.windows), (held_out, windows.held_out_starts, settings.held_out)
     for folder, starts, count in parts:
         picks = torch.linspace(0, len(starts) - 1, min(count, len(starts))).round().long().tolist()
@@ -46,7 +72,24 @@ def _write_windows(settings: DataSettings, parent: Path, train: Path, held_out: 
             {"latents": windows.window(starts[pick]), "caption": "", "id": f"{path.name}#{starts[pick]}"}
             for pick in picks
         ]
+        _remove_windows(folder)
         write_latent_dataset(folder, samples, settings={"space": "pixel", "clip": path.name, "fps": 12})
+
+
+def _remove_windows(folder: Path) -> None:
+    """Removes the windows that a former run wrote into a folder, and no other file.
+
+    Raises:
+        ValueError: for a folder with a data set from elsewhere.
+    """
+    if not (folder / INDEX_FILE).exists():
+        return
+    index = read_index(folder)
+    if "clip" not in index.settings:
+        raise ValueError(f"{folder} holds a data set that no run wrote; choose another output")
+    (folder / INDEX_FILE).unlink()
+    for shard in index.shards:
+        (folder / Path(shard.file).name).unlink(missing_ok=True)
 
 
 def read_batch(stream: BatchStream) -> tuple[dict[str, Any] | None, str]:

@@ -20,7 +20,7 @@ from foveal.training.dataset import BatchStream
 from foveal.training.evaluation import DivergenceAlarm, Evaluation, HeldOut
 from foveal.training.export import export
 from foveal.training.faults import LossGuard, TrainingError, out_of_memory, stopping_on_signals
-from foveal.training.inputs import micro_batches, open_data, read_batch
+from foveal.training.inputs import check_output, check_sizes, micro_batches, open_data, read_batch
 from foveal.training.log import RunLog
 from foveal.training.model import (
     anneal,
@@ -93,12 +93,15 @@ class Trainer:
         # At once, before data and output; a model of the hub is looked at when it is loaded.
         if config.model.path is not None and Path(config.model.path).is_dir():
             transformer_fields(config.model)
+        check_sizes(config.data, config.model)
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
         self.accelerator = build_accelerator(config)
         self.log = RunLog(config, self.accelerator)
         self.store = CheckpointStore(config.output / "checkpoints", keep=config.checkpoint.keep, report=self.log.warn)
-        if self.store.exists() and not config.resume:
+        if not self.store.exists():
+            check_output(config.output)
+        elif not config.resume:
             raise ValueError(
                 f"output {config.output} holds checkpoints: resume goes on from them, another output starts anew"
             )
