@@ -8,6 +8,7 @@ import torch
 
 from foveal import SLAConfig, VideoGrid, VSAConfig
 from foveal.block_sparse.triton import select
+from foveal.block_sparse.triton.linear import key_state_sums
 from foveal.block_sparse.triton.ops import block_sparse_attention_gpu
 from foveal.selection import selection_rule
 from foveal.sla.triton import sla_attention_gpu
@@ -58,6 +59,12 @@ def sla(head_dim, block_q, block_k, dtype, padded, feature_map, scope, projected
     torch.autograd.grad(output.sum(), inputs)
 
 
+def state_sums(head_dim, dtype):
+    """The states over all keys, which scope "all" starts from."""
+    key, value = _inputs(head_dim, dtype)[1:]
+    key_state_sums(key, value, None, 64, "softmax")
+
+
 def vsa(head_dim, dtype, cubes, gated_coarse, gated_fine, train=True, hopper=False):
     """VSA, and its backward when it is trained; without it also the choice of cubes alone."""
     grid, tile, text = CUBES[cubes]
@@ -99,6 +106,7 @@ FEW = [
     partial(sla, 64, 64, 64, FP16, False, "softmax", "noncritical", rule=False),
     partial(sparse, 128, 128, 128, BF16, True),
     partial(sparse, 64, 64, 64, FP16, False, with_lse=False),
+    partial(state_sums, 128, BF16),
     partial(vsa, 128, BF16, "text", True, True),
     partial(vsa, 64, FP16, "wide slots", False, False),
     partial(vsa, 64, FP16, "wide slots", True, False, train=False),

@@ -402,6 +402,20 @@ def test_mistakes_end_with_one_line_and_status_2(main, arguments, message, capsy
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("main", ["cli", "module"])
+def test_an_output_that_cannot_be_written_is_said_before_the_work(main, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(report, "run_bench", lambda *args, **kwargs: pytest.fail("worked first"))
+    arguments = ["--device", "cpu", "--length", "64", "--output", str(tmp_path / "file")]
+    if main == "cli":
+        pytest.importorskip("tyro")
+        status = cli.main(["bench", *arguments])
+    else:
+        status = module_main.main(arguments)
+    assert status == 2
+    assert f"cannot write into output {tmp_path}/file: " in capsys.readouterr().err
+
+
 def test_no_gpu_is_said(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     pytest.importorskip("tyro")

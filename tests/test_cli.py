@@ -1,6 +1,8 @@
 """The `foveal` command as a whole: how it ends when it is interrupted, and what it says of models it cannot train."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -16,6 +18,26 @@ def test_an_interrupted_command_claims_nothing_of_its_files(monkeypatch, capsys)
     monkeypatch.setattr(cli.Doctor, "run", interrupt)
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "foveal: interrupted\n"
+
+
+def test_errors_of_the_system_are_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(cli.Doctor, "run", lambda self: (tmp_path / "file" / "run").mkdir())
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == f"foveal: {tmp_path}/file/run: Not a directory\n"
+
+
+def test_a_reader_that_leaves_early_hears_nothing():
+    script = (
+        "import sys; from foveal import cli; cli.Doctor.run = lambda self: print('x' * 100000); "
+        "sys.exit(cli.main(['doctor']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
 
 
 def test_an_interrupted_training_says_where_its_checkpoints_are(tmp_path, monkeypatch, capsys):

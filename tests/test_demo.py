@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("av")
 pytest.importorskip("matplotlib")
+
+from rich.console import Console
 
 from foveal import cli
 from foveal.demo import run as demo_run
@@ -55,10 +59,29 @@ def _without_seconds(value):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def said():
+    """What the demo of `report` tells where there is no terminal."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, said):
     folder = tmp_path_factory.mktemp("demo") / "report"
-    results = run_demo(TINY, output=folder, device=torch.device("cpu"))
+    results = run_demo(TINY, output=folder, device=torch.device("cpu"), console=Console(file=said))
     return folder, results
+
+
+def test_stages_are_told_as_they_begin_and_end(report, said):
+    _, results = report
+    titles = ["pretrain, dense"]
+    titles += [f"{what}, {arm}" for arm in results["arms"] for what in ("fine-tune", "generate")]
+    lines = said.getvalue().splitlines()
+    assert len(lines) == 2 * len([*titles, "report"])
+    for title, begin, end in zip(titles, lines[::2], lines[1::2], strict=False):
+        assert re.fullmatch(rf"{title}: \d+ steps", begin)
+        assert re.fullmatch(rf"{title}: done, [\d.]+ s(, loss [\d.]+)?", end)
+    assert lines[-2] == "report"
+    assert "loss" in lines[1]
 
 
 def test_report_is_complete(report):
@@ -129,6 +152,7 @@ def test_command_line_answers_mistakes_in_one_line(tmp_path, capsys):
         (["demo", "--video", str(tmp_path / "none.mp4")], "no such video file"),
         (["demo", "--video", str(tmp_path / "notes.mp4")], "cannot decode"),
         (["demo", "--clip", "bunny"], "unknown clip 'bunny'"),
+        (["demo", "--output", str(tmp_path / "notes.mp4" / "demo")], "notes.mp4: File exists"),
         (["demo", "--device", "tpu"], "unknown device 'tpu'"),
         (["demo", "--pretrain-steps", "0"], "pretrain_steps must be at least 1"),
     ):

@@ -312,6 +312,45 @@ def test_mistakes_are_answered_in_one_line(wan, tmp_path, capsys):
     assert "no such pipeline folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["generate", "eval"])
+def test_sparse_weights_are_looked_at_before_anything_is_made(wan, tmp_path, capsys, monkeypatch, command):
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr("foveal.pipelines.load_pipeline", lambda *args, **kwargs: pytest.fail("loaded first"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "foveal.safetensors").write_bytes(b"half")
+    save_file({"blocks.0.attn1.to_q.weight": torch.ones(2, 2)}, tmp_path / "dense.safetensors")
+    save_file({"encoder.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    for name, message in (
+        ("none", "no such folder or checkpoint of sparse weights"),
+        ("empty", "must hold one safetensors file"),
+        ("saved", "is corrupt or cut short"),
+        ("dense.safetensors", "is a dense checkpoint"),
+        ("other.safetensors", "is of no known format"),
+    ):
+        compare = ("--compare", "dense") if command == "generate" else ()
+        arguments = ("--model", wan, "--prompt", "a cat", "--sparse", tmp_path / name, *compare)
+        assert run(command, "--output", tmp_path / "out", *arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_sparse_weights_of_a_call_are_looked_at_before_dense_outputs(wan, tmp_path, monkeypatch):
+    from foveal.generate import run as generation
+    from foveal.pipelines import load_pipeline
+
+    loaded = load_pipeline(wan, device=torch.device("cpu"), dtype=torch.float32)
+    monkeypatch.setattr(generation, "_generate_one", lambda *args: pytest.fail("made a video first"))
+    settings = generation.GenerationSettings(frames=5, height=96, width=96, steps=2)
+    (tmp_path / "empty").mkdir()
+    for name, error in (("none", FileNotFoundError), ("empty", ValueError)):
+        choice = SparseChoice(path=tmp_path / name)
+        with pytest.raises(error, match=name):
+            generation.generate(loaded, ["a cat"], [0], tmp_path / "out", settings, sparse=choice, compare_dense=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_prompts_are_lines(tmp_path):
     (tmp_path / "p.txt").write_text("\ufeffa cat\r\n\r\n  a dog \r\n", encoding="utf-8")
     assert read_prompts(tmp_path / "p.txt") == ["a cat", "a dog"]

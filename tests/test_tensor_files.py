@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -45,6 +46,15 @@ class Unpicklable:
 )
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, make, match):
     refused(tiny_transformer(num_layers=LAYERS), make(tmp_path), ValueError, match, **SMALL_SLA)
+
+
+def test_the_advice_of_torch_is_not_repeated(tmp_path):
+    torch.save({"a": Unpicklable()}, tmp_path / "code.pth")
+    (tmp_path / "junk.pth").write_bytes(b"not a pickle at all")
+    for name, ending in (("code.pth", f": it asks for {__name__}.Unpicklable"), ("junk.pth", "")):
+        message = f"{tmp_path / name} is corrupt, or holds more than tensors, which is not loaded{ending}"
+        with pytest.raises(ValueError, match=re.escape(message) + "$"), open_tensors(tmp_path / name):
+            pass
 
 
 def rewrite_index(folder, change):

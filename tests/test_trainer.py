@@ -21,7 +21,7 @@ pytest.importorskip("rich")
 pytest.importorskip("tyro")
 
 from accelerate.state import AcceleratorState
-from tiny_training import ARCHITECTURE, LATENT, SPARSE, config, metrics, run_here, start, write_data
+from tiny_training import ARCHITECTURE, LATENT, SPARSE, config, metrics, run_here, small_tiny, start, write_data
 
 import foveal
 from foveal import SLAConfig, VSAConfig, cli
@@ -654,18 +654,67 @@ def test_a_resumed_run_says_what_changed(folder, capsys):
 
 
 def test_the_command_answers_mistakes_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
     output = ["--tracker", "none", "--output", str(tmp_path / "run")]
     for arguments, message in (
         (["tny"], "unknown recipe 'tny'"),
         (["wan-1.3b-sla", "--objective.shift", "3", "--device", "cpu", *output], "give data.folder"),
         (["tiny", "--data.clip", str(tmp_path / "no.mp4"), *output], "no such video file"),
         (["tiny", "--data.frames", "400", *output], "the clip has 132 frames, but"),
+        (["tiny", "--data.height", "33", *output], "data.height must be a multiple of 4 (model.architecture.patch)"),
+        (["tiny", "--data.width", "50", *output], "data.width must be a multiple of 4"),
+        (
+            ["tiny", "--tracker", "none", "--output", str(tmp_path / "file" / "run")],
+            "file/run/clip-windows/train: Not a directory",
+        ),
+        (["tiny", "--tracker", "none", "--output", str(tmp_path / "file")], "is a file; expected a folder"),
     ):
         AcceleratorState._reset_state(reset_partial_state=True)
         assert cli.main(["train", *arguments]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("theirs", ["clip/wedding.mp4", "export/thesis.tex", "clip-windows/train/index.json"])
+def test_an_output_folder_with_files_of_others_is_left_alone(tmp_path, capsys, monkeypatch, theirs):
+    pytest.importorskip("skvideo")
+    (tmp_path / theirs).parent.mkdir(parents=True)
+    (tmp_path / theirs).write_text("theirs")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *small_tiny("--output", ".", "--steps", 1)]) == 2
+    error = capsys.readouterr().err
+    assert "holds something else" in error or "is malformed" in error
+    assert error.count("\n") == 1
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()] == [theirs]
+
+
+def test_files_beside_the_windows_of_a_clip_stay(tmp_path):
+    pytest.importorskip("skvideo")
+    arguments = ("--output", tmp_path, "--steps", 1)
+    run_here(*arguments)
+    index = tmp_path / "clip-windows" / "train" / "index.json"
+    first = json.loads(index.read_text())
+    theirs = index.with_name("notes.txt")
+    theirs.write_text("theirs")
+    (tmp_path / "log.txt").write_text("theirs")
+    # They are written anew, and the folder holds checkpoints now, so that the log is no matter.
+    run_here(*arguments, "--resume")
+    assert json.loads(index.read_text()) == first
+    assert {path.name for path in index.parent.iterdir()} == {"index.json", "shard-00000.safetensors", "notes.txt"}
+    assert (tmp_path / "log.txt").read_text() == theirs.read_text() == "theirs"
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch):
+    pytest.importorskip("skvideo")
+    arguments = ("--output", tmp_path / "run", "--steps", 1)
+    monkeypatch.setattr(Trainer, "_train_step", lambda self, started: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_here(*arguments)
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    run_here(*arguments)
+    assert (tmp_path / "run" / "export").is_dir()
 
 
 def test_flops_are_counted_by_hand():

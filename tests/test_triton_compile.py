@@ -130,14 +130,14 @@ def test_variants_fit(arch, name):
     check(name, arch, every=False)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", sorted(set(kernel_names())))
 @pytest.mark.parametrize("arch", [80, 90])
 def test_pairs_of_constants_fit(arch, name):
     check(name, arch, every=True)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_few_calls_take_every_constant_through_its_values():
     few, every = (
         set().union(*(choices(x, 1) for some in variants(90, e).values() for x in some)) for e in (False, True)

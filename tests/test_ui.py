@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 import torch
@@ -123,6 +124,44 @@ def test_mistakes(folder, scene, tmp_path, capsys):
     pytest.importorskip("gradio")
     assert cli.main(["ui", "--demo", str(tmp_path)]) == 2
     assert "holds no model of the demo" in capsys.readouterr().err
+
+
+def test_the_address_is_printed_before_it_serves(folder, monkeypatch, capsys):
+    pytest.importorskip("tyro")
+    pytest.importorskip("gradio")
+    from foveal.ui import page
+
+    printed = []
+
+    class Page:
+        def launch(self, *, prevent_thread_lock, **options):
+            assert prevent_thread_lock
+            return None, f"http://{options['server_name']}:{options['server_port']}/", None
+
+        def block_thread(self):
+            printed.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(page, "build_page", lambda folder, scene: Page())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert cli.main(["ui", "--demo", str(folder), "--port", str(port), "--no-open-browser"]) == 0
+    assert printed == [f"http://127.0.0.1:{port}/\n"]
+
+
+def test_addresses_that_cannot_be_served_at(tmp_path, capsys):
+    pytest.importorskip("tyro")
+    pytest.importorskip("gradio")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, message in (
+            (("--port", "99999"), "--port must be in 1..65535, got 99999"),
+            (("--port", str(port)), f"port {port} of 127.0.0.1 is in use; choose another --port"),
+            (("--host", "192.0.2.7"), "cannot serve at --host 192.0.2.7: "),
+        ):
+            assert cli.main(["ui", "--demo", str(tmp_path), *arguments]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"foveal: {message}")
+            assert error.count("\n") == 1
 
 
 def test_controls_stand_for_configurations():
