@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from foveal import BlockSelection, SLAConfig, VideoGrid, VSAConfig, attention_cost, select_blocks
+from foveal.bench.plot import write_plot
 from foveal.selection import pool_blocks, pooled_scores
 from foveal.training.data import read_video, sample_clip
 from foveal.video_grid import tile_indices
@@ -212,7 +213,55 @@ def draw_fine_tune(path: Path) -> None:
     figure.savefig(path)
 
 
+def newest(pattern: str) -> dict:
+    return json.loads(sorted(RESULTS.glob(pattern))[-1].read_text())
+
+
+def draw_kernels(path: Path) -> None:
+    """Kernels and methods against dense attention, as `foveal bench` draws its own results."""
+    write_plot(path, newest("nvidia-*.json"))
+
+
+def draw_speed(path: Path) -> None:
+    """A whole Wan transformer call against its number of tokens, as `benchmarks/wan_transformer.py` measured it."""
+    run = newest("wan-1.3b-*.json")
+    tokens = {"480p": WAN_480P["grid"].num_tokens, "720p": VideoGrid(21, 45, 80).num_tokens}
+    figure = figure_of(7, 3.6)
+    axis = figure.subplots()
+    for arm in run["calls"]["480p"]:
+        style = {"color": "#888", "linestyle": ":"} if arm.startswith("no ") else {}
+        speedups = [run["calls"][resolution][arm]["speedup"] for resolution in tokens]
+        axis.plot(list(tokens.values()), speedups, marker="o", markersize=4, label=arm, **style)
+    labels = [f"{count:,}\n{name}" for name, count in tokens.items()]
+    axis.set_xticks(list(tokens.values()), labels)
+    axis.set(xlabel="tokens", ylabel="times faster than dense", ylim=(0, None))
+    axis.set_title(f"Wan2.1-1.3B transformer call, {run['machine']['device']}", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path)
+
+
+def draw_error(path: Path) -> None:
+    """Output error against the share of blocks that is kept, from the runs of `benchmarks/token_order.py`."""
+    run = newest("token_order.json")
+    ratios = [100 * ratio for ratio in run["keep_ratios"]]
+    figure = figure_of(7, 3.4)
+    axis = figure.subplots()
+    for order, color in (("raster", "#2a7f8e"), ("tile", "#d19a2e")):
+        for ranking, style in (("pooled", "-"), ("oracle", "--")):
+            errors = torch.tensor([each[order]["error"][ranking] for each in run["runs"]]).mean(0)
+            axis.plot(ratios, 100 * errors, style, color=color, marker="o", markersize=3, label=f"{order}, {ranking}")
+    axis.set(xlabel="blocks kept, %", ylabel="output error, %", ylim=(0, None))
+    axis.set_title("the demo's model, sparse part alone, before fine-tuning", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
 FIGURES = {
+    "kernels.png": draw_kernels,
+    "speed.png": draw_speed,
+    "error.png": draw_error,
     "fine-tune.png": draw_fine_tune,
     "token-orders.png": draw_token_orders,
     "selection.png": draw_selection,

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import foveal
@@ -27,6 +26,7 @@ from foveal.inspect.capture import capture_selections, token_labels
 from foveal.integrations import sparsify
 from foveal.integrations.processor import sparse_processors
 from foveal.methods import Config, method_of
+from foveal.terminal import progress_bar
 from foveal.training.data import ClipWindows, read_video, sample_clip
 from foveal.training.loop import TrainingRecord, train
 from foveal.training.objective import add_noise
@@ -253,15 +253,8 @@ class _Stages:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.bars = Progress(
-            TextColumn("{task.description}", justify="left"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.bars = progress_bar(console)
+        self.bars.disable = not console.is_terminal
 
     def __enter__(self) -> _Stages:
         self.bars.start()
