@@ -25,6 +25,7 @@ CUBES = {
     "text": ((4, 8, 8), (4, 4, 4), 70),
     "wide slots": ((4, 8, 8), (4, 4, 8), 0),
     "partial wide cubes": ((4, 5, 9), (4, 4, 8), 0),
+    "whole wide cubes in slots": ((3, 10, 8), (3, 10, 4), 0),
 }  # grid, tile and tokens of text
 
 

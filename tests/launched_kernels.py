@@ -21,7 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from foveal.block_sparse.gluon import launch as gluon_launch
-from foveal.block_sparse.gluon import launch_linear
+from foveal.block_sparse.gluon import cubes, launch_linear
 from foveal.block_sparse.triton import tiles
 
 # Multiprocessors that the launch code counts on; it decides about run-time integers alone.
@@ -67,7 +67,7 @@ def noted_launches(monkeypatch, arch: int):
         patch.setattr(tiles, "has_copy_engine", lambda device: arch >= 90)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        for module in (gluon_launch, launch_linear):
+        for module in (gluon_launch, launch_linear, cubes):
             patch.setattr(module, "_multiprocessors", lambda device: MULTIPROCESSORS)
         yield launched
 

@@ -233,7 +233,14 @@ def test_row_statistics(tmp_path):
 
 
 # Bytes that spill: masks of any size take a register or two more than there are.
-CUBES = {"full slots": 0, "whole cubes in slots": 0, "partial cubes": 64}
+CUBES = {
+    "full slots": 0,
+    "whole cubes in slots": 0,
+    "partial cubes": 64,
+    "wide slots": 0,
+    "whole wide cubes in slots": 0,
+    "partial wide cubes": 0,
+}
 
 
 @pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -242,9 +249,17 @@ CUBES = {"full slots": 0, "whole cubes in slots": 0, "partial cubes": 64}
 def test_vsa(tmp_path, monkeypatch, head_dim, cubes, train):
     with noted_launches(monkeypatch, 90) as launched:
         vsa(head_dim, BF16, cubes, True, True, train, hopper=True)
-    (fine,) = (x for x in launched.values() if x.name == "cubes_fwd_kernel")
+    wide = "wide" in cubes
+    (fine,) = (x for x in launched.values() if x.name == ("cubes_fwd_wide_kernel" if wide else "cubes_fwd_kernel"))
     assert fine.constants["SAVE_FINE"] == train
-    assert_fits(compiled_as_launched(fine), tmp_path, programs=3, threads=128, spill_limit=CUBES[cubes])
-    for dq in (x for x in launched.values() if x.constants.get("TAIL")):
-        assert_fits(compiled_as_launched(dq), tmp_path, programs=2, threads=256)
-    assert any(x.constants.get("TAIL") for x in launched.values()) == (train and cubes == "whole cubes in slots")
+    programs, threads = (1, 384) if wide else (3, 128)
+    assert_fits(compiled_as_launched(fine), tmp_path, programs=programs, threads=threads, spill_limit=CUBES[cubes])
+    backward = {x.name: x for x in launched.values() if x.name in ("block_sparse_dq_kernel", "block_sparse_dkdv_kernel")}
+    assert bool(backward) == train
+    if not train:
+        return
+    programs, threads = (1, 384) if wide else (2, 256)
+    dq, dkdv = backward["block_sparse_dq_kernel"], backward["block_sparse_dkdv_kernel"]
+    assert dq.constants["TAIL"] == ("in slots" in cubes)
+    assert_fits(compiled_as_launched(dq), tmp_path, programs=programs, threads=threads)
+    assert_fits(compiled_as_launched(dkdv), tmp_path, programs=2, threads=128)

@@ -56,6 +56,9 @@ LARGER = {
     "cubes of 40": ((8, 10, 16), (4, 2, 5), 5, 128),
     "one row of cubes": ((1, 40, 64), (1, 8, 8), 6, 64),
     "wide slots": ((8, 10, 24), (4, 5, 6), 3, 128),
+    "wide cubes": ((9, 20, 24), "wide", 5, 128),
+    "full wide cubes": ((8, 12, 16), (4, 4, 8), 4, 128),
+    "partial wide cubes": ((9, 14, 22), (7, 6, 3), 5, 64),
     "one cube": ((2, 3, 4), (4, 4, 4), 3, 128),
     "all cubes": ((6, 10, 8), "auto", 100, 64),
 }
@@ -170,16 +173,16 @@ def test_inference_is_the_training_forward(impl):
 
 
 def test_one_compilation_over_grids(impl):
-    from foveal.block_sparse.gluon import cubes_kernel
+    from foveal.block_sparse.gluon import cubes_kernel, cubes_wide_kernel
     from foveal.block_sparse.triton import cubes, pooled
 
     kernels = [
         kernel
-        for module in (cubes, pooled, cubes_kernel)
+        for module in (cubes, pooled, cubes_kernel, cubes_wide_kernel)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel") and hasattr(kernel, "device_caches")
     ]
-    assert len(kernels) == 8
+    assert len(kernels) == 9
     compiled = None
     for sides in ((5, 9, 13), (4, 4, 7), (1, 30, 30), (3, 33, 17), (8, 8, 9), (17, 5, 33)):
         grid = VideoGrid(*sides)

@@ -96,7 +96,7 @@ VSA_MISTAKES = [
     ({"tile": (4, 4)}, TypeError, r"tile must be a tuple of three ints \(frames, height, width\), got \(4, 4\)"),
     ({"tile": (4, 4, 0)}, ValueError, r"tile width must be at least 1, got 0"),
     ({"tile": (4, 4.0, 4)}, TypeError, r"tile height must be an int, got 4\.0"),
-    ({"tile": "small"}, ValueError, r"unknown tile 'small'; expected one of \('auto',\)"),
+    ({"tile": "small"}, ValueError, r"unknown tile 'small'; expected one of \('auto', 'wide'\)"),
     ({"fine_gate": None}, TypeError, r"fine_gate must be a bool, got None"),
 ]
 

@@ -60,15 +60,15 @@ def test_cube_sizes(sides, tile):
     assert len(sizes) == grid.num_cubes(tile)
 
 
-@given(sides=sides, max_tokens=st.sampled_from([1, 4, 16, 64]))
-def test_auto_tile_is_compact_and_wastes_least(sides, max_tokens):
+@given(sides=sides, max_tokens=st.sampled_from([1, 4, 16, 64, 128]), max_aspect=st.sampled_from([1, 2, 3]))
+def test_auto_tile_is_compact_and_wastes_least(sides, max_tokens, max_aspect):
     grid = VideoGrid(*sides)
 
     def compact(tile):
         free = [edge for edge, side in zip(tile, grid.shape, strict=True) if edge < side]
-        return math.prod(tile) <= max_tokens and (not free or max(tile) <= 2 * min(free))
+        return math.prod(tile) <= max_tokens and (not free or max(tile) <= max_aspect * min(free))
 
-    tile = grid.auto_tile(max_tokens)
+    tile = grid.auto_tile(max_tokens, max_aspect)
     assert compact(tile)
     within = itertools.product(*(range(1, side + 1) for side in grid.shape))
     assert grid.num_cubes(tile) == min(grid.num_cubes(other) for other in within if compact(other))

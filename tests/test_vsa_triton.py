@@ -17,6 +17,8 @@ CASES = {
     "full slots": ((4, 4, 8), (4, 4, 4), 1, 2, 64, None, "none"),
     "image, expanded gates": ((1, 17, 9), (1, 8, 8), 4, 1, 64, None, "expanded"),
     "wide slots": ((4, 5, 9), (4, 4, 8), 2, 1, 128, None, "fine"),
+    "whole wide cubes": ((3, 10, 8), "wide", 1, 1, 64, None, "coarse"),
+    "wide with text": ((2, 9, 8), (2, 8, 8), 1, 1, 64, (70, 3), "both"),
     "text": ((2, 5, 7), (4, 4, 4), 2, 1, 64, (70, 70), "coarse"),
     "text with padding": ((2, 5, 7), (4, 4, 4), 2, 1, 64, (68, 3), "both"),
 }

@@ -55,13 +55,13 @@ class VideoGrid:
         check_triple("tile", tile)
         return math.prod(-(-side // edge) for side, edge in zip(self.shape, tile, strict=True))
 
-    def auto_tile(self, max_tokens: int = 64) -> tuple[int, int, int]:
+    def auto_tile(self, max_tokens: int = 64, max_aspect: int = 2) -> tuple[int, int, int]:
         """The compact cube of at most `max_tokens` tokens that covers the grid with the fewest slots.
 
-        Compact: no edge is over twice another, unless the grid itself is thinner than that. Ties go to the cube with
-        the smaller surface, then to the larger edges in time.
+        Compact: no edge is over `max_aspect` times another, unless the grid itself is thinner than that. Ties go to
+        the cube with the smaller surface, then to the larger edges in time.
         """
-        return _auto_tile(self.shape, max_tokens)
+        return _auto_tile(self.shape, max_tokens, max_aspect)
 
     def to_tile_order(self, x: Tensor, tile: tuple[int, int, int], *, slot: int | None = None, dim: int = 2) -> Tensor:
         """Raster to tile order along `dim`.
@@ -94,15 +94,16 @@ class VideoGrid:
 
 
 @cached_constant
-def _auto_tile(shape: tuple[int, int, int], max_tokens: int) -> tuple[int, int, int]:
+def _auto_tile(shape: tuple[int, int, int], max_tokens: int, max_aspect: int) -> tuple[int, int, int]:
     check_positive_int("max_tokens", max_tokens)
+    check_positive_int("max_aspect", max_aspect)
     best = None
     for t in range(1, min(shape[0], max_tokens) + 1):
         for h in range(1, min(shape[1], max_tokens // t) + 1):
             for w in range(1, min(shape[2], max_tokens // (t * h)) + 1):
                 edges = (t, h, w)
                 free = [edge for edge, side in zip(edges, shape, strict=True) if edge < side]
-                if free and max(edges) > 2 * min(free):
+                if free and max(edges) > max_aspect * min(free):
                     continue
                 slots = math.prod(-(-side // edge) for side, edge in zip(shape, edges, strict=True))
                 rank = (slots, t * h + h * w + t * w, -t, -h)

@@ -16,7 +16,13 @@ from foveal.video_grid import VideoGrid, tile_indices
 
 def resolve_tile(config: VSAConfig, grid: VideoGrid) -> tuple[int, int, int]:
     """The cube that `config` means on this grid."""
-    return grid.auto_tile() if config.tile == "auto" else config.tile
+    match config.tile:
+        case "auto":
+            return grid.auto_tile()
+        case "wide":  # of so many tokens few cubes divide a grid: longer ones are let in
+            return grid.auto_tile(max_tokens=128, max_aspect=3)
+        case tile:
+            return tile
 
 
 def slot_size(tile: tuple[int, int, int]) -> int:

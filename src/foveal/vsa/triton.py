@@ -1,4 +1,5 @@
 """VSA on GPUs: one pass pools and reorders, the fine stage is the block-sparse kernels', one pass gates and returns.
+On Hopper the kernels of the fine stage gate and return what they compute themselves.
 
 The coarse stage attends over pooled cubes in float32. Copies in tile order live only inside an op: the backward makes
 its own. Both passes are custom ops. Source: VSA (arXiv 2505.13389), section 2.
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 
 from foveal.block_sparse import gluon
-from foveal.block_sparse.gluon.cubes import SLOT
 from foveal.block_sparse.triton.backward import backward
 from foveal.block_sparse.triton.cubes import combine, pool_cubes, return_gradients, split_gradient
 from foveal.block_sparse.triton.forward import forward
@@ -119,8 +119,7 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output, and what the backward reads (empty unless `save`) and the lists."""
     with torch.cuda.device_of(query):  # Triton launches on the current device
-        in_place = hopper and slot == SLOT
-        cubes, pooled = pool_cubes(query, key, value, places, key_sizes, slot, gather="kv" if in_place else "qkv")
+        cubes, pooled = pool_cubes(query, key, value, places, key_sizes, slot, gather="kv" if hopper else "qkv")
         if given_critical is None:
             critical, counts = _pick(*pooled[:2], kept, scale)
             critical, counts = _with_text(critical, counts, text_counts, key_sizes.shape[1])
@@ -129,16 +128,16 @@ def _forward_op(
             critical, counts = (x.clone(memory_format=torch.contiguous_format) for x in (given_critical, given_counts))
         coarse, coarse_lse = pooled_attention(*pooled, scale)
         gates = gate_coarse, gate_fine
-        if in_place:
+        if hopper:
             output, fine, lse = gluon.attend_cubes(
-                query, *cubes, critical, counts, key_sizes, uniform, places, coarse, *gates, scale, save_fine=save
-            )
+                query, *cubes, critical, counts, key_sizes, uniform, places, coarse, *gates, scale,
+                slot=slot, save_fine=save,
+            )  # fmt: skip
         else:
-            run = gluon.forward if hopper else forward
             lse = torch.empty(cubes[0].shape[:3], dtype=torch.float32, device=query.device)
             # Every program is done with its queries when it writes its output: into their memory.
             sizes, results = _fine_sizes(key_sizes, slot, uniform), (cubes[0], lse)
-            fine, lse = run(*cubes, critical, counts, sizes, slot, slot, scale, results=results)
+            fine, lse = forward(*cubes, critical, counts, sizes, slot, slot, scale, results=results)
             output = torch.empty_like(query)
             combine(fine, coarse, *gates, places, slot, output)
         if not save:
@@ -202,14 +201,13 @@ def _backward_op(
         cubes, _ = pool_cubes(query, key, value, places, key_sizes, slot, gather="qkv", pool=False)
         sizes = _fine_sizes(key_sizes, slot, uniform)
         arguments = (grad_fine, *cubes, delta, lse, critical, counts, columns, sizes, slot, slot, scale)
+        grads = tuple(torch.empty_like(x) for x in (query, key, value))
         if hopper:
-            cubes = gluon.backward(*arguments, uniform=uniform if slot == SLOT else 0)
+            video = gluon.VideoGradients(grads, pooled, places, cube_sizes)
+            gluon.backward(*arguments, uniform=uniform, video=video)
         else:
             cubes = backward(*arguments)
-        del arguments
-        del grad_fine
-        grads = tuple(torch.empty_like(x) for x in (query, key, value))
-        return_gradients(cubes, pooled, places, cube_sizes, slot, grads)
+            return_gradients(cubes, pooled, places, cube_sizes, slot, grads)
         return *grads, *(grad.new_empty(0) if x is None else x for x in grad_gates)
 
 

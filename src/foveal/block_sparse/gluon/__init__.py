@@ -4,13 +4,14 @@ Importing this package needs neither Triton nor a GPU; `supports` says whether t
 """
 
 from foveal.block_sparse.gluon.cubes import attend_cubes
-from foveal.block_sparse.gluon.launch import Forward, KeyGradients, backward, forward
+from foveal.block_sparse.gluon.launch import Forward, KeyGradients, VideoGradients, backward, forward
 from foveal.block_sparse.gluon.launch_linear import query_gradients, shared_query_gradients
 from foveal.block_sparse.gluon.support import supports
 
 __all__ = [
     "Forward",
     "KeyGradients",
+    "VideoGradients",
     "attend_cubes",
     "backward",
     "forward",

@@ -28,6 +28,7 @@ from foveal.block_sparse.gluon.linear_gradients import (
     load_halves,
     store_halves,
 )
+from foveal.block_sparse.gluon.raster import return_gradient
 from foveal.block_sparse.gluon.tiles import (
     barriers,
     clear_rows,
@@ -132,19 +133,21 @@ def add_key_branch(
 @gluon.jit(
     do_not_specialize=[
         "query_length", "key_length", "size_stride", "state_step", "norm_pair_stride", "norm_block_stride",
+        "video_length", "video_key_length",
     ]
 )  # fmt: skip
 def block_sparse_dkdv_kernel(
     query, key, value, grad, statistics, grad_key, grad_value, offset_ptr, count_ptr, row_ptr, size_ptr,
-    grad_state, grad_norm_ptr, scale, scale_log2, query_length, key_length, size_stride, state_step, norm_pair_stride,
-    norm_block_stride,
+    grad_state, grad_norm_ptr, video, grad_key_strides, grad_value_strides, video_length, video_key_length,
+    scale, scale_log2, query_length, key_length, size_stride, state_step, norm_pair_stride, norm_block_stride,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, SLOTS: gl.constexpr, HAS_SIZES: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
 ):  # fmt: skip
     """Grid (key tiles, H, B). K and V stay in shared memory, query tiles go through a ring of SLOTS, which is 2.
 
     With a FEATURE_MAP the linear branch's part is added, from G (grad_state) and z (grad_norm_ptr) of the key block;
-    `state_step` is 0 where all key blocks share one, else 1.
+    `state_step` is 0 where all key blocks share one, else 1. With a `video` (gradients of pooled keys and values,
+    places, sizes) tensors stand in tile order and the gradients, pointers then, in raster order.
     """
     head_dim: gl.constexpr = query.block_type.shape[3]
     dtype: gl.constexpr = query.dtype
@@ -219,8 +222,20 @@ def block_sparse_dkdv_kernel(
         valid = tile_valid(size_ptr + batch * size_stride, start_k, key_length, BLOCK_K, HAS_SIZES)
     if FEATURE_MAP is None:
         valid = gl.where(listed > 0, valid, 0)
-        store_rows(grad_key, batch, head, start_k, keep_rows(grad_k * scale, valid), k)
-        store_rows(grad_value, batch, head, start_k, keep_rows(grad_v, valid), v)
+        grad_k = keep_rows(grad_k * scale, valid)
+        grad_v = keep_rows(grad_v, valid)
+        if video is not None:
+            return_gradient(
+                grad_k, k, grad_key, grad_key_strides, video[0], video[2], video[3], batch, head, pair.to(gl.int64),
+                start_k, query_length, video_length, video_key_length, BLOCK_K,
+            )  # fmt: skip
+            return_gradient(
+                grad_v, v, grad_value, grad_value_strides, video[1], video[2], video[3], batch, head,
+                pair.to(gl.int64), start_k, query_length, video_length, video_key_length, BLOCK_K,
+            )  # fmt: skip
+        else:
+            store_rows(grad_key, batch, head, start_k, grad_k, k)
+            store_rows(grad_value, batch, head, start_k, grad_v, v)
     else:
         grad_norm_ptr += pair.to(gl.int64) * norm_pair_stride + block.to(gl.int64) * norm_block_stride
         grad_k = gl.where(listed > 0, grad_k * scale, 0.0)
@@ -252,9 +267,10 @@ def load_key_tiles(
 @gluon.jit
 def sum_query_gradient(
     q, g, q_full, k, v, k_full, k_empty, v_full, v_empty, added_full, grad_query, statistics_ptr, list_ptr, size_ptr,
-    batch, head, start_q, key_length, count, scale, scale_log2, uniform,
-    BLOCK_K: gl.constexpr, HAS_SIZES: gl.constexpr, TAIL: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
-    ADD: gl.constexpr,
+    video, video_strides, video_length, pair, batch, head, start_q, query_length, key_length, count, scale, scale_log2,
+    uniform,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, HAS_SIZES: gl.constexpr, TAIL: gl.constexpr, K_SLOTS: gl.constexpr,
+    V_SLOTS: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: dQ of 64 queries; ADD adds it to what stands there."""
     tile_k: gl.constexpr = k.shape[1]
@@ -313,20 +329,28 @@ def sum_query_gradient(
         copy_rows(grad_query, batch, head, start_q, added_full, g, True)
         mbarrier.wait(added_full, 0)
         grad_q += g.load(acc_layout).to(gl.float32)
-    store_rows(grad_query, batch, head, start_q, grad_q, q)
-    tma.store_wait(0)
+    if video is not None:
+        return_gradient(
+            grad_q, q, grad_query, video_strides, video[0], video[1], video[2], batch, head, pair, start_q,
+            query_length, video_length, video_length, BLOCK_Q,
+        )  # fmt: skip
+    else:
+        store_rows(grad_query, batch, head, start_q, grad_q, q)
+        tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["query_length", "key_length", "width", "size_stride", "uniform"])
+@gluon.jit(do_not_specialize=["query_length", "key_length", "width", "size_stride", "uniform", "video_length"])
 def block_sparse_dq_kernel(
     query, key, value, grad, grad_query, statistics_ptr, critical_ptr, count_ptr, size_ptr,
-    scale, scale_log2, query_length, key_length, width, size_stride, uniform,
+    video, grad_query_strides, video_length, scale, scale_log2, query_length, key_length, width, size_stride, uniform,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, K_SLOTS: gl.constexpr,
     V_SLOTS: gl.constexpr, HAS_SIZES: gl.constexpr, TAIL: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles / CONSUMERS, H, B). One producer warp and CONSUMERS (1 or 2) warpgroups of 64 queries.
 
-    ADD adds to what stands in grad_query. With TAIL each key block has `uniform` keys, over 56, and zeros behind them.
+    ADD adds to what stands in grad_query. With TAIL each key block has `uniform` keys, eight less than a tile at least,
+    and zeros behind them. With a `video` (gradients of pooled queries, places, sizes) tensors stand in tile order and
+    grad_query, a pointer then, in raster order.
     """
     head_dim: gl.constexpr = query.block_type.shape[3]
     tile_k: gl.constexpr = key.block_type.shape[2]
@@ -369,8 +393,9 @@ def block_sparse_dq_kernel(
         gl.warp_specialize([
             (sum_query_gradient, (
                 q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
-                q_full.index(1), grad_query, statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length,
-                count, scale, scale_log2, uniform, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
+                q_full.index(1), grad_query, statistics_ptr, list_ptr, size_ptr, video, grad_query_strides,
+                video_length, pair, batch, head, start_q, query_length, key_length, count, scale, scale_log2, uniform,
+                BLOCK_Q, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
             )),
             (load_key_tiles, (
                 key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,
@@ -381,13 +406,15 @@ def block_sparse_dq_kernel(
         gl.warp_specialize([
             (sum_query_gradient, (
                 q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
-                q_full.index(1), grad_query, statistics_ptr, list_ptr, size_ptr, batch, head, start_q, key_length,
-                count, scale, scale_log2, uniform, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
+                q_full.index(1), grad_query, statistics_ptr, list_ptr, size_ptr, video, grad_query_strides,
+                video_length, pair, batch, head, start_q, query_length, key_length, count, scale, scale_log2, uniform,
+                BLOCK_Q, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
             )),
             (sum_query_gradient, (
                 q.index(1), g.index(1), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
-                q_full.index(2), grad_query, statistics_ptr + 128, list_ptr, size_ptr, batch, head, start_q + 64,
-                key_length, count, scale, scale_log2, uniform, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
+                q_full.index(2), grad_query, statistics_ptr + 128, list_ptr, size_ptr, video, grad_query_strides,
+                video_length, pair, batch, head, start_q + 64, query_length, key_length, count, scale, scale_log2,
+                uniform, BLOCK_Q, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
             )),
             (load_key_tiles, (
                 key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,

@@ -23,14 +23,8 @@ from foveal.block_sparse.gluon.forward_kernel import (
     tile_start,
     tile_valid,
 )
+from foveal.block_sparse.gluon.raster import load_lines, store_gated_sum, video_tokens
 from foveal.block_sparse.gluon.tiles import barriers, copy_rows
-
-
-@gluon.jit
-def token_offsets(strides, batch, head, rows, columns):
-    """Offsets [rows, columns] of a raster-order tensor [B, H, L, D], any strides."""
-    base = batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]
-    return base + gl.expand_dims(rows, 1) * strides[2] + gl.expand_dims(columns, 0) * strides[3]
 
 
 @gluon.jit
@@ -61,8 +55,6 @@ def cubes_fwd_kernel(
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, head_dim, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
-    # Rows of 16-byte pieces, as they lie in memory.
-    line_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // head_dim, head_dim // 8], [4, 1], [1, 0])
 
     block, head, batch = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     num_cubes = gl.num_programs(0)
@@ -85,11 +77,8 @@ def cubes_fwd_kernel(
     valid = masked_valid(size_ptr, start, uniform, MASK)
     start = tile_start(list_ptr, 1, count, 64, 1)
 
-    column = gl.arange(0, head_dim, gl.SliceLayout(0, line_layout))
-    token = gl.load(place_ptr + block * 64 + gl.arange(0, 64, gl.SliceLayout(1, line_layout)))
-    inside = gl.expand_dims(token >= 0, 1)
-    offsets = token_offsets(query_strides, batch, head, token, column)
-    q.store(gl.load(query_ptr + offsets, mask=inside, other=0.0))
+    token = video_tokens(place_ptr, block * 64, True, head_dim)
+    q.store(load_lines(query_ptr, query_strides, batch, head, token, head_dim))
     fence_async_shared()
     mbarrier.wait(k_full, 0)
     zeros = gl.zeros([64, 64], gl.float32, score_layout)
@@ -120,21 +109,8 @@ def cubes_fwd_kernel(
 
     result, lse = finished(acc, top, total, kept, row_layout)
     gl.store(lse_ptr + item * 64 + gl.arange(0, 64, row_layout), lse)
-    # Through shared memory, from the layout of products to that of lines.
-    q.store(result.to(dtype))
-    if SAVE_FINE:
-        fence_async_shared()
-        tma.async_copy_shared_to_global(fine, [batch, head, block * 64, 0], q)
-    out = q.load(line_layout).to(gl.float32)
-    if GATED_FINE:
-        gates = gate_fine_ptr + token_offsets(gate_fine_strides, batch, head, token, column)
-        out = out * gl.load(gates, mask=inside, other=0.0).to(gl.float32)
-    coarse = gl.expand_dims(gl.load(coarse_ptr + item * head_dim + column), 0)
-    if GATED_COARSE:
-        gates = gate_coarse_ptr + token_offsets(gate_coarse_strides, batch, head, token, column)
-        out += coarse * gl.load(gates, mask=inside, other=0.0).to(gl.float32)
-    else:
-        out += coarse
-    offsets = token_offsets(output_strides, batch, head, token, column)
-    gl.store(output_ptr + offsets, out.to(dtype), mask=inside)
+    store_gated_sum(
+        result, q, fine, output_ptr, coarse_ptr + item * head_dim, gate_coarse_ptr, gate_fine_ptr, output_strides,
+        gate_coarse_strides, gate_fine_strides, batch, head, token, block * 64, GATED_COARSE, GATED_FINE, SAVE_FINE,
+    )  # fmt: skip
     tma.store_wait(0)

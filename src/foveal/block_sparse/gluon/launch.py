@@ -22,6 +22,26 @@ TILE = 64  # rows of most tiles
 TAIL = 8  # masks of so many columns at a tile's end are cheap
 
 
+def short_tail(size: int, tile: int) -> bool:
+    """Whether so many valid rows leave a tile's last few, and no others, to mask."""
+    return tile - TAIL <= size < tile
+
+
+class VideoGradients(NamedTuple):
+    """Where gradients go whose tensors stand in tile order, and what is added to them there.
+
+    grads: of query, key and value in raster order, [B, H, L, D] and [B, H, L + text, D] twice, any dense strides.
+    pooled: gradients of pooled query, key and value, float32 [B, H, C, D], contiguous: each token takes its share.
+    places: int64 [C * slot], where the tokens stand in raster order; -1 for none.
+    sizes: int32 [1, C], tokens of each cube.
+    """
+
+    grads: tuple[Tensor, Tensor, Tensor]
+    pooled: tuple[Tensor, Tensor, Tensor]
+    places: Tensor
+    sizes: Tensor
+
+
 class KeyGradients(NamedTuple):
     """The linear branch's part of dK and dV: dphi(K_j) = V_j G_j^T + z_j, dV_j = phi(K_j) G_j.
 
@@ -61,7 +81,7 @@ def dq_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool, tail: bo
     64 queries: two programs a multiprocessor, for which the compiler is held to 128 registers a thread on average.
     """
     single = block_q == 64
-    tile_k = 128 if block_q == block_k == 128 and not has_sizes else 64  # masks take registers
+    tile_k = 128 if block_q == block_k == 128 and (tail or not has_sizes) else 64  # masks take registers
     slots = (3, 2) if single else (256 // tile_k, 256 // tile_k)
     return {
         "tile_k": tile_k,
@@ -155,6 +175,19 @@ class Forward(ForwardCall):
 forward = Forward.at_once
 
 
+def _video_arguments(video: VideoGradients | None) -> tuple[tuple, tuple]:
+    """What the kernels for dQ, and for dK and dV, take to write in raster order, or not to."""
+    if video is None:
+        return (None, None, 0), (None, None, None, 0, 0)
+    query, key, value = video.grads
+    pooled_query, *pooled = video.pooled
+    places, length = (video.places, video.sizes), query.shape[2]
+    return (
+        ((pooled_query, *places), query.stride(), length),
+        ((*pooled, *places), key.stride(), value.stride(), length, key.shape[2]),
+    )
+
+
 def backward(
     grad: Tensor,
     query: Tensor,
@@ -172,6 +205,7 @@ def backward(
     grad_query: Tensor | None = None,
     linear: KeyGradients | None = None,
     uniform: int = 0,
+    video: VideoGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV, strided like query, key and value.
 
@@ -184,7 +218,8 @@ def backward(
         query, key, value, critical, counts, sizes, block_q, block_k, scale: as in `forward`.
         grad_query: a gradient to add dQ to, in place; None for a new tensor.
         linear: what the linear branch adds to dK and dV.
-        uniform: for blocks of 64x64, the size of every key block, if zeros stand behind its keys; 0 if not.
+        uniform: for square blocks, the size of every key block, if zeros stand behind its keys; 0 if not.
+        video: tensors to write the gradients to instead, in raster order; it has no room for `linear`.
     """
     from foveal.block_sparse.gluon.backward_kernels import (
         block_sparse_dkdv_kernel,
@@ -195,9 +230,14 @@ def backward(
     batch, heads, query_length, head_dim = query.shape
     key_length, has_sizes, tile = key.shape[2], sizes is not None, TILE
     add = grad_query is not None
-    grad_query = grad_query if add else torch.empty_like(query)
-    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
+    if video is not None:
+        grad_query, grad_key, grad_value = video.grads
+    else:
+        grad_query = grad_query if add else torch.empty_like(query)
+        grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     grad, query, key, value = (_walkable(x) for x in (grad, query, key, value))
+    targets = [x if video is not None else _tiles(x, tile) for x in (grad_query, grad_key, grad_value)]
+    query_video, key_video = _video_arguments(video)
     num_tiles = -(-query_length // block_q) * (block_q // tile)
     statistics = torch.empty(batch * heads * num_tiles * 2 * tile, dtype=torch.float32, device=query.device)
     offsets, column_counts, column_rows = columns
@@ -212,19 +252,19 @@ def backward(
         row_statistics_kernel[(-(-num_tiles // 4), batch * heads)](
             lse, delta, statistics, query_length, num_tiles, num_warps=4
         )
-        plan = dq_plan(head_dim, block_q, block_k, has_sizes, tail=TILE - TAIL < uniform < TILE)
+        plan = dq_plan(head_dim, block_q, block_k, has_sizes, tail=short_tail(uniform, block_k))
         tile_k = plan["tile_k"]
         per_program = tile * plan["constants"]["CONSUMERS"]
         block_sparse_dq_kernel[(-(-query_length // per_program), heads, batch)](
             _tiles(query, tile), _tiles(key, tile_k), _tiles(value, tile_k), _tiles(grad, tile),
-            _tiles(grad_query, tile), statistics, critical, counts, sizes, *scales, query_length, key_length,
+            targets[0], statistics, critical, counts, sizes, *query_video, *scales, query_length, key_length,
             critical.shape[3], size_stride(sizes), uniform, ADD=add, **plan["constants"], **plan["options"],
         )  # fmt: skip
         plan = dkdv_plan(head_dim, block_q, block_k, has_sizes)
         block_sparse_dkdv_kernel[(-(-key_length // tile), heads, batch)](
             _tiles(query, tile), _tiles(key, tile), _tiles(value, tile), _tiles(grad, tile),
-            _statistics_tiles(statistics), _tiles(grad_key, tile), _tiles(grad_value, tile),
-            offsets, column_counts, column_rows, sizes, *terms, *scales, query_length, key_length,
+            _statistics_tiles(statistics), *targets[1:],
+            offsets, column_counts, column_rows, sizes, *terms, *key_video, *scales, query_length, key_length,
             size_stride(sizes), *term_strides, FEATURE_MAP=feature_map, **plan["constants"], **plan["options"],
         )  # fmt: skip
     return grad_query, grad_key, grad_value
