@@ -42,7 +42,9 @@ ARMS: dict[str, Config | None] = {
     "sla 5% 64x64 marginal": SLAConfig(keep_ratio=0.05, drop_ratio=0.10),
     "sla 5% 128x64 all": SLAConfig(keep_ratio=0.05, drop_ratio=0.0, block_q=128, linear_scope="all"),
     "vsa 12.5%": VSAConfig(keep_ratio=0.125, tile="auto"),
+    "vsa 12.5% wide": VSAConfig(keep_ratio=0.125, tile="wide"),
     "vsa 10%": VSAConfig(keep_ratio=0.10, tile="auto"),
+    "vsa 10% wide": VSAConfig(keep_ratio=0.10, tile="wide"),
     "dense again": None,
 }
 BACKENDS = {

@@ -20,8 +20,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from foveal.block_sparse.gluon import launch as gluon_launch
 from foveal.block_sparse.gluon import cubes, launch_linear
+from foveal.block_sparse.gluon import launch as gluon_launch
 from foveal.block_sparse.triton import tiles
 
 # Multiprocessors that the launch code counts on; it decides about run-time integers alone.

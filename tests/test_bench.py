@@ -12,7 +12,7 @@ import torch
 
 from foveal import SLAConfig, attention_cost, cli, select_blocks
 from foveal.bench import __main__ as module_main
-from foveal.bench import report, timing
+from foveal.bench import ahead, report, timing
 from foveal.bench.candidates import (
     BACKWARD,
     SLA_CONFIGS,
@@ -478,3 +478,42 @@ def test_table_names_both_baselines_and_says_who_is_missing():
     alone = report.table({"results": [entries[0]]}, "480p")
     assert [heading for heading in alone[0] if heading.startswith("vs ")] == ["vs SDPA cuDNN"]
     assert len(alone[0]) == len(alone[1][0])
+
+
+def test_processes_that_compile_ahead(tmp_path):
+    """Each candidate of ours once, those with a selection given left to their likes; whatever fails is left out."""
+    shape = shape_of_length(600)
+    ran = ahead.run_job(
+        ahead.job(["SDPA", "VSA 12.5 %, wide tile, auto", "SLA 64x64 marginal, auto"], shape, "cpu", torch.float32)
+    )
+    assert ran == ["SDPA", "SLA 64x64 marginal, auto", "VSA 12.5 %, wide tile, auto"]
+    assert ahead.run_job(ahead.job(["block-sparse 64x64 5 %, triton"], shape, "cpu", torch.float32)) == []
+
+
+def test_compiling_ahead_is_shared_out(monkeypatch):
+    jobs = []
+
+    class Process:
+        def __init__(self, command, **options):
+            assert command[1:3] == ["-m", "foveal.bench.ahead"]
+            jobs.append(json.loads(command[3]))
+
+        def wait(self, timeout=None):
+            return 0
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr(ahead.subprocess, "Popen", Process)
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**34, 2**36))
+    candidates, shape = candidates_for("cuda", quick=True), SHAPES["480p"]
+    ahead.compile_ahead(candidates, shape, torch.bfloat16, lambda line: None)
+    assert len(jobs) == 3  # 16 GiB, some 5 a process
+    names = [name for job in jobs for name in job["names"]]
+    assert sorted(names) == sorted(x.name for x in candidates if x.ours and x.options.get("selection") != "given")
+    assert {job["device"] for job in jobs} == {"cuda:1"}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**32, 2**36))
+    ahead.compile_ahead(candidates, shape, torch.bfloat16, lambda line: None)
+    assert len(jobs) == 3

@@ -51,6 +51,8 @@ VSA_CONFIGS = {
     "VSA 12.5 %": VSAConfig(keep_ratio=0.125),
     # The cube that wastes least: at Wan's grids (3, 5, 4), where (4, 4, 4) computes a fifth for nothing.
     "VSA 12.5 %, auto tile": VSAConfig(keep_ratio=0.125, tile="auto"),
+    # Half the memory traffic for a coarser choice.
+    "VSA 12.5 %, wide tile": VSAConfig(keep_ratio=0.125, tile="wide"),
     "VSA 12.5 %, both gates": VSAConfig(keep_ratio=0.125, fine_gate=True),
 }
 

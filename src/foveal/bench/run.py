@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.bench.ahead import compile_ahead
 from foveal.bench.candidates import Candidate, Problem, candidates_for, dense_flops
 from foveal.bench.gate import Gate
 from foveal.bench.machine import machine
@@ -134,6 +135,8 @@ def _run_shape(shape, candidates, settings, timer, device, dtype, log) -> list[d
     if any(candidate.impl == "FlexAttention" for candidate in candidates):
         # Compiled code is specialised to its shape; too many specialisations of one function fall back to eager.
         torch.compiler.reset()
+    if device.type == "cuda":
+        compile_ahead(candidates, shape, dtype, log)
     gate_shape = Shape("gate", 1, 2, settings.gate_grid, shape.head_dim)
     inputs, small = (Inputs(x, device=device, dtype=dtype, seed=settings.seed) for x in (shape, gate_shape))
     whole_gate, head_gate = Gate(), Gate()

@@ -78,7 +78,10 @@ def keep_valid(scores, valid, MASK: gl.constexpr):
         return keep_tail(scores, valid, -float("inf"))
     else:
         if valid < scores.shape[1]:
-            scores = keep_columns(scores, valid, -float("inf"))
+            if (scores.shape[1] == 128) & (valid >= 120):
+                scores = keep_tail(scores, valid, -float("inf"))
+            else:
+                scores = keep_columns(scores, valid, -float("inf"))
         return scores
 
 
