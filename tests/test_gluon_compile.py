@@ -93,8 +93,8 @@ def assert_fits(compiled, folder, programs, threads, spill_limit=0):
     assert programs * threads * registers <= REGISTERS
 
 
-def compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map):
-    plan = launch.forward_plan(head_dim, block_q, block_k, has_sizes, feature_map)
+def compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=False):
+    plan = launch.forward_plan(head_dim, block_q, block_k, has_sizes, feature_map, projected)
     tile = tiles(64, head_dim, dtype)
     scalars = (
         "heads", "first_pair", "num_blocks", "total", "query_length", "key_length", "width", "size_stride",
@@ -106,10 +106,11 @@ def compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map):
         **dict.fromkeys(("state", "weight", "norm_ptr", "bias_ptr")), **dict.fromkeys(scalars, "i32"),
     }  # fmt: skip
     if feature_map is not None:
-        columns = plan["state_columns"]
-        signature["state"] = tiles(head_dim, columns, "bf16")
-        signature["weight"] = f"tensordesc<bf16[{head_dim}, {columns}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
-        signature["norm_ptr"] = signature["bias_ptr"] = "*fp32"
+        box = plan["state_box"]
+        signature["state"] = tiles(*box, "bf16")
+        if not projected:
+            signature["weight"] = f"tensordesc<bf16{list(box)},{gl.NVMMASharedLayout(128, 16, 2)!r}>"
+        signature["norm_ptr"], signature["bias_ptr"] = "*bf16" if projected else "*fp32", "*fp32"
     if plan["wide"]:
         return compile_for_hopper(forward_wide_kernel.block_sparse_fwd_wide_kernel, signature, plan), 1, 384
     return compile_for_hopper(forward_kernel.block_sparse_fwd_kernel, signature, plan), 3, 128
@@ -132,16 +133,26 @@ def test_forward_with_the_linear_branch(tmp_path, head_dim, block_q, block_k, ha
     assert_fits(compiled, tmp_path, programs, threads, spill_limit=96)
 
 
+@pytest.mark.parametrize(
+    "feature_map",
+    ["softmax", pytest.param("elu", marks=pytest.mark.slow), pytest.param("relu", marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
+def test_forward_with_projected_states(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_map):
+    compiled, *programs = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=True)
+    assert_fits(compiled, tmp_path, *programs, spill_limit=96)
+
+
 @pytest.mark.parametrize("add", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
 def test_dq(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, add):
     plan = launch.dq_plan(head_dim, block_q, block_k, has_sizes)
     query, key = tiles(64, head_dim, dtype), tiles(plan["tile_k"], head_dim, dtype)
-    scalars = ("query_length", "key_length", "width", "size_stride", "uniform")
+    scalars = ("query_length", "key_length", "width", "size_stride", "uniform", "video_length")
     signature = {
         "query": query, "key": key, "value": key, "grad": query, "grad_query": query, "statistics_ptr": "*fp32",
         "critical_ptr": "*i32", "count_ptr": "*i32", "size_ptr": "*i32" if has_sizes else None, "scale": "fp32",
-        "scale_log2": "fp32", **dict.fromkeys(scalars, "i32"),
+        "scale_log2": "fp32", "video": None, "grad_query_strides": None, **dict.fromkeys(scalars, "i32"),
     }  # fmt: skip
     plan = {**plan, "constants": {**plan["constants"], "ADD": add}}
     compiled = compile_for_hopper(backward_kernels.block_sparse_dq_kernel, signature, plan)
@@ -163,8 +174,12 @@ def test_dkdv(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_ma
     plan = launch.dkdv_plan(head_dim, block_q, block_k, has_sizes)
     tile = tiles(64, head_dim, dtype)
     statistics = f"tensordesc<fp32[128],{gl.NVMMASharedLayout(0, 32, 1)!r}>"
-    scalars = ("query_length", "key_length", "size_stride", "state_step", "norm_pair_stride", "norm_block_stride")
+    scalars = (
+        "query_length", "key_length", "size_stride", "state_step", "norm_pair_stride", "norm_block_stride",
+        "video_length", "video_key_length",
+    )  # fmt: skip
     signature = {
+        **dict.fromkeys(("video", "grad_key_strides", "grad_value_strides")),
         "query": tile, "key": tile, "value": tile, "grad": tile, "statistics": statistics, "grad_key": tile,
         "grad_value": tile, "offset_ptr": "*i32", "count_ptr": "*i32", "row_ptr": "*i32",
         "size_ptr": "*i32" if has_sizes else None, "scale": "fp32", "scale_log2": "fp32",

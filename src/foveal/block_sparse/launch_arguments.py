@@ -55,7 +55,8 @@ class ForwardCall(ABC):
         critical, counts: int32 [B, H, Tq, W] and [B, H, Tq], contiguous.
         sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
         block_q, block_k: 64 or 128.
-        projection: for the linear branch W, bfloat16 [D, D], contiguous, and b, float32 [D]; None without it.
+        projection: for the linear branch W, bfloat16 [D, D], contiguous, and b, float32 [D]; None without it. W may be
+            None for the Hopper kernels, where states are projected already.
         feature_map: of the linear branch.
         results: memory for the two results, the second contiguous; new if None.
 
@@ -75,7 +76,7 @@ class ForwardCall(ABC):
         block_q: int,
         block_k: int,
         scale: float,
-        projection: tuple[Tensor, Tensor] | None = None,
+        projection: tuple[Tensor | None, Tensor] | None = None,
         feature_map: str | None = None,
         results: tuple[Tensor, Tensor] | None = None,
     ) -> None:
@@ -96,14 +97,14 @@ class ForwardCall(ABC):
         value: Tensor,
         block_q: int,
         block_k: int,
-        projection: tuple[Tensor, Tensor] | None,
+        projection: tuple[Tensor | None, Tensor] | None,
         feature_map: str | None,
     ) -> None:
         """What else the launches of this backend share."""
 
     @abstractmethod
     def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
-        """Writes the results of these pairs; H and Z are of these alone, as in `LinearTerm`."""
+        """Writes the results of these pairs; H and Z are of these alone, as in `LinearTerm`; Z may be bfloat16."""
 
     @classmethod
     def at_once(

@@ -95,14 +95,16 @@ def _mask_operand(
     return (F.pad(marginal, padding) if any(padding) else marginal).flatten(0, 1)
 
 
-def _projection(weight: Tensor | None, bias: Tensor | None, query: Tensor) -> tuple[Tensor, Tensor]:
-    """W in bfloat16 and b in float32; the identity and zeros where they are missing."""
+def _projection(
+    weight: Tensor | None, bias: Tensor | None, query: Tensor, *, identity: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """W in bfloat16 and b in float32, where they are missing the identity (None unless `identity`) and zeros."""
     head_dim = query.shape[-1]
-    if weight is None:
+    if weight is None and identity:
         weight = torch.eye(head_dim, dtype=torch.bfloat16, device=query.device)
     if bias is None:
         bias = torch.zeros(head_dim, dtype=torch.float32, device=query.device)
-    return weight.to(torch.bfloat16).contiguous(), bias.float().contiguous()
+    return None if weight is None else weight.to(torch.bfloat16).contiguous(), bias.float().contiguous()
 
 
 @torch.library.custom_op("foveal::sla_triton_fwd", mutates_args=())
@@ -125,7 +127,7 @@ def _forward_op(
     keep_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     critical, counts = critical.contiguous(), counts.contiguous()
-    projection = _projection(proj_weight, proj_bias, query)
+    projection = _projection(proj_weight, proj_bias, query, identity=not hopper)
     blocks = block_q, block_k, scale, feature_map
     with torch.cuda.device_of(query):  # Triton launches on the current device
         mask = _mask_operand(critical, counts, marginal, -(-key.shape[2] // block_k), all_keys)
@@ -138,8 +140,8 @@ def _fake_results(query: Tensor, block_q: int, all_keys: bool, keep_states: bool
     batch, heads, length, head_dim = query.shape
     rows = 1 if all_keys else padded_blocks(-(-length // block_q))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    norm = lse.new_empty((batch * heads, rows, head_dim))
     kept = batch * heads if all_keys or keep_states else 0
+    norm = lse.new_empty((kept, rows, head_dim))
     state = query.new_empty((kept, rows, head_dim, head_dim), dtype=torch.bfloat16)
     return torch.empty_like(query), lse, norm, state
 
@@ -240,7 +242,7 @@ def _select_forward_op(
     """What `_forward_op` returns, and the selection's lists, counts and marginal mask (padded; empty over all keys)."""
     lists, counts, marginal = _new_lists(query, key, block_q, block_k, width, all_keys)
     wanted = Wanted(critical, negligible, valid_blocks, table, (key_start, key_stop), (query_start, query_stop))
-    projection = _projection(proj_weight, proj_bias, query)
+    projection = _projection(proj_weight, proj_bias, query, identity=not hopper)
     blocks = block_q, block_k, scale, feature_map
     mask = None if all_keys else marginal
     tensors = query, key, value, lists, counts, mask, sizes, projection

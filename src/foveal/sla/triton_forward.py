@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveal.block_sparse import gluon
 from foveal.block_sparse.triton.forward import Forward
-from foveal.block_sparse.triton.linear import key_state_sums, key_states, masked_sum
+from foveal.block_sparse.triton.linear import joint_key_states, key_state_sums, key_states, masked_sum
 from foveal.block_sparse.triton.select import Wanted, pick, pool
 
 # What h and H of the heads in flight may take; or as much as the output, if that is more. Larger groups mean fewer
@@ -38,7 +38,7 @@ def attend(
     counts: Tensor,
     mask: Tensor | None,
     sizes: Tensor | None,
-    projection: tuple[Tensor, Tensor],
+    projection: tuple[Tensor | None, Tensor],
     block_q: int,
     block_k: int,
     scale: float,
@@ -50,18 +50,22 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, the LSE, and Z and H: float32 [B * H, padded Tq, D] and bfloat16 [B * H, padded Tq, D, D].
 
-    Over all keys the blocks of Z and H are one. H is empty unless `keep_states`.
+    Over all keys the blocks of Z and H are one; else both are empty unless `keep_states`, and come from one product.
 
     Args:
         query, key, value, critical, counts, sizes, block_q, block_k, scale: as in `block_sparse.triton.forward`.
         mask: bfloat16 [B, H, padded Tq, padded Tk], what to sum over; None for every key.
-        projection: W in bfloat16 and b in float32.
+        projection: W in bfloat16, on Hopper None for the identity, and b in float32.
         wanted: the rule of the selection, which is then made here, into `critical`, `counts` and `mask`; None if they
             hold it already.
     """
     pairs, head_dim, key_blocks = query.shape[0] * query.shape[1], query.shape[-1], -(-key.shape[2] // block_k)
     lists = critical, counts, sizes, block_q, block_k
-    call = (gluon.Forward if hopper else Forward)(query, key, value, *lists, scale, projection, feature_map)
+    weight, bias = projection
+    # One H for all is cheap to project, and spares the Hopper kernels' epilogue W.
+    early = hopper and mask is None and weight is not None
+    remaining = (None if early else weight, bias)
+    call = (gluon.Forward if hopper else Forward)(query, key, value, *lists, scale, remaining, feature_map)
     output, lse = call.results
     pooled_query = None if wanted is None else pool(query, block_q).flatten(0, 1)
     if mask is None:
@@ -70,29 +74,34 @@ def attend(
         if wanted is not None:
             pick(pooled_query, pooled, scale, wanted, 0, critical, counts, None)
         rows = critical.shape[2]
-        call.run(range(pairs), state.expand(-1, rows, -1, -1), norm.expand(-1, rows, -1))
+        projected = state @ weight.t() if early else state
+        call.run(range(pairs), projected.expand(-1, rows, -1, -1), norm.expand(-1, rows, -1))
         return output, lse, norm, state
 
     rows, columns = mask.shape[2:]
-    norm = lse.new_empty((pairs, rows, head_dim))
-    most = max(GROUP_BYTES, output.nbytes) // ((rows + columns) * head_dim**2 * 2)
+    norm = lse.new_empty((pairs if keep_states else 0, rows, head_dim))
+    most = max(GROUP_BYTES, output.nbytes) // ((rows + columns) * head_dim * (head_dim + 1) * 2)
     mask_of_pairs, states = mask.flatten(0, 1), None
     kept = norm.new_empty((pairs if keep_states else 0, rows, head_dim, head_dim), dtype=torch.bfloat16)
     for group in groups(pairs, most):
         part, count = slice(group.start, group.stop), len(group)
         pooled = None if wanted is None else lse.new_empty((count, key_blocks, head_dim))
-        h, z = key_states(key, value, sizes, block_k, feature_map, group, columns, pooled)
+        arguments = key, value, sizes, block_k, feature_map, group, columns, pooled
+        if keep_states:
+            h, z = key_states(*arguments)
+            states = kept[part].flatten(2)
+        else:
+            h = joint_key_states(*arguments)
+            states = h.new_empty((count, rows, h.shape[2])) if states is None else states[:count]
         if wanted is not None:
             queries = pooled_query[part]
             pick(queries, pooled, scale, wanted, group.start, critical, counts, mask)
-        group_mask, group_norm = mask_of_pairs[part], norm[part]
-        if keep_states:
-            states = kept[part]
-        else:
-            states = h.new_empty((count, rows, head_dim, head_dim)) if states is None else states[:count]
-        torch.bmm(group_mask, h.flatten(2), out=states.flatten(2))
+        torch.bmm(mask_of_pairs[part], h.flatten(2), out=states)
         # Before the next group's: its memory becomes theirs.
         del h
-        masked_sum(group_mask, z, group_norm)
-        call.run(group, states, group_norm)
+        if keep_states:
+            group_norm = masked_sum(mask_of_pairs[part], z, norm[part])
+        else:
+            group_norm = states[..., head_dim**2 :]
+        call.run(group, states[..., : head_dim**2].unflatten(2, (head_dim, head_dim)), group_norm)
     return output, lse, norm, kept

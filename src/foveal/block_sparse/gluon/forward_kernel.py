@@ -15,8 +15,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.block_sparse.gluon.linear_branch import (
+    HALF_WIDTH,
     add_columns,
+    add_projected,
     copy_state,
+    copy_state_rows,
     copy_weight,
     features_and_inverse,
     load_row,
@@ -148,7 +151,8 @@ def block_sparse_fwd_kernel(
     programs, three a multiprocessor.
 
     With a FEATURE_MAP the linear branch is added, from states of these pairs alone: state and weight travel through the
-    slots that fall free, 64 columns at a time. `state_step` is 0 where all query blocks share one state, else 1.
+    slots that fall free, 64 columns at a time. Without a weight states are projected already, and travel by rows.
+    `state_step` is 0 where all query blocks share one state, else 1.
     """
     rows: gl.constexpr = query.block_type.shape[2]
     head_dim: gl.constexpr = query.block_type.shape[3]
@@ -228,13 +232,21 @@ def block_sparse_fwd_kernel(
             weights, acc, top, total, decay, valid, scale_log2, "clear" if HAS_SIZES else "columns", HAS_SIZES,
         )  # fmt: skip
     if FEATURE_MAP is not None:
-        state_full, weight_full = barriers(2, 1), barriers(2, 1)
+        state_full = barriers(2, 1)
+        weight_full = state_full
+        if weight is not None:
+            weight_full = barriers(2, 1)
         fence_async_shared()
         state_pair = gl.program_id(1)
         state_block = start_q // BLOCK_Q * state_step
-        copy_state(state, state_pair, state_block, 0, state_full.index(0), k, head_dim)
-        if head_dim == 128:
-            copy_state(state, state_pair, state_block, 64, state_full.index(1), v.index(1 - slot), head_dim)
+        if weight is not None:
+            copy_state(state, state_pair, state_block, 0, state_full.index(0), k, head_dim)
+            if head_dim == 128:
+                copy_state(state, state_pair, state_block, 64, state_full.index(1), v.index(1 - slot), head_dim)
+        else:
+            copy_state_rows(state, state_pair, state_block, 0, state_full.index(0), k, head_dim)
+            if head_dim == 128:
+                copy_state_rows(state, state_pair, state_block, 64, state_full.index(1), v.index(1 - slot), head_dim)
     acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
     mbarrier.wait(v_full.index(slot), (last // 2) & 1)
     acc = warpgroup_mma(weights, v.index(slot), acc)
@@ -244,20 +256,30 @@ def block_sparse_fwd_kernel(
     gl.store(lse_ptr + pair * query_length + token, lse, mask=token < query_length)
     out = q
     if FEATURE_MAP is not None:
-        copy_weight(weight, 0, weight_full.index(0), v.index(slot), head_dim)
         norm_ptr += (
             gl.program_id(1).to(gl.int64) * norm_pair_stride + (start_q // BLOCK_Q).to(gl.int64) * norm_block_stride
         )
-        left, right, inverse = features_and_inverse(q, norm_ptr, FEATURE_MAP)
-        if head_dim == 128:
-            copy_weight(weight, 64, weight_full.index(1), q, head_dim)
-        result = add_columns(
-            result, left, right, inverse, k, state_full.index(0), v.index(slot), weight_full.index(0), head_dim
-        )
-        if head_dim == 128:
+        if weight is not None:
+            copy_weight(weight, 0, weight_full.index(0), v.index(slot), head_dim)
+            left, right, inverse = features_and_inverse(q, norm_ptr, FEATURE_MAP)
+            if head_dim == 128:
+                copy_weight(weight, 64, weight_full.index(1), q, head_dim)
             result = add_columns(
-                result, left, right, inverse, v.index(1 - slot), state_full.index(1), q, weight_full.index(1), head_dim
+                result, left, right, inverse, k, state_full.index(0), v.index(slot), weight_full.index(0), head_dim
             )
+            if head_dim == 128:
+                result = add_columns(
+                    result, left, right, inverse, v.index(1 - slot), state_full.index(1), q, weight_full.index(1),
+                    head_dim,
+                )  # fmt: skip
+        else:
+            left, right, inverse = features_and_inverse(q, norm_ptr, FEATURE_MAP)
+            upper = k._reinterpret(gl.bfloat16, [HALF_WIDTH, head_dim], tile_layout)
+            lower = v.index(1 - slot)._reinterpret(gl.bfloat16, [HALF_WIDTH, head_dim], tile_layout)
+            mbarrier.wait(state_full.index(0), 0)
+            if head_dim == 128:
+                mbarrier.wait(state_full.index(1), 0)
+            result = add_projected(result, left, right, inverse, upper, lower)
         result += load_row(bias_ptr, head_dim, acc_layout)
         out = k
     store_rows(output, batch, head, start_q, result, out)

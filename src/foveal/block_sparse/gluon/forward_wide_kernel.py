@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.block_sparse.gluon.forward_kernel import finished, online_softmax_update, sums_by_eight
-from foveal.block_sparse.gluon.linear_branch import features_and_inverse, load_row, times_state
+from foveal.block_sparse.gluon.linear_branch import add_projected, features_and_inverse, load_row, times_state
 from foveal.block_sparse.gluon.tiles import barriers, keep_columns, store_rows
 
 HALF = gl.constexpr(64)
@@ -46,6 +46,13 @@ def square(tile):
     head_dim: gl.constexpr = tile.shape[1]
     whole = tile._reinterpret(gl.bfloat16, [128, head_dim], tile.layout)
     return whole.slice(0, head_dim, 0)
+
+
+@gluon.jit
+def halves(tile):
+    """The first and the last 64 rows of `square`; at head_dim 64 the same."""
+    state = square(tile)
+    return state.slice(0, HALF, 0), state.slice(state.shape[0] - HALF, HALF, 0)
 
 
 @gluon.jit
@@ -96,8 +103,11 @@ def load_shared_tiles(
                 state, [pair, block * state_step, 0, 0], k_full.index(slot), square(k.index(slot))
             )
             mbarrier.wait(v_empty.index(slot), phase)
-            mbarrier.expect(v_full.index(slot), weight.block_type.nbytes)
-            tma.async_copy_global_to_shared(weight, [0, 0], v_full.index(slot), square(v.index(slot)))
+            if weight is not None:
+                mbarrier.expect(v_full.index(slot), weight.block_type.nbytes)
+                tma.async_copy_global_to_shared(weight, [0, 0], v_full.index(slot), square(v.index(slot)))
+            else:  # both rings turn alike
+                mbarrier.arrive(v_full.index(slot), count=1)
             step += 1
         turn += 1  # noqa: SIM113
 
@@ -107,7 +117,7 @@ def attend_queries(
     part, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr, count_ptr,
     norm_ptr, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length, width,
     norm_pair_stride,
-    norm_block_stride, SPLIT: gl.constexpr, FEATURE_MAP: gl.constexpr,
+    norm_block_stride, SPLIT: gl.constexpr, FEATURE_MAP: gl.constexpr, PROJECT: gl.constexpr,
 ):  # fmt: skip
     """One consumer warpgroup: queries 64 * part ... of each query block."""
     head_dim: gl.constexpr = k.shape[2]
@@ -181,11 +191,17 @@ def attend_queries(
             norms = norm_ptr + pair.to(gl.int64) * norm_pair_stride + block.to(gl.int64) * norm_block_stride
             left, right, inverse = features_and_inverse(tile_q, norms, FEATURE_MAP)
             mbarrier.wait(k_full.index(slot), phase)
-            linear = times_state(left, right, inverse, square(k.index(slot)))
-            mbarrier.arrive(k_empty.index(slot), count=1)
-            linear = gl.convert_layout(linear, operand_layout)
-            mbarrier.wait(v_full.index(slot), phase)
-            result = warpgroup_mma(linear, square(v.index(slot)).permute((1, 0)), result)
+            if PROJECT:
+                linear = times_state(left, right, inverse, square(k.index(slot)))
+                mbarrier.arrive(k_empty.index(slot), count=1)
+                linear = gl.convert_layout(linear, operand_layout)
+                mbarrier.wait(v_full.index(slot), phase)
+                result = warpgroup_mma(linear, square(v.index(slot)).permute((1, 0)), result)
+            else:
+                upper, lower = halves(k.index(slot))
+                result = add_projected(result, left, right, inverse, upper, lower)
+                mbarrier.arrive(k_empty.index(slot), count=1)
+                mbarrier.wait(v_full.index(slot), phase)
             mbarrier.arrive(v_empty.index(slot), count=1)
             result += load_row(bias_ptr, head_dim, acc_layout)
         store_rows(output, batch, head, start, result, tile_q)
@@ -208,7 +224,8 @@ def block_sparse_fwd_wide_kernel(
     """Any grid; `total` = pairs * num_blocks query blocks of 128, of the pairs of batch and head from `first_pair` on.
 
     Key blocks have 64 or 128 tokens, full but for the last. With a FEATURE_MAP the linear branch is added, from states
-    of these pairs alone. `state_step` is 0 where all query blocks share one state, else 1.
+    of these pairs alone, projected already if there is no weight. `state_step` is 0 where all query blocks share one
+    state, else 1.
     """
     head_dim: gl.constexpr = query.block_type.shape[3]
     dtype: gl.constexpr = query.dtype
@@ -229,12 +246,12 @@ def block_sparse_fwd_wide_kernel(
         (attend_queries, (
             0, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr,
             count_ptr, norm_ptr, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length,
-            width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP,
+            width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP, weight is not None,
         )),
         (attend_queries, (
             1, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr,
             count_ptr, norm_ptr, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length,
-            width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP,
+            width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP, weight is not None,
         )),
         (load_shared_tiles, (
             query, key, value, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, state, weight,

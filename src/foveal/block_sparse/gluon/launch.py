@@ -56,15 +56,20 @@ class KeyGradients(NamedTuple):
 
 
 def forward_plan(
-    head_dim: int, block_q: int, block_k: int, has_sizes: bool, feature_map: str | None = None
+    head_dim: int, block_q: int, block_k: int, has_sizes: bool, feature_map: str | None = None, projected: bool = False
 ) -> dict[str, Any]:
-    """How the forward is cut: which kernel, columns of a copy of H and W, constants and launch options."""
+    """How the forward is cut: which kernel, rows and columns of a copy of H (of W too), constants and launch options.
+
+    Args:
+        projected: whether H is, and W stays away.
+    """
     if block_q == 128 and not has_sizes:
         constants = {"BLOCK_K": block_k, "SLOTS": 2 if head_dim == 128 else 3, "FEATURE_MAP": feature_map}
-        return {"wide": True, "state_columns": head_dim, "constants": constants, "options": {"num_warps": 4}}
+        return {"wide": True, "state_box": (head_dim,) * 2, "constants": constants, "options": {"num_warps": 4}}
     constants = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "HAS_SIZES": has_sizes, "FEATURE_MAP": feature_map}
     # Three programs a multiprocessor: what the linear branch needs in the epilogue must not cost one of them.
-    return {"wide": False, "state_columns": 64, "constants": constants, "options": {"num_warps": 4, "maxnreg": 168}}
+    box = (64, head_dim) if projected else (head_dim, 64)
+    return {"wide": False, "state_box": box, "constants": constants, "options": {"num_warps": 4, "maxnreg": 168}}
 
 
 def dkdv_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool) -> dict[str, Any]:
@@ -145,13 +150,16 @@ class Forward(ForwardCall):
     def _prepare(self, query, key, value, block_q, block_k, projection, feature_map) -> None:
         (critical, counts, sizes), (output, lse) = self.lists, self.results
         head_dim, self.device, self.blocks = query.shape[-1], query.device, critical.shape[2]
-        self.plan = forward_plan(head_dim, block_q, block_k, sizes is not None, feature_map)
+        projected = projection is not None and projection[0] is None
+        self.plan = forward_plan(head_dim, block_q, block_k, sizes is not None, feature_map, projected)
         query, key, value = (_walkable(x) for x in (query, key, value))
         tensors = (*(_tiles(x, TILE) for x in (query, key, value, output)), lse, critical, counts)
         self.tensors = tensors if self.plan["wide"] else (*tensors, sizes)
         self.weight, self.bias = None, None
         if projection is not None:
-            self.weight, self.bias = _tiles(projection[0], head_dim, self.plan["state_columns"]), projection[1]
+            self.bias = projection[1]
+            if not projected:
+                self.weight = _tiles(projection[0], *self.plan["state_box"])
 
     def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
         launch, launch_wide = _forward_launchers()
@@ -159,7 +167,7 @@ class Forward(ForwardCall):
         if state is not None:
             shared = state.stride(1) == 0 or state.shape[1] == 1
             strides = (0 if shared else 1, *norm.stride()[:2])
-            state = _tiles(state[:, :1] if shared else state, state.shape[-1], self.plan["state_columns"])
+            state = _tiles(state[:, :1] if shared else state, *self.plan["state_box"])
         tensors = (*self.tensors, state, self.weight, norm, self.bias, self.scale_log2, self.heads, pairs.start)
         constants, options = self.plan["constants"], self.plan["options"]
         with torch.cuda.device(self.device):

@@ -12,7 +12,7 @@ HALF_WIDTH = gl.constexpr(64)  # columns of H and W at a time, half of them at h
 
 @gluon.jit
 def load_row(pointer, COLUMNS: gl.constexpr, layout: gl.constexpr):
-    """[1, COLUMNS] float32 from `pointer` on, for a tile in `layout`.
+    """[1, COLUMNS] from `pointer` on, for a tile in `layout`.
 
     Loaded behind a zero that the compiler cannot see through: it would compute the addresses long before this, and
     keep them in registers through the main loop.
@@ -34,7 +34,7 @@ def part_of_features(q, top, norm_ptr, column: gl.constexpr, layout: gl.constexp
         phi = gl.where(x > 0.0, x + 1.0, gl.exp2(gl.minimum(x, 0.0) * LOG2_E))
     else:
         phi = gl.maximum(x, 0.0)
-    norm = load_row(norm_ptr + column, HALF_WIDTH, layout)
+    norm = load_row(norm_ptr + column, HALF_WIDTH, layout).to(gl.float32)
     return phi.to(gl.bfloat16), gl.sum(phi, 1), gl.sum(phi * norm, 1)
 
 
@@ -78,6 +78,28 @@ def times_state(left, right, inverse, state):
         acc = warpgroup_mma(gl.convert_layout(right, operand), state.slice(64, HALF_WIDTH, 0), acc)
     inverse = gl.convert_layout(inverse, gl.SliceLayout(1, layout))
     return (acc * gl.expand_dims(inverse, 1)).to(gl.bfloat16)
+
+
+@gluon.jit
+def add_projected(acc, left, right, inverse, upper, lower):
+    """acc + (phi(q) H) / n for an H [D, D] that is projected already, in shared memory as its upper and lower rows.
+
+    All of it times n first, so that products add to it; at head_dim 64 there are upper rows alone.
+    """
+    operand: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    inverse = gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout)), 1)
+    acc = warpgroup_mma(gl.convert_layout(left, operand), upper, acc * (1.0 / inverse))
+    if acc.shape[1] == 128:
+        acc = warpgroup_mma(gl.convert_layout(right, operand), lower, acc)
+    return acc * inverse
+
+
+@gluon.jit
+def copy_state_rows(state, batch_head, block, row, barrier, slot, head_dim: gl.constexpr):
+    """Starts the copy of HALF_WIDTH rows of H into a slot that held a tile of 64 rows."""
+    mbarrier.expect(barrier, state.block_type.nbytes)
+    piece = slot._reinterpret(gl.bfloat16, [HALF_WIDTH, head_dim], gl.NVMMASharedLayout(128, 16, 2))
+    tma.async_copy_global_to_shared(state, [batch_head, block, row, 0], barrier, piece)
 
 
 @gluon.jit

@@ -33,7 +33,7 @@ from foveal.block_sparse.triton.tiles import (
 @triton.jit(do_not_specialize=["heads", "pairs", "length", "size_stride", "first_pair", "blocks", "at_once"])
 def _key_state_kernel(
     key, value, state_ptr, norm_ptr, pooled_ptr, size_ptr, key_strides, value_strides,
-    heads, pairs, length, size_stride, first_pair, blocks, at_once,
+    heads, pairs, length, size_stride, first_pair, blocks, at_once, state_step, norm_step,
     D: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, PER_BLOCK: tl.constexpr, POOL: tl.constexpr,
     HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, FEATURE_MAP: tl.constexpr,
 ):  # fmt: skip
@@ -84,12 +84,12 @@ def _key_state_kernel(
         if PER_BLOCK:  # noqa: SIM102
             if tile % SPLIT == SPLIT - 1:
                 index = pair.to(tl.int64) * blocks + block
-                tl.store(state_ptr + index * D * D + square, state.to(state_ptr.dtype.element_ty))
-                store_first_row(norm_ptr + index * D + feature, norm)
+                tl.store(state_ptr + index * state_step + square, state.to(state_ptr.dtype.element_ty))
+                store_first_row(norm_ptr + index * norm_step + feature, norm)
     if not PER_BLOCK:
         index = pair.to(tl.int64) * (tl.num_programs(0) // pairs) + part
-        tl.store(state_ptr + index * D * D + square, state)
-        store_first_row(norm_ptr + index * D + feature, norm)
+        tl.store(state_ptr + index * state_step + square, state)
+        store_first_row(norm_ptr + index * norm_step + feature, norm)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -153,7 +153,8 @@ def _run_key_states(
         (
             tile_argument(key, TILE, descriptors), tile_argument(value, TILE, descriptors), state, norm,
             norm if pooled is None else pooled, norm if sizes is None else sizes, row_strides(key), row_strides(value),
-            heads, len(pairs), length, size_stride(sizes), pairs.start, blocks, at_once,
+            heads, len(pairs), length, size_stride(sizes), pairs.start, blocks, at_once, state.stride(1),
+            norm.stride(1),
         ),
         {
             "D": head_dim, "BLOCK_K": block_k, "TILE": TILE, "PER_BLOCK": state.dtype == torch.bfloat16,
@@ -188,6 +189,28 @@ def key_states(
     at_once = -(-(blocks * len(pairs)) // _programs_at_once(key.device))
     _run_key_states(key, value, sizes, block_k, feature_map, pairs, blocks, at_once, state, norm, pooled)
     return state, norm
+
+
+def joint_key_states(
+    key: Tensor,
+    value: Tensor,
+    sizes: Tensor | None,
+    block_k: int,
+    feature_map: str,
+    pairs: range,
+    blocks: int,
+    pooled: Tensor | None = None,
+) -> Tensor:
+    """h and z side by side, for one product with the mask: bfloat16 [pairs, blocks, D * D + D].
+
+    Rounding Z costs next to nothing: phi(Q) Z sums D products of positive numbers that were rounded each on its own.
+    """
+    head_dim = key.shape[-1]
+    both = torch.empty((len(pairs), blocks, head_dim * (head_dim + 1)), dtype=torch.bfloat16, device=key.device)
+    at_once = -(-(blocks * len(pairs)) // _programs_at_once(key.device))
+    terms = both, both[..., head_dim**2 :]
+    _run_key_states(key, value, sizes, block_k, feature_map, pairs, blocks, at_once, *terms, pooled)
+    return both
 
 
 def key_state_sums(
