@@ -84,7 +84,9 @@ def assembled(compiled, folder):
 
 
 def assert_fits(compiled, folder, programs, threads, spill_limit=0):
-    """No spills, no serialised products, and as many programs a multiprocessor as the plan counts on."""
+    """No spills, no serialised products, as many programs a multiprocessor as the plan counts on, barriers retired."""
+    made, retired = (len(re.findall(rf"mbarrier\.{word}\.", compiled.asm["ptx"])) for word in ("init", "inval"))
+    assert made == retired, "shared memory of a live barrier goes to others"
     registers, spills, warnings = assembled(compiled, folder)
     assert spills <= spill_limit
     assert warnings == []

@@ -36,6 +36,7 @@ from foveal.block_sparse.gluon.tiles import (
     keep_columns,
     keep_rows,
     keep_tail,
+    retire,
     scheduling_fence,
     store_rows,
 )
@@ -246,6 +247,10 @@ def block_sparse_dkdv_kernel(
             start_k, valid, FEATURE_MAP,
         )  # fmt: skip
     tma.store_wait(0)
+    if FEATURE_MAP is not None:
+        retire(state_full)
+    retire(kv_full)
+    retire(full)
 
 
 @gluon.jit
@@ -368,9 +373,7 @@ def block_sparse_dq_kernel(
     g = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, head_dim], tile_layout)
     k = gl.allocate_shared_memory(dtype, [K_SLOTS, tile_k, head_dim], tile_layout)
     v = gl.allocate_shared_memory(dtype, [V_SLOTS, tile_k, head_dim], tile_layout)
-    # One of Q and dO, and for ADD one a consumer, in one piece: barriers that nobody waits at would give up their
-    # memory to what the partitions hand over.
-    q_full = barriers(1 + CONSUMERS, 1)
+    q_full = barriers(1 + CONSUMERS, 1)  # one of Q and dO, and for ADD one a consumer
     k_full, k_empty = barriers(K_SLOTS, 1), barriers(K_SLOTS, CONSUMERS)
     v_full, v_empty = barriers(V_SLOTS, 1), barriers(V_SLOTS, CONSUMERS)
     fence_async_shared()
@@ -421,3 +424,8 @@ def block_sparse_dq_kernel(
                 SPLIT, K_SLOTS, V_SLOTS,
             )),
         ], [4, 1], [240, 24])  # fmt: skip
+    retire(q_full)
+    retire(k_full)
+    retire(k_empty)
+    retire(v_full)
+    retire(v_empty)

@@ -24,7 +24,7 @@ from foveal.block_sparse.gluon.forward_kernel import (
     tile_valid,
 )
 from foveal.block_sparse.gluon.raster import load_lines, store_gated_sum, video_tokens
-from foveal.block_sparse.gluon.tiles import barriers, copy_rows
+from foveal.block_sparse.gluon.tiles import barriers, copy_rows, retire
 
 
 @gluon.jit
@@ -63,7 +63,8 @@ def cubes_fwd_kernel(
     q = gl.allocate_shared_memory(dtype, [64, head_dim], tile_layout)
     k = gl.allocate_shared_memory(dtype, [64, head_dim], tile_layout)
     v = gl.allocate_shared_memory(dtype, [2, 64, head_dim], tile_layout)
-    k_full, v_full = barriers(1, 1).index(0), barriers(2, 1)
+    k_fulls, v_full = barriers(1, 1), barriers(2, 1)
+    k_full = k_fulls.index(0)
     fence_async_shared()
 
     list_ptr = critical_ptr + item * width
@@ -114,3 +115,5 @@ def cubes_fwd_kernel(
         gate_coarse_strides, gate_fine_strides, batch, head, token, block * 64, GATED_COARSE, GATED_FINE, SAVE_FINE,
     )  # fmt: skip
     tma.store_wait(0)
+    retire(k_fulls)
+    retire(v_full)

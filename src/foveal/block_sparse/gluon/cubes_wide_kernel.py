@@ -24,7 +24,7 @@ from foveal.block_sparse.gluon.forward_kernel import (
     tile_valid,
 )
 from foveal.block_sparse.gluon.raster import load_lines, store_gated_sum, video_tokens
-from foveal.block_sparse.gluon.tiles import barriers, copy_rows
+from foveal.block_sparse.gluon.tiles import barriers, copy_rows, retire
 
 
 @gluon.jit
@@ -195,3 +195,7 @@ def cubes_fwd_wide_kernel(
             width,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
+    retire(k_full)
+    retire(k_empty)
+    retire(v_full)
+    retire(v_empty)

@@ -30,6 +30,7 @@ from foveal.block_sparse.gluon.tiles import (
     copy_rows,
     keep_columns,
     keep_tail,
+    retire,
     store_rows,
 )
 
@@ -284,3 +285,9 @@ def block_sparse_fwd_kernel(
         out = k
     store_rows(output, batch, head, start_q, result, out)
     tma.store_wait(0)
+    if FEATURE_MAP is not None:
+        retire(state_full)
+        if weight is not None:
+            retire(weight_full)
+    retire(qk_full)
+    retire(v_full)

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from foveal.block_sparse.gluon.forward_kernel import finished, online_softmax_update, sums_by_eight
 from foveal.block_sparse.gluon.linear_branch import add_projected, features_and_inverse, load_row, times_state
-from foveal.block_sparse.gluon.tiles import barriers, keep_columns, store_rows
+from foveal.block_sparse.gluon.tiles import barriers, keep_columns, retire, store_rows
 
 HALF = gl.constexpr(64)
 Q_SLOTS = gl.constexpr(2)  # a slot falls free only when the next query block has begun: one would deadlock
@@ -259,3 +259,9 @@ def block_sparse_fwd_wide_kernel(
             HAS_LINEAR,
         )),
     ], [4, 1], [240, 24])  # fmt: skip
+    retire(q_full)
+    retire(q_empty)
+    retire(k_full)
+    retire(k_empty)
+    retire(v_full)
+    retire(v_empty)

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 from foveal.block_sparse.gluon.linear_branch import HALF_WIDTH, load_row
-from foveal.block_sparse.gluon.tiles import barriers, copy_rows, store_rows
+from foveal.block_sparse.gluon.tiles import barriers, copy_rows, retire, store_rows
 
 
 @gluon.jit
@@ -232,6 +232,7 @@ def linear_query_grad_kernel(
         fence_async_shared()
         tma.async_copy_shared_to_global(grad_state, [pair, block, part * i, 0], piece)
     tma.store_wait(0)
+    retire(full)
 
 
 @gluon.jit
@@ -300,3 +301,6 @@ def shared_query_grad_kernel(
     column = gl.expand_dims(gl.arange(0, head_dim, gl.SliceLayout(0, layout)), 0)
     base = grad_state_ptr + (all_pairs * gl.num_programs(0) + part) * head_dim * head_dim
     gl.store(base + row * head_dim + column, sums)
+    retire(h_full)
+    retire(og_full)
+    retire(q_full)

@@ -33,11 +33,23 @@ def store_rows(target, batch, head, row, values, tile):
 
 @gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT barriers in shared memory; a fence must follow before the first copy."""
+    """COUNT barriers in shared memory; a fence must follow before the first copy, and `retire` at the kernel's end."""
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(bars.index(i), count=ARRIVALS)
     return bars
+
+
+@gluon.jit
+def retire(bars):
+    """Ends the life of barriers: the last thing that a kernel does.
+
+    The compiler gives memory away after its last use, a wait here, and puts the scratch of reductions there. But until
+    it is invalidated a barrier's memory is the hardware's: about once in 300 launches such a scratch came back changed.
+    """
+    COUNT: gl.constexpr = bars.shape[0]
+    for i in gl.static_range(COUNT):
+        mbarrier.invalidate(bars.index(i))
 
 
 @gluon.jit
