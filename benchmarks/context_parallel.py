@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--backend", help="diffusers' name for the dense backend; by default cuDNN's on CUDA")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--commit", help="of this tree, where there is no git to ask")
+    parser.add_argument("--commit", help="of this tree, where git cannot say")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)
 

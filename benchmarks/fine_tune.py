@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--frames", type=Path, help="a file that --write-frames made, instead of the clips")
     parser.add_argument("--write-frames", type=Path, help="decode the clips into this file, and stop")
-    parser.add_argument("--commit", help="of this tree, where there is no git to ask")
+    parser.add_argument("--commit", help="of this tree, where git cannot say")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/fine_tune.json"))
     options = parser.parse_args(arguments)
     device = torch.device(options.device)

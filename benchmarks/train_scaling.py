@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=2, help="samples in a step, over all processes")
     parser.add_argument("--steps", type=int, default=6, help="the first two are not timed")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    parser.add_argument("--commit", help="of this tree, where there is no git to ask")
+    parser.add_argument("--commit", help="of this tree, where git cannot say")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--against", type=Path, help="an earlier run's file, whose losses must be the same")
     options = parser.parse_args(arguments)

@@ -194,7 +194,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=ARM_NAMES)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="run the blocks eagerly")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--commit", help="of this tree, where there is no git to ask")
+    parser.add_argument("--commit", help="of this tree, where git cannot say")
     parser.add_argument("--json", type=Path, help="write the figures here; under benchmarks/results otherwise")
     options = parser.parse_args(arguments)
     if options.frames % TEMPORAL != 1 or options.height % (2 * SPATIAL) or options.width % (2 * SPATIAL):

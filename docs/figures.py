@@ -213,8 +213,10 @@ def draw_fine_tune(path: Path) -> None:
     figure.savefig(path)
 
 
-def newest(pattern: str) -> dict:
-    return json.loads(sorted(RESULTS.glob(pattern))[-1].read_text())
+def newest(pattern: str, wanted=lambda run: True) -> dict:
+    """The newest of the results whose file names match and that are wanted."""
+    runs = (json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern), reverse=True))
+    return next(run for run in runs if wanted(run))
 
 
 def draw_kernels(path: Path) -> None:
@@ -224,7 +226,7 @@ def draw_kernels(path: Path) -> None:
 
 def draw_speed(path: Path) -> None:
     """A whole Wan transformer call against its number of tokens, as `benchmarks/wan_transformer.py` measured it."""
-    run = newest("wan-1.3b-*.json")
+    run = newest("wan-1.3b-*.json", lambda run: len(run["calls"]) > 1)
     tokens = {"480p": WAN_480P["grid"].num_tokens, "720p": VideoGrid(21, 45, 80).num_tokens}
     figure = figure_of(7, 3.6)
     axis = figure.subplots()

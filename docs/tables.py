@@ -81,11 +81,28 @@ def methods() -> str:
     return "\n".join([*lines, "", _caption(run)])
 
 
+def counters() -> str:
+    """What bounds the kernels: shares of what the hardware can do."""
+    run = latest("counters-*.json")
+    heads = ("candidate", "kernel", "L2 to multiprocessors", "tensor cores", "L1 and shared memory", "DRAM", "L2 hits")
+    lines = [_row(*heads), "|---" * len(heads) + "|"]
+    for name, kernels in run["kernels"].items():
+        for found in {one["kernel"]: one for one in kernels}.values():
+            cells = [found[label] for label in ("l2_out", "tensor_cores", "l1_and_shared", "dram", "l2_hits")]
+            kernel = found["kernel"].removesuffix("_kernel")
+            lines.append(_row(name.removesuffix(", auto"), f"`{kernel}`", *(f"{cell:.0f} %" for cell in cells)))
+    return "\n".join([*lines, "", f"{_machine(run)}; Nsight Compute, one launch each, {run['shape']}."])
+
+
+def call_of(arm: str) -> dict:
+    """The newest transformer call at 480p with this attention."""
+    return latest("wan-1.3b-*.json", lambda run: arm in run["calls"]["480p"])["calls"]["480p"][arm]
+
+
 def speed() -> str:
     """The README's short table: whole methods against dense attention, and a whole model."""
     run, entries = bench_run("480p", "method")
     model = latest("wan-1.3b-*.json")
-    calls = model["calls"]["480p"]
     head = ("Wan2.1-1.3B, 480p, 81 frames (32,760 tokens)", "attention forward", "backward", "whole transformer call")
     lines = [_row(*head), "|---|---|---|---|"]
     wanted = {
@@ -93,6 +110,7 @@ def speed() -> str:
         "SLA 64x64 marginal, auto": "SLA 64x64 marginal",
         "SLA 128x64 all, auto": "SLA 128x64 all",
         "VSA 12.5 %, auto tile, auto": "VSA 12.5 %",
+        "VSA 12.5 %, wide tile, auto": "VSA 12.5 %, wide tile",
     }
     for entry in entries:
         if entry["name"] in wanted:
@@ -102,19 +120,21 @@ def speed() -> str:
                 for name in ("forward", "backward")
                 for ratios in (entry["passes"][name]["ratios"]["SDPA cuDNN"],)
             ]
-            call = calls[wanted[entry["name"]]]
+            call = call_of(wanted[entry["name"]])
             lines.append(_row(wanted[entry["name"]], *cells, f"{call['ms']:.0f} ms ({call['speedup']:.2f}x)"))
     return "\n".join([*lines, "", _caption(run), f"Transformer calls: {_machine(model)}, blocks compiled."])
 
 
 def wan() -> str:
-    """Transformer calls and a whole generation."""
-    run = latest("wan-1.3b-*.json")
+    """Transformer calls, run by run, and the newest whole generation."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("wan-1.3b-*.json"))]
     lines = [_row("", "attention", "ms", "", "peak GiB above the weights"), "|---|---|---|---|---|"]
-    for resolution, calls in run["calls"].items():
-        for arm, call in calls.items():
-            cells = (f"{call['ms']:.0f}", f"{call['speedup']:.2f}x", f"{call['peak_bytes'] / 2**30:.2f}")
-            lines.append(_row(resolution, arm, *cells))
+    for run in runs:
+        for resolution, calls in run["calls"].items():
+            for arm, call in calls.items():
+                cells = (f"{call['ms']:.0f}", f"{call['speedup']:.2f}x", f"{call['peak_bytes'] / 2**30:.2f}")
+                lines.append(_row(resolution, arm, *cells))
+    run = latest("wan-1.3b-*.json", lambda run: run["generation"])
     heads = ("a generation", "attention", "s", "", "denoising, s", "VAE decode, s")
     lines += ["", _row(*heads), "|---" * len(heads) + "|"]
     for resolution, arms in run["generation"].items():
@@ -122,23 +142,25 @@ def wan() -> str:
             cells = [f"{found[name]:.1f}" for name in ("seconds", "denoising_s", "decode_s")]
             label = f"{resolution}, {run['settings']['generate']} steps"
             lines.append(_row(label, arm, cells[0], f"{found['speedup']:.2f}x", *cells[1:]))
-    return "\n".join([*lines, "", f"{_machine(run)}; medians of {run['settings']['rounds']} calls."])
+    rounds = " and ".join(dict.fromkeys(str(run["settings"]["rounds"]) for run in runs))
+    return "\n".join(
+        [*lines, "", f"{_machines(runs)}; medians of {rounds} calls; each run has a dense row of its own."]
+    )
 
 
 def steps() -> str:
-    """Seconds of a fine-tuning step."""
-    runs: dict[int, dict] = {}
-    for path in sorted(RESULTS.glob("training-step-*.json")):
-        run = json.loads(path.read_text())
-        runs[run["tokens"]] = run
+    """Seconds of a fine-tuning step, run by run."""
+    runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("training-step-*.json"))]
+    runs.sort(key=lambda run: -run["tokens"])
     lines = [_row("tokens", "attention", "s a step", "", "peak GiB", "parameters, M"), "|---|---|---|---|---|---|"]
-    for tokens, run in runs.items():
-        dense = run["arms"]["dense"]["median_seconds"]
+    for run in runs:
+        tokens, dense = run["tokens"], run["arms"]["dense"]["median_seconds"]
         for arm, found in run["arms"].items():
             seconds = found["median_seconds"]
             cells = (f"{seconds:.3f}", f"{dense / seconds:.2f}x", f"{found['peak_memory_gib']:.1f}")
             lines.append(_row(f"{tokens:,}", arm, *cells, f"{found['parameters'] / 1e6:.0f}"))
-    return "\n".join([*lines, "", f"{_machine(run)}; medians of {run['settings']['steps']} steps."])
+    steps = " and ".join(dict.fromkeys(str(run["settings"]["steps"]) for run in runs))
+    return "\n".join([*lines, "", f"{_machines(runs)}; medians of {steps} steps; each run has a dense row of its own."])
 
 
 def parallel() -> str:
@@ -220,7 +242,12 @@ def order() -> str:
 def _machine(run: dict) -> str:
     machine = run["machine"]
     commit = f", commit {machine['commit'][:7]}" if machine["commit"] else ""
+    commit += " with changes" if machine.get("uncommitted_changes") else ""
     return f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}{commit}"
+
+
+def _machines(runs: list[dict]) -> str:
+    return "; ".join(dict.fromkeys(map(_machine, runs)))
 
 
 def _caption(run: dict) -> str:
@@ -232,6 +259,7 @@ def _caption(run: dict) -> str:
 TABLES = {
     "kernels": kernels,
     "methods": methods,
+    "counters": counters,
     "speed": speed,
     "wan": wan,
     "steps": steps,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 from foveal import SLAConfig, attention_cost, cli, select_blocks
 from foveal.bench import __main__ as module_main
 from foveal.bench import ahead, report, timing
+from foveal.bench import machine as bench_machine
 from foveal.bench.candidates import (
     BACKWARD,
     SLA_CONFIGS,
@@ -427,6 +430,7 @@ def test_runs_without_rich_matplotlib_and_tyro(tmp_path):
     """As a module on a machine that has torch alone: a plain table, a word about the plot, and the figures."""
     script = f"""
 import sys
+from pathlib import Path
 for name in ("rich", "matplotlib", "tyro"):
     sys.modules[name] = None
 from foveal.bench import report
@@ -505,7 +509,7 @@ def test_compiling_ahead_is_shared_out(monkeypatch):
             pass
 
     monkeypatch.setattr(ahead.subprocess, "Popen", Process)
-    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 32)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**34, 2**36))
     candidates, shape = candidates_for("cuda", quick=True), SHAPES["480p"]
@@ -517,3 +521,45 @@ def test_compiling_ahead_is_shared_out(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**32, 2**36))
     ahead.compile_ahead(candidates, shape, torch.bfloat16, lambda line: None)
     assert len(jobs) == 3
+
+
+def test_the_commit_that_is_said_counts(monkeypatch):
+    """A copy of a tree may carry an older commit's history and changes on it."""
+    answers = {"status": " M file", "rev-parse": "0ldc0mm1t"}
+    monkeypatch.setattr(
+        bench_machine, "_run", lambda *command: next((answers[x] for x in command if x in answers), None)
+    )
+    found = [bench_machine.machine(CPU, commit) for commit in (None, "0ldc0mm1t", "newer")]
+    assert [(x["commit"], x["uncommitted_changes"]) for x in found] == [
+        ("0ldc0mm1t", True),
+        ("0ldc0mm1t", True),
+        ("newer", None),
+    ]
+
+
+def test_counters_of_each_candidate(tmp_path, capsys):
+    """What Nsight Compute prints: lines of the program it ran, names, units, one line a kernel."""
+    spec = importlib.util.spec_from_file_location("counters", Path(__file__).parent.parent / "benchmarks/counters.py")
+    counters = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(counters)
+    names = ["ID", "Kernel Name", *counters.COUNTERS.values()]
+    units = ["", "", "ms", *["%"] * 6]
+    kernels = ["cubes_fwd_kernel", "block_sparse_dq_kernel", "block_sparse_dkdv_kernel"] * 2
+    rows = [[str(i), name, f"1,{i}00.5", *["81.239"] * 6] for i, name in enumerate(kernels)]
+    (tmp_path / "ncu.csv").write_text(
+        "a line\n" + "\n".join(",".join(f'"{x}"' for x in row) for row in [names, units, *rows])
+    )
+    (tmp_path / "like.json").write_text('{"machine": {"device": "A card"}}')
+    command = ["--csv", str(tmp_path / "ncu.csv"), "--like", str(tmp_path / "like.json"), "--output", str(tmp_path)]
+    path = counters.main([*command, "--candidates", "one", "two"])
+    assert path.name.startswith("counters-a-card-")
+    found = json.loads(path.read_text())["kernels"]
+    assert [len(found[name]) for name in ("one", "two")] == [3, 3]
+    assert (
+        found["two"][0] | {"kernel": "cubes_fwd_kernel", "microseconds": 1300500.0, "l2_out": 81.24} == found["two"][0]
+    )
+    with pytest.raises(ValueError, match="expected the kernels of 3 candidates, found 2"):
+        counters.main([*command, "--candidates", "one", "two", "three"])
+    with pytest.raises(SystemExit):
+        counters.main(command[:2])
+    assert "--csv needs --like RESULT" in capsys.readouterr().err

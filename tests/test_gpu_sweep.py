@@ -82,18 +82,23 @@ METHODS = {
     "SLA 64x64": SLAConfig(keep_ratio=0.1, drop_ratio=0.2),
     "SLA 128x64 all": SLAConfig(keep_ratio=0.1, drop_ratio=0.0, block_q=128, linear_scope="all"),
     "VSA": VSAConfig(keep_ratio=0.2, tile="auto"),
+    "VSA wide": VSAConfig(keep_ratio=0.2, tile="wide"),
 }
+# grid, heads, D, runs. The second fills an H100 several times over: a race in a kernel's shared memory changed one of
+# its launches in three hundred, and none of the first.
+REPEATS = {"small": (VideoGrid(5, 15, 26), 4, 128, 200), "large": (VideoGrid(9, 32, 56), 16, 64, 1500)}
 
 
+@pytest.mark.parametrize("case", REPEATS.values(), ids=REPEATS)
 @pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
-def test_the_same_bits_200_times(config):
-    grid = VideoGrid(5, 15, 26)
+def test_the_same_bits_each_time(config, case):
+    grid, heads, head_dim, runs = case
     generator = torch.Generator("cuda").manual_seed(0)
     tensors = [
-        torch.randn(1, grid.num_tokens, 4, 128, device="cuda", generator=generator).bfloat16().transpose(1, 2)
+        torch.randn(1, grid.num_tokens, heads, head_dim, device="cuda", generator=generator).bfloat16().transpose(1, 2)
         for _ in range(4)
     ]
-    weight = torch.randn(128, 128, device="cuda", generator=generator) / 128**0.5
+    weight = torch.randn(head_dim, head_dim, device="cuda", generator=generator) / head_dim**0.5
 
     def attend(query, key, value, gate):
         if isinstance(config, VSAConfig):
@@ -113,7 +118,7 @@ def test_the_same_bits_200_times(config):
 
     first = run()
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(200):
+    for _ in range(runs):
         for x, y in zip(first, run(), strict=True):
             differing += (x != y).sum()
     assert int(differing) == 0

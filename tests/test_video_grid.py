@@ -82,6 +82,10 @@ def test_auto_tile_of_wan_480p():
     def waste(tile):
         return grid.num_cubes(tile) * 64 / grid.num_tokens - 1
 
+    # Cubes of 128: the one that divides the grid, though another needs 270 slots to its 273.
+    assert grid.auto_tile(max_tokens=128, max_aspect=4) == (7, 6, 3)
+    assert grid.auto_tile(max_tokens=128, max_aspect=4, prefer_whole=True) == (3, 10, 4)
+    assert [grid.num_cubes(tile) for tile in ((7, 6, 3), (3, 10, 4))] == [270, 273]
     assert waste((4, 4, 4)) == pytest.approx(0.219, abs=1e-3)
     assert waste((3, 5, 4)) == pytest.approx(0.067, abs=1e-3)
 

@@ -84,7 +84,7 @@ class Bench:
     length: int | None = None
     """One small shape of so many tokens instead of the named ones."""
     commit: str | None = None
-    """Of this tree, for the record, where there is no git to ask."""
+    """Of this tree, for the record, where git cannot say."""
 
     def run(self) -> None:
         from foveal.bench.report import bench

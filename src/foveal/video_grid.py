@@ -55,13 +55,16 @@ class VideoGrid:
         check_triple("tile", tile)
         return math.prod(-(-side // edge) for side, edge in zip(self.shape, tile, strict=True))
 
-    def auto_tile(self, max_tokens: int = 64, max_aspect: int = 2) -> tuple[int, int, int]:
+    def auto_tile(
+        self, max_tokens: int = 64, max_aspect: int = 2, *, prefer_whole: bool = False
+    ) -> tuple[int, int, int]:
         """The compact cube of at most `max_tokens` tokens that covers the grid with the fewest slots.
 
         Compact: no edge is over `max_aspect` times another, unless the grid itself is thinner than that. Ties go to
-        the cube with the smaller surface, then to the larger edges in time.
+        the cube with the smaller surface, then to the larger edges in time. With `prefer_whole` slots of a cube that
+        does not divide the grid count a sixteenth more: what masks of any size cost in the kernels for wide cubes.
         """
-        return _auto_tile(self.shape, max_tokens, max_aspect)
+        return _auto_tile(self.shape, max_tokens, max_aspect, prefer_whole)
 
     def to_tile_order(self, x: Tensor, tile: tuple[int, int, int], *, slot: int | None = None, dim: int = 2) -> Tensor:
         """Raster to tile order along `dim`.
@@ -94,7 +97,9 @@ class VideoGrid:
 
 
 @cached_constant
-def _auto_tile(shape: tuple[int, int, int], max_tokens: int, max_aspect: int) -> tuple[int, int, int]:
+def _auto_tile(
+    shape: tuple[int, int, int], max_tokens: int, max_aspect: int, prefer_whole: bool
+) -> tuple[int, int, int]:
     check_positive_int("max_tokens", max_tokens)
     check_positive_int("max_aspect", max_aspect)
     best = None
@@ -106,7 +111,8 @@ def _auto_tile(shape: tuple[int, int, int], max_tokens: int, max_aspect: int) ->
                 if free and max(edges) > max_aspect * min(free):
                     continue
                 slots = math.prod(-(-side // edge) for side, edge in zip(shape, edges, strict=True))
-                rank = (slots, t * h + h * w + t * w, -t, -h)
+                whole = all(side % edge == 0 for side, edge in zip(shape, edges, strict=True))
+                rank = (slots * (17 if prefer_whole and not whole else 16), t * h + h * w + t * w, -t, -h)
                 if best is None or rank < best[0]:
                     best = (rank, edges)
     return best[1]

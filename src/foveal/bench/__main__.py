@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of tensors and random selections")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with a --length")
     parser.add_argument("--length", type=int, help="one small shape of so many tokens instead")
-    parser.add_argument("--commit", help="of this tree, for the record, where there is no git to ask")
+    parser.add_argument("--commit", help="of this tree, for the record, where git cannot say")
     options = parser.parse_args(arguments)
     try:
         settings = BenchSettings(

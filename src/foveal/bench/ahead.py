@@ -20,7 +20,7 @@ from foveal.bench.candidates import Candidate, candidates_for
 from foveal.bench.shapes import Inputs, Shape
 from foveal.video_grid import VideoGrid
 
-PROCESSES = 8
+PROCESSES = 16
 # Device memory of one process: about so many tensors of the shape, and what CUDA takes for itself.
 TENSORS, CONTEXT_BYTES = 40, 2**30
 SECONDS = 300

@@ -17,7 +17,7 @@ def machine(device: torch.device, commit: str | None = None) -> dict[str, object
 
     Args:
         device: the one that is timed.
-        commit: of this tree, said by the user where there is no git to ask; git's word counts where it is there.
+        commit: of this tree, where git cannot say: a copy without its history, or with changes on an older commit.
     """
     found: dict[str, object] = {
         "device": platform.processor() or platform.machine(),
@@ -45,9 +45,10 @@ def machine(device: torch.device, commit: str | None = None) -> dict[str, object
     folder = str(Path(foveal.__file__).parent)
     changes = _run("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
     found_commit = _run("git", "-C", folder, "rev-parse", "HEAD") or None
+    known = changes is not None and found_commit is not None and commit in (None, found_commit)
     return found | {
-        "commit": found_commit or commit,
-        "uncommitted_changes": None if found_commit is None or changes is None else bool(changes),
+        "commit": commit or found_commit,
+        "uncommitted_changes": bool(changes) if known else None,
     }
 
 

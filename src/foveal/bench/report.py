@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,12 @@ def bench(settings: BenchSettings, output: Path) -> int:
         write_json(output / file_name(results), results)
         print_table(results, results["results"][-1]["shape"])
 
-    results = run_bench(settings, log=lambda line: print(line, file=sys.stderr, flush=True), keep=keep)
+    started = time.monotonic()
+
+    def log(line: str) -> None:
+        print(f"{time.monotonic() - started:6.1f} s  {line}", file=sys.stderr, flush=True)
+
+    results = run_bench(settings, log=log, keep=keep)
     path = output / file_name(results)
     print(path)
     try:

@@ -48,7 +48,7 @@ class BenchSettings:
         device: "cuda", or "cpu" with a `length`.
         length: run one small shape of so many tokens instead of `shapes` (1 sample, 2 heads, 64 wide).
         gate_grid: the video of the small correctness check.
-        commit: of this tree, for the record, where there is no git to ask.
+        commit: of this tree, for the record, where git cannot say.
 
     Raises:
         ValueError: naming the field, what was expected and what came.

@@ -20,7 +20,7 @@ def resolve_tile(config: VSAConfig, grid: VideoGrid) -> tuple[int, int, int]:
         case "auto":
             return grid.auto_tile()
         case "wide":  # of so many tokens few cubes divide a grid: longer ones are let in
-            return grid.auto_tile(max_tokens=128, max_aspect=3)
+            return grid.auto_tile(max_tokens=128, max_aspect=4, prefer_whole=True)
         case tile:
             return tile
 
