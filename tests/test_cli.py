@@ -84,6 +84,24 @@ def test_models_that_cannot_be_trained_are_named_at_once(tmp_path, capsys, trans
     assert not output.exists()
 
 
+@pytest.mark.parametrize("fields", [{"in_channels": 36}, {"in_channels": 16, "image_dim": 1280}])
+def test_image_to_video_models_cannot_be_trained(tmp_path, capsys, fields):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("diffusers")
+    place = tmp_path / "base" / "transformer"
+    place.mkdir(parents=True)
+    fields = {"_class_name": "WanTransformer3DModel", "out_channels": 16, **fields}
+    (place / "config.json").write_text(json.dumps(fields))
+    arguments = ["train", "wan-1.3b-sla", "--model.path", str(tmp_path / "base"), "--output", str(tmp_path / "run")]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"foveal: training takes text-to-video transformers; {place} takes {fields['in_channels']} "
+    )
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_folders_without_a_pipelines_transformer(tmp_path, capsys):
     pytest.importorskip("accelerate")
     pytest.importorskip("diffusers")

@@ -96,6 +96,13 @@ def transformer_fields(settings: ModelSettings) -> dict[str, Any]:
         what = f"family {known!r}, which converts but is not trained yet" if known else "no family that foveal knows"
         trained = " or ".join(map(repr, TRAINED_FAMILIES))
         raise ValueError(f"training takes transformers of family {trained}; {place} has a {name}, of {what}")
+    taken = fields.get("in_channels")
+    given = fields.get("out_channels") or taken
+    if fields.get("image_dim") is not None or taken != given:
+        raise ValueError(
+            f"training takes text-to-video transformers; {place} takes {taken} channels and gives {given}: "
+            "it is conditioned on an image, which training does not provide"
+        )
     if alone:
         raise ValueError(
             f"model.path must be a pipeline's folder with {settings.subfolder!r} in it, {place} is a transformer's own"
