@@ -95,9 +95,16 @@ def features_backward(left, right, grad_left, grad_right, head_dim: gl.constexpr
 
 
 @gluon.jit
-def store_half_row(pointer, values):
-    """HALF_WIDTH float32 from `pointer` on."""
-    gl.store(pointer + gl.arange(0, HALF_WIDTH, values.type.layout), values)
+def store_column_sums(pointer, x):
+    """Sums over the rows of x [rows, HALF_WIDTH], from `pointer` on.
+
+    Half of the columns at a time: with the scratch of all, two programs do not fit a multiprocessor.
+    """
+    HALF: gl.constexpr = x.shape[1] // 2
+    left, right = gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, HALF]), (0, 2, 1)))
+    left, right = gl.sum(left, 0), gl.sum(right, 0)
+    gl.store(pointer + gl.arange(0, HALF, left.type.layout), left)
+    gl.store(pointer + HALF + gl.arange(0, HALF, right.type.layout), right)
 
 
 @gluon.jit
@@ -125,7 +132,7 @@ def row_gradients(
     for i in gl.static_range(head_dim // HALF_WIDTH):
         x = g.slice(i * HALF_WIDTH, HALF_WIDTH, 1).load(half).to(gl.float32)
         if grad_bias_ptr is not None:
-            store_half_row(grad_bias_ptr + i * HALF_WIDTH, gl.sum(x, 0))
+            store_column_sums(grad_bias_ptr + i * HALF_WIDTH, x)
         out = o.slice(i * HALF_WIDTH, HALF_WIDTH, 1).load(half).to(gl.float32)
         delta += gl.sum(x * (out - load_row(bias_ptr + i * HALF_WIDTH, HALF_WIDTH, half)), 1)
         if g.dtype != gl.bfloat16:
@@ -161,9 +168,9 @@ def row_gradients(
     if head_dim == 128:
         grad_right = (grad_right - product * load_row(norm_ptr + 64, HALF_WIDTH, half)) * by_row
     product = product * by_row
-    store_half_row(grad_norm_ptr, -gl.sum(left * product, 0))
+    store_column_sums(grad_norm_ptr, left * -product)
     if head_dim == 128:
-        store_half_row(grad_norm_ptr + 64, -gl.sum(right * product, 0))
+        store_column_sums(grad_norm_ptr + 64, right * -product)
     left, right = features_backward(left, right, grad_left, grad_right, head_dim, FEATURE_MAP)
     store_halves(q, left, right)
     tma.async_copy_shared_to_global(grad_query, [batch, head, start, 0], q)
