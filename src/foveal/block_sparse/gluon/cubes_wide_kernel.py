@@ -12,7 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from foveal.block_sparse.gluon.forward_kernel import (
@@ -23,6 +22,7 @@ from foveal.block_sparse.gluon.forward_kernel import (
     tile_start,
     tile_valid,
 )
+from foveal.block_sparse.gluon.forward_wide_kernel import add_wide_tile
 from foveal.block_sparse.gluon.raster import load_lines, store_gated_sum, video_tokens
 from foveal.block_sparse.gluon.tiles import barriers, copy_rows, retire
 
@@ -121,20 +121,10 @@ def attend_cubes(
             step += 1
             slot = step % SLOTS
             phase = (step // SLOTS) & 1
-            mbarrier.wait(k_full.index(slot), phase)
-            scores = warpgroup_mma(q, k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
-            mbarrier.wait(v_full.index(before), before_phase)
-            sums = warpgroup_mma(weights, v.index(before), acc, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=[scores])
-            mbarrier.arrive(k_empty.index(slot), count=1)
-            scores = keep_valid(scores, valid, MASK)
-            p, top, sums_of_weights, decay = online_softmax_update(
-                scores, top, sums_of_weights, scale_log2, MAY_BE_EMPTY
-            )
-            acc, p = warpgroup_mma_wait(0, deps=[sums, p])
-            mbarrier.arrive(v_empty.index(before), count=1)
-            weights = gl.convert_layout(p.to(q.dtype), operand_layout)
+            weights, acc, top, sums_of_weights, decay = add_wide_tile(
+                q, k, v, k_full, k_empty, v_full, v_empty, slot, phase, before, before_phase, weights, acc, top,
+                sums_of_weights, decay, True, valid, scale_log2, MASK, MAY_BE_EMPTY,
+            )  # fmt: skip
         acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
         mbarrier.wait(v_full.index(slot), phase)
         acc = warpgroup_mma(weights, v.index(slot), acc)

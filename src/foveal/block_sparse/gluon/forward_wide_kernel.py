@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from foveal.block_sparse.gluon.forward_kernel import finished, online_softmax_update, sums_by_eight
+from foveal.block_sparse.gluon.forward_kernel import finished, keep_valid, online_softmax_update, sums_by_eight
 from foveal.block_sparse.gluon.linear_branch import add_projected, features_and_inverse, load_row, times_state
 from foveal.block_sparse.gluon.tiles import barriers, keep_columns, retire, store_rows
 
@@ -113,6 +113,37 @@ def load_shared_tiles(
 
 
 @gluon.jit
+def add_wide_tile(
+    q, k, v, k_full, k_empty, v_full, v_empty, slot, phase, before, before_phase, weights, acc, top, total, decay,
+    masked, valid, scale_log2, MASK: gl.constexpr, MAY_BE_EMPTY: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of the tile in `slot` while acc takes in the one `before`; then their rings move on.
+
+    MASK: as in `keep_valid`; with "last" tiles are full unless they are `masked`.
+    """
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    acc_layout: gl.constexpr = acc.type.layout
+    zeros = gl.zeros([64, 128], gl.float32, score_layout)
+    mbarrier.wait(k_full.index(slot), phase)
+    scores = warpgroup_mma(q, k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
+    mbarrier.wait(v_full.index(before), before_phase)
+    sums = warpgroup_mma(weights, v.index(before), acc, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    if MASK == "last":
+        if masked:
+            scores = keep_columns(scores, valid, -float("inf"))
+    else:
+        scores = keep_valid(scores, valid, MASK)
+    p, top, total, decay = online_softmax_update(scores, top, total, scale_log2, MAY_BE_EMPTY)
+    acc, p = warpgroup_mma_wait(0, deps=[sums, p])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    weights = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, acc_layout, 2))
+    return weights, acc, top, total, decay
+
+
+@gluon.jit
 def attend_queries(
     part, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr, count_ptr,
     norm_ptr, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length, width,
@@ -160,19 +191,10 @@ def attend_queries(
             step += 1
             slot = step % SLOTS
             phase = (step // SLOTS) & 1
-            mbarrier.wait(k_full.index(slot), phase)
-            scores = warpgroup_mma(tile_q, k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
-            mbarrier.wait(v_full.index(before), before_phase)
-            sums = warpgroup_mma(weights, v.index(before), acc, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=[scores])
-            mbarrier.arrive(k_empty.index(slot), count=1)
-            if (t == steps - 1) & (last_valid < 128):
-                scores = keep_columns(scores, last_valid, -float("inf"))
-            p, top, total_weight, decay = online_softmax_update(scores, top, total_weight, scale_log2, False)
-            acc, p = warpgroup_mma_wait(0, deps=[sums, p])
-            mbarrier.arrive(v_empty.index(before), count=1)
-            weights = gl.convert_layout(p.to(q.dtype), operand_layout)
+            weights, acc, top, total_weight, decay = add_wide_tile(
+                tile_q, k, v, k_full, k_empty, v_full, v_empty, slot, phase, before, before_phase, weights, acc, top,
+                total_weight, decay, (t == steps - 1) & (last_valid < 128), last_valid, scale_log2, "last", False,
+            )  # fmt: skip
         acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
         mbarrier.wait(v_full.index(slot), phase)
         acc = warpgroup_mma(weights, v.index(slot), acc)
