@@ -201,12 +201,15 @@ def _backward_op(
         cubes, _ = pool_cubes(query, key, value, places, key_sizes, slot, gather="qkv", pool=False)
         sizes = _fine_sizes(key_sizes, slot, uniform)
         arguments = (grad_fine, *cubes, delta, lse, critical, counts, columns, sizes, slot, slot, scale)
-        grads = tuple(torch.empty_like(x) for x in (query, key, value))
         if hopper:
+            grads = tuple(torch.empty_like(x) for x in (query, key, value))
             video = gluon.VideoGradients(grads, pooled, places, cube_sizes)
             gluon.backward(*arguments, uniform=uniform, video=video)
         else:
             cubes = backward(*arguments)
+            # Before the results: what they take, the gradients in raster order can have.
+            del arguments, grad_fine
+            grads = tuple(torch.empty_like(x) for x in (query, key, value))
             return_gradients(cubes, pooled, places, cube_sizes, slot, grads)
         return *grads, *(grad.new_empty(0) if x is None else x for x in grad_gates)
 

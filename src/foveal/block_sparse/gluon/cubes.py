@@ -10,15 +10,12 @@ from torch import Tensor
 from foveal.block_sparse.gluon.launch import TILE, _multiprocessors, _tiles, short_tail
 from foveal.block_sparse.launch_arguments import LOG2_E, size_stride
 
-SLOTS = (64, 128)  # tokens that a cube may take up
 
-
-def cubes_plan(
-    slot: int, head_dim: int, uniform: int, gated_coarse: bool, gated_fine: bool, save_fine: bool
-) -> dict[str, Any]:
-    """Constants and launch options; for slots of 64 three programs a multiprocessor, else one that stays.
+def cubes_plan(slot: int, uniform: int, gated_coarse: bool, gated_fine: bool, save_fine: bool) -> dict[str, Any]:
+    """Constants and launch options; for slots of 64 three programs a multiprocessor, for those of 128 one that stays.
 
     Args:
+        slot: tokens that a cube takes up.
         uniform: tokens of every block, 0 where they differ.
     """
     mask = None if uniform == slot else "tail" if short_tail(uniform, slot) else "columns"
@@ -77,7 +74,7 @@ def attend_cubes(
     output = torch.empty_like(query)
     fine = query.new_empty((*shape, head_dim)) if save_fine else None
     lse = torch.empty(shape, dtype=torch.float32, device=query.device)
-    plan = cubes_plan(slot, head_dim, uniform, gate_coarse is not None, gate_fine is not None, save_fine)
+    plan = cubes_plan(slot, uniform, gate_coarse is not None, gate_fine is not None, save_fine)
     gates = [output if x is None else x for x in (gate_coarse, gate_fine)]
     arguments = (
         *(_slots(x, slot, uniform or slot) for x in (cube_key, cube_value)), _tiles(fine, TILE) if save_fine else None,
