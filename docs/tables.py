@@ -18,6 +18,7 @@ PAGES = (
     ROOT / "docs" / "choosing-sparsity.md",
     ROOT / "docs" / "multi-gpu.md",
     ROOT / "docs" / "training.md",
+    ROOT / "docs" / "vsa.md",
     ROOT / "README.md",
 )
 
@@ -177,9 +178,9 @@ def parallel() -> str:
     return "\n".join([*lines, "", f"{_machine(run)}, two of them."])
 
 
-def fine_tune() -> str:
-    """Held-out losses of the fine-tune at 16K tokens."""
-    run = latest("fine_tune.json")
+def fine_tune(file: str = "fine_tune.json") -> str:
+    """Held-out losses of a fine-tune; by default that at 16K tokens."""
+    run = latest(file)
     marks = [step for step, _ in run["arms"]["dense"]["held_out_loss"]]
     shown = [marks[index] for index in (0, len(marks) // 4, len(marks) // 2, -1)]
     lines = [_row("attention", *(f"after {step} steps" for step in shown), "s a step"), "|---" * 6 + "|"]
@@ -265,6 +266,7 @@ TABLES = {
     "steps": steps,
     "parallel": parallel,
     "fine_tune": fine_tune,
+    "fine_tune_2k": lambda: fine_tune("fine_tune_2k.json"),
     "cpu": cpu,
     "order": order,
 }
