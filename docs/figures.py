@@ -7,7 +7,7 @@ same picture without training a model; the pages say so.
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -22,8 +22,10 @@ from foveal.training.data import read_video, sample_clip
 from foveal.video_grid import tile_indices
 from foveal.vsa.attention import select_cubes, slot_size
 
+sys.path.insert(0, str(Path(__file__).parent))
+from tables import latest
+
 ASSETS = Path(__file__).parent / "assets"
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 PATCH = 8
 STRIDE = 3
 GRID = VideoGrid(8, 16, 28)
@@ -197,7 +199,7 @@ def draw_cost(path: Path) -> None:
 
 def draw_fine_tune(path: Path) -> None:
     """Held-out losses of the fine-tune at 16K tokens, as `benchmarks/fine_tune.py` measured them."""
-    run = json.loads((RESULTS / "fine_tune.json").read_text())
+    run = latest("fine_tune.json")
     figure = figure_of(10, 3.6)
     before, after = figure.subplots(1, 2, width_ratios=[1, 1.6])
     steps, losses = zip(*run["pretraining"]["held_out_loss"][1:], strict=True)
@@ -213,20 +215,14 @@ def draw_fine_tune(path: Path) -> None:
     figure.savefig(path)
 
 
-def newest(pattern: str, wanted=lambda run: True) -> dict:
-    """The newest of the results whose file names match and that are wanted."""
-    runs = (json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern), reverse=True))
-    return next(run for run in runs if wanted(run))
-
-
 def draw_kernels(path: Path) -> None:
     """Kernels and methods against dense attention, as `foveal bench` draws its own results."""
-    write_plot(path, newest("nvidia-*.json"))
+    write_plot(path, latest("nvidia-*.json"))
 
 
 def draw_speed(path: Path) -> None:
     """A whole Wan transformer call against its number of tokens, as `benchmarks/wan_transformer.py` measured it."""
-    run = newest("wan-1.3b-*.json", lambda run: len(run["calls"]) > 1)
+    run = latest("wan-1.3b-*.json", lambda run: len(run["calls"]) > 1)
     tokens = {"480p": WAN_480P["grid"].num_tokens, "720p": VideoGrid(21, 45, 80).num_tokens}
     figure = figure_of(7, 3.6)
     axis = figure.subplots()
@@ -245,7 +241,7 @@ def draw_speed(path: Path) -> None:
 
 def draw_error(path: Path) -> None:
     """Output error against the share of blocks that is kept, from the runs of `benchmarks/token_order.py`."""
-    run = newest("token_order.json")
+    run = latest("token_order.json")
     ratios = [100 * ratio for ratio in run["keep_ratios"]]
     figure = figure_of(7, 3.4)
     axis = figure.subplots()

@@ -46,8 +46,10 @@ def sparse(head_dim, block_q, block_k, dtype, padded, with_lse=True, hopper=Fals
     torch.autograd.grad(output.sum() + (lse.sum() if with_lse else 0), inputs)
 
 
-def sla(head_dim, block_q, block_k, dtype, padded, feature_map, scope, projected=True, rule=True, hopper=False):
-    """SLA and its backward, by a rule or with a selection that is given."""
+def sla(
+    head_dim, block_q, block_k, dtype, padded, feature_map, scope, projected=True, rule=True, train=True, hopper=False
+):
+    """SLA, by a rule or with a selection that is given, and its backward when it is trained."""
     inputs, blocks = _inputs(head_dim, dtype), {"block_q": block_q, "block_k": block_k}
     ratios = {"keep_ratio": 0.1, "drop_ratio": 0.1}
     config = SLAConfig(feature_map=feature_map, linear_scope=scope, projection=projected, **ratios, **blocks)
@@ -56,8 +58,10 @@ def sla(head_dim, block_q, block_k, dtype, padded, feature_map, scope, projected
     else:
         selection = random_selection(**SIZES, **blocks, kv_lengths=_lengths(padded))
     weights = (torch.zeros(head_dim, head_dim), torch.zeros(head_dim)) if projected else (None, None)
-    output = sla_attention_gpu(*inputs, config, selection, 0.125, *weights, hopper=hopper)
-    torch.autograd.grad(output.sum(), inputs)
+    with torch.set_grad_enabled(train):
+        output = sla_attention_gpu(*inputs, config, selection, 0.125, *weights, hopper=hopper)
+    if train:
+        torch.autograd.grad(output.sum(), inputs)
 
 
 def state_sums(head_dim, dtype):
@@ -105,6 +109,8 @@ FEW = [
     partial(sla, 64, 64, 128, FP16, True, "elu", "all", projected=False),
     partial(sla, 64, 128, 64, BF16, False, "relu", "all", rule=False),
     partial(sla, 64, 64, 64, FP16, False, "softmax", "noncritical", rule=False),
+    partial(sla, 128, 64, 64, BF16, False, "softmax", "marginal", train=False),
+    partial(sla, 64, 128, 128, FP16, True, "elu", "noncritical", projected=False, train=False),
     partial(sparse, 128, 128, 128, BF16, True),
     partial(sparse, 64, 64, 64, FP16, False, with_lse=False),
     partial(state_sums, 128, BF16),
@@ -122,7 +128,7 @@ def all_calls() -> Iterator[Callable]:
     dims, blocks, dtypes, both = (64, 128), (64, 128), (BF16, FP16), (False, True)
     for case in itertools.product(dims, blocks, blocks, dtypes, both):
         yield from (partial(sparse, *case, with_lse) for with_lse in both)
-        scopes = itertools.product(("softmax", "elu", "relu"), ("marginal", "noncritical", "all"), both, both)
+        scopes = itertools.product(("softmax", "elu", "relu"), ("marginal", "noncritical", "all"), both, both, both)
         yield from (partial(sla, *case, *scope) for scope in scopes)
     yield from (partial(vsa, *case) for case in itertools.product(dims, dtypes, CUBES, both, both, both))
     yield from (partial(pool, *case) for case in itertools.product(dims, (*dtypes, FP32), both))

@@ -95,7 +95,7 @@ def assert_fits(compiled, folder, programs, threads, spill_limit=0):
     assert programs * threads * registers <= REGISTERS
 
 
-def compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=False):
+def compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=False, norm="*fp32"):
     plan = launch.forward_plan(head_dim, block_q, block_k, has_sizes, feature_map, projected)
     tile = tiles(64, head_dim, dtype)
     scalars = (
@@ -112,7 +112,7 @@ def compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, p
         signature["state"] = tiles(*box, "bf16")
         if not projected:
             signature["weight"] = f"tensordesc<bf16{list(box)},{gl.NVMMASharedLayout(128, 16, 2)!r}>"
-        signature["norm_ptr"], signature["bias_ptr"] = "*bf16" if projected else "*fp32", "*fp32"
+        signature["norm_ptr"], signature["bias_ptr"] = norm, "*fp32"
     if plan["wide"]:
         return compile_for_hopper(forward_wide_kernel.block_sparse_fwd_wide_kernel, signature, plan), 1, 384
     return compile_for_hopper(forward_kernel.block_sparse_fwd_kernel, signature, plan), 3, 128
@@ -142,6 +142,15 @@ def test_forward_with_the_linear_branch(tmp_path, head_dim, block_q, block_k, ha
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
 def test_forward_with_projected_states(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_map):
     compiled, *programs = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=True)
+    assert_fits(compiled, tmp_path, *programs, spill_limit=96)
+
+
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), QUICK)
+def test_forward_in_inference(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, projected):
+    """Where Z comes from the product that sums H: in bfloat16."""
+    options = {"projected": projected, "norm": "*bf16"}
+    compiled, *programs = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, "softmax", **options)
     assert_fits(compiled, tmp_path, *programs, spill_limit=96)
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,18 +31,19 @@ def compile_ahead(
     candidates: Sequence[Candidate], shape: Shape, dtype: torch.dtype, log: Callable[[str], None]
 ) -> None:
     """Runs each candidate of ours once at this shape, on the current CUDA device, in other processes."""
-    names = [x.name for x in candidates if x.ours and not (x.kind == "method" and x.options["selection"] == "given")]
+    chosen = [x for x in candidates if x.ours and not (x.kind == "method" and x.options["selection"] == "given")]
     wanted = CONTEXT_BYTES + TENSORS * shape.batch * shape.heads * shape.length * shape.head_dim * dtype.itemsize
-    processes = min(PROCESSES, os.cpu_count() or 1, len(names), torch.cuda.mem_get_info()[0] // wanted)
+    processes = min(PROCESSES, os.cpu_count() or 1, len(chosen), torch.cuda.mem_get_info()[0] // wanted)
     if processes < 2:
         return
     log(f"{shape.name}: compiling, {processes} processes side by side")
-    jobs = [job(names[i::processes], shape, f"cuda:{torch.cuda.current_device()}", dtype) for i in range(processes)]
+    jobs = [job(chosen[i::processes], shape, f"cuda:{torch.cuda.current_device()}", dtype) for i in range(processes)]
     command, nowhere = [sys.executable, "-m", "foveal.bench.ahead"], subprocess.DEVNULL
     started = [subprocess.Popen([*command, x], stdout=nowhere, stderr=nowhere) for x in jobs]
+    deadline = time.monotonic() + SECONDS
     try:
         for process in started:
-            process.wait(SECONDS)
+            process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         log(f"{shape.name}: compiling takes over {SECONDS} s; going on without")
     finally:
@@ -50,10 +52,11 @@ def compile_ahead(
             process.wait()
 
 
-def job(names: Sequence[str], shape: Shape, device: str, dtype: torch.dtype) -> str:
+def job(chosen: Sequence[Candidate], shape: Shape, device: str, dtype: torch.dtype) -> str:
     """The JSON argument of one process: which candidates, at what shape, where."""
     fields = dataclasses.asdict(shape) | {"grid": list(shape.grid.shape)}
-    return json.dumps({"names": list(names), "shape": fields, "device": device, "dtype": str(dtype)[6:]})
+    names = {"names": [x.name for x in chosen], "impls": sorted({x.impl for x in chosen})}
+    return json.dumps({**names, "shape": fields, "device": device, "dtype": str(dtype)[6:]})
 
 
 def run_job(text: str) -> list[str]:
@@ -65,7 +68,7 @@ def run_job(text: str) -> list[str]:
         torch.cuda.set_device(device)
     inputs = Inputs(shape, device=device, dtype=getattr(torch, given["dtype"]), seed=0)
     ran = []
-    for candidate in candidates_for(device.type):
+    for candidate in candidates_for(device.type, impls=tuple(given["impls"]), quick=True):
         if candidate.name not in given["names"]:
             continue
         with contextlib.suppress(Exception):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveal.block_sparse import gluon
 from foveal.block_sparse.triton.forward import Forward
-from foveal.block_sparse.triton.linear import joint_key_states, key_state_sums, key_states, masked_sum
+from foveal.block_sparse.triton.linear import key_state_sums, key_states, masked_sum
 from foveal.block_sparse.triton.select import Wanted, pick, pool
 
 # What h and H of the heads in flight may take; or as much as the output, if that is more. Larger groups mean fewer
@@ -91,7 +91,10 @@ def attend(
             h, z = key_states(*arguments)
             states = kept[part].flatten(2)
         else:
-            h = joint_key_states(*arguments)
+            # Side by side, for one product. Rounding Z costs next to nothing: phi(Q) Z sums products of positive
+            # numbers, each rounded on its own.
+            h = mask.new_empty((count, columns, head_dim * (head_dim + 1)))
+            key_states(*arguments, (h[..., : head_dim**2].unflatten(2, (head_dim, head_dim)), h[..., head_dim**2 :]))
             states = h.new_empty((count, rows, h.shape[2])) if states is None else states[:count]
         if wanted is not None:
             queries = pooled_query[part]

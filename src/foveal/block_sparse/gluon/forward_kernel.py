@@ -82,6 +82,7 @@ def keep_valid(scores, valid, MASK: gl.constexpr):
         return keep_tail(scores, valid, -float("inf"))
     else:
         if valid < scores.shape[1]:
+            # Cubes of 120 to 127 tokens are the rule among wide tiles that are not all alike.
             if (scores.shape[1] == 128) & (valid >= 120):
                 scores = keep_tail(scores, valid, -float("inf"))
             else:

@@ -174,6 +174,7 @@ def key_states(
     pairs: range,
     blocks: int,
     pooled: Tensor | None = None,
+    results: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h [pairs, blocks, D, D] in bfloat16 and z [pairs, blocks, D] in float32; zero for blocks past the last.
 
@@ -182,35 +183,15 @@ def key_states(
         sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
         pairs: of batch and head.
         pooled: float32 [pairs, Tk, D], contiguous, for the means of each block's keys; None if they are not wanted.
+        results: memory for the two, whose blocks may stand apart, and z may be bfloat16; new if None.
     """
     head_dim = key.shape[-1]
-    state = torch.empty((len(pairs), blocks, head_dim, head_dim), dtype=torch.bfloat16, device=key.device)
-    norm = torch.empty((len(pairs), blocks, head_dim), dtype=torch.float32, device=key.device)
+    if results is None:
+        state = torch.empty((len(pairs), blocks, head_dim, head_dim), dtype=torch.bfloat16, device=key.device)
+        results = state, torch.empty((len(pairs), blocks, head_dim), dtype=torch.float32, device=key.device)
     at_once = -(-(blocks * len(pairs)) // _programs_at_once(key.device))
-    _run_key_states(key, value, sizes, block_k, feature_map, pairs, blocks, at_once, state, norm, pooled)
-    return state, norm
-
-
-def joint_key_states(
-    key: Tensor,
-    value: Tensor,
-    sizes: Tensor | None,
-    block_k: int,
-    feature_map: str,
-    pairs: range,
-    blocks: int,
-    pooled: Tensor | None = None,
-) -> Tensor:
-    """h and z side by side, for one product with the mask: bfloat16 [pairs, blocks, D * D + D].
-
-    Rounding Z costs next to nothing: phi(Q) Z sums D products of positive numbers that were rounded each on its own.
-    """
-    head_dim = key.shape[-1]
-    both = torch.empty((len(pairs), blocks, head_dim * (head_dim + 1)), dtype=torch.bfloat16, device=key.device)
-    at_once = -(-(blocks * len(pairs)) // _programs_at_once(key.device))
-    terms = both, both[..., head_dim**2 :]
-    _run_key_states(key, value, sizes, block_k, feature_map, pairs, blocks, at_once, *terms, pooled)
-    return both
+    _run_key_states(key, value, sizes, block_k, feature_map, pairs, blocks, at_once, *results, pooled)
+    return results
 
 
 def key_state_sums(
