@@ -485,13 +485,13 @@ def test_table_names_both_baselines_and_says_who_is_missing():
 
 
 def test_processes_that_compile_ahead():
-    """Each candidate of ours once, those with a selection given left to their likes; whatever fails is left out."""
-    shape = shape_of_length(600)
+    """Each candidate once a shape; whatever fails is left out."""
+    shapes = shape_of_length(600), shape_of_length(256)
     names = ["block-sparse 64x64 5 %, triton", "SLA 64x64 marginal, torch", "VSA 12.5 %, wide tile, auto"]
     some = [x for x in candidates_for("cpu", impls=("torch", "triton", "auto")) if x.name in names]
     assert [x.name for x in some] == names
     # The first refuses a CPU.
-    assert sorted(ahead.run_job(ahead.job(some, shape, "cpu", torch.float32))) == names[1:]
+    assert sorted(ahead.run_job(ahead.job(some, shapes, "cpu", torch.float32))) == sorted(2 * names[1:])
 
 
 def test_compiling_ahead_is_shared_out(monkeypatch):
@@ -512,14 +512,15 @@ def test_compiling_ahead_is_shared_out(monkeypatch):
     monkeypatch.setattr(ahead.os, "cpu_count", lambda: 32)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**34, 2**36))
-    candidates, shape = candidates_for("cuda", quick=True), SHAPES["480p"]
-    ahead.compile_ahead(candidates, shape, torch.bfloat16, lambda line: None)
+    candidates, shapes = candidates_for("cuda", quick=True), (SHAPES["480p"], SHAPES["720p"])
+    ahead.compile_ahead(candidates, shapes, torch.bfloat16, lambda line: None)
     assert len(jobs) == 3  # 16 GiB, some 5 a process
     names = [name for job in jobs for name in job["names"]]
     assert sorted(names) == sorted(x.name for x in candidates if x.ours and x.options.get("selection") != "given")
     assert {job["device"] for job in jobs} == {"cuda:1"}
+    assert all([x["name"] for x in job["shapes"]] == ["480p", "720p"] for job in jobs)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**32, 2**36))
-    ahead.compile_ahead(candidates, shape, torch.bfloat16, lambda line: None)
+    ahead.compile_ahead(candidates, shapes, torch.bfloat16, lambda line: None)
     assert len(jobs) == 3
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from foveal import sla_attention
 from foveal.block_sparse import gluon
 from foveal.block_sparse.reference import block_sparse_attention_reference
+from foveal.sla import triton_forward
 from foveal.sla.reference import sla_attention_reference
 from foveal.sla.triton import sla_attention_gpu
 from foveal.types import BlockSelection, SLAConfig
@@ -251,6 +253,30 @@ def test_gradients_of_both_branches(block_q, block_k, feature_map, scope, head_d
             assert error <= 6e-3, f"{name}, {lengths}: {error:.2e}"
         for x, y in zip(ours, gradients(hopper, poisoned, grad), strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_group_prepared_beside_another(train, monkeypatch):
+    """Groups of heads that are prepared while others attend give the bits of groups one after another."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 3000, 8, 128, device="cuda").bfloat16().transpose(1, 2) for _ in range(3)]
+    tensors = [x.requires_grad_(train) for x in tensors]
+    skip_unless_supported(*tensors, 64, 64)
+    weight = torch.randn(128, 128, device="cuda") / 128**0.5
+    run = functools.partial(sla_attention, *tensors, config=SLAConfig(keep_ratio=0.1), proj_weight=weight)
+    monkeypatch.setattr(triton_forward, "GROUP_BYTES", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_forward, "_side_stream", lambda device: None)
+        expected = run()
+    for _ in range(100):
+        assert torch.equal(run(), expected)
+    if not train:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
 
 
 @pytest.mark.parametrize(("block_q", "block_k"), BLOCKS)

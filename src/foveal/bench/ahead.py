@@ -28,16 +28,21 @@ SECONDS = 300
 
 
 def compile_ahead(
-    candidates: Sequence[Candidate], shape: Shape, dtype: torch.dtype, log: Callable[[str], None]
+    candidates: Sequence[Candidate], shapes: Sequence[Shape], dtype: torch.dtype, log: Callable[[str], None]
 ) -> None:
-    """Runs each candidate of ours once at this shape, on the current CUDA device, in other processes."""
+    """Runs each candidate of ours once at each of these shapes, on the current CUDA device, in other processes.
+
+    Args:
+        shapes: the one that is timed first; it has the name, and takes the most memory.
+    """
+    shape = shapes[0]
     chosen = [x for x in candidates if x.ours and not (x.kind == "method" and x.options["selection"] == "given")]
     wanted = CONTEXT_BYTES + TENSORS * shape.batch * shape.heads * shape.length * shape.head_dim * dtype.itemsize
     processes = min(PROCESSES, os.cpu_count() or 1, len(chosen), torch.cuda.mem_get_info()[0] // wanted)
     if processes < 2:
         return
     log(f"{shape.name}: compiling, {processes} processes side by side")
-    jobs = [job(chosen[i::processes], shape, f"cuda:{torch.cuda.current_device()}", dtype) for i in range(processes)]
+    jobs = [job(chosen[i::processes], shapes, f"cuda:{torch.cuda.current_device()}", dtype) for i in range(processes)]
     command, nowhere = [sys.executable, "-m", "foveal.bench.ahead"], subprocess.DEVNULL
     started = [subprocess.Popen([*command, x], stdout=nowhere, stderr=nowhere) for x in jobs]
     deadline = time.monotonic() + SECONDS
@@ -52,32 +57,34 @@ def compile_ahead(
             process.wait()
 
 
-def job(chosen: Sequence[Candidate], shape: Shape, device: str, dtype: torch.dtype) -> str:
-    """The JSON argument of one process: which candidates, at what shape, where."""
-    fields = dataclasses.asdict(shape) | {"grid": list(shape.grid.shape)}
+def job(chosen: Sequence[Candidate], shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> str:
+    """The JSON argument of one process: which candidates, at what shapes, where."""
+    fields = [dataclasses.asdict(x) | {"grid": list(x.grid.shape)} for x in shapes]
     names = {"names": [x.name for x in chosen], "impls": sorted({x.impl for x in chosen})}
-    return json.dumps({**names, "shape": fields, "device": device, "dtype": str(dtype)[6:]})
+    return json.dumps({**names, "shapes": fields, "device": device, "dtype": str(dtype)[6:]})
 
 
 def run_job(text: str) -> list[str]:
-    """Runs the candidates of a `job` forward and backward; the names of those that ran."""
+    """Runs the candidates of a `job` forward and backward; the names of those that ran, once a shape."""
     given = json.loads(text)
-    shape = Shape(**given["shape"] | {"grid": VideoGrid(*given["shape"]["grid"])})
     device = torch.device(given["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    inputs = Inputs(shape, device=device, dtype=getattr(torch, given["dtype"]), seed=0)
+    candidates = candidates_for(device.type, impls=tuple(given["impls"]), quick=True)
     ran = []
-    for candidate in candidates_for(device.type, impls=tuple(given["impls"]), quick=True):
-        if candidate.name not in given["names"]:
-            continue
-        with contextlib.suppress(Exception):
-            problem = candidate.build(inputs)
-            leaves = [x.detach().requires_grad_() for x in problem.tensors]
-            with torch.no_grad():
-                problem.run(*leaves)
-            torch.autograd.grad(problem.run(*leaves), leaves, problem.grad)
-            ran.append(candidate.name)
+    for fields in given["shapes"]:
+        shape = Shape(**fields | {"grid": VideoGrid(*fields["grid"])})
+        inputs = Inputs(shape, device=device, dtype=getattr(torch, given["dtype"]), seed=0)
+        for candidate in candidates:
+            if candidate.name not in given["names"]:
+                continue
+            with contextlib.suppress(Exception):
+                problem = candidate.build(inputs)
+                leaves = [x.detach().requires_grad_() for x in problem.tensors]
+                with torch.no_grad():
+                    problem.run(*leaves)
+                torch.autograd.grad(problem.run(*leaves), leaves, problem.grad)
+                ran.append(candidate.name)
     return ran
 
 

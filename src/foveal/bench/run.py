@@ -135,9 +135,9 @@ def _run_shape(shape, candidates, settings, timer, device, dtype, log) -> list[d
     if any(candidate.impl == "FlexAttention" for candidate in candidates):
         # Compiled code is specialised to its shape; too many specialisations of one function fall back to eager.
         torch.compiler.reset()
-    if device.type == "cuda":
-        compile_ahead(candidates, shape, dtype, log)
     gate_shape = Shape("gate", 1, 2, settings.gate_grid, shape.head_dim)
+    if device.type == "cuda":
+        compile_ahead(candidates, (shape, gate_shape), dtype, log)
     inputs, small = (Inputs(x, device=device, dtype=dtype, seed=settings.seed) for x in (shape, gate_shape))
     whole_gate, head_gate = Gate(), Gate()
     passes = PASSES[:2] if settings.quick else PASSES

@@ -8,6 +8,9 @@ Source: SLA (arXiv 2509.24006), Algorithm 1.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -28,6 +31,12 @@ def groups(pairs: int, most: int) -> Iterator[range]:
     step = -(-pairs // -(-pairs // max(1, most)))
     for start in range(0, pairs, step):
         yield range(start, min(start + step, pairs))
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where the next group is prepared while one attends: kernels for 64 queries leave room beside them."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def attend(
@@ -79,32 +88,43 @@ def attend(
         return output, lse, norm, state
 
     rows, columns = mask.shape[2:]
-    norm = lse.new_empty((pairs if keep_states else 0, rows, head_dim))
     most = max(GROUP_BYTES, output.nbytes) // ((rows + columns) * head_dim * (head_dim + 1) * 2)
-    mask_of_pairs, states = mask.flatten(0, 1), None
+    parts = list(groups(pairs, most))
+    largest, area = len(parts[0]), head_dim**2
+    norm = lse.new_empty((pairs if keep_states else 0, rows, head_dim))
     kept = norm.new_empty((pairs if keep_states else 0, rows, head_dim, head_dim), dtype=torch.bfloat16)
-    for group in groups(pairs, most):
-        part, count = slice(group.start, group.stop), len(group)
+    if keep_states:
+        h, z = mask.new_empty((largest, columns, area)), lse.new_empty((largest, columns, head_dim))
+    else:
+        # Side by side, for one product. Rounding Z costs next to nothing: phi(Q) Z sums products of positive numbers,
+        # each rounded on its own.
+        h = mask.new_empty((largest, columns, area + head_dim))
+        z, states = h[..., area:], h.new_empty((largest, rows, h.shape[2]))
+    squares = h[..., :area].unflatten(2, (head_dim, head_dim))
+    mask_of_pairs = mask.flatten(0, 1)
+
+    def prepare(group: range) -> None:
+        """The key states of a group in h and z, and its lists and mask."""
+        count = len(group)
         pooled = None if wanted is None else lse.new_empty((count, key_blocks, head_dim))
-        arguments = key, value, sizes, block_k, feature_map, group, columns, pooled
-        if keep_states:
-            h, z = key_states(*arguments)
-            states = kept[part].flatten(2)
-        else:
-            # Side by side, for one product. Rounding Z costs next to nothing: phi(Q) Z sums products of positive
-            # numbers, each rounded on its own.
-            h = mask.new_empty((count, columns, head_dim * (head_dim + 1)))
-            key_states(*arguments, (h[..., : head_dim**2].unflatten(2, (head_dim, head_dim)), h[..., head_dim**2 :]))
-            states = h.new_empty((count, rows, h.shape[2])) if states is None else states[:count]
+        key_states(key, value, sizes, block_k, feature_map, group, pooled, squares[:count], z[:count])
         if wanted is not None:
-            queries = pooled_query[part]
+            queries = pooled_query[group.start : group.stop]
             pick(queries, pooled, scale, wanted, group.start, critical, counts, mask)
-        torch.bmm(mask_of_pairs[part], h.flatten(2), out=states)
-        # Before the next group's: its memory becomes theirs.
-        del h
-        if keep_states:
-            group_norm = masked_sum(mask_of_pairs[part], z, norm[part])
-        else:
-            group_norm = states[..., head_dim**2 :]
-        call.run(group, states[..., : head_dim**2].unflatten(2, (head_dim, head_dim)), group_norm)
+
+    side = _side_stream(query.device) if hopper and block_q == 64 and len(parts) > 1 else None
+    prepare(parts[0])
+    for group, following in itertools.zip_longest(parts, parts[1:]):
+        part, count = slice(group.start, group.stop), len(group)
+        sums = kept[part].flatten(2) if keep_states else states[:count]
+        torch.bmm(mask_of_pairs[part], h[:count], out=sums)
+        group_norm = masked_sum(mask_of_pairs[part], z[:count], norm[part]) if keep_states else sums[..., area:]
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream())  # h and z are free again
+        call.run(group, sums[..., :area].unflatten(2, (head_dim, head_dim)), group_norm)
+        if following is not None:
+            with contextlib.nullcontext() if side is None else torch.cuda.stream(side):
+                prepare(following)
+            if side is not None:
+                torch.cuda.current_stream().wait_stream(side)
     return output, lse, norm, kept

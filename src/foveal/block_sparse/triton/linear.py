@@ -172,26 +172,23 @@ def key_states(
     block_k: int,
     feature_map: str,
     pairs: range,
-    blocks: int,
-    pooled: Tensor | None = None,
-    results: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """h [pairs, blocks, D, D] in bfloat16 and z [pairs, blocks, D] in float32; zero for blocks past the last.
+    pooled: Tensor | None,
+    state: Tensor,
+    norm: Tensor,
+) -> None:
+    """Writes h and z of each key block; zero for blocks past the last.
 
     Args:
         key, value: [B, H, Lk, D].
         sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
         pairs: of batch and head.
         pooled: float32 [pairs, Tk, D], contiguous, for the means of each block's keys; None if they are not wanted.
-        results: memory for the two, whose blocks may stand apart, and z may be bfloat16; new if None.
+        state: h, bfloat16 [pairs, Tk or more, D, D]; blocks may stand apart.
+        norm: z, float32 or bfloat16 [pairs, Tk or more, D]; blocks may stand apart.
     """
-    head_dim = key.shape[-1]
-    if results is None:
-        state = torch.empty((len(pairs), blocks, head_dim, head_dim), dtype=torch.bfloat16, device=key.device)
-        results = state, torch.empty((len(pairs), blocks, head_dim), dtype=torch.float32, device=key.device)
+    blocks = state.shape[1]
     at_once = -(-(blocks * len(pairs)) // _programs_at_once(key.device))
-    _run_key_states(key, value, sizes, block_k, feature_map, pairs, blocks, at_once, *results, pooled)
-    return results
+    _run_key_states(key, value, sizes, block_k, feature_map, pairs, blocks, at_once, state, norm, pooled)
 
 
 def key_state_sums(
