@@ -200,17 +200,23 @@ def draw_cost(path: Path) -> None:
 def draw_fine_tune(path: Path) -> None:
     """Held-out losses of the fine-tune at 16K tokens, as `benchmarks/fine_tune.py` measured them."""
     run = latest("fine_tune.json")
-    figure = figure_of(10, 3.6)
-    before, after = figure.subplots(1, 2, width_ratios=[1, 1.6])
+    figure = figure_of(12, 3.6)
+    before, after, above = figure.subplots(1, 3, width_ratios=[1, 1.4, 1.4])
     steps, losses = zip(*run["pretraining"]["held_out_loss"][1:], strict=True)
     before.plot(steps, losses, color="#444")
     before.set(title="pretraining, dense", xlabel="steps", ylabel="held-out loss")
+    dense = [loss for _, loss in run["arms"]["dense"]["held_out_loss"]]
     for name, arm in run["arms"].items():
         steps, losses = zip(*arm["held_out_loss"], strict=True)
-        after.plot(steps, losses, label=name, marker="o", markersize=3)
+        (line,) = after.plot(steps, losses, label=name, marker="o", markersize=3)
+        if name not in ("dense", "linear only"):
+            gaps = [100 * (loss / base - 1) for loss, base in zip(losses, dense, strict=True)]
+            above.plot(steps, gaps, color=line.get_color(), marker="o", markersize=3)
     after.set(title=f"fine-tuning at {run['tokens']:,} tokens", xlabel="steps")
     after.legend(frameon=False, fontsize=8)
-    for axis in (before, after):
+    above.set(title="above dense, %, without linear only", xlabel="steps")
+    above.axhline(0, color="#888", linewidth=1, linestyle=":")
+    for axis in (before, after, above):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 

@@ -64,9 +64,9 @@ def kernels() -> str:
     return "\n".join([*lines, "", _caption(run)])
 
 
-def methods() -> str:
+def methods(shape: str = "480p") -> str:
     """Whole methods: milliseconds, and how many times faster than dense attention."""
-    run, entries = bench_run("480p", "method")
+    run, entries = bench_run(shape, "method")
     one = ("ms", "x cuDNN", "sustained x cuDNN", "x flash")
     heads = [f"{name}, {cell}" if cell == "ms" else cell for name in ("forward", "backward") for cell in one]
     lines = [_row("candidate", *heads, "extra MiB"), "|---" * (len(heads) + 2) + "|"]
@@ -79,7 +79,7 @@ def methods() -> str:
             cells.append(f"{flash['speedup']:.1f}")
         cells.append(f"{entry['memory']['forward'] / 2**20:.0f}, {entry['memory']['forward_backward'] / 2**20:.0f}")
         lines.append(_row(entry["name"].removesuffix(", auto"), *cells))
-    return "\n".join([*lines, "", _caption(run)])
+    return "\n".join([*lines, "", _caption(run, shape)])
 
 
 def counters() -> str:
@@ -251,8 +251,8 @@ def _machines(runs: list[dict]) -> str:
     return "; ".join(dict.fromkeys(map(_machine, runs)))
 
 
-def _caption(run: dict) -> str:
-    sizes = run["shapes"]["480p"]
+def _caption(run: dict, shape: str = "480p") -> str:
+    sizes = run["shapes"][shape]
     sizes = f"B{sizes['batch']} H{sizes['heads']} L{sizes['length']} D{sizes['head_dim']}"
     return f"{_machine(run)}; {sizes}, {run['settings']['dtype']}; rested medians, {run['started'][:10]}."
 
@@ -260,6 +260,7 @@ def _caption(run: dict) -> str:
 TABLES = {
     "kernels": kernels,
     "methods": methods,
+    "methods_720p": lambda: methods("720p"),
     "counters": counters,
     "speed": speed,
     "wan": wan,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -492,6 +493,20 @@ def test_processes_that_compile_ahead():
     assert [x.name for x in some] == names
     # The first refuses a CPU.
     assert sorted(ahead.run_job(ahead.job(some, shapes, "cpu", torch.float32))) == sorted(2 * names[1:])
+
+
+def test_processes_agree_on_cache_keys():
+    """What one process compiled another one finds."""
+    code = (
+        "from foveal.bench.ahead import fix_cache_keys; keys = fix_cache_keys(); import json; print(json.dumps(keys))"
+    )
+    command, keys = [sys.executable, "-c", code], []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        keys.append(json.loads(made))
+    assert keys[0] == keys[1]
+    assert "foveal.block_sparse.triton.forward._block_sparse_fwd_kernel" in keys[0]
 
 
 def test_compiling_ahead_is_shared_out(monkeypatch):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import time
@@ -19,12 +21,30 @@ import torch
 
 from foveal.bench.candidates import Candidate, candidates_for
 from foveal.bench.shapes import Inputs, Shape
+from foveal.block_sparse.gluon.support import missing_gluon
 from foveal.video_grid import VideoGrid
 
 PROCESSES = 16
 # Device memory of one process: about so many tensors of the shape, and what CUDA takes for itself.
 TENSORS, CONTEXT_BYTES = 40, 2**30
 SECONDS = 300
+
+
+def fix_cache_keys() -> dict[str, str]:
+    """Triton's keys of all kernels and their helpers, computed in one order; by name.
+
+    A kernel's key depends on which of its helpers the process had hashed before it, until Triton mends that
+    (triton-lang/triton#10494): processes that do not start alike would miss what others compiled.
+    """
+    from triton.runtime.jit import JITFunction
+
+    keys = {}
+    for package in ("triton", "gluon") if missing_gluon() is None else ("triton",):
+        folder = importlib.import_module(f"foveal.block_sparse.{package}")
+        for name in sorted(module.name for module in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}.")):
+            functions = vars(importlib.import_module(name)).items()
+            keys |= {f"{name}.{label}": x.cache_key for label, x in functions if isinstance(x, JITFunction)}
+    return keys
 
 
 def compile_ahead(
@@ -41,6 +61,7 @@ def compile_ahead(
     processes = min(PROCESSES, os.cpu_count() or 1, len(chosen), torch.cuda.mem_get_info()[0] // wanted)
     if processes < 2:
         return
+    fix_cache_keys()
     log(f"{shape.name}: compiling, {processes} processes side by side")
     jobs = [job(chosen[i::processes], shapes, f"cuda:{torch.cuda.current_device()}", dtype) for i in range(processes)]
     command, nowhere = [sys.executable, "-m", "foveal.bench.ahead"], subprocess.DEVNULL
@@ -70,6 +91,7 @@ def run_job(text: str) -> list[str]:
     device = torch.device(given["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        fix_cache_keys()
     candidates = candidates_for(device.type, impls=tuple(given["impls"]), quick=True)
     ran = []
     for fields in given["shapes"]:
