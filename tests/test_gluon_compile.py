@@ -269,6 +269,20 @@ CUBES = {
 }
 
 
+@pytest.mark.parametrize("cubes", CUBES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_vsa_without_a_fine_gate(tmp_path, monkeypatch, head_dim, cubes):
+    """Training and inference run the same fine stage: it stores nothing for the backward but the LSE."""
+    with noted_launches(monkeypatch, 90) as launched:
+        for train in (False, True):
+            vsa(head_dim, BF16, cubes, True, False, train, hopper=True)
+    wide = "wide" in cubes
+    (fine,) = (x for x in launched.values() if x.name == ("cubes_fwd_wide_kernel" if wide else "cubes_fwd_kernel"))
+    assert not fine.constants["SAVE_FINE"]
+    programs, threads = (1, 384) if wide else (3, 128)
+    assert_fits(compiled_as_launched(fine), tmp_path, programs=programs, threads=threads, spill_limit=CUBES[cubes])
+
+
 @pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cubes", CUBES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

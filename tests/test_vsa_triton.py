@@ -15,6 +15,7 @@ CASES = {
     "partial cubes": ((3, 5, 9), (4, 4, 4), 3, 2, 64, None, "both"),
     "whole cubes in slots": ((3, 10, 8), "auto", 2, 1, 64, None, "coarse"),
     "full slots": ((4, 4, 8), (4, 4, 4), 1, 2, 64, None, "none"),
+    "large coarse gate": ((3, 5, 9), (4, 4, 4), 3, 2, 64, None, "large"),
     "image, expanded gates": ((1, 17, 9), (1, 8, 8), 4, 1, 64, None, "expanded"),
     "wide slots": ((4, 5, 9), (4, 4, 8), 2, 1, 128, None, "fine"),
     "whole wide cubes": ((3, 10, 8), "wide", 1, 1, 64, None, "coarse"),
@@ -44,6 +45,8 @@ def make_case(name, dtype, device):
         "coarse": (both[0], None),
         "fine": (None, both[1]),
         "none": (None, None),
+        # The fine stage is a small part of the output then; without a gate of its own the backward has it from there.
+        "large": (16 * both[0], None),
         "expanded": expanded,
     }[gates]
     lengths = None if text is None else torch.tensor([length + n for n in text], device=device)

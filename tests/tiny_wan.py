@@ -69,7 +69,7 @@ def tiny_pipeline():
 
 def generate(pipeline, **settings) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
-    embeds = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(4))
+    embeds = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(4)).to(pipeline._execution_device)
     return pipeline(
         prompt_embeds=embeds[:1],
         negative_prompt_embeds=embeds[1:],

@@ -117,7 +117,10 @@ def _forward_op(
     hopper: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, and what the backward reads (empty unless `save`) and the lists."""
+    """The output, and what the backward reads beside it (empty unless `save`) and the lists.
+
+    Of is among that with a fine gate alone: without one the backward has it from O.
+    """
     with torch.cuda.device_of(query):  # Triton launches on the current device
         cubes, pooled = pool_cubes(query, key, value, places, key_sizes, slot, gather="kv" if hopper else "qkv")
         if given_critical is None:
@@ -131,7 +134,7 @@ def _forward_op(
         if hopper:
             output, fine, lse = gluon.attend_cubes(
                 query, *cubes, critical, counts, key_sizes, uniform, places, coarse, *gates, scale,
-                slot=slot, save_fine=save,
+                slot=slot, save_fine=save and gate_fine is not None,
             )  # fmt: skip
         else:
             lse = torch.empty(cubes[0].shape[:3], dtype=torch.float32, device=query.device)
@@ -140,8 +143,9 @@ def _forward_op(
             fine, lse = forward(*cubes, critical, counts, sizes, slot, slot, scale, results=results)
             output = torch.empty_like(query)
             combine(fine, coarse, *gates, places, slot, output)
-        if not save:
+        if not save or gate_fine is None:
             fine = query.new_empty(0)
+        if not save:
             lse, coarse, coarse_lse, *pooled = (lse.new_empty(0) for _ in range(6))
         return output, fine, lse, *pooled, coarse, coarse_lse, critical, counts
 
@@ -155,11 +159,11 @@ def _(
     num_cubes = places.numel() // slot
     width = kept + key_sizes.shape[1] - num_cubes if given is None else given.shape[-1]
     rows = (batch, heads, num_cubes)
-    fine = query.new_empty((batch, heads, num_cubes * slot, head_dim))
-    shapes = fine.shape[:3], *((*rows, head_dim) for _ in range(4)), rows
+    fine = (batch, heads, num_cubes * slot, head_dim)
+    shapes = fine[:3], *((*rows, head_dim) for _ in range(4)), rows
     return (
         torch.empty_like(query),
-        fine if save else query.new_empty(0),
+        query.new_empty(fine if save and gate_fine is not None else 0),
         *(query.new_empty(shape if save else 0, dtype=torch.float32) for shape in shapes),
         query.new_empty((*rows, width), dtype=torch.int32),
         query.new_empty(rows, dtype=torch.int32),
@@ -177,7 +181,7 @@ def _backward_op(
     places: Tensor,
     cube_sizes: Tensor,
     key_sizes: Tensor,
-    fine: Tensor,
+    attended: Tensor,
     lse: Tensor,
     query_c: Tensor,
     key_c: Tensor,
@@ -195,7 +199,7 @@ def _backward_op(
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         columns = column_lists(critical, counts, key_sizes.shape[1])
         grad_fine, delta, grad_coarse, *grad_gates = split_gradient(
-            grad, fine, coarse, gate_coarse, gate_fine, places, slot
+            grad, attended, coarse, gate_coarse, gate_fine, places, slot
         )
         pooled = pooled_attention_backward(grad_coarse, query_c, key_c, value_c, coarse, coarse_lse, scale)
         cubes, _ = pool_cubes(query, key, value, places, key_sizes, slot, gather="qkv", pool=False)
@@ -222,7 +226,8 @@ def _(grad, query, key, value, gate_coarse, gate_fine, *rest):
 
 def _setup_context(ctx, inputs, output) -> None:
     slot, uniform, _, scale, hopper, _ = inputs[11:]
-    ctx.save_for_backward(*inputs[:8], *output[1:])
+    gate_fine, (result, fine, *others) = inputs[4], output
+    ctx.save_for_backward(*inputs[:8], result if gate_fine is None else fine, *others)
     ctx.options = slot, uniform, scale, hopper
     ctx.num_inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])

@@ -153,13 +153,17 @@ def _combine_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _split_gradient_kernel(
-    grad_ptr, fine_ptr, coarse_ptr, gate_coarse_ptr, gate_fine_ptr, place_ptr,
+    grad_ptr, attended_ptr, coarse_ptr, gate_coarse_ptr, gate_fine_ptr, place_ptr,
     grad_fine_ptr, delta_ptr, grad_coarse_ptr, grad_gate_coarse_ptr, grad_gate_fine_ptr,
-    grad_strides, gate_coarse_strides, gate_fine_strides, grad_gate_coarse_strides, grad_gate_fine_strides,
+    grad_strides, output_strides, gate_coarse_strides, gate_fine_strides,
+    grad_gate_coarse_strides, grad_gate_fine_strides,
     heads, num_cubes, length,
     D: tl.constexpr, SLOT: tl.constexpr, ROWS: tl.constexpr, GATED_COARSE: tl.constexpr, GATED_FINE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H, C). From dO: dOf = Gf * dO in tile order and rowsum(dOf * Of), dOc, and the gates' gradients."""
+    """Grid (B * H, C). From dO: dOf = Gf * dO in tile order and rowsum(dOf * Of), dOc, and the gates' gradients.
+
+    `attended` is Of in tile order with GATED_FINE, else O in raster order, of which Of is what Gc * Oc leaves.
+    """
     pair, cube = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = pair // heads, pair % heads
     feature = tl.arange(0, D)
@@ -169,17 +173,22 @@ def _split_gradient_kernel(
         row, inside = block_rows(place_ptr, cube, first, num_cubes, length, length, SLOT, ROWS)
         offsets = slot_offsets(pair, num_cubes, cube, first, SLOT, ROWS, D)
         grad = load_tokens(grad_ptr, grad_strides, batch, head, row, inside, D).to(tl.float32)
-        fine = tl.load(fine_ptr + offsets).to(tl.float32)
+        gated_coarse = coarse
         if GATED_COARSE:
             gate = load_gate(gate_coarse_ptr, gate_coarse_strides, batch, head, row, inside, D)
+            gated_coarse = coarse * gate
             grad_coarse += tl.sum(grad * gate, 0)
             store_gate(grad_gate_coarse_ptr, grad_gate_coarse_strides, batch, head, row, inside, grad * coarse, D)
         else:
             grad_coarse += tl.sum(grad, 0)
         if GATED_FINE:
+            fine = tl.load(attended_ptr + offsets).to(tl.float32)
             gate = load_gate(gate_fine_ptr, gate_fine_strides, batch, head, row, inside, D)
             store_gate(grad_gate_fine_ptr, grad_gate_fine_strides, batch, head, row, inside, grad * fine, D)
             grad *= gate
+        else:
+            output = load_tokens(attended_ptr, output_strides, batch, head, row, inside, D).to(tl.float32)
+            fine = output - gated_coarse
         grad_fine = grad.to(grad_fine_ptr.dtype.element_ty)
         tl.store(grad_fine_ptr + offsets, grad_fine)
         place = (pair * num_cubes + cube) * SLOT + first + tl.arange(0, ROWS)
@@ -300,7 +309,7 @@ def combine(
 
 def split_gradient(
     grad: Tensor,
-    fine: Tensor,
+    attended: Tensor,
     coarse: Tensor,
     gate_coarse: Tensor | None,
     gate_fine: Tensor | None,
@@ -309,20 +318,23 @@ def split_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """The backward of `combine`.
 
+    Args:
+        attended: with a gate_fine Of as `combine` has it, else the output O, [B, H, L, D] in raster order, any strides.
+
     Returns:
         dOf in tile order, rowsum(dOf * Of) float32 [B, H, C * slot], dOc summed over each cube's tokens, float32
         [B, H, C, D], and the gradients of the gates.
     """
     batch, heads, length, head_dim = grad.shape
     num_cubes = coarse.shape[2]
-    grad_fine, grad_coarse = torch.empty_like(fine), torch.empty_like(coarse)
-    delta = torch.empty(fine.shape[:3], dtype=torch.float32, device=fine.device)
+    grad_fine, grad_coarse = grad.new_empty((batch, heads, num_cubes * slot, head_dim)), torch.empty_like(coarse)
+    delta = torch.empty(grad_fine.shape[:3], dtype=torch.float32, device=grad.device)
     grad_gates = [None if x is None else torch.empty_like(x) for x in (gate_coarse, gate_fine)]
     gates, gate_strides = _gate_arguments(gate_coarse, gate_fine, other=coarse)
     outputs, output_strides = _gate_arguments(*grad_gates, other=coarse)
     _split_gradient_kernel[(batch * heads, num_cubes)](
-        grad, fine, coarse, *gates, places, grad_fine, delta, grad_coarse, *outputs,
-        row_strides(grad), *gate_strides, *output_strides, heads, num_cubes, length,
+        grad, attended, coarse, *gates, places, grad_fine, delta, grad_coarse, *outputs,
+        row_strides(grad), row_strides(attended), *gate_strides, *output_strides, heads, num_cubes, length,
         D=head_dim, SLOT=slot, ROWS=min(slot, 32), GATED_COARSE=gate_coarse is not None,
         GATED_FINE=gate_fine is not None, num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,99 @@
+"""Converted models on a GPU, with its kernels: what moves weights between devices, and Inductor's compiled blocks."""
+
+import copy
+
+import pytest
+import torch
+
+accelerate = pytest.importorskip("accelerate")
+tiny_wan = pytest.importorskip("tiny_wan")
+
+from foveal import SLAConfig, VSAConfig, sparsify  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda", 0)
+CONFIGS = pytest.mark.parametrize(
+    "config",
+    [
+        SLAConfig(keep_ratio=0.3, drop_ratio=0.1),
+        SLAConfig(keep_ratio=0.3, drop_ratio=0.0, block_q=128, linear_scope="all"),
+        VSAConfig(keep_ratio=0.3, tile="auto"),
+    ],
+    ids=["sla", "sla-all", "vsa"],
+)
+
+
+def sparse_model(config):
+    """A transformer of two heads of 64, bfloat16, on the CPU."""
+    model = sparsify(tiny_wan.tiny_transformer(attention_head_dim=64), config)
+    tiny_wan.randomize(model)
+    return model.to(torch.bfloat16)
+
+
+def fed():
+    """448 tokens a sample."""
+    given = tiny_wan.inputs(latent=(4, 16, 28), dtype=torch.bfloat16)
+    return {name: x.to(DEVICE) for name, x in given.items()}
+
+
+def on_the_device(model):
+    with torch.no_grad():
+        return tiny_wan.run(copy.deepcopy(model).to(DEVICE), **fed())
+
+
+@CONFIGS
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("use_stream", [False, True])
+@torch.no_grad()
+def test_group_offload(config, kind, use_stream):
+    model = sparse_model(config)
+    expected = on_the_device(model)
+    settings = {"offload_type": kind, "use_stream": use_stream}
+    if kind == "block_level":
+        settings["num_blocks_per_group"] = 1
+    model.enable_group_offload(onload_device=DEVICE, offload_device=torch.device("cpu"), **settings)
+    for _ in range(2):
+        assert torch.equal(tiny_wan.run(model, **fed()), expected)
+    assert {p.device.type for p in model.blocks.parameters()} == {"cpu"}
+
+
+@CONFIGS
+@torch.no_grad()
+def test_sequential_offload(config):
+    model = sparse_model(config)
+    expected = on_the_device(model)
+    accelerate.cpu_offload(model, execution_device=DEVICE)
+    for _ in range(2):
+        assert torch.equal(tiny_wan.run(model, **fed()), expected)
+
+
+@CONFIGS
+@torch.no_grad()
+def test_model_offload_of_a_pipeline(config):
+    pipeline = tiny_wan.tiny_pipeline()
+    for name in ("transformer", "transformer_2"):
+        setattr(pipeline, name, sparse_model(config))
+    expected = tiny_wan.generate(pipeline.to(DEVICE))
+    pipeline.to("cpu")
+    pipeline.enable_model_cpu_offload(device=DEVICE)
+    assert torch.equal(tiny_wan.generate(pipeline), expected)
+    assert {p.device.type for p in pipeline.transformer.parameters()} == {"cpu"}
+
+
+@CONFIGS
+@pytest.mark.parametrize("train", [False, True])
+def test_compiled_blocks(config, train):
+    """Inductor's code around the kernels, without a graph break; its fused arithmetic rounds less often."""
+    model = sparse_model(config).to(DEVICE).train(train)
+    compiled = copy.deepcopy(model)
+    compiled.compile_repeated_blocks(fullgraph=True)
+    with torch.set_grad_enabled(train):
+        outputs = [tiny_wan.run(x, **fed()) for x in (model, compiled)]
+    torch.testing.assert_close(*outputs, rtol=0.05, atol=0.05)
+    if train:
+        for output in outputs:
+            output.float().square().mean().backward()
+        for (name, expected), given in zip(model.named_parameters(), compiled.parameters(), strict=True):
+            error = (given.grad.float() - expected.grad.float()).norm()
+            assert error <= 0.1 * expected.grad.float().norm() + 1e-6, name
