@@ -10,11 +10,7 @@ Nothing is timed unless keeping every block gives the dense result.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import foveal
 from foveal import block_sparse_attention, select_blocks
+from foveal.bench.machine import machine
+from foveal.bench.report import write_json
 from foveal.testing import make_inputs, relative_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,29 +36,6 @@ def seconds(function: Callable[[], object]) -> float:
 
 def forward_and_backward(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> None:
     torch.autograd.grad(attend(*inputs), inputs, grad)
-
-
-def machine() -> dict[str, object]:
-    """What the figures depend on, apart from the arguments."""
-    folder = Path(__file__).parent
-    commit, changes = (
-        subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True).stdout.strip()
-        for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-    )
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "logical_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "foveal": foveal.__version__,
-        "commit": commit or None,
-        "uncommitted_changes": bool(changes),
-    }
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
@@ -130,8 +104,7 @@ def main() -> None:
     print(f"relative error with every block kept: {results['relative_error_keeping_everything']:.1e}")
     if options.json:
         shape = {name: value for name, value in vars(options).items() if name != "json"}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"shape": shape, "machine": machine(), **results}, indent=2) + "\n")
+        write_json(options.json, {"shape": shape, "machine": machine(torch.device("cpu")), **results})
 
 
 if __name__ == "__main__":

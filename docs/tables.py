@@ -209,7 +209,7 @@ def cpu() -> str:
         [
             *lines,
             "",
-            f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; B{options['batch']} "
+            f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; B{options['batch']} "
             f"H{options['heads']} L{options['length']} D{options['head_dim']}, {options['dtype']}, "
             f"{100 * options['keep_ratio']:g} % of the blocks, selection left out; commit {machine['commit'][:7]}.",
         ]

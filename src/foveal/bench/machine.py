@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -20,7 +21,7 @@ def machine(device: torch.device, commit: str | None = None) -> dict[str, object
         commit: of this tree, where git cannot say: a copy without its history, or with changes on an older commit.
     """
     found: dict[str, object] = {
-        "device": platform.processor() or platform.machine(),
+        "device": _processor(),
         "driver": None,
         "power_limit_w": None,
         "cuda": torch.version.cuda,
@@ -42,6 +43,8 @@ def machine(device: torch.device, commit: str | None = None) -> dict[str, object
         if answer and answer.count(",") == 1:
             driver, limit = (part.strip() for part in answer.split(","))
             found |= {"driver": driver, "power_limit_w": limit}
+    else:
+        found |= {"logical_cores": os.cpu_count(), "threads": torch.get_num_threads()}
     folder = str(Path(foveal.__file__).parent)
     changes = _run("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
     found_commit = _run("git", "-C", folder, "rev-parse", "HEAD") or None
@@ -50,6 +53,16 @@ def machine(device: torch.device, commit: str | None = None) -> dict[str, object
         "commit": commit or found_commit,
         "uncommitted_changes": bool(changes) if known else None,
     }
+
+
+def _processor() -> str:
+    """The processor's name; its architecture where the system tells no more."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
