@@ -51,12 +51,14 @@ class ProjectionsAlone:
     """An attention processor that returns the values: what a layer costs without its attention."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        def attend(query, key, value, hidden_states):
+        def method(query, key, value, hidden_states, kv_lengths, receive):
             # Both are used, or the compiler drops their projections.
             return value + 0 * (query + key)
 
+        from foveal.integrations.self_attention import Attend
         from foveal.integrations.wan import self_attention
 
+        attend = Attend(method, None)
         return self_attention(attn, attend, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -211,6 +212,31 @@ def wan_compiled(name):
         close(summed(gradient), theirs[key.replace("._orig_mod", "")])
 
 
+def wan_travels():
+    """Query, key, value and both gates are all on their way before the first is waited for; so are their gradients."""
+    from foveal.integrations import context_parallel
+
+    log = []
+
+    def noted(name):
+        original = getattr(context_parallel, name)
+
+        def wrapper(*args):
+            log.append(name)
+            return original(*args)
+
+        return mock.patch.object(context_parallel, name, wrapper)
+
+    model = parallel(foveal.sparsify(tiny_transformer(num_layers=1), CONFIGS["vsa"]))
+    there, back = 5 * ["_start"] + 5 * ["_wait"], ["_start", "_wait"]
+    with noted("_start"), noted("_wait"):
+        output = run(model, **inputs(**EVEN))
+        assert log == there + back
+        log.clear()
+        output.sum().backward()
+        assert log == back + there
+
+
 def wan_policy():
     """A policy sees the whole timesteps and holds its layers dense on every rank."""
     fed = inputs(**EVEN)
@@ -379,6 +405,7 @@ CONTEXT_PARALLEL = {
     "wan, uneven": wan_uneven,
     "wan, dense again": wan_dense_again,
     "wan, compiled": lambda: wan_compiled("vsa"),
+    "wan, travels": wan_travels,
     "wan, policy": wan_policy,
     "wan, mistakes": wan_mistakes,
     "flux": lambda: family("flux"),

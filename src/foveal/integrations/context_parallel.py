@@ -29,27 +29,49 @@ from foveal.video_grid import VideoGrid
 FAMILIES_WITH_PLAN = ("wan", "ltx_video", "flux")
 
 
-def _exchange(group: Any, received: list[int], sent: list[int], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Row blocks of each tensor to their ranks, all tensors on their way at once."""
-    from torch.distributed import _functional_collectives as collectives
-
-    under_way = [collectives.all_to_all_single(x.contiguous(), received, sent, group) for x in tensors]
-    # Waited for here: kernels that read a tensor by its address would not wait themselves.
-    pending = collectives.AsyncCollectiveTensor
-    return tuple(x.wait() if isinstance(x, pending) else x for x in under_way)
+def _start(group: Any, received: list[int], sent: list[int], x: Tensor) -> Tensor:
+    """Row blocks of x on their way to their ranks; what comes back is not there before `_wait`."""
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group.group_name)
 
 
-class _AllToAll(torch.autograd.Function):
-    """`_exchange`, and the way back for the gradients."""
+def _wait(x: Tensor) -> Tensor:
+    # Explicitly: kernels that read a tensor by its address would not wait themselves.
+    return torch.ops._c10d_functional.wait_tensor(x)
+
+
+def _returns_early(received: list[int], sent: list[int]) -> bool:
+    """Whether `_Finish` can start the gradient's way back: autograd wants it as long as what came."""
+    return sum(received) == sum(sent)
+
+
+class _Start(torch.autograd.Function):
+    """`_start`; its gradient was put on its way by `_Finish`, and is waited for."""
 
     @staticmethod
-    def forward(ctx, group, received: list[int], sent: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, group, received: list[int], sent: list[int], x: Tensor) -> Tensor:
         ctx.group, ctx.received, ctx.sent = group, received, sent
-        return _exchange(group, received, sent, tensors)
+        return _start(group, received, sent, x)
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Any, ...]:
-        return None, None, None, *_exchange(ctx.group, ctx.sent, ctx.received, gradients)
+    def backward(ctx, gradient: Tensor) -> tuple[Any, ...]:
+        if not _returns_early(ctx.received, ctx.sent):
+            gradient = _start(ctx.group, ctx.sent, ctx.received, gradient)
+        return None, None, None, _wait(gradient)
+
+
+class _Finish(torch.autograd.Function):
+    """`_wait` for what `_Start` returned, and nothing else; its gradient is put on the way back."""
+
+    @staticmethod
+    def forward(ctx, group, received: list[int], sent: list[int], x: Tensor) -> Tensor:
+        ctx.group, ctx.received, ctx.sent = group, received, sent
+        return _wait(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Any, ...]:
+        if _returns_early(ctx.received, ctx.sent):
+            gradient = _start(ctx.group, ctx.sent, ctx.received, gradient)
+        return None, None, None, gradient
 
 
 @dataclass(frozen=True)
@@ -84,23 +106,22 @@ class Shards:
             raise ValueError(f"the video's {length} tokens do not divide among {ranks} ranks")
         return [length // ranks + (rank < length % ranks) for rank in range(ranks)]
 
-    def to_heads(self, tensors: Sequence[Tensor], length: int, text: int = 0) -> tuple[Tensor, ...]:
-        """All tokens of this rank's heads, from this rank's tokens of all heads.
+    def send(self, x: Tensor, length: int, text: int = 0) -> Tensor:
+        """Puts this rank's tokens of all heads on their way to `receive`, which alone may read what this returns.
+
+        Between the two there is time for other work. The gradient travels alike, from one to the other.
 
         Args:
-            tensors: [B, H, l + t, D] each, the video's tokens first.
+            x: [B, H, l + t, D], the video's tokens first.
             length: L.
             text: t, the same on every rank.
-
-        Returns:
-            [B, h, L + T, D] each, rank r having the heads from r * h on; the video's tokens first, in raster order.
 
         Raises:
             ValueError: heads that do not divide among the ranks, a shard of another size, and text in uneven shards.
         """
         sizes = self.sizes(length)
         ranks, video = len(sizes), sizes[self.rank]
-        heads, tokens = tensors[0].shape[1:3]
+        heads, tokens = x.shape[1:3]
         if heads % ranks:
             raise ValueError(
                 f"context parallelism gives each rank a share of the heads: {heads} heads do not divide among "
@@ -113,12 +134,25 @@ class Shards:
         if text and self.uneven:
             raise ValueError("text in one sequence with the video needs even shards: expected ulysses_anything=False")
         # Tokens by rank outermost, on both sides: what arrives is in order already.
-        packed = [x.unflatten(1, (ranks, -1)).permute(1, 3, 0, 2, 4).flatten(0, 1) for x in tensors]
-        counts = [size + text for size in sizes]
-        arrived = _AllToAll.apply(self.group, counts, [tokens] * ranks, *packed)
+        packed = x.unflatten(1, (ranks, -1)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+        return _Start.apply(self.group, [size + text for size in sizes], [tokens] * ranks, packed)
+
+    def receive(self, sent: Tensor, length: int, text: int = 0) -> Tensor:
+        """All tokens of this rank's heads, [B, h, L + T, D], of what `send` returned for this length and text.
+
+        Rank r has the heads from r * h on; the video's tokens come first, in raster order.
+        """
+        sizes = self.sizes(length)
+        counts, tokens = [size + text for size in sizes], sizes[self.rank] + text
+        arrived = _Finish.apply(self.group, counts, [tokens] * len(sizes), sent)
         if text:
-            arrived = [_video_first(x.split(counts), sizes) for x in arrived]
-        return tuple(x.permute(1, 2, 0, 3) for x in arrived)
+            arrived = _video_first(arrived.split(counts), sizes)
+        return arrived.permute(1, 2, 0, 3)
+
+    def to_heads(self, tensors: Sequence[Tensor], length: int, text: int = 0) -> tuple[Tensor, ...]:
+        """`send` and `receive` of several tensors, all on their way at once."""
+        under_way = [self.send(x, length, text) for x in tensors]
+        return tuple(self.receive(x, length, text) for x in under_way)
 
     def to_tokens(self, x: Tensor, sizes: list[int]) -> Tensor:
         """This rank's tokens of all heads, [B, H, l, D], from all tokens of its heads, [B, h, L, D].
@@ -127,7 +161,8 @@ class Shards:
             sizes: tokens of each rank.
         """
         ranks, tokens = len(sizes), sizes[self.rank]
-        (arrived,) = _AllToAll.apply(self.group, [tokens] * ranks, sizes, x.permute(2, 0, 1, 3))
+        route = self.group, [tokens] * ranks, sizes
+        arrived = _Finish.apply(*route, _Start.apply(*route, x.permute(2, 0, 1, 3)))
         # [B, l, H, D] in memory, as the output projection reads it.
         return arrived.unflatten(0, (ranks, tokens)).permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2)
 
@@ -177,22 +212,31 @@ def context_parallel_attention(
             f"got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
     shards = Shards(dist.group.WORLD if group is None else group, uneven=True)
-    query, key, value = shards.to_heads((query, key, value), grid.num_tokens)
-    gates = exchange_gates(attention, hidden_states, grid, shards)
+    under_way = [shards.send(x, grid.num_tokens) for x in (query, key, value)]
+    gates = send_gates(attention, hidden_states, grid, shards)
+    query, key, value = (shards.receive(x, grid.num_tokens) for x in under_way)
+    gates = receive_gates(gates, grid, shards)
     output = method_of(attention.config).attend(attention, query, key, value, None, grid, gates=gates)
     return shards.to_tokens(output, shards.sizes(grid.num_tokens))
 
 
-def exchange_gates(
+def send_gates(
     attention: nn.Module, hidden_states: Tensor | None, grid: VideoGrid, shards: Shards
 ) -> tuple[Tensor | None, ...] | None:
-    """What a method makes of this rank's hidden states [B, l, C], for all tokens of its heads; see `Method.gates`."""
+    """What a method makes of this rank's hidden states [B, l, C], on its way to `receive_gates`; see `Method.gates`."""
     gates = method_of(attention.config).gates(attention, hidden_states)
-    present = [] if gates is None else [gate for gate in gates if gate is not None]
-    if not present:
-        return gates
-    arrived = iter(shards.to_heads(present, grid.num_tokens))
-    return tuple(None if gate is None else next(arrived) for gate in gates)
+    if gates is None:
+        return None
+    return tuple(None if gate is None else shards.send(gate, grid.num_tokens) for gate in gates)
+
+
+def receive_gates(
+    gates: tuple[Tensor | None, ...] | None, grid: VideoGrid, shards: Shards
+) -> tuple[Tensor | None, ...] | None:
+    """The gates that `send_gates` sent, for all tokens of this rank's heads."""
+    if gates is None:
+        return None
+    return tuple(None if gate is None else shards.receive(gate, grid.num_tokens) for gate in gates)
 
 
 def shards_of(config: Any) -> Shards | None:

@@ -63,9 +63,15 @@ def self_attention(
     from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 
     check_absent(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
-    query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
-    if image_rotary_emb is not None:
-        query, key = (apply_rotary_emb(x, image_rotary_emb) for x in (query, key))
-    heads = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, attn.to_v(hidden_states)))
-    output = attend(*heads, hidden_states).transpose(1, 2).flatten(2)
+
+    def send(layer: nn.Module, norm: nn.Module | None = None) -> Tensor:
+        x = layer(hidden_states)
+        if norm is not None:
+            x = norm(x)
+            x = x if image_rotary_emb is None else apply_rotary_emb(x, image_rotary_emb)
+        return attend.send(x.unflatten(2, (attn.heads, -1)).transpose(1, 2))
+
+    # Under context parallelism each one travels while the next is made.
+    value, query, key = send(attn.to_v), send(attn.to_q, attn.norm_q), send(attn.to_k, attn.norm_k)
+    output = attend.sent(query, key, value, hidden_states).transpose(1, 2).flatten(2)
     return attn.to_out[1](attn.to_out[0](output))

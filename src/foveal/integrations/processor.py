@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from foveal.integrations.context_parallel import Shards, check_parallel_config, exchange_gates, shards_of
+from foveal.integrations.context_parallel import Shards, check_parallel_config, receive_gates, send_gates, shards_of
 from foveal.integrations.families import FAMILIES, Family, components_of, family_of
 from foveal.integrations.layers import Layers, choose_configs
 from foveal.integrations.pretrained import become_dense, become_sparse, register_components
@@ -213,11 +213,15 @@ class SparseAttentionProcessor(nn.Module):
         value: Tensor,
         hidden_states: Tensor,
         kv_lengths: Tensor | None,
+        receive: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> Tensor:
         method, config = method_of(self.config), phase.apply(self.config)
         gates = None
         if shards is not None:
-            gates, hidden_states = exchange_gates(self.attention, hidden_states, grid, shards), None
+            gates, hidden_states = send_gates(self.attention, hidden_states, grid, shards), None
+        query, key, value = map(receive, (query, key, value))
+        if shards is not None:
+            gates = receive_gates(gates, grid, shards)
         return method.attend(self.attention, query, key, value, hidden_states, grid, kv_lengths, config, gates)
 
     def extra_repr(self) -> str:

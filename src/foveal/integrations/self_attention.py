@@ -23,9 +23,10 @@ class Attend:
     """The method's attention in one layer, for one forward.
 
     Args:
-        method: (query [B, H, Lv, D], key, value [B, H, Lv + Lt, D], hidden_states [B, Lv, C], kv_lengths [B] or None)
-            to [B, H, Lv, D]: every query sees the last Lt keys, text say, as far as they are valid. Under context
-            parallelism the hidden states are this rank's tokens, and the rest is all tokens of this rank's heads.
+        method: (query [B, H, Lv, D], key, value [B, H, Lv + Lt, D], hidden_states [B, Lv, C], kv_lengths [B] or None,
+            and where those three are still on their way, `receive`) to [B, H, Lv, D]: every query sees the last Lt
+            keys, text say, as far as they are valid. Under context parallelism the hidden states are this rank's
+            tokens, and the rest is all tokens of this rank's heads.
         grid: of the video's Lv tokens, which are in raster order.
         shards: how the tokens are spread over ranks; None outside of context parallelism.
     """
@@ -47,13 +48,30 @@ class Attend:
         query, key, value = self.to_heads((query, key, value), text)
         return self.to_tokens(self.method(query, key, value, hidden_states, kv_lengths))
 
+    def send(self, x: Tensor, text: int = 0) -> Tensor:
+        """Query, key or value for `sent`; under context parallelism it travels while the next one is made.
+
+        Args:
+            x: [B, H, tokens, D].
+            text: how many of this rank's tokens are past the video's.
+        """
+        # Autocast leaves norms in float32 and would cast all three at scaled_dot_product_attention.
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x if self.shards is None else self.shards.send(x, self.grid.num_tokens, text)
+
+    def receive(self, sent: Tensor, text: int = 0) -> Tensor:
+        """What `send` returned, as `method` takes it."""
+        return sent if self.shards is None else self.shards.receive(sent, self.grid.num_tokens, text)
+
+    def sent(self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor) -> Tensor:
+        """The same as a call, of what `send` returned, without text."""
+        return self.to_tokens(self.method(query, key, value, hidden_states, None, self.receive))
+
     def to_heads(self, tensors: tuple[Tensor, ...], text: int) -> tuple[Tensor, ...]:
         """Query, key and value as `method` takes them; `text` counts this rank's tokens past the video's."""
-        # Autocast leaves norms in float32 and would cast all three at scaled_dot_product_attention.
-        device = tensors[0].device.type
-        if torch.is_autocast_enabled(device):
-            tensors = tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
-        return tensors if self.shards is None else self.shards.to_heads(tensors, self.grid.num_tokens, text)
+        under_way = [self.send(x, text) for x in tensors]
+        return tuple(self.receive(x, text) for x in under_way)
 
     def to_tokens(self, output: Tensor, text: int | None = None) -> Tensor:
         """What `method` returns, as this rank's tokens of all heads; so too for `text` tokens past the video's."""

@@ -53,16 +53,22 @@ def self_attention(
     Raises:
         ValueError: for encoder states or a mask, which self-attention in Wan never gets.
     """
-    from diffusers.models.transformers.transformer_wan import _get_qkv_projections
-
     check_absent(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
-    query, key, value = _get_qkv_projections(attn, hidden_states, None)
-    query, key = attn.norm_q(query), attn.norm_k(key)
-    query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
-    if rotary_emb is not None:
-        query, key = (_rotate(x, *rotary_emb) for x in (query, key))
-    output = attend(*(x.transpose(1, 2) for x in (query, key, value)), hidden_states)
-    output = output.transpose(1, 2).flatten(2)
+    fused = attn.to_qkv(hidden_states).chunk(3, dim=-1) if attn.fused_projections else None
+
+    def send(place: int, norm: nn.Module | None = None) -> Tensor:
+        layer = ("to_q", "to_k", "to_v")[place]
+        x = getattr(attn, layer)(hidden_states) if fused is None else fused[place]
+        if norm is not None:
+            x = norm(x)
+        x = x.unflatten(-1, (attn.heads, -1))
+        if norm is not None and rotary_emb is not None:
+            x = _rotate(x, *rotary_emb)
+        return attend.send(x.transpose(1, 2))
+
+    # Under context parallelism each one travels while the next is made.
+    value, query, key = send(2), send(0, attn.norm_q), send(1, attn.norm_k)
+    output = attend.sent(query, key, value, hidden_states).transpose(1, 2).flatten(2)
     for layer in attn.to_out:
         output = layer(output)
     return output
