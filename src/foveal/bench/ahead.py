@@ -21,7 +21,6 @@ import torch
 
 from foveal.bench.candidates import Candidate, candidates_for
 from foveal.bench.shapes import Inputs, Shape
-from foveal.block_sparse.gluon.support import missing_gluon
 from foveal.video_grid import VideoGrid
 
 PROCESSES = 16
@@ -38,8 +37,10 @@ def fix_cache_keys() -> dict[str, str]:
     """
     from triton.runtime.jit import JITFunction
 
+    from foveal.block_sparse.gluon import support
+
     keys = {}
-    for package in ("triton", "gluon") if missing_gluon() is None else ("triton",):
+    for package in ("triton", "gluon") if support.missing_gluon() is None else ("triton",):
         folder = importlib.import_module(f"foveal.block_sparse.{package}")
         for name in sorted(module.name for module in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}.")):
             functions = vars(importlib.import_module(name)).items()
