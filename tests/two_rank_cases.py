@@ -235,6 +235,12 @@ def wan_travels():
         log.clear()
         output.sum().backward()
         assert log == back + there
+        # Anomaly mode reads gradients between two steps of the backward.
+        output = run(model, **inputs(**EVEN))
+        log.clear()
+        with torch.autograd.set_detect_anomaly(True):
+            output.sum().backward()
+        assert log == 6 * back
 
 
 def wan_policy():
