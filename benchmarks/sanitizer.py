@@ -29,6 +29,7 @@ from foveal import (
     sla_attention,
     vsa_attention,
 )
+from foveal.testing import output_and_gradients
 
 BLOCKS = ((64, 64), (128, 64), (128, 128))
 GRID = VideoGrid(5, 9, 10)
@@ -40,9 +41,7 @@ def run(function: Callable[..., Tensor], *tensors: Tensor) -> None:
     Raises:
         FloatingPointError: if the output or a gradient is not finite.
     """
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    output = function(*leaves)
-    found = output, *torch.autograd.grad(output, leaves, torch.randn_like(output))
+    found = output_and_gradients(function, tensors)
     torch.cuda.synchronize()
     if not all(x.isfinite().all() for x in found):
         raise FloatingPointError("expected finite outputs and gradients, got others")

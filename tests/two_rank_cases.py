@@ -90,7 +90,7 @@ def exchange_is_a_permutation():
         video, texts = whole[:, :, :length].split(sizes, 2), whole[:, :, length:].split(text or 1, 2)
         local = torch.cat((video[rank], texts[rank]), 2) if text else video[rank]
         local = local.clone().requires_grad_()
-        (heads,) = shards.to_heads((local,), length, text)
+        heads = shards.receive(shards.send(local, length, text), length, text)
         assert torch.equal(heads, whole.chunk(RANKS, 1)[rank])
         assert torch.equal(shards.to_tokens(heads[:, :, :length], sizes), video[rank])
         if text:
@@ -98,10 +98,10 @@ def exchange_is_a_permutation():
         (gradient,) = torch.autograd.grad((heads * whole.chunk(RANKS, 1)[rank]).sum(), local)
         assert torch.equal(gradient, local.detach())
     with torch.no_grad():
-        raises("3 heads do not divide among 2 ranks", lambda: shards.to_heads((whole[:, :3, :3],), 6))
-        raises("must hold 3 of the video's 6 tokens", lambda: shards.to_heads((whole,), 6))
-        raises("5 tokens do not divide among 2 ranks", lambda: shards.to_heads((whole,), 5))
-        raises("even shards", lambda: Shards(dist.group.WORLD, uneven=True).to_heads((whole[:, :, :4],), 6, 1))
+        raises("3 heads do not divide among 2 ranks", lambda: shards.send(whole[:, :3, :3], 6))
+        raises("must hold 3 of the video's 6 tokens", lambda: shards.send(whole, 6))
+        raises("5 tokens do not divide among 2 ranks", lambda: shards.send(whole, 5))
+        raises("even shards", lambda: Shards(dist.group.WORLD, uneven=True).send(whole[:, :, :4], 6, 1))
 
 
 def own_modules(name):

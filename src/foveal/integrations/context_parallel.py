@@ -153,11 +153,6 @@ class Shards:
             arrived = _video_first(arrived.split(counts), sizes)
         return arrived.permute(1, 2, 0, 3)
 
-    def to_heads(self, tensors: Sequence[Tensor], length: int, text: int = 0) -> tuple[Tensor, ...]:
-        """`send` and `receive` of several tensors, all on their way at once."""
-        under_way = [self.send(x, length, text) for x in tensors]
-        return tuple(self.receive(x, length, text) for x in under_way)
-
     def to_tokens(self, x: Tensor, sizes: list[int]) -> Tensor:
         """This rank's tokens of all heads, [B, H, l, D], from all tokens of its heads, [B, h, L, D].
 

@@ -54,11 +54,12 @@ def self_attention(
         ValueError: for encoder states or a mask, which self-attention in Wan never gets.
     """
     check_absent(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
-    fused = attn.to_qkv(hidden_states).chunk(3, dim=-1) if attn.fused_projections else None
+    fused = {}
+    if attn.fused_projections:
+        fused = dict(zip(("to_q", "to_k", "to_v"), attn.to_qkv(hidden_states).chunk(3, dim=-1), strict=True))
 
-    def send(place: int, norm: nn.Module | None = None) -> Tensor:
-        layer = ("to_q", "to_k", "to_v")[place]
-        x = getattr(attn, layer)(hidden_states) if fused is None else fused[place]
+    def send(layer: str, norm: nn.Module | None = None) -> Tensor:
+        x = fused[layer] if fused else getattr(attn, layer)(hidden_states)
         if norm is not None:
             x = norm(x)
         x = x.unflatten(-1, (attn.heads, -1))
@@ -67,7 +68,7 @@ def self_attention(
         return attend.send(x.transpose(1, 2))
 
     # Under context parallelism each one travels while the next is made.
-    value, query, key = send(2), send(0, attn.norm_q), send(1, attn.norm_k)
+    value, query, key = send("to_v"), send("to_q", attn.norm_q), send("to_k", attn.norm_k)
     output = attend.sent(query, key, value, hidden_states).transpose(1, 2).flatten(2)
     for layer in attn.to_out:
         output = layer(output)

@@ -155,7 +155,7 @@ def _combine_kernel(
 def _split_gradient_kernel(
     grad_ptr, attended_ptr, coarse_ptr, gate_coarse_ptr, gate_fine_ptr, place_ptr,
     grad_fine_ptr, delta_ptr, grad_coarse_ptr, grad_gate_coarse_ptr, grad_gate_fine_ptr,
-    grad_strides, output_strides, gate_coarse_strides, gate_fine_strides,
+    grad_strides, attended_strides, gate_coarse_strides, gate_fine_strides,
     grad_gate_coarse_strides, grad_gate_fine_strides,
     heads, num_cubes, length,
     D: tl.constexpr, SLOT: tl.constexpr, ROWS: tl.constexpr, GATED_COARSE: tl.constexpr, GATED_FINE: tl.constexpr,
@@ -187,7 +187,7 @@ def _split_gradient_kernel(
             store_gate(grad_gate_fine_ptr, grad_gate_fine_strides, batch, head, row, inside, grad * fine, D)
             grad *= gate
         else:
-            output = load_tokens(attended_ptr, output_strides, batch, head, row, inside, D).to(tl.float32)
+            output = load_tokens(attended_ptr, attended_strides, batch, head, row, inside, D).to(tl.float32)
             fine = output - gated_coarse
         grad_fine = grad.to(grad_fine_ptr.dtype.element_ty)
         tl.store(grad_fine_ptr + offsets, grad_fine)
