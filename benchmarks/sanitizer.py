@@ -48,7 +48,7 @@ def run(function: Callable[..., Tensor], *tensors: Tensor) -> None:
 
 
 def run_kernels(impl: str, head_dim: int) -> None:
-    """Block-sparse attention, SLA in its three scopes and VSA with three kinds of cubes."""
+    """Block-sparse attention, SLA in its three scopes, and VSA with three kinds of cubes, one gate and both."""
 
     def tensors(*lengths: int) -> list[Tensor]:
         made = (torch.randn(1, n, 2, head_dim, device="cuda", dtype=torch.bfloat16) for n in lengths)
@@ -67,8 +67,13 @@ def run_kernels(impl: str, head_dim: int) -> None:
             run(lambda *x, c=config: sla_attention(*x[:3], config=c, proj_weight=x[3], impl=impl), *inputs, weight)
     for tile in ("auto", "wide", (4, 4, 4)):
         config = VSAConfig(keep_ratio=0.4, tile=tile)
-        inputs = tensors(*[GRID.num_tokens] * 4)
-        run(lambda *x, c=config: vsa_attention(*x[:3], config=c, grid=GRID, gate_coarse=x[3], impl=impl), *inputs)
+        for gates in (("gate_coarse",), ("gate_coarse", "gate_fine")):
+
+            def attend(query, key, value, *given, c=config, gates=gates):
+                given = dict(zip(gates, given, strict=True))
+                return vsa_attention(query, key, value, config=c, grid=GRID, impl=impl, **given)
+
+            run(attend, *tensors(*[GRID.num_tokens] * (3 + len(gates))))
 
 
 @gluon.jit
