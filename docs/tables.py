@@ -127,22 +127,31 @@ def speed() -> str:
 
 
 def wan() -> str:
-    """Transformer calls, run by run, and the newest whole generation."""
+    """Transformer calls, run by run, and the newest whole generation; what self-attention takes of each.
+
+    That of a call is what the same run's call without it does not take; a step of a generation has two calls.
+    """
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("wan-1.3b-*.json"))]
-    lines = [_row("", "attention", "ms", "", "peak GiB above the weights"), "|---|---|---|---|---|"]
+    heads = ("", "attention", "ms", "", "self-attention's share", "peak GiB above the weights")
+    lines = [_row(*heads), "|---" * len(heads) + "|"]
     for run in runs:
         for resolution, calls in run["calls"].items():
             for arm, call in calls.items():
-                cells = (f"{call['ms']:.0f}", f"{call['speedup']:.2f}x", f"{call['peak_bytes'] / 2**30:.2f}")
-                lines.append(_row(resolution, arm, *cells))
+                share = 1 - calls["no self-attention"]["ms"] / call["ms"]
+                cells = (f"{call['ms']:.0f}", f"{call['speedup']:.2f}x", f"{100 * share:.0f} %")
+                lines.append(_row(resolution, arm, *cells, f"{call['peak_bytes'] / 2**30:.2f}"))
     run = latest("wan-1.3b-*.json", lambda run: run["generation"])
-    heads = ("a generation", "attention", "s", "", "denoising, s", "VAE decode, s")
+    heads = ("a generation", "attention", "s", "", "denoising, s", "VAE decode, s", "self-attention's share")
     lines += ["", _row(*heads), "|---" * len(heads) + "|"]
     for resolution, arms in run["generation"].items():
         for arm, found in arms.items():
             cells = [f"{found[name]:.1f}" for name in ("seconds", "denoising_s", "decode_s")]
-            label = f"{resolution}, {run['settings']['generate']} steps"
-            lines.append(_row(label, arm, cells[0], f"{found['speedup']:.2f}x", *cells[1:]))
+            steps, calls = run["settings"]["generate"], run["calls"][resolution]
+            spent = 2 * steps * (calls[arm]["ms"] - calls["no self-attention"]["ms"]) / 1e3
+            share = f"{100 * spent / found['seconds']:.0f} %"
+            lines.append(
+                _row(f"{resolution}, {steps} steps", arm, cells[0], f"{found['speedup']:.2f}x", *cells[1:], share)
+            )
     rounds = " and ".join(dict.fromkeys(str(run["settings"]["rounds"]) for run in runs))
     return "\n".join(
         [*lines, "", f"{_machines(runs)}; medians of {rounds} calls; each run has a dense row of its own."]
