@@ -18,9 +18,10 @@ CONFIGS = pytest.mark.parametrize(
     [
         SLAConfig(keep_ratio=0.3, drop_ratio=0.1),
         SLAConfig(keep_ratio=0.3, drop_ratio=0.0, block_q=128, linear_scope="all"),
+        SLAConfig(keep_ratio=0.3, drop_ratio=0.1, feature_map="hedgehog"),
         VSAConfig(keep_ratio=0.3, tile="auto"),
     ],
-    ids=["sla", "sla-all", "vsa"],
+    ids=["sla", "sla-all", "sla-hedgehog", "vsa"],
 )
 
 
