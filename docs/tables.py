@@ -29,7 +29,7 @@ def latest(pattern: str, wanted=lambda run: True) -> dict:
     return [run for run in runs if wanted(run)][-1]
 
 
-def bench_run(shape: str, kind: str) -> tuple[dict, list[dict]]:
+def bench_run(shape: str, kind: str, pattern: str = "nvidia-*.json") -> tuple[dict, list[dict]]:
     """The newest run of `foveal bench` with this shape and kind of candidates, and its entries of them that ran."""
 
     def entries(run: dict) -> list[dict]:
@@ -39,7 +39,7 @@ def bench_run(shape: str, kind: str) -> tuple[dict, list[dict]]:
             if entry["shape"] == shape and entry["status"] == "ok" and entry["kind"] in (kind, "dense")
         ]
 
-    run = latest("nvidia-*.json", lambda run: any(entry["kind"] == kind for entry in entries(run)))
+    run = latest(pattern, lambda run: any(entry["kind"] == kind for entry in entries(run)))
     return run, entries(run)
 
 
@@ -47,9 +47,9 @@ def _row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def kernels() -> str:
+def kernels(pattern: str = "nvidia-*.json") -> str:
     """Block-sparse kernels: milliseconds, and the share of dense cuDNN's rate that they keep."""
-    run, entries = bench_run("480p", "kernel")
+    run, entries = bench_run("480p", "kernel", pattern)
     lines = [
         _row("candidate", "forward, ms", "share of cuDNN's TFLOP/s", "backward, ms", "share of cuDNN's TFLOP/s"),
         "|---|---|---|---|---|",
@@ -176,15 +176,17 @@ def steps() -> str:
 def parallel() -> str:
     """One GPU against two: a transformer call under Ulysses, and steps of `foveal train` under FSDP2."""
     lines = [_row("", "attention", "one GPU", "two GPUs", ""), "|---|---|---|---|---|"]
+    runs = []
     for backward, label in ((False, "Ulysses, forward"), (True, "Ulysses, forward and backward")):
         run = latest("context-parallel-*.json", lambda run, wanted=backward: run["settings"]["backward"] is wanted)
+        runs.append(run)
         for arm, found in run["calls"].items():
             times = [f"{found[name]['ms']:.0f} ms" for name in ("single", "parallel")]
             lines.append(_row(label, arm, *times, f"{found['speedup']:.2f}x"))
     run = latest("train-scaling-*.json")
     rates = [f"{one['tokens_per_second']:,.0f} tokens/s" for one in (run["one_process"], run)]
     lines.append(_row("FSDP2, `foveal train`", "SLA 64x64 marginal", *rates, f"{run['scaling']:.2f}x"))
-    return "\n".join([*lines, "", f"{_machine(run)}, two of them."])
+    return "\n".join([*lines, "", f"{_machines([*runs, run])}; two of them."])
 
 
 def fine_tune(file: str = "fine_tune.json") -> str:
@@ -268,6 +270,7 @@ def _caption(run: dict, shape: str = "480p") -> str:
 
 TABLES = {
     "kernels": kernels,
+    "flex": lambda: kernels("flex-*.json"),
     "methods": methods,
     "methods_720p": lambda: methods("720p"),
     "counters": counters,

@@ -85,13 +85,17 @@ def test_model_offload_of_a_pipeline(config):
 @CONFIGS
 @pytest.mark.parametrize("train", [False, True])
 def test_compiled_blocks(config, train):
-    """Inductor's code around the kernels, without a graph break; its fused arithmetic rounds less often."""
+    """Inductor's code around the kernels, without a graph break.
+
+    Its fused arithmetic rounds less often, which may move a block in or out of a selection: norms are compared.
+    """
     model = sparse_model(config).to(DEVICE).train(train)
     compiled = copy.deepcopy(model)
     compiled.compile_repeated_blocks(fullgraph=True)
     with torch.set_grad_enabled(train):
         outputs = [tiny_wan.run(x, **fed()) for x in (model, compiled)]
-    torch.testing.assert_close(*outputs, rtol=0.05, atol=0.05)
+    expected, given = (output.float() for output in outputs)
+    assert (given - expected).norm() <= 0.03 * expected.norm()
     if train:
         for output in outputs:
             output.float().square().mean().backward()

@@ -9,6 +9,7 @@ import datetime
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -243,6 +244,20 @@ def wan_travels():
         assert log == 6 * back
 
 
+def wan_travels_compiled():
+    """In Inductor's code, too, value, query and key leave before the next one's projection is made."""
+    from torch._inductor.utils import run_and_get_code
+
+    model, fed = parallel(foveal.sparsify(tiny_transformer(num_layers=1), SPARSE_SLA)), inputs(**EVEN)
+    with torch.no_grad():
+        expected = run(model, **fed)
+        model.compile_repeated_blocks(fullgraph=True)
+        output, (code,) = run_and_get_code(run, model, **fed)
+    close(output, expected)
+    steps = re.findall(r"= torch.ops._c10d_functional.(all_to_all)_single.default\(|extern_kernels.(addmm)\(", code)
+    assert ["".join(step) for step in steps[:6]] == 3 * ["addmm", "all_to_all"]
+
+
 def wan_policy():
     """A policy sees the whole timesteps and holds its layers dense on every rank."""
     fed = inputs(**EVEN)
@@ -412,6 +427,7 @@ CONTEXT_PARALLEL = {
     "wan, dense again": wan_dense_again,
     "wan, compiled": lambda: wan_compiled("vsa"),
     "wan, travels": wan_travels,
+    "wan, travels compiled": wan_travels_compiled,
     "wan, policy": wan_policy,
     "wan, mistakes": wan_mistakes,
     "flux": lambda: family("flux"),

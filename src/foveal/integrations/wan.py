@@ -58,17 +58,22 @@ def self_attention(
     if attn.fused_projections:
         fused = dict(zip(("to_q", "to_k", "to_v"), attn.to_qkv(hidden_states).chunk(3, dim=-1), strict=True))
 
-    def send(layer: str, norm: nn.Module | None = None) -> Tensor:
+    def send(layer: str, norm: nn.Module | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
         x = fused[layer] if fused else getattr(attn, layer)(hidden_states)
         if norm is not None:
             x = norm(x)
         x = x.unflatten(-1, (attn.heads, -1))
-        if norm is not None and rotary_emb is not None:
-            x = _rotate(x, *rotary_emb)
+        if rotary is not None:
+            x = _rotate(x, *rotary)
         return attend.send(x.transpose(1, 2))
 
+    key_rotary = rotary_emb
+    if attend.shards is not None and rotary_emb is not None:
+        # Inductor would make query and key in one kernel, to read the tables once, and hold the query back for the key.
+        key_rotary = tuple(map(_from_firsts, rotary_emb))
     # Under context parallelism each one travels while the next is made.
-    value, query, key = send("to_v"), send("to_q", attn.norm_q), send("to_k", attn.norm_k)
+    value, query = send("to_v"), send("to_q", attn.norm_q, rotary_emb)
+    key = send("to_k", attn.norm_k, key_rotary)
     output = attend.sent(query, key, value, hidden_states).transpose(1, 2).flatten(2)
     for layer in attn.to_out:
         output = layer(output)
@@ -76,9 +81,17 @@ def self_attention(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs of [B, L, H, D]; the tables hold each angle twice."""
-    cos, sin = cos[..., 0::2], sin[..., 0::2]
-    even, odd = x[..., 0::2], x[..., 1::2]
-    # Each half is rounded before the two are interleaved: a stack in float32 would take twice the memory.
-    pairs = (even * cos - odd * sin).type_as(x), (even * sin + odd * cos).type_as(x)
-    return torch.stack(pairs, dim=-1).flatten(-2)
+    """Rotary embedding of neighbouring pairs of [B, L, H, D]; the tables hold each angle twice.
+
+    Of (a, b) it makes (a cos - b sin, b cos + a sin). Written for all of x at once, and not for two halves that are
+    stacked then, it is one pass with the norm before it in Inductor's code.
+    """
+    exchanged = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    sign = torch.arange(x.shape[-1], device=x.device) % 2 * 2 - 1
+    return (x * cos + exchanged * (sin * sign)).type_as(x)
+
+
+def _from_firsts(table: Tensor) -> Tensor:
+    """A table that holds each angle twice, read from the first of each two."""
+    pairs = table.unflatten(-1, (-1, 2))
+    return pairs[..., :1].expand_as(pairs).flatten(-2)

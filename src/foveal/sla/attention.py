@@ -207,8 +207,8 @@ class Projection(nn.Module):
 
     They stay in float32 when the model around them is cast to lower precision: they take small steps from zero, which
     bfloat16 would round away. They are read by a call, so that offloading, which fetches a module's parameters when the
-    module is called, fetches these. The call gives copies: group offloading takes the data out of the parameters again right
-    after it, and with a stream of its own fills their memory with the next weights while kernels may still read it.
+    module is called, fetches these. The call gives copies: group offloading takes the data out of the parameters again
+    right after it, and with a stream of its own fills their memory while kernels may still read it.
     """
 
     def __init__(self, head_dim: int) -> None:
