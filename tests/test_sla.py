@@ -368,6 +368,16 @@ class TestModule:
         assert module(*(x.bfloat16() for x in self.inputs)).dtype == torch.bfloat16
         assert module.double().proj.weight.dtype == torch.float64
 
+    def test_what_the_projection_gives_outlives_its_memory(self):
+        """Offloading by a stream takes the data back, and fills it, while kernels may still read it."""
+        proj = SparseLinearAttention(4, SLAConfig()).proj
+        given = proj()
+        for x, parameter in zip(given, proj.parameters(), strict=True):
+            parameter.data.fill_(torch.nan)
+            assert torch.equal(x, torch.zeros_like(x))
+        given[0].sum().backward()
+        assert torch.equal(proj.weight.grad, torch.ones(4, 4))
+
     def test_holds_only_what_its_configuration_uses(self):
         def names(**changes):
             return set(SparseLinearAttention(8, self.config.replace(**changes)).state_dict())

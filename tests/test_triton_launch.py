@@ -1,7 +1,9 @@
 """What `Launcher` tells variants of a kernel by is at least what Triton compiles variants for."""
 
 import contextlib
+import importlib
 import itertools
+import pkgutil
 
 import pytest
 import torch
@@ -13,22 +15,25 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from foveal.block_sparse.gluon.launch import _forward_launchers  # noqa: E402
 from foveal.block_sparse.gluon.support import missing_gluon  # noqa: E402
-from foveal.block_sparse.triton import forward, launch, linear, select  # noqa: E402
+from foveal.block_sparse.launch_arguments import Descriptors  # noqa: E402
+from foveal.block_sparse.triton import launch  # noqa: E402
 from foveal.sla import triton as sla  # noqa: E402
 
-LAUNCHERS = {
-    "forward": forward._launch_forward,
-    "key states": linear._launch_key_states,
-    "sum of parts": linear._launch_sum_parts,
-    "masked sum": linear._launch_masked_sum,
-    "pool": select._launch_pool,
-    "scores": select._launch_scores,
-    "pick": select._launch_pick,
-}
-if missing_gluon() is None:
-    LAUNCHERS |= dict(zip(("Hopper forward", "wide Hopper forward"), _forward_launchers(), strict=True))
+PACKAGES = ("triton", "gluon") if missing_gluon() is None else ("triton",)
+
+
+def kernels():
+    """Every kernel that is launched, by name; interpreted ones, too."""
+    for package in PACKAGES:
+        folder = importlib.import_module(f"foveal.block_sparse.{package}")
+        for module in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."):
+            for name, value in vars(importlib.import_module(module.name)).items():
+                if name.endswith("_kernel") and hasattr(value, "fn") and value.fn.__module__ == module.name:
+                    yield name, value
+
+
+KERNELS = dict(kernels())
 INTEGERS = (0, 1, 2, 16, 17, -16, -1, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2**31) - 1, 2**40)
 
 
@@ -39,18 +44,24 @@ def values():
     yield from itertools.combinations([(x, 128, 7) for x in INTEGERS], 2)
     tensors = memory, memory[8:], memory[1:], memory.half(), memory.float(), memory.float()[1:], None
     yield from itertools.combinations(tensors, 2)
+    nested = (memory, memory), (memory, memory[1:]), (memory.half(), memory), (None, None), (memory, 1), (memory, 2), ()
+    yield from itertools.combinations(nested, 2)
     tiles = (memory, 64), (memory, 128), (memory.half(), 64), (memory[8:], 64)
     descriptors = [TensorDescriptor(x, [16, 16], [128, 1], [1, width]) for x, width in tiles]
     yield from itertools.combinations([*descriptors, memory], 2)
     yield 0.5, 1.0
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+def test_all_kernels_are_found():
+    assert len(KERNELS) == {1: 25, 2: 34}[len(PACKAGES)]
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_launcher_tells_apart_what_triton_does(name):
-    launcher = LAUNCHERS[name]
-    kernel = launcher.kernel
+    kernel = KERNELS[name]
     if not isinstance(kernel, JITFunction):
         pytest.skip("kernels are interpreted")
+    launcher = launch.Launcher(kernel)
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     names = [p.name for p in kernel.params]
@@ -102,16 +113,20 @@ def example(x_ptr, n, FIRST: "tl.constexpr", SECOND: "tl.constexpr"):  # noqa: F
 def test_a_second_launch_takes_the_compiled_kernel(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     kernel = Recorder(example)
-    launcher = launch.Launcher(kernel)
-    x, constants = torch.zeros(4), {"SECOND": 2, "FIRST": 1}
-    launcher((3,), (x, 5), constants, num_warps=4)
-    launcher((4,), (x, 6), constants, num_warps=4)
-    assert kernel.calls[0] == ((3,), (x, 5), {**constants, "num_warps": 4})
+    x, named = torch.zeros(4), {"SECOND": 2, "FIRST": 1, "num_warps": 4}
+    launch.launch(kernel, (3,), x, 5, **named)
+    launch.launch(kernel, (4,), x, 6, **named)
+    assert kernel.calls[0] == ((3,), (x, 5), named)
     assert kernel.calls[1] == ((4, 1, 1), (x, 6, 1, 2))
-    launcher((4,), (x[1:], 6), constants, num_warps=4)
+    launch.launch(kernel, (4,), x[1:], 6, **named)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    launcher((4,), (x, 6), constants, num_warps=4)
-    assert [len(call) for call in kernel.calls] == [3, 2, 3, 3]
+    launch.launch(kernel, (4,), x, 6, **named)
+    launch.launch(kernel, (4,), x, 6, FIRST=2, SECOND=1, num_warps=4)
+    launch.launch(kernel, (4,), x, 6, num_warps=4, SECOND=2, FIRST=1)
+    assert [len(call) for call in kernel.calls] == [3, 2, 3, 3, 3, 3]
+    other = Recorder(example)
+    launch.launch(other, (4,), x, 6, **named)
+    assert [len(call) for call in other.calls] == [3]
 
 
 def test_amd_is_left_to_triton(monkeypatch):
@@ -119,10 +134,43 @@ def test_amd_is_left_to_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     kernel = Recorder(example)
-    launcher = launch.Launcher(kernel)
     for _ in range(2):
-        launcher((3,), (torch.zeros(4), 5), {"FIRST": 1, "SECOND": 2}, num_warps=4)
+        launch.launch(kernel, (3,), torch.zeros(4), 5, FIRST=1, SECOND=2, num_warps=4)
     assert [len(call) for call in kernel.calls] == [3, 3]
+
+
+def test_descriptors_of_tensors_that_lie_alike():
+    made = []
+
+    def tiles(x, rows):
+        made.append(rows)
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, 16])
+
+    describe = Descriptors(tiles)
+    memory = torch.zeros(4096, dtype=torch.bfloat16)
+    first, second = memory[:1024].view(64, 16), memory[1024:2048].view(64, 16)
+    descriptors = [describe(x, 16) for x in (first, second, first)]
+    for x, descriptor in zip((first, second, first), descriptors, strict=True):
+        assert type(descriptor) is TensorDescriptor
+        assert descriptor.base is x
+        assert descriptor == tiles(x, 16)
+    assert made == [16] * 4
+    for other in (first.half(), first[:32], first[:, :8], first.t()[:, :16].t()):
+        assert describe(other, 8).block_shape == [8, 16]
+    assert made == [16] * 4 + [8] * 4
+    with pytest.raises(AssertionError, match="multiples of 16 bytes"):
+        describe(memory[1:1025].view(64, 16), 16)
+
+
+def test_descriptors_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(Descriptors, "MOST", 3)
+    describe = Descriptors(lambda x, rows: TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, 16]))
+    memory = torch.zeros(64, 16)
+    for _ in range(2):
+        for length in range(16, 24):
+            assert describe(memory[:length], 16).shape == [length, 16]
+            assert len(describe._known) <= 3
+    assert all(attributes["base"] is None for _, attributes in describe._known.values())
 
 
 def test_sla_launches_where_its_tensors_are(monkeypatch):

@@ -355,7 +355,7 @@ def fsdp_bfloat16():
     """SLA's projection stays in float32; as FSDP2 wants one dtype a unit, it gets units of its own."""
     single, model = wan_pair(SPARSE_SLA, torch.bfloat16)
     for block in model.blocks:
-        fully_shard(block.attn1.processor.attention.proj, reshard_after_forward=False)
+        fully_shard(block.attn1.processor.attention.proj)
     sharded(model)
     fed = samples(torch.bfloat16)[0]
     for _ in range(2):

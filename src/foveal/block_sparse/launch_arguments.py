@@ -6,7 +6,8 @@ Shape legend: B batch, H heads, Lq / Lk query / key tokens, Tq / Tk query / key 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +46,35 @@ def copy_strides(x: Tensor) -> list[int]:
         *(stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)),
         1,
     ]
+
+
+class Descriptors:
+    """Makes descriptors of tensors for the copy engine; for tensors that lie alike all but the address is made once.
+
+    Args:
+        make: the descriptor, with the attribute `base`, of a tensor and further arguments.
+    """
+
+    MOST = 1024  # how many ways to lie are remembered
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+        self._known: dict[tuple, tuple[type, dict[str, Any]]] = {}
+
+    def __call__(self, x: Tensor, *arguments: Any) -> Any:
+        key = (x.shape, x.stride(), x.dtype, *arguments)
+        known = self._known.get(key)
+        if known is None:
+            descriptor = self._make(x, *arguments)
+            if len(self._known) == self.MOST:
+                self._known.clear()
+            self._known[key] = type(descriptor), vars(descriptor) | {"base": None}
+            return descriptor
+        assert x.data_ptr() % 16 == 0, "the copy engine starts at multiples of 16 bytes"
+        kind, attributes = known
+        descriptor = object.__new__(kind)
+        vars(descriptor).update(attributes, base=x)
+        return descriptor
 
 
 class ForwardCall(ABC):

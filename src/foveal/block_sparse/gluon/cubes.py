@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foveal.block_sparse.gluon.launch import TILE, _multiprocessors, _tiles, short_tail
-from foveal.block_sparse.launch_arguments import LOG2_E, size_stride
+from foveal.block_sparse.launch_arguments import LOG2_E, Descriptors, size_stride
 
 
 def cubes_plan(slot: int, uniform: int, gated_coarse: bool, gated_fine: bool, save_fine: bool) -> dict[str, Any]:
@@ -25,6 +25,7 @@ def cubes_plan(slot: int, uniform: int, gated_coarse: bool, gated_fine: bool, sa
     return {"wide": True, "constants": {"SLOTS": 3, **constants}, "options": {"num_warps": 4}}
 
 
+@Descriptors
 def _slots(x: Tensor, slot: int, rows: int):
     """The descriptor of [B, H, T * slot, D] as slots, whose rows from `rows` on read as zeros without being fetched."""
     from triton.experimental.gluon import language as gl
@@ -67,6 +68,7 @@ def attend_cubes(
     """
     from foveal.block_sparse.gluon.cubes_kernel import cubes_fwd_kernel
     from foveal.block_sparse.gluon.cubes_wide_kernel import cubes_fwd_wide_kernel
+    from foveal.block_sparse.triton.launch import launch
 
     batch, heads, _, head_dim = query.shape
     num_cubes = coarse.shape[2]
@@ -81,13 +83,12 @@ def attend_cubes(
         query, coarse, *gates, output, places, lse, critical, counts, sizes,
         *(x.stride() for x in (query, *gates, output)), scale * LOG2_E,
     )  # fmt: skip
-    last = uniform, critical.shape[3], size_stride(sizes)
+    last, named = (uniform, critical.shape[3], size_stride(sizes)), plan["constants"] | plan["options"]
     with torch.cuda.device(query.device):
         if plan["wide"]:
             total = batch * heads * num_cubes
-            cubes_fwd_wide_kernel[(min(total, _multiprocessors(query.device)),)](
-                *arguments, heads, num_cubes, total, *last, **plan["constants"], **plan["options"]
-            )
+            grid = (min(total, _multiprocessors(query.device)),)
+            launch(cubes_fwd_wide_kernel, grid, *arguments, heads, num_cubes, total, *last, **named)
         else:
-            cubes_fwd_kernel[(num_cubes, heads, batch)](*arguments, *last, **plan["constants"], **plan["options"])
+            launch(cubes_fwd_kernel, (num_cubes, heads, batch), *arguments, *last, **named)
     return output, fine, lse

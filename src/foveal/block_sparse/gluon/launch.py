@@ -7,16 +7,13 @@ strides are read at run time. Nothing here waits for the device.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from foveal.block_sparse.gluon.support import copyable
-from foveal.block_sparse.launch_arguments import LOG2_E, ForwardCall, copy_strides, size_stride
-
-if TYPE_CHECKING:
-    from foveal.block_sparse.triton.launch import Launcher
+from foveal.block_sparse.launch_arguments import LOG2_E, Descriptors, ForwardCall, copy_strides, size_stride
 
 TILE = 64  # rows of most tiles
 TAIL = 8  # masks of so many columns at a tile's end are cheap
@@ -103,21 +100,17 @@ def dq_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool, tail: bo
     }
 
 
+@Descriptors
 def _tiles(x: Tensor, rows: int, columns: int | None = None):
     """The descriptor of a tensor in tiles of `rows` by `columns` (all of them) of its last two dimensions."""
+    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     box = [1] * (x.dim() - 2) + [rows, columns or x.shape[-1]]
-    return TensorDescriptor(x, list(x.shape), copy_strides(x), box, _tile_layout(x.dim()))
+    return TensorDescriptor(x, list(x.shape), copy_strides(x), box, gl.NVMMASharedLayout(128, 16, x.dim()))
 
 
-@functools.cache
-def _tile_layout(rank: int):
-    from triton.experimental.gluon import language as gl
-
-    return gl.NVMMASharedLayout(128, 16, rank)
-
-
+@Descriptors
 def _statistics_tiles(x: Tensor):
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -133,15 +126,6 @@ def _multiprocessors(device: torch.device) -> int:
 def _walkable(x: Tensor) -> Tensor:
     """x, or a copy if the copy engine cannot walk it as it lies."""
     return x if copyable(x) else x.clone(memory_format=torch.contiguous_format)
-
-
-@functools.cache
-def _forward_launchers() -> tuple[Launcher, Launcher]:
-    from foveal.block_sparse.gluon.forward_kernel import block_sparse_fwd_kernel
-    from foveal.block_sparse.gluon.forward_wide_kernel import block_sparse_fwd_wide_kernel
-    from foveal.block_sparse.triton.launch import Launcher
-
-    return Launcher(block_sparse_fwd_kernel), Launcher(block_sparse_fwd_wide_kernel)
 
 
 class Forward(ForwardCall):
@@ -162,22 +146,27 @@ class Forward(ForwardCall):
                 self.weight = _tiles(projection[0], *self.plan["state_box"])
 
     def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
-        launch, launch_wide = _forward_launchers()
+        from foveal.block_sparse.gluon.forward_kernel import block_sparse_fwd_kernel
+        from foveal.block_sparse.gluon.forward_wide_kernel import block_sparse_fwd_wide_kernel
+        from foveal.block_sparse.triton.launch import launch
+
         strides = (0, 0, 0)
         if state is not None:
             shared = state.stride(1) == 0 or state.shape[1] == 1
             strides = (0 if shared else 1, *norm.stride()[:2])
             state = _tiles(state[:, :1] if shared else state, *self.plan["state_box"])
         tensors = (*self.tensors, state, self.weight, norm, self.bias, self.scale_log2, self.heads, pairs.start)
-        constants, options = self.plan["constants"], self.plan["options"]
+        named = self.plan["constants"] | self.plan["options"]
         with torch.cuda.device(self.device):
             if self.plan["wide"]:
                 total = len(pairs) * self.blocks
                 grid = (min(total, _multiprocessors(self.device)),)
-                launch_wide(grid, (*tensors, self.blocks, total, *self.lengths, *strides), constants, **options)
+                arguments = *tensors, self.blocks, total, *self.lengths, *strides
+                launch(block_sparse_fwd_wide_kernel, grid, *arguments, **named)
             else:
                 grid = -(-self.lengths[0] // TILE), len(pairs)
-                launch(grid, (*tensors, *self.lengths, self.size_stride, *strides), constants, **options)
+                arguments = *tensors, *self.lengths, self.size_stride, *strides
+                launch(block_sparse_fwd_kernel, grid, *arguments, **named)
 
 
 forward = Forward.at_once
@@ -234,6 +223,7 @@ def backward(
         block_sparse_dq_kernel,
         row_statistics_kernel,
     )
+    from foveal.block_sparse.triton.launch import launch
 
     batch, heads, query_length, head_dim = query.shape
     key_length, has_sizes, tile = key.shape[2], sizes is not None, TILE
@@ -257,19 +247,28 @@ def backward(
         term_strides = step, linear.norm.stride(0), step * linear.norm.stride(1)
         feature_map = linear.feature_map
     with torch.cuda.device(query.device):
-        row_statistics_kernel[(-(-num_tiles // 4), batch * heads)](
-            lse, delta, statistics, query_length, num_tiles, num_warps=4
+        launch(
+            row_statistics_kernel,
+            (-(-num_tiles // 4), batch * heads),
+            lse,
+            delta,
+            statistics,
+            query_length,
+            num_tiles,
+            num_warps=4,
         )
         plan = dq_plan(head_dim, block_q, block_k, has_sizes, tail=short_tail(uniform, block_k))
         tile_k = plan["tile_k"]
         per_program = tile * plan["constants"]["CONSUMERS"]
-        block_sparse_dq_kernel[(-(-query_length // per_program), heads, batch)](
+        launch(
+            block_sparse_dq_kernel, (-(-query_length // per_program), heads, batch),
             _tiles(query, tile), _tiles(key, tile_k), _tiles(value, tile_k), _tiles(grad, tile),
             targets[0], statistics, critical, counts, sizes, *query_video, *scales, query_length, key_length,
             critical.shape[3], size_stride(sizes), uniform, ADD=add, **plan["constants"], **plan["options"],
         )  # fmt: skip
         plan = dkdv_plan(head_dim, block_q, block_k, has_sizes)
-        block_sparse_dkdv_kernel[(-(-key_length // tile), heads, batch)](
+        launch(
+            block_sparse_dkdv_kernel, (-(-key_length // tile), heads, batch),
             _tiles(query, tile), _tiles(key, tile), _tiles(value, tile), _tiles(grad, tile),
             _statistics_tiles(statistics), *targets[1:],
             offsets, column_counts, column_rows, sizes, *terms, *key_video, *scales, query_length, key_length,

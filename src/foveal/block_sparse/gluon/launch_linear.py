@@ -27,6 +27,7 @@ def query_gradients(
 ) -> Tensor:
     """As `query_gradients` in `block_sparse.triton.linear_backward`; W counts as the identity if `linear` is None."""
     from foveal.block_sparse.gluon.linear_gradients import linear_query_grad_kernel
+    from foveal.block_sparse.triton.launch import launch
 
     heads, length, head_dim = query.shape[1:]
     rows = grad_norm.shape[1]
@@ -34,7 +35,8 @@ def query_gradients(
     tensors = (_tiles(_walkable(x), block_q) for x in (query, output, grad))
     projected = linear is not None
     with torch.cuda.device(query.device):
-        linear_query_grad_kernel[(rows, len(pairs))](
+        launch(
+            linear_query_grad_kernel, (rows, len(pairs)),
             *tensors, _tiles(term.state, head_dim), _tiles(term.proj_weight, head_dim) if projected else None,
             _tiles(grad_query, block_q), _tiles(linear, block_q) if projected else None,
             _tiles(grad_state, min(block_q, head_dim)), term.norm, term.proj_bias, delta, grad_norm,
@@ -68,6 +70,7 @@ def shared_query_gradients(
         grad_query, delta: written: dQ of the linear branch, and float32 [B, H, Lq] delta of the sparse branch.
     """
     from foveal.block_sparse.gluon.linear_gradients import shared_query_grad_kernel
+    from foveal.block_sparse.triton.launch import launch
 
     batch, heads, length, head_dim = query.shape
     pairs, blocks = batch * heads, -(-length // SHARED_ROWS)
@@ -78,7 +81,8 @@ def shared_query_gradients(
     grad_norm, grad_bias = torch.empty((2, pairs, blocks, head_dim), **memory)
     tensors = (_tiles(_walkable(x), SHARED_ROWS) for x in (query, output, grad))
     with torch.cuda.device(query.device):
-        shared_query_grad_kernel[(parts, pairs)](
+        launch(
+            shared_query_grad_kernel, (parts, pairs),
             *tensors, _tiles(term.state, head_dim), _tiles(grad_query, SHARED_ROWS), grad_state, term.norm,
             term.proj_bias, delta, grad_norm, grad_bias, heads, length, blocks, per_program,
             FEATURE_MAP=term.feature_map, num_warps=SHARED_ROWS // 16,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import LOG2_E, size_stride
 from foveal.block_sparse.triton.forward import count_tiles, tile_valid
+from foveal.block_sparse.triton.launch import launch
 from foveal.block_sparse.triton.lists import ColumnLists, full_blocks_first
 from foveal.block_sparse.triton.tiles import (
     TILE,
@@ -145,20 +146,11 @@ def output_delta(grad: Tensor, output: Tensor, grad_lse: Tensor | None) -> Tenso
     """rowsum(dO * O) - dLSE, float32 [B, H, Lq]."""
     batch, heads, query_length, head_dim = output.shape
     delta = torch.empty((batch, heads, query_length), dtype=torch.float32, device=output.device)
-    _delta_kernel[(triton.cdiv(query_length, TILE), batch * heads)](
-        grad,
-        output,
-        delta,
-        delta if grad_lse is None else grad_lse.contiguous(),
-        row_strides(grad),
-        row_strides(output),
-        heads,
-        query_length,
-        D=head_dim,
-        ROWS=TILE,
-        HAS_GRAD_LSE=grad_lse is not None,
-        num_warps=4,
-    )
+    launch(
+        _delta_kernel, (-(-query_length // TILE), batch * heads),
+        grad, output, delta, delta if grad_lse is None else grad_lse.contiguous(), row_strides(grad),
+        row_strides(output), heads, query_length, D=head_dim, ROWS=TILE, HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
+    )  # fmt: skip
     return delta
 
 
@@ -209,14 +201,16 @@ def backward(
         "num_warps": 4 if descriptors or head_dim == 64 else 8,
         "num_stages": 2,
     }
-    _block_sparse_dkdv_kernel[(triton.cdiv(key_length, TILE), batch * heads)](
+    launch(
+        _block_sparse_dkdv_kernel, (-(-key_length // TILE), batch * heads),
         *arguments, grad_key, grad_value, lse, delta, *strides, row_strides(grad_key), row_strides(grad_value),
         *columns, size_argument, heads, query_length, key_length, batch_stride, scale, scale * LOG2_E, **constants,
     )  # fmt: skip
     full = counts
     if sizes is not None:
         critical, full = full_blocks_first(critical, counts, sizes, block_k)
-    _block_sparse_dq_kernel[(triton.cdiv(query_length, TILE), batch * heads)](
+    launch(
+        _block_sparse_dq_kernel, (-(-query_length // TILE), batch * heads),
         *arguments, grad_query, lse, delta, *strides, row_strides(grad_query), critical, counts, full, size_argument,
         heads, query_length, key_length, critical.shape[3], batch_stride, scale, scale * LOG2_E, ADD=add, **constants,
     )  # fmt: skip

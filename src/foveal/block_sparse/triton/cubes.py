@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import size_stride
+from foveal.block_sparse.triton.launch import launch
 from foveal.block_sparse.triton.tiles import row_strides
 
 UNSPECIALIZED = ["heads", "num_cubes", "num_blocks", "length", "key_length", "size_stride"]
@@ -229,7 +230,7 @@ def _return_gradients_kernel(
 def _blocks(places: Tensor, slot: int, length: int, key_length: int) -> tuple[int, int]:
     """Cubes, and cubes and blocks of text together."""
     num_cubes = places.numel() // slot
-    return num_cubes, num_cubes + triton.cdiv(key_length - length, slot)
+    return num_cubes, num_cubes + -(-(key_length - length) // slot)
 
 
 def pool_cubes(
@@ -268,7 +269,8 @@ def pool_cubes(
         pooled = tuple(x.new_empty((batch, heads, num_cubes, head_dim), dtype=torch.float32) for x in given)
     # Pointers that a variant does not use.
     unused = (query,) * 3
-    _gather_cubes_kernel[(batch * heads, num_blocks if gather else num_cubes)](
+    launch(
+        _gather_cubes_kernel, (batch * heads, num_blocks if gather else num_cubes),
         *(given + unused)[:3], *(unused + copies)[-3:], *(pooled + unused)[:3], places, sizes,
         *([row_strides(x) for x in given] + [(0, 0, 0)])[:3], (num_cubes * head_dim, head_dim, 1),
         heads, num_cubes, num_blocks, length, key.shape[2], size_stride(sizes),
@@ -300,7 +302,8 @@ def combine(
     batch, heads, length, head_dim = output.shape
     num_cubes = coarse.shape[2]
     gates, gate_strides = _gate_arguments(gate_coarse, gate_fine, other=coarse)
-    _combine_kernel[(batch * heads, num_cubes)](
+    launch(
+        _combine_kernel, (batch * heads, num_cubes),
         fine, coarse, *gates, output, places, *gate_strides, row_strides(output), heads, num_cubes, length,
         D=head_dim, SLOT=slot, ROWS=min(slot, 64), GATED_COARSE=gate_coarse is not None,
         GATED_FINE=gate_fine is not None, num_warps=4,
@@ -332,7 +335,8 @@ def split_gradient(
     grad_gates = [None if x is None else torch.empty_like(x) for x in (gate_coarse, gate_fine)]
     gates, gate_strides = _gate_arguments(gate_coarse, gate_fine, other=coarse)
     outputs, output_strides = _gate_arguments(*grad_gates, other=coarse)
-    _split_gradient_kernel[(batch * heads, num_cubes)](
+    launch(
+        _split_gradient_kernel, (batch * heads, num_cubes),
         grad, attended, coarse, *gates, places, grad_fine, delta, grad_coarse, *outputs,
         row_strides(grad), row_strides(attended), *gate_strides, *output_strides, heads, num_cubes, length,
         D=head_dim, SLOT=slot, ROWS=min(slot, 32), GATED_COARSE=gate_coarse is not None,
@@ -359,7 +363,8 @@ def return_gradients(
     batch, heads, length, head_dim = grads[0].shape
     key_length = grads[1].shape[2]
     num_cubes, num_blocks = _blocks(places, slot, length, key_length)
-    _return_gradients_kernel[(batch * heads, num_blocks)](
+    launch(
+        _return_gradients_kernel, (batch * heads, num_blocks),
         *cubes, *pooled, places, sizes, *grads, *(row_strides(x) for x in grads),
         heads, num_cubes, num_blocks, length, key_length, D=head_dim, SLOT=slot, ROWS=min(slot, 64), num_warps=4,
     )  # fmt: skip

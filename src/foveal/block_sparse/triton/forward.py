@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import ForwardCall
 from foveal.block_sparse.triton.feature_maps import EPSILON, feature_map
-from foveal.block_sparse.triton.launch import Launcher
+from foveal.block_sparse.triton.launch import launch
 from foveal.block_sparse.triton.lists import full_blocks_first
 from foveal.block_sparse.triton.tiles import (
     LN_2,
@@ -166,9 +166,6 @@ def _block_sparse_fwd_kernel(
             store_rows(output_ptr, output_strides, batch, head, start, query_length, o, TILE_K, D)
 
 
-_launch_forward = Launcher(_block_sparse_fwd_kernel)
-
-
 class Forward(ForwardCall):
     """`ForwardCall` for Triton's kernel."""
 
@@ -211,7 +208,8 @@ class Forward(ForwardCall):
         lists = critical, counts, full, counts if sizes is None else sizes
         scalars = self.heads, pairs.start, *self.lengths, self.size_stride, strides, self.scale_log2
         arguments = *self.tensors, *self.strides, *lists, *terms, *scalars
-        _launch_forward((critical.shape[2], len(pairs)), arguments, self.constants, **self.options)
+        grid = critical.shape[2], len(pairs)
+        launch(_block_sparse_fwd_kernel, grid, *arguments, **self.constants, **self.options)
 
 
 forward = Forward.at_once

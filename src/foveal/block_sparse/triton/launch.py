@@ -1,7 +1,7 @@
 """Launches that cost the host little.
 
 `kernel[grid](...)` looks at each argument in detail to find the compiled variant that fits: 40 to 80 us a launch, more
-than many of these kernels run. A `Launcher` looks at what a variant depends on, and no further.
+than many of these kernels run. `launch` looks at what a variant depends on, and no further.
 """
 
 from __future__ import annotations
@@ -18,19 +18,25 @@ def _int_fact(x: int) -> int:
     return (2 if x == 1 else 1 if x % 16 == 0 else 0) + (0 if -(2**31) <= x < 2**31 else 4)
 
 
-def _facts(arguments: tuple, specialized: tuple[bool, ...]) -> list:
+def _facts(arguments: tuple, specialized: tuple[bool, ...] | None = None) -> list:
+    """What variants are told apart by, of each argument; all integers count as specialized by default."""
     facts = []
-    for x, matters in zip(arguments, specialized, strict=True):
+    for x, matters in zip(arguments, specialized or (True,) * len(arguments), strict=True):
         kind = type(x)
         if kind is int:
             if matters:
                 facts.append(_int_fact(x))
             else:
                 facts.append(-(2**31) <= x < 2**31)
-        elif kind is tuple:
-            facts += map(_int_fact, x)
         elif isinstance(x, Tensor):
             facts += x.dtype, x.data_ptr() % 16 == 0
+        elif kind is tuple:
+            facts.append(len(x))
+            for y in x:
+                if type(y) is int:
+                    facts.append(_int_fact(y))
+                else:
+                    facts += _facts((y,))
         elif x is None:
             facts.append(None)
         elif kind is not float:
@@ -45,31 +51,41 @@ class Launcher:
         kernel: what `triton.jit` or `gluon.jit` made.
     """
 
-    def __init__(self, kernel) -> None:
+    def __init__(self, kernel: JITFunction) -> None:
         self.kernel = kernel
         self._variants: dict[tuple, Any] = {}
-        if isinstance(kernel, JITFunction):
-            self._specialized = tuple(not p.do_not_specialize for p in kernel.params if not p.is_constexpr)
-            self._constants = tuple(p.name for p in kernel.params if p.is_constexpr)
+        self._specialized = tuple(not p.do_not_specialize for p in kernel.params if not p.is_constexpr)
+        self._constants = tuple(p.name for p in kernel.params if p.is_constexpr)
 
-    def __call__(self, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any], **options) -> None:
-        """Runs the kernel on the current device and stream.
-
-        Args:
-            grid: numbers of programs.
-            arguments: tensors, descriptors, ints, floats, tuples of ints, or None, in the kernel's order.
-            constants: the kernel's compile-time constants by name.
-            options: num_warps and the like.
-        """
-        # Interpreted; or on AMD, where variants also depend on the size of each tensor's memory.
-        if not isinstance(self.kernel, JITFunction) or torch.version.hip:
-            self.kernel[grid](*arguments, **constants, **options)
-            return
-        values = [constants[name] for name in self._constants]
-        device = torch.cuda.current_device()
-        variant = (device, *values, *options.values(), *_facts(arguments, self._specialized))
+    def __call__(self, grid: tuple[int, ...], arguments: tuple, named: dict[str, Any]) -> None:
+        """As `launch` has it."""
+        variant = (torch.cuda.current_device(), *named, *named.values(), *_facts(arguments, self._specialized))
         compiled = self._variants.get(variant)
         if compiled is None:
-            self._variants[variant] = self.kernel[grid](*arguments, **constants, **options)
+            self._variants[variant] = self.kernel[grid](*arguments, **named)
         else:
-            compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+            constants = [named[name] for name in self._constants]
+            compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
+
+
+# By the kernel's identity: to hash a kernel, Triton reads and hashes its source.
+_launchers: dict[int, Launcher] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
+    """`kernel[grid](*arguments, **named)`, on the current device and stream.
+
+    Args:
+        kernel: what `triton.jit` or `gluon.jit` made, for good; its constants follow its other parameters.
+        grid: numbers of programs.
+        arguments: tensors, descriptors, ints, floats, tuples of such, or None, in the kernel's order.
+        named: all constants of the kernel, and options: num_warps and the like.
+    """
+    # Interpreted; or on AMD, where variants also depend on the size of each tensor's memory.
+    if not isinstance(kernel, JITFunction) or torch.version.hip:
+        kernel[grid](*arguments, **named)
+        return
+    launcher = _launchers.get(id(kernel))
+    if launcher is None:
+        launcher = _launchers[id(kernel)] = Launcher(kernel)
+    launcher(grid, arguments, named)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import size_stride
 from foveal.block_sparse.triton.feature_maps import feature_map
-from foveal.block_sparse.triton.launch import Launcher
+from foveal.block_sparse.triton.launch import launch
 from foveal.block_sparse.triton.select import add_column_sums, block_mean, store_first_row
 from foveal.block_sparse.triton.tiles import (
     TILE,
@@ -130,11 +130,6 @@ def _masked_sum_kernel(
     tl.store(sum_ptr + rows[:, None] * D + feature[None, :], acc)
 
 
-_launch_key_states = Launcher(_key_state_kernel)
-_launch_sum_parts = Launcher(_sum_parts_kernel)
-_launch_masked_sum = Launcher(_masked_sum_kernel)
-
-
 def _programs_at_once(device: torch.device) -> int:
     """Programs of `_key_state_kernel` that run at once: two a multiprocessor."""
     return 2 * multiprocessors(device)
@@ -148,19 +143,13 @@ def _run_key_states(
     descriptors = descriptors_fit((key, value))
     # Without the copy engine, two programs' share of the registers would spill kilobytes in the loop.
     limits = {"num_stages": 3, **register_limit(128)} if descriptors else {"num_stages": 2}
-    _launch_key_states(
-        (-(-blocks // at_once) * len(pairs),),
-        (
-            tile_argument(key, TILE, descriptors), tile_argument(value, TILE, descriptors), state, norm,
-            norm if pooled is None else pooled, norm if sizes is None else sizes, row_strides(key), row_strides(value),
-            heads, len(pairs), length, size_stride(sizes), pairs.start, blocks, at_once, state.stride(1),
-            norm.stride(1),
-        ),
-        {
-            "D": head_dim, "BLOCK_K": block_k, "TILE": TILE, "PER_BLOCK": state.dtype == torch.bfloat16,
-            "POOL": pooled is not None, "HAS_SIZES": sizes is not None, "DESCRIPTORS": descriptors,
-            "FEATURE_MAP": feature_map,
-        },
+    launch(
+        _key_state_kernel, (-(-blocks // at_once) * len(pairs),),
+        tile_argument(key, TILE, descriptors), tile_argument(value, TILE, descriptors), state, norm,
+        norm if pooled is None else pooled, norm if sizes is None else sizes, row_strides(key), row_strides(value),
+        heads, len(pairs), length, size_stride(sizes), pairs.start, blocks, at_once, state.stride(1), norm.stride(1),
+        D=head_dim, BLOCK_K=block_k, TILE=TILE, PER_BLOCK=state.dtype == torch.bfloat16, POOL=pooled is not None,
+        HAS_SIZES=sizes is not None, DESCRIPTORS=descriptors, FEATURE_MAP=feature_map,
         num_warps=8 if head_dim == 128 else 4, **limits,
     )  # fmt: skip
 
@@ -204,8 +193,9 @@ def key_state_sums(
     )
     state = torch.empty((pairs, 1, head_dim, head_dim), dtype=torch.bfloat16, device=key.device)
     _run_key_states(key, value, sizes, block_k, feature_map, range(pairs), blocks, at_once, part, norm_part, pooled)
-    constants = {"D": head_dim, "ROWS": 8}
-    _launch_sum_parts((head_dim // 8, pairs), (part, norm_part, state, norm, parts), constants, num_warps=4)
+    launch(
+        _sum_parts_kernel, (head_dim // 8, pairs), part, norm_part, state, norm, parts, D=head_dim, ROWS=8, num_warps=4
+    )
     return state, norm
 
 
@@ -220,7 +210,8 @@ def masked_sum(mask: Tensor, terms: Tensor, out: Tensor | None = None) -> Tensor
     head_dim = terms.shape[-1]
     if out is None:
         out = torch.empty((pairs, rows, head_dim), dtype=torch.float32, device=mask.device)
-    arguments = mask, terms, out, mask.stride(), columns
-    constants = {"D": head_dim, "ROWS": 32, "TILE": TILE}
-    _launch_masked_sum((rows // 32, pairs), arguments, constants, num_warps=4, num_stages=3)
+    launch(
+        _masked_sum_kernel, (rows // 32, pairs), mask, terms, out, mask.stride(), columns,
+        D=head_dim, ROWS=32, TILE=TILE, num_warps=4, num_stages=3,
+    )  # fmt: skip
     return out

@@ -18,6 +18,7 @@ from torch import Tensor
 from foveal.block_sparse.launch_arguments import LinearTerm, size_stride
 from foveal.block_sparse.triton.feature_maps import EPSILON, feature_map, feature_map_backward
 from foveal.block_sparse.triton.forward import tile_valid
+from foveal.block_sparse.triton.launch import launch
 from foveal.block_sparse.triton.tiles import TILE, load_rows, row_strides, store_rows
 
 
@@ -151,7 +152,8 @@ def query_gradients(
     heads, length, head_dim = query.shape[1:]
     rows = grad_norm.shape[1]
     grad_state = torch.empty((len(pairs), rows, head_dim, head_dim), dtype=torch.bfloat16, device=query.device)
-    _query_grad_kernel[(rows, len(pairs))](
+    launch(
+        _query_grad_kernel, (rows, len(pairs)),
         query, output, grad, term.state, term.norm, term.proj_weight, term.proj_bias,
         grad_query, delta, linear, grad_state, grad_norm,
         row_strides(query), row_strides(output), row_strides(grad), row_strides(grad_query),
@@ -165,11 +167,12 @@ def query_gradients(
 def projection_gradients(grad: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
     """dW [D, D] and db [D], float32, from dO and O^l, both [B, H, Lq, D]."""
     batch, heads, length, head_dim = grad.shape
-    tiles = max(1, triton.cdiv(length * batch * heads, 256 * TILE))
-    parts = triton.cdiv(length, tiles * TILE)
+    tiles = max(1, -(-length * batch * heads // (256 * TILE)))
+    parts = -(-length // (tiles * TILE))
     weight = torch.empty((batch * heads * parts, head_dim, head_dim), dtype=torch.float32, device=grad.device)
     bias = torch.empty((batch * heads * parts, head_dim), dtype=torch.float32, device=grad.device)
-    _projection_grad_kernel[(parts, batch * heads)](
+    launch(
+        _projection_grad_kernel, (parts, batch * heads),
         grad, linear, weight, bias, row_strides(grad), row_strides(linear), heads, length, tiles,
         D=head_dim, TILE=TILE, num_warps=4, num_stages=2,
     )  # fmt: skip
@@ -189,7 +192,8 @@ def add_key_gradients(
 ) -> None:
     """Adds the linear branch's dK and dV in place, from G [B * H, Tk or 1, D, D] and z [B * H, Tk or 1, D]."""
     batch, heads, length, head_dim = key.shape
-    _key_grad_kernel[(triton.cdiv(length, TILE), batch * heads)](
+    launch(
+        _key_grad_kernel, (-(-length // TILE), batch * heads),
         key, value, grad_state, grad_norm, grad_norm if sizes is None else sizes, grad_key, grad_value,
         row_strides(key), row_strides(value), row_strides(grad_key), row_strides(grad_value),
         (*grad_state.stride()[:2], *grad_norm.stride()[:2]), heads, length, size_stride(sizes),

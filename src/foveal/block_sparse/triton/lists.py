@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import size_stride
+from foveal.block_sparse.triton.launch import launch
 
 CHUNK = 1024
 
@@ -76,12 +77,13 @@ def column_lists(critical: Tensor, counts: Tensor, num_key_blocks: int) -> Colum
     marks = torch.zeros((columns, num_query_blocks), dtype=torch.int8, device=critical.device)
     column_counts = torch.empty(columns, dtype=torch.int32, device=critical.device)
     rows = torch.empty(pairs * num_query_blocks * width, dtype=torch.int32, device=critical.device)
-    _mark_kernel[(num_query_blocks, pairs)](
-        critical, counts, marks, num_query_blocks, num_key_blocks, width, CHUNK=128, num_warps=4
-    )
-    _count_kernel[(columns,)](marks, column_counts, num_query_blocks, CHUNK=CHUNK, num_warps=4)
+    launch(
+        _mark_kernel, (num_query_blocks, pairs),
+        critical, counts, marks, num_query_blocks, num_key_blocks, width, CHUNK=128, num_warps=4,
+    )  # fmt: skip
+    launch(_count_kernel, (columns,), marks, column_counts, num_query_blocks, CHUNK=CHUNK, num_warps=4)
     offsets = column_counts.cumsum(0, dtype=torch.int32) - column_counts
-    _collect_kernel[(columns,)](marks, offsets, rows, num_query_blocks, CHUNK=CHUNK, num_warps=4)
+    launch(_collect_kernel, (columns,), marks, offsets, rows, num_query_blocks, CHUNK=CHUNK, num_warps=4)
     return ColumnLists(offsets, column_counts, rows)
 
 
@@ -144,7 +146,8 @@ def full_blocks_first(
     batch, heads, num_query_blocks, width = critical.shape
     pairs = range(batch * heads) if pairs is None else pairs
     ordered, full = (torch.empty_like(critical), torch.empty_like(counts)) if lists is None else lists
-    _full_first_kernel[(num_query_blocks, len(pairs))](
+    launch(
+        _full_first_kernel, (num_query_blocks, len(pairs)),
         critical, counts, sizes, ordered, full, num_query_blocks, width, size_stride(sizes), heads, pairs.start,
         block_k, CHUNK=128, num_warps=4,
     )  # fmt: skip
@@ -183,7 +186,8 @@ def noncritical_mask(critical: Tensor, counts: Tensor, num_key_blocks: int) -> T
     batch, heads, num_query_blocks, width = critical.shape
     rows, columns = padded_blocks(num_query_blocks), padded_blocks(num_key_blocks)
     mask = torch.empty((batch, heads, rows, columns), dtype=torch.bfloat16, device=critical.device)
-    _noncritical_kernel[(rows, batch * heads)](
+    launch(
+        _noncritical_kernel, (rows, batch * heads),
         critical, counts, mask, num_query_blocks, num_key_blocks, width, rows * columns, columns,
         CHUNK=128, num_warps=4,
     )  # fmt: skip

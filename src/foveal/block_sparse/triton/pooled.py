@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import LOG2_E
+from foveal.block_sparse.triton.launch import launch
 
 ROWS = 64  # queries of a program; keys in the kernel for dK and dV
 FORWARD_COLUMNS, BACKWARD_COLUMNS = 64, 32  # how many of the others come at a time
@@ -141,7 +142,8 @@ def pooled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     """
     batch, heads, length, head_dim = query.shape
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:3])
-    _pooled_fwd_kernel[(triton.cdiv(length, ROWS), batch * heads)](
+    launch(
+        _pooled_fwd_kernel, (-(-length // ROWS), batch * heads),
         query, key, value, output, lse, length, scale * LOG2_E,
         D=head_dim, ROWS=ROWS, COLUMNS=FORWARD_COLUMNS, num_warps=8, num_stages=2,
     )  # fmt: skip
@@ -155,12 +157,11 @@ def pooled_attention_backward(
     batch, heads, length, head_dim = query.shape
     grad_query, grad_key, grad_value = (torch.empty_like(query) for _ in range(3))
     delta = torch.empty_like(lse)
-    grid = (triton.cdiv(length, ROWS), batch * heads)
+    grid = (-(-length // ROWS), batch * heads)
     options = {"D": head_dim, "ROWS": ROWS, "COLUMNS": BACKWARD_COLUMNS, "num_warps": 8, "num_stages": 2}
-    _pooled_dq_kernel[grid](
-        query, key, value, output, lse, grad, grad_query, delta, length, scale, scale * LOG2_E, **options
-    )
-    _pooled_dkdv_kernel[grid](
-        query, key, value, lse, grad, delta, grad_key, grad_value, length, scale, scale * LOG2_E, **options
+    scales = scale, scale * LOG2_E
+    launch(_pooled_dq_kernel, grid, query, key, value, output, lse, grad, grad_query, delta, length, *scales, **options)
+    launch(
+        _pooled_dkdv_kernel, grid, query, key, value, lse, grad, delta, grad_key, grad_value, length, *scales, **options
     )
     return grad_query, grad_key, grad_value

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import size_stride
-from foveal.block_sparse.triton.launch import Launcher
+from foveal.block_sparse.triton.launch import launch
 from foveal.block_sparse.triton.lists import padded_blocks
 from foveal.block_sparse.triton.tiles import register_limit, row_strides
 
@@ -221,11 +221,6 @@ def _pick_kernel(
         tl.store(marginal_ptr, tl.zeros([COLUMNS], tl.float32).to(marginal_ptr.dtype.element_ty), mask=inside)
 
 
-_launch_pool = Launcher(_pool_kernel)
-_launch_scores = Launcher(_score_kernel)
-_launch_pick = Launcher(_pick_kernel)
-
-
 def pool(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
     """Mean over each block's valid tokens, float32 [B, H, T, D].
 
@@ -236,13 +231,11 @@ def pool(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
     batch, heads, length, head_dim = x.shape
     blocks = -(-length // block)
     pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
-    tensors = x, pooled, pooled if sizes is None else sizes
-    _launch_pool(
-        (blocks * batch * heads,),
-        (*tensors, row_strides(x), heads, batch * heads, length, size_stride(sizes), block),
-        {"D": head_dim, "ROWS": 64, "HAS_SIZES": sizes is not None},
-        num_warps=4,
-    )
+    launch(
+        _pool_kernel, (blocks * batch * heads,),
+        x, pooled, pooled if sizes is None else sizes, row_strides(x), heads, batch * heads, length,
+        size_stride(sizes), block, D=head_dim, ROWS=64, HAS_SIZES=sizes is not None, num_warps=4,
+    )  # fmt: skip
     return pooled
 
 
@@ -285,26 +278,19 @@ def pick(
     scores = torch.empty(min(step, pairs) * rows * row_bytes // 4, dtype=torch.int32, device=query.device)
     for start in range(0, pairs, step):
         some = min(step, pairs - start)
-        _launch_scores(
-            (column_tiles, -(-rows // SCORE_TILE), some),
-            (query[start:], key[start:], scores, rows, columns, scale),
-            {"D": head_dim, "TILE": SCORE_TILE},
-            num_warps=4,
-            num_stages=1,
-        )
-        _launch_pick(
-            (padded_rows, some),
-            (
-                scores, lists, counts, marginal if with_marginal else lists,
-                counts if wanted.valid_blocks is None else wanted.valid_blocks,
-                counts if wanted.table is None else wanted.table,
-                heads, rows, columns, lists.shape[-1], padded_rows, column_tiles, wanted.critical,
-                wanted.negligible, *wanted.key_range, *wanted.query_range, first_pair + start,
-            ),
-            {
-                "COLUMNS": held, "TILE": SCORE_TILE, "MARGINAL": with_marginal,
-                "PER_SAMPLE": wanted.valid_blocks is not None,
-            },
+        launch(
+            _score_kernel, (column_tiles, -(-rows // SCORE_TILE), some),
+            query[start:], key[start:], scores, rows, columns, scale,
+            D=head_dim, TILE=SCORE_TILE, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        launch(
+            _pick_kernel, (padded_rows, some),
+            scores, lists, counts, marginal if with_marginal else lists,
+            counts if wanted.valid_blocks is None else wanted.valid_blocks,
+            counts if wanted.table is None else wanted.table,
+            heads, rows, columns, lists.shape[-1], padded_rows, column_tiles, wanted.critical,
+            wanted.negligible, *wanted.key_range, *wanted.query_range, first_pair + start,
+            COLUMNS=held, TILE=SCORE_TILE, MARGINAL=with_marginal, PER_SAMPLE=wanted.valid_blocks is not None,
             num_warps=max(1, held // SCORES_PER_WARP), **register_limit(96 if held <= 8192 else 64),
         )  # fmt: skip
 

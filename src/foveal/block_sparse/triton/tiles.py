@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from foveal.block_sparse.launch_arguments import copy_strides
+from foveal.block_sparse.launch_arguments import Descriptors, copy_strides
 
 TILE = 64
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -68,11 +68,14 @@ def _aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
 
 
+@Descriptors
+def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), copy_strides(x), [1, 1, rows, x.shape[-1]])
+
+
 def tile_argument(x: Tensor, rows: int, descriptors: bool):
     """What a kernel takes for x [B, H, L, D]: a descriptor of [rows, D] tiles, or x itself."""
-    if not descriptors:
-        return x
-    return TensorDescriptor(x, list(x.shape), copy_strides(x), [1, 1, rows, x.shape[-1]])
+    return _tiles(x, rows) if descriptors else x
 
 
 def row_strides(x: Tensor) -> tuple[int, int, int]:
