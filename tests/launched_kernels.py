@@ -9,6 +9,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from foveal.block_sparse.gluon import cubes, launch_linear
 from foveal.block_sparse.gluon import launch as gluon_launch
-from foveal.block_sparse.triton import tiles
+from foveal.block_sparse.triton import launch, tiles
 
 # Multiprocessors that the launch code counts on; it decides about run-time integers alone.
 MULTIPROCESSORS = 132
@@ -44,6 +45,26 @@ class Launched(NamedTuple):
         return self.name, self.types, repr(sorted(self.source.attrs.items())), repr(self.constants), str(self.options)
 
 
+def _bind(kernel, backend, arguments, named):
+    """Arguments by name, what of them a variant is compiled for, and options."""
+    named |= {"debug": False, "instrumentation_mode": ""}
+    return create_function_from_signature(kernel.signature, kernel.params, backend)(*arguments, **named)
+
+
+@contextlib.contextmanager
+def _instead_of_launches(monkeypatch, arch: int, run: Callable):
+    """Production code runs as if on this architecture, and every first launch of a variant is a call of `run`."""
+    with monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        patch.setattr(launch, "_launchers", {})
+        patch.setattr(tiles, "has_copy_engine", lambda device: arch >= 90)
+        patch.setattr(torch.cuda, "current_device", lambda: 0)
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        for module in (gluon_launch, launch_linear, cubes):
+            patch.setattr(module, "_multiprocessors", lambda device: MULTIPROCESSORS)
+        yield
+
+
 @contextlib.contextmanager
 def noted_launches(monkeypatch, arch: int):
     """A dict of `Launched`, without repetitions, that fills while production code runs as if on this architecture."""
@@ -52,24 +73,54 @@ def noted_launches(monkeypatch, arch: int):
     launched = {}
 
     def note(kernel, *arguments, grid, warmup, **named):
-        named |= {"debug": False, "instrumentation_mode": ""}
-        bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
-            *arguments, **named
-        )
+        bound, specialization, options = _bind(kernel, backend, arguments, named)
         options, signature, constants, attributes = kernel._pack_args(backend, named, bound, specialization, options)
         source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
         by_name = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
         one = Launched(kernel.__name__, by_name, tuple(map(str, signature.values())), source, target, options)
         launched.setdefault(one.key, one)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(JITFunction, "run", note)
-        patch.setattr(tiles, "has_copy_engine", lambda device: arch >= 90)
-        patch.setattr(torch.cuda, "current_device", lambda: 0)
-        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        for module in (gluon_launch, launch_linear, cubes):
-            patch.setattr(module, "_multiprocessors", lambda device: MULTIPROCESSORS)
+    with _instead_of_launches(monkeypatch, arch, note):
         yield launched
+
+
+class Variant:
+    """In a compiled variant's place: it checks that what it is launched with is what it was compiled for."""
+
+    def __init__(self, kernel, backend, arguments, named, calls: list) -> None:
+        bound, self.compiled_for, _ = _bind(kernel, backend, arguments, dict(named))
+        self.kernel, self.backend, self.calls, self.named = kernel, backend, calls, named
+        self.constants = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
+        self.note("first", arguments)
+
+    def note(self, which: str, arguments) -> None:
+        self.calls.append((self.kernel.__name__, which, tuple(map(str, self.compiled_for)), len(arguments)))
+
+    def __getitem__(self, grid):
+        def run(*arguments) -> None:
+            assert len(grid) == 3
+            options = {name: value for name, value in self.named.items() if name not in self.constants}
+            bound, compiled_for, _ = _bind(self.kernel, self.backend, arguments, options)
+            assert compiled_for == self.compiled_for, self.kernel.__name__
+            assert {name: bound[name] for name in self.constants} == self.constants, self.kernel.__name__
+            self.note("again", arguments[: len(arguments) - len(self.constants)])
+
+        return run
+
+
+@contextlib.contextmanager
+def checked_launches(monkeypatch, arch: int):
+    """A list that fills with launches, ("kernel", "first" or "again", what the variant is for, how many arguments).
+
+    Production code runs as if on this architecture; all but first launches go to the variant that it took for theirs.
+    """
+    backend, calls = make_backend(GPUTarget("cuda", arch, 32)), []
+
+    def run(kernel, *arguments, grid, warmup, **named):
+        return Variant(kernel, backend, arguments, named, calls)
+
+    with _instead_of_launches(monkeypatch, arch, run):
+        yield calls
 
 
 class Figures(NamedTuple):

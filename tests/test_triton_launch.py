@@ -1,6 +1,7 @@
 """What `Launcher` tells variants of a kernel by is at least what Triton compiles variants for."""
 
 import contextlib
+import functools
 import importlib
 import itertools
 import pkgutil
@@ -10,6 +11,9 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from launched_calls import FEW, sparse, vsa  # noqa: E402
+from launched_calls import sla as sla_call  # noqa: E402
+from launched_kernels import checked_launches  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
@@ -81,6 +85,26 @@ def test_a_launcher_tells_apart_what_triton_does(name):
                 apart += 1
                 assert facts[0] != facts[1], f"{run_time[place]} (specialized: {matters}): {first} and {second}"
     assert apart > 0
+
+
+# As they are, on both architectures, and through Hopper's kernels.
+CALLS = [(call, arch) for call in FEW for arch in (80, 90)]
+if missing_gluon() is None:
+    CALLS += [(functools.partial(call, hopper=True), 90) for call in FEW if call.func in (sparse, sla_call, vsa)]
+
+
+@pytest.mark.parametrize("case", range(len(CALLS)))
+def test_what_is_launched_again_fits_its_variant(case, monkeypatch):
+    if not isinstance(next(iter(KERNELS.values())), JITFunction):
+        pytest.skip("kernels are interpreted")
+    run, arch = CALLS[case]
+    with checked_launches(monkeypatch, arch) as calls:
+        run()
+        first = len(calls)
+        run()
+    again = calls[first:]
+    assert {which for _, which, *_ in again} == {"again"}
+    assert [(name, *rest) for name, _, *rest in again] == [(name, *rest) for name, _, *rest in calls[:first]]
 
 
 class Recorder(JITFunction):
