@@ -126,7 +126,8 @@ def run_selection(name: str) -> None:
     assert torch.equal(ours.labels(), expected.labels())
     assert torch.equal(ours.critical_count, expected.critical_count)
     assert torch.equal(ours.key_block_sizes, expected.key_block_sizes)
-    options = layout.slot, layout.uniform_size or 0, layout.kept, query.shape[-1] ** -0.5, False, False
+    shape = [layout.slot, layout.uniform_size or 0, layout.kept]
+    options = shape, query.shape[-1] ** -0.5, False, False
     tables = layout.places(query.device), layout.cube_sizes, layout.key_sizes, layout.text_counts
     *_, critical, counts = _forward_op(query, key, value, None, None, *tables, None, None, *options)
     assert torch.equal(critical, ours.critical)

@@ -47,9 +47,7 @@ def vsa_attention_gpu(
         layout.text_counts,
         None if selection is None else selection.critical,
         None if selection is None else selection.critical_count,
-        layout.slot,
-        layout.uniform_size or 0,
-        layout.kept,
+        [layout.slot, layout.uniform_size or 0, layout.kept],
         scale,
         hopper,
         torch.is_grad_enabled() and any(x.requires_grad for x in given),
@@ -110,9 +108,7 @@ def _forward_op(
     text_counts: Tensor | None,
     given_critical: Tensor | None,
     given_counts: Tensor | None,
-    slot: int,
-    uniform: int,
-    kept: int,
+    shape: list[int],
     scale: float,
     hopper: bool,
     save: bool,
@@ -120,7 +116,11 @@ def _forward_op(
     """The output, and what the backward reads beside it (empty unless `save`) and the lists.
 
     Of is among that with a fine gate alone: without one the backward has it from O.
+
+    Args:
+        shape: tokens that a cube takes up, tokens of every block (0 where they differ), and cubes kept.
     """
+    slot, uniform, kept = shape
     with torch.cuda.device_of(query):  # Triton launches on the current device
         cubes, pooled = pool_cubes(query, key, value, places, key_sizes, slot, gather="kv" if hopper else "qkv")
         if given_critical is None:
@@ -154,7 +154,7 @@ def _forward_op(
 def _(
     query, key, value, gate_coarse, gate_fine, places, cube_sizes, key_sizes, text_counts, given, given_counts, *rest
 ):
-    slot, _, kept, _, _, save = rest
+    (slot, _, kept), _, _, save = rest
     batch, heads, _, head_dim = query.shape
     num_cubes = places.numel() // slot
     width = kept + key_sizes.shape[1] - num_cubes if given is None else given.shape[-1]
@@ -225,7 +225,7 @@ def _(grad, query, key, value, gate_coarse, gate_fine, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    slot, uniform, _, scale, hopper, _ = inputs[11:]
+    (slot, uniform, _), scale, hopper, _ = inputs[11:]
     gate_fine, (result, fine, *others) = inputs[4], output
     ctx.save_for_backward(*inputs[:8], result if gate_fine is None else fine, *others)
     ctx.options = slot, uniform, scale, hopper
