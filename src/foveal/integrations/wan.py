@@ -88,7 +88,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     exchanged = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     sign = torch.arange(x.shape[-1], device=x.device) % 2 * 2 - 1
-    return (x * cos + exchanged * (sin * sign)).type_as(x)
+    # In place, for memory without a compiler: float32 is twice the size.
+    return (x * cos).addcmul_(exchanged, sin * sign).type_as(x)
 
 
 def _from_firsts(table: Tensor) -> Tensor:

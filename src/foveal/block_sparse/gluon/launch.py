@@ -248,15 +248,9 @@ def backward(
         feature_map = linear.feature_map
     with torch.cuda.device(query.device):
         launch(
-            row_statistics_kernel,
-            (-(-num_tiles // 4), batch * heads),
-            lse,
-            delta,
-            statistics,
-            query_length,
-            num_tiles,
-            num_warps=4,
-        )
+            row_statistics_kernel, (-(-num_tiles // 4), batch * heads),
+            lse, delta, statistics, query_length, num_tiles, num_warps=4,
+        )  # fmt: skip
         plan = dq_plan(head_dim, block_q, block_k, has_sizes, tail=short_tail(uniform, block_k))
         tile_k = plan["tile_k"]
         per_program = tile * plan["constants"]["CONSUMERS"]
