@@ -1,9 +1,12 @@
 """Context parallelism: two processes on the CPU agree with one, forward and backward; what is refused."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from tiny_wan import SPARSE_SLA, diffusers, run, tiny_transformer
-from two_rank_cases import CONTEXT_PARALLEL, check_case
+from two_rank_cases import CONTEXT_PARALLEL, INDUCTOR, check_case
 
 from foveal import (
     SparseLinearAttention,
@@ -17,8 +20,12 @@ from foveal import (
 from foveal.integrations.context_parallel import check_parallel_config
 from foveal.integrations.processor import sparse_processors
 
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 
-@pytest.mark.parametrize("case", CONTEXT_PARALLEL)
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=needs_compiler if case in INDUCTOR else ()) for case in CONTEXT_PARALLEL]
+)
 def test_two_ranks(case, request):
     check_case(case, request)
 
