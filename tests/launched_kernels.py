@@ -45,10 +45,13 @@ class Launched(NamedTuple):
         return self.name, self.types, repr(sorted(self.source.attrs.items())), repr(self.constants), str(self.options)
 
 
+# What Triton adds to a launch.
+ADDED = {"debug": False, "instrumentation_mode": ""}
+
+
 def _bind(kernel, backend, arguments, named):
     """Arguments by name, what of them a variant is compiled for, and options."""
-    named |= {"debug": False, "instrumentation_mode": ""}
-    return create_function_from_signature(kernel.signature, kernel.params, backend)(*arguments, **named)
+    return create_function_from_signature(kernel.signature, kernel.params, backend)(*arguments, **named, **ADDED)
 
 
 @contextlib.contextmanager
@@ -74,7 +77,8 @@ def noted_launches(monkeypatch, arch: int):
 
     def note(kernel, *arguments, grid, warmup, **named):
         bound, specialization, options = _bind(kernel, backend, arguments, named)
-        options, signature, constants, attributes = kernel._pack_args(backend, named, bound, specialization, options)
+        packed = kernel._pack_args(backend, named | ADDED, bound, specialization, options)
+        options, signature, constants, attributes = packed
         source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
         by_name = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
         one = Launched(kernel.__name__, by_name, tuple(map(str, signature.values())), source, target, options)
@@ -88,7 +92,7 @@ class Variant:
     """In a compiled variant's place: it checks that what it is launched with is what it was compiled for."""
 
     def __init__(self, kernel, backend, arguments, named, calls: list) -> None:
-        bound, self.compiled_for, _ = _bind(kernel, backend, arguments, dict(named))
+        bound, self.compiled_for, _ = _bind(kernel, backend, arguments, named)
         self.kernel, self.backend, self.calls, self.named = kernel, backend, calls, named
         self.constants = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
         self.note("first", arguments)

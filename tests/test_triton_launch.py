@@ -56,10 +56,6 @@ def values():
     yield 0.5, 1.0
 
 
-def test_all_kernels_are_found():
-    assert len(KERNELS) == {1: 25, 2: 34}[len(PACKAGES)]
-
-
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_launcher_tells_apart_what_triton_does(name):
     kernel = KERNELS[name]
@@ -102,6 +98,7 @@ def test_what_is_launched_again_fits_its_variant(case, monkeypatch):
         run()
         first = len(calls)
         run()
+    assert {name for name, *_ in calls} <= KERNELS.keys()
     again = calls[first:]
     assert {which for _, which, *_ in again} == {"again"}
     assert [(name, *rest) for name, _, *rest in again] == [(name, *rest) for name, _, *rest in calls[:first]]
