@@ -1,12 +1,14 @@
-"""Steps of `foveal train` on one GPU and on several under FSDP2: losses must agree, tokens a second are compared.
+"""Steps of `foveal train` on one GPU and on several: losses must agree, tokens a second are compared.
 
     python benchmarks/train_scaling.py --json one.json
     torchrun --nproc-per-node 2 benchmarks/train_scaling.py --json two.json --against one.json
+    torchrun --nproc-per-node 2 benchmarks/train_scaling.py --context-parallel 2 --json two.json --against one.json
 
 The trainer itself runs, on random latents of a 480p video of 81 frames (32,760 tokens), with Wan2.1-1.3B's width and
-random weights: float32 weights, bfloat16 autocast, gradient checkpointing, fused AdamW, SLA. The step's batch is the
-same whatever the number of processes: with one, gradients accumulate. Few layers, so that checkpoint and export are
-small; what a layer costs does not depend on their number.
+random weights: float32 weights, bfloat16 autocast, gradient checkpointing, fused AdamW, SLA. Several processes shard
+the model (FSDP2), and divide the samples, or with `--context-parallel` the tokens of each. The step's batch is the same
+whatever the number of processes: with one, gradients accumulate. Few layers, so that checkpoint and export are small;
+what a layer costs does not depend on their number.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ def write_data(folder: Path, options: argparse.Namespace) -> None:
 def configuration(data: Path, output: Path, options: argparse.Namespace) -> TrainingConfig:
     return TrainingConfig(
         model=ModelSettings(
-            architecture=WanArchitecture(num_layers=options.layers, num_heads=options.heads, ffn_dim=options.ffn_dim)
+            architecture=WanArchitecture(num_layers=options.layers, num_heads=options.heads, ffn_dim=options.ffn_dim),
+            compile=options.compile,
         ),
         sparsity=SparsitySettings(SLAConfig(keep_ratio=0.05, drop_ratio=0.10)),
         data=DataSettings(folder=data, held_out=1, caption_dropout=0.0),
@@ -73,6 +76,7 @@ def configuration(data: Path, output: Path, options: argparse.Namespace) -> Trai
         evaluation=EvaluationSettings(every=0),
         checkpoint=CheckpointSettings(every=10 * options.steps),
         parallel="fsdp",
+        context_parallel=options.context_parallel,
         device=options.device,
         tracker="none",
     )
@@ -88,6 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ffn-dim", type=int, default=8960)
     parser.add_argument("--batch", type=int, default=2, help="samples in a step, over all processes")
     parser.add_argument("--steps", type=int, default=6, help="the first two are not timed")
+    parser.add_argument("--context-parallel", type=int, default=1, help="processes that divide a sample's tokens")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--commit", help="of this tree, where git cannot say")
     parser.add_argument("--json", type=Path, required=True)

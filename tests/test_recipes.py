@@ -144,6 +144,7 @@ def test_annealing_goes_down_step_by_step():
     ("changes", "message"),
     [
         ({"steps": 0}, "steps must be at least 1"),
+        ({"context_parallel": 0}, "context_parallel must be at least 1"),
         ({"batch_size": 5, "micro_batch_size": 2}, "batch_size must be a multiple of micro_batch_size, got 5 and 2"),
         ({"sparsity": SparsitySettings(), "optimizer__trainable": "new"}, "'new' needs sparsity.attention"),
         ({"optimizer__trainable": "lora"}, "needs model.path"),

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from foveal.training.evaluation import DivergenceAlarm, Evaluation, HeldOut, Lay
 from foveal.training.faults import LossGuard, TrainingError, out_of_memory
 from foveal.training.model import anneal, build_model, build_wan, token_grid, velocity
 from foveal.training.objective import add_noise, flow_matching_loss, sample_noise
+from foveal.training.parallel import check_tokens, data_part, place
 from foveal.training.settings import (
     Annealing,
     DataSettings,
@@ -439,6 +441,33 @@ def test_layers_may_differ(folder):
     assert trainer.run().finished
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("degree", [1, 2])
+def test_compiled_blocks_are_sharded(tmp_path, degree):
+    compiled, alone = tmp_path / "compiled", tmp_path / "alone"
+    arguments = ["--steps", 2, "--batch-size", 2, "--evaluation.every", 0]
+    spread = ["--parallel", "fsdp", "--context-parallel", degree, "--model.compile"]
+    process = start(*arguments, *spread, "--output", compiled / "run", processes=2)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    run_here(*arguments, "--output", alone / "run")
+    for step, loss in metrics(alone).items():
+        assert metrics(compiled)[step] == pytest.approx(loss, rel=1e-4)
+
+
+def test_what_shares_a_sample(folder):
+    four = config(folder, context_parallel=2)
+    ranks = [data_part(SimpleNamespace(process_index=rank, num_processes=4), four) for rank in range(4)]
+    assert ranks == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    check_tokens(3, 72, (4, 3, 8, 12))
+    with pytest.raises(ValueError, match=r"tokens of every sample, got 5 and latents \[4, 3, 8, 12\] with 72 tokens"):
+        check_tokens(5, 72, (4, 3, 8, 12))
+    three = SimpleNamespace(num_processes=3, process_index=0, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="context_parallel must divide the model's heads, 2, got 3"):
+        place(build_wan(ARCHITECTURE), three, config(folder, context_parallel=3))
+
+
 @pytest.mark.parametrize(
     "method", [SPARSE, SPARSE.replace(token_order="tile"), VSAConfig(keep_ratio=0.3, tile=(2, 2, 4))]
 )
@@ -664,6 +693,10 @@ def test_the_command_answers_mistakes_in_one_line(tmp_path, capsys):
         (["tiny", "--data.height", "33", *output], "data.height must be a multiple of 4 (model.architecture.patch)"),
         (["tiny", "--data.width", "50", *output], "data.width must be a multiple of 4"),
         (
+            ["tiny", "--context-parallel", "2", *output],
+            "context_parallel must divide the number of processes, 1, got 2",
+        ),
+        (
             ["tiny", "--tracker", "none", "--output", str(tmp_path / "file" / "run")],
             "file/run/clip-windows/train: Not a directory",
         ),
@@ -732,22 +765,25 @@ def test_flops_are_counted_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
-def test_two_processes_have_the_losses_of_one(tmp_path, parallel, capsys):
-    """gloo on the CPU; then one process goes on with what two have saved."""
-    both, alone = tmp_path / "both", tmp_path / "alone"
+@pytest.mark.parametrize(
+    ("processes", "parallel", "degree"), [(2, "fsdp", 1), (2, "ddp", 1), (2, "ddp", 2), (4, "fsdp", 2)]
+)
+def test_processes_have_the_losses_of_one(tmp_path, processes, parallel, degree, capsys):
+    """gloo on the CPU; then one process goes on with what they have saved."""
+    several, alone = tmp_path / "several", tmp_path / "alone"
     arguments = ["--steps", 6, "--batch-size", 4, "--checkpoint.every", 3, "--evaluation.every", 3]
-    process = start(*arguments, "--output", both / "run", "--parallel", parallel, processes=2)
-    said, _ = process.communicate(timeout=200)
+    spread = ["--parallel", parallel, "--context-parallel", degree]
+    process = start(*arguments, *spread, "--output", several / "run", processes=processes)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     run_here(*arguments, "--output", alone / "run")
-    for key in ("loss", "gradient_norm", "held_out/sparse", "held_out/dense"):
-        one, two = metrics(alone, key), metrics(both, key)
-        assert one.keys() == two.keys()
+    for key in ("loss", "gradient_norm", "held_out/sparse", "held_out/dense", "error/mean", "recall/mean"):
+        one, more = metrics(alone, key), metrics(several, key)
+        assert one.keys() == more.keys()
         for step in one:
-            assert two[step] == pytest.approx(one[step], rel=1e-4), (key, step)
-    shutil.rmtree(both / "run" / "checkpoints" / "step-00000006")
-    run_here(*arguments, "--output", both / "run", "--resume")
-    assert "2 processes before, 1 now" in " ".join(capsys.readouterr().err.split())
-    for step, loss in metrics(both).items():
+            assert more[step] == pytest.approx(one[step], rel=1e-4), (key, step)
+    shutil.rmtree(several / "run" / "checkpoints" / "step-00000006")
+    run_here(*arguments, "--output", several / "run", "--resume")
+    assert f"{processes} processes before, 1 now" in " ".join(capsys.readouterr().err.split())
+    for step, loss in metrics(several).items():
         assert loss == pytest.approx(metrics(alone)[step], rel=1e-4)

@@ -41,6 +41,8 @@ class TrainingConfig:
         micro_batch_size: samples in one forward on one device; gradients accumulate to `batch_size`.
         precision: "bf16" computes in bfloat16 by autocast; weights and moments are float32 either way.
         parallel: what several processes do: "ddp" copies the model, "fsdp" shards it (FSDP2).
+        context_parallel: so many processes, neighbours, divide the tokens of each sample among them (Ulysses), and the
+            samples are divided among such groups. It must divide the processes, the model's heads and the tokens.
         device: "auto" (a GPU where there is one) or "cpu".
         seed: of new weights, batches, noise and noise levels.
         deterministic: have torch take deterministic kernels, so that a resumed run repeats to the last bit on a GPU
@@ -65,6 +67,7 @@ class TrainingConfig:
     faults: FaultSettings = field(default_factory=FaultSettings)
     precision: Literal["bf16", "no"] = "bf16"
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    context_parallel: int = 1
     device: Literal["auto", "cpu"] = "auto"
     seed: int = 0
     deterministic: bool = False
@@ -72,7 +75,7 @@ class TrainingConfig:
     export_formats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch_size"):
+        for name in ("steps", "batch_size", "micro_batch_size", "context_parallel"):
             check_positive_int(name, getattr(self, name))
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("parallel", self.parallel, PARALLEL)

@@ -17,7 +17,7 @@ from foveal.training.dataset import LatentDataset
 from foveal.training.faults import TrainingError
 from foveal.training.model import text_of, velocity
 from foveal.training.objective import add_noise, flow_matching_loss, sample_noise
-from foveal.training.parallel import mean_of
+from foveal.training.parallel import data_part, mean_of, sum_of
 
 # Queries of a layer that are compared with dense attention: all of them would take as long as dense attention does.
 QUERIES = 128
@@ -84,6 +84,7 @@ class HeldOut:
     def __init__(self, data: LatentDataset, config: TrainingConfig, accelerator: Any) -> None:
         self.data, self.settings, self.accelerator = data, config.evaluation, accelerator
         self.count, self.seed = min(config.data.held_out, len(data)), config.seed
+        self.part = data_part(accelerator, config)
 
     def sample(self, index: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(clean, noise, text) of one sample, a batch of one, on the device."""
@@ -122,16 +123,16 @@ class HeldOut:
         return Evaluation(sparse, loss_dense, layers)
 
     def _loss(self, model: nn.Module) -> float:
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        rank, parts = self.part
         total = torch.zeros((), device=self.accelerator.device, dtype=torch.float64)
         # Every process makes as many forwards, since a sharded model needs all of them for each.
-        for start in range(0, self.count, world):
+        for start in range(0, self.count, parts):
             counts = start + rank < self.count
             clean, noise, text = self.sample(min(start + rank, self.count - 1))
             for sigma in self.settings.sigmas:
                 losses = self._forward(model, clean, noise, text, sigma)
                 total += losses.double().sum() * counts
-        return (mean_of(self.accelerator, total) * world / (self.count * len(self.settings.sigmas))).item()
+        return (mean_of(self.accelerator, total) * parts / (self.count * len(self.settings.sigmas))).item()
 
     def _forward(self, model, clean, noise, text, sigma) -> Tensor:
         sigmas = torch.full((len(clean),), sigma, device=clean.device)
@@ -141,19 +142,20 @@ class HeldOut:
 
     def _layers(self, model: nn.Module) -> dict[str, LayerReport]:
         levels = sorted(self.settings.sigmas)
-        with measure_layers(model) as found:
+        with comparing_layers(model) as found:
             self._forward(model, *self.sample(0), levels[len(levels) // 2])
-        return found
+        # All processes have the same sample, under context parallelism each its own heads.
+        return {name: _report(sum_of(self.accelerator, sums)) for name, sums in found.items()}
 
 
 @contextlib.contextmanager
-def measure_layers(model: nn.Module) -> Iterator[dict[str, LayerReport]]:
-    """Compares every sparse layer with dense attention at its latest call inside the context, by layer name."""
-    found: dict[str, LayerReport] = {}
+def comparing_layers(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Compares every sparse layer with dense attention at its latest call inside the context: `_sums` by layer name."""
+    found: dict[str, Tensor] = {}
 
     def record(name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            found[name] = compare_with_dense(module, *args[:3], output, kwargs["grid"])
+            found[name] = _sums(module, *args[:3], output, kwargs["grid"])
 
         return hook
 
@@ -168,7 +170,6 @@ def measure_layers(model: nn.Module) -> Iterator[dict[str, LayerReport]]:
             handle.remove()
 
 
-@torch.no_grad()
 def compare_with_dense(
     attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, output: Tensor, grid: Any
 ) -> LayerReport:
@@ -179,17 +180,34 @@ def compare_with_dense(
         query, key, value, output: [B, H, L, D], of one call of it.
         grid: of that call.
     """
+    return _report(_sums(attention, query, key, value, output, grid))
+
+
+def _report(sums: Tensor) -> LayerReport:
+    difference, exact, mass, rows = sums.tolist()
+    return LayerReport((difference / exact) ** 0.5, mass / rows)
+
+
+@torch.no_grad()
+def _sums(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, output: Tensor, grid: Any) -> Tensor:
+    """What a report is made of, and what adds up over heads, float64 [4].
+
+    The squared norms of the output's difference from dense attention and of that, the mass on the blocks that are
+    attended to exactly, and the number of rows, each with a mass of 1.
+    """
     length = query.shape[2]
     picks = torch.linspace(0, length - 1, min(QUERIES, length), device=query.device).round().long()
     rows = query[:, :, picks].float()
     weights = (rows @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
     exact = weights @ value.float()
-    error = (output[:, :, picks].float() - exact).norm() / exact.norm()
+    difference = output[:, :, picks].float() - exact
 
     selection = attention.select(query, key, grid=grid)
     places = attention.token_places(grid).to(query.device)
     attended = selection.critical_mask()[:, :, places[picks] // selection.block_q][..., places // selection.block_k]
-    return LayerReport(error.item(), (weights * attended).sum(-1).mean().item())
+    mass = (weights * attended).sum(-1).double()
+    squares = (x.double().square().sum() for x in (difference, exact))
+    return torch.stack([*squares, mass.sum(), torch.ones_like(mass).sum()])
 
 
 class DivergenceAlarm:

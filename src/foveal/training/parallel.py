@@ -1,10 +1,14 @@
-"""Processes and devices: accelerate says which there are, and the model is placed, copied (DDP) or sharded (FSDP2)."""
+"""Processes and devices: accelerate says which there are, and the model is placed, copied (DDP) or sharded (FSDP2).
+
+Either goes with context parallelism: neighbouring processes divide a sample's tokens. Each computes the whole loss, and
+its backward gives its part of every gradient.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +21,8 @@ def build_accelerator(config: TrainingConfig) -> Any:
     """An `Accelerator` for this run.
 
     Raises:
-        ValueError: for a batch that does not divide among the processes.
+        ValueError: for processes that do not divide into groups of `context_parallel`, and for a batch that does not
+            divide among the groups.
     """
     from accelerate import Accelerator
 
@@ -27,21 +32,42 @@ def build_accelerator(config: TrainingConfig) -> Any:
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(config.output),
     )
-    unit = accelerator.num_processes * config.micro_batch_size
+    processes, degree = accelerator.num_processes, config.context_parallel
+    if processes % degree:
+        raise ValueError(f"context_parallel must divide the number of processes, {processes}, got {degree}")
+    unit = processes // degree * config.micro_batch_size
     if config.batch_size % unit:
+        groups = "processes" if degree == 1 else "processes / context_parallel"
         raise ValueError(
-            f"batch_size must be a multiple of micro_batch_size * processes = {unit}, got {config.batch_size}"
+            f"batch_size must be a multiple of micro_batch_size * {groups} = {unit}, got {config.batch_size}"
         )
     return accelerator
+
+
+class DataPart(NamedTuple):
+    """Which part of every batch a process has, `rank` of `parts`; those that share a sample's tokens have the same."""
+
+    rank: int
+    parts: int
+
+
+def data_part(accelerator: Any, config: TrainingConfig) -> DataPart:
+    degree = config.context_parallel
+    return DataPart(accelerator.process_index // degree, accelerator.num_processes // degree)
 
 
 def place(model: nn.Module, accelerator: Any, config: TrainingConfig, *, trained: bool = True) -> nn.Module:
     """The model on its device: wrapped by DDP, sharded in place, or neither with one process.
 
     Args:
-        model: on the CPU, or empty where `starts_empty` says so.
+        model: on the CPU, or empty where `starts_empty` says so. Its tokens are divided as `context_parallel` says.
         trained: False for a model that gets no gradient, a teacher.
+
+    Raises:
+        ValueError: for heads that `context_parallel` does not divide.
     """
+    if config.context_parallel > 1:
+        _divide_tokens(model, accelerator, config.context_parallel)
     if config.parallel == "fsdp" and accelerator.num_processes > 1:
         return shard(model, accelerator, bf16=config.precision == "bf16")
     model.to(accelerator.device)
@@ -54,6 +80,44 @@ def place(model: nn.Module, accelerator: Any, config: TrainingConfig, *, trained
         # While attention is still dense, the sparse parameters get no gradient.
         find_unused_parameters=annealing is not None and annealing.dense_steps > 0,
     )
+
+
+def _divide_tokens(model: nn.Module, accelerator: Any, degree: int) -> None:
+    """Context parallelism over groups of `degree` neighbouring processes, by diffusers and our processors."""
+    from diffusers import ContextParallelConfig
+    from torch.distributed.device_mesh import init_device_mesh
+
+    heads = model.config.num_attention_heads
+    if heads % degree:
+        raise ValueError(f"context_parallel must divide the model's heads, {heads}, got {degree}")
+    processes, kind = accelerator.num_processes, accelerator.device.type
+    mesh = init_device_mesh(kind, (processes // degree, 1, degree), mesh_dim_names=("data", "ring", "ulysses"))
+    with _counted_devices(processes) if kind == "cpu" else contextlib.nullcontext():
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree, mesh=mesh))
+
+
+@contextlib.contextmanager
+def _counted_devices(count: int) -> Iterator[None]:
+    """Without an accelerator torch counts none, and diffusers divides by their number."""
+    original = torch.accelerator.device_count
+    torch.accelerator.device_count = lambda: count
+    try:
+        yield
+    finally:
+        torch.accelerator.device_count = original
+
+
+def check_tokens(degree: int, tokens: int, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError for a sample whose tokens do not divide among so many processes.
+
+    Args:
+        shape: of its latents.
+    """
+    if tokens % degree:
+        raise ValueError(
+            f"context_parallel must divide the tokens of every sample, got {degree} and latents {list(shape)} "
+            f"with {tokens} tokens"
+        )
 
 
 def shard(model: nn.Module, accelerator: Any, *, bf16: bool) -> nn.Module:
@@ -139,3 +203,8 @@ def any_of(accelerator: Any, *flags: bool) -> list[bool]:
 def mean_of(accelerator: Any, value: Tensor) -> Tensor:
     """A tensor's mean over processes."""
     return value if accelerator.num_processes == 1 else accelerator.reduce(value, "mean")
+
+
+def sum_of(accelerator: Any, value: Tensor) -> Tensor:
+    """A tensor's sum over processes."""
+    return value if accelerator.num_processes == 1 else accelerator.reduce(value, "sum")

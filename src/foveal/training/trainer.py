@@ -41,7 +41,16 @@ from foveal.training.optimization import (
     parameter_groups,
     warmup_and_decay,
 )
-from foveal.training.parallel import accumulating, any_of, build_accelerator, mean_of, place, starts_empty
+from foveal.training.parallel import (
+    accumulating,
+    any_of,
+    build_accelerator,
+    check_tokens,
+    data_part,
+    mean_of,
+    place,
+    starts_empty,
+)
 from foveal.training.sampling import dense_and_sparse, visible, write_samples
 from foveal.training.state import RunState
 from foveal.training.throughput import peak_flops, sample_flops
@@ -111,12 +120,13 @@ class Trainer:
             raise ValueError("evaluation.sample_every needs a pipeline to decode latents with, and the data names none")
         self.shift = _shift(config)
         self.held_out = HeldOut(held_out_data, config, self.accelerator)
+        self.part = data_part(self.accelerator, config)
         self.stream = BatchStream(
             train_data,
-            config.batch_size // self.accelerator.num_processes,
+            config.batch_size // self.part.parts,
             seed=config.seed,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            rank=self.part.rank,
+            world_size=self.part.parts,
             caption_dropout=config.data.caption_dropout,
             num_workers=config.data.workers,
             pin_memory=self.accelerator.device.type == "cuda",
@@ -124,10 +134,13 @@ class Trainer:
 
         # `transformer` is the model itself, `model` what a forward in training calls: the same, or DDP around it.
         self.transformer = build_model(config, empty=starts_empty(self.accelerator, config))
+        for shape in train_data.buckets | held_out_data.buckets:
+            check_tokens(config.context_parallel, token_grid(self.transformer, shape).num_tokens, shape)
+        if config.model.compile:
+            # First: blocks are found by their class, and FSDP2 gives them another.
+            self.transformer.compile_repeated_blocks()
         self.model = place(self.transformer, self.accelerator, config)
         self.teacher = self._build_teacher()
-        if config.model.compile:
-            self.transformer.compile_repeated_blocks()
         self.parameters = trained_parameters(self.transformer)
         self.guard = LossGuard(config.faults, self.log.warn)
         self.alarm = DivergenceAlarm(config.evaluation.warn_gap)
@@ -203,7 +216,8 @@ class Trainer:
             self._losses(batch, dense_now),
             accept=self.guard.accept,
             max_gradient_norm=config.optimizer.max_gradient_norm,
-            backward=self.accelerator.backward,
+            # Gradients are the mean over processes, and each of a group has its part of a sample's.
+            backward=lambda loss: self.accelerator.backward(loss * config.context_parallel),
             mean=lambda loss: mean_of(self.accelerator, loss),
         )
         if report.taken and self.state.average is not None:
@@ -227,7 +241,7 @@ class Trainer:
         """The losses of the micro-batches, whose sum is the batch's mean; each has its backward before the next."""
         local = len(batch["latents"])
         # The stream has moved on already.
-        first = (self.stream.position - 1) * self.config.batch_size + self.accelerator.process_index * local
+        first = (self.stream.position - 1) * self.config.batch_size + self.part.rank * local
         for start, part in micro_batches(batch, self.config.micro_batch_size):
             last = start + self.config.micro_batch_size >= local
             with accumulating(self.model, self.accelerator, last=last):
