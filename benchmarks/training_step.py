@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from foveal import SLAConfig, VideoGrid, VSAConfig, attention_cost, sparsify
 from foveal.bench.machine import machine
 from foveal.methods import Config
-from foveal.training.model import build_wan, token_grid, velocity
+from foveal.training.model import build_wan, compile_blocks, token_grid, velocity
 from foveal.training.objective import add_noise, flow_matching_loss
 from foveal.training.optimization import StepReport, build_optimizer, optimizer_step, warmup_and_decay
 from foveal.training.settings import WanArchitecture
@@ -101,7 +101,7 @@ class Step:
             sparsify(self.model, config)
         self.model.enable_gradient_checkpointing()
         if options.compile:
-            self.model.compile_repeated_blocks()
+            compile_blocks(self.model)
         self.model.train()
         self.parameters = list(self.model.parameters())
         self.optimizer = build_optimizer([{"params": self.parameters, "lr": 1e-5}])

@@ -55,6 +55,23 @@ def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
     return model
 
 
+def compile_blocks(model: nn.Module, **settings: Any) -> None:
+    """torch.compile of a diffusers transformer's repeated blocks, for training.
+
+    Without Inductor's reductions of mixed order, on by default since PyTorch 2.10: of a parameter that several
+    modulated norms take their slices from, as Wan's `scale_shift_table` is, they leave most of the gradient unwritten
+    (https://github.com/pytorch/pytorch/issues/193061).
+
+    Args:
+        settings: of torch.compile.
+    """
+    from torch._inductor import config
+
+    if hasattr(config.triton, "mix_order_reduction"):
+        settings["options"] = {"triton.mix_order_reduction": False}
+    model.compile_repeated_blocks(**settings)
+
+
 def load_transformer(settings: ModelSettings, *, empty: bool = False) -> nn.Module:
     """The dense transformer in float32, from its folder or with random weights; on the meta device if `empty`.
 

@@ -25,6 +25,7 @@ from foveal.training.log import RunLog
 from foveal.training.model import (
     anneal,
     build_model,
+    compile_blocks,
     load_transformer,
     teaching,
     text_of,
@@ -137,8 +138,7 @@ class Trainer:
         for shape in train_data.buckets | held_out_data.buckets:
             check_tokens(config.context_parallel, token_grid(self.transformer, shape).num_tokens, shape)
         if config.model.compile:
-            # First: blocks are found by their class, and FSDP2 gives them another.
-            self.transformer.compile_repeated_blocks()
+            compile_blocks(self.transformer)  # before `place`: blocks are found by their class, and FSDP2 changes it
         self.model = place(self.transformer, self.accelerator, config)
         self.teacher = self._build_teacher()
         self.parameters = trained_parameters(self.transformer)
