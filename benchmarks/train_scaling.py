@@ -2,13 +2,13 @@
 
     python benchmarks/train_scaling.py --json one.json
     torchrun --nproc-per-node 2 benchmarks/train_scaling.py --json two.json --against one.json
-    torchrun --nproc-per-node 2 benchmarks/train_scaling.py --context-parallel 2 --json two.json --against one.json
+    torchrun --nproc-per-node 2 benchmarks/train_scaling.py --parallel ddp --context-parallel 2 ...
 
 The trainer itself runs, on random latents of a 480p video of 81 frames (32,760 tokens), with Wan2.1-1.3B's width and
 random weights: float32 weights, bfloat16 autocast, gradient checkpointing, fused AdamW, SLA. Several processes shard
-the model (FSDP2), and divide the samples, or with `--context-parallel` the tokens of each. The step's batch is the same
-whatever the number of processes: with one, gradients accumulate. Few layers, so that checkpoint and export are small;
-what a layer costs does not depend on their number.
+the model (FSDP2) or copy it, and divide the samples, or with `--context-parallel` the tokens of each. The step's batch
+is the same whatever the number of processes: with one, gradients accumulate. Few layers, so that checkpoint and export
+are small; what a layer costs does not depend on their number.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def configuration(data: Path, output: Path, options: argparse.Namespace) -> Trai
         optimizer=OptimizerSettings(learning_rate=1e-4, new_learning_rate=1e-3, warmup=1),
         evaluation=EvaluationSettings(every=0),
         checkpoint=CheckpointSettings(every=10 * options.steps),
-        parallel="fsdp",
+        parallel=options.parallel,
         context_parallel=options.context_parallel,
         device=options.device,
         tracker="none",
@@ -92,6 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ffn-dim", type=int, default=8960)
     parser.add_argument("--batch", type=int, default=2, help="samples in a step, over all processes")
     parser.add_argument("--steps", type=int, default=6, help="the first two are not timed")
+    parser.add_argument("--parallel", choices=("fsdp", "ddp"), default="fsdp")
     parser.add_argument("--context-parallel", type=int, default=1, help="processes that divide a sample's tokens")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")

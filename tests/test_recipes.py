@@ -20,7 +20,7 @@ from tiny_training import config
 
 from foveal import SLAConfig, VSAConfig
 from foveal.training.config import TrainingConfig, differences
-from foveal.training.objective import sample_noise, sample_sigmas, scheduler_shift
+from foveal.training.objective import NoiseAhead, sample_noise, sample_sigmas, scheduler_shift
 from foveal.training.recipes import RECIPES, find_recipe, parse
 from foveal.training.settings import (
     Annealing,
@@ -192,6 +192,18 @@ def test_noise_is_a_function_of_the_sample_alone():
     assert abs(many.mean()) < 0.06
     assert abs(many.std() - 1) < 0.06
     assert abs(levels.mean() - 0.5) < 0.05
+
+
+def test_noise_made_ahead_is_the_same():
+    """Whether the next call is the one that was foreseen, or has another shape or number."""
+    settings = {"seed": 5, "shift": 3.0, "sigma_range": (0.1, 0.9)}
+    ahead = NoiseAhead(**settings, device=torch.device("cpu"))
+    for shape, first, following in (((2, 3), 0, 2), ((2, 3), 2, 4), ((2, 3), 8, 10), ((2, 5), 10, 12), ((2, 5), 12, 0)):
+        for ours, expected in zip(
+            ahead.take(shape, first, following), sample_noise(shape, first=first, **settings), strict=True
+        ):
+            assert torch.equal(ours, expected)
+    ahead.close()
 
 
 def test_noise_levels_may_be_those_of_one_expert():

@@ -569,8 +569,8 @@ def test_a_step_with_a_nan_leaves_the_model_as_it_was(folder, capsys):
     states = []
 
     class Faulty(Trainer):
-        def _loss(self, part, first):
-            loss = super()._loss(part, first)
+        def _loss(self, *sample):
+            loss = super()._loss(*sample)
             return loss * float("nan") if self.step + 1 == 3 else loss
 
         def _train_step(self, started):
@@ -587,8 +587,8 @@ def test_a_step_with_a_nan_leaves_the_model_as_it_was(folder, capsys):
 
 def test_too_many_bad_steps_end_the_run(folder):
     class Faulty(Trainer):
-        def _loss(self, part, first):
-            return super()._loss(part, first) * float("inf")
+        def _loss(self, *sample):
+            return super()._loss(*sample) * float("inf")
 
     with pytest.raises(TrainingError, match="2 steps in a row were skipped"):
         Faulty(config(folder, faults__max_skipped=2)).run()
@@ -649,7 +649,7 @@ def test_a_failed_export_keeps_the_checkpoint(folder, monkeypatch):
 
 
 def test_out_of_memory_says_what_to_change(folder, monkeypatch):
-    def exhaust(self, part, first):
+    def exhaust(self, *sample):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
     monkeypatch.setattr(Trainer, "_loss", exhaust)

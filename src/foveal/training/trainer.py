@@ -34,7 +34,7 @@ from foveal.training.model import (
     transformer_fields,
     velocity,
 )
-from foveal.training.objective import add_noise, flow_matching_loss, sample_noise, scheduler_shift
+from foveal.training.objective import NoiseAhead, add_noise, flow_matching_loss, scheduler_shift
 from foveal.training.optimization import (
     StepReport,
     build_optimizer,
@@ -120,6 +120,8 @@ class Trainer:
         if config.evaluation.sample_every and self.data_settings["space"] == "latent" and not self._pipeline():
             raise ValueError("evaluation.sample_every needs a pipeline to decode latents with, and the data names none")
         self.shift = _shift(config)
+        device, sigma_range = self.accelerator.device, config.objective.sigma_range
+        self.noise = NoiseAhead(seed=config.seed, shift=self.shift, sigma_range=sigma_range, device=device)
         self.held_out = HeldOut(held_out_data, config, self.accelerator)
         self.part = data_part(self.accelerator, config)
         self.stream = BatchStream(
@@ -166,6 +168,7 @@ class Trainer:
                 return self._run(stop)
             finally:
                 self.stream.close()
+                self.noise.close()
 
     def _run(self, stop: threading.Event) -> TrainingResult:
         config = self.config
@@ -239,31 +242,32 @@ class Trainer:
 
     def _losses(self, batch: dict[str, Any], dense_now: bool) -> Iterator[Tensor]:
         """The losses of the micro-batches, whose sum is the batch's mean; each has its backward before the next."""
-        local = len(batch["latents"])
-        # The stream has moved on already.
-        first = (self.stream.position - 1) * self.config.batch_size + self.part.rank * local
-        for start, part in micro_batches(batch, self.config.micro_batch_size):
-            last = start + self.config.micro_batch_size >= local
+        local, size = len(batch["latents"]), self.config.micro_batch_size
+        # The numbers of this process's first samples, of this batch (the stream has moved on already) and the next.
+        first, next_first = (
+            position * self.config.batch_size + self.part.rank * local
+            for position in (self.stream.position - 1, self.stream.position)
+        )
+        for start, part in micro_batches(batch, size):
+            last = start + size >= local
+            noise = self.noise.take(
+                tuple(part["latents"].shape), first + start, next_first if last else first + start + size
+            )
             with accumulating(self.model, self.accelerator, last=last):
                 if dense_now:
                     with dense(self.transformer):
-                        yield self._loss(part, first + start).sum() / local
+                        yield self._loss(part, *noise).sum() / local
                 else:
-                    yield self._loss(part, first + start).sum() / local
+                    yield self._loss(part, *noise).sum() / local
 
-    def _loss(self, part: dict[str, Any], first: int) -> Tensor:
+    def _loss(self, part: dict[str, Any], noise: Tensor, sigmas: Tensor) -> Tensor:
         """The objective of some samples, one figure each."""
         objective, device = self.config.objective, self.accelerator.device
-        part = {key: value.to(device) for key, value in part.items() if isinstance(value, Tensor)}
+        # No copy waits: the host is to be ahead of a GPU.
+        tensors = {key: value for key, value in part.items() if isinstance(value, Tensor)}
+        part = {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
+        noise, sigmas = (x.to(device, non_blocking=True) for x in (noise, sigmas))
         clean, text = part["latents"].float(), text_of(part)
-        noise, sigmas = sample_noise(
-            tuple(clean.shape),
-            first=first,
-            seed=self.config.seed,
-            shift=self.shift,
-            sigma_range=objective.sigma_range,
-        )
-        noise, sigmas = noise.to(device), sigmas.to(device)
         noisy, target = add_noise(clean, noise, sigmas)
         # The teacher first: later, the student's activations would be in memory beside its own.
         taught = self._taught(noisy, sigmas, text) if objective.distillation else None
