@@ -3,10 +3,11 @@
     python benchmarks/wan_transformer.py --resolutions 480p 720p --generate 50
 
 What is timed: one call of diffusers' `WanTransformer3DModel` (bfloat16, one sample, blocks compiled with
-`compile_repeated_blocks(fullgraph=True)`), with dense self-attention by the best SDPA backend of this machine, with
-SLA and VSA, and, as a bound, with no self-attention at all (its projections stay). With `--generate N`, `WanPipeline`
-makes one video from given text embeddings in N steps with guidance, VAE decode included. Speed does not depend on the
-values of weights; what the videos look like does, so nothing is said about it.
+`compile_repeated_blocks(fullgraph=True)`, all arms with the same `--inductor` options), with dense self-attention by
+the best SDPA backend of this machine, with SLA and VSA, and, as a bound, with no self-attention at all (its projections
+stay). With `--generate N`, `WanPipeline` makes one video from given text embeddings in N steps with guidance, VAE
+decode included. Speed does not depend on the values of weights; what the videos look like does, so nothing is said
+about it.
 Arms take turns, round by round; medians count. Memory is the peak of one call above the weights.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import sys
 import time
@@ -82,17 +84,23 @@ def build(size: str, device: torch.device) -> WanTransformer3DModel:
     return model.eval().requires_grad_(False)
 
 
-def arm_model(arm: str, size: str, device: torch.device, backend: str | None, compiled: bool) -> WanTransformer3DModel:
-    model = build(size, device)
-    if backend is not None:
-        model.set_attention_backend(backend)
+def inductor_option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as JSON has it."""
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
+
+
+def arm_model(arm: str, options: argparse.Namespace, device: torch.device) -> WanTransformer3DModel:
+    model = build(options.size, device)
+    if options.backend is not None:
+        model.set_attention_backend(options.backend)
     if arm == BOUND:
         for layer in family_of(model).self_attention_layers(model).values():
             layer.set_processor(ProjectionsAlone())
     elif arm != DENSE:
         foveal.sparsify(model, ARMS[arm])
-    if compiled:
-        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    if options.compile:
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False, options=dict(options.inductor))
     return model
 
 
@@ -122,7 +130,7 @@ def milliseconds(function: Callable[[], object], device: torch.device) -> float:
 def time_calls(resolution: str, arms: list[str], options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     calls, results = {}, {}
     for arm in arms:
-        model = arm_model(arm, options.size, device, options.backend, options.compile)
+        model = arm_model(arm, options, device)
         fed = call_inputs(resolution, model, device)
 
         def call(model=model, fed=fed):
@@ -157,7 +165,7 @@ def time_generation(resolution: str, arms: list[str], options: argparse.Namespac
     vae = AutoencoderKLWan(**small).to(device, torch.bfloat16)
     results = {}
     for arm in arms:
-        model = arm_model(arm, options.size, device, options.backend, options.compile)
+        model = arm_model(arm, options, device)
         pipeline = WanPipeline(
             tokenizer=None,
             text_encoder=None,
@@ -210,6 +218,9 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--generate-arms", nargs="+", choices=tuple(ARMS), default=["SLA 64x64 marginal"])
     parser.add_argument("--backend", help="diffusers' name for the dense backend; by default cuDNN's on CUDA")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument(
+        "--inductor", nargs="+", type=inductor_option, default=[], metavar="NAME=VALUE", help="options of torch.compile"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="of this tree, where git cannot say")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
@@ -219,10 +230,11 @@ def main(arguments: list[str] | None = None) -> Path:
         options.backend = "_native_cudnn"
     # One entry an arm and a resolution: the arms share the block's code.
     torch._dynamo.config.recompile_limit = 64
+    names = ("size", "rounds", "backend", "compile", "generate")
     results: dict[str, Any] = {
         "schema": 1,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": {name: getattr(options, name) for name in ("size", "rounds", "backend", "compile", "generate")},
+        "settings": {name: getattr(options, name) for name in names} | {"inductor": dict(options.inductor)},
         "machine": machine(device, options.commit),
         "arms": {arm: ARMS[arm].to_dict() for arm in options.arms},
         "calls": {},

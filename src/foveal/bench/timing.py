@@ -10,6 +10,7 @@ host: what a call takes until it returns, the device idle before it: the cost of
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -141,6 +142,7 @@ def measure(
 
 def peak_memory(device: torch.device, function: Callable[[], tuple[Tensor, ...]]) -> int:
     """Bytes of device memory that `function` needs at its peak beyond what it was given and what it returns."""
+    gc.collect()  # what is freed in the middle of a call would count as its own
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -76,8 +76,9 @@ class NoiseAhead:
     def __init__(self, *, seed: int, shift: float, sigma_range: tuple[float, float], device: torch.device) -> None:
         self._make = functools.partial(sample_noise, seed=seed, shift=shift, sigma_range=sigma_range)
         self._pinned = device.type == "cuda"
-        # Or what the thread pins would be for the first GPU.
-        prepare, which = (torch.cuda.set_device, (device,)) if self._pinned else (None, ())
+        prepare, which = None, ()
+        if self._pinned:  # for this process's GPU; a new thread would pin for the first one
+            prepare, which = torch.cuda.set_device, (torch.cuda.current_device(),)
         self._thread = ThreadPoolExecutor(1, initializer=prepare, initargs=which)
         self._ahead: tuple[Any, Future] | None = None
 
