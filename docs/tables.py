@@ -174,19 +174,37 @@ def steps() -> str:
 
 
 def parallel() -> str:
-    """One GPU against two: a transformer call under Ulysses, and steps of `foveal train` under FSDP2."""
+    """One GPU against two: a transformer call under Ulysses, and steps of `foveal train`."""
     lines = [_row("", "attention", "one GPU", "two GPUs", ""), "|---|---|---|---|---|"]
     runs = []
-    for backward, label in ((False, "Ulysses, forward"), (True, "Ulysses, forward and backward")):
-        run = latest("context-parallel-*.json", lambda run, wanted=backward: run["settings"]["backward"] is wanted)
+    for size, backward, label in (
+        ("1.3b", False, "1.3B under Ulysses, forward, compiled"),
+        ("14b", False, "14B under Ulysses, forward, compiled"),
+        ("1.3b", True, "1.3B under Ulysses, forward and backward"),
+    ):
+        wanted = {"size": size, "backward": backward}
+        run = latest("context-parallel-*.json", lambda run, wanted=wanted: wanted.items() <= run["settings"].items())
         runs.append(run)
         for arm, found in run["calls"].items():
             times = [f"{found[name]['ms']:.0f} ms" for name in ("single", "parallel")]
             lines.append(_row(label, arm, *times, f"{found['speedup']:.2f}x"))
-    run = latest("train-scaling-*.json")
-    rates = [f"{one['tokens_per_second']:,.0f} tokens/s" for one in (run["one_process"], run)]
-    lines.append(_row("FSDP2, `foveal train`", "SLA 64x64 marginal", *rates, f"{run['scaling']:.2f}x"))
-    return "\n".join([*lines, "", f"{_machines([*runs, run])}; two of them."])
+    for degree, compiled, label in (
+        (1, False, "`foveal train`, FSDP2"),
+        (2, False, "`foveal train`, FSDP2 and Ulysses"),
+        (2, True, "`foveal train`, FSDP2 and Ulysses, compiled"),
+    ):
+        wanted = {"context_parallel": degree, "compile": compiled}
+        # Runs from before there were such settings had neither.
+        run = latest(
+            "train-scaling-*.json",
+            lambda run, wanted=wanted: (
+                wanted.items() <= ({"context_parallel": 1, "compile": False} | run["settings"]).items()
+            ),
+        )
+        runs.append(run)
+        rates = [f"{one['tokens_per_second']:,.0f} tokens/s" for one in (run["one_process"], run)]
+        lines.append(_row(label, "SLA 64x64 marginal", *rates, f"{run['scaling']:.2f}x"))
+    return "\n".join([*lines, "", f"{_machines(runs)}; two of them."])
 
 
 def fine_tune(file: str = "fine_tune.json") -> str:

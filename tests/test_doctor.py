@@ -157,6 +157,16 @@ def test_environment_has_every_package():
     json.dumps(found)
 
 
+def test_known_problems_are_said(monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.triton, "mix_order_reduction", False, raising=False)
+    assert environment(CPU)["known_problems"] == []
+    monkeypatch.setattr(config.triton, "mix_order_reduction", True)
+    (problem,) = environment(CPU)["known_problems"]
+    assert "issues/193061" in problem
+
+
 def flops_of_layers(num_layers):
     """Matrix products of a Wan transformer's forward, counted by torch."""
     from tiny_wan import tiny_transformer

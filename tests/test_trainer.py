@@ -29,7 +29,7 @@ from foveal import SLAConfig, VSAConfig, cli
 from foveal.integrations.processor import sparse_processors
 from foveal.training.evaluation import DivergenceAlarm, Evaluation, HeldOut, LayerReport, compare_with_dense
 from foveal.training.faults import LossGuard, TrainingError, out_of_memory
-from foveal.training.model import anneal, build_model, build_wan, token_grid, velocity
+from foveal.training.model import anneal, build_model, build_wan, compile_blocks, token_grid, velocity
 from foveal.training.objective import add_noise, flow_matching_loss, sample_noise
 from foveal.training.parallel import check_tokens, data_part, place
 from foveal.training.settings import (
@@ -439,6 +439,14 @@ def test_layers_may_differ(folder):
     processors = sparse_processors(trainer.transformer)
     assert {name: p.config.keep_ratio for name, p in processors.items()} == {"blocks.1.attn1": 0.8}
     assert trainer.run().finished
+
+
+def test_training_compiles_without_reductions_of_mixed_order(monkeypatch):
+    """On a GPU they lose gradients: `test_gpu_models`."""
+    model, asked = build_wan(ARCHITECTURE), []
+    monkeypatch.setattr(model, "compile_repeated_blocks", lambda **settings: asked.append(settings))
+    compile_blocks(model, fullgraph=True)
+    assert asked == [{"fullgraph": True, "options": {"triton.mix_order_reduction": False}}]
 
 
 @pytest.mark.slow

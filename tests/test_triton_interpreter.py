@@ -250,20 +250,6 @@ def main(names) -> None:
             run_case(name)
 
 
-def test_groups_of_heads():
-    """All heads, in order, in as few groups as can be; the first is no longer than the others."""
-    from foveal.sla.triton_forward import groups
-
-    assert [len(group) for group in groups(12, 7)] == [5, 7]
-    assert [len(group) for group in groups(8, 7)] == [2, 6]
-    for pairs in range(1, 60):
-        for most in range(12):
-            found = groups(pairs, most)
-            assert [pair for group in found for pair in group] == list(range(pairs))
-            assert len(found) == -(-pairs // max(1, most))
-            assert 0 < len(found[0]) <= max(map(len, found)) <= max(1, most)
-
-
 @pytest.mark.parametrize(
     "names",
     [

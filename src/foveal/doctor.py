@@ -84,12 +84,26 @@ def examine(
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The machine as `foveal bench` records it, the versions of what foveal may use (None where it is missing), and
-    the GPU's compute capability."""
+    """The machine as `foveal bench` records it, the versions of what foveal may use (None where it is missing), the
+    GPU's compute capability, and problems that these versions are known for."""
     found = machine(device) | {"packages": {name: _version(name) for name in PACKAGES}, "capability": None}
     if device.type == "cuda":
         found["capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
-    return found
+    return found | {"known_problems": known_problems()}
+
+
+def known_problems() -> list[str]:
+    """What these versions of other projects may do wrong, a sentence or two each."""
+    from torch._inductor import config
+
+    problems = []
+    if getattr(config.triton, "mix_order_reduction", False):
+        problems.append(
+            "torch.compile may leave gradients unwritten where modulated norms share a table, as in Wan "
+            "(https://github.com/pytorch/pytorch/issues/193061, from torch 2.10 to 2.14.1 at least): to train compiled "
+            'blocks, compile with options={"triton.mix_order_reduction": False}, as `foveal train` does'
+        )
+    return problems
 
 
 def implementations(device: torch.device) -> list[dict[str, Any]]:
@@ -252,7 +266,9 @@ def _version(package: str) -> str | None:
 
 def tables(report: dict[str, Any]) -> list[Any]:
     """What `examine` found as rich tables and lines, in order."""
-    shown = [_environment_table(report["environment"]), _implementation_table(report["implementations"])]
+    shown = [_environment_table(report["environment"])]
+    shown += [f"- {problem}" for problem in report["environment"]["known_problems"]]
+    shown.append(_implementation_table(report["implementations"]))
     reasons = {reason for row in report["implementations"] for reason in row["refused"].values()}
     shown += [f"- {reason}" for reason in sorted(reasons)]
     shown.append(_gain_table(report))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -25,19 +26,11 @@ from foveal.block_sparse.triton.select import Wanted, pick, pool
 GROUP_BYTES = 240 * 2**20
 
 
-def groups(pairs: int, most: int) -> list[range]:
-    """Cuts `pairs` into as few ranges as can be with at most `most` each (one at least), the first a short one.
-
-    Nothing runs beside the first group's preparation. At a third of the others' length, it attends while the next one
-    is prepared.
-    """
-    most = max(1, most)
-    count = -(-pairs // most)
-    if count == 1:
-        return [range(pairs)]
-    first = max(pairs - (count - 1) * most, -(-pairs // (3 * count)))
-    step = -(-(pairs - first) // (count - 1))
-    return [range(first), *(range(start, min(start + step, pairs)) for start in range(first, pairs, step))]
+def groups(pairs: int, most: int) -> Iterator[range]:
+    """Cuts `pairs` into ranges of like lengths with at most `most` each (one at least)."""
+    step = -(-pairs // -(-pairs // max(1, most)))
+    for start in range(0, pairs, step):
+        yield range(start, min(start + step, pairs))
 
 
 @functools.cache
@@ -96,8 +89,8 @@ def attend(
 
     rows, columns = mask.shape[2:]
     most = max(GROUP_BYTES, output.nbytes) // ((rows + columns) * head_dim * (head_dim + 1) * 2)
-    parts = groups(pairs, most)
-    largest, area = max(map(len, parts)), head_dim**2
+    parts = list(groups(pairs, most))
+    largest, area = len(parts[0]), head_dim**2
     norm = lse.new_empty((pairs if keep_states else 0, rows, head_dim))
     kept = norm.new_empty((pairs if keep_states else 0, rows, head_dim, head_dim), dtype=torch.bfloat16)
     if keep_states:

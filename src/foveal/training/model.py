@@ -60,7 +60,7 @@ def compile_blocks(model: nn.Module, **settings: Any) -> None:
 
     Without Inductor's reductions of mixed order, on by default since PyTorch 2.10: of a parameter that several
     modulated norms take their slices from, as Wan's `scale_shift_table` is, they leave most of the gradient unwritten
-    (https://github.com/pytorch/pytorch/issues/193061).
+    (https://github.com/pytorch/pytorch/issues/193061, in 2.14.1 still).
 
     Args:
         settings: of torch.compile.
