@@ -26,11 +26,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig, WanTransformer3DModel
-from wan_transformer import ARMS, DENSE, RESOLUTIONS, SIZES, build, call_inputs, milliseconds, synchronise
+from wan_transformer import (
+    ARMS,
+    DENSE,
+    RESOLUTIONS,
+    SIZES,
+    build,
+    call_inputs,
+    inductor_option,
+    milliseconds,
+    synchronise,
+)
 
 import foveal
 from foveal.bench.machine import machine
 from foveal.bench.report import file_name, write_json
+from foveal.training.model import compile_blocks
 
 SAME = 1e-3  # of a float32 gradient's norm: other sums, in another order
 
@@ -111,7 +122,7 @@ def build_call(arm: str, parallel: bool, options: argparse.Namespace, device: to
         parallelised(model)
         call()  # diffusers' hook on the first block looks up its parameters, which a compiler cannot follow
     if options.compile:
-        model.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        compile_blocks(model, fullgraph=True, dynamic=False, options=dict(options.inductor))
     return call
 
 
@@ -156,6 +167,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each arm")
     parser.add_argument("--backend", help="diffusers' name for the dense backend; by default cuDNN's on CUDA")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument(
+        "--inductor", nargs="+", type=inductor_option, default=[], metavar="NAME=VALUE", help="options of torch.compile"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="of this tree, where git cannot say")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
@@ -177,7 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
     results: dict[str, Any] = {
         "schema": 1,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": {name: getattr(options, name) for name in names} | {"ranks": ranks},
+        "settings": {name: getattr(options, name) for name in names}
+        | {"ranks": ranks, "inductor": dict(options.inductor)},
         "machine": machine(device, options.commit),
         "arms": {arm: ARMS[arm].to_dict() for arm in options.arms if arm != DENSE},
         "float32_differences": {},

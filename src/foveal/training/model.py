@@ -68,7 +68,7 @@ def compile_blocks(model: nn.Module, **settings: Any) -> None:
     from torch._inductor import config
 
     if hasattr(config.triton, "mix_order_reduction"):
-        settings["options"] = {"triton.mix_order_reduction": False}
+        settings["options"] = {"triton.mix_order_reduction": False} | settings.get("options", {})
     model.compile_repeated_blocks(**settings)
 
 
