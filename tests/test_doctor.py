@@ -157,13 +157,13 @@ def test_environment_has_every_package():
     json.dumps(found)
 
 
-def test_known_problems_are_said(monkeypatch):
+def test_known_problems_are_said():
     from torch._inductor import config
 
-    monkeypatch.setattr(config.triton, "mix_order_reduction", False, raising=False)
-    assert environment(CPU)["known_problems"] == []
-    monkeypatch.setattr(config.triton, "mix_order_reduction", True)
-    (problem,) = environment(CPU)["known_problems"]
+    with config.patch({"triton.mix_order_reduction": False}):
+        assert environment(CPU)["known_problems"] == []
+    with config.patch({"triton.mix_order_reduction": True}):
+        (problem,) = environment(CPU)["known_problems"]
     assert "issues/193061" in problem
 
 
