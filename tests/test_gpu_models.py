@@ -122,3 +122,21 @@ def test_blocks_compiled_for_training_have_every_gradient():
     for (name, expected), given in zip(model.named_parameters(), compiled.parameters(), strict=True):
         error = (given.grad - expected.grad).norm()
         assert error <= 0.1 * expected.grad.norm() + 1e-6, name
+
+
+def test_a_training_run_is_that_of_the_cpu(tmp_path):
+    """Samples and noise come from threads, in pinned memory."""
+    from tiny_training import config, metrics, write_data
+
+    from foveal.training.trainer import run_training
+
+    losses = []
+    for device in ("cpu", "auto"):
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        folder = tmp_path / device
+        write_data(folder / "data")
+        assert run_training(config(folder, device=device, data__workers=2, batch_size=4, steps=4)).finished
+        losses.append(metrics(folder))
+    assert losses[0].keys() == losses[1].keys() == set(range(1, 5))
+    for step, loss in losses[0].items():
+        assert losses[1][step] == pytest.approx(loss, rel=1e-2)

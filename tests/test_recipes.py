@@ -20,7 +20,8 @@ from tiny_training import config
 
 from foveal import SLAConfig, VSAConfig
 from foveal.training.config import TrainingConfig, differences
-from foveal.training.objective import NoiseAhead, sample_noise, sample_sigmas, scheduler_shift
+from foveal.training.inputs import NoiseAhead
+from foveal.training.objective import sample_noise, sample_sigmas, scheduler_shift
 from foveal.training.recipes import RECIPES, find_recipe, parse
 from foveal.training.settings import (
     Annealing,

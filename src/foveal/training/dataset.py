@@ -184,7 +184,7 @@ class BatchStream:
         seed: of the order and of the dropped captions.
         rank, world_size: which part of every global batch.
         caption_dropout: the probability that a sample's caption is replaced by the empty one.
-        num_workers: threads that read ahead; 0 reads when asked.
+        num_workers: threads that read ahead, and one that puts batches together; 0 reads when asked.
         pin_memory: put batches into pinned memory, for copies to a GPU that overlap.
 
     Raises:
@@ -222,8 +222,12 @@ class BatchStream:
             raise ValueError("caption_dropout needs a dataset with text; this one has none")
         self._plan: tuple[int, list[list[tuple[int, bool]]]] = (-1, [])
         self._buckets = list(dataset.buckets.values())
-        self._pool = ThreadPoolExecutor(num_workers) if num_workers else None
-        self._ahead: collections.deque[list[Future]] = collections.deque()
+        self._readers = self._assembler = None
+        if num_workers:
+            self._readers = ThreadPoolExecutor(num_workers)
+            self._assembler = ThreadPoolExecutor(1, **thread_of_this_gpu(pin_memory))
+        # A batch, and the samples that it waits for.
+        self._ahead: collections.deque[tuple[Future, list[Future]]] = collections.deque()
 
     @property
     def global_batch(self) -> int:
@@ -242,19 +246,17 @@ class BatchStream:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        if self._pool is None:
-            samples = [self._read(*pick) for pick in self._picks(self.position)]
+        if self._readers is None:
+            batch = self._assemble([self._read(*pick) for pick in self._picks(self.position)])
         else:
             while len(self._ahead) <= READ_AHEAD:
                 picks = self._picks(self.position + len(self._ahead))
-                self._ahead.append([self._pool.submit(self._read, *pick) for pick in picks])
-            samples = [future.result() for future in self._ahead[0]]
+                samples = [self._readers.submit(self._read, *pick) for pick in picks]
+                batch = self._assembler.submit(lambda samples: self._assemble([x.result() for x in samples]), samples)
+                self._ahead.append((batch, samples))
+            batch = self._ahead[0][0].result()
             self._ahead.popleft()
         self.position += 1
-        batch = {key: [sample[key] for sample in samples] for key in samples[0]}
-        batch = {key: value if key in NOT_TENSORS else torch.stack(value) for key, value in batch.items()}
-        if self.pin_memory:
-            batch = {key: value if key in NOT_TENSORS else value.pin_memory() for key, value in batch.items()}
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -287,13 +289,23 @@ class BatchStream:
     def close(self) -> None:
         """Ends the reading threads; the stream is at its end."""
         self._drop_read_ahead()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._readers is not None:
+            self._readers.shutdown(wait=True, cancel_futures=True)
+            self._assembler.shutdown(wait=True, cancel_futures=True)
 
     def _drop_read_ahead(self) -> None:
-        for future in (future for batch in self._ahead for future in batch):
-            future.cancel()
+        for batch, samples in self._ahead:
+            batch.cancel()
+            for sample in samples:
+                sample.cancel()
         self._ahead.clear()
+
+    def _assemble(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = {key: [sample[key] for sample in samples] for key in samples[0]}
+        batch = {key: value if key in NOT_TENSORS else torch.stack(value) for key, value in batch.items()}
+        if self.pin_memory:
+            batch = {key: value if key in NOT_TENSORS else value.pin_memory() for key, value in batch.items()}
+        return batch
 
     def _read(self, index: int, drop_caption: bool) -> dict[str, Any]:
         sample = self.dataset[index]
@@ -320,6 +332,11 @@ class BatchStream:
             picks = list(zip(order, dropped, strict=True))
             batches += [picks[start : start + self.global_batch] for start in range(0, count, self.global_batch)]
         return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def thread_of_this_gpu(pins: bool) -> dict[str, Any]:
+    """Arguments of a `ThreadPoolExecutor` whose threads pin memory for the current GPU, and not for the first one."""
+    return {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)} if pins else {}
 
 
 def write_latent_dataset(

@@ -1,16 +1,20 @@
-"""The output folder of a run, which is its own, and its samples: precomputed ones, or windows of one clip."""
+"""What a run is given: an output folder of its own, samples, precomputed ones or windows of one clip, and noise."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from foveal.training.data import SAMPLE_CLIPS, ClipWindows, read_video, sample_clip
-from foveal.training.dataset import BatchStream, LatentDataset, write_latent_dataset
+from foveal.training.dataset import BatchStream, LatentDataset, thread_of_this_gpu, write_latent_dataset
 from foveal.training.log import METRICS_FILE
+from foveal.training.objective import sample_noise
 from foveal.training.settings import DataSettings, ModelSettings
 from foveal.training.shards import INDEX_FILE, read_index
 
@@ -109,3 +113,37 @@ def micro_batches(batch: dict[str, Any], size: int) -> Iterator[tuple[int, dict[
     total = len(batch["latents"])
     for start in range(0, total, size):
         yield start, {key: value[start : start + size] for key, value in batch.items()}
+
+
+class NoiseAhead:
+    """`sample_noise`, the next one made in a thread while one is used: at 480p it takes longer than a layer.
+
+    Args:
+        seed, shift, sigma_range: as `sample_noise` has them.
+        device: where the noise will be used; on a GPU it comes in pinned memory, to be copied without waiting.
+    """
+
+    def __init__(self, *, seed: int, shift: float, sigma_range: tuple[float, float], device: torch.device) -> None:
+        self._make = functools.partial(sample_noise, seed=seed, shift=shift, sigma_range=sigma_range)
+        self._pinned = device.type == "cuda"
+        self._thread = ThreadPoolExecutor(1, **thread_of_this_gpu(self._pinned))
+        self._ahead: tuple[Any, Future] | None = None
+
+    def take(self, shape: tuple[int, ...], first: int, following: int) -> tuple[Tensor, Tensor]:
+        """`sample_noise` of this shape and first sample; `following` is, most likely, the next call's first."""
+        if self._ahead is None or self._ahead[0] != (shape, first):
+            self._start(shape, first)
+        _, made = self._ahead
+        self._start(shape, following)
+        return made.result()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, shape: tuple[int, ...], first: int) -> None:
+        self._ahead = (shape, first), self._thread.submit(self._pinned_noise, shape, first)
+
+    def _pinned_noise(self, shape: tuple[int, ...], first: int) -> tuple[Tensor, Tensor]:
+        made = self._make(shape, first=first)
+        return tuple(x.pin_memory() for x in made) if self._pinned else made

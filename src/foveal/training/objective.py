@@ -7,10 +7,7 @@ with the timestep 1000 sigma and the resolution shift sigma = s u / (1 + (s - 1)
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,43 +60,6 @@ def sample_noise(
         sigmas.append(sample_sigmas(1, shift=shift, generator=generator, sigma_range=sigma_range))
         noise.append(torch.randn(shape[1:], generator=generator))
     return torch.stack(noise), torch.cat(sigmas)
-
-
-class NoiseAhead:
-    """`sample_noise`, the next one made in a thread while one is used: at 480p it takes longer than a layer.
-
-    Args:
-        seed, shift, sigma_range: as `sample_noise` has them.
-        device: where the noise will be used; on a GPU it comes in pinned memory, to be copied without waiting.
-    """
-
-    def __init__(self, *, seed: int, shift: float, sigma_range: tuple[float, float], device: torch.device) -> None:
-        self._make = functools.partial(sample_noise, seed=seed, shift=shift, sigma_range=sigma_range)
-        self._pinned = device.type == "cuda"
-        prepare, which = None, ()
-        if self._pinned:  # for this process's GPU; a new thread would pin for the first one
-            prepare, which = torch.cuda.set_device, (torch.cuda.current_device(),)
-        self._thread = ThreadPoolExecutor(1, initializer=prepare, initargs=which)
-        self._ahead: tuple[Any, Future] | None = None
-
-    def take(self, shape: tuple[int, ...], first: int, following: int) -> tuple[Tensor, Tensor]:
-        """`sample_noise` of this shape and first sample; `following` is, most likely, the next call's first."""
-        if self._ahead is None or self._ahead[0] != (shape, first):
-            self._start(shape, first)
-        _, made = self._ahead
-        self._start(shape, following)
-        return made.result()
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _start(self, shape: tuple[int, ...], first: int) -> None:
-        self._ahead = (shape, first), self._thread.submit(self._pinned_noise, shape, first)
-
-    def _pinned_noise(self, shape: tuple[int, ...], first: int) -> tuple[Tensor, Tensor]:
-        made = self._make(shape, first=first)
-        return tuple(x.pin_memory() for x in made) if self._pinned else made
 
 
 def scheduler_shift(scheduler: dict) -> float:

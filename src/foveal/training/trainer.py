@@ -20,7 +20,7 @@ from foveal.training.dataset import BatchStream
 from foveal.training.evaluation import DivergenceAlarm, Evaluation, HeldOut
 from foveal.training.export import export
 from foveal.training.faults import LossGuard, TrainingError, out_of_memory, stopping_on_signals
-from foveal.training.inputs import check_output, check_sizes, micro_batches, open_data, read_batch
+from foveal.training.inputs import NoiseAhead, check_output, check_sizes, micro_batches, open_data, read_batch
 from foveal.training.log import RunLog
 from foveal.training.model import (
     anneal,
@@ -34,7 +34,7 @@ from foveal.training.model import (
     transformer_fields,
     velocity,
 )
-from foveal.training.objective import NoiseAhead, add_noise, flow_matching_loss, scheduler_shift
+from foveal.training.objective import add_noise, flow_matching_loss, scheduler_shift
 from foveal.training.optimization import (
     StepReport,
     build_optimizer,
