@@ -500,6 +500,14 @@ def test_layer_reports_are_those_of_the_whole_attention(method):
     assert 0.2 < report.recall < 0.9
 
 
+def test_a_layer_of_zeros_is_reported():
+    """A new value projection may be zero; an evaluation goes on."""
+    module, zeros = foveal.SparseLinearAttention(16, SPARSE), torch.zeros(1, 2, 64, 16)
+    report = compare_with_dense(module, *torch.randn(2, 1, 2, 64, 16), zeros, zeros, VideoGrid(1, 8, 8))
+    assert report.error != report.error
+    assert 0 < report.recall < 1
+
+
 def test_keeping_everything_is_dense(folder):
     everything = SLAConfig(keep_ratio=1.0, drop_ratio=0.0, block_q=16, block_k=16)
     found = Trainer(config(folder, sparsity=SparsitySettings(everything))).held_out
@@ -780,6 +788,8 @@ def test_processes_have_the_losses_of_one(tmp_path, processes, parallel, degree,
     """gloo on the CPU; then one process goes on with what they have saved."""
     several, alone = tmp_path / "several", tmp_path / "alone"
     arguments = ["--steps", 6, "--batch-size", 4, "--checkpoint.every", 3, "--evaluation.every", 3]
+    if degree > 1:
+        arguments += ["--objective.distillation", 0.5, "--objective.teacher", "copy", "--evaluation.sample-every", 3]
     spread = ["--parallel", parallel, "--context-parallel", degree]
     process = start(*arguments, *spread, "--output", several / "run", processes=processes)
     said, _ = process.communicate(timeout=300)

@@ -252,8 +252,7 @@ class BatchStream:
             while len(self._ahead) <= READ_AHEAD:
                 picks = self._picks(self.position + len(self._ahead))
                 samples = [self._readers.submit(self._read, *pick) for pick in picks]
-                batch = self._assembler.submit(lambda samples: self._assemble([x.result() for x in samples]), samples)
-                self._ahead.append((batch, samples))
+                self._ahead.append((self._assembler.submit(self._assemble_ahead, samples), samples))
             batch = self._ahead[0][0].result()
             self._ahead.popleft()
         self.position += 1
@@ -299,6 +298,11 @@ class BatchStream:
             for sample in samples:
                 sample.cancel()
         self._ahead.clear()
+
+    def _assemble_ahead(self, samples: list[Future]) -> dict[str, Any]:
+        read = [sample.result() for sample in samples]
+        samples.clear()  # or they would be in memory beside their batch
+        return self._assemble(read)
 
     def _assemble(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = {key: [sample[key] for sample in samples] for key in samples[0]}
