@@ -449,13 +449,33 @@ def test_training_compiles_without_reductions_of_mixed_order(monkeypatch):
     assert asked == [{"fullgraph": True, "options": {"triton.mix_order_reduction": False}}]
 
 
+def test_compiled_blocks_are_one_graph_under_ddp(folder):
+    settings = config(folder)
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, compile=True))
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    model, graphs = build_wan(ARCHITECTURE), []
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=True):
+            torch._dynamo.reset()
+            model.compile_repeated_blocks(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+            copied = place(model, two, settings)
+            copied.bucket_bytes_cap = 1  # of a parameter each, were blocks cut by buckets
+            latents, text = torch.randn(1, ARCHITECTURE.channels, 1, 4, 4), torch.randn(1, 3, ARCHITECTURE.text_dim)
+            copied(hidden_states=latents, timestep=torch.ones(1), encoder_hidden_states=text)
+    finally:
+        torch._dynamo.reset()
+        torch.distributed.destroy_process_group()
+    assert len(graphs) == 1, "blocks alike share what is compiled"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("degree", [1, 2])
-def test_compiled_blocks_are_sharded(tmp_path, degree):
+@pytest.mark.parametrize(("parallel", "degree"), [("fsdp", 1), ("fsdp", 2), ("ddp", 2)])
+def test_compiled_blocks_are_spread(tmp_path, parallel, degree):
     compiled, alone = tmp_path / "compiled", tmp_path / "alone"
     arguments = ["--steps", 2, "--batch-size", 2, "--evaluation.every", 0]
-    spread = ["--parallel", "fsdp", "--context-parallel", degree, "--model.compile"]
+    spread = ["--parallel", parallel, "--context-parallel", degree, "--model.compile"]
     process = start(*arguments, *spread, "--output", compiled / "run", processes=2)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
