@@ -2,6 +2,7 @@
 
     compute-sanitizer --tool memcheck python benchmarks/sanitizer.py
     compute-sanitizer --tool racecheck python benchmarks/sanitizer.py
+    compute-sanitizer --tool racecheck python benchmarks/sanitizer.py --impl gluon --head-dim 128
     compute-sanitizer --tool racecheck python benchmarks/sanitizer.py --control
 
 It needs an NVIDIA GPU, for the Gluon kernels Hopper. Of kernels that hand work to their warps (`warp_specialize`)
@@ -106,14 +107,17 @@ def run_control() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--control", action="store_true", help="the control alone")
-    if parser.parse_args().control:
+    parser.add_argument("--impl", nargs="+", choices=("triton", "gluon"), default=("triton", "gluon"))
+    parser.add_argument("--head-dim", nargs="+", type=int, choices=(128, 64), default=(128, 64))
+    options = parser.parse_args()
+    if options.control:
         run_control()
-    else:
-        torch.manual_seed(0)
-        for impl in ("triton", "gluon"):
-            for head_dim in (128, 64):
-                run_kernels(impl, head_dim)
-            print(f"{impl}: ran", flush=True)
+        return
+    torch.manual_seed(0)
+    for impl in options.impl:
+        for head_dim in options.head_dim:
+            run_kernels(impl, head_dim)
+            print(f"{impl}, D {head_dim}: ran", flush=True)
 
 
 if __name__ == "__main__":
