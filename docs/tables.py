@@ -188,17 +188,19 @@ def parallel() -> str:
         for arm, found in run["calls"].items():
             times = [f"{found[name]['ms']:.0f} ms" for name in ("single", "parallel")]
             lines.append(_row(label, arm, *times, f"{found['speedup']:.2f}x"))
-    for degree, compiled, label in (
-        (1, False, "`foveal train`, FSDP2"),
-        (2, False, "`foveal train`, FSDP2 and Ulysses"),
-        (2, True, "`foveal train`, FSDP2 and Ulysses, compiled"),
+    for parallel, degree, compiled, label in (
+        ("fsdp", 1, False, "`foveal train`, FSDP2"),
+        ("fsdp", 2, False, "`foveal train`, FSDP2 and Ulysses"),
+        ("fsdp", 2, True, "`foveal train`, FSDP2 and Ulysses, compiled"),
+        ("ddp", 2, True, "`foveal train`, DDP and Ulysses, compiled"),
     ):
-        wanted = {"context_parallel": degree, "compile": compiled}
-        # Runs from before there were such settings had neither.
+        wanted = {"parallel": parallel, "context_parallel": degree, "compile": compiled}
+        # Runs from before there were such settings had none of them.
         run = latest(
             "train-scaling-*.json",
             lambda run, wanted=wanted: (
-                wanted.items() <= ({"context_parallel": 1, "compile": False} | run["settings"]).items()
+                wanted.items()
+                <= ({"parallel": "fsdp", "context_parallel": 1, "compile": False} | run["settings"]).items()
             ),
         )
         runs.append(run)

@@ -14,7 +14,6 @@ l and t of these on this rank.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -237,28 +236,6 @@ def receive_gates(
     if gates is None:
         return None
     return tuple(None if gate is None else shards.receive(gate, grid.num_tokens) for gate in gates)
-
-
-def ulysses_mesh(kind: str, processes: int, degree: int) -> Any:
-    """For diffusers' `ContextParallelConfig(mesh=...)`: neighbouring processes, `degree` each, divide a video's tokens.
-
-    On GPUs their exchanges run at high priority. NCCL's kernels need multiprocessors as all kernels do; without it they
-    wait behind those that are in the queue, and the other processes wait for them.
-
-    Args:
-        kind: "cuda" or "cpu".
-        processes: all of them.
-
-    Returns:
-        A `DeviceMesh` of dimensions "data", "ring" (1) and "ulysses".
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-
-    names, settings = ("data", "ring", "ulysses"), {}
-    # Older versions of PyTorch have no way to say so.
-    if kind == "cuda" and "backend_override" in inspect.signature(init_device_mesh).parameters:
-        settings["backend_override"] = {"ulysses": dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)}
-    return init_device_mesh(kind, (processes // degree, 1, degree), mesh_dim_names=names, **settings)
 
 
 def shards_of(config: Any) -> Shards | None:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from foveal.integrations.context_parallel import ulysses_mesh
 from foveal.integrations.families import family_of
 from foveal.training.config import TrainingConfig
 
@@ -90,12 +89,13 @@ def place(model: nn.Module, accelerator: Any, config: TrainingConfig, *, trained
 def _divide_tokens(model: nn.Module, accelerator: Any, degree: int) -> None:
     """Context parallelism over groups of `degree` neighbouring processes, by diffusers and our processors."""
     from diffusers import ContextParallelConfig
+    from torch.distributed.device_mesh import init_device_mesh
 
     heads = model.config.num_attention_heads
     if heads % degree:
         raise ValueError(f"context_parallel must divide the model's heads, {heads}, got {degree}")
     processes, kind = accelerator.num_processes, accelerator.device.type
-    mesh = ulysses_mesh(kind, processes, degree)
+    mesh = init_device_mesh(kind, (processes // degree, 1, degree), mesh_dim_names=("data", "ring", "ulysses"))
     with _counted_devices(processes) if kind == "cpu" else contextlib.nullcontext():
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree, mesh=mesh))
 
