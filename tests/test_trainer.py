@@ -450,8 +450,6 @@ def test_training_compiles_without_reductions_of_mixed_order(monkeypatch):
 
 
 def test_compiled_blocks_are_one_graph_under_ddp(folder):
-    settings = config(folder)
-    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, compile=True))
     two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
     model, graphs = build_wan(ARCHITECTURE), []
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -459,7 +457,7 @@ def test_compiled_blocks_are_one_graph_under_ddp(folder):
         with torch._dynamo.config.patch(optimize_ddp=True):
             torch._dynamo.reset()
             model.compile_repeated_blocks(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
-            copied = place(model, two, settings)
+            copied = place(model, two, config(folder, model__compile=True))
             copied.bucket_bytes_cap = 1  # of a parameter each, were blocks cut by buckets
             latents, text = torch.randn(1, ARCHITECTURE.channels, 1, 4, 4), torch.randn(1, 3, ARCHITECTURE.text_dim)
             copied(hidden_states=latents, timestep=torch.ones(1), encoder_hidden_states=text)
