@@ -449,6 +449,44 @@ def test_training_compiles_without_reductions_of_mixed_order(monkeypatch):
     assert asked == [{"fullgraph": True, "options": {"triton.mix_order_reduction": False}}]
 
 
+def test_compiled_blocks_keep_their_inputs_alone():
+    """Compiled with their second forward in them, blocks have the gradients and the memory that checkpoints have."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    torch.manual_seed(0)
+    latents, text = torch.randn(1, *LATENT), torch.randn(1, 3, ARCHITECTURE.text_dim)
+
+    def kept_and_gradients(checkpointing: bool, compiled: bool):
+        torch.manual_seed(1)
+        model = build_wan(ARCHITECTURE)
+        foveal.sparsify(model, SPARSE)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        if compiled:
+            torch._dynamo.reset()
+            compile_blocks(model, fullgraph=True, backend=lambda graph, inputs, options: aot_eager(graph, inputs))
+        weights, kept = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}, {}
+
+        def keep(x):
+            if x.untyped_storage().data_ptr() not in weights:
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            output = model(hidden_states=latents, timestep=torch.ones(1), encoder_hidden_states=text).sample
+        output.square().sum().backward()
+        return sum(kept.values()), {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+
+    everything, expected = kept_and_gradients(False, False)
+    outside, _ = kept_and_gradients(True, False)
+    inside, ours = kept_and_gradients(True, True)
+    torch._dynamo.reset()
+    assert inside < outside + 2 * ARCHITECTURE.num_layers * torch.get_rng_state().nbytes < everything / 2
+    assert ours.keys() == expected.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_compiled_blocks_are_one_graph_under_ddp(folder):
     two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
     model, graphs = build_wan(ARCHITECTURE), []
