@@ -445,8 +445,11 @@ def test_training_compiles_without_reductions_of_mixed_order(monkeypatch):
     """On a GPU they lose gradients: `test_gpu_models`."""
     model, asked = build_wan(ARCHITECTURE), []
     monkeypatch.setattr(model, "compile_repeated_blocks", lambda **settings: asked.append(settings))
-    compile_blocks(model, fullgraph=True)
-    assert asked == [{"fullgraph": True, "options": {"triton.mix_order_reduction": False}}]
+    compile_blocks(model, fullgraph=True, options={"max_autotune": True})
+    options = asked[0].pop("options")
+    assert asked == [{"fullgraph": True}]
+    assert not options["triton.mix_order_reduction"]
+    assert options["max_autotune"]
 
 
 def test_compiled_blocks_keep_their_inputs_alone():
