@@ -122,7 +122,8 @@ def build_call(arm: str, parallel: bool, options: argparse.Namespace, device: to
         parallelised(model)
         call()  # diffusers' hook on the first block looks up its parameters, which a compiler cannot follow
     if options.compile:
-        compile_blocks(model, fullgraph=True, dynamic=False, options=dict(options.inductor))
+        keep = True if parallel else None
+        compile_blocks(model, keep_exchanged=keep, fullgraph=True, dynamic=False, options=dict(options.inductor))
     return call
 
 

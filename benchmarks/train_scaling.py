@@ -65,6 +65,7 @@ def configuration(data: Path, output: Path, options: argparse.Namespace) -> Trai
         model=ModelSettings(
             architecture=WanArchitecture(num_layers=options.layers, num_heads=options.heads, ffn_dim=options.ffn_dim),
             compile=options.compile,
+            keep_exchanged=options.keep_exchanged,
         ),
         sparsity=SparsitySettings(SLAConfig(keep_ratio=0.05, drop_ratio=0.10)),
         data=DataSettings(folder=data, held_out=1, caption_dropout=0.0),
@@ -95,6 +96,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parallel", choices=("fsdp", "ddp"), default="fsdp")
     parser.add_argument("--context-parallel", type=int, default=1, help="processes that divide a sample's tokens")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
+    parser.add_argument(
+        "--keep-exchanged",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compiled blocks keep what came by exchanges for the backward",
+    )
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--commit", help="of this tree, where git cannot say")
     parser.add_argument("--json", type=Path, required=True)

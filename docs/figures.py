@@ -23,7 +23,7 @@ from foveal.video_grid import tile_indices
 from foveal.vsa.attention import select_cubes, slot_size
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import latest
+from tables import bench_run, latest
 
 ASSETS = Path(__file__).parent / "assets"
 PATCH = 8
@@ -223,7 +223,7 @@ def draw_fine_tune(path: Path) -> None:
 
 def draw_kernels(path: Path) -> None:
     """Kernels and methods against dense attention, as `foveal bench` draws its own results."""
-    write_plot(path, latest("nvidia-*.json"))
+    write_plot(path, bench_run("480p", "kernel")[0])
 
 
 def draw_speed(path: Path) -> None:

@@ -188,20 +188,18 @@ def parallel() -> str:
         for arm, found in run["calls"].items():
             times = [f"{found[name]['ms']:.0f} ms" for name in ("single", "parallel")]
             lines.append(_row(label, arm, *times, f"{found['speedup']:.2f}x"))
-    for parallel, degree, compiled, label in (
-        ("fsdp", 1, False, "`foveal train`, FSDP2"),
-        ("fsdp", 2, False, "`foveal train`, FSDP2 and Ulysses"),
-        ("fsdp", 2, True, "`foveal train`, FSDP2 and Ulysses, compiled"),
-        ("ddp", 2, True, "`foveal train`, DDP and Ulysses, compiled"),
+    # Of runs from before there were such settings.
+    without = {"parallel": "fsdp", "context_parallel": 1, "compile": False, "heads": 12}
+    for parallel, degree, compiled, heads, label in (
+        ("fsdp", 1, False, 12, "`foveal train`, FSDP2"),
+        ("fsdp", 2, False, 12, "`foveal train`, FSDP2 and Ulysses"),
+        ("fsdp", 2, True, 12, "`foveal train`, FSDP2 and Ulysses, compiled"),
+        ("ddp", 2, True, 12, "`foveal train`, DDP and Ulysses, compiled"),
+        ("ddp", 2, True, 40, "the same with 14B's width, 3 layers"),
     ):
-        wanted = {"parallel": parallel, "context_parallel": degree, "compile": compiled}
-        # Runs from before there were such settings had none of them.
+        wanted = {"parallel": parallel, "context_parallel": degree, "compile": compiled, "heads": heads}
         run = latest(
-            "train-scaling-*.json",
-            lambda run, wanted=wanted: (
-                wanted.items()
-                <= ({"parallel": "fsdp", "context_parallel": 1, "compile": False} | run["settings"]).items()
-            ),
+            "train-scaling-*.json", lambda run, wanted=wanted: wanted.items() <= (without | run["settings"]).items()
         )
         runs.append(run)
         rates = [f"{one['tokens_per_second']:,.0f} tokens/s" for one in (run["one_process"], run)]
@@ -293,6 +291,8 @@ TABLES = {
     "flex": lambda: kernels("flex-*.json"),
     "methods": methods,
     "methods_720p": lambda: methods("720p"),
+    "methods_paper": lambda: methods("paper"),
+    "methods_d64": lambda: methods("d64"),
     "counters": counters,
     "speed": speed,
     "wan": wan,

@@ -508,13 +508,63 @@ def test_compiled_blocks_are_one_graph_under_ddp(folder):
     assert len(graphs) == 1, "blocks alike share what is compiled"
 
 
+def run_half(folder, **compiled):
+    """A compiled forward of the first of two processes, the other of which does nothing, and its backward."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model = foveal.sparsify(build_wan(dataclasses.replace(ARCHITECTURE, num_layers=1)), SPARSE)
+    model.enable_gradient_checkpointing()
+    latents, text = torch.randn(1, *LATENT), torch.randn(1, 3, ARCHITECTURE.text_dim)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        torch._dynamo.reset()
+        compile_blocks(model, **compiled)
+        two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+        place(model, two, config(folder, context_parallel=2), trained=False)
+        fed = {"hidden_states": latents, "timestep": torch.ones(1), "encoder_hidden_states": text}
+        model(**fed, return_dict=False)[0].sum().backward()
+    finally:
+        torch._dynamo.reset()
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("keep", "backward"), [(True, 4), (False, 8)])
+def test_what_was_exchanged_is_kept_or_exchanged_again(folder, keep, backward):
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    counts = []
+
+    def count(graph, inputs):
+        exchange = torch.ops._c10d_functional.all_to_all_single.default
+        counts.append(sum(node.target == exchange for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    partition = torch._functorch.partitioners.min_cut_rematerialization_partition
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=partition)
+    run_half(folder, keep_exchanged=keep, backend=lambda graph, inputs, options: backend(graph, inputs))
+    assert sorted(filter(None, counts)) == [4, backward]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("parallel", "degree"), [("fsdp", 1), ("fsdp", 2), ("ddp", 2)])
-def test_compiled_blocks_are_spread(tmp_path, parallel, degree):
+def test_compiled_blocks_work_while_gradients_travel(folder):
+    from torch._inductor.utils import run_and_get_code
+
+    _, codes = run_and_get_code(run_half, folder, keep_exchanged=True)
+    backward = max(codes, key=len)
+    _, _, after = backward.rpartition("all_to_all_single.default(")
+    behind = itertools.takewhile(lambda line: "wait_tensor" not in line, after.splitlines())
+    assert sum("mm(" in line for line in behind) >= 6, "the weights' gradients of cross-attention and feed-forward"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("parallel", "degree", "keep"), [("fsdp", 1, ""), ("fsdp", 2, "no-"), ("ddp", 2, "")])
+def test_compiled_blocks_are_spread(tmp_path, parallel, degree, keep):
     compiled, alone = tmp_path / "compiled", tmp_path / "alone"
     arguments = ["--steps", 2, "--batch-size", 2, "--evaluation.every", 0]
-    spread = ["--parallel", parallel, "--context-parallel", degree, "--model.compile"]
+    spread = ["--parallel", parallel, "--context-parallel", degree, "--model.compile", f"--model.{keep}keep-exchanged"]
     process = start(*arguments, *spread, "--output", compiled / "run", processes=2)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
@@ -739,6 +789,9 @@ def test_out_of_memory_says_what_to_change(folder, monkeypatch):
     assert "gradient_checkpointing" not in message
     assert "micro_batch_size below 2" in message
     assert "adamw8bit" not in message
+    kept = {"model__gradient_checkpointing": True, "model__compile": True, "context_parallel": 2}
+    assert "no model.keep_exchanged" in str(out_of_memory(config(folder, **kept), RuntimeError("x")))
+    assert "keep_exchanged" not in message
 
 
 def test_a_resumed_run_says_what_changed(folder, capsys):

@@ -20,16 +20,23 @@ COLORS = {"forward": "#2a7f8e", "backward": "#d19a2e"}
 
 
 def write_plot(path: Path, results: dict[str, Any]) -> None:
-    """One row a shape: kernels on the left, methods on the right."""
-    shapes = list(results["shapes"])
-    figure = Figure(figsize=(14, 1.2 + 4.2 * len(shapes)), dpi=130, layout="constrained", facecolor="white")
-    axes = figure.subplots(len(shapes), 2, squeeze=False)
+    """One row a shape: kernels on the left, methods on the right; one column if the run had either alone."""
+    shapes, ran = list(results["shapes"]), [entry for entry in results["results"] if entry["status"] == "ok"]
+    drawn = {
+        "kernel": ("share_of_rate", "executed TFLOP/s over those of"),
+        "method": ("speedup", "times faster than"),
+    }
+    kinds = [kind for kind in drawn if any(entry["kind"] == kind for entry in ran)] or ["method"]
+    size = (7 * len(kinds), 1.2 + 4.2 * len(shapes))
+    figure = Figure(figsize=size, dpi=130, layout="constrained", facecolor="white")
+    axes = figure.subplots(len(shapes), len(kinds), squeeze=False)
     for row, shape in zip(axes, shapes, strict=True):
-        entries = [entry for entry in results["results"] if entry["shape"] == shape and entry["status"] == "ok"]
+        entries = [entry for entry in ran if entry["shape"] == shape]
         baseline = (*baselines_of(entries), None)[0]
-        kernels, methods = ([entry for entry in entries if entry["kind"] == kind] for kind in ("kernel", "method"))
-        _bars(row[0], kernels, baseline, "share_of_rate", f"{shape}: executed TFLOP/s over those of {baseline}")
-        _bars(row[1], methods, baseline, "speedup", f"{shape}: times faster than {baseline}")
+        for axis, kind in zip(row, kinds, strict=True):
+            ratio, title = drawn[kind]
+            of_kind = [entry for entry in entries if entry["kind"] == kind]
+            _bars(axis, of_kind, baseline, ratio, f"{shape}: {title} {baseline}")
     machine = results["machine"]
     figure.suptitle(f"{machine['device']}, {results['settings']['dtype']}, rested, {results['started'][:10]}")
     figure.savefig(path)

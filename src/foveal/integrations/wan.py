@@ -88,8 +88,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     exchanged = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     sign = torch.arange(x.shape[-1], device=x.device) % 2 * 2 - 1
-    # In place, for memory without a compiler: float32 is twice the size.
-    return (x * cos).addcmul_(exchanged, sin * sign).type_as(x)
+    rotated = x * cos
+    if torch.compiler.is_compiling():  # and checkpoints that choose what to keep want nothing in place
+        return rotated.addcmul(exchanged, sin * sign).type_as(x)
+    # In place for memory: float32 is twice the size.
+    return rotated.addcmul_(exchanged, sin * sign).type_as(x)
 
 
 def _from_firsts(table: Tensor) -> Tensor:

@@ -104,6 +104,8 @@ def out_of_memory(config: TrainingConfig, error: BaseException) -> TrainingError
         advice.append(f"micro_batch_size below {config.micro_batch_size} (batch_size stays: gradients accumulate)")
     if not config.model.gradient_checkpointing:
         advice.append("model.gradient_checkpointing")
+    elif config.context_parallel > 1 and config.model.compile and config.model.keep_exchanged:
+        advice.append("no model.keep_exchanged")
     if config.precision != "bf16":
         advice.append('precision "bf16"')
     if config.parallel != "fsdp":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from foveal.integrations import dense, reconfigure, sparse_parameters, sparsify
 from foveal.integrations.families import FAMILIES, family_of
@@ -57,7 +57,7 @@ def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
     return model
 
 
-def compile_blocks(model: nn.Module, **settings: Any) -> None:
+def compile_blocks(model: nn.Module, *, keep_exchanged: bool | None = None, **settings: Any) -> None:
     """torch.compile of a diffusers transformer's repeated blocks, for training.
 
     Without Inductor's reductions of mixed order, on by default since PyTorch 2.10: of a parameter that several
@@ -71,15 +71,21 @@ def compile_blocks(model: nn.Module, **settings: Any) -> None:
     for example. Without collectives in a graph its order stays what it was.
 
     Args:
+        keep_exchanged: under context parallelism, whether checkpoints keep the queries, keys, values and outputs that
+            were exchanged, or exchange them again in the backward; None without.
         settings: of torch.compile.
     """
     from torch._inductor import config
 
+    how: dict[str, Any] = {"use_reentrant": False}
+    if keep_exchanged is not None:
+        policy = _save_exchanged if keep_exchanged else _save_nothing
+        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     if model.is_gradient_checkpointing:
         model.disable_gradient_checkpointing()
         for block in model.modules():
             if type(block).__name__ in model._repeated_blocks:
-                block.forward = functools.partial(_checkpointed, block.forward)
+                block.forward = functools.partial(_checkpointed, block.forward, how)
     options = {
         "reorder_for_compute_comm_overlap": True,
         "reorder_for_compute_comm_overlap_passes": ["reorder_compute_for_overlap"],
@@ -90,11 +96,21 @@ def compile_blocks(model: nn.Module, **settings: Any) -> None:
     model.compile_repeated_blocks(**settings)
 
 
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A forward that keeps its inputs alone for the backward; a function, so that a compiler can look into it."""
+def _checkpointed(forward: Callable[..., Any], how: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """A forward that keeps little more than its inputs for the backward; a function, so that a compiler can read it."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return checkpoint(forward, *args, **how, **kwargs)
+
+
+def _save_exchanged(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What a checkpoint keeps: what all-to-alls brought."""
+    arrived = op == torch.ops._c10d_functional.wait_tensor.default
+    return CheckpointPolicy.MUST_SAVE if arrived else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _save_nothing(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def load_transformer(settings: ModelSettings, *, empty: bool = False) -> nn.Module:

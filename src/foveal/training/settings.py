@@ -53,6 +53,9 @@ class ModelSettings:
         architecture: random weights of these sizes instead of a `path`.
         gradient_checkpointing: keep the blocks' inputs alone and run them again in the backward.
         compile: torch.compile of the repeated blocks.
+        keep_exchanged: under `context_parallel` compiled blocks keep the queries, keys, values and outputs that were
+            exchanged, beside their inputs: 8 bytes times tokens times width a layer in bfloat16, divided by the degree.
+            Without, they are exchanged again in the backward.
         frozen_dtype: of the weights that are not trained; those that are stay in float32.
     """
 
@@ -61,6 +64,7 @@ class ModelSettings:
     architecture: WanArchitecture | None = None
     gradient_checkpointing: bool = True
     compile: bool = False
+    keep_exchanged: bool = True
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:

@@ -140,7 +140,9 @@ class Trainer:
         for shape in train_data.buckets | held_out_data.buckets:
             check_tokens(config.context_parallel, token_grid(self.transformer, shape).num_tokens, shape)
         if config.model.compile:
-            compile_blocks(self.transformer)  # before `place`: blocks are found by their class, and FSDP2 changes it
+            # Before `place`: blocks are found by their class, and FSDP2 changes it.
+            keep = config.model.keep_exchanged if config.context_parallel > 1 else None
+            compile_blocks(self.transformer, keep_exchanged=keep)
         self.model = place(self.transformer, self.accelerator, config)
         self.teacher = self._build_teacher()
         self.parameters = trained_parameters(self.transformer)
