@@ -546,6 +546,11 @@ def test_what_was_exchanged_is_kept_or_exchanged_again(folder, keep, backward):
     assert sorted(filter(None, counts)) == [4, backward]
 
 
+def test_what_was_exchanged_is_dropped_by_checkpoints_alone():
+    with pytest.raises(ValueError, match=r"model.keep_exchanged must be True without model.gradient_checkpointing"):
+        ModelSettings(architecture=ARCHITECTURE, gradient_checkpointing=False, keep_exchanged=False)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_compiled_blocks_work_while_gradients_travel(folder):
@@ -564,7 +569,8 @@ def test_compiled_blocks_work_while_gradients_travel(folder):
 def test_compiled_blocks_are_spread(tmp_path, parallel, degree, keep):
     compiled, alone = tmp_path / "compiled", tmp_path / "alone"
     arguments = ["--steps", 2, "--batch-size", 2, "--evaluation.every", 0]
-    spread = ["--parallel", parallel, "--context-parallel", degree, "--model.compile", f"--model.{keep}keep-exchanged"]
+    spread = ["--parallel", parallel, "--context-parallel", degree, "--model.compile"]
+    spread += ["--model.gradient-checkpointing", f"--model.{keep}keep-exchanged"]
     process = start(*arguments, *spread, "--output", compiled / "run", processes=2)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said

@@ -55,7 +55,7 @@ class ModelSettings:
         compile: torch.compile of the repeated blocks.
         keep_exchanged: under `context_parallel` compiled blocks keep the queries, keys, values and outputs that were
             exchanged, beside their inputs: 8 bytes times tokens times width a layer in bfloat16, divided by the degree.
-            Without, they are exchanged again in the backward.
+            Without, they are exchanged again in the backward, by `gradient_checkpointing`.
         frozen_dtype: of the weights that are not trained; those that are stay in float32.
     """
 
@@ -71,6 +71,10 @@ class ModelSettings:
         if (self.path is None) == (self.architecture is None):
             raise ValueError(
                 f"give model.path or model.architecture, one of them, got {self.path!r}, {self.architecture!r}"
+            )
+        if not (self.keep_exchanged or self.gradient_checkpointing):
+            raise ValueError(
+                "model.keep_exchanged must be True without model.gradient_checkpointing, which alone drops anything"
             )
         check_choice("model.frozen_dtype", self.frozen_dtype, ("float32", "bfloat16"))
 
