@@ -271,13 +271,17 @@ def load_key_tiles(
 
 @gluon.jit
 def sum_query_gradient(
-    q, g, q_full, k, v, k_full, k_empty, v_full, v_empty, added_full, grad_query, statistics_ptr, list_ptr, size_ptr,
-    video, video_strides, video_length, pair, batch, head, start_q, query_length, key_length, count, scale, scale_log2,
-    uniform,
+    q, g, q_full, k, v, k_full, k_empty, v_full, v_empty, cleared, added_full, grad_query, statistics_ptr, list_ptr,
+    size_ptr, video, video_strides, video_length, pair, batch, head, start_q, query_length, key_length, count, scale,
+    scale_log2, uniform,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, HAS_SIZES: gl.constexpr, TAIL: gl.constexpr, K_SLOTS: gl.constexpr,
-    V_SLOTS: gl.constexpr, ADD: gl.constexpr,
+    V_SLOTS: gl.constexpr, ADD: gl.constexpr, PLACE: gl.constexpr,
 ):  # fmt: skip
-    """One consumer warpgroup: dQ of 64 queries; ADD adds it to what stands there."""
+    """One consumer warpgroup: dQ of 64 queries; ADD adds it to what stands there.
+
+    PLACE is "alone", or of two that share tiles "first" or "second": the first clears padding keys, the second
+    waits until they are clear, at `cleared`, a barrier a slot (anything where no one waits).
+    """
     tile_k: gl.constexpr = k.shape[1]
     head_dim: gl.constexpr = k.shape[2]
     SPLIT: gl.constexpr = BLOCK_K // tile_k
@@ -298,6 +302,7 @@ def sum_query_gradient(
         last_valid = valid
     else:
         last_valid = key_length - tile_start(list_ptr, gl.maximum(count - 1, 0), count, tile_k, SPLIT)
+    clearings = 0  # a bit a slot: whether it was cleared an odd number of times
     mbarrier.wait(q_full, 0)
     for t in range(count):
         k_slot, v_slot = t % K_SLOTS, t % V_SLOTS
@@ -323,7 +328,13 @@ def sum_query_gradient(
             if valid < tile_k:
                 ds = keep_columns(ds, valid, 0.0)
                 if HAS_SIZES:
-                    clear_rows(k.index(k_slot), valid)
+                    if PLACE == "second":
+                        mbarrier.wait(cleared.index(k_slot), (clearings >> k_slot) & 1)
+                        clearings ^= 1 << k_slot
+                    else:
+                        clear_rows(k.index(k_slot), valid)
+                    if PLACE == "first":
+                        mbarrier.arrive(cleared.index(k_slot), count=1)
         ds = gl.convert_layout(ds.to(q.dtype), operand_layout)
         sums = warpgroup_mma(ds, k.index(k_slot), grad_q, is_async=True)
         grad_q = warpgroup_mma_wait(0, deps=[sums])
@@ -376,6 +387,9 @@ def block_sparse_dq_kernel(
     q_full = barriers(1 + CONSUMERS, 1)  # one of Q and dO, and for ADD one a consumer
     k_full, k_empty = barriers(K_SLOTS, 1), barriers(K_SLOTS, CONSUMERS)
     v_full, v_empty = barriers(V_SLOTS, 1), barriers(V_SLOTS, CONSUMERS)
+    cleared = k_empty
+    if HAS_SIZES and CONSUMERS == 2:
+        cleared = barriers(K_SLOTS, 1)
     fence_async_shared()
     mbarrier.expect(q_full.index(0), CONSUMERS * (query.block_type.nbytes + grad.block_type.nbytes))
     for w in gl.static_range(CONSUMERS):
@@ -396,9 +410,9 @@ def block_sparse_dq_kernel(
         gl.warp_specialize([
             (sum_query_gradient, (
                 q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
-                q_full.index(1), grad_query, statistics_ptr, list_ptr, size_ptr, video, grad_query_strides,
+                cleared, q_full.index(1), grad_query, statistics_ptr, list_ptr, size_ptr, video, grad_query_strides,
                 video_length, pair, batch, head, start_q, query_length, key_length, count, scale, scale_log2, uniform,
-                BLOCK_Q, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
+                BLOCK_Q, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD, "alone",
             )),
             (load_key_tiles, (
                 key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,
@@ -409,15 +423,15 @@ def block_sparse_dq_kernel(
         gl.warp_specialize([
             (sum_query_gradient, (
                 q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
-                q_full.index(1), grad_query, statistics_ptr, list_ptr, size_ptr, video, grad_query_strides,
+                cleared, q_full.index(1), grad_query, statistics_ptr, list_ptr, size_ptr, video, grad_query_strides,
                 video_length, pair, batch, head, start_q, query_length, key_length, count, scale, scale_log2, uniform,
-                BLOCK_Q, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
+                BLOCK_Q, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD, "first",
             )),
             (sum_query_gradient, (
                 q.index(1), g.index(1), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
-                q_full.index(2), grad_query, statistics_ptr + 128, list_ptr, size_ptr, video, grad_query_strides,
-                video_length, pair, batch, head, start_q + 64, query_length, key_length, count, scale, scale_log2,
-                uniform, BLOCK_Q, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD,
+                cleared, q_full.index(2), grad_query, statistics_ptr + 128, list_ptr, size_ptr, video,
+                grad_query_strides, video_length, pair, batch, head, start_q + 64, query_length, key_length, count,
+                scale, scale_log2, uniform, BLOCK_Q, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD, "second",
             )),
             (load_key_tiles, (
                 key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,
@@ -429,3 +443,5 @@ def block_sparse_dq_kernel(
     retire(k_empty)
     retire(v_full)
     retire(v_empty)
+    if HAS_SIZES and CONSUMERS == 2:
+        retire(cleared)
