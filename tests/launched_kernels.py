@@ -61,6 +61,7 @@ def _instead_of_launches(monkeypatch, arch: int, run: Callable):
         patch.setattr(JITFunction, "run", run)
         patch.setattr(launch, "_launchers", {})
         patch.setattr(tiles, "has_copy_engine", lambda device: arch >= 90)
+        patch.setattr(launch, "starts_early", lambda device: arch >= 90)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         for module in (gluon_launch, launch_linear, cubes):
@@ -125,6 +126,11 @@ def checked_launches(monkeypatch, arch: int):
 
     with _instead_of_launches(monkeypatch, arch, run):
         yield calls
+
+
+def first_to_memory(binary) -> str:
+    """The first instruction that touches global memory, or that waits for the kernel before this one to end."""
+    return re.search(r"\b(?:griddepcontrol\.wait|(?:ld|st|red|atom)\.global|cp\.async)\b", binary.asm["ptx"]).group()
 
 
 class Figures(NamedTuple):

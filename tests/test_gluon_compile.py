@@ -17,7 +17,7 @@ if missing_gluon() is not None:
 import triton
 from launched_calls import BF16, vsa
 from launched_kernels import compiled as compiled_as_launched
-from launched_kernels import noted_launches
+from launched_kernels import first_to_memory, noted_launches
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
@@ -69,7 +69,7 @@ def compile_for_hopper(kernel, signature, plan):
             types[name], constants[name] = "constexpr", None
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel, types, places)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=plan["options"])
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=plan["options"] | {"launch_pdl": True})
 
 
 def assembled(compiled, folder):
@@ -87,6 +87,7 @@ def assert_fits(compiled, folder, programs, threads, spill_limit=0):
     """No spills, no serialised products, as many programs a multiprocessor as the plan counts on, barriers retired."""
     made, retired = (len(re.findall(rf"mbarrier\.{word}\.", compiled.asm["ptx"])) for word in ("init", "inval"))
     assert made == retired, "shared memory of a live barrier goes to others"
+    assert first_to_memory(compiled) == "griddepcontrol.wait"
     registers, spills, warnings = assembled(compiled, folder)
     assert spills <= spill_limit
     assert warnings == []

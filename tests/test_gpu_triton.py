@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from foveal import (
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+from triton.language.extra.cuda import gdc_launch_dependents  # noqa: E402
+
+from foveal import (  # noqa: E402
     SLAConfig,
     VideoGrid,
     VSAConfig,
@@ -13,9 +18,9 @@ from foveal import (
     sla_attention,
     vsa_attention,
 )
-from foveal import selection as selection_module
-from foveal.block_sparse.gluon import supports
-from foveal.testing import (
+from foveal import selection as selection_module  # noqa: E402
+from foveal.block_sparse.gluon import supports  # noqa: E402
+from foveal.testing import (  # noqa: E402
     assert_close_to_reference,
     make_inputs,
     output_and_gradients,
@@ -163,6 +168,55 @@ def test_cuda_graph(impl):
     graph.replay()
     for x, y in zip(captured, forward_and_backward(inputs, selection, impl), strict=True):
         assert torch.equal(x, y)
+
+
+@triton.jit
+def late_copy(source_ptr, target_ptr, count, BLOCK: tl.constexpr):
+    """Lets the kernel after this one start at once, and copies some milliseconds later."""
+    gdc_launch_dependents()
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for _ in range(4):
+        place += tl.inline_asm_elementwise(
+            "nanosleep.u32 1000000; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+    tl.store(target_ptr + place, tl.load(source_ptr + place, mask=place < count), mask=place < count)
+
+
+@pytest.mark.parametrize("method", ["block-sparse", "sla", "vsa"])
+def test_what_is_not_written_yet_is_awaited(method, impl):
+    """Kernels start before the one before them has ended, whose results they need: inputs, gradients of outputs."""
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("kernels start one after another here")
+    grid = VideoGrid(5, 9, 10)
+    inputs = make_inputs(query_length=grid.num_tokens, heads=2, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    selection = random_selection(query_length=grid.num_tokens, heads=2, device="cuda")
+    run = {
+        "block-sparse": lambda *qkv: block_sparse_attention(*qkv, selection, impl=impl),
+        "sla": lambda *qkv: sla_attention(*qkv, config=SLAConfig(keep_ratio=0.3, drop_ratio=0.1), impl=impl),
+        "vsa": lambda *qkv: vsa_attention(*qkv, config=VSAConfig(keep_ratio=0.3), grid=grid, impl=impl),
+    }[method]
+    source = torch.stack([*inputs, torch.randn_like(inputs[0])])
+    target = source.clone()
+    leaves, grad = [x.requires_grad_() for x in target[:3].unbind()], target[3]
+
+    def write_late():
+        """Poison, and the numbers over it while what follows starts."""
+        target.data.fill_(float("nan"))  # what autograd has saved may change here
+        late_copy[(triton.cdiv(target.numel(), 4096),)](source, target, target.numel(), BLOCK=4096)
+
+    expected = run(*leaves)
+    expected_grads = torch.autograd.grad(expected, leaves, grad)
+    with torch.no_grad():
+        expected_inference = run(*leaves)
+    for _ in range(5):
+        with torch.no_grad():
+            write_late()
+            assert torch.equal(run(*leaves), expected_inference)
+        output = run(*leaves)
+        write_late()
+        grads = torch.autograd.grad(output, leaves, grad)
+        for x, y in zip((output, *grads), (expected, *expected_grads), strict=True):
+            assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("layout", ["BHLD", "BLHD"])

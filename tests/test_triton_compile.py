@@ -11,7 +11,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from launched_calls import FEW, all_calls  # noqa: E402
-from launched_kernels import compiled, figures, noted_launches  # noqa: E402
+from launched_kernels import compiled, figures, first_to_memory, noted_launches  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from foveal import block_sparse_attention  # noqa: E402
@@ -117,7 +117,9 @@ def shared_limit(launched):
 
 def check(name, arch, every):
     for launched in variants(arch, every)[name]:
-        made = figures(compiled(launched))
+        binary = compiled(launched)
+        assert (first_to_memory(binary) == "griddepcontrol.wait") == launched.options.launch_pdl == (arch >= 90)
+        made = figures(binary)
         in_loops, total = allowed_spills(launched)
         assert made.loop_spills <= in_loops, launched.constants
         assert made.spills <= total, launched.constants

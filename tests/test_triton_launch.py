@@ -1,10 +1,13 @@
 """What `Launcher` tells variants of a kernel by is at least what Triton compiles variants for."""
 
+import ast
 import contextlib
 import functools
 import importlib
+import inspect
 import itertools
 import pkgutil
+import textwrap
 
 import pytest
 import torch
@@ -104,6 +107,14 @@ def test_what_is_launched_again_fits_its_variant(case, monkeypatch):
     assert [(name, *rest) for name, _, *rest in again] == [(name, *rest) for name, _, *rest in calls[:first]]
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_first_await_the_one_before_them(name):
+    """Or they could read what it has not written yet."""
+    function = ast.parse(textwrap.dedent(inspect.getsource(KERNELS[name].fn))).body[0]
+    first = next(x for x in function.body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant)))
+    assert ast.unparse(first) == "await_previous()"
+
+
 class Recorder(JITFunction):
     """A kernel that notes how it was called, and what it would have compiled."""
 
@@ -131,13 +142,15 @@ def example(x_ptr, n, FIRST: "tl.constexpr", SECOND: "tl.constexpr"):  # noqa: F
     pass
 
 
-def test_a_second_launch_takes_the_compiled_kernel(monkeypatch):
+@pytest.mark.parametrize("early", [False, True])
+def test_a_second_launch_takes_the_compiled_kernel(monkeypatch, early):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "starts_early", lambda device: early)
     kernel = Recorder(example)
     x, named = torch.zeros(4), {"SECOND": 2, "FIRST": 1, "num_warps": 4}
     launch.launch(kernel, (3,), x, 5, **named)
     launch.launch(kernel, (4,), x, 6, **named)
-    assert kernel.calls[0] == ((3,), (x, 5), named)
+    assert kernel.calls[0] == ((3,), (x, 5), named | ({"launch_pdl": True} if early else {}))
     assert kernel.calls[1] == ((4, 1, 1), (x, 6, 1, 2))
     launch.launch(kernel, (4,), x[1:], 6, **named)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

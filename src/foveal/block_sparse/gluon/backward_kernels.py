@@ -40,6 +40,7 @@ from foveal.block_sparse.gluon.tiles import (
     scheduling_fence,
     store_rows,
 )
+from foveal.block_sparse.triton.launch import await_previous
 
 # Row statistics lie tile by tile, for each 64 queries their 64 LSEs in log2 units and then their 64 deltas, so that
 # one copy brings both.
@@ -48,6 +49,7 @@ from foveal.block_sparse.gluon.tiles import (
 @gluon.jit(do_not_specialize=["query_length", "num_tiles"])
 def row_statistics_kernel(lse_ptr, delta_ptr, statistics_ptr, query_length, num_tiles):
     """Grid (num_tiles / 4, B * H). Rows past the end, and rows without keys, get an LSE that makes P zero."""
+    await_previous()
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     row = gl.program_id(0) * 256 + gl.arange(0, 256, layout)
     pair = gl.program_id(1).to(gl.int64)
@@ -150,6 +152,7 @@ def block_sparse_dkdv_kernel(
     `state_step` is 0 where all key blocks share one, else 1. With a `video` (gradients of pooled keys and values,
     places, sizes) tensors stand in tile order and the gradients, pointers then, in raster order.
     """
+    await_previous()
     head_dim: gl.constexpr = query.block_type.shape[3]
     dtype: gl.constexpr = query.dtype
     SPLIT: gl.constexpr = BLOCK_Q // 64
@@ -368,6 +371,7 @@ def block_sparse_dq_kernel(
     and zeros behind them. With a `video` (gradients of pooled queries, places, sizes) tensors stand in tile order and
     grad_query, a pointer then, in raster order.
     """
+    await_previous()
     head_dim: gl.constexpr = query.block_type.shape[3]
     tile_k: gl.constexpr = key.block_type.shape[2]
     dtype: gl.constexpr = query.dtype

@@ -25,6 +25,7 @@ from foveal.block_sparse.gluon.forward_kernel import (
 )
 from foveal.block_sparse.gluon.raster import load_lines, store_gated_sum, video_tokens
 from foveal.block_sparse.gluon.tiles import barriers, copy_rows, retire
+from foveal.block_sparse.triton.launch import await_previous
 
 
 @gluon.jit
@@ -48,6 +49,7 @@ def cubes_fwd_kernel(
     MASK: None where all blocks are full, "tail" where each has `uniform` keys, over 56, "columns" for `size_ptr`.
     With SAVE_FINE the fine stage's own output is stored too, in tile order.
     """
+    await_previous()
     head_dim: gl.constexpr = key.block_type.shape[4]
     dtype: gl.constexpr = key.dtype
     MAY_BE_EMPTY: gl.constexpr = MASK == "columns"

@@ -25,6 +25,7 @@ from foveal.block_sparse.gluon.forward_kernel import (
 from foveal.block_sparse.gluon.forward_wide_kernel import add_wide_tile
 from foveal.block_sparse.gluon.raster import load_lines, store_gated_sum, video_tokens
 from foveal.block_sparse.gluon.tiles import barriers, copy_rows, retire
+from foveal.block_sparse.triton.launch import await_previous
 
 
 @gluon.jit
@@ -158,6 +159,7 @@ def cubes_fwd_wide_kernel(
 
     MASK, SAVE_FINE: as in `cubes_fwd_kernel`, with "tail" for `uniform` from 120 on.
     """
+    await_previous()
     head_dim: gl.constexpr = key.block_type.shape[4]
     dtype: gl.constexpr = key.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)

@@ -33,6 +33,7 @@ from foveal.block_sparse.gluon.tiles import (
     retire,
     store_rows,
 )
+from foveal.block_sparse.triton.launch import await_previous
 
 
 @gluon.jit
@@ -156,6 +157,7 @@ def block_sparse_fwd_kernel(
     slots that fall free, 64 columns at a time. Without a weight states are projected already, and travel by rows.
     `state_step` is 0 where all query blocks share one state, else 1.
     """
+    await_previous()
     rows: gl.constexpr = query.block_type.shape[2]
     head_dim: gl.constexpr = query.block_type.shape[3]
     tile_k: gl.constexpr = key.block_type.shape[2]

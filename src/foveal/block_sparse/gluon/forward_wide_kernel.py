@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from foveal.block_sparse.gluon.forward_kernel import finished, keep_valid, online_softmax_update, sums_by_eight
 from foveal.block_sparse.gluon.linear_branch import add_projected, features_and_inverse, load_row, times_state
 from foveal.block_sparse.gluon.tiles import barriers, keep_columns, retire, store_rows
+from foveal.block_sparse.triton.launch import await_previous
 
 HALF = gl.constexpr(64)
 Q_SLOTS = gl.constexpr(2)  # a slot falls free only when the next query block has begun: one would deadlock
@@ -249,6 +250,7 @@ def block_sparse_fwd_wide_kernel(
     of these pairs alone, projected already if there is no weight. `state_step` is 0 where all query blocks share one
     state, else 1.
     """
+    await_previous()
     head_dim: gl.constexpr = query.block_type.shape[3]
     dtype: gl.constexpr = query.dtype
     SPLIT: gl.constexpr = BLOCK_K // 64

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from foveal.block_sparse.gluon.linear_branch import HALF_WIDTH, load_row
 from foveal.block_sparse.gluon.tiles import barriers, copy_rows, retire, store_rows
+from foveal.block_sparse.triton.launch import await_previous
 
 
 @gluon.jit
@@ -188,6 +189,7 @@ def linear_query_grad_kernel(
 
     Blocks past the end have dO = 0 and write zeros into dH and dZ. Without a weight, linear is None.
     """
+    await_previous()
     rows: gl.constexpr = query.block_type.shape[2]
     head_dim: gl.constexpr = query.block_type.shape[3]
     dtype: gl.constexpr = query.dtype
@@ -262,6 +264,7 @@ def shared_query_grad_kernel(
     dH, float32 [B * H, parts, D, D], is with respect to H W^T; dZ and the bias gradient come per block. The next
     block's rows are copied in while this one's are worked on.
     """
+    await_previous()
     rows: gl.constexpr = query.block_type.shape[2]
     head_dim: gl.constexpr = query.block_type.shape[3]
     dtype: gl.constexpr = query.dtype

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import LOG2_E, size_stride
 from foveal.block_sparse.triton.forward import count_tiles, tile_valid
-from foveal.block_sparse.triton.launch import launch
+from foveal.block_sparse.triton.launch import await_previous, launch
 from foveal.block_sparse.triton.lists import ColumnLists, full_blocks_first
 from foveal.block_sparse.triton.tiles import (
     TILE,
@@ -40,6 +40,7 @@ def _delta_kernel(
     grad, output, delta_ptr, grad_lse_ptr, grad_strides, output_strides, heads, query_length,
     D: tl.constexpr, ROWS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
+    await_previous()
     start, pair = tl.program_id(0) * ROWS, tl.program_id(1)
     batch, head = pair // heads, pair % heads
     g = load_rows(grad, grad_strides, batch, head, start, query_length, ROWS, D, False).to(tl.float32)
@@ -61,6 +62,7 @@ def _block_sparse_dq_kernel(
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
     HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
+    await_previous()
     start_q, pair = tl.program_id(0) * TILE, tl.program_id(1)
     batch, head = pair // heads, pair % heads
     row = pair.to(tl.int64) * tl.cdiv(query_length, BLOCK_Q) + start_q // BLOCK_Q
@@ -108,6 +110,7 @@ def _block_sparse_dkdv_kernel(
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
     HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
+    await_previous()
     start_k, pair = tl.program_id(0) * TILE, tl.program_id(1)
     batch, head = pair // heads, pair % heads
     column = pair.to(tl.int64) * tl.cdiv(key_length, BLOCK_K) + start_k // BLOCK_K

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import size_stride
-from foveal.block_sparse.triton.launch import launch
+from foveal.block_sparse.triton.launch import await_previous, launch
 from foveal.block_sparse.triton.tiles import row_strides
 
 UNSPECIALIZED = ["heads", "num_cubes", "num_blocks", "length", "key_length", "size_stride"]
@@ -96,6 +96,7 @@ def _gather_cubes_kernel(
     POOL: tl.constexpr, WITH_VALUE: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H, T). GATHER...: copies to tile order; POOL: float32 means over the cubes' tokens."""
+    await_previous()
     pair, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = pair // heads, pair % heads
     sum_q = tl.zeros([16, D], tl.float32)
@@ -137,6 +138,7 @@ def _combine_kernel(
     D: tl.constexpr, SLOT: tl.constexpr, ROWS: tl.constexpr, GATED_COARSE: tl.constexpr, GATED_FINE: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H, C). O = Gc * Oc + Gf * Of, back in raster order."""
+    await_previous()
     pair, cube = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = pair // heads, pair % heads
     coarse = tl.load(coarse_ptr + (pair * num_cubes + cube) * D + tl.arange(0, D))[None, :]
@@ -165,6 +167,7 @@ def _split_gradient_kernel(
 
     `attended` is Of in tile order with GATED_FINE, else O in raster order, of which Of is what Gc * Oc leaves.
     """
+    await_previous()
     pair, cube = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = pair // heads, pair % heads
     feature = tl.arange(0, D)
@@ -205,6 +208,7 @@ def _return_gradients_kernel(
     D: tl.constexpr, SLOT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H, T). Fine gradients from tile to raster order, plus each token's share of the pooled ones."""
+    await_previous()
     pair, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = pair // heads, pair % heads
     is_cube = block < num_cubes

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import ForwardCall
 from foveal.block_sparse.triton.feature_maps import EPSILON, feature_map
-from foveal.block_sparse.triton.launch import launch
+from foveal.block_sparse.triton.launch import await_previous, launch
 from foveal.block_sparse.triton.lists import full_blocks_first
 from foveal.block_sparse.triton.tiles import (
     LN_2,
@@ -111,6 +111,7 @@ def _block_sparse_fwd_kernel(
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
     HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, FEATURE_MAP: tl.constexpr,
 ):  # fmt: skip
+    await_previous()
     block, state_pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pair = first_pair + tl.program_id(1)
     batch, head = pair // heads, pair % heads

@@ -1,16 +1,47 @@
-"""Launches that cost the host little.
+"""Launches that cost the host and the device little.
 
 `kernel[grid](...)` looks at each argument in detail to find the compiled variant that fits: 40 to 80 us a launch, more
 than many of these kernels run. `launch` looks at what a variant depends on, and no further.
+
+Between one kernel's end and the next one's start a device stands idle for microseconds. NVIDIA's, from Hopper on, are
+handed each kernel ahead of that end (programmatic dependent launch), for which it waits there.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+
+
+def _launched_early(_semantic: Any = None) -> tl.constexpr:
+    """In a kernel: whether it is compiled for a device that `starts_early`; not where it is interpreted."""
+    options = None if _semantic is None else _semantic.builder.options
+    return tl.constexpr(getattr(options, "launch_pdl", False))
+
+
+_launched_early.__triton_builtin__ = True  # called while a kernel is compiled, as the functions of `tl` are
+
+
+@triton.jit
+def await_previous():
+    """Waits until all kernels before this one in its stream have ended, and sees what they wrote.
+
+    The first statement of every kernel for `launch`; nothing where kernels start one after another.
+    """
+    if _launched_early():
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@functools.cache
+def starts_early(device: int) -> bool:
+    """Whether kernels on this CUDA device start before the one before them has ended, and so must await it."""
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _int_fact(x: int) -> int:
@@ -48,7 +79,7 @@ class Launcher:
     """Launches one Triton or Gluon kernel whose constants follow its other parameters.
 
     Args:
-        kernel: what `triton.jit` or `gluon.jit` made.
+        kernel: what `triton.jit` or `gluon.jit` made; it begins with `await_previous`.
     """
 
     def __init__(self, kernel: JITFunction) -> None:
@@ -59,10 +90,12 @@ class Launcher:
 
     def __call__(self, grid: tuple[int, ...], arguments: tuple, named: dict[str, Any]) -> None:
         """As `launch` has it."""
-        variant = (torch.cuda.current_device(), *named, *named.values(), *_facts(arguments, self._specialized))
+        device = torch.cuda.current_device()
+        variant = (device, *named, *named.values(), *_facts(arguments, self._specialized))
         compiled = self._variants.get(variant)
         if compiled is None:
-            self._variants[variant] = self.kernel[grid](*arguments, **named)
+            early = {"launch_pdl": True} if starts_early(device) else {}
+            self._variants[variant] = self.kernel[grid](*arguments, **named, **early)
         else:
             constants = [named[name] for name in self._constants]
             compiled[(*grid, 1, 1)[:3]](*arguments, *constants)
@@ -76,7 +109,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) ->
     """`kernel[grid](*arguments, **named)`, on the current device and stream.
 
     Args:
-        kernel: what `triton.jit` or `gluon.jit` made, for good; its constants follow its other parameters.
+        kernel: what `triton.jit` or `gluon.jit` made, for good; it begins with `await_previous`, and its constants
+            follow its other parameters.
         grid: numbers of programs.
         arguments: tensors, descriptors, ints, floats, tuples of such, or None, in the kernel's order.
         named: all constants of the kernel, and options: num_warps and the like.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import size_stride
 from foveal.block_sparse.triton.feature_maps import feature_map
-from foveal.block_sparse.triton.launch import launch
+from foveal.block_sparse.triton.launch import await_previous, launch
 from foveal.block_sparse.triton.select import add_column_sums, block_mean, store_first_row
 from foveal.block_sparse.triton.tiles import (
     TILE,
@@ -41,6 +41,7 @@ def _key_state_kernel(
 
     Blocks past the end get zeros, which the padding of the mask product needs. Heads are neighbours, as in `pool`.
     """
+    await_previous()
     SPLIT: tl.constexpr = BLOCK_K // TILE
     part, pair = tl.program_id(0) // pairs, tl.program_id(0) % pairs
     batch, head = (first_pair + pair) // heads, (first_pair + pair) % heads
@@ -95,6 +96,7 @@ def _key_state_kernel(
 @triton.jit(do_not_specialize=["parts"])
 def _sum_parts_kernel(part_ptr, norm_part_ptr, state_ptr, norm_ptr, parts, D: tl.constexpr, ROWS: tl.constexpr):
     """Sums what the parts of one head's keys gave: a few rows of the state, and Z with the first."""
+    await_previous()
     strip, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     feature = tl.arange(0, D)
     square = (strip * ROWS + tl.arange(0, ROWS))[:, None] * D + feature[None, :]
@@ -112,6 +114,7 @@ def _masked_sum_kernel(
     mask_ptr, term_ptr, sum_ptr, mask_strides, terms, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
 ):
     """sum[pair, i] = sum over j of mask[pair, i, j] * term[pair, j], float32 to 16 bits and more."""
+    await_previous()
     pair = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     feature = tl.arange(0, D)

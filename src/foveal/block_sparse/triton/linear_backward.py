@@ -18,7 +18,7 @@ from torch import Tensor
 from foveal.block_sparse.launch_arguments import LinearTerm, size_stride
 from foveal.block_sparse.triton.feature_maps import EPSILON, feature_map, feature_map_backward
 from foveal.block_sparse.triton.forward import tile_valid
-from foveal.block_sparse.triton.launch import launch
+from foveal.block_sparse.triton.launch import await_previous, launch
 from foveal.block_sparse.triton.tiles import TILE, load_rows, row_strides, store_rows
 
 
@@ -36,6 +36,7 @@ def _query_grad_kernel(
     delta = rowsum(dO * O) - rowsum(g * O^l) - dO b, what the sparse branch alone has as rowsum(dO * O^s).
     Queries past the end have dO = 0 and so add nothing to dH and dZ.
     """
+    await_previous()
     block, pair = tl.program_id(0), tl.program_id(1)
     batch, head = (first_pair + pair) // heads, (first_pair + pair) % heads
     all_pairs = (first_pair + pair).to(tl.int64)
@@ -79,6 +80,7 @@ def _projection_grad_kernel(
     D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dW = dO^T O^l and db = column sums of dO over `tiles` tiles of one head; the caller sums the parts."""
+    await_previous()
     part, pair = tl.program_id(0), tl.program_id(1)
     batch, head = pair // heads, pair % heads
     feature = tl.arange(0, D)
@@ -103,6 +105,7 @@ def _key_grad_kernel(
     D: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, HAS_SIZES: tl.constexpr, FEATURE_MAP: tl.constexpr,
 ):  # fmt: skip
     """Adds to dK and dV: dphi(K_j) = V_j G_j^T + z_j, dV_j = phi(K_j) G_j, of one tile of keys."""
+    await_previous()
     start, pair = tl.program_id(0) * TILE, tl.program_id(1)
     batch, head = pair // heads, pair % heads
     feature = tl.arange(0, D)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import size_stride
-from foveal.block_sparse.triton.launch import launch
+from foveal.block_sparse.triton.launch import await_previous, launch
 
 CHUNK = 1024
 
@@ -34,6 +34,7 @@ class ColumnLists(NamedTuple):
 @triton.jit(do_not_specialize=["num_query_blocks", "num_key_blocks", "width"])
 def _mark_kernel(critical_ptr, count_ptr, marks_ptr, num_query_blocks, num_key_blocks, width, CHUNK: tl.constexpr):
     """marks[pair, key block, query block] = 1 for each entry of one row's list."""
+    await_previous()
     block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = pair * num_query_blocks + block
     count = tl.load(count_ptr + row)
@@ -47,6 +48,7 @@ def _mark_kernel(critical_ptr, count_ptr, marks_ptr, num_query_blocks, num_key_b
 
 @triton.jit(do_not_specialize=["num_query_blocks"])
 def _count_kernel(marks_ptr, count_ptr, num_query_blocks, CHUNK: tl.constexpr):
+    await_previous()
     column = tl.program_id(0).to(tl.int64)
     total = tl.zeros([CHUNK], tl.int32)
     for start in range(0, num_query_blocks, CHUNK):
@@ -57,6 +59,7 @@ def _count_kernel(marks_ptr, count_ptr, num_query_blocks, CHUNK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_query_blocks"])
 def _collect_kernel(marks_ptr, offset_ptr, rows_ptr, num_query_blocks, CHUNK: tl.constexpr):
+    await_previous()
     column = tl.program_id(0).to(tl.int64)
     rows = rows_ptr + tl.load(offset_ptr + column)
     for start in range(0, num_query_blocks, CHUNK):
@@ -104,6 +107,7 @@ def _full_first_kernel(
     num_query_blocks, width, size_stride, heads, first_pair, block_k,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
+    await_previous()
     block, pair = tl.program_id(0), first_pair + tl.program_id(1).to(tl.int64)
     row = pair * num_query_blocks + block
     sizes = size_ptr + (pair // heads) * size_stride
@@ -159,6 +163,7 @@ def _noncritical_kernel(
     critical_ptr, count_ptr, mask_ptr, num_query_blocks, num_key_blocks, width, pair_stride, row_stride,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
+    await_previous()
     block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     mask_ptr += pair * pair_stride + block * row_stride
     inside = block < num_query_blocks

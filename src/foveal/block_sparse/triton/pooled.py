@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import LOG2_E
-from foveal.block_sparse.triton.launch import launch
+from foveal.block_sparse.triton.launch import await_previous, launch
 
 ROWS = 64  # queries of a program; keys in the kernel for dK and dV
 FORWARD_COLUMNS, BACKWARD_COLUMNS = 64, 32  # how many of the others come at a time
@@ -45,6 +45,7 @@ def _pooled_fwd_kernel(
     query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, length, scale_log2,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    await_previous()
     pair = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     key_ptr += pair * length * D
@@ -78,6 +79,7 @@ def _pooled_dq_kernel(
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Also writes delta = rowsum(dO * O)."""
+    await_previous()
     pair = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     key_ptr += pair * length * D
@@ -108,6 +110,7 @@ def _pooled_dkdv_kernel(
     query_ptr, key_ptr, value_ptr, lse_ptr, grad_ptr, delta_ptr, grad_key_ptr, grad_value_ptr,
     length, scale, scale_log2, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    await_previous()
     pair = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     query_ptr += pair * length * D

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.block_sparse.launch_arguments import size_stride
-from foveal.block_sparse.triton.launch import launch
+from foveal.block_sparse.triton.launch import await_previous, launch
 from foveal.block_sparse.triton.lists import padded_blocks
 from foveal.block_sparse.triton.tiles import register_limit, row_strides
 
@@ -61,6 +61,7 @@ def _pool_kernel(
     D: tl.constexpr, ROWS: tl.constexpr, HAS_SIZES: tl.constexpr,
 ):  # fmt: skip
     """Mean over one block's valid tokens, in float32. Heads are neighbours: in [B, L, H, D] memory they are, too."""
+    await_previous()
     index, pair = tl.program_id(0) // pairs, tl.program_id(0) % pairs
     batch, head = pair // heads, pair % heads
     start = index * block
@@ -90,6 +91,7 @@ def _score_kernel(
     D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """order_preserving(scale * q k^T) of a tile of pooled blocks; what is past the last key block is undefined."""
+    await_previous()
     pair = tl.program_id(2).to(tl.int64)
     padded_columns = tl.num_programs(0) * TILE
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -166,6 +168,7 @@ def _pick_kernel(
     COLUMNS: tl.constexpr, TILE: tl.constexpr, MARGINAL: tl.constexpr, PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """One row of scores to its list, its count and its row of the mask."""
+    await_previous()
     row, score_pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pair = first_pair + score_pair
     column = tl.arange(0, COLUMNS)
