@@ -234,11 +234,16 @@ def test_pipelines_that_were_saved_sparse(wan, tmp_path, capsys):
     }
     assert records["sparse"]["settings"]["sparse"] == {"in_pipeline": True}
     assert records["sparse"]["attention_flops_reduction"] != records["dense"]["attention_flops_reduction"] == 1.0
+    found = {arm: video_of(tmp_path / "out", "a cat", 0, arm).int() for arm in records}
     for arm, prepare in (
         ("dense", None),
         ("sparse", lambda pipe: foveal.sparsify(pipe, SLAConfig(keep_ratio=0.4, drop_ratio=0.4))),
     ):
-        assert torch.equal(video_of(tmp_path / "out", "a cat", 0, arm), reference(wan, "a cat", 0, prepare)), arm
+        # Weights of another file lie elsewhere in memory, and some processors then sum them in another order.
+        difference = (found[arm] - reference(wan, "a cat", 0, prepare).int()).abs()
+        assert difference.max() <= 1, arm
+        assert difference.float().mean() <= 1e-3, arm
+    assert (found["dense"] - found["sparse"]).abs().float().mean() > 1e-2
     assert generate(tmp_path / "sparse-wan", tmp_path / "out", "--prompt", "a cat", *SLA) == 2
     assert "is a sparse pipeline already; it takes no other sparse weights or method" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 
@@ -86,11 +87,12 @@ def test_samples_are_the_pipeline_s_own_encodings(folder, tmp_path, name):
     video = to_model_range(frames)[None]
     z = pipe.vae.encode(video.squeeze(2) if name == "flux" else video).latent_dist.mode()
     expected = normalize_latents(pipe.vae, z.unsqueeze(2) if name == "flux" else z)[0]
-    torch.testing.assert_close(data[0]["latents"], expected)
+    same = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)  # processors sum in their own orders
+    same(data[0]["latents"], expected)
     encoded = pipe.encode_prompt("a bar that moves", **({"prompt_2": None} if name == "flux" else {}))
-    torch.testing.assert_close(data[0]["prompt_embeds"], encoded[0][0])
+    same(data[0]["prompt_embeds"], encoded[0][0])
     if "pooled_prompt_embeds" in text:
-        torch.testing.assert_close(data[0]["pooled_prompt_embeds"], encoded[1][0])
+        same(data[0]["pooled_prompt_embeds"], encoded[1][0])
 
 
 @pytest.mark.parametrize("name", KINDS)

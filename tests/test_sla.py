@@ -247,8 +247,10 @@ def test_low_precision_against_float64(dtype, head_dim):
     plain = output_and_gradients(attend(config, selection, "reference", names), arguments)
     ours = output_and_gradients(attend(config, selection, "torch", names), arguments)
     assert ours[0].dtype == dtype
+    # In float32 the order in which a processor sums is all of the error, and chance decides about the largest entry's.
+    factor = 4.0 if dtype == torch.float32 else 2.0
     for name, *results in zip(("output", "query", "key", "value", *names), ours, reference, plain, strict=True):
-        assert_close_to_reference(*results, name=name)
+        assert_close_to_reference(*results, name=name, factor=factor)
 
 
 @pytest.mark.parametrize("grid", [VideoGrid(3, 9, 6), VideoGrid(1, 11, 13)])
