@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from foveal.block_sparse.gluon import backward_kernels, forward_kernel, forward_wide_kernel, linear_gradients
+from foveal.block_sparse.gluon import dkdv_kernel, dq_kernel, forward_kernel, forward_wide_kernel, linear_gradients
 
 SHARED_LIMIT = 227 * 1024  # bytes a program may have
 SHARED_TOTAL = 228 * 1024  # bytes of a multiprocessor, of which each program takes 1 KiB on top of its own
@@ -167,7 +167,7 @@ def test_dq(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, add):
         "scale_log2": "fp32", "video": None, "grad_query_strides": None, **dict.fromkeys(scalars, "i32"),
     }  # fmt: skip
     plan = {**plan, "constants": {**plan["constants"], "ADD": add}}
-    compiled = compile_for_hopper(backward_kernels.block_sparse_dq_kernel, signature, plan)
+    compiled = compile_for_hopper(dq_kernel.block_sparse_dq_kernel, signature, plan)
     pair = plan["constants"]["CONSUMERS"] == 2
     assert_fits(compiled, tmp_path, programs=1 if pair else 2, threads=384 if pair else 256)
 
@@ -199,7 +199,7 @@ def test_dkdv(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_ma
         "grad_norm_ptr": "*fp32" if feature_map else None, **dict.fromkeys(scalars, "i32"),
     }  # fmt: skip
     plan = {**plan, "constants": {**plan["constants"], "FEATURE_MAP": feature_map}}
-    compiled = compile_for_hopper(backward_kernels.block_sparse_dkdv_kernel, signature, plan)
+    compiled = compile_for_hopper(dkdv_kernel.block_sparse_dkdv_kernel, signature, plan)
     assert_fits(compiled, tmp_path, programs=2, threads=128)
 
 
@@ -255,7 +255,7 @@ def test_row_statistics(tmp_path):
     pointers = dict.fromkeys(("lse_ptr", "delta_ptr", "statistics_ptr"), "*fp32")
     signature = {**pointers, "query_length": "i32", "num_tiles": "i32"}
     plan = {"constants": {}, "options": {"num_warps": 4}}
-    compiled = compile_for_hopper(backward_kernels.row_statistics_kernel, signature, plan)
+    compiled = compile_for_hopper(dkdv_kernel.row_statistics_kernel, signature, plan)
     assert_fits(compiled, tmp_path, programs=4, threads=128)
 
 

@@ -290,14 +290,14 @@ def test_same_bits_each_time(block_q, block_k):
 
 @pytest.mark.parametrize("block_q", [64, 128])
 def test_lengths_and_counts_do_not_recompile(block_q):
-    from foveal.block_sparse.gluon import backward_kernels, forward_kernel, forward_wide_kernel
+    from foveal.block_sparse.gluon import dkdv_kernel, dq_kernel, forward_kernel, forward_wide_kernel
 
     kernels = (
         forward_kernel.block_sparse_fwd_kernel,
         forward_wide_kernel.block_sparse_fwd_wide_kernel,
-        backward_kernels.block_sparse_dq_kernel,
-        backward_kernels.block_sparse_dkdv_kernel,
-        backward_kernels.row_statistics_kernel,
+        dq_kernel.block_sparse_dq_kernel,
+        dkdv_kernel.block_sparse_dkdv_kernel,
+        dkdv_kernel.row_statistics_kernel,
     )
 
     def compiled():

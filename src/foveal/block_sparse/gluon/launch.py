@@ -218,11 +218,8 @@ def backward(
         uniform: for square blocks, the size of every key block, if zeros stand behind its keys; 0 if not.
         video: tensors to write the gradients to instead, in raster order; it has no room for `linear`.
     """
-    from foveal.block_sparse.gluon.backward_kernels import (
-        block_sparse_dkdv_kernel,
-        block_sparse_dq_kernel,
-        row_statistics_kernel,
-    )
+    from foveal.block_sparse.gluon.dkdv_kernel import block_sparse_dkdv_kernel, row_statistics_kernel
+    from foveal.block_sparse.gluon.dq_kernel import block_sparse_dq_kernel
     from foveal.block_sparse.triton.launch import launch
 
     batch, heads, query_length, head_dim = query.shape
