@@ -39,9 +39,9 @@ from wan_transformer import (
 )
 
 import foveal
-from foveal.bench.machine import machine
-from foveal.bench.report import file_name, write_json
-from foveal.training.model import compile_blocks
+from foveal.lab.bench.machine import machine
+from foveal.lab.bench.report import file_name, write_json
+from foveal.lab.train.model import compile_blocks
 
 SAME = 1e-3  # of a float32 gradient's norm: other sums, in another order
 

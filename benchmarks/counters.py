@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from foveal.bench.candidates import candidates_for
-from foveal.bench.machine import machine
-from foveal.bench.report import file_name, write_json
-from foveal.bench.shapes import SHAPES, Inputs
+from foveal.lab.bench.candidates import candidates_for
+from foveal.lab.bench.machine import machine
+from foveal.lab.bench.report import file_name, write_json
+from foveal.lab.bench.shapes import SHAPES, Inputs
 
 CANDIDATES = (
     "block-sparse 64x64 12.5 %, gluon",

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal import block_sparse_attention, select_blocks
-from foveal.bench.machine import machine
-from foveal.bench.report import write_json
+from foveal.lab.bench.machine import machine
+from foveal.lab.bench.report import write_json
 from foveal.testing import make_inputs, relative_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

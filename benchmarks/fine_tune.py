@@ -26,15 +26,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foveal import SLAConfig, VSAConfig, sparsify
-from foveal.bench.machine import machine
-from foveal.bench.report import write_json
-from foveal.demo.settings import DemoSettings
-from foveal.demo.task import Batches, HeldOut, build_model, training_loss
-from foveal.integrations.processor import sparse_processors
-from foveal.methods import Config
-from foveal.sla.feature_maps import apply_feature_map
-from foveal.training.data import SAMPLE_CLIPS, ClipWindows, read_video, sample_clip
-from foveal.training.loop import train
+from foveal.lab.bench.machine import machine
+from foveal.lab.bench.report import write_json
+from foveal.lab.data.windows import SAMPLE_CLIPS, ClipWindows, read_video, sample_clip
+from foveal.lab.demo.settings import DemoSettings
+from foveal.lab.demo.task import Batches, HeldOut, build_model, training_loss
+from foveal.lab.train.loop import train
+from foveal.methods.base import Config
+from foveal.methods.sla.feature_maps import apply_feature_map
+from foveal.models.processor import sparse_processors
 
 TOKENS = {
     "16k": {"height": 128, "width": 224, "frames": 9},

@@ -3,8 +3,8 @@
     python benchmarks/token_order.py --json benchmarks/results/token_order.json
 
 Pretrains the demo's transformer (dense, real clips, several seeds), then looks at every layer's attention over held-out
-windows and noise levels with `foveal.inspect`: recall of attention mass and output error of the chosen blocks, in both
-orders, by pooled scores and in hindsight, over all query blocks. Nothing is fine-tuned.
+windows and noise levels with `foveal.lab.inspect`: recall of attention mass and output error of the chosen blocks, in
+both orders, by pooled scores and in hindsight, over all query blocks. Nothing is fine-tuned.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from foveal.bench.machine import machine
-from foveal.bench.report import write_json
-from foveal.demo.settings import DemoSettings
-from foveal.demo.task import Batches, HeldOut, build_model, training_loss
-from foveal.inspect.probe import InspectSettings, observe
-from foveal.training.data import ClipWindows, read_video, sample_clip
-from foveal.training.loop import train
+from foveal.lab.bench.machine import machine
+from foveal.lab.bench.report import write_json
+from foveal.lab.data.windows import ClipWindows, read_video, sample_clip
+from foveal.lab.demo.settings import DemoSettings
+from foveal.lab.demo.task import Batches, HeldOut, build_model, training_loss
+from foveal.lab.inspect.probe import InspectSettings, observe
+from foveal.lab.train.loop import train
 
 KEEP_RATIOS = (0.05, 0.1, 0.2, 0.4)
 

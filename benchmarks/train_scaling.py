@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 
 from foveal import SLAConfig
-from foveal.bench.machine import machine
-from foveal.bench.report import write_json
-from foveal.training.config import TrainingConfig
-from foveal.training.dataset import write_latent_dataset
-from foveal.training.settings import (
+from foveal.lab.bench.machine import machine
+from foveal.lab.bench.report import write_json
+from foveal.lab.data.dataset import write_latent_dataset
+from foveal.lab.train.config import TrainingConfig
+from foveal.lab.train.settings import (
     CheckpointSettings,
     DataSettings,
     EvaluationSettings,
@@ -38,7 +38,7 @@ from foveal.training.settings import (
     SparsitySettings,
     WanArchitecture,
 )
-from foveal.training.trainer import run_training
+from foveal.lab.train.trainer import run_training
 
 # Relative, of a loss. The batch is split otherwise, and bfloat16 gradients are summed in another order.
 SAME = 2e-3

@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foveal import SLAConfig, VideoGrid, VSAConfig, attention_cost, sparsify
-from foveal.bench.machine import machine
-from foveal.methods import Config
-from foveal.training.model import build_wan, compile_blocks, token_grid, velocity
-from foveal.training.objective import add_noise, flow_matching_loss
-from foveal.training.optimization import StepReport, build_optimizer, optimizer_step, warmup_and_decay
-from foveal.training.settings import WanArchitecture
-from foveal.training.throughput import peak_flops, sample_flops
+from foveal.lab.bench.machine import machine
+from foveal.lab.train.model import build_wan, compile_blocks, token_grid, velocity
+from foveal.lab.train.objective import add_noise, flow_matching_loss
+from foveal.lab.train.optimization import StepReport, build_optimizer, optimizer_step, warmup_and_decay
+from foveal.lab.train.settings import WanArchitecture
+from foveal.lab.train.throughput import peak_flops, sample_flops
+from foveal.methods.base import Config
 
 ARMS: dict[str, Config | None] = {
     "dense": None,

@@ -28,9 +28,9 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
 import foveal
-from foveal.bench.machine import machine
-from foveal.bench.report import file_name, write_json
-from foveal.integrations.families import family_of
+from foveal.lab.bench.machine import machine
+from foveal.lab.bench.report import file_name, write_json
+from foveal.models.families.table import family_of
 
 SIZES = {
     "1.3b": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
@@ -65,8 +65,8 @@ class ProjectionsAlone:
         def method(query, key, value, hidden_states, kv_lengths, receive):
             return _values(query, key, value)
 
-        from foveal.integrations.self_attention import Attend
-        from foveal.integrations.wan import self_attention
+        from foveal.models.families.wan import self_attention
+        from foveal.models.self_attention import Attend
 
         attend = Attend(method, None)
         return self_attention(attn, attend, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from foveal import BlockSelection, SLAConfig, VideoGrid, VSAConfig, attention_cost, select_blocks
-from foveal.bench.plot import write_plot
-from foveal.selection import pool_blocks, pooled_scores
-from foveal.training.data import read_video, sample_clip
-from foveal.video_grid import tile_indices
-from foveal.vsa.attention import select_cubes, slot_size
+from foveal.blocks import pool_blocks, pooled_scores
+from foveal.lab.bench.plot import write_plot
+from foveal.lab.data.windows import read_video, sample_clip
+from foveal.layout import tile_indices
+from foveal.methods.vsa.attention import select_cubes, slot_size
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tables import bench_run, latest

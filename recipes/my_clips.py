@@ -7,9 +7,9 @@ foveal train recipes/my_clips.py:sparser --data.folder latents/
 import dataclasses
 
 from foveal import SLAConfig
-from foveal.training.config import TrainingConfig
-from foveal.training.recipes import RECIPES
-from foveal.training.settings import SparsitySettings
+from foveal.lab.train.config import TrainingConfig
+from foveal.lab.train.recipes import RECIPES
+from foveal.lab.train.settings import SparsitySettings
 
 
 def sparser() -> TrainingConfig:

@@ -8,8 +8,8 @@ import torch
 from tiny_wan import run, tiny_transformer
 
 from foveal import SLAConfig
-from foveal.integrations.checkpoints import load_checkpoint
-from foveal.integrations.processor import sparse_processors
+from foveal.models.files.checkpoints import load_checkpoint
+from foveal.models.processor import sparse_processors
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 

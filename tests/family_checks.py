@@ -7,9 +7,9 @@ import torch
 from tiny_wan import DENSE_SLA, DENSE_VSA, SPARSE_SLA, SPARSE_VSA, randomize
 
 from foveal import SLAConfig
-from foveal.inspect.capture import capture_selections
-from foveal.integrations import dense, densify, load, save, sparsify, summary
-from foveal.integrations.processor import sparse_processors, state_of
+from foveal.lab.inspect.capture import capture_selections
+from foveal.models import dense, densify, load, save, sparsify, summary
+from foveal.models.processor import sparse_processors, state_of
 
 METHODS = pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_VSA], ids=["sla", "vsa"])
 DENSE_METHODS = pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=["sla", "vsa"])

@@ -7,14 +7,14 @@ from functools import partial
 import torch
 
 from foveal import SLAConfig, VideoGrid, VSAConfig
-from foveal.block_sparse.triton import select
-from foveal.block_sparse.triton.linear import key_state_sums
-from foveal.block_sparse.triton.ops import block_sparse_attention_gpu
-from foveal.selection import selection_rule
-from foveal.sla.triton import sla_attention_gpu
+from foveal.blocks import selection_rule
+from foveal.kernels.triton import select
+from foveal.kernels.triton.linear import key_state_sums
+from foveal.kernels.triton.ops import block_sparse_attention_gpu
+from foveal.methods.sla.gpu import sla_attention_gpu
+from foveal.methods.vsa.gpu import select_cubes_gpu, vsa_attention_gpu
+from foveal.methods.vsa.layout import CubeLayout
 from foveal.testing import make_inputs, random_selection
-from foveal.vsa.layout import CubeLayout
-from foveal.vsa.triton import select_cubes_gpu, vsa_attention_gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = {"batch": 1, "heads": 2, "query_length": 400, "key_length": 400}

@@ -21,9 +21,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from foveal.block_sparse.gluon import cubes, launch_linear
-from foveal.block_sparse.gluon import launch as gluon_launch
-from foveal.block_sparse.triton import launch, tiles
+from foveal.kernels.hopper import cubes, launch_linear
+from foveal.kernels.hopper import launch as gluon_launch
+from foveal.kernels.triton import launch, tiles
 
 # Multiprocessors that the launch code counts on; it decides about run-time integers alone.
 MULTIPROCESSORS = 132

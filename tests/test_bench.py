@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveal import SLAConfig, attention_cost, cli, select_blocks
-from foveal.bench import __main__ as module_main
-from foveal.bench import ahead, report, timing
-from foveal.bench import machine as bench_machine
-from foveal.bench.candidates import (
+from foveal import SLAConfig, attention_cost, select_blocks
+from foveal.lab import cli
+from foveal.lab.bench import __main__ as module_main
+from foveal.lab.bench import ahead, report, timing
+from foveal.lab.bench import machine as bench_machine
+from foveal.lab.bench.candidates import (
     BACKWARD,
     SLA_CONFIGS,
     VSA_CONFIGS,
@@ -27,11 +28,11 @@ from foveal.bench.candidates import (
     dense_flops,
     flex_block_mask,
 )
-from foveal.bench.gate import Gate
-from foveal.bench.run import BenchSettings, add_ratios, figures, run_bench
-from foveal.bench.shapes import SHAPES, Inputs, shape_of_length
-from foveal.bench.timing import CpuTimer, measure
-from foveal.video_grid import VideoGrid
+from foveal.lab.bench.gate import Gate
+from foveal.lab.bench.run import BenchSettings, add_ratios, figures, run_bench
+from foveal.lab.bench.shapes import SHAPES, Inputs, shape_of_length
+from foveal.lab.bench.timing import CpuTimer, measure
+from foveal.layout import VideoGrid
 
 SMALL_GRID = VideoGrid(5, 8, 9)
 CPU = torch.device("cpu")
@@ -121,7 +122,7 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
 
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    from foveal.bench.plot import write_plot
+    from foveal.lab.bench.plot import write_plot
 
     chosen = [*by_name("SDPA"), *by_name("block-sparse 64x64"), *by_name("SLA 64x64")]
     results = run_bench(SETTINGS, candidates=chosen, timer=FakeTimer())
@@ -439,10 +440,10 @@ import sys
 from pathlib import Path
 for name in ("rich", "matplotlib", "tyro"):
     sys.modules[name] = None
-from foveal.bench import report
-from foveal.bench.candidates import candidates_for
-from foveal.bench.run import BenchSettings, run_bench
-from foveal.video_grid import VideoGrid
+from foveal.lab.bench import report
+from foveal.lab.bench.candidates import candidates_for
+from foveal.lab.bench.run import BenchSettings, run_bench
+from foveal.layout import VideoGrid
 chosen = [c for c in candidates_for("cpu") if c.name.startswith(("SDPA", "block-sparse 64x64 5 %"))]
 run = lambda settings, **rest: run_bench(settings, candidates=chosen, **rest)
 report.run_bench = run
@@ -502,16 +503,14 @@ def test_processes_that_compile_ahead():
 
 def test_processes_agree_on_cache_keys():
     """What one process compiled another one finds."""
-    code = (
-        "from foveal.bench.ahead import fix_cache_keys; keys = fix_cache_keys(); import json; print(json.dumps(keys))"
-    )
+    code = "import json; from foveal.lab.bench.ahead import fix_cache_keys; print(json.dumps(fix_cache_keys()))"
     command, keys = [sys.executable, "-c", code], []
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         keys.append(json.loads(made))
     assert keys[0] == keys[1]
-    assert "foveal.block_sparse.triton.forward._block_sparse_fwd_kernel" in keys[0]
+    assert "foveal.kernels.triton.forward._block_sparse_fwd_kernel" in keys[0]
 
 
 def test_compiling_ahead_is_shared_out(monkeypatch):
@@ -519,7 +518,7 @@ def test_compiling_ahead_is_shared_out(monkeypatch):
 
     class Process:
         def __init__(self, command, **options):
-            assert command[1:3] == ["-m", "foveal.bench.ahead"]
+            assert command[1:3] == ["-m", "foveal.lab.bench.ahead"]
             jobs.append(json.loads(command[3]))
 
         def wait(self, timeout=None):

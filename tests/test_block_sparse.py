@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from foveal import BlockSelection, block_sparse_attention, select_blocks
-from foveal.block_sparse import torch as torch_impl
+from foveal.kernels import cpu as torch_impl
 from foveal.testing import (
     assert_close_to_reference,
     make_inputs,

@@ -19,10 +19,10 @@ pytest.importorskip("safetensors")
 
 from safetensors import SafetensorError
 
-from foveal.training import checkpoint as module
-from foveal.training.checkpoint import CheckpointError, CheckpointStore, read_checkpoint, restore
-from foveal.training.optimization import build_optimizer, parameter_groups, set_steps_taken, warmup_and_decay
-from foveal.training.state import optimizer_tensors, optimizer_values, restore_optimizer
+from foveal.lab.train import checkpoint as module
+from foveal.lab.train.checkpoint import CheckpointError, CheckpointStore, read_checkpoint, restore
+from foveal.lab.train.optimization import build_optimizer, parameter_groups, set_steps_taken, warmup_and_decay
+from foveal.lab.train.state import optimizer_tensors, optimizer_values, restore_optimizer
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -141,7 +141,7 @@ def test_other_failures_to_write_are_named_too(tmp_path, monkeypatch):
 def test_a_disk_that_is_really_full(tmp_path):
     script = f"""
 import torch
-from foveal.training.checkpoint import CheckpointError, CheckpointStore
+from foveal.lab.train.checkpoint import CheckpointError, CheckpointStore
 store = CheckpointStore({str(tmp_path)!r})
 store.save(1, {{"model": [("w", torch.zeros(1000))]}}, {{}})
 try:
@@ -170,7 +170,7 @@ def test_killed_while_saving_there_is_a_whole_checkpoint(tmp_path):
     """SIGKILL at moments of a loop that only saves: whatever has a checkpoint's name can be read."""
     script = f"""
 import torch
-from foveal.training.checkpoint import CheckpointStore
+from foveal.lab.train.checkpoint import CheckpointStore
 store = CheckpointStore({str(tmp_path)!r}, keep=1)
 print("ready", flush=True)
 for step in range(1, 10_000):

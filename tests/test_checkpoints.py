@@ -25,11 +25,11 @@ from checkpoint_files import (
 from tiny_wan import SPARSE_SLA, SPARSE_VSA, inputs, randomize, tiny_pipeline, tiny_transformer
 
 from foveal import SLAConfig, VSAConfig
-from foveal.inspect.capture import capture_selections
-from foveal.integrations import densify, save, sparsify
-from foveal.integrations.checkpoint_formats import FORMATS, to_diffusers, wan_names
-from foveal.integrations.checkpoints import export_checkpoint, load_checkpoint
-from foveal.integrations.processor import sparse_processors
+from foveal.lab.inspect.capture import capture_selections
+from foveal.models import densify, save, sparsify
+from foveal.models.files.checkpoints import export_checkpoint, load_checkpoint
+from foveal.models.files.formats import FORMATS, to_diffusers, wan_names
+from foveal.models.processor import sparse_processors
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

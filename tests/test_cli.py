@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("tyro")
 
-from foveal import cli
+from foveal.lab import cli
 
 
 def test_an_interrupted_command_claims_nothing_of_its_files(monkeypatch, capsys):
@@ -29,7 +29,7 @@ def test_errors_of_the_system_are_one_line(tmp_path, monkeypatch, capsys):
 
 def test_a_reader_that_leaves_early_hears_nothing():
     script = (
-        "import sys; from foveal import cli; cli.Doctor.run = lambda self: print('x' * 100000); "
+        "import sys; from foveal.lab import cli; cli.Doctor.run = lambda self: print('x' * 100000); "
         "sys.exit(cli.main(['doctor']))"
     )
     process = subprocess.Popen(
@@ -43,7 +43,7 @@ def test_a_reader_that_leaves_early_hears_nothing():
 def test_an_interrupted_training_says_where_its_checkpoints_are(tmp_path, monkeypatch, capsys):
     pytest.importorskip("accelerate")
     pytest.importorskip("diffusers")
-    from foveal.training import trainer
+    from foveal.lab.train import trainer
 
     def interrupt(config):
         raise KeyboardInterrupt

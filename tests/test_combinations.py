@@ -13,8 +13,8 @@ from torch import nn
 
 import foveal
 from foveal import Policy, dense, densify, load, save, set_policy, sparse_parameters, sparsify, unfreeze
-from foveal.integrations import quantizable
-from foveal.integrations.processor import sparse_processors
+from foveal.models import quantizable
+from foveal.models.processor import sparse_processors
 
 HEDGEHOG = SPARSE_SLA.replace(feature_map="hedgehog")
 CONFIGS = pytest.mark.parametrize("config", [SPARSE_SLA, HEDGEHOG, SPARSE_VSA], ids=["sla", "hedgehog", "vsa"])

@@ -17,8 +17,8 @@ from foveal import (
     densify,
     sparsify,
 )
-from foveal.integrations.context_parallel import check_parallel_config
-from foveal.integrations.processor import sparse_processors
+from foveal.models.context_parallel import check_parallel_config
+from foveal.models.processor import sparse_processors
 
 needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 

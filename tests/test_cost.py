@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveal import SLAConfig, VideoGrid, VSAConfig
-from foveal.cost import AttentionCost, CostPart, attention_cost
+from foveal.methods.cost import AttentionCost, CostPart, attention_cost
 
 WAN_480P = {"grid": VideoGrid(21, 30, 52), "heads": 12, "head_dim": 128}
 

@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 
-from foveal.training.dataset import BatchStream, LatentDataset, write_latent_dataset
-from foveal.training.shards import INDEX_FILE
+from foveal.lab.data.dataset import BatchStream, LatentDataset, write_latent_dataset
+from foveal.lab.data.shards import INDEX_FILE
 
 SHAPES = [(4, 3, 6, 8), (4, 5, 8, 6)]
 

@@ -16,10 +16,10 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from foveal import cli
-from foveal.demo import run as demo_run
-from foveal.demo.run import run_demo
-from foveal.demo.settings import DemoSettings
+from foveal.lab import cli
+from foveal.lab.demo import run as demo_run
+from foveal.lab.demo.run import run_demo
+from foveal.lab.demo.settings import DemoSettings
 
 TINY = DemoSettings(
     height=16,
@@ -85,7 +85,7 @@ def test_stages_are_told_as_they_begin_and_end(report, said):
 
 
 def test_report_is_complete(report):
-    from foveal.training.data import read_video
+    from foveal.lab.data.windows import read_video
 
     folder, results = report
     assert {path.name for path in folder.iterdir()} == FILES

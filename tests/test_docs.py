@@ -23,7 +23,8 @@ import pytest
 import torch
 
 import foveal
-from foveal.types import FEATURE_MAPS, IMPLS, LINEAR_SCOPES, TOKEN_ORDERS
+from foveal.kernels.api import IMPLS
+from foveal.methods.sla.config import FEATURE_MAPS, LINEAR_SCOPES, TOKEN_ORDERS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -88,7 +89,7 @@ def run_page(page: Path) -> list[str]:
     """What each Python block of a page prints, all run in one namespace, in an empty folder with a clip in it."""
     import diffusers
 
-    from foveal.training.data import sample_clip
+    from foveal.lab.data.windows import sample_clip
 
     printed, scope = [], {"__name__": "__main__"}
     former = Path.cwd()

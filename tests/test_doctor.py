@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from foveal import SLAConfig, VideoGrid, VSAConfig, attention_cost
-from foveal.bench.timing import CpuTimer
-from foveal.block_sparse.api import resolve_impl
-from foveal.cli import COMMANDS, main
-from foveal.doctor import (
+from foveal.kernels.api import resolve_impl
+from foveal.lab.bench.timing import CpuTimer
+from foveal.lab.cli import COMMANDS, main
+from foveal.lab.doctor import (
     TEXT_TOKENS,
     break_even,
     environment,
@@ -24,8 +24,8 @@ from foveal.doctor import (
     shorter_grids,
     tables,
 )
-from foveal.integrations.families import FAMILIES
-from foveal.integrations.model_sizes import MODEL_SIZES, USUAL_VAE_STRIDES, model_size
+from foveal.models.families.table import FAMILIES
+from foveal.models.model_sizes import MODEL_SIZES, USUAL_VAE_STRIDES, model_size
 
 CPU = torch.device("cpu")
 

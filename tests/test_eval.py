@@ -11,14 +11,14 @@ import torch
 from tiny_media import commands_of, diffusers, save_tiny_wan
 
 import foveal
-from foveal import cli
-from foveal.evaluate import metrics
-from foveal.evaluate.metrics import flicker, load_lpips, lpips_weights, psnr, ssim
-from foveal.evaluate.report import EvaluationReport, Row
-from foveal.evaluate.statistics import Estimate, t_quantile
-from foveal.generate.outputs import output_name, read_media
-from foveal.generate.sparse import SparseChoice
-from foveal.types import SLAConfig
+from foveal.lab import cli
+from foveal.lab.evaluate import metrics
+from foveal.lab.evaluate.metrics import flicker, load_lpips, lpips_weights, psnr, ssim
+from foveal.lab.evaluate.report import EvaluationReport, Row
+from foveal.lab.evaluate.statistics import Estimate, t_quantile
+from foveal.lab.generate.outputs import output_name, read_media
+from foveal.lab.generate.sparse import SparseChoice
+from foveal.methods.sla.config import SLAConfig
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("tyro")

@@ -9,11 +9,11 @@ import torch
 from tiny_media import commands_of, diffusers, save_tiny_wan
 
 import foveal
-from foveal import cli
-from foveal.generate.outputs import output_name, read_media, write_exact, write_media
-from foveal.generate.run import read_prompts
-from foveal.generate.sparse import SparseChoice, choose_sparse
-from foveal.types import SLAConfig
+from foveal.lab import cli
+from foveal.lab.generate.outputs import output_name, read_media, write_exact, write_media
+from foveal.lab.generate.run import read_prompts
+from foveal.lab.generate.sparse import SparseChoice, choose_sparse
+from foveal.methods.sla.config import SLAConfig
 
 pytest.importorskip("tyro")
 
@@ -166,7 +166,7 @@ def test_finished_outputs_are_skipped_and_the_others_made(wan, outputs, capsys):
 
 
 def test_interrupted_runs_go_on(wan, tmp_path, monkeypatch, capsys):
-    from foveal import terminal
+    from foveal.lab import terminal
 
     def interrupt(self):
         if self.begun == 2:
@@ -321,7 +321,7 @@ def test_mistakes_are_answered_in_one_line(wan, tmp_path, capsys):
 def test_sparse_weights_are_looked_at_before_anything_is_made(wan, tmp_path, capsys, monkeypatch, command):
     from safetensors.torch import save_file
 
-    monkeypatch.setattr("foveal.pipelines.load_pipeline", lambda *args, **kwargs: pytest.fail("loaded first"))
+    monkeypatch.setattr("foveal.lab.pipelines.load_pipeline", lambda *args, **kwargs: pytest.fail("loaded first"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "foveal.safetensors").write_bytes(b"half")
@@ -342,8 +342,8 @@ def test_sparse_weights_are_looked_at_before_anything_is_made(wan, tmp_path, cap
 
 
 def test_sparse_weights_of_a_call_are_looked_at_before_dense_outputs(wan, tmp_path, monkeypatch):
-    from foveal.generate import run as generation
-    from foveal.pipelines import load_pipeline
+    from foveal.lab.generate import run as generation
+    from foveal.lab.pipelines import load_pipeline
 
     loaded = load_pipeline(wan, device=torch.device("cpu"), dtype=torch.float32)
     monkeypatch.setattr(generation, "_generate_one", lambda *args: pytest.fail("made a video first"))

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 import torch
 
-from foveal.block_sparse.gluon import launch, launch_linear
-from foveal.block_sparse.gluon.support import BLOCK_SIZES, HEAD_DIMS, copyable, missing_gluon, supports
+from foveal.kernels.hopper import launch, launch_linear
+from foveal.kernels.hopper.support import BLOCK_SIZES, HEAD_DIMS, copyable, missing_gluon, supports
 
 if missing_gluon() is not None:
     pytest.skip(f"gluon: {missing_gluon()}", allow_module_level=True)
@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from foveal.block_sparse.gluon import dkdv_kernel, dq_kernel, forward_kernel, forward_wide_kernel, linear_gradients
+from foveal.kernels.hopper import dkdv_kernel, dq_kernel, forward_kernel, forward_wide_kernel, linear_gradients
 
 SHARED_LIMIT = 227 * 1024  # bytes a program may have
 SHARED_TOTAL = 228 * 1024  # bytes of a multiprocessor, of which each program takes 1 KiB on top of its own

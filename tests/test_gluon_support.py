@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foveal import block_sparse_attention
-from foveal.block_sparse.gluon import support, supports
+from foveal.kernels.hopper import support, supports
 from foveal.testing import make_inputs, random_selection
 
 

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from foveal import sla_attention
-from foveal.block_sparse import gluon
-from foveal.block_sparse.reference import block_sparse_attention_reference
-from foveal.sla import triton_forward
-from foveal.sla.reference import sla_attention_reference
-from foveal.sla.triton import sla_attention_gpu
-from foveal.types import BlockSelection, SLAConfig
+from foveal.blocks import BlockSelection
+from foveal.kernels import hopper as gluon
+from foveal.kernels.reference import block_sparse_attention_reference
+from foveal.methods.sla import gpu_forward
+from foveal.methods.sla.config import SLAConfig
+from foveal.methods.sla.gpu import sla_attention_gpu
+from foveal.methods.sla.reference import sla_attention_reference
 
 pytestmark = pytest.mark.gpu
 
@@ -135,7 +136,7 @@ def test_large_logits_and_every_block_kept(block_q, block_k):
 
 
 class LinearTerm(NamedTuple):
-    """What the launcher takes for the linear branch; see block_sparse/launch_arguments.py."""
+    """What the launcher takes for the linear branch; see kernels/launch_arguments.py."""
 
     state: torch.Tensor
     norm: torch.Tensor
@@ -264,9 +265,9 @@ def test_a_group_prepared_beside_another(train, monkeypatch):
     skip_unless_supported(*tensors, 64, 64)
     weight = torch.randn(128, 128, device="cuda") / 128**0.5
     run = functools.partial(sla_attention, *tensors, config=SLAConfig(keep_ratio=0.1), proj_weight=weight)
-    monkeypatch.setattr(triton_forward, "GROUP_BYTES", 0)
+    monkeypatch.setattr(gpu_forward, "GROUP_BYTES", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(triton_forward, "_side_stream", lambda device: None)
+        patch.setattr(gpu_forward, "_side_stream", lambda device: None)
         expected = run()
     for _ in range(100):
         assert torch.equal(run(), expected)
@@ -290,7 +291,7 @@ def test_same_bits_each_time(block_q, block_k):
 
 @pytest.mark.parametrize("block_q", [64, 128])
 def test_lengths_and_counts_do_not_recompile(block_q):
-    from foveal.block_sparse.gluon import dkdv_kernel, dq_kernel, forward_kernel, forward_wide_kernel
+    from foveal.kernels.hopper import dkdv_kernel, dq_kernel, forward_kernel, forward_wide_kernel
 
     kernels = (
         forward_kernel.block_sparse_fwd_kernel,

@@ -106,8 +106,8 @@ def test_compiled_blocks(config, train):
 
 def test_blocks_compiled_for_training_have_every_gradient():
     """Several norms take slices of one table; how large it is decides how Inductor makes its gradient."""
-    from foveal.training.model import build_wan, compile_blocks, velocity
-    from foveal.training.settings import WanArchitecture
+    from foveal.lab.train.model import build_wan, compile_blocks, velocity
+    from foveal.lab.train.settings import WanArchitecture
 
     torch.manual_seed(0)
     sizes = WanArchitecture(num_layers=2, num_heads=12, ffn_dim=256, text_dim=64)
@@ -128,7 +128,7 @@ def test_a_training_run_is_that_of_the_cpu(tmp_path):
     """Samples and noise come from threads, in pinned memory."""
     from tiny_training import config, metrics, write_data
 
-    from foveal.training.trainer import run_training
+    from foveal.lab.train.trainer import run_training
 
     losses = []
     for device in ("cpu", "auto"):

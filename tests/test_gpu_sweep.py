@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foveal import SLAConfig, VideoGrid, VSAConfig, block_sparse_attention, select_blocks, sla_attention, vsa_attention
-from foveal.bench.oracle import head_of, in_chunks
+from foveal.lab.bench.oracle import head_of, in_chunks
 from foveal.testing import assert_close_to_reference, output_and_gradients, poison_empty, relative_error
 
 pytestmark = pytest.mark.gpu

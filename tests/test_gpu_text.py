@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
-from foveal.integrations.self_attention import Attend, joint_attention
-from foveal.methods import method_of
+from foveal.methods.base import method_of
+from foveal.models.self_attention import Attend, joint_attention
 from foveal.testing import make_inputs
 
 pytestmark = pytest.mark.gpu

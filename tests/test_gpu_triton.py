@@ -18,8 +18,8 @@ from foveal import (  # noqa: E402
     sla_attention,
     vsa_attention,
 )
-from foveal import selection as selection_module  # noqa: E402
-from foveal.block_sparse.gluon import supports  # noqa: E402
+from foveal.kernels import api as selection_module  # noqa: E402
+from foveal.kernels.hopper import supports  # noqa: E402
 from foveal.testing import (  # noqa: E402
     assert_close_to_reference,
     make_inputs,
@@ -253,7 +253,7 @@ def test_auto_takes_the_fastest():
 
 
 def test_one_compilation_over_lengths():
-    from foveal.block_sparse.triton import backward, forward
+    from foveal.kernels.triton import backward, forward
 
     kernels = (forward._block_sparse_fwd_kernel, backward._block_sparse_dq_kernel, backward._block_sparse_dkdv_kernel)
     compiled = None
@@ -400,9 +400,9 @@ def test_sla_without_synchronisation_and_in_one_graph():
 )
 def test_sla_selects_on_the_way(options, group_bytes, impl, monkeypatch):
     """A selection made on the way gives what one made beforehand does, to the bit, however the heads are grouped."""
-    from foveal.sla import triton_forward
+    from foveal.methods.sla import gpu_forward
 
-    monkeypatch.setattr(triton_forward, "GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(gpu_forward, "GROUP_BYTES", group_bytes)
     limits = {name: options[name] for name in ("kv_lengths", "protected_keys") if name in options}
     if "kv_lengths" in limits:
         limits["kv_lengths"] = torch.tensor(limits["kv_lengths"])
@@ -432,7 +432,7 @@ def test_sla_selects_on_the_way(options, group_bytes, impl, monkeypatch):
 
 
 def test_sla_kernels_compile_once_over_lengths():
-    from foveal.block_sparse.triton import linear, select
+    from foveal.kernels.triton import linear, select
 
     config, compiled = SLAConfig(keep_ratio=0.1, drop_ratio=0.2), None
     kernels = (linear._key_state_kernel, linear._masked_sum_kernel, select._pool_kernel, select._score_kernel)
@@ -446,7 +446,7 @@ def test_sla_kernels_compile_once_over_lengths():
 
 
 def test_vsa_matches_reference(impl):
-    from foveal.vsa.attention import select_cubes
+    from foveal.methods.vsa.attention import select_cubes
 
     grid, config = VideoGrid(5, 9, 10), VSAConfig(keep_ratio=0.3)
     query, key, value = make_inputs(

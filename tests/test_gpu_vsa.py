@@ -6,9 +6,9 @@ from test_vsa_triton import CASES, check_case, make_case
 from torch.utils.checkpoint import checkpoint
 
 from foveal import VideoGrid, VSAConfig, vsa_attention
-from foveal.block_sparse.gluon import supports
+from foveal.kernels.hopper import supports
+from foveal.methods.vsa.attention import select_cubes
 from foveal.testing import make_inputs, output_and_gradients
-from foveal.vsa.attention import select_cubes
 
 pytestmark = pytest.mark.gpu
 
@@ -174,8 +174,8 @@ def test_inference_is_the_training_forward(impl):
 
 
 def test_one_compilation_over_grids(impl):
-    from foveal.block_sparse.gluon import cubes_kernel, cubes_wide_kernel
-    from foveal.block_sparse.triton import cubes, pooled
+    from foveal.kernels.hopper import cubes_kernel, cubes_wide_kernel
+    from foveal.kernels.triton import cubes, pooled
 
     kernels = [
         kernel

@@ -6,7 +6,7 @@ from family_checks import DENSE_METHODS, FamilyChecks
 from tiny_wan import SPARSE_SLA
 
 from foveal import VideoGrid
-from foveal.integrations import sparsify
+from foveal.models import sparsify
 
 diffusers = pytest.importorskip("diffusers")
 

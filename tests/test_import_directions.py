@@ -14,26 +14,31 @@ ROOT = Path(foveal.__file__).parent
 
 # A module imports from lower layers and from its own package, never from higher layers or from a sibling on its layer.
 LAYERS = [
-    {"types"},
-    {"video_grid", "testing"},
-    {"block_sparse"},
-    {"selection"},
-    {"sla", "vsa"},
-    {"methods", "cost"},
-    {"integrations"},
+    {"checks"},
+    {"layout"},
+    {"blocks"},
+    {"testing", "kernels"},
+    {"methods"},
+    {"models"},
+    {"lab"},
+]
+LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+CORE = set().union(*LAYERS[:5])
+# The same inside the lab.
+LAB_LAYERS = [
     {"pipelines", "terminal"},
-    {"inspect", "bench", "models", "training"},
+    {"data"},
+    {"inspect", "bench", "train"},
     {"demo", "generate", "doctor"},
     {"evaluate", "ui"},
     {"media_commands"},
     {"cli"},
 ]
-LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
-CORE = set().union(*LAYERS[:6])
+LAB_LAYER_OF = {name: layer for layer, names in enumerate(LAB_LAYERS) for name in names}
 # Kernels: loaded when named, so that what they need need not be there.
-BACKENDS = {"triton", "gluon"}
+BACKENDS = {"triton", "hopper", "gpu"}
 # They choose the implementation, and reach for the oracle when it is asked for.
-DISPATCHERS = {"block_sparse/api.py", "sla/attention.py", "vsa/attention.py"}
+DISPATCHERS = {"kernels/api.py", "methods/sla/attention.py", "methods/vsa/attention.py"}
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,19 @@ def imports_in(source, package):
     return found
 
 
+def name_of(path):
+    """The dotted name of a file below foveal: `kernels.api`, and `models` for models/__init__.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def part_of(path):
-    """The first name below foveal: `sla` for sla/attention.py, `types` for types.py."""
-    return path.relative_to(ROOT).with_suffix("").parts[0]
+    """The first name below foveal: `kernels` for kernels/api.py, `checks` for checks.py."""
+    return name_of(path).split(".")[0]
 
 
 def in_backend(path):
-    return bool(BACKENDS & {part.split("_")[0] for part in path.relative_to(ROOT).with_suffix("").parts})
+    return bool(BACKENDS & {part.split("_")[0] for part in name_of(path).split(".")})
 
 
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -94,16 +105,33 @@ def test_imports_run_one_way(path):
         if names[0] != "foveal":
             continue
         if len(names) == 1:
-            assert LAYER_OF[part] > LAYER_OF["methods"], f"{part} imports all of foveal, itself included"
+            assert part == "lab", f"{part} imports all of foveal, itself included"
             continue
         assert names[1] == part or LAYER_OF[names[1]] < LAYER_OF[part], f"{part} must not import {imported.target}"
 
 
 @each_file
-def test_only_the_tables_name_both_methods(path):
-    """So that a new method is its folder and a line; the demo compares the two by name."""
-    parts = {imported.target.split(".")[1] for imported in imports_of(path) if imported.target.startswith("foveal.")}
-    assert not {"sla", "vsa"} <= parts or part_of(path) in {"methods", "cost", "demo"}
+def test_the_labs_imports_run_one_way(path):
+    if part_of(path) != "lab" or name_of(path) == "lab":
+        return
+    part = name_of(path).split(".")[1]
+    assert part in LAB_LAYER_OF, f"lab/{part} has no layer: give it one in this test"
+    for imported in imports_of(path):
+        names = imported.target.split(".")
+        if names[:2] == ["foveal", "lab"]:
+            other = names[2]
+            assert other == part or LAB_LAYER_OF[other] < LAB_LAYER_OF[part], f"{part} must not import lab.{other}"
+
+
+@each_file
+def test_methods_do_not_know_each_other(path):
+    """So that a new method is its folder and a registration."""
+    names = name_of(path).split(".")
+    if names[0] != "methods" or len(names) < 3:
+        return
+    others = {"sla", "vsa"} - {names[1]}
+    for imported in imports_of(path):
+        assert imported.target.split(".")[:3] not in [["foveal", "methods", other] for other in others], imported.target
 
 
 @each_file
@@ -121,7 +149,14 @@ def test_references_stand_alone(path):
     """An oracle that called the fast code would agree with its mistakes."""
     if path.name != "reference.py":
         return
-    allowed = {"foveal.types", "foveal.video_grid", "foveal.block_sparse.reference", "foveal.sla.feature_maps"}
+    allowed = {
+        "foveal.blocks",
+        "foveal.layout",
+        "foveal.kernels.reference",
+        "foveal.methods.sla.config",
+        "foveal.methods.sla.feature_maps",
+        "foveal.methods.vsa.config",
+    }
     assert {i.target for i in imports_of(path) if i.target.startswith("foveal")} <= allowed
 
 
@@ -148,12 +183,12 @@ def test_the_reader_of_imports_reads_them():
     """The tests above are only as good as `imports_in`."""
     source = """
 import torch
-from foveal import selection
-from foveal.types import SLAConfig
+from foveal import blocks
+from foveal.checks import check_choice
 from . import methods
 def late():
     import triton
-    from foveal.sla.reference import sla_attention_reference
+    from foveal.methods.sla.reference import sla_attention_reference
 class Holder:
     import diffusers
 try:
@@ -164,11 +199,11 @@ except ImportError:
     found = imports_in(source, ["foveal"])
     assert found == [
         Import("torch", True),
-        Import("foveal.selection", True),
-        Import("foveal.types", True),
+        Import("foveal.blocks", True),
+        Import("foveal.checks", True),
         Import("foveal.methods", True),
         Import("triton", False),
-        Import("foveal.sla.reference", False),
+        Import("foveal.methods.sla.reference", False),
         Import("diffusers", True),
         Import("rich", True),
     ]

@@ -1,4 +1,4 @@
-"""`foveal.inspect`: figures against brute force, the model left as it was, the report."""
+"""`foveal.lab.inspect`: figures against brute force, the model left as it was, the report."""
 
 import dataclasses
 import json
@@ -7,12 +7,13 @@ import pytest
 import torch
 from tiny_wan import SPARSE_SLA, inputs, run, tiny_transformer
 
-from foveal import VideoGrid, cli, sparsify
-from foveal.inspect.advice import advise
-from foveal.inspect.probe import InspectSettings, LayerObservation, look_at, observe
-from foveal.inspect.run import inspect_model
-from foveal.inspect.statistics import reorder, selection_quality, weight_distribution
-from foveal.types import count
+from foveal import VideoGrid, sparsify
+from foveal.blocks import count
+from foveal.lab import cli
+from foveal.lab.inspect.advice import advise
+from foveal.lab.inspect.probe import InspectSettings, LayerObservation, look_at, observe
+from foveal.lab.inspect.run import inspect_model
+from foveal.lab.inspect.statistics import reorder, selection_quality, weight_distribution
 
 TINY = InspectSettings(keep_ratios=(0.1, 0.3, 0.6), blocks=((16, 16), (32, 16)), query_blocks=None, rows=None)
 

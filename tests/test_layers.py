@@ -5,7 +5,7 @@ import torch
 from tiny_wan import SPARSE_SLA, SPARSE_VSA, randomize, run, tiny_pipeline, tiny_transformer
 
 from foveal import Policy, SLAConfig, VSAConfig, get_policy, reconfigure, set_policy, sparsify
-from foveal.integrations.processor import sparse_processors
+from foveal.models.processor import sparse_processors
 
 OTHER_SLA = SPARSE_SLA.replace(keep_ratio=0.5, linear_scope="all")
 

@@ -17,9 +17,9 @@ from checkpoint_files import (
 from tiny_wan import tiny_transformer
 
 from foveal import SLAConfig
-from foveal.integrations import densify, sparsify
-from foveal.integrations.checkpoint_formats import FORMATS
-from foveal.integrations.checkpoints import export_checkpoint, load_checkpoint
+from foveal.models import densify, sparsify
+from foveal.models.files.checkpoints import export_checkpoint, load_checkpoint
+from foveal.models.files.formats import FORMATS
 
 
 def lora_state(model, style, rank=4, alpha=None, layers=("self_attn.q", "self_attn.o", "cross_attn.k", "ffn.2")):

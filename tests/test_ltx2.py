@@ -6,8 +6,8 @@ from family_checks import DENSE_METHODS, FamilyChecks
 from tiny_wan import DENSE_SLA, DENSE_VSA, SPARSE_SLA
 
 from foveal import VideoGrid
-from foveal.integrations import sparsify
-from foveal.integrations.processor import state_of
+from foveal.models import sparsify
+from foveal.models.processor import state_of
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
-from foveal.methods import METHODS, config_from_dict, method_of
+from foveal.methods.base import METHODS, config_from_dict, method_of
 from foveal.testing import make_inputs
 
 CONFIGS = {"sla": SLAConfig(keep_ratio=0.2, block_q=16, block_k=16), "vsa": VSAConfig(topk=2, tile=(2, 4, 4))}

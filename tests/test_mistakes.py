@@ -6,7 +6,7 @@ from tiny_wan import SPARSE_SLA, SPARSE_VSA, randomize, tiny_pipeline, tiny_tran
 
 import foveal
 from foveal import Policy, SLAConfig
-from foveal.integrations.processor import sparse_processors
+from foveal.models.processor import sparse_processors
 
 
 def sparse():

@@ -9,8 +9,8 @@ import torch
 from tiny_wan import SPARSE_SLA, SPARSE_VSA, generate, randomize, run, tiny_pipeline, tiny_transformer
 
 from foveal import Policy, SLAConfig, get_policy, set_policy
-from foveal.integrations import densify, load, save, sparsify
-from foveal.integrations.processor import sparse_processors
+from foveal.models import densify, load, save, sparsify
+from foveal.models.processor import sparse_processors
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 

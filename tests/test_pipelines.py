@@ -11,9 +11,12 @@ import torch
 from tiny_media import diffusers, write_clip
 from tiny_pipelines import tiny_cogvideox, tiny_flux, tiny_hunyuan, tiny_ltx
 
-from foveal import cli
-from foveal.generate.outputs import output_name, read_media
-from foveal.pipelines import (
+from foveal.lab import cli
+from foveal.lab.data.clips import Bucket, probe, read_clip
+from foveal.lab.data.dataset import LatentDataset
+from foveal.lab.data.windows import to_model_range
+from foveal.lab.generate.outputs import output_name, read_media
+from foveal.lab.pipelines import (
     PIPELINES,
     Sizes,
     choose_device,
@@ -21,9 +24,6 @@ from foveal.pipelines import (
     load_pipeline,
     normalize_latents,
 )
-from foveal.training.clips import Bucket, probe, read_clip
-from foveal.training.data import to_model_range
-from foveal.training.dataset import LatentDataset
 
 pytest.importorskip("tyro")
 

@@ -12,9 +12,9 @@ from tiny_wan import SPARSE_SLA, SPARSE_VSA, generate, inputs, randomize, run, t
 
 import foveal
 from foveal import Policy, SLAConfig, dense, densify, get_policy, set_policy, sparsify, summary
-from foveal.inspect.capture import capture_selections
-from foveal.integrations.policy import PolicyClock
-from foveal.integrations.processor import Phase, sparse_processors, state_of
+from foveal.lab.inspect.capture import capture_selections
+from foveal.models.policy import PolicyClock
+from foveal.models.processor import Phase, sparse_processors, state_of
 
 CONFIGS = pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_VSA], ids=["sla", "vsa"])
 

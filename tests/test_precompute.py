@@ -20,13 +20,13 @@ from tiny_media import (
     write_sound,
 )
 
-from foveal import cli
-from foveal.pipelines import PIPELINES, LoadedPipeline, Sizes, encode_text, normalize_latents
-from foveal.training.clips import Bucket, MediaInfo, choose_bucket, clip_starts, probe, read_clip
-from foveal.training.data import read_video, sample_clip, to_model_range
-from foveal.training.dataset import LatentDataset
-from foveal.training.precompute import PrecomputeSettings, precompute
-from foveal.training.sources import read_sources
+from foveal.lab import cli
+from foveal.lab.data.clips import Bucket, MediaInfo, choose_bucket, clip_starts, probe, read_clip
+from foveal.lab.data.dataset import LatentDataset
+from foveal.lab.data.precompute import PrecomputeSettings, precompute
+from foveal.lab.data.sources import read_sources
+from foveal.lab.data.windows import read_video, sample_clip, to_model_range
+from foveal.lab.pipelines import PIPELINES, LoadedPipeline, Sizes, encode_text, normalize_latents
 
 pytest.importorskip("tyro")
 
@@ -297,8 +297,8 @@ def test_images_are_one_frame(tmp_path):
 KILLED = """
 import os, signal, sys
 import torch
-from foveal.training.clips import Bucket
-from foveal.training.precompute import PrecomputeSettings, Progress, precompute
+from foveal.lab.data.clips import Bucket
+from foveal.lab.data.precompute import PrecomputeSettings, Progress, precompute
 
 class Kill(Progress):
     def advance(self, source, reason):
@@ -340,7 +340,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(clips, tmp_path):
 
 
 def test_an_interrupt_keeps_what_is_done(clips, tmp_path, monkeypatch, capsys):
-    from foveal import terminal
+    from foveal.lab import terminal
 
     def interrupt(self, source, reason):
         if source.name == "deep/c.mp4":
@@ -481,8 +481,8 @@ def test_other_settings_and_captions_need_another_folder(clips, tmp_path):
 
 
 def test_a_model_that_overflows_stops_the_run(wan, clips, tmp_path, monkeypatch):
-    import foveal.training.precompute as module
-    from foveal.pipelines import load_pipeline
+    import foveal.lab.data.precompute as module
+    from foveal.lab.pipelines import load_pipeline
 
     loaded = load_pipeline(wan, device=torch.device("cpu"), dtype=torch.float32, without_transformer=True)
     monkeypatch.setattr(module, "encode_video", lambda *args: torch.full((1, 4, 3, 4, 6), float("nan")))

@@ -13,7 +13,7 @@ from tiny_wan import SPARSE_SLA, SPARSE_VSA, generate, randomize, run, tiny_pipe
 
 import foveal
 from foveal import Policy, densify, get_policy, set_policy, sparsify, summary
-from foveal.integrations.processor import sparse_processors
+from foveal.models.processor import sparse_processors
 
 HEDGEHOG = SPARSE_SLA.replace(feature_map="hedgehog")
 NO_TEXT = {"text_encoder": None, "tokenizer": None}

@@ -18,9 +18,9 @@ from tiny_wan import (
 from torch import nn
 
 from foveal import SLAConfig, VideoGrid, VSAConfig
-from foveal.cost import attention_cost
-from foveal.integrations import dense, densify, sparsify, summary
-from foveal.integrations.processor import SparseAttentionProcessor, sparse_processors, state_of
+from foveal.methods.cost import attention_cost
+from foveal.models import dense, densify, sparsify, summary
+from foveal.models.processor import SparseAttentionProcessor, sparse_processors, state_of
 
 CONFIGS = pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_VSA], ids=["sla", "vsa"])
 

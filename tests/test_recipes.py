@@ -19,11 +19,11 @@ pytest.importorskip("tyro")
 from tiny_training import config
 
 from foveal import SLAConfig, VSAConfig
-from foveal.training.config import TrainingConfig, differences
-from foveal.training.inputs import NoiseAhead
-from foveal.training.objective import sample_noise, sample_sigmas, scheduler_shift
-from foveal.training.recipes import RECIPES, find_recipe, parse
-from foveal.training.settings import (
+from foveal.lab.train.config import TrainingConfig, differences
+from foveal.lab.train.inputs import NoiseAhead
+from foveal.lab.train.objective import sample_noise, sample_sigmas, scheduler_shift
+from foveal.lab.train.recipes import RECIPES, find_recipe, parse
+from foveal.lab.train.settings import (
     Annealing,
     ModelSettings,
     ObjectiveSettings,

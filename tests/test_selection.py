@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveal import select_blocks
-from foveal.selection import pick_blocks, pool_blocks
+from foveal.blocks import pick_blocks, pool_blocks
 from foveal.testing import make_inputs
 
 

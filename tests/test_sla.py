@@ -19,8 +19,9 @@ from foveal import (
     select_blocks,
     sla_attention,
 )
-from foveal.sla import linear
-from foveal.sla.feature_maps import apply_feature_map, feature_dim
+from foveal.methods.sla import linear
+from foveal.methods.sla.config import FEATURE_MAPS, LINEAR_SCOPES
+from foveal.methods.sla.feature_maps import apply_feature_map, feature_dim
 from foveal.testing import (
     assert_close_to_reference,
     make_inputs,
@@ -28,7 +29,6 @@ from foveal.testing import (
     poison_empty,
     random_selection,
 )
-from foveal.types import FEATURE_MAPS, LINEAR_SCOPES
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 

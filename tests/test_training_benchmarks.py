@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from foveal import SLAConfig
-from foveal.sla.reference import sla_attention_reference
+from foveal.methods.sla.reference import sla_attention_reference
 from foveal.testing import make_inputs, random_selection, relative_error
 
 pytest.importorskip("diffusers")

@@ -13,8 +13,8 @@ from tiny_wan import generate, tiny_pipeline, tiny_transformer
 
 import foveal
 from foveal import SLAConfig
-from foveal.training.settings import LoraSettings, ModelSettings, SparsitySettings
-from foveal.training.trainer import Trainer
+from foveal.lab.train.settings import LoraSettings, ModelSettings, SparsitySettings
+from foveal.lab.train.trainer import Trainer
 
 TURBO = SLAConfig(keep_ratio=0.4, drop_ratio=0.0, block_q=16, block_k=16, linear_scope="all")
 

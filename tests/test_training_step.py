@@ -42,7 +42,7 @@ def test_arms_are_timed_and_written(script, tmp_path, capsys):
 
 
 def test_an_arm_that_does_not_learn_fails_the_run(script, tmp_path, monkeypatch, capsys):
-    from foveal.training.optimization import StepReport
+    from foveal.lab.train.optimization import StepReport
 
     monkeypatch.setattr(script, "optimizer_step", lambda *args, **kwargs: StepReport(float("nan"), 1.0, True))
     with pytest.raises(SystemExit, match="1"):

@@ -15,7 +15,7 @@ from launched_kernels import compiled, figures, first_to_memory, noted_launches 
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from foveal import block_sparse_attention  # noqa: E402
-from foveal.block_sparse import triton as kernels  # noqa: E402
+from foveal.kernels import triton as kernels  # noqa: E402
 from foveal.testing import make_inputs, random_selection  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)

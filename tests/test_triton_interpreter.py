@@ -27,9 +27,9 @@ def run_case(name: str) -> None:
 
     import torch
 
-    from foveal.block_sparse.reference import block_sparse_attention_reference
-    from foveal.block_sparse.triton import backward, forward
-    from foveal.block_sparse.triton.ops import block_sparse_attention_gpu
+    from foveal.kernels.reference import block_sparse_attention_reference
+    from foveal.kernels.triton import backward, forward
+    from foveal.kernels.triton.ops import block_sparse_attention_gpu
     from foveal.testing import assert_close_to_reference, make_inputs, output_and_gradients, random_selection
 
     batch, heads, query_length, key_length, head_dim, block_q, block_k, descriptors, layout, kv_lengths = CASES[name]
@@ -55,7 +55,7 @@ def run_case(name: str) -> None:
 def run_lists() -> None:
     import torch
 
-    from foveal.block_sparse.triton.lists import column_lists, full_blocks_first
+    from foveal.kernels.triton.lists import column_lists, full_blocks_first
     from foveal.testing import random_selection
 
     selection = random_selection(batch=2, query_length=1100, key_length=200, block_q=64, block_k=16, critical=0.4)
@@ -79,8 +79,8 @@ def run_selection() -> None:
     import torch
 
     from foveal import select_blocks
-    from foveal import selection as module
-    from foveal.block_sparse.triton import select as kernel
+    from foveal.kernels import api as module
+    from foveal.kernels.triton import select as kernel
 
     generator = torch.Generator().manual_seed(0)
     # Small integers and blocks of powers of two: scores are exact, in whatever order a processor sums them.
@@ -126,9 +126,9 @@ def run_sla(name: str) -> None:
     import torch
 
     from foveal import SLAConfig
-    from foveal.block_sparse.triton import backward, forward, linear
-    from foveal.sla.reference import sla_attention_reference
-    from foveal.sla.triton import sla_attention_gpu
+    from foveal.kernels.triton import backward, forward, linear
+    from foveal.methods.sla.gpu import sla_attention_gpu
+    from foveal.methods.sla.reference import sla_attention_reference
     from foveal.testing import assert_close_to_reference, make_inputs, output_and_gradients, random_selection
 
     feature_map, scope, projection, block_q, block_k, head_dim, kv_lengths = SLA_CASES[name]
@@ -183,9 +183,9 @@ def run_selecting(name: str) -> None:
     import torch
 
     from foveal import SLAConfig, select_blocks
-    from foveal import selection as module
-    from foveal.sla import triton_forward
-    from foveal.sla.triton import sla_attention_gpu
+    from foveal.kernels import api as module
+    from foveal.methods.sla import gpu_forward
+    from foveal.methods.sla.gpu import sla_attention_gpu
     from foveal.testing import make_inputs, output_and_gradients
 
     scope, block_k, heads, group_bytes, options = SELECTING_CASES[name]
@@ -200,7 +200,7 @@ def run_selecting(name: str) -> None:
     rule = module.selection_rule(*inputs[:2], **ratios, **options)
 
     def run(selection, group_bytes):
-        triton_forward.GROUP_BYTES = group_bytes
+        gpu_forward.GROUP_BYTES = group_bytes
         config = SLAConfig(linear_scope=scope, **ratios)
 
         def attention(query, key, value, weight, bias):

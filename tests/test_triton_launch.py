@@ -22,18 +22,18 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from foveal.block_sparse.gluon.support import missing_gluon  # noqa: E402
-from foveal.block_sparse.launch_arguments import Descriptors  # noqa: E402
-from foveal.block_sparse.triton import launch  # noqa: E402
-from foveal.sla import triton as sla  # noqa: E402
+from foveal.kernels.hopper.support import missing_gluon  # noqa: E402
+from foveal.kernels.launch_arguments import Descriptors  # noqa: E402
+from foveal.kernels.triton import launch  # noqa: E402
+from foveal.methods.sla import gpu as sla  # noqa: E402
 
-PACKAGES = ("triton", "gluon") if missing_gluon() is None else ("triton",)
+PACKAGES = ("triton", "hopper") if missing_gluon() is None else ("triton",)
 
 
 def kernels():
     """Every kernel that is launched, by name; interpreted ones, too."""
     for package in PACKAGES:
-        folder = importlib.import_module(f"foveal.block_sparse.{package}")
+        folder = importlib.import_module(f"foveal.kernels.{package}")
         for module in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."):
             for name, value in vars(importlib.import_module(module.name)).items():
                 if name.endswith("_kernel") and hasattr(value, "fn") and value.fn.__module__ == module.name:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveal import BlockSelection, SLAConfig, VSAConfig
+from foveal.blocks import count, lists_from_mask
 from foveal.testing import random_selection
-from foveal.types import count, lists_from_mask
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("av")
 
-from foveal import SLAConfig, VideoGrid, VSAConfig, cli
-from foveal.demo.settings import DemoSettings
-from foveal.demo.task import build_model
-from foveal.training.data import sample_clip
-from foveal.ui.scene import Scene, Sheet, demo_scene, pipeline_scene, view
+from foveal import SLAConfig, VideoGrid, VSAConfig
+from foveal.lab import cli
+from foveal.lab.data.windows import sample_clip
+from foveal.lab.demo.settings import DemoSettings
+from foveal.lab.demo.task import build_model
+from foveal.lab.ui.scene import Scene, Sheet, demo_scene, pipeline_scene, view
 
 TINY = DemoSettings(height=32, width=48, frames=4, patch=4, head_dim=16, num_layers=2)
 
@@ -96,7 +97,7 @@ def test_a_pipeline_can_be_looked_at(tmp_path):
     pytest.importorskip("transformers")
     from tiny_media import save_tiny_wan
 
-    from foveal.pipelines import load_pipeline
+    from foveal.lab.pipelines import load_pipeline
 
     loaded = load_pipeline(save_tiny_wan(tmp_path / "wan"), device=torch.device("cpu"), dtype=torch.float32)
     scene = pipeline_scene(loaded, "a bar", step=1, size=(9, 48, 64), num_inference_steps=2)
@@ -129,7 +130,7 @@ def test_mistakes(folder, scene, tmp_path, capsys):
 def test_the_address_is_printed_before_it_serves(folder, monkeypatch, capsys):
     pytest.importorskip("tyro")
     pytest.importorskip("gradio")
-    from foveal.ui import page
+    from foveal.lab.ui import page
 
     printed = []
 
@@ -166,7 +167,7 @@ def test_addresses_that_cannot_be_served_at(tmp_path, capsys):
 
 def test_controls_stand_for_configurations():
     pytest.importorskip("gradio")
-    from foveal.ui.page import configuration
+    from foveal.lab.ui.page import configuration
 
     assert configuration("VSA", 25, 50) == VSAConfig(keep_ratio=0.25)
     assert configuration("SLA, tile order", 95, 10) == SLAConfig(keep_ratio=0.95, drop_ratio=0.05, token_order="tile")
@@ -181,7 +182,7 @@ def test_in_a_browser(folder, tmp_path):
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     if browser_path is None:
         pytest.skip("needs Chromium")
-    from foveal.ui.page import build_page
+    from foveal.lab.ui.page import build_page
 
     assert gradio.__version__
     page = build_page(folder)

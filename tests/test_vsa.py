@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from foveal import VideoGrid, VideoSparseAttention, VSAConfig, vsa_attention
+from foveal.blocks import count
+from foveal.methods.vsa.attention import resolve_tile, select_cubes, slot_size
 from foveal.testing import assert_close_to_reference, make_inputs, output_and_gradients, poison_empty
-from foveal.types import count
-from foveal.vsa.attention import resolve_tile, select_cubes, slot_size
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 GRID = VideoGrid(3, 5, 6)

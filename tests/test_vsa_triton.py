@@ -58,8 +58,8 @@ def check_case(name, dtype, device, attend):
     import torch
 
     from foveal import vsa_attention
+    from foveal.methods.vsa.attention import select_cubes
     from foveal.testing import assert_close_to_reference, output_and_gradients, poison_empty
-    from foveal.vsa.attention import select_cubes
 
     qkv, gates, grid, config, lengths = make_case(name, dtype, device)
     selection = select_cubes(*qkv[:2], config=config, grid=grid, kv_lengths=lengths)
@@ -100,8 +100,8 @@ def check_case(name, dtype, device, attend):
 def run_case(name: str) -> None:
     import torch
 
-    from foveal.vsa.layout import CubeLayout
-    from foveal.vsa.triton import vsa_attention_gpu
+    from foveal.methods.vsa.gpu import vsa_attention_gpu
+    from foveal.methods.vsa.layout import CubeLayout
 
     def attend(query, key, value, gates, grid, config, selection, lengths):
         layout = CubeLayout(config, grid, key, lengths)
@@ -115,9 +115,9 @@ def run_selection(name: str) -> None:
     """The choice made inside, and by `select_cubes_gpu`, is that of plain PyTorch."""
     import torch
 
-    from foveal.vsa.attention import select_cubes
-    from foveal.vsa.layout import CubeLayout
-    from foveal.vsa.triton import _forward_op, select_cubes_gpu
+    from foveal.methods.vsa.attention import select_cubes
+    from foveal.methods.vsa.gpu import _forward_op, select_cubes_gpu
+    from foveal.methods.vsa.layout import CubeLayout
 
     (query, key, value), _, grid, config, lengths = make_case(name, torch.float16, "cpu")
     layout = CubeLayout(config, grid, key, lengths)

@@ -21,12 +21,12 @@ from tiny_wan import (
 
 import foveal
 from foveal import SLAConfig, VideoGrid
-from foveal.integrations import dense, densify, sparsify, summary
-from foveal.integrations.processor import SparseAttentionProcessor
+from foveal.models import dense, densify, sparsify, summary
+from foveal.models.processor import SparseAttentionProcessor
 
 
 def test_import_needs_no_diffusers():
-    code = "import sys, foveal.integrations; sys.exit('diffusers' in sys.modules or 'safetensors' in sys.modules)"
+    code = "import sys, foveal.models; sys.exit('diffusers' in sys.modules or 'safetensors' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
 
 

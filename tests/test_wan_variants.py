@@ -6,7 +6,7 @@ from family_checks import FamilyChecks
 from tiny_wan import DENSE_SLA, DENSE_VSA, inputs, run, tiny_transformer
 
 from foveal import VideoGrid
-from foveal.integrations import sparsify
+from foveal.models import sparsify
 
 diffusers = pytest.importorskip("diffusers")
 

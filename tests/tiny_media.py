@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_wan import tiny_transformer
 
-from foveal.training.data import write_video
+from foveal.lab.data.windows import write_video
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -13,10 +13,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 from foveal import SLAConfig
-from foveal.training.config import TrainingConfig
-from foveal.training.dataset import write_latent_dataset
-from foveal.training.recipes import parse
-from foveal.training.settings import (
+from foveal.lab.data.dataset import write_latent_dataset
+from foveal.lab.train.config import TrainingConfig
+from foveal.lab.train.recipes import parse
+from foveal.lab.train.settings import (
     CheckpointSettings,
     DataSettings,
     EvaluationSettings,
@@ -26,7 +26,7 @@ from foveal.training.settings import (
     SparsitySettings,
     WanArchitecture,
 )
-from foveal.training.trainer import run_training
+from foveal.lab.train.trainer import run_training
 
 ARCHITECTURE = WanArchitecture(
     num_layers=2,
@@ -113,7 +113,7 @@ def run_here(*arguments: object) -> None:
 
 def start(*arguments: object, processes: int = 1) -> subprocess.Popen:
     """The same in another process or some, its messages piped."""
-    python = [sys.executable, "-c", "import sys; from foveal.cli import main; sys.exit(main())"]
+    python = [sys.executable, "-c", "import sys; from foveal.lab.cli import main; sys.exit(main())"]
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         python = [*launcher, "--no-python", *python]

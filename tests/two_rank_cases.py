@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 
 import foveal
 from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
-from foveal.integrations.context_parallel import Shards, context_parallel_attention
+from foveal.models.context_parallel import Shards, context_parallel_attention
 from foveal.testing import make_inputs
 
 RANKS = 2
@@ -215,7 +215,7 @@ def wan_compiled(name):
 
 def wan_travels():
     """Query, key, value and both gates are all on their way before the first is waited for; so are their gradients."""
-    from foveal.integrations import context_parallel
+    from foveal.models import context_parallel
 
     log = []
 

@@ -4,9 +4,15 @@ Needs torch alone; diffusers and the rest load when something that uses them is 
 """
 
 from foveal import models as models  # diffusers loads a saved sparse model from it, if it was imported
-from foveal.block_sparse.api import block_sparse_attention
-from foveal.cost import attention_cost
-from foveal.integrations import (
+from foveal.blocks import BlockSelection
+from foveal.kernels.api import block_sparse_attention, select_blocks
+from foveal.layout import VideoGrid
+from foveal.methods.cost import attention_cost
+from foveal.methods.sla.attention import SparseLinearAttention, sla_attention
+from foveal.methods.sla.config import SLAConfig
+from foveal.methods.vsa.attention import VideoSparseAttention, vsa_attention
+from foveal.methods.vsa.config import VSAConfig
+from foveal.models import (
     Policy,
     context_parallel_attention,
     dense,
@@ -23,11 +29,6 @@ from foveal.integrations import (
     summary,
     unfreeze,
 )
-from foveal.selection import select_blocks
-from foveal.sla.attention import SparseLinearAttention, sla_attention
-from foveal.types import BlockSelection, SLAConfig, VSAConfig
-from foveal.video_grid import VideoGrid
-from foveal.vsa.attention import VideoSparseAttention, vsa_attention
 
 __version__ = "0.1.0"
 

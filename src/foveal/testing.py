@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from foveal.types import BlockSelection
+from foveal.blocks import BlockSelection
 
 
 def make_inputs(

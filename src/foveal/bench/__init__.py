@@ -1,1 +1,0 @@
-"""`foveal bench`: is it right, how fast is it, and against what; see `foveal.bench.run`."""

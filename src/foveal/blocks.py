@@ -1,0 +1,378 @@
+"""Which key blocks each query block reads: the rule that chooses them, and what was chosen.
+
+The rule (SLA, arXiv 2509.24006, section 3; VSA, arXiv 2505.13389, section 2): pool query and key per block, score the
+pooled pairs, keep the highest-scoring key blocks of each row and drop the lowest. Ranking by the scaled dot products is
+ranking by their softmax, without its underflow.
+
+Shape legend: B batch, H heads, Lq / Lk query / key tokens, bq / bk block sizes, Tq = ceil(Lq / bq), Tk = ceil(Lk / bk),
+W the width of the longest list of critical blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveal.checks import check_positive_int
+
+
+def count(ratio: float, total: int) -> int:
+    """How many of `total` blocks `ratio` stands for: floor(ratio * total), safe against 0.29 * 100 = 28.999..."""
+    return math.floor(ratio * total + 1e-6)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSelection:
+    """The key blocks each query block attends to exactly (critical), linearly (marginal), or not at all (negligible).
+
+    Args:
+        critical: int32 [B, H, Tq, W], each row's critical key blocks, ascending; entries past the row's count are 0.
+        critical_count: int32 [B, H, Tq], how many entries of each row count.
+        marginal: [B, H, Tq, Tk], nonzero where marginal (bool, or the float operand of a mask product); None when
+            nothing was dropped, so that every block that is not critical is marginal.
+        block_q, block_k: block sizes in tokens.
+        query_length, key_length: tokens; the last block may be partial.
+        key_block_sizes: int32 [B, Tk] or [1, Tk], valid tokens at the front of each key block; None when all blocks
+            are full, but for a partial last one.
+    """
+
+    critical: Tensor
+    critical_count: Tensor
+    marginal: Tensor | None
+    block_q: int
+    block_k: int
+    query_length: int
+    key_length: int
+    key_block_sizes: Tensor | None = None
+
+    @classmethod
+    def from_labels(
+        cls,
+        labels: Tensor,
+        *,
+        block_q: int,
+        block_k: int,
+        query_length: int,
+        key_length: int,
+        key_block_sizes: Tensor | None = None,
+    ) -> BlockSelection:
+        """A selection from explicit labels, for tests and for patterns of one's own.
+
+        Args:
+            labels: [B, H, Tq, Tk] of +1 (critical), 0 (marginal) or -1 (negligible), any signed dtype.
+            block_q, block_k, query_length, key_length, key_block_sizes: as in the class.
+
+        Raises:
+            TypeError, ValueError: labels of another shape or with other values.
+        """
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+        for name, value in (
+            ("block_q", block_q),
+            ("block_k", block_k),
+            ("query_length", query_length),
+            ("key_length", key_length),
+        ):
+            check_positive_int(name, value)
+        expected = (-(-query_length // block_q), -(-key_length // block_k))
+        if labels.dim() != 4 or tuple(labels.shape[2:]) != expected:
+            raise ValueError(
+                f"labels must have shape [B, H, {expected[0]}, {expected[1]}] for lengths ({query_length}, "
+                f"{key_length}) in blocks of ({block_q}, {block_k}), got {tuple(labels.shape)}"
+            )
+        wrong = (labels < -1) | (labels > 1)
+        if wrong.any():
+            raise ValueError(f"labels must be -1, 0 or 1, got {labels[wrong].unique().tolist()[:5]}")
+        critical, counts = lists_from_mask(labels == 1)
+        width = max(1, int(counts.max())) if counts.numel() else 1
+        return cls(
+            critical=critical[..., :width].contiguous(),
+            critical_count=counts,
+            marginal=labels == 0,
+            block_q=block_q,
+            block_k=block_k,
+            query_length=query_length,
+            key_length=key_length,
+            key_block_sizes=key_block_sizes,
+        )
+
+    @property
+    def num_query_blocks(self) -> int:
+        return -(-self.query_length // self.block_q)
+
+    @property
+    def num_key_blocks(self) -> int:
+        return -(-self.key_length // self.block_k)
+
+    def critical_mask(self) -> Tensor:
+        """bool [B, H, Tq, Tk], True where critical."""
+        width = self.critical.shape[-1]
+        listed = torch.arange(width, device=self.critical.device) < self.critical_count[..., None]
+        slots = torch.where(listed, self.critical, self.num_key_blocks).long()
+        mask = slots.new_zeros((*slots.shape[:-1], self.num_key_blocks + 1), dtype=torch.bool)
+        return mask.scatter_(-1, slots, True)[..., :-1]
+
+    def labels(self) -> Tensor:
+        """int8 [B, H, Tq, Tk]: +1 critical, 0 marginal, -1 negligible."""
+        critical = self.critical_mask()
+        if self.marginal is None:
+            return critical.to(torch.int8)
+        return critical.to(torch.int8) * 2 + (self.marginal != 0).to(torch.int8) - 1
+
+    def linear_mask(self, scope: str) -> Tensor | None:
+        """The blocks that a `linear_scope` sums over, nonzero where summed: [B, H, Tq, Tk]; None for "all"."""
+        if scope == "all":
+            return None
+        if scope == "marginal" and self.marginal is not None:
+            return self.marginal
+        return ~self.critical_mask()
+
+    def key_valid(self) -> Tensor:
+        """bool [B or 1, Lk], False for padding keys."""
+        position = torch.arange(self.key_length, device=self.critical.device)
+        if self.key_block_sizes is None:
+            return torch.ones_like(position, dtype=torch.bool)[None]
+        block = position // self.block_k
+        return position % self.block_k < self.key_block_sizes[:, block]
+
+    def expand(self, block_mask: Tensor) -> Tensor:
+        """A [B, H, Tq, Tk] block mask as a bool token mask [B, H, Lq, Lk], without the padding keys."""
+        tokens = (block_mask != 0).repeat_interleave(self.block_q, 2)[:, :, : self.query_length]
+        tokens = tokens.repeat_interleave(self.block_k, 3)[..., : self.key_length]
+        return tokens & self.key_valid()[:, None, None, :]
+
+
+def lists_from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [..., T] to (int32 [..., T] indices of the True entries, ascending, then zeros; int32 [...] counts)."""
+    total = mask.shape[-1]
+    index = torch.arange(total, device=mask.device, dtype=torch.int32)
+    ordered = torch.where(mask, index, total).sort(-1).values
+    counts = mask.sum(-1, dtype=torch.int32)
+    return torch.where(ordered < total, ordered, 0), counts
+
+
+def pool_blocks(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
+    """Mean over each block's valid tokens, in float32 or better.
+
+    Args:
+        x: [B, H, L, D], any strides. What stands in the padding never counts, NaN included.
+        block: tokens in a block; the last may be partial.
+        sizes: int [B or 1, T], valid tokens at the front of each block; None when all are full.
+
+    Returns:
+        [B, H, T, D] in float32, or float64 for float64 inputs; 0 for a block without a valid token. Differentiable.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    length = x.shape[2]
+    full = length // block
+    parts = []
+    if sizes is not None:
+        short = -length % block
+        blocks = torch.nn.functional.pad(x, (0, 0, 0, short)).unflatten(2, (-1, block))
+        valid = torch.arange(block, device=x.device) < sizes[:, None, :, None]
+        total = torch.where(valid[..., None], blocks, 0).sum(3, dtype=dtype)
+        return total / sizes.clamp(min=1)[:, None, :, None]
+    if full:
+        parts.append(x[:, :, : full * block].unflatten(2, (full, block)).mean(3, dtype=dtype))
+    if length > full * block:
+        parts.append(x[:, :, full * block :].mean(2, dtype=dtype, keepdim=True))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def pooled_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """[B, H, Tq, D] and [B, H, Tk, D], pooled, to the scores [B, H, Tq, Tk]."""
+    return (query * scale) @ key.transpose(-1, -2)
+
+
+@torch.no_grad()
+def pick_blocks(
+    scores: Tensor,
+    *,
+    keep_ratio: float | None = None,
+    topk: int | None = None,
+    drop_ratio: float = 0.0,
+    valid_blocks: Tensor | None = None,
+    protected_keys: tuple[int, int] | None = None,
+    protected_queries: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores to lists, by the counting rule, ties to the lower block for critical and the higher one for negligible.
+
+    Args:
+        scores: [B, H, Tq, Tk].
+        keep_ratio or topk: how many are critical: max(1, floor(keep_ratio * n)) of n blocks (none for 0), or topk
+            capped at n.
+        drop_ratio: fraction that is negligible, of what is left at most.
+        valid_blocks: int [B], leading key blocks that hold a valid token; None for all.
+        protected_keys, protected_queries: [start, stop) in *blocks*: key blocks critical for every row, query blocks
+            that attend to everything.
+
+    Returns:
+        critical int32 [B, H, Tq, W], counts int32 [B, H, Tq], marginal bool [B, H, Tq, Tk] or None if nothing is
+        dropped. W is known without looking at the scores.
+    """
+    total = scores.shape[-1]
+    index = torch.arange(total, device=scores.device)
+    if valid_blocks is None:
+        blocks = torch.full((1, 1, 1, 1), total, device=scores.device)
+        n_critical = _num_critical(total, keep_ratio, topk)
+        n_negligible = count(drop_ratio, total)
+    else:
+        blocks = valid_blocks.to(scores.device).long().view(-1, 1, 1, 1)
+        n_critical = _count_table(total, keep_ratio, topk, scores.device)[blocks]
+        n_negligible = _count_table(total, drop_ratio, None, scores.device, floor=0)[blocks]
+        scores = scores.masked_fill(index >= blocks, -math.inf)
+
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    width = _num_critical(total, keep_ratio, topk)
+    plain = valid_blocks is None and protected_keys is None and protected_queries is None
+    if plain and drop_ratio == 0.0 and width:
+        critical = order[..., :width].sort(-1).values.to(torch.int32)
+        return critical, torch.full(critical.shape[:-1], width, dtype=torch.int32, device=scores.device), None
+
+    in_order = (index < n_critical).expand(order.shape)
+    critical = torch.zeros_like(in_order, dtype=torch.bool).scatter(-1, order, in_order)
+    if protected_keys is not None:
+        critical[..., protected_keys[0] : protected_keys[1]] = True
+        width += protected_keys[1] - protected_keys[0]
+    if protected_queries is not None:
+        critical[:, :, protected_queries[0] : protected_queries[1]] = True
+        width = total
+    if not plain:
+        critical &= index < blocks
+    lists, counts = lists_from_mask(critical)
+    lists = lists[..., : max(1, min(width, total))].contiguous()
+    if drop_ratio == 0.0:
+        return lists, counts, None
+
+    rest = ~critical & (index < blocks)
+    rest_in_order = rest.gather(-1, order)
+    from_bottom = rest_in_order.flip(-1).cumsum(-1).flip(-1)
+    dropped = torch.zeros_like(rest).scatter(-1, order, rest_in_order & (from_bottom <= n_negligible))
+    return lists, counts, rest & ~dropped
+
+
+class SelectionRule(NamedTuple):
+    """All that `select_blocks` settles before it looks at a score, for kernels that select on the way.
+
+    width: of the critical lists.
+    critical, negligible: how many blocks a row gets, if every sample has all its keys.
+    key_block_sizes: int32 [B, Tk] or None, as in `BlockSelection`.
+    valid_blocks: int32 [B], leading key blocks with a valid token, or None for all; then
+    table: int32 [Tk + 1, 2] has how many are critical and negligible for each number of valid blocks.
+    key_range, query_range: [start, stop) in blocks: critical for every row, and rows that attend to everything.
+    """
+
+    width: int
+    critical: int
+    negligible: int
+    key_block_sizes: Tensor | None
+    valid_blocks: Tensor | None
+    table: Tensor | None
+    key_range: tuple[int, int]
+    query_range: tuple[int, int]
+
+
+def selection_rule(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    keep_ratio: float,
+    drop_ratio: float,
+    kv_lengths: Tensor | None = None,
+    protected_keys: tuple[int, int] | None = None,
+    protected_queries: tuple[int, int] | None = None,
+) -> SelectionRule:
+    """The rule of `select_blocks` for inputs that `fits_kernel` accepts; arguments and errors as there."""
+    limits = limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries)
+    return rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits)
+
+
+def limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries):
+    """Sizes of key blocks, valid blocks, and the protected blocks of keys and queries; each None if there is none."""
+    sizes = valid_blocks = None
+    if kv_lengths is not None:
+        sizes, valid_blocks = _sizes_from_lengths(kv_lengths, query.shape[0], key.shape[2], block_k, key.device)
+    key_range = _token_to_block_range("protected_keys", protected_keys, key.shape[2], block_k)
+    query_range = _token_to_block_range("protected_queries", protected_queries, query.shape[2], block_q)
+    return sizes, valid_blocks, key_range, query_range
+
+
+def rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits) -> SelectionRule:
+    sizes, valid_blocks, key_range, query_range = limits
+    columns = -(-key.shape[2] // block_k)
+    critical = width = _num_critical(columns, keep_ratio, None)
+    if key_range is not None:
+        width += key_range[1] - key_range[0]
+    if query_range is not None:
+        width = columns
+    table = None
+    if valid_blocks is not None:
+        valid_blocks = valid_blocks.to(torch.int32)
+        table = _wanted_table(columns, keep_ratio, drop_ratio, key.device)
+    return SelectionRule(
+        width=max(1, min(width, columns)),
+        critical=critical,
+        negligible=count(drop_ratio, columns),
+        key_block_sizes=sizes,
+        valid_blocks=valid_blocks,
+        table=table,
+        key_range=key_range or (0, 0),
+        query_range=query_range or (0, 0),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _wanted_table(total: int, keep_ratio: float, drop_ratio: float, device: torch.device) -> Tensor:
+    """int32 [total + 1, 2]: how many blocks are critical and negligible for every number of valid ones."""
+    table = [(_num_critical(n, keep_ratio, None), count(drop_ratio, n)) for n in range(total + 1)]
+    return torch.tensor(table, dtype=torch.int32, device=device)
+
+
+def _num_critical(total: int, keep_ratio: float | None, topk: int | None, floor: int = 1) -> int:
+    if total == 0:
+        return 0
+    if topk is not None:
+        return min(topk, total)
+    return max(floor, count(keep_ratio, total)) if keep_ratio else 0
+
+
+@functools.lru_cache(maxsize=64)
+def _count_table(total: int, ratio: float | None, topk: int | None, device: torch.device, floor: int = 1) -> Tensor:
+    """int64 [total + 1]: the count for every number of valid blocks, so that devices never round a ratio themselves."""
+    return torch.tensor([_num_critical(n, ratio, topk, floor) for n in range(total + 1)], device=device)
+
+
+def _sizes_from_lengths(
+    kv_lengths: Tensor, batch: int, key_length: int, block_k: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    if not isinstance(kv_lengths, Tensor) or kv_lengths.is_floating_point():
+        raise TypeError(f"kv_lengths must be an integer tensor, got {getattr(kv_lengths, 'dtype', type(kv_lengths))}")
+    if tuple(kv_lengths.shape) != (batch,):
+        raise ValueError(f"kv_lengths must have shape [{batch}], got {list(kv_lengths.shape)}")
+    readable = kv_lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and ((kv_lengths < 0) | (kv_lengths > key_length)).any():
+        raise ValueError(f"kv_lengths must be in [0, {key_length}], got {kv_lengths.tolist()}")
+    lengths = kv_lengths.to(device).clamp(0, key_length)
+    starts = torch.arange(-(-key_length // block_k), device=device) * block_k
+    sizes = (lengths[:, None] - starts).clamp(0, block_k).to(torch.int32)
+    return sizes, (lengths + block_k - 1) // block_k
+
+
+def _token_to_block_range(name: str, tokens: tuple[int, int] | None, length: int, block: int) -> tuple[int, int] | None:
+    if tokens is None:
+        return None
+    if not isinstance(tokens, tuple | list) or len(tokens) != 2 or not all(isinstance(t, int) for t in tokens):
+        raise TypeError(f"{name} must be a token range (start, stop), got {tokens!r}")
+    start, stop = tokens
+    if not 0 <= start <= stop <= length:
+        raise ValueError(f"{name} must satisfy 0 <= start <= stop <= {length}, got ({start}, {stop})")
+    if start == stop:
+        return None
+    return start // block, -(-stop // block)

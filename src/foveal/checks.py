@@ -1,0 +1,86 @@
+"""Checks of what users pass, shared by everything public: each error names the argument and what came."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def cached_constant(function):
+    """Compute once per arguments; `torch.compile` takes the result as it is, where it would trace through a cache.
+
+    Never in inference mode: whoever trains after a first call there would meet tensors that autograd refuses.
+    """
+    cached = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(function))
+
+    @functools.wraps(function)
+    def call(*arguments):
+        return cached(*arguments)
+
+    # All that torch.compiler.assume_constant_result does, which would import torch._dynamo, and Triton with it.
+    call._dynamo_marked_constant = True
+    return call
+
+
+def check_choice(name: str, value: Any, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"unknown {name} {value!r}; expected one of {valid}")
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_ratio(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number in [0, 1], got {value!r} ({type(value).__name__})")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def check_triple(name: str, value: Any) -> None:
+    if not isinstance(value, tuple) or len(value) != 3:
+        raise TypeError(f"{name} must be a tuple of three ints (frames, height, width), got {value!r}")
+    for axis, side in zip(("frames", "height", "width"), value, strict=True):
+        check_positive_int(f"{name} {axis}", side)
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """`scale`, or 1 / sqrt(head_dim) for None."""
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be finite and above 0, got {scale}")
+    return float(scale)
+
+
+def validate_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises a TypeError or ValueError unless query, key and value fit together."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
+        if x.dim() != 4 or 0 in x.shape:
+            raise ValueError(f"{name} must be non-empty and have shape [B, H, L, D], got {tuple(x.shape)}")
+        if x.dtype != query.dtype:
+            raise TypeError(f"query, key and value must have one dtype, got {query.dtype} and {x.dtype} ({name})")
+        if x.device != query.device:
+            raise ValueError(f"query, key and value must be on one device, got {query.device} and {x.device} ({name})")
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"the last dimension of {name} must be contiguous, got strides {x.stride()}")
+    if key.shape != value.shape:
+        raise ValueError(f"key and value must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}")
+    if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"query and key must agree in batch, heads and head_dim, got {tuple(query.shape)} and {tuple(key.shape)}"
+        )

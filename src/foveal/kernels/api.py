@@ -1,0 +1,237 @@
+"""`block_sparse_attention`: validate once, then run the implementation that was named or that fits best."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from foveal.blocks import BlockSelection, SelectionRule, limits_of, pick_blocks, pool_blocks, pooled_scores, rule_of
+from foveal.checks import check_choice, check_positive_int, check_ratio, check_scale, validate_qkv
+
+IMPLS = ("auto", "reference", "torch", "triton", "gluon")
+# What the registers of one program hold: at 64 tokens a block, a million keys.
+_KERNEL_MAX_BLOCKS = 16384
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: BlockSelection,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over each query block's critical key blocks alone.
+
+    The sparse part of SLA (arXiv 2509.24006, eq. 3) and the fine stage of VSA (arXiv 2505.13389, eq. 3).
+
+    Args:
+        query: [B, H, Lq, D], bfloat16, float16, float32 or float64, any strides with a contiguous last dimension.
+        key, value: [B, H, Lk, D], same dtype and device.
+        selection: from `select_blocks` or `BlockSelection.from_labels`, for the same B, H, Lq and Lk.
+        scale: softmax scale; None for 1 / sqrt(D).
+        impl: "reference" (dense mask, the oracle), "torch" (gathers the kept blocks; any device), "triton" (GPU,
+            bfloat16 and float16, D and blocks of 64 and 128), "gluon" (the same on Hopper) or "auto": the last of
+            these that can take the inputs. A named implementation never falls back.
+        return_lse: also return the log-sum-exp of each row's scores.
+
+    Returns:
+        [B, H, Lq, D] in the dtype of `query`; with `return_lse` also the natural log-sum-exp [B, H, Lq] in float32
+        (float64 for float64 inputs). A row without a critical key is 0, and its log-sum-exp -inf.
+        Gradients are exact for the given selection.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    validate_qkv(query, key, value)
+    validate_selection(selection, query, key)
+    scale = check_scale(scale, query.shape[-1])
+    match resolve_impl(impl, query, key, value, selection.block_q, selection.block_k):
+        case "reference":
+            from foveal.kernels.reference import block_sparse_attention_reference as run
+        case "torch":
+            from foveal.kernels.cpu import block_sparse_attention_torch as run
+        case "triton" | "gluon" as backend:
+            from foveal.kernels.triton.ops import block_sparse_attention_gpu
+
+            run = functools.partial(block_sparse_attention_gpu, hopper=backend == "gluon")
+    output, lse = run(query, key, value, selection, scale)
+    return (output, lse) if return_lse else output
+
+
+def resolve_impl(impl: str, query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> str:
+    """The implementation that `impl` stands for, for tensors like these and these block sizes.
+
+    "auto" prefers "gluon" to "triton" wherever it can run: it was faster forward and backward at every shape measured
+    (docs/performance.md).
+
+    Raises:
+        ValueError: for an unknown name, and for a named implementation that cannot take these inputs.
+    """
+    check_choice("impl", impl, IMPLS)
+    if impl in ("reference", "torch"):
+        return impl
+    from foveal.kernels.hopper.support import supports
+
+    reasons = {
+        "gluon": lambda: supports(query, key, value, block_q, block_k),
+        "triton": lambda: _why_no_triton(query, block_q, block_k),
+    }
+    if impl == "auto":
+        return next((name for name, reason in reasons.items() if reason() is None), "torch")
+    reason = reasons[impl]()
+    if reason is not None:
+        raise ValueError(f'impl="{impl}" cannot run here: {reason}; impl="auto" takes what fits')
+    return impl
+
+
+def _why_no_triton(query: Tensor, block_q: int, block_k: int) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if query.device.type != "cuda":
+        return f"it needs a GPU, got tensors on {query.device.type!r}"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, got {query.dtype}"
+    if query.shape[-1] not in (64, 128):
+        return f"it takes head dimensions 64 and 128, got {query.shape[-1]}"
+    if block_q not in (64, 128) or block_k not in (64, 128):
+        return f"it takes blocks of 64 and 128 tokens, got {block_q}x{block_k}"
+    return None
+
+
+def validate_selection(selection: BlockSelection, query: Tensor, key: Tensor) -> None:
+    """Raises a TypeError or ValueError unless the selection was made for tensors like these."""
+    if not isinstance(selection, BlockSelection):
+        raise TypeError(f"selection must be a BlockSelection, got {type(selection).__name__}")
+    expected = (*query.shape[:3], key.shape[2])
+    got = (*selection.critical.shape[:2], selection.query_length, selection.key_length)
+    if got != expected:
+        raise ValueError(f"selection was made for (B, H, Lq, Lk) = {got}, but query and key have {expected}")
+    if selection.critical.device != query.device:
+        raise ValueError(f"selection is on {selection.critical.device}, but query is on {query.device}")
+
+
+def select_blocks(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_q: int,
+    block_k: int,
+    keep_ratio: float,
+    drop_ratio: float = 0.0,
+    scale: float | None = None,
+    kv_lengths: Tensor | None = None,
+    protected_keys: tuple[int, int] | None = None,
+    protected_queries: tuple[int, int] | None = None,
+) -> BlockSelection:
+    """Choose the critical, marginal and negligible key blocks of every query block.
+
+    Per row of the pooled score matrix, the `max(1, floor(keep_ratio * Tk))` largest are critical (none if keep_ratio is
+    0), the `floor(drop_ratio * Tk)` smallest negligible, the others marginal (SLA, arXiv 2509.24006, eq. 4-6, with
+    the bottom labelled -1). Not differentiated through.
+
+    Args:
+        query: [B, H, Lq, D], floating point, any strides.
+        key: [B, H, Lk, D].
+        block_q, block_k: block sizes in tokens; the last block may be partial.
+        keep_ratio, drop_ratio: in [0, 1], together at most 1.
+        scale: softmax scale; None for 1 / sqrt(D).
+        kv_lengths: int [B], valid keys at the front of each sample, at most Lk; the rest is padding. The ratios
+            then count each sample's own blocks.
+        protected_keys: token range [start, stop) (text, say) whose key blocks are critical for every row, beside
+            those picked.
+        protected_queries: token range [start, stop) whose query blocks attend to every valid key.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    for name, x in (("query", query), ("key", key)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.dim() != 4 or 0 in x.shape:
+            raise ValueError(f"{name} must be non-empty and have shape [B, H, L, D], got {tuple(x.shape)}")
+    if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"query and key must agree in batch, heads and head_dim, got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    if query.device != key.device:
+        raise ValueError(f"query and key must be on one device, got {query.device} and {key.device}")
+    check_positive_int("block_q", block_q)
+    check_positive_int("block_k", block_k)
+    check_ratio("keep_ratio", keep_ratio)
+    check_ratio("drop_ratio", drop_ratio)
+    if keep_ratio + drop_ratio > 1.0 + 1e-9:
+        raise ValueError(f"keep_ratio + drop_ratio must be at most 1, got {keep_ratio} + {drop_ratio}")
+    scale = check_scale(scale, query.shape[-1])
+    query_length, key_length = query.shape[2], key.shape[2]
+
+    limits = limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries)
+    sizes, valid_blocks, key_range, query_range = limits
+    if fits_kernel(query, key, block_k):
+        rule = rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits)
+        critical, counts, marginal = _select_on_device(query, key, block_q, block_k, scale, rule, drop_ratio > 0.0)
+    else:
+        with torch.no_grad():
+            scores = pooled_scores(pool_blocks(query, block_q), pool_blocks(key, block_k, sizes), scale)
+        critical, counts, marginal = pick_blocks(
+            scores,
+            keep_ratio=keep_ratio,
+            drop_ratio=drop_ratio,
+            valid_blocks=valid_blocks,
+            protected_keys=key_range,
+            protected_queries=query_range,
+        )
+    return BlockSelection(
+        critical=critical,
+        critical_count=counts,
+        marginal=marginal,
+        block_q=block_q,
+        block_k=block_k,
+        query_length=query_length,
+        key_length=key_length,
+        key_block_sizes=sizes,
+    )
+
+
+def fits_kernel(query: Tensor, key: Tensor, block_k: int) -> bool:
+    """Whether the selection kernels take these: the same rule, on the device."""
+    return (
+        _HAS_TRITON
+        and query.device.type == "cuda"
+        and query.dtype == key.dtype
+        and query.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and query.shape[-1] in (64, 128)
+        and query.stride(-1) == key.stride(-1) == 1
+        and -(-key.shape[2] // block_k) <= _KERNEL_MAX_BLOCKS
+    )
+
+
+def _select_on_device(
+    query: Tensor, key: Tensor, block_q: int, block_k: int, scale: float, rule: SelectionRule, with_marginal: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    from foveal.kernels.triton.select import select_op
+
+    rows, columns = -(-query.shape[2] // block_q), -(-key.shape[2] // block_k)
+    critical, counts, marginal = select_op(
+        query.detach(),
+        key.detach(),
+        block_q,
+        block_k,
+        rule.key_block_sizes,
+        rule.valid_blocks,
+        rule.table,
+        scale,
+        rule.width,
+        rule.critical,
+        rule.negligible,
+        *rule.key_range,
+        *rule.query_range,
+        with_marginal,
+    )
+    return critical, counts, marginal[:, :, :rows, :columns] if with_marginal else None

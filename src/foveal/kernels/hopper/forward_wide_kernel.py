@@ -1,0 +1,291 @@
+"""The forward for query blocks of 128: two warpgroups of 64 queries share the tiles that a producer warp loads.
+
+Programs are persistent, one a multiprocessor, so that the producer runs ahead into the next query block. Tiles have 128
+keys, gathered from two listed key blocks where these have 64.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from foveal.kernels.hopper.forward_kernel import finished, keep_valid, online_softmax_update, sums_by_eight
+from foveal.kernels.hopper.linear_branch import add_projected, features_and_inverse, load_row, times_state
+from foveal.kernels.hopper.tiles import barriers, keep_columns, retire, store_rows
+from foveal.kernels.triton.launch import await_previous
+
+HALF = gl.constexpr(64)
+Q_SLOTS = gl.constexpr(2)  # a slot falls free only when the next query block has begun: one would deadlock
+
+
+@gluon.jit
+def half_start(list_ptr, half, listed, key_length, SPLIT: gl.constexpr):
+    """First key of the half-th 64 listed keys; past the list, the end of the keys, where copies read zeros."""
+    block = gl.load(list_ptr + half // SPLIT, mask=half < listed, other=0)
+    return gl.where(half < listed, (block * SPLIT + half % SPLIT) * HALF, key_length)
+
+
+@gluon.jit
+def listed_halves(list_ptr, kept, key_length, SPLIT: gl.constexpr):
+    """How many halves of tiles a row's list has, and how many keys of the last one count."""
+    listed = kept * SPLIT
+    start = half_start(list_ptr, gl.maximum(listed - 1, 0), listed, key_length, SPLIT)
+    if SPLIT == 2:  # the last key block may end before its second half
+        listed = gl.where((kept > 0) & (start >= key_length), listed - 1, listed)
+        start = half_start(list_ptr, gl.maximum(listed - 1, 0), listed, key_length, SPLIT)
+    return listed, gl.minimum(key_length - start, HALF)
+
+
+@gluon.jit
+def square(tile):
+    """The front of a slot for [128, D] as bfloat16 [D, D]."""
+    head_dim: gl.constexpr = tile.shape[1]
+    whole = tile._reinterpret(gl.bfloat16, [128, head_dim], tile.layout)
+    return whole.slice(0, head_dim, 0)
+
+
+@gluon.jit
+def halves(tile):
+    """The first and the last 64 rows of `square`; at head_dim 64 the same."""
+    state = square(tile)
+    return state.slice(0, HALF, 0), state.slice(state.shape[0] - HALF, HALF, 0)
+
+
+@gluon.jit
+def load_shared_tiles(
+    query, key, value, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, state, weight,
+    critical_ptr, count_ptr, heads, first_pair, num_blocks, total, key_length, width, state_step,
+    SPLIT: gl.constexpr, HAS_LINEAR: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: Q of each query block, then its tiles of K and V, then H and W for the linear branch."""
+    SLOTS: gl.constexpr = k.shape[0]
+    TILE_BYTES: gl.constexpr = 2 * key.block_type.nbytes
+    step = 0
+    turn = 0
+    for item in range(gl.program_id(0), total, gl.num_programs(0)):
+        block, pair = item % num_blocks, item // num_blocks
+        head, batch = (first_pair + pair) % heads, (first_pair + pair) // heads
+        list_ptr = critical_ptr + item.to(gl.int64) * width
+        listed, _ = listed_halves(list_ptr, gl.load(count_ptr + item), key_length, SPLIT)
+        slot = turn % Q_SLOTS
+        mbarrier.wait(q_empty.index(slot), (turn // Q_SLOTS + 1) & 1)
+        mbarrier.expect(q_full.index(slot), 2 * query.block_type.nbytes)
+        for w in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                query, [batch, head, block * 128 + w * 64, 0], q_full.index(slot), q.index(slot * 2 + w)
+            )
+        for t in range(gl.maximum((listed + 1) // 2, 1)):
+            slot = step % SLOTS
+            phase = (step // SLOTS + 1) & 1
+            first = half_start(list_ptr, 2 * t, listed, key_length, SPLIT)
+            second = half_start(list_ptr, 2 * t + 1, listed, key_length, SPLIT)
+            mbarrier.wait(k_empty.index(slot), phase)
+            mbarrier.expect(k_full.index(slot), TILE_BYTES)
+            tile = k.index(slot)
+            tma.async_copy_global_to_shared(key, [batch, head, first, 0], k_full.index(slot), tile.slice(0, 64, 0))
+            tma.async_copy_global_to_shared(key, [batch, head, second, 0], k_full.index(slot), tile.slice(64, 64, 0))
+            mbarrier.wait(v_empty.index(slot), phase)
+            mbarrier.expect(v_full.index(slot), TILE_BYTES)
+            tile = v.index(slot)
+            tma.async_copy_global_to_shared(value, [batch, head, first, 0], v_full.index(slot), tile.slice(0, 64, 0))
+            tma.async_copy_global_to_shared(value, [batch, head, second, 0], v_full.index(slot), tile.slice(64, 64, 0))
+            step += 1
+        if HAS_LINEAR:
+            slot = step % SLOTS
+            phase = (step // SLOTS + 1) & 1
+            mbarrier.wait(k_empty.index(slot), phase)
+            mbarrier.expect(k_full.index(slot), state.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                state, [pair, block * state_step, 0, 0], k_full.index(slot), square(k.index(slot))
+            )
+            mbarrier.wait(v_empty.index(slot), phase)
+            if weight is not None:
+                mbarrier.expect(v_full.index(slot), weight.block_type.nbytes)
+                tma.async_copy_global_to_shared(weight, [0, 0], v_full.index(slot), square(v.index(slot)))
+            else:  # both rings turn alike
+                mbarrier.arrive(v_full.index(slot), count=1)
+            step += 1
+        turn += 1  # noqa: SIM113
+
+
+@gluon.jit
+def add_wide_tile(
+    q, k, v, k_full, k_empty, v_full, v_empty, slot, phase, before, before_phase, weights, acc, top, total, decay,
+    masked, valid, scale_log2, MASK: gl.constexpr, MAY_BE_EMPTY: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of the tile in `slot` while acc takes in the one `before`; then their rings move on.
+
+    MASK: as in `keep_valid`; with "last" tiles are full unless they are `masked`.
+    """
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    acc_layout: gl.constexpr = acc.type.layout
+    zeros = gl.zeros([64, 128], gl.float32, score_layout)
+    mbarrier.wait(k_full.index(slot), phase)
+    scores = warpgroup_mma(q, k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
+    mbarrier.wait(v_full.index(before), before_phase)
+    sums = warpgroup_mma(weights, v.index(before), acc, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    if MASK == "last":
+        if masked:
+            scores = keep_columns(scores, valid, -float("inf"))
+    else:
+        scores = keep_valid(scores, valid, MASK)
+    p, top, total, decay = online_softmax_update(scores, top, total, scale_log2, MAY_BE_EMPTY)
+    acc, p = warpgroup_mma_wait(0, deps=[sums, p])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    weights = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, acc_layout, 2))
+    return weights, acc, top, total, decay
+
+
+@gluon.jit
+def attend_queries(
+    part, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr, count_ptr,
+    norm_ptr, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length, width,
+    norm_pair_stride,
+    norm_block_stride, SPLIT: gl.constexpr, FEATURE_MAP: gl.constexpr, PROJECT: gl.constexpr,
+):  # fmt: skip
+    """One consumer warpgroup: queries 64 * part ... of each query block."""
+    head_dim: gl.constexpr = k.shape[2]
+    SLOTS: gl.constexpr = k.shape[0]
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, head_dim, 16])
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
+    zeros = gl.zeros([64, 128], gl.float32, score_layout)
+    step = 0
+    turn = 0
+    for item in range(gl.program_id(0), total, gl.num_programs(0)):
+        block, pair = item % num_blocks, item // num_blocks
+        head, batch = (first_pair + pair) % heads, (first_pair + pair) // heads
+        kept = gl.load(count_ptr + item)
+        listed, last_valid = listed_halves(critical_ptr + item.to(gl.int64) * width, kept, key_length, SPLIT)
+        steps = gl.maximum((listed + 1) // 2, 1)
+        last_valid = gl.where(listed % 2 == 0, last_valid + 64, last_valid)
+        q_slot = turn % Q_SLOTS
+        tile_q = q.index(q_slot * 2 + part)
+        top = gl.full([64], -float("inf"), gl.float32, row_layout)
+        total_weight = sums_by_eight(zeros)
+        acc = gl.zeros([64, head_dim], gl.float32, acc_layout)
+        mbarrier.wait(q_full.index(q_slot), (turn // Q_SLOTS) & 1)
+        slot = step % SLOTS
+        phase = (step // SLOTS) & 1
+        mbarrier.wait(k_full.index(slot), phase)
+        scores = warpgroup_mma(tile_q, k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        # The block before has left its query slot by now.
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index((turn + Q_SLOTS - 1) % Q_SLOTS), count=1, pred=turn > 0)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        if (steps == 1) & (last_valid < 128):
+            scores = keep_columns(scores, last_valid, -float("inf"))
+        p, top, total_weight, decay = online_softmax_update(scores, top, total_weight, scale_log2, False)
+        weights = gl.convert_layout(p.to(q.dtype), operand_layout)
+        for t in range(1, steps):
+            before, before_phase = slot, phase
+            step += 1
+            slot = step % SLOTS
+            phase = (step // SLOTS) & 1
+            weights, acc, top, total_weight, decay = add_wide_tile(
+                tile_q, k, v, k_full, k_empty, v_full, v_empty, slot, phase, before, before_phase, weights, acc, top,
+                total_weight, decay, (t == steps - 1) & (last_valid < 128), last_valid, scale_log2, "last", False,
+            )  # fmt: skip
+        acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
+        mbarrier.wait(v_full.index(slot), phase)
+        acc = warpgroup_mma(weights, v.index(slot), acc)
+        mbarrier.arrive(v_empty.index(slot), count=1)
+        step += 1
+        turn += 1  # noqa: SIM113
+
+        result, lse = finished(acc, top, total_weight, kept, row_layout)
+        start = block * 128 + part * 64
+        token = start + gl.arange(0, 64, row_layout)
+        gl.store(lse_ptr + pair.to(gl.int64) * query_length + token, lse, mask=token < query_length)
+        if FEATURE_MAP is not None:
+            slot = step % SLOTS
+            phase = (step // SLOTS) & 1
+            step += 1
+            norms = norm_ptr + pair.to(gl.int64) * norm_pair_stride + block.to(gl.int64) * norm_block_stride
+            left, right, inverse = features_and_inverse(tile_q, norms, FEATURE_MAP)
+            mbarrier.wait(k_full.index(slot), phase)
+            if PROJECT:
+                linear = times_state(left, right, inverse, square(k.index(slot)))
+                mbarrier.arrive(k_empty.index(slot), count=1)
+                linear = gl.convert_layout(linear, operand_layout)
+                mbarrier.wait(v_full.index(slot), phase)
+                result = warpgroup_mma(linear, square(v.index(slot)).permute((1, 0)), result)
+            else:
+                upper, lower = halves(k.index(slot))
+                result = add_projected(result, left, right, inverse, upper, lower)
+                mbarrier.arrive(k_empty.index(slot), count=1)
+                mbarrier.wait(v_full.index(slot), phase)
+            mbarrier.arrive(v_empty.index(slot), count=1)
+            result += load_row(bias_ptr, head_dim, acc_layout)
+        store_rows(output, batch, head, start, result, tile_q)
+    tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "heads", "first_pair", "num_blocks", "total", "query_length", "key_length", "width", "state_step",
+        "norm_pair_stride",
+        "norm_block_stride",
+    ]
+)  # fmt: skip
+def block_sparse_fwd_wide_kernel(
+    query, key, value, output, lse_ptr, critical_ptr, count_ptr, state, weight, norm_ptr, bias_ptr,
+    scale_log2, heads, first_pair, num_blocks, total, query_length, key_length, width,
+    state_step, norm_pair_stride, norm_block_stride,
+    BLOCK_K: gl.constexpr, SLOTS: gl.constexpr, FEATURE_MAP: gl.constexpr,
+):  # fmt: skip
+    """Any grid; `total` = pairs * num_blocks query blocks of 128, of the pairs of batch and head from `first_pair` on.
+
+    Key blocks have 64 or 128 tokens, full but for the last. With a FEATURE_MAP the linear branch is added, from states
+    of these pairs alone, projected already if there is no weight. `state_step` is 0 where all query blocks share one
+    state, else 1.
+    """
+    await_previous()
+    head_dim: gl.constexpr = query.block_type.shape[3]
+    dtype: gl.constexpr = query.dtype
+    SPLIT: gl.constexpr = BLOCK_K // 64
+    HAS_LINEAR: gl.constexpr = FEATURE_MAP is not None
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    q = gl.allocate_shared_memory(dtype, [Q_SLOTS * 2, 64, head_dim], tile_layout)
+    k = gl.allocate_shared_memory(dtype, [SLOTS, 128, head_dim], tile_layout)
+    v = gl.allocate_shared_memory(dtype, [SLOTS, 128, head_dim], tile_layout)
+    critical_ptr += first_pair.to(gl.int64) * num_blocks * width
+    count_ptr += first_pair.to(gl.int64) * num_blocks
+    lse_ptr += first_pair.to(gl.int64) * query_length
+    q_full, q_empty = barriers(Q_SLOTS, 1), barriers(Q_SLOTS, 2)
+    k_full, k_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)
+    v_full, v_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (attend_queries, (
+            0, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr,
+            count_ptr, norm_ptr, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length,
+            width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP, weight is not None,
+        )),
+        (attend_queries, (
+            1, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr,
+            count_ptr, norm_ptr, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length,
+            width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP, weight is not None,
+        )),
+        (load_shared_tiles, (
+            query, key, value, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, state, weight,
+            critical_ptr, count_ptr, heads, first_pair, num_blocks, total, key_length, width, state_step, SPLIT,
+            HAS_LINEAR,
+        )),
+    ], [4, 1], [240, 24])  # fmt: skip
+    retire(q_full)
+    retire(q_empty)
+    retire(k_full)
+    retire(k_empty)
+    retire(v_full)
+    retire(v_empty)

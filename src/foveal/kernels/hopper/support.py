@@ -1,0 +1,75 @@
+"""What the Hopper kernels can take. The only module that asks which Triton is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+
+import torch
+from torch import Tensor
+
+from foveal.checks import cached_constant
+
+# Gluon is experimental: its names and semantics change between minor releases of Triton.
+TRITON_RELEASE = "3.6"
+HEAD_DIMS = (64, 128)
+BLOCK_SIZES = (64, 128)
+COPY_ALIGNMENT = 16  # bytes; what the bulk copy engine asks of starts and strides
+
+
+@cached_constant
+def missing_gluon() -> str | None:
+    """Why Gluon cannot be used in this environment; None if it can."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "it needs Triton, which is not installed"
+    if version.split(".")[:2] != TRITON_RELEASE.split("."):
+        return f"it is written for Triton {TRITON_RELEASE}, got {version}"
+    try:
+        importlib.import_module("triton.experimental.gluon.language.nvidia.hopper")
+    except ImportError as error:
+        return f"Triton {version} comes without Gluon for Hopper ({error})"
+    return None
+
+
+@cached_constant
+def _capability(device: torch.device) -> str:
+    # A string: torch.compile takes one as a constant, and stumbles over comparing tuples that it took as constants.
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+def copyable(x: Tensor) -> bool:
+    """Whether the bulk copy engine can walk x [B, H, L, D] as it lies in memory."""
+    itemsize = x.element_size()
+    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    aligned = all(step > 0 and step * itemsize % COPY_ALIGNMENT == 0 for step in steps)
+    if x.stride(-1) != 1 or not aligned:
+        return False
+    # torch.compile cannot trace an offset; the launchers look again, and copy what turns out not to fit.
+    return torch.compiler.is_compiling() or x.storage_offset() * itemsize % COPY_ALIGNMENT == 0
+
+
+def supports(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> str | None:
+    """Why the Hopper kernels cannot run on these inputs; None if they can.
+
+    Args:
+        query: [B, H, Lq, D]. key, value: [B, H, Lk, D]. block_q, block_k: tokens a block.
+    """
+    if query.device.type != "cuda" or torch.version.hip is not None:
+        return f"it needs an NVIDIA GPU, got tensors on {query.device}"
+    if _capability(query.device) != "9.0":
+        return f"it needs a Hopper GPU (compute capability 9.0), got {_capability(query.device)}"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, got {query.dtype}"
+    if query.shape[-1] not in HEAD_DIMS:
+        return f"it takes a head_dim in {HEAD_DIMS}, got {query.shape[-1]}"
+    if block_q not in BLOCK_SIZES or block_k not in BLOCK_SIZES:
+        return f"it takes blocks of {BLOCK_SIZES} tokens, got {block_q}x{block_k}"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not copyable(x):
+            return (
+                f"{name} must be contiguous in its last dimension, with its start and its other strides multiples of "
+                f"{COPY_ALIGNMENT} bytes, got strides {tuple(x.stride())} and offset {x.storage_offset()}"
+            )
+    return missing_gluon()

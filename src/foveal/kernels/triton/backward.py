@@ -1,0 +1,220 @@
+"""The backward of block-sparse attention: dQ over the rows' lists, dK and dV over the columns' lists.
+
+Every output tile belongs to one program that adds in list order: no atomics, the same bits each time. With
+P = exp(S - LSE), dP = dO V^T and dS = P * (dP - delta), delta = rowsum(dO * O) - dLSE:
+
+    dQ = scale * dS K,    dK = scale * dS^T Q,    dV = P^T dO.
+
+All tiles have 64 rows, whatever the block sizes: accumulators of 128 rows would spill.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from foveal.kernels.launch_arguments import LOG2_E, size_stride
+from foveal.kernels.triton.forward import count_tiles, tile_valid
+from foveal.kernels.triton.launch import await_previous, launch
+from foveal.kernels.triton.lists import ColumnLists, full_blocks_first
+from foveal.kernels.triton.tiles import (
+    TILE,
+    descriptors_fit,
+    load_rows,
+    row_strides,
+    store_rows,
+    tile_argument,
+)
+
+
+@triton.jit
+def probabilities(scores, lse, scale_log2):
+    """exp(scores * scale - LSE) from scores before the scale and an LSE in log2 units, shaped to broadcast."""
+    return tl.math.exp2(scores * scale_log2 - lse)
+
+
+@triton.jit(do_not_specialize=["heads", "query_length"])
+def _delta_kernel(
+    grad, output, delta_ptr, grad_lse_ptr, grad_strides, output_strides, heads, query_length,
+    D: tl.constexpr, ROWS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+):  # fmt: skip
+    await_previous()
+    start, pair = tl.program_id(0) * ROWS, tl.program_id(1)
+    batch, head = pair // heads, pair % heads
+    g = load_rows(grad, grad_strides, batch, head, start, query_length, ROWS, D, False).to(tl.float32)
+    o = load_rows(output, output_strides, batch, head, start, query_length, ROWS, D, False).to(tl.float32)
+    delta = tl.sum(g * o, 1)
+    rows = start + tl.arange(0, ROWS)
+    offsets = pair.to(tl.int64) * query_length + rows
+    if HAS_GRAD_LSE:
+        delta -= tl.load(grad_lse_ptr + offsets, mask=rows < query_length, other=0.0)
+    tl.store(delta_ptr + offsets, delta, mask=rows < query_length)
+
+
+@triton.jit(do_not_specialize=["heads", "query_length", "key_length", "width", "size_stride", "scale", "scale_log2"])
+def _block_sparse_dq_kernel(
+    query, key, value, grad, grad_query_ptr, lse_ptr, delta_ptr,
+    query_strides, key_strides, value_strides, grad_strides, grad_query_strides,
+    critical_ptr, count_ptr, full_count_ptr, size_ptr,
+    heads, query_length, key_length, width, size_stride, scale, scale_log2,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
+    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    await_previous()
+    start_q, pair = tl.program_id(0) * TILE, tl.program_id(1)
+    batch, head = pair // heads, pair % heads
+    row = pair.to(tl.int64) * tl.cdiv(query_length, BLOCK_Q) + start_q // BLOCK_Q
+    list_ptr = critical_ptr + row * width
+    count = tl.load(count_ptr + row)
+    full, tiles = count_tiles(list_ptr, full_count_ptr, row, count, key_length, TILE, BLOCK_K, HAS_SIZES)
+    SPLIT: tl.constexpr = BLOCK_K // TILE
+
+    q = load_rows(query, query_strides, batch, head, start_q, query_length, TILE, D, DESCRIPTORS)
+    g = load_rows(grad, grad_strides, batch, head, start_q, query_length, TILE, D, DESCRIPTORS)
+    rows = start_q + tl.arange(0, TILE)
+    offsets = pair.to(tl.int64) * query_length + rows
+    lse = tl.load(lse_ptr + offsets, mask=rows < query_length, other=0.0)
+    delta = tl.load(delta_ptr + offsets, mask=rows < query_length, other=0.0)
+    acc = tl.zeros([TILE, D], tl.float32)
+    for step in tl.range(0, full):
+        start = (tl.load(list_ptr + step // SPLIT) * SPLIT + step % SPLIT) * TILE
+        k = load_rows(key, key_strides, batch, head, start, key_length, TILE, D, DESCRIPTORS)
+        v = load_rows(value, value_strides, batch, head, start, key_length, TILE, D, DESCRIPTORS)
+        p = probabilities(tl.dot(q, k.T), lse[:, None], scale_log2)
+        ds = p * (tl.dot(g, v.T) - delta[:, None])
+        acc = tl.dot(ds.to(k.dtype), k, acc)
+    for step in tl.range(full, tiles, num_stages=1):
+        start = (tl.load(list_ptr + step // SPLIT) * SPLIT + step % SPLIT) * TILE
+        valid = tile_valid(size_ptr, size_stride, batch, start, key_length, TILE, BLOCK_K, HAS_SIZES)
+        k = load_rows(key, key_strides, batch, head, start, key_length, TILE, D, DESCRIPTORS)
+        v = load_rows(value, value_strides, batch, head, start, key_length, TILE, D, DESCRIPTORS)
+        if HAS_SIZES:
+            k = tl.where(valid[:, None], k, 0.0)
+        p = probabilities(tl.dot(q, k.T), lse[:, None], scale_log2)
+        ds = tl.where(valid[None, :], p * (tl.dot(g, v.T) - delta[:, None]), 0.0)
+        acc = tl.dot(ds.to(k.dtype), k, acc)
+    acc *= scale
+    if ADD:
+        acc += load_rows(grad_query_ptr, grad_query_strides, batch, head, start_q, query_length, TILE, D, False)
+    store_rows(grad_query_ptr, grad_query_strides, batch, head, start_q, query_length, acc, TILE, D)
+
+
+@triton.jit(do_not_specialize=["heads", "query_length", "key_length", "size_stride", "scale", "scale_log2"])
+def _block_sparse_dkdv_kernel(
+    query, key, value, grad, grad_key_ptr, grad_value_ptr, lse_ptr, delta_ptr,
+    query_strides, key_strides, value_strides, grad_strides, grad_key_strides, grad_value_strides,
+    offset_ptr, count_ptr, row_ptr, size_ptr,
+    heads, query_length, key_length, size_stride, scale, scale_log2,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
+    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    await_previous()
+    start_k, pair = tl.program_id(0) * TILE, tl.program_id(1)
+    batch, head = pair // heads, pair % heads
+    column = pair.to(tl.int64) * tl.cdiv(key_length, BLOCK_K) + start_k // BLOCK_K
+    list_ptr = row_ptr + tl.load(offset_ptr + column)
+    count = tl.load(count_ptr + column)
+    SPLIT: tl.constexpr = BLOCK_Q // TILE
+
+    # Padding keys stay in their own rows of S^T, so they need no mask before the end.
+    k = load_rows(key, key_strides, batch, head, start_k, key_length, TILE, D, DESCRIPTORS)
+    v = load_rows(value, value_strides, batch, head, start_k, key_length, TILE, D, DESCRIPTORS)
+    lse_ptr += pair.to(tl.int64) * query_length
+    delta_ptr += pair.to(tl.int64) * query_length
+    acc_k = tl.zeros([TILE, D], tl.float32)
+    acc_v = tl.zeros([TILE, D], tl.float32)
+    for step in tl.range(0, count * SPLIT):
+        # Queries past the end read as zeros: P = 1 there, but dO = 0 and delta = 0, so they add nothing.
+        start = (tl.load(list_ptr + step // SPLIT) * SPLIT + step % SPLIT) * TILE
+        rows = start + tl.arange(0, TILE)
+        q = load_rows(query, query_strides, batch, head, start, query_length, TILE, D, DESCRIPTORS)
+        g = load_rows(grad, grad_strides, batch, head, start, query_length, TILE, D, DESCRIPTORS)
+        lse = tl.load(lse_ptr + rows, mask=rows < query_length, other=0.0)
+        delta = tl.load(delta_ptr + rows, mask=rows < query_length, other=0.0)
+        p = probabilities(tl.dot(k, q.T), lse[None, :], scale_log2)
+        acc_v = tl.dot(p.to(g.dtype), g, acc_v)
+        ds = p * (tl.dot(v, g.T) - delta[None, :])
+        acc_k = tl.dot(ds.to(q.dtype), q, acc_k)
+    if HAS_SIZES:
+        valid = tile_valid(size_ptr, size_stride, batch, start_k, key_length, TILE, BLOCK_K, HAS_SIZES)
+        acc_k = tl.where(valid[:, None], acc_k, 0.0)
+        acc_v = tl.where(valid[:, None], acc_v, 0.0)
+    store_rows(grad_key_ptr, grad_key_strides, batch, head, start_k, key_length, acc_k * scale, TILE, D)
+    store_rows(grad_value_ptr, grad_value_strides, batch, head, start_k, key_length, acc_v, TILE, D)
+
+
+def output_delta(grad: Tensor, output: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """rowsum(dO * O) - dLSE, float32 [B, H, Lq]."""
+    batch, heads, query_length, head_dim = output.shape
+    delta = torch.empty((batch, heads, query_length), dtype=torch.float32, device=output.device)
+    launch(
+        _delta_kernel, (-(-query_length // TILE), batch * heads),
+        grad, output, delta, delta if grad_lse is None else grad_lse.contiguous(), row_strides(grad),
+        row_strides(output), heads, query_length, D=head_dim, ROWS=TILE, HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
+    )  # fmt: skip
+    return delta
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    critical: Tensor,
+    counts: Tensor,
+    columns: ColumnLists,
+    sizes: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    grad_query: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV, strided like query, key and value.
+
+    Args:
+        grad: [B, H, Lq, D], the gradient of the output, contiguous last dimension.
+        delta: float32 [B, H, Lq], see `output_delta`.
+        lse: float32 [B, H, Lq], natural log.
+        columns: from `column_lists`.
+        query, key, value, critical, counts, sizes, block_q, block_k, scale: as in `forward`.
+        grad_query: a gradient to add dQ to, in place; None for a new tensor.
+    """
+    batch, heads, query_length, head_dim = query.shape
+    key_length = key.shape[2]
+    add = grad_query is not None
+    grad_query = grad_query if add else torch.empty_like(query)
+    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
+    lse = lse * LOG2_E
+    descriptors = descriptors_fit((query, key, value, grad))
+    arguments = [tile_argument(x, TILE, descriptors) for x in (query, key, value, grad)]
+    strides = [row_strides(x) for x in (query, key, value, grad)]
+    size_argument, batch_stride = counts if sizes is None else sizes, size_stride(sizes)
+    constants = {
+        "D": head_dim,
+        "BLOCK_Q": block_q,
+        "BLOCK_K": block_k,
+        "TILE": TILE,
+        "HAS_SIZES": sizes is not None,
+        "DESCRIPTORS": descriptors,
+        # Without the copy engine a tile of 128 features does not fit the registers of four warps.
+        "num_warps": 4 if descriptors or head_dim == 64 else 8,
+        "num_stages": 2,
+    }
+    launch(
+        _block_sparse_dkdv_kernel, (-(-key_length // TILE), batch * heads),
+        *arguments, grad_key, grad_value, lse, delta, *strides, row_strides(grad_key), row_strides(grad_value),
+        *columns, size_argument, heads, query_length, key_length, batch_stride, scale, scale * LOG2_E, **constants,
+    )  # fmt: skip
+    full = counts
+    if sizes is not None:
+        critical, full = full_blocks_first(critical, counts, sizes, block_k)
+    launch(
+        _block_sparse_dq_kernel, (-(-query_length // TILE), batch * heads),
+        *arguments, grad_query, lse, delta, *strides, row_strides(grad_query), critical, counts, full, size_argument,
+        heads, query_length, key_length, critical.shape[3], batch_stride, scale, scale * LOG2_E, ADD=add, **constants,
+    )  # fmt: skip
+    return grad_query, grad_key, grad_value

@@ -1,0 +1,374 @@
+"""Between raster and tile order: kernels that move a cube's tokens and, in the same pass, pool, gate or add.
+
+Tile-order tensors are contiguous: each cube stands in a slot of equal size, zeros behind its tokens, and blocks of text
+follow the cubes. `places` says where each slot's tokens stand in raster order. Heads lie side by side in the memory of
+transformers, so programs of neighbouring heads run together. Shape legend: B batch, H heads, L video
+tokens, C cubes, T = C + blocks of text, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from foveal.kernels.launch_arguments import size_stride
+from foveal.kernels.triton.launch import await_previous, launch
+from foveal.kernels.triton.tiles import row_strides
+
+UNSPECIALIZED = ["heads", "num_cubes", "num_blocks", "length", "key_length", "size_stride"]
+
+
+@triton.jit
+def block_rows(place_ptr, block, first, num_cubes, length, key_length, SLOT: tl.constexpr, ROWS: tl.constexpr):
+    """Raster rows int64 [ROWS] of places first ... of a block, and which of them hold a token."""
+    place = first + tl.arange(0, ROWS)
+    is_cube = block < num_cubes
+    row = tl.load(place_ptr + block * SLOT + place, mask=(block + 0 * place) < num_cubes, other=-1)
+    text = (length + (block - num_cubes) * SLOT + place).to(tl.int64)
+    row = tl.where(is_cube, row, text)
+    return row, (row >= 0) & (row < key_length)
+
+
+@triton.jit
+def load_gate(gate_ptr, strides, batch, head, row, inside, D: tl.constexpr):
+    """float32 [ROWS, D]; a gate may be expanded along any dimension."""
+    base = gate_ptr + batch * strides[0] + head * strides[1]
+    offsets = row[:, None] * strides[2] + tl.arange(0, D)[None, :].to(tl.int64) * strides[3]
+    return tl.load(base + offsets, mask=inside[:, None] != 0, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_gate(gate_ptr, strides, batch, head, row, inside, values, D: tl.constexpr):
+    """The inverse of `load_gate`."""
+    base = gate_ptr + batch * strides[0] + head * strides[1]
+    offsets = row[:, None] * strides[2] + tl.arange(0, D)[None, :].to(tl.int64) * strides[3]
+    tl.store(base + offsets, values.to(gate_ptr.dtype.element_ty), mask=inside[:, None] != 0)
+
+
+@triton.jit
+def load_tokens(x_ptr, strides, batch, head, row, inside, D: tl.constexpr):
+    """[ROWS, D] of a raster-order tensor, zero where no token is."""
+    base = x_ptr + batch * strides[0] + head * strides[1]
+    return tl.load(base + row[:, None] * strides[2] + tl.arange(0, D)[None, :], mask=inside[:, None] != 0, other=0.0)
+
+
+@triton.jit
+def store_tokens(x_ptr, strides, batch, head, row, inside, values, D: tl.constexpr):
+    """The inverse of `load_tokens`."""
+    base = x_ptr + batch * strides[0] + head * strides[1]
+    offsets = row[:, None] * strides[2] + tl.arange(0, D)[None, :]
+    tl.store(base + offsets, values.to(x_ptr.dtype.element_ty), mask=inside[:, None] != 0)
+
+
+@triton.jit
+def add_token_sums(total, x):
+    """`total` [16, D] float32 plus the column sums of x [ROWS, D], in each of its rows.
+
+    By a matrix product, so that every variant of a kernel, however it lays x out, makes the same bits and the same
+    selection of them.
+    """
+    return tl.dot(tl.full([16, x.shape[0]], 1.0, x.dtype), x, total)
+
+
+@triton.jit
+def store_mean(pooled_ptr, strides, pair, cube, total, size, D: tl.constexpr):
+    """Stores the mean of one cube, given what `add_token_sums` made of its `size` tokens."""
+    row = tl.arange(0, 16)[:, None]
+    columns = pooled_ptr + pair * strides[0] + cube * strides[1] + tl.arange(0, D)[None, :] * strides[2]
+    tl.store(columns + row * 0, total / size.to(tl.float32), mask=row == 0)
+
+
+@triton.jit
+def slot_offsets(pair, num_blocks, block, first, SLOT: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
+    """Offsets [ROWS, D] of places first ... of a block in a tile-order tensor of `num_blocks` blocks a head."""
+    start = (pair * num_blocks + block) * SLOT + first
+    return (start + tl.arange(0, ROWS))[:, None] * D + tl.arange(0, D)[None, :]
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _gather_cubes_kernel(
+    query_ptr, key_ptr, value_ptr, cube_query_ptr, cube_key_ptr, cube_value_ptr,
+    pooled_query_ptr, pooled_key_ptr, pooled_value_ptr, place_ptr, size_ptr, query_strides, key_strides, value_strides,
+    pooled_strides, heads, num_cubes, num_blocks, length, key_length, size_stride,
+    D: tl.constexpr, SLOT: tl.constexpr, ROWS: tl.constexpr, GATHER_QUERY: tl.constexpr, GATHER: tl.constexpr,
+    POOL: tl.constexpr, WITH_VALUE: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * H, T). GATHER...: copies to tile order; POOL: float32 means over the cubes' tokens."""
+    await_previous()
+    pair, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = pair // heads, pair % heads
+    sum_q = tl.zeros([16, D], tl.float32)
+    sum_k = tl.zeros([16, D], tl.float32)
+    sum_v = tl.zeros([16, D], tl.float32)
+    size = tl.load(size_ptr + batch * size_stride + block)
+    for first in tl.static_range(0, SLOT, ROWS):
+        row, inside = block_rows(place_ptr, block, first, num_cubes, length, key_length, SLOT, ROWS)
+        inside &= first + tl.arange(0, ROWS) < size
+        in_video = inside & (block < num_cubes)
+        q = load_tokens(query_ptr, query_strides, batch, head, row, in_video, D)
+        k = load_tokens(key_ptr, key_strides, batch, head, row, inside, D)
+        if WITH_VALUE:
+            v = load_tokens(value_ptr, value_strides, batch, head, row, inside, D)
+        if GATHER:
+            offsets = slot_offsets(pair, num_blocks, block, first, SLOT, ROWS, D)
+            tl.store(cube_key_ptr + offsets, k)
+            tl.store(cube_value_ptr + offsets, v)
+        if GATHER_QUERY:  # noqa: SIM102
+            if block < num_cubes:
+                tl.store(cube_query_ptr + slot_offsets(pair, num_cubes, block, first, SLOT, ROWS, D), q)
+        if POOL:
+            sum_q = add_token_sums(sum_q, q)
+            sum_k = add_token_sums(sum_k, k)
+            if WITH_VALUE:
+                sum_v = add_token_sums(sum_v, v)
+    if POOL:  # noqa: SIM102
+        if block < num_cubes:
+            store_mean(pooled_query_ptr, pooled_strides, pair, block, sum_q, size, D)
+            store_mean(pooled_key_ptr, pooled_strides, pair, block, sum_k, size, D)
+            if WITH_VALUE:
+                store_mean(pooled_value_ptr, pooled_strides, pair, block, sum_v, size, D)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _combine_kernel(
+    fine_ptr, coarse_ptr, gate_coarse_ptr, gate_fine_ptr, output_ptr, place_ptr,
+    gate_coarse_strides, gate_fine_strides, output_strides, heads, num_cubes, length,
+    D: tl.constexpr, SLOT: tl.constexpr, ROWS: tl.constexpr, GATED_COARSE: tl.constexpr, GATED_FINE: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * H, C). O = Gc * Oc + Gf * Of, back in raster order."""
+    await_previous()
+    pair, cube = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = pair // heads, pair % heads
+    coarse = tl.load(coarse_ptr + (pair * num_cubes + cube) * D + tl.arange(0, D))[None, :]
+    for first in tl.static_range(0, SLOT, ROWS):
+        row, inside = block_rows(place_ptr, cube, first, num_cubes, length, length, SLOT, ROWS)
+        out = tl.load(fine_ptr + slot_offsets(pair, num_cubes, cube, first, SLOT, ROWS, D)).to(tl.float32)
+        if GATED_FINE:
+            out *= load_gate(gate_fine_ptr, gate_fine_strides, batch, head, row, inside, D)
+        if GATED_COARSE:
+            out += coarse * load_gate(gate_coarse_ptr, gate_coarse_strides, batch, head, row, inside, D)
+        else:
+            out += coarse
+        store_tokens(output_ptr, output_strides, batch, head, row, inside, out, D)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _split_gradient_kernel(
+    grad_ptr, attended_ptr, coarse_ptr, gate_coarse_ptr, gate_fine_ptr, place_ptr,
+    grad_fine_ptr, delta_ptr, grad_coarse_ptr, grad_gate_coarse_ptr, grad_gate_fine_ptr,
+    grad_strides, attended_strides, gate_coarse_strides, gate_fine_strides,
+    grad_gate_coarse_strides, grad_gate_fine_strides,
+    heads, num_cubes, length,
+    D: tl.constexpr, SLOT: tl.constexpr, ROWS: tl.constexpr, GATED_COARSE: tl.constexpr, GATED_FINE: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * H, C). From dO: dOf = Gf * dO in tile order and rowsum(dOf * Of), dOc, and the gates' gradients.
+
+    `attended` is Of in tile order with GATED_FINE, else O in raster order, of which Of is what Gc * Oc leaves.
+    """
+    await_previous()
+    pair, cube = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = pair // heads, pair % heads
+    feature = tl.arange(0, D)
+    coarse = tl.load(coarse_ptr + (pair * num_cubes + cube) * D + feature)[None, :]
+    grad_coarse = tl.zeros([D], tl.float32)
+    for first in tl.static_range(0, SLOT, ROWS):
+        row, inside = block_rows(place_ptr, cube, first, num_cubes, length, length, SLOT, ROWS)
+        offsets = slot_offsets(pair, num_cubes, cube, first, SLOT, ROWS, D)
+        grad = load_tokens(grad_ptr, grad_strides, batch, head, row, inside, D).to(tl.float32)
+        gated_coarse = coarse
+        if GATED_COARSE:
+            gate = load_gate(gate_coarse_ptr, gate_coarse_strides, batch, head, row, inside, D)
+            gated_coarse = coarse * gate
+            grad_coarse += tl.sum(grad * gate, 0)
+            store_gate(grad_gate_coarse_ptr, grad_gate_coarse_strides, batch, head, row, inside, grad * coarse, D)
+        else:
+            grad_coarse += tl.sum(grad, 0)
+        if GATED_FINE:
+            fine = tl.load(attended_ptr + offsets).to(tl.float32)
+            gate = load_gate(gate_fine_ptr, gate_fine_strides, batch, head, row, inside, D)
+            store_gate(grad_gate_fine_ptr, grad_gate_fine_strides, batch, head, row, inside, grad * fine, D)
+            grad *= gate
+        else:
+            output = load_tokens(attended_ptr, attended_strides, batch, head, row, inside, D).to(tl.float32)
+            fine = output - gated_coarse
+        grad_fine = grad.to(grad_fine_ptr.dtype.element_ty)
+        tl.store(grad_fine_ptr + offsets, grad_fine)
+        place = (pair * num_cubes + cube) * SLOT + first + tl.arange(0, ROWS)
+        tl.store(delta_ptr + place, tl.sum(grad_fine.to(tl.float32) * fine, 1))
+    tl.store(grad_coarse_ptr + (pair * num_cubes + cube) * D + feature, grad_coarse)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _return_gradients_kernel(
+    cube_query_ptr, cube_key_ptr, cube_value_ptr, pooled_query_ptr, pooled_key_ptr, pooled_value_ptr, place_ptr,
+    size_ptr, query_ptr, key_ptr, value_ptr, query_strides, key_strides, value_strides,
+    heads, num_cubes, num_blocks, length, key_length,
+    D: tl.constexpr, SLOT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * H, T). Fine gradients from tile to raster order, plus each token's share of the pooled ones."""
+    await_previous()
+    pair, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    batch, head = pair // heads, pair % heads
+    is_cube = block < num_cubes
+    share = 1.0 / tl.load(size_ptr + block, mask=is_cube, other=1).to(tl.float32)
+    feature = tl.arange(0, D)
+    pooled = (pair * num_cubes + block) * D + feature
+    has_pooled = (block + 0 * feature) < num_cubes
+    shared_q = tl.load(pooled_query_ptr + pooled, mask=has_pooled, other=0.0)[None, :] * share
+    shared_k = tl.load(pooled_key_ptr + pooled, mask=has_pooled, other=0.0)[None, :] * share
+    shared_v = tl.load(pooled_value_ptr + pooled, mask=has_pooled, other=0.0)[None, :] * share
+    for first in tl.static_range(0, SLOT, ROWS):
+        row, inside = block_rows(place_ptr, block, first, num_cubes, length, key_length, SLOT, ROWS)
+        offsets = slot_offsets(pair, num_blocks, block, first, SLOT, ROWS, D)
+        k = tl.load(cube_key_ptr + offsets).to(tl.float32) + shared_k
+        store_tokens(key_ptr, key_strides, batch, head, row, inside, k, D)
+        v = tl.load(cube_value_ptr + offsets).to(tl.float32) + shared_v
+        store_tokens(value_ptr, value_strides, batch, head, row, inside, v, D)
+        if is_cube:
+            q = tl.load(cube_query_ptr + slot_offsets(pair, num_cubes, block, first, SLOT, ROWS, D)).to(tl.float32)
+            store_tokens(query_ptr, query_strides, batch, head, row, inside, q + shared_q, D)
+
+
+def _blocks(places: Tensor, slot: int, length: int, key_length: int) -> tuple[int, int]:
+    """Cubes, and cubes and blocks of text together."""
+    num_cubes = places.numel() // slot
+    return num_cubes, num_cubes + -(-(key_length - length) // slot)
+
+
+def pool_cubes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    places: Tensor,
+    sizes: Tensor,
+    slot: int,
+    *,
+    gather: str = "",
+    pool: bool = True,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Copies in tile order and means over cubes, in one pass.
+
+    Args:
+        query: [B, H, L, D], raster order. key, value: [B, H, L + text, D]; without a value there is nothing to gather.
+        places: int64 [C * slot].
+        sizes: int32 [B or 1, T], valid tokens of each block.
+        slot: 64 or 128.
+        gather: what to copy: "" (nothing), "kv" or "qkv".
+        pool: whether to make means.
+
+    Returns:
+        Query [B, H, C * slot, D], key and value [B, H, T * slot, D], in tile order, zeros behind each block's tokens;
+        pooled query, key and value, float32 [B, H, C, D]. What was not wanted is left out.
+    """
+    batch, heads, length, head_dim = query.shape
+    num_cubes, num_blocks = _blocks(places, slot, length, key.shape[2])
+    given = (query, key) if value is None else (query, key, value)
+    copies = tuple(
+        query.new_empty((batch, heads, (num_cubes if name == "q" else num_blocks) * slot, head_dim)) for name in gather
+    )
+    pooled = ()
+    if pool:
+        pooled = tuple(x.new_empty((batch, heads, num_cubes, head_dim), dtype=torch.float32) for x in given)
+    # Pointers that a variant does not use.
+    unused = (query,) * 3
+    launch(
+        _gather_cubes_kernel, (batch * heads, num_blocks if gather else num_cubes),
+        *(given + unused)[:3], *(unused + copies)[-3:], *(pooled + unused)[:3], places, sizes,
+        *([row_strides(x) for x in given] + [(0, 0, 0)])[:3], (num_cubes * head_dim, head_dim, 1),
+        heads, num_cubes, num_blocks, length, key.shape[2], size_stride(sizes),
+        D=head_dim, SLOT=slot, ROWS=min(slot, 64), GATHER_QUERY="q" in gather, GATHER=gather != "", POOL=pool,
+        WITH_VALUE=value is not None, num_warps=4,
+    )  # fmt: skip
+    return copies, pooled
+
+
+def _gate_arguments(*gates: Tensor | None, other: Tensor) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+    return [other if x is None else x for x in gates], [(0, 0, 0, 0) if x is None else x.stride() for x in gates]
+
+
+def combine(
+    fine: Tensor,
+    coarse: Tensor,
+    gate_coarse: Tensor | None,
+    gate_fine: Tensor | None,
+    places: Tensor,
+    slot: int,
+    output: Tensor,
+) -> None:
+    """Writes Gc * Oc + Gf * Of to `output`, [B, H, L, D] in raster order.
+
+    Args:
+        fine: Of, [B, H, C * slot, D], tile order. coarse: Oc, float32 [B, H, C, D].
+        gate_coarse, gate_fine: [B, H, L, D], any strides; None for 1.
+    """
+    batch, heads, length, head_dim = output.shape
+    num_cubes = coarse.shape[2]
+    gates, gate_strides = _gate_arguments(gate_coarse, gate_fine, other=coarse)
+    launch(
+        _combine_kernel, (batch * heads, num_cubes),
+        fine, coarse, *gates, output, places, *gate_strides, row_strides(output), heads, num_cubes, length,
+        D=head_dim, SLOT=slot, ROWS=min(slot, 64), GATED_COARSE=gate_coarse is not None,
+        GATED_FINE=gate_fine is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def split_gradient(
+    grad: Tensor,
+    attended: Tensor,
+    coarse: Tensor,
+    gate_coarse: Tensor | None,
+    gate_fine: Tensor | None,
+    places: Tensor,
+    slot: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The backward of `combine`.
+
+    Args:
+        attended: with a gate_fine Of as `combine` has it, else the output O, [B, H, L, D] in raster order, any strides.
+
+    Returns:
+        dOf in tile order, rowsum(dOf * Of) float32 [B, H, C * slot], dOc summed over each cube's tokens, float32
+        [B, H, C, D], and the gradients of the gates.
+    """
+    batch, heads, length, head_dim = grad.shape
+    num_cubes = coarse.shape[2]
+    grad_fine, grad_coarse = grad.new_empty((batch, heads, num_cubes * slot, head_dim)), torch.empty_like(coarse)
+    delta = torch.empty(grad_fine.shape[:3], dtype=torch.float32, device=grad.device)
+    grad_gates = [None if x is None else torch.empty_like(x) for x in (gate_coarse, gate_fine)]
+    gates, gate_strides = _gate_arguments(gate_coarse, gate_fine, other=coarse)
+    outputs, output_strides = _gate_arguments(*grad_gates, other=coarse)
+    launch(
+        _split_gradient_kernel, (batch * heads, num_cubes),
+        grad, attended, coarse, *gates, places, grad_fine, delta, grad_coarse, *outputs,
+        row_strides(grad), row_strides(attended), *gate_strides, *output_strides, heads, num_cubes, length,
+        D=head_dim, SLOT=slot, ROWS=min(slot, 32), GATED_COARSE=gate_coarse is not None,
+        GATED_FINE=gate_fine is not None, num_warps=4,
+    )  # fmt: skip
+    return grad_fine, delta, grad_coarse, *grad_gates
+
+
+def return_gradients(
+    cubes: tuple[Tensor, Tensor, Tensor],
+    pooled: tuple[Tensor, Tensor, Tensor],
+    places: Tensor,
+    sizes: Tensor,
+    slot: int,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Writes the gradients of query, key and value in raster order to `grads`: the backward of `pool_cubes`.
+
+    Args:
+        cubes: fine gradients in tile order.
+        pooled: gradients of the pooled tensors, float32 [B, H, C, D], contiguous.
+        sizes: int32 [1, C], tokens of each cube.
+    """
+    batch, heads, length, head_dim = grads[0].shape
+    key_length = grads[1].shape[2]
+    num_cubes, num_blocks = _blocks(places, slot, length, key_length)
+    launch(
+        _return_gradients_kernel, (batch * heads, num_blocks),
+        *cubes, *pooled, places, sizes, *grads, *(row_strides(x) for x in grads),
+        heads, num_cubes, num_blocks, length, key_length, D=head_dim, SLOT=slot, ROWS=min(slot, 64), num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,216 @@
+"""The forward of block-sparse attention: one program per query block, online softmax over its list of key blocks.
+
+Lists come with full key blocks first, so the main loop runs without masks; key blocks with padding follow in a second
+loop. Key blocks of 128 are walked as two tiles of 64, which keeps the scores in registers.
+Source: FlashAttention-2's recurrence over the critical blocks of SLA (arXiv 2509.24006, Algorithm 1).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from foveal.kernels.launch_arguments import ForwardCall
+from foveal.kernels.triton.feature_maps import EPSILON, feature_map
+from foveal.kernels.triton.launch import await_previous, launch
+from foveal.kernels.triton.lists import full_blocks_first
+from foveal.kernels.triton.tiles import (
+    LN_2,
+    TILE,
+    descriptors_fit,
+    load_rows,
+    row_strides,
+    store_rows,
+    tile_argument,
+)
+
+
+@triton.jit
+def online_softmax_update(scores, top, total, acc, scale_log2):
+    """One step of the softmax recurrence: weights of this tile, and top, total and acc rescaled to the new maximum.
+
+    `scores` are before the scale; `top` is their running maximum. At least one score per row must be finite.
+    """
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    shift = new_top * scale_log2
+    weights = tl.math.exp2(scores * scale_log2 - shift[:, None])
+    decay = tl.math.exp2(top * scale_log2 - shift)
+    return weights, new_top, total * decay + tl.sum(weights, 1), acc * decay[:, None]
+
+
+@triton.jit
+def masked_softmax_update(scores, top, total, acc, scale_log2, valid):
+    """`online_softmax_update` for a tile where only the columns `valid` [N] count, maybe none."""
+    scores = tl.where(valid[None, :], scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top * scale_log2)
+    weights = tl.math.exp2(scores * scale_log2 - shift[:, None])
+    decay = tl.math.exp2(top * scale_log2 - shift)
+    return weights, new_top, total * decay + tl.sum(weights, 1), acc * decay[:, None]
+
+
+@triton.jit
+def count_tiles(
+    list_ptr, full_count_ptr, row, count, key_length,
+    TILE_K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_SIZES: tl.constexpr,
+):  # fmt: skip
+    """How many leading tiles of a row's list are full, and how many tiles hold a key at all."""
+    SPLIT: tl.constexpr = BLOCK_K // TILE_K
+    if HAS_SIZES:
+        return tl.load(full_count_ptr + row) * SPLIT, count * SPLIT
+    else:
+        last = tl.load(list_ptr + count - 1, mask=count > 0, other=0)
+        keys = tl.where(count > 0, tl.minimum(key_length - last * BLOCK_K, BLOCK_K), BLOCK_K)
+        return (count - 1) * SPLIT + keys // TILE_K, (count - 1) * SPLIT + tl.cdiv(keys, TILE_K)
+
+
+@triton.jit
+def tile_valid(
+    size_ptr, size_stride, batch, start, key_length,
+    TILE_K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_SIZES: tl.constexpr,
+):  # fmt: skip
+    """bool [TILE_K]: which keys of the tile at token `start` count."""
+    key = start + tl.arange(0, TILE_K)
+    valid = key < key_length
+    if HAS_SIZES:
+        block = start // BLOCK_K
+        valid &= key < block * BLOCK_K + tl.load(size_ptr + batch.to(tl.int64) * size_stride + block)
+    return valid
+
+
+@triton.jit
+def add_linear_branch(
+    acc, q, state_ptr, norm_ptr, weight_ptr, bias_ptr, D: tl.constexpr, COLUMNS: tl.constexpr, FEATURE_MAP: tl.constexpr
+):
+    """acc + (phi(q) H / (phi(q) Z + eps)) W^T + b for one block's state H [D, D] and Z [D].
+
+    H and W are taken a few columns at a time: a second accumulator of full width would cost too many registers.
+    """
+    phi = feature_map(q, FEATURE_MAP)
+    feature = tl.arange(0, D)
+    norm = tl.sum(phi * tl.load(norm_ptr + feature)[None, :], 1) + EPSILON
+    phi = (phi * (1.0 / norm)[:, None]).to(tl.bfloat16)
+    for start in tl.static_range(0, D, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        state = tl.load(state_ptr + feature[:, None] * D + column[None, :])
+        linear = tl.dot(phi, state).to(tl.bfloat16)
+        weight = tl.load(weight_ptr + feature[None, :] * D + column[:, None])
+        acc = tl.dot(linear, weight, acc)
+    return acc + tl.load(bias_ptr + feature)[None, :]
+
+
+@triton.jit(
+    do_not_specialize=["heads", "first_pair", "query_length", "key_length", "width", "size_stride", "scale_log2"]
+)
+def _block_sparse_fwd_kernel(
+    query, key, value, query_ptr, output_ptr, lse_ptr,
+    query_strides, key_strides, value_strides, output_strides,
+    critical_ptr, count_ptr, full_count_ptr, size_ptr, state_ptr, norm_ptr, weight_ptr, bias_ptr,
+    heads, first_pair, query_length, key_length, width, size_stride, state_strides, scale_log2,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
+    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, FEATURE_MAP: tl.constexpr,
+):  # fmt: skip
+    await_previous()
+    block, state_pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pair = first_pair + tl.program_id(1)
+    batch, head = pair // heads, pair % heads
+    row = pair.to(tl.int64) * tl.num_programs(0) + block
+    list_ptr = critical_ptr + row * width
+    count = tl.load(count_ptr + row)
+    full, tiles = count_tiles(list_ptr, full_count_ptr, row, count, key_length, TILE_K, BLOCK_K, HAS_SIZES)
+    SPLIT: tl.constexpr = BLOCK_K // TILE_K
+
+    start_q = block * BLOCK_Q
+    q = load_rows(query, query_strides, batch, head, start_q, query_length, BLOCK_Q, D, DESCRIPTORS)
+    top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, D], tl.float32)
+    for step in tl.range(0, full):
+        start = (tl.load(list_ptr + step // SPLIT) * SPLIT + step % SPLIT) * TILE_K
+        k = load_rows(key, key_strides, batch, head, start, key_length, TILE_K, D, DESCRIPTORS)
+        scores = tl.dot(q, k.T)
+        weights, top, total, acc = online_softmax_update(scores, top, total, acc, scale_log2)
+        v = load_rows(value, value_strides, batch, head, start, key_length, TILE_K, D, DESCRIPTORS)
+        acc = tl.dot(weights.to(v.dtype), v, acc)
+    for step in tl.range(full, tiles, num_stages=1):
+        start = (tl.load(list_ptr + step // SPLIT) * SPLIT + step % SPLIT) * TILE_K
+        valid = tile_valid(size_ptr, size_stride, batch, start, key_length, TILE_K, BLOCK_K, HAS_SIZES)
+        k = load_rows(key, key_strides, batch, head, start, key_length, TILE_K, D, DESCRIPTORS)
+        scores = tl.dot(q, k.T)
+        weights, top, total, acc = masked_softmax_update(scores, top, total, acc, scale_log2, valid)
+        v = load_rows(value, value_strides, batch, head, start, key_length, TILE_K, D, DESCRIPTORS)
+        if HAS_SIZES:
+            v = tl.where(valid[:, None], v, 0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc)
+
+    some = total != 0.0
+    acc = acc * tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)[:, None]
+    lse = tl.where(some, (top * scale_log2 + tl.math.log2(tl.where(some, total, 1.0))) * LN_2, -float("inf"))
+    if FEATURE_MAP is not None:
+        state_ptr += state_pair * state_strides[0] + block * state_strides[1]
+        norm_ptr += state_pair * state_strides[2] + block * state_strides[3]
+        if BLOCK_Q == TILE_K:
+            acc = add_linear_branch(acc, q, state_ptr, norm_ptr, weight_ptr, bias_ptr, D, 32, FEATURE_MAP)
+    rows = start_q + tl.arange(0, BLOCK_Q)
+    tl.store(lse_ptr + pair.to(tl.int64) * query_length + rows, lse, mask=rows < query_length)
+    store_rows(output_ptr, output_strides, batch, head, start_q, query_length, acc, BLOCK_Q, D)
+    if FEATURE_MAP is not None and BLOCK_Q > TILE_K:
+        # Through the output and back in tiles of 64 rows: beside an accumulator of 128 rows this would spill (956 : 840
+        # us at 5 %, 480p, on an H100; with 64 rows the detour loses, 840 : 902).
+        tl.debug_barrier()
+        for start in tl.range(start_q, start_q + BLOCK_Q, TILE_K, num_stages=1):
+            q_tile = load_rows(query_ptr, query_strides, batch, head, start, query_length, TILE_K, D, False)
+            o = load_rows(output_ptr, output_strides, batch, head, start, query_length, TILE_K, D, False)
+            o = o.to(tl.float32)
+            o = add_linear_branch(o, q_tile, state_ptr, norm_ptr, weight_ptr, bias_ptr, D, 64, FEATURE_MAP)
+            store_rows(output_ptr, output_strides, batch, head, start, query_length, o, TILE_K, D)
+
+
+class Forward(ForwardCall):
+    """`ForwardCall` for Triton's kernel."""
+
+    def _prepare(self, query, key, value, block_q, block_k, projection, feature_map) -> None:
+        sizes, head_dim = self.lists[2], query.shape[-1]
+        self.projection, self.ordered = projection, None
+        descriptors = descriptors_fit((query, key, value))
+        rows = block_q, TILE, TILE
+        qkv = query, key, value
+        tiles = (tile_argument(x, n, descriptors) for x, n in zip(qkv, rows, strict=True))
+        self.tensors = (*tiles, query, *self.results)
+        self.strides = tuple(row_strides(x) for x in (query, key, value, self.results[0]))
+        self.constants = {
+            "D": head_dim,
+            "BLOCK_Q": block_q,
+            "BLOCK_K": block_k,
+            "TILE_K": TILE,
+            "HAS_SIZES": sizes is not None,
+            "DESCRIPTORS": descriptors,
+            "FEATURE_MAP": feature_map,
+        }
+        self.options = {
+            # Without the copy engine, 128 rows of 128 features do not fit the registers of four warps.
+            "num_warps": 4 if descriptors or head_dim * block_q < 128 * 128 else 8,
+            # Blocks of 64 rows: three unpipelined programs a multiprocessor beat two pipelined ones (473 : 433
+            # effective TFLOP/s at 5 % on an H100); of 128 rows, the other way round (475 : 517).
+            "num_stages": 1 if descriptors and block_q == 64 and head_dim == 128 else 2,
+        }
+
+    def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
+        critical, counts, sizes = self.lists
+        full = counts
+        if sizes is not None:
+            self.ordered = full_blocks_first(critical, counts, sizes, self.constants["BLOCK_K"], pairs, self.ordered)
+            critical, full = self.ordered
+        lse = self.results[1]
+        terms, strides = (lse,) * 4, (0, 0, 0, 0)
+        if state is not None:
+            terms, strides = (state, norm, *self.projection), (*state.stride()[:2], *norm.stride()[:2])
+        lists = critical, counts, full, counts if sizes is None else sizes
+        scalars = self.heads, pairs.start, *self.lengths, self.size_stride, strides, self.scale_log2
+        arguments = *self.tensors, *self.strides, *lists, *terms, *scalars
+        grid = critical.shape[2], len(pairs)
+        launch(_block_sparse_fwd_kernel, grid, *arguments, **self.constants, **self.options)
+
+
+forward = Forward.at_once

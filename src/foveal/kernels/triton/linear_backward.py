@@ -1,0 +1,205 @@
+"""The linear branch's backward on the device: dQ, dH and the projection on the query side, dK and dV on the key side.
+
+    g = dO W                  dphi(Q_i) = (g H_i^T - D^l Z_i) / n       D^l = rowsum(g * O^l)
+    dH_i = (phi(Q_i) / n)^T g                dZ_i = -(phi(Q_i) / n)^T D^l
+    G_j = sum of dH_i         z_j = sum of dZ_i                         one batched GEMM with the block mask
+    dphi(K_j) = V_j G_j^T + z_j              dV_j = phi(K_j) G_j
+
+Source: SLA (arXiv 2509.24006), Algorithm 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from foveal.kernels.launch_arguments import LinearTerm, size_stride
+from foveal.kernels.triton.feature_maps import EPSILON, feature_map, feature_map_backward
+from foveal.kernels.triton.forward import tile_valid
+from foveal.kernels.triton.launch import await_previous, launch
+from foveal.kernels.triton.tiles import TILE, load_rows, row_strides, store_rows
+
+
+@triton.jit(do_not_specialize=["heads", "length", "first_pair"])
+def _query_grad_kernel(
+    query_ptr, output_ptr, grad_ptr, state_ptr, norm_ptr, weight_ptr, bias_ptr,
+    grad_query_ptr, delta_ptr, linear_ptr, grad_state_ptr, grad_norm_ptr,
+    query_strides, output_strides, grad_strides, grad_query_strides, state_strides,
+    heads, length, first_pair,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, FEATURE_MAP: tl.constexpr,
+):  # fmt: skip
+    """The query side of the linear branch's backward for one block, and delta of the sparse branch.
+
+    With g = dO W: dQ through phi; dH and dZ; O^l for the projection's gradient; and
+    delta = rowsum(dO * O) - rowsum(g * O^l) - dO b, what the sparse branch alone has as rowsum(dO * O^s).
+    Queries past the end have dO = 0 and so add nothing to dH and dZ.
+    """
+    await_previous()
+    block, pair = tl.program_id(0), tl.program_id(1)
+    batch, head = (first_pair + pair) // heads, (first_pair + pair) % heads
+    all_pairs = (first_pair + pair).to(tl.int64)
+    feature = tl.arange(0, D)
+    square = feature[:, None] * D + feature[None, :]
+    state_ptr += pair.to(tl.int64) * state_strides[0] + block * state_strides[1]
+    norm_ptr += pair.to(tl.int64) * state_strides[2] + block * state_strides[3]
+    norm_state = tl.load(norm_ptr + feature)
+    grad_state = tl.zeros([D, D], tl.float32)
+    grad_norm = tl.zeros([D], tl.float32)
+    for tile in tl.static_range(BLOCK_Q // TILE):
+        start = block * BLOCK_Q + tile * TILE
+        rows = start + tl.arange(0, TILE)
+        do = load_rows(grad_ptr, grad_strides, batch, head, start, length, TILE, D, False)
+        o = load_rows(output_ptr, output_strides, batch, head, start, length, TILE, D, False)
+        q = load_rows(query_ptr, query_strides, batch, head, start, length, TILE, D, False)
+        state = tl.load(state_ptr + square)
+        delta = tl.sum(do.to(tl.float32) * (o.to(tl.float32) - tl.load(bias_ptr + feature)[None, :]), 1)
+        g = tl.dot(do.to(tl.bfloat16), tl.load(weight_ptr + square)).to(tl.bfloat16)
+        phi = feature_map(q, FEATURE_MAP)
+        inverse = 1.0 / (tl.sum(phi * norm_state[None, :], 1) + EPSILON)
+        scaled = (phi * inverse[:, None]).to(tl.bfloat16)
+        linear = tl.dot(scaled, state)
+        linear_offsets = (all_pairs * length + rows)[:, None] * D + feature[None, :]
+        tl.store(linear_ptr + linear_offsets, linear.to(tl.bfloat16), mask=(rows < length)[:, None])
+        grad_dot_linear = tl.sum(g.to(tl.float32) * linear, 1)
+        tl.store(delta_ptr + all_pairs * length + rows, delta - grad_dot_linear, mask=rows < length)
+        grad_phi = (tl.dot(g, tl.trans(state)) - grad_dot_linear[:, None] * norm_state[None, :]) * inverse[:, None]
+        grad_query = feature_map_backward(q, phi, grad_phi, FEATURE_MAP)
+        store_rows(grad_query_ptr, grad_query_strides, batch, head, start, length, grad_query, TILE, D)
+        grad_norm -= tl.sum(scaled.to(tl.float32) * grad_dot_linear[:, None], 0)
+        grad_state = tl.dot(tl.trans(scaled), g, grad_state)
+    blocks = tl.num_programs(0)
+    tl.store(grad_norm_ptr + (all_pairs * blocks + block) * D + feature, grad_norm)
+    tl.store(grad_state_ptr + (pair.to(tl.int64) * blocks + block) * D * D + square, grad_state.to(tl.bfloat16))
+
+
+@triton.jit(do_not_specialize=["heads", "length", "tiles"])
+def _projection_grad_kernel(
+    grad_ptr, linear_ptr, grad_weight_ptr, grad_bias_ptr, grad_strides, linear_strides, heads, length, tiles,
+    D: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """dW = dO^T O^l and db = column sums of dO over `tiles` tiles of one head; the caller sums the parts."""
+    await_previous()
+    part, pair = tl.program_id(0), tl.program_id(1)
+    batch, head = pair // heads, pair % heads
+    feature = tl.arange(0, D)
+    acc = tl.zeros([D, D], tl.float32)
+    bias = tl.zeros([D], tl.float32)
+    for tile in tl.range(0, tiles):
+        start = (part * tiles + tile) * TILE
+        do = load_rows(grad_ptr, grad_strides, batch, head, start, length, TILE, D, False)
+        linear = load_rows(linear_ptr, linear_strides, batch, head, start, length, TILE, D, False)
+        acc = tl.dot(tl.trans(do.to(tl.bfloat16)), linear, acc)
+        bias += tl.sum(do.to(tl.float32), 0)
+    index = pair.to(tl.int64) * tl.num_programs(0) + part
+    tl.store(grad_weight_ptr + index * D * D + feature[:, None] * D + feature[None, :], acc)
+    tl.store(grad_bias_ptr + index * D + feature, bias)
+
+
+@triton.jit(do_not_specialize=["heads", "length", "size_stride"])
+def _key_grad_kernel(
+    key_ptr, value_ptr, grad_state_ptr, grad_norm_ptr, size_ptr, grad_key_ptr, grad_value_ptr,
+    key_strides, value_strides, grad_key_strides, grad_value_strides, state_strides,
+    heads, length, size_stride,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, HAS_SIZES: tl.constexpr, FEATURE_MAP: tl.constexpr,
+):  # fmt: skip
+    """Adds to dK and dV: dphi(K_j) = V_j G_j^T + z_j, dV_j = phi(K_j) G_j, of one tile of keys."""
+    await_previous()
+    start, pair = tl.program_id(0) * TILE, tl.program_id(1)
+    batch, head = pair // heads, pair % heads
+    feature = tl.arange(0, D)
+    block = start // BLOCK_K
+    state = pair.to(tl.int64) * state_strides[0] + block * state_strides[1]
+    norm = pair.to(tl.int64) * state_strides[2] + block * state_strides[3]
+    valid = tile_valid(size_ptr, size_stride, batch, start, length, TILE, BLOCK_K, HAS_SIZES)
+    k = load_rows(key_ptr, key_strides, batch, head, start, length, TILE, D, False)
+    v = load_rows(value_ptr, value_strides, batch, head, start, length, TILE, D, False)
+    grad_state = tl.load(grad_state_ptr + state + feature[:, None] * D + feature[None, :])
+    grad_norm = tl.load(grad_norm_ptr + norm + feature)
+    grad_value = load_rows(grad_value_ptr, grad_value_strides, batch, head, start, length, TILE, D, False)
+    grad_key = load_rows(grad_key_ptr, grad_key_strides, batch, head, start, length, TILE, D, False)
+    phi = feature_map(k, FEATURE_MAP)
+    grad_value = tl.dot(phi.to(tl.bfloat16), grad_state, grad_value.to(tl.float32))
+    grad_phi = tl.dot(v.to(tl.bfloat16), tl.trans(grad_state)) + grad_norm[None, :]
+    grad_key = grad_key.to(tl.float32) + feature_map_backward(k, phi, grad_phi, FEATURE_MAP)
+    if HAS_SIZES:
+        grad_key = tl.where(valid[:, None], grad_key, 0.0)
+        grad_value = tl.where(valid[:, None], grad_value, 0.0)
+    store_rows(grad_key_ptr, grad_key_strides, batch, head, start, length, grad_key, TILE, D)
+    store_rows(grad_value_ptr, grad_value_strides, batch, head, start, length, grad_value, TILE, D)
+
+
+def query_gradients(
+    query: Tensor,
+    output: Tensor,
+    grad: Tensor,
+    term: LinearTerm,
+    block_q: int,
+    pairs: range,
+    grad_query: Tensor,
+    delta: Tensor,
+    linear: Tensor,
+    grad_norm: Tensor,
+) -> Tensor:
+    """The query side of the backward for these pairs of batch and head.
+
+    Args:
+        term: the linear branch, its states those of these pairs alone.
+        grad_query, delta, linear, grad_norm: tensors over all pairs whose parts are written: dQ of the linear branch,
+            float32 [B, H, Lq] delta of the sparse branch, O^l bfloat16 [B, H, Lq, D], dZ float32 [B * H, rows, D].
+
+    Returns:
+        dH, bfloat16 [pairs, rows, D, D]; rows past the last query block are zero.
+    """
+    heads, length, head_dim = query.shape[1:]
+    rows = grad_norm.shape[1]
+    grad_state = torch.empty((len(pairs), rows, head_dim, head_dim), dtype=torch.bfloat16, device=query.device)
+    launch(
+        _query_grad_kernel, (rows, len(pairs)),
+        query, output, grad, term.state, term.norm, term.proj_weight, term.proj_bias,
+        grad_query, delta, linear, grad_state, grad_norm,
+        row_strides(query), row_strides(output), row_strides(grad), row_strides(grad_query),
+        (*term.state.stride()[:2], *term.norm.stride()[:2]), heads, length, pairs.start,
+        D=head_dim, BLOCK_Q=block_q, TILE=TILE, FEATURE_MAP=term.feature_map,
+        num_warps=8 if head_dim == 128 else 4, num_stages=1,
+    )  # fmt: skip
+    return grad_state
+
+
+def projection_gradients(grad: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
+    """dW [D, D] and db [D], float32, from dO and O^l, both [B, H, Lq, D]."""
+    batch, heads, length, head_dim = grad.shape
+    tiles = max(1, -(-length * batch * heads // (256 * TILE)))
+    parts = -(-length // (tiles * TILE))
+    weight = torch.empty((batch * heads * parts, head_dim, head_dim), dtype=torch.float32, device=grad.device)
+    bias = torch.empty((batch * heads * parts, head_dim), dtype=torch.float32, device=grad.device)
+    launch(
+        _projection_grad_kernel, (parts, batch * heads),
+        grad, linear, weight, bias, row_strides(grad), row_strides(linear), heads, length, tiles,
+        D=head_dim, TILE=TILE, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return weight.sum(0), bias.sum(0)
+
+
+def add_key_gradients(
+    key: Tensor,
+    value: Tensor,
+    grad_state: Tensor,
+    grad_norm: Tensor,
+    sizes: Tensor | None,
+    block_k: int,
+    feature_map: str,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
+    """Adds the linear branch's dK and dV in place, from G [B * H, Tk or 1, D, D] and z [B * H, Tk or 1, D]."""
+    batch, heads, length, head_dim = key.shape
+    launch(
+        _key_grad_kernel, (-(-length // TILE), batch * heads),
+        key, value, grad_state, grad_norm, grad_norm if sizes is None else sizes, grad_key, grad_value,
+        row_strides(key), row_strides(value), row_strides(grad_key), row_strides(grad_value),
+        (*grad_state.stride()[:2], *grad_norm.stride()[:2]), heads, length, size_stride(sizes),
+        D=head_dim, BLOCK_K=block_k, TILE=TILE, HAS_SIZES=sizes is not None, FEATURE_MAP=feature_map,
+        num_warps=8 if head_dim == 128 else 4, num_stages=1,
+    )  # fmt: skip

@@ -1,0 +1,383 @@
+"""Block selection on the device: pooling, scores, and one program a row from scores to lists and mask.
+
+The rule is that of `foveal.blocks`, ties included. Scores become order-preserving integers, a few heads at a time. A
+search by halves finds both thresholds of a row at once; a running count settles ties and places the lists in
+ascending order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from foveal.kernels.launch_arguments import size_stride
+from foveal.kernels.triton.launch import await_previous, launch
+from foveal.kernels.triton.lists import padded_blocks
+from foveal.kernels.triton.tiles import register_limit, row_strides
+
+# Scores that one warp of a program holds in its registers.
+SCORES_PER_WARP = 512
+# Scores are made for so many pairs of batch and head at a time that they stay within these bytes, and in the L2 cache.
+SCORE_BYTES = 32 * 2**20
+SCORE_TILE = 64  # what `padded_blocks` pads to
+LOWEST = tl.constexpr(-(2**31))
+HIGHEST = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def add_column_sums(total, x, valid):
+    """`total` [16, D] float32 plus the sum of the `valid` [N] rows of x [N, D], in each of its rows; others are finite.
+
+    By a matrix product: whichever kernel pools a block of 16-bit numbers, and however it lays them out, gets the same
+    bits, and so the same selection.
+    """
+    if x.dtype == tl.float32:
+        return total + tl.sum(tl.where(valid[:, None], x, 0.0), 0)[None, :]
+    else:
+        ones = tl.zeros([16, x.shape[0]], tl.float32) + tl.where(valid, 1.0, 0.0)[None, :]
+        return tl.dot(ones.to(x.dtype), x, total)
+
+
+@triton.jit
+def block_mean(total, size):
+    """The mean over a block's `size` valid tokens, given their sum; 0 if there are none."""
+    return total / tl.maximum(size, 1).to(tl.float32)
+
+
+@triton.jit
+def store_first_row(pointers, x):
+    """Stores the first row of x [16, D] to `pointers` [D]; what `add_column_sums` makes has the same in each."""
+    row = tl.arange(0, 16)[:, None]
+    tl.store(row * 0 + pointers[None, :], x, mask=row == 0)
+
+
+@triton.jit(do_not_specialize=["heads", "pairs", "length", "size_stride", "block"])
+def _pool_kernel(
+    x_ptr, pooled_ptr, size_ptr, strides, heads, pairs, length, size_stride, block,
+    D: tl.constexpr, ROWS: tl.constexpr, HAS_SIZES: tl.constexpr,
+):  # fmt: skip
+    """Mean over one block's valid tokens, in float32. Heads are neighbours: in [B, L, H, D] memory they are, too."""
+    await_previous()
+    index, pair = tl.program_id(0) // pairs, tl.program_id(0) % pairs
+    batch, head = pair // heads, pair % heads
+    start = index * block
+    size = tl.minimum(block, length - start)
+    if HAS_SIZES:
+        size = tl.minimum(size, tl.load(size_ptr + batch.to(tl.int64) * size_stride + index))
+    x_ptr += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + tl.arange(0, D)[None, :]
+    total = tl.zeros([16, D], tl.float32)
+    for first in range(0, size, ROWS):
+        row = first + tl.arange(0, ROWS)
+        tokens = (start + row).to(tl.int64)[:, None] * strides[2]
+        total = add_column_sums(total, tl.load(x_ptr + tokens, mask=(row < size)[:, None], other=0.0), row < size)
+    pooled_ptr += (pair.to(tl.int64) * tl.cdiv(length, block) + index) * D
+    store_first_row(pooled_ptr + tl.arange(0, D), block_mean(total, size))
+
+
+@triton.jit
+def order_preserving(x):
+    """int32 that order like the float32 x, -0 equal to 0."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["query_blocks", "key_blocks", "scale"])
+def _score_kernel(
+    query_ptr, key_ptr, score_ptr, query_blocks, key_blocks, scale,
+    D: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """order_preserving(scale * q k^T) of a tile of pooled blocks; what is past the last key block is undefined."""
+    await_previous()
+    pair = tl.program_id(2).to(tl.int64)
+    padded_columns = tl.num_programs(0) * TILE
+    row = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    in_rows, in_columns = row < query_blocks, column < key_blocks
+    query_ptr += (pair * query_blocks + row)[:, None] * D
+    key_ptr += (pair * key_blocks + column)[None, :] * D
+    scores = tl.zeros([TILE, TILE], tl.float32)
+    # Three products of 11-bit parts are as good as float32, and the same for equal columns: ties stay ties.
+    for start in range(0, D, 32):
+        feature = start + tl.arange(0, 32)
+        q = tl.load(query_ptr + feature[None, :], mask=in_rows[:, None], other=0.0) * scale
+        k = tl.load(key_ptr + feature[:, None], mask=in_columns[None, :], other=0.0)
+        scores = tl.dot(q, k, scores, input_precision="tf32x3")
+    offsets = (pair * query_blocks + row)[:, None] * padded_columns + column[None, :]
+    tl.store(score_ptr + offsets, order_preserving(scores), mask=in_rows[:, None])
+
+
+@triton.jit
+def from_order_preserving(keys):
+    """The inverse of `order_preserving`."""
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def middle(first, last, step):
+    """A number from first + 1 to last: half way between the scores, and after ten steps between their integers.
+
+    The first finds a score among others like it in two thirds of the steps, the second ends after 32 in any case.
+    """
+    scores = order_preserving(0.5 * from_order_preserving(first) + 0.5 * from_order_preserving(last))
+    integers = (first | last) - ((first ^ last) >> 1)  # rounded up, without overflow
+    return tl.where(step < 10, tl.minimum(tl.maximum(scores, first + 1), last), integers)
+
+
+@triton.jit
+def thresholds(keys, low_keys, first, last, wanted_top, wanted_low, BOTH: tl.constexpr):
+    """The `wanted_top`th largest of `keys` and the `wanted_low`th smallest of `low_keys`, all within first ... last.
+
+    Or another number that parts those wanted from the rest: the search stops when the count is right.
+    """
+    top_from = tl.where(wanted_top > 0, first, last)
+    top_to = last
+    low_from = first
+    low_to = tl.where(wanted_low > 0, last, first) if BOTH else first
+    step = 0
+    while (top_from < top_to) | (low_from < low_to):
+        top = middle(top_from, top_to, step)
+        if BOTH:
+            low = middle(low_from, low_to, step) - 1
+            counts = tl.sum((keys >= top).to(tl.int32) + ((low_keys <= low).to(tl.int32) << 16), 0)
+            count = counts & 0xFFFF
+            low_count = counts >> 16
+            low_from = tl.where(low_count > wanted_low, low_from, tl.where(low_count == wanted_low, low, low + 1))
+            low_to = tl.where(low_count >= wanted_low, low, low_to)
+        else:
+            count = tl.sum((keys >= top).to(tl.int32), 0)
+        top_to = tl.where(count > wanted_top, top_to, tl.where(count == wanted_top, top, top - 1))
+        top_from = tl.where(count >= wanted_top, top, top_from)
+        step += 1
+    return top_from, low_to
+
+
+@triton.jit(
+    do_not_specialize=[
+        "heads", "query_blocks", "key_blocks", "width", "padded_rows", "column_tiles", "critical_wanted",
+        "negligible_wanted", "key_start", "key_stop", "query_start", "query_stop", "first_pair",
+    ]
+)  # fmt: skip
+def _pick_kernel(
+    score_ptr, critical_ptr, count_ptr, marginal_ptr, valid_ptr, wanted_ptr,
+    heads, query_blocks, key_blocks, width, padded_rows, column_tiles, critical_wanted, negligible_wanted,
+    key_start, key_stop, query_start, query_stop, first_pair,
+    COLUMNS: tl.constexpr, TILE: tl.constexpr, MARGINAL: tl.constexpr, PER_SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """One row of scores to its list, its count and its row of the mask."""
+    await_previous()
+    row, score_pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    pair = first_pair + score_pair
+    column = tl.arange(0, COLUMNS)
+    # A multiple of 64 that the compiler knows for one: only then are loads and stores of rows wide.
+    padded_columns = column_tiles * TILE
+    inside = column < padded_columns
+    marginal_ptr += (pair * padded_rows + row) * padded_columns + column
+    if row < query_blocks:
+        blocks = key_blocks
+        if PER_SAMPLE:
+            blocks = tl.load(valid_ptr + pair // heads)
+            critical_wanted = tl.load(wanted_ptr + 2 * blocks)
+            negligible_wanted = tl.load(wanted_ptr + 2 * blocks + 1)
+        valid = column < blocks
+        protected = (column >= key_start) & (column < key_stop)
+        scores = score_ptr + (score_pair * query_blocks + row) * padded_columns + column
+        keys = tl.where(valid, tl.load(scores, mask=inside, other=LOWEST), LOWEST)
+        lowest = tl.min(tl.where(valid, keys, HIGHEST), 0)
+        # What is protected may not fill the number of the negligible; the highest-scoring blocks never do.
+        low_candidates = valid & (protected == 0)
+        low_keys = tl.where(low_candidates, keys, HIGHEST)
+        low_wanted = tl.minimum(negligible_wanted, tl.sum(low_candidates.to(tl.int32), 0))
+        top, low = thresholds(keys, low_keys, lowest, tl.max(keys, 0), critical_wanted, low_wanted, MARGINAL)
+
+        above = (keys > top).to(tl.int32)
+        tied = ((keys == top) & valid).to(tl.int32)
+        below = (low_keys < low).to(tl.int32)
+        low_tied = ((keys == low) & low_candidates).to(tl.int32)
+        totals = tl.sum(above + (below << 16), 0)
+        missing, low_missing = critical_wanted - (totals & 0xFFFF), low_wanted - (totals >> 16)
+        tied = tl.where(missing > 0, tied, 0)
+        low_tied = tl.where(low_missing > 0, low_tied, 0)
+        totals = tl.sum(tied + (low_tied << 16), 0)
+        if (missing < (totals & 0xFFFF)) | (low_missing < (totals >> 16)):
+            # Ties go to the low columns, or to the high ones.
+            rank = tl.cumsum(tied + (low_tied << 16), 0)
+            tied = tl.where((rank & 0xFFFF) <= missing, tied, 0)
+            low_tied = tl.where((totals >> 16) - (rank >> 16) < low_missing, low_tied, 0)
+
+        whole_row = (row >= query_start) & (row < query_stop)
+        critical = ((above + tied > 0) | protected | whole_row) & valid
+        marks = critical.to(tl.int32)
+        count = tl.sum(marks, 0)
+        place = tl.cumsum(marks, 0) - 1
+        lists = critical_ptr + (pair * query_blocks + row) * width
+        tl.store(lists + place, column, mask=marks > 0)
+        tl.store(lists + column, tl.zeros([COLUMNS], tl.int32), mask=(column >= count) & (column < width))
+        tl.store(count_ptr + pair * query_blocks + row, count)
+        if MARGINAL:
+            marginal = tl.where(valid & (marks + below + low_tied == 0), 1.0, 0.0)
+            tl.store(marginal_ptr, marginal.to(marginal_ptr.dtype.element_ty), mask=inside)
+    elif MARGINAL:
+        tl.store(marginal_ptr, tl.zeros([COLUMNS], tl.float32).to(marginal_ptr.dtype.element_ty), mask=inside)
+
+
+def pool(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
+    """Mean over each block's valid tokens, float32 [B, H, T, D].
+
+    Args:
+        x: [B, H, L, D], D a power of two.
+        sizes: int32 [B or 1, T], valid tokens at the front of each block; None when all are full but the last.
+    """
+    batch, heads, length, head_dim = x.shape
+    blocks = -(-length // block)
+    pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
+    launch(
+        _pool_kernel, (blocks * batch * heads,),
+        x, pooled, pooled if sizes is None else sizes, row_strides(x), heads, batch * heads, length,
+        size_stride(sizes), block, D=head_dim, ROWS=64, HAS_SIZES=sizes is not None, num_warps=4,
+    )  # fmt: skip
+    return pooled
+
+
+class Wanted(NamedTuple):
+    """How many blocks of each kind a row gets, and what is protected.
+
+    critical, negligible: how many per row, if every sample has all its key blocks.
+    valid_blocks: int32 [B], leading key blocks with a valid token, or None for all; then
+    table: int32 [Tk + 1, 2] has how many are critical and negligible for each number of valid blocks.
+    key_range, query_range: [start, stop) in blocks: critical for every row, and rows that attend to everything.
+    """
+
+    critical: int
+    negligible: int
+    valid_blocks: Tensor | None
+    table: Tensor | None
+    key_range: tuple[int, int]
+    query_range: tuple[int, int]
+
+
+def pick(
+    query: Tensor, key: Tensor, scale: float, wanted: Wanted, first_pair: int, lists: Tensor, counts: Tensor,
+    marginal: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes the rows of some pairs of batch and head.
+
+    Args:
+        query, key: pooled, float32 [pairs, Tq, D] and [pairs, Tk, D], contiguous.
+        first_pair: where these pairs start among all of
+        lists, counts, marginal: what `select` returns; None without the mask.
+    """
+    pairs, rows, head_dim = query.shape
+    columns, heads = key.shape[1], lists.shape[1]
+    column_tiles = -(-columns // SCORE_TILE)
+    held = max(128, 1 << (columns - 1).bit_length())
+    with_marginal = marginal is not None
+    padded_rows = marginal.shape[2] if with_marginal else rows
+    row_bytes = 4 * SCORE_TILE * column_tiles
+    step = max(1, SCORE_BYTES // (rows * row_bytes))
+    scores = torch.empty(min(step, pairs) * rows * row_bytes // 4, dtype=torch.int32, device=query.device)
+    for start in range(0, pairs, step):
+        some = min(step, pairs - start)
+        launch(
+            _score_kernel, (column_tiles, -(-rows // SCORE_TILE), some),
+            query[start:], key[start:], scores, rows, columns, scale,
+            D=head_dim, TILE=SCORE_TILE, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        launch(
+            _pick_kernel, (padded_rows, some),
+            scores, lists, counts, marginal if with_marginal else lists,
+            counts if wanted.valid_blocks is None else wanted.valid_blocks,
+            counts if wanted.table is None else wanted.table,
+            heads, rows, columns, lists.shape[-1], padded_rows, column_tiles, wanted.critical,
+            wanted.negligible, *wanted.key_range, *wanted.query_range, first_pair + start,
+            COLUMNS=held, TILE=SCORE_TILE, MARGINAL=with_marginal, PER_SAMPLE=wanted.valid_blocks is not None,
+            num_warps=max(1, held // SCORES_PER_WARP), **register_limit(96 if held <= 8192 else 64),
+        )  # fmt: skip
+
+
+def new_lists(
+    batch: int, heads: int, rows: int, columns: int, width: int, with_marginal: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what `select` returns."""
+    lists = torch.empty((batch, heads, rows, width), dtype=torch.int32, device=device)
+    counts = torch.empty((batch, heads, rows), dtype=torch.int32, device=device)
+    padded = (padded_blocks(rows), padded_blocks(columns)) if with_marginal else (0, 0)
+    return lists, counts, torch.empty((batch, heads, *padded), dtype=torch.bfloat16, device=device)
+
+
+def select(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    width: int,
+    critical: int,
+    negligible: int,
+    valid_blocks: Tensor | None,
+    wanted: Tensor | None,
+    key_range: tuple[int, int],
+    query_range: tuple[int, int],
+    with_marginal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pooled blocks to critical lists, their counts and the marginal mask.
+
+    Args:
+        query: float32 [B, H, Tq, D], contiguous.
+        key: float32 [B, H, D, Tk], best the transpose of a contiguous [B, H, Tk, D]; others are copied.
+        width: of the lists; no row may have more critical blocks.
+        critical, negligible, valid_blocks, wanted, key_range, query_range: see `Wanted`, where `wanted` is its table.
+
+    Returns:
+        int32 [B, H, Tq, width], int32 [B, H, Tq], and bfloat16 [B, H, padded Tq, padded Tk], empty without the mask.
+    """
+    made = new_lists(*query.shape[:3], key.shape[-1], width, with_marginal, query.device)
+    wanted = Wanted(critical, negligible, valid_blocks, wanted, key_range, query_range)
+    lists, counts, marginal = made
+    marginal = marginal if with_marginal else None
+    key = key.transpose(2, 3).contiguous()
+    pick(query.flatten(0, 1), key.flatten(0, 1), scale, wanted, 0, lists, counts, marginal)
+    return made
+
+
+@torch.library.custom_op("foveal::select_triton", mutates_args=())
+def select_op(
+    query: Tensor,
+    key: Tensor,
+    block_q: int,
+    block_k: int,
+    sizes: Tensor | None,
+    valid_blocks: Tensor | None,
+    wanted: Tensor | None,
+    scale: float,
+    width: int,
+    critical: int,
+    negligible: int,
+    key_start: int,
+    key_stop: int,
+    query_start: int,
+    query_stop: int,
+    with_marginal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`pool` and `select` as one op: query and key are [B, H, L, D]."""
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        return select(
+            pool(query, block_q),
+            pool(key, block_k, sizes).transpose(2, 3),
+            scale,
+            width,
+            critical,
+            negligible,
+            valid_blocks,
+            wanted,
+            (key_start, key_stop),
+            (query_start, query_stop),
+            with_marginal,
+        )
+
+
+@select_op.register_fake
+def _(query, key, block_q, block_k, sizes, valid_blocks, wanted, scale, width, critical, negligible, *options):
+    rows, columns = -(-query.shape[2] // block_q), -(-key.shape[2] // block_k)
+    return new_lists(*query.shape[:2], rows, columns, width, options[-1], query.device)

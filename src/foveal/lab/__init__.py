@@ -1,0 +1,1 @@
+"""Commands and studies that use the core; nothing in the core imports them."""

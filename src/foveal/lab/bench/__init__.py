@@ -1,0 +1,1 @@
+"""`foveal bench`: is it right, how fast is it, and against what; see `foveal.lab.bench.run`."""

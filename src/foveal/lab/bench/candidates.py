@@ -1,0 +1,364 @@
+"""What is compared: dense attention, block-sparse kernels, and whole methods, each as one thing to build and run.
+
+Dense: `scaled_dot_product_attention` by cuDNN and by flash attention, and flash-attn-4 where it is installed. They get
+contiguous [B, H, L, D] tensors (flash-attn-4 contiguous [B, L, H, D]), which suits them best; everything of ours gets
+[B, H, L, D] views of [B, L, H, D] memory, as models hand them over.
+Block-sparse: ours at three block sizes, and compiled FlexAttention at 128x128 with the same blocks; it wants blocks
+that are multiples of 128. The block-sparse kernels of cudnn-frontend and fastvideo-kernel are not called.
+Methods: SLA and VSA whole, with the selection made inside the call and with one given.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveal import attention_cost, block_sparse_attention, select_blocks, sla_attention, vsa_attention
+from foveal.blocks import BlockSelection, lists_from_mask
+from foveal.kernels.api import IMPLS
+from foveal.lab.bench.oracle import head_of, in_chunks, vsa_in_chunks
+from foveal.lab.bench.shapes import Inputs, Shape
+from foveal.methods.sla.config import SLAConfig
+from foveal.methods.vsa.attention import resolve_tile, select_cubes
+from foveal.methods.vsa.config import VSAConfig
+
+QKV = ("query", "key", "value")
+DENSE_BACKWARD = 2.5
+# Backward over forward FLOPs of each part that `attention_cost` names; its docstring says why.
+BACKWARD = {
+    "sparse": 2.5,
+    "fine": 2.5,
+    "state build": 3,
+    "mask GEMM": 2,
+    "apply": 3,
+    "projection": 2,
+    "coarse": 2,
+    "combine": 2,
+    "reorder": 0,
+    "selection": 0,
+}
+KERNEL_BLOCKS = ((64, 64), (128, 64), (128, 128))
+KERNEL_KEEPS = (0.05, 0.125)
+SLA_CONFIGS = {
+    "SLA 64x64 marginal": SLAConfig(keep_ratio=0.05, drop_ratio=0.10),
+    "SLA 128x64 marginal": SLAConfig(keep_ratio=0.05, drop_ratio=0.10, block_q=128),
+    # Over all keys nothing is negligible.
+    "SLA 128x64 all": SLAConfig(keep_ratio=0.05, drop_ratio=0.0, block_q=128, linear_scope="all"),
+}
+VSA_CONFIGS = {
+    "VSA 12.5 %": VSAConfig(keep_ratio=0.125),
+    # The cube that wastes least: at Wan's grids (3, 5, 4), where (4, 4, 4) computes a fifth for nothing.
+    "VSA 12.5 %, auto tile": VSAConfig(keep_ratio=0.125, tile="auto"),
+    # Half the memory traffic for a coarser choice.
+    "VSA 12.5 %, wide tile": VSAConfig(keep_ratio=0.125, tile="wide"),
+    "VSA 12.5 %, both gates": VSAConfig(keep_ratio=0.125, fine_gate=True),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One candidate at one shape.
+
+    Args:
+        run: (*tensors) to the output, shaped and laid out like `grad`.
+        tensors: what it is differentiated in, the [B, H, L, D] ones first.
+        names: theirs.
+        grad: the output's gradient.
+        oracle: `run` by the reference, in any dtype, dense memory; None if only sampled heads are checked.
+        head: (batch, head, dtype, *tensors) to one head's output, float64, by the reference in `dtype`; its tensors
+            are float64 and those with a head dimension cut to that head. None if there is nothing to check.
+        selection, select: for methods, the blocks that (query, key) -> selection chooses.
+    """
+
+    run: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+    names: tuple[str, ...]
+    grad: Tensor
+    oracle: Callable[..., Tensor] | None = None
+    head: Callable[..., Tensor] | None = None
+    selection: BlockSelection | None = None
+    select: Callable[[Tensor, Tensor], BlockSelection] | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing to compare.
+
+    Args:
+        task: what it computes; candidates with one task have one exact result.
+        impl: who computes it.
+        kind: "dense", "kernel" or "method".
+        ours: whether it is part of foveal; a failure of others is a skip.
+        build: `Inputs` to its `Problem`.
+        flops: a shape to the FLOPs it executes, (forward, backward).
+        options: its configuration, JSON-ready.
+    """
+
+    task: str
+    impl: str
+    kind: str
+    ours: bool
+    build: Callable[[Inputs], Problem]
+    flops: Callable[[Shape], tuple[float, float]]
+    options: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        given = ", selection given" if self.options.get("selection") == "given" else ""
+        return self.task + given if self.kind == "dense" else f"{self.task}{given}, {self.impl}"
+
+
+def dense_flops(shape: Shape) -> tuple[float, float]:
+    """FLOPs of exact attention, (forward, backward)."""
+    forward = 4.0 * shape.batch * shape.heads * shape.length**2 * shape.head_dim
+    return forward, DENSE_BACKWARD * forward
+
+
+def _part_flops(config: SLAConfig | VSAConfig, shape: Shape, leave_out: tuple[str, ...]) -> tuple[float, float]:
+    sizes = {"batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim}
+    parts = [part for part in attention_cost(config, grid=shape.grid, **sizes).parts if part.name not in leave_out]
+    return float(sum(part.flops for part in parts)), float(sum(BACKWARD[part.name] * part.flops for part in parts))
+
+
+def candidates_for(
+    device: str, *, only: str | None = None, impls: tuple[str, ...] = (), quick: bool = False
+) -> list[Candidate]:
+    """Everything to compare on a device of this type ("cuda" or "cpu"), the dense baselines first.
+
+    Args:
+        only: "kernels" or "methods"; None for both.
+        impls: of ours; by default each GPU implementation for the kernels ("torch" on the CPU) and "auto" for the
+            methods.
+        quick: leave out FlexAttention, which takes long to compile.
+    """
+    gpu_impls = tuple(impl for impl in IMPLS if impl not in ("auto", "reference", "torch"))
+    chosen = [_sdpa("SDPA cuDNN"), _sdpa("SDPA flash"), _flash_attn_4()] if device == "cuda" else [_sdpa("SDPA")]
+    if only != "methods":
+        kernel_impls = impls or (gpu_impls if device == "cuda" else ("torch",))
+        for block_q, block_k in KERNEL_BLOCKS:
+            for keep_ratio in KERNEL_KEEPS:
+                chosen += [_kernel(block_q, block_k, keep_ratio, impl) for impl in kernel_impls]
+        if device == "cuda" and not quick:
+            chosen += [_flex_attention(128, keep_ratio) for keep_ratio in KERNEL_KEEPS]
+    if only != "kernels":
+        for impl in impls or ("auto",):
+            for given in (False, True):
+                chosen += [_sla(task, config, impl, given) for task, config in SLA_CONFIGS.items()]
+                chosen += [_vsa(task, config, impl, given) for task, config in VSA_CONFIGS.items()]
+    return chosen
+
+
+def _sdpa(name: str) -> Candidate:
+    def build(inputs: Inputs) -> Problem:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        backends = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA flash": SDPBackend.FLASH_ATTENTION}
+
+        def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            if name not in backends:
+                return F.scaled_dot_product_attention(query, key, value)
+            with sdpa_kernel(backends[name]):
+                return F.scaled_dot_product_attention(query, key, value)
+
+        *tensors, grad = inputs.tensors(*QKV, "grad", contiguous=True)
+        return Problem(run, tuple(tensors), QKV, grad)
+
+    return Candidate(name, "torch", "dense", False, build, dense_flops)
+
+
+def _flash_attn_4() -> Candidate:
+    def build(inputs: Inputs) -> Problem:
+        from flash_attn.cute import flash_attn_func
+
+        def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            output = flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)))
+            # Some releases return the log-sum-exp too.
+            return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
+
+        *tensors, grad = inputs.tensors(*QKV, "grad")
+        return Problem(run, tuple(tensors), QKV, grad, head=_sparse_head(inputs.random_selection(128, 128, 1.0)))
+
+    return Candidate("flash-attn-4", "flash-attn-4", "dense", False, build, dense_flops)
+
+
+def _sparse_reference(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> Tensor:
+    return block_sparse_attention(query, key, value, selection, impl="reference")
+
+
+def _sparse_head(selection: BlockSelection) -> Callable[..., Tensor]:
+    def head(batch: int, head: int, dtype: torch.dtype, *qkv: Tensor) -> Tensor:
+        return in_chunks(_sparse_reference, *qkv, head_of(selection, batch, head), dtype)
+
+    return head
+
+
+def _kernel_task(block_q: int, block_k: int, keep_ratio: float) -> str:
+    return f"block-sparse {block_q}x{block_k} {100 * keep_ratio:g} %"
+
+
+def _kernel_flops(block_q: int, block_k: int, keep_ratio: float) -> Callable[[Shape], tuple[float, float]]:
+    config = SLAConfig(keep_ratio=keep_ratio, drop_ratio=0.0, block_q=block_q, block_k=block_k, linear_scope="none")
+    return lambda shape: _part_flops(config, shape, ("selection",))
+
+
+def _kernel_options(block_q: int, block_k: int, keep_ratio: float) -> dict[str, object]:
+    return {"block_q": block_q, "block_k": block_k, "keep_ratio": keep_ratio, "selection": "random"}
+
+
+def _kernel(block_q: int, block_k: int, keep_ratio: float, impl: str) -> Candidate:
+    blocks = (block_q, block_k, keep_ratio)
+
+    def build(inputs: Inputs) -> Problem:
+        selection = inputs.random_selection(*blocks)
+        *tensors, grad = inputs.tensors(*QKV, "grad")
+        return Problem(
+            lambda *qkv: block_sparse_attention(*qkv, selection, impl=impl),
+            tuple(tensors),
+            QKV,
+            grad,
+            oracle=lambda *qkv: _sparse_reference(*qkv, selection),
+            head=_sparse_head(selection),
+        )
+
+    return Candidate(
+        _kernel_task(*blocks), impl, "kernel", True, build, _kernel_flops(*blocks), _kernel_options(*blocks)
+    )
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    import torch._functorch.config
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Compiled backwards give up their buffers by default, and then refuse to run again over the same graph.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex_block_mask(selection: BlockSelection):
+    """The critical blocks as FlexAttention's `BlockMask`, all of them full: nothing is masked inside a block."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    # FlexAttention transposes these lists, for which each must be as wide as there are key blocks.
+    order, counts = lists_from_mask(selection.critical_mask())
+    return BlockMask.from_kv_blocks(
+        torch.zeros_like(counts),
+        order,
+        counts,
+        order,
+        BLOCK_SIZE=(selection.block_q, selection.block_k),
+        seq_lengths=(selection.query_length, selection.key_length),
+    )
+
+
+def _flex_attention(block: int, keep_ratio: float) -> Candidate:
+    blocks = (block, block, keep_ratio)
+
+    def build(inputs: Inputs) -> Problem:
+        selection = inputs.random_selection(*blocks)
+        block_mask = flex_block_mask(selection)
+        attend = _compiled_flex_attention()
+        *tensors, grad = inputs.tensors(*QKV, "grad", contiguous=True)
+        return Problem(
+            lambda *qkv: attend(*qkv, block_mask=block_mask), tuple(tensors), QKV, grad, head=_sparse_head(selection)
+        )
+
+    return Candidate(
+        _kernel_task(*blocks),
+        "FlexAttention",
+        "kernel",
+        False,
+        build,
+        _kernel_flops(*blocks),
+        _kernel_options(*blocks),
+    )
+
+
+def _sla(task: str, config: SLAConfig, impl: str, given: bool) -> Candidate:
+    def build(inputs: Inputs) -> Problem:
+        query, key, value, grad = inputs.tensors(*QKV, "grad")
+
+        def select(query: Tensor, key: Tensor) -> BlockSelection:
+            ratios = {"keep_ratio": config.keep_ratio, "drop_ratio": config.drop_ratio}
+            return select_blocks(query, key, block_q=config.block_q, block_k=config.block_k, **ratios)
+
+        selection = select(query, key)
+
+        def attend(query, key, value, weight, bias, selection, impl) -> Tensor:
+            weights = {"proj_weight": weight, "proj_bias": bias}
+            return sla_attention(query, key, value, config=config, selection=selection, impl=impl, **weights)
+
+        def head(batch, head, dtype, query, key, value, weight, bias) -> Tensor:
+            # The projection stays in float32 where the tensors are half precision.
+            weight, bias = (x.to(torch.promote_types(dtype, torch.float32)) for x in (weight, bias))
+
+            def rows(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> Tensor:
+                return attend(query, key, value, weight, bias, selection, "reference")
+
+            return in_chunks(rows, query, key, value, head_of(selection, batch, head), dtype)
+
+        return Problem(
+            lambda *tensors: attend(*tensors, selection if given else None, impl),
+            (query, key, value, *inputs.projection()),
+            (*QKV, "proj_weight", "proj_bias"),
+            grad,
+            oracle=lambda *tensors: attend(*tensors, selection, "reference"),
+            head=head,
+            selection=selection,
+            select=select,
+        )
+
+    options = config.to_dict() | {"selection": "given" if given else "inside"}
+    leave_out = ("selection",) if given else ()
+    return Candidate(task, impl, "method", True, build, lambda shape: _part_flops(config, shape, leave_out), options)
+
+
+def _vsa(task: str, config: VSAConfig, impl: str, given: bool) -> Candidate:
+    gates = ("gate_coarse", "gate_fine") if config.fine_gate else ("gate_coarse",)
+
+    def build(inputs: Inputs) -> Problem:
+        grid = inputs.shape.grid
+        *tensors, grad = inputs.tensors(*QKV, *gates, "grad")
+
+        def select(query: Tensor, key: Tensor) -> BlockSelection:
+            return select_cubes(query, key, config=config, grid=grid)
+
+        selection = select(*tensors[:2])
+
+        def attend(query, key, value, gate_coarse, gate_fine=None, *, selection, impl) -> Tensor:
+            named = {"gate_coarse": gate_coarse, "gate_fine": gate_fine}
+            return vsa_attention(query, key, value, config=config, grid=grid, selection=selection, impl=impl, **named)
+
+        def head(batch, head, dtype, query, key, value, gate_coarse, gate_fine=None) -> Tensor:
+            return vsa_in_chunks(
+                _sparse_reference,
+                query,
+                key,
+                value,
+                (gate_coarse, gate_fine),
+                head_of(selection, batch, head),
+                grid,
+                resolve_tile(config, grid),
+                query.shape[-1] ** -0.5,
+                dtype,
+            )
+
+        return Problem(
+            lambda *tensors: attend(*tensors, selection=selection if given else None, impl=impl),
+            tuple(tensors),
+            (*QKV, *gates),
+            grad,
+            oracle=lambda *tensors: attend(*tensors, selection=selection, impl="reference"),
+            head=head,
+            selection=selection,
+            select=select,
+        )
+
+    options = config.to_dict() | {"selection": "given" if given else "inside"}
+    # The gates' projections belong to the model around; ranking counts no FLOPs.
+    return Candidate(task, impl, "method", True, build, lambda shape: _part_flops(config, shape, ("gates",)), options)

@@ -1,0 +1,158 @@
+"""Results to people and files: a table, a JSON file, a plot where matplotlib is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from foveal.lab.bench.run import BASELINES, BenchSettings, run_bench
+
+SECOND = "vs {second}"
+HEADINGS = (
+    "candidate",
+    "pass",
+    "rested ms",
+    "sustained ms",
+    "host ms",
+    "executed TF/s",
+    "dense-equiv. TF/s",
+    "vs {baseline}",
+    "sustained",
+    "rate vs {baseline}",
+    SECOND,
+    "extra MiB",
+)
+# Peaks beyond inputs and results; a backward's is that of the forward before it and its own.
+BYTES_OF_PASS = {"forward": "forward", "both": "forward_backward", "backward": "forward_backward"}
+
+
+def bench(settings: BenchSettings, output: Path) -> int:
+    """Run; after each shape print its table and write the figures so far as JSON into `output`; at the end plot them.
+
+    Returns:
+        How many candidates of ours failed.
+
+    Raises:
+        ValueError: for an output folder that cannot be made or written to.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise ValueError(f"cannot write into output {output}: {error.strerror}") from error
+
+    def keep(results: dict[str, Any]) -> None:
+        write_json(output / file_name(results), results)
+        print_table(results, results["results"][-1]["shape"])
+
+    started = time.monotonic()
+
+    def log(line: str) -> None:
+        print(f"{time.monotonic() - started:6.1f} s  {line}", file=sys.stderr, flush=True)
+
+    results = run_bench(settings, log=log, keep=keep)
+    path = output / file_name(results)
+    print(path)
+    try:
+        from foveal.lab.bench.plot import write_plot
+
+        write_plot(path.with_suffix(".png"), results)
+        print(path.with_suffix(".png"))
+    except ImportError:
+        print('no plot: matplotlib is missing (pip install "foveal[bench]")')
+        print(f"later: python -m foveal.lab.bench.plot {path}")
+    return sum(entry["ours"] and entry["status"] == "failed" for entry in results["results"])
+
+
+def file_name(results: dict[str, Any]) -> str:
+    """From the device and the time in UTC: nvidia-h100-80gb-hbm3-2026-01-31-235959.json."""
+    device = re.sub(r"[^a-z0-9]+", "-", str(results["machine"]["device"]).lower()).strip("-")
+    date, time = results["started"].split("+")[0].split("T")
+    return f"{device}-{date}-{time.replace(':', '')}.json"
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Written aside and renamed: whoever looks finds the former file or the new one, whole."""
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def baselines_of(entries: list[dict[str, Any]]) -> list[str]:
+    """The dense baselines that ran, the preferred one first."""
+    ran = {entry["task"] for entry in entries if entry["status"] == "ok"}
+    return [task for task in BASELINES if task in ran]
+
+
+def table(results: dict[str, Any], shape: str) -> tuple[list[str], list[list[str]], list[str]]:
+    """Headings, rows and notes (who failed or was skipped, and why) of one shape."""
+    entries = [entry for entry in results["results"] if entry["shape"] == shape]
+    baseline, second = (*baselines_of(entries), None, None)[:2]
+    headings = [heading.format(baseline=baseline, second=second) for heading in HEADINGS if second or heading != SECOND]
+    rows, notes = [], []
+    for entry in entries:
+        if entry["status"] != "ok":
+            notes.append(f"{entry['status'].upper()} {entry['name']}: {entry['reason']}")
+        for name, own in entry["passes"].items():
+            first, other = (own["ratios"].get(task) for task in (baseline, second))
+            memory = entry["memory"].get(BYTES_OF_PASS[name])
+            rows.append(
+                [
+                    entry["name"],
+                    name,
+                    f"{own['rested_ms']:.3f}",
+                    f"{own['sustained_ms']:.3f}",
+                    f"{own['host_ms']:.2f}",
+                    f"{own['executed_tflops']:.1f}",
+                    f"{own['dense_equivalent_tflops']:.1f}",
+                    f"{first['speedup']:.2f}x" if first else "-",
+                    f"{first['sustained_speedup']:.2f}x" if first else "-",
+                    f"{100 * first['share_of_rate']:.1f} %" if first and entry["kind"] != "method" else "-",
+                    *([f"{other['speedup']:.2f}x" if other else "-"] if second else []),
+                    f"{memory / 2**20:.0f}" if memory is not None else "-",
+                ]
+            )
+    return headings, rows, notes
+
+
+def print_table(results: dict[str, Any], shape: str) -> None:
+    """With rich where it is installed, plain otherwise."""
+    headings, rows, notes = table(results, shape)
+    sizes = results["shapes"][shape]
+    title = f"{shape}: B{sizes['batch']} H{sizes['heads']} L{sizes['length']} D{sizes['head_dim']}"
+    title += f" {results['settings']['dtype']}, {results['machine']['device']}"
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+        print(f"\n{title}")
+        for row in (headings, *rows):
+            cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+            print("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    else:
+        drawn = Table(title=title, title_justify="left")
+        for index, heading in enumerate(headings):
+            drawn.add_column(heading, justify="left" if index < 2 else "right", no_wrap=index < 2)
+        for index, row in enumerate(rows):
+            drawn.add_row(*row, end_section=index + 1 == len(rows) or rows[index + 1][0] != row[0])
+        console = Console()
+        console.print(drawn) if console.is_terminal else Console(width=200).print(drawn)
+    for note in notes:
+        print(note)

@@ -1,0 +1,124 @@
+"""The shapes that are timed, and the tensors of one: drawn on the device, laid out as transformers hold them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveal.blocks import BlockSelection, count
+from foveal.checks import check_choice, check_positive_int
+from foveal.layout import VideoGrid
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A self-attention call: `batch` x `heads` over the tokens of `grid`, `head_dim` wide."""
+
+    name: str
+    batch: int
+    heads: int
+    grid: VideoGrid
+    head_dim: int
+
+    @property
+    def length(self) -> int:
+        return self.grid.num_tokens
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields and the length in tokens as JSON-ready values."""
+        sizes = {"batch": self.batch, "heads": self.heads, "length": self.length, "head_dim": self.head_dim}
+        return sizes | {"grid": list(self.grid.shape)}
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("480p", 1, 12, VideoGrid(21, 30, 52), 128),
+        Shape("720p", 1, 12, VideoGrid(21, 45, 80), 128),
+        Shape("paper", 2, 16, VideoGrid(21, 30, 52), 128),
+        Shape("d64", 1, 24, VideoGrid(21, 30, 52), 64),
+    )
+}
+
+
+def shape_of_length(length: int) -> Shape:
+    """One sample of two heads, 64 wide, over `length` tokens: a grid of up to 4 frames, as near to square as it goes.
+
+    Raises:
+        TypeError, ValueError: for a length that is no positive int.
+    """
+    check_positive_int("length", length)
+    frames = next(frames for frames in (4, 3, 2, 1) if length % frames == 0)
+    area = length // frames
+    height = next(side for side in range(math.isqrt(area), 0, -1) if area % side == 0)
+    return Shape(f"length {length}", 1, 2, VideoGrid(frames, height, area // height), 64)
+
+
+class Inputs:
+    """Everything that the candidates at one shape are fed, made once and shared by all of them.
+
+    Args:
+        shape: B, H, L and D.
+        dtype: of every tensor but the projection, which is float32.
+        seed: with the shape and the device decides all values.
+    """
+
+    NAMES = ("query", "key", "value", "grad", "gate_coarse", "gate_fine")
+
+    def __init__(self, shape: Shape, *, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+        self.shape, self.device, self.dtype, self.seed = shape, device, dtype, seed
+        self._tensors: dict[tuple[str, bool], Tensor] = {}
+        self._selections: dict[tuple[int, int, float], BlockSelection] = {}
+
+    def tensors(self, *names: str, contiguous: bool = False) -> tuple[Tensor, ...]:
+        """Standard normal [B, H, L, D] tensors: views of [B, L, H, D] memory, or `contiguous` ones of the same values.
+
+        Args:
+            names: some of `NAMES`.
+        """
+        return tuple(self._tensor(name, contiguous) for name in names)
+
+    def _tensor(self, name: str, contiguous: bool) -> Tensor:
+        check_choice("name", name, self.NAMES)
+        if (name, contiguous) not in self._tensors:
+            if contiguous:
+                made = self._tensor(name, False).contiguous()
+            else:
+                shape = self.shape
+                size = (shape.batch, shape.length, shape.heads, shape.head_dim)
+                generator = self._generator(self.NAMES.index(name))
+                made = torch.randn(size, generator=generator, device=self.device, dtype=self.dtype).transpose(1, 2)
+            self._tensors[name, contiguous] = made
+        return self._tensors[name, contiguous]
+
+    def projection(self) -> tuple[Tensor, Tensor]:
+        """The weight [D, D], of about unit norm a row, and the bias [D], float32."""
+        head_dim, generator = self.shape.head_dim, self._generator(len(self.NAMES))
+        drawn = torch.randn(head_dim + 1, head_dim, generator=generator, device=self.device) / head_dim**0.5
+        return drawn[1:].contiguous(), drawn[0].contiguous()
+
+    def random_selection(self, block_q: int, block_k: int, keep_ratio: float) -> BlockSelection:
+        """Every row keeps `max(1, floor(keep_ratio * Tk))` key blocks, drawn evenly."""
+        if (block_q, block_k, keep_ratio) not in self._selections:
+            shape = self.shape
+            rows, columns = -(-shape.length // block_q), -(-shape.length // block_k)
+            kept = max(1, count(keep_ratio, columns))
+            size = (shape.batch, shape.heads, rows, columns)
+            draw = torch.rand(size, generator=self._generator(len(self.NAMES) + 1), device=self.device)
+            critical = draw.topk(kept, -1).indices.sort(-1).values.to(torch.int32).contiguous()
+            self._selections[block_q, block_k, keep_ratio] = BlockSelection(
+                critical=critical,
+                critical_count=torch.full(size[:3], kept, dtype=torch.int32, device=self.device),
+                marginal=None,
+                block_q=block_q,
+                block_k=block_k,
+                query_length=shape.length,
+                key_length=shape.length,
+            )
+        return self._selections[block_q, block_k, keep_ratio]
+
+    def _generator(self, stream: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(self.seed * 16 + stream)

@@ -1,0 +1,362 @@
+"""The `foveal` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from foveal.lab.media_commands import Eval, Generate, Precompute
+
+
+@dataclass
+class Demo:
+    """Train a small Wan on a real clip, convert it to SLA and VSA, fine-tune, generate, and write a report."""
+
+    video: Path | None = None
+    """A video file of your own; the sample clip otherwise."""
+    clip: str = "bigbuckbunny"
+    """The sample clip: bigbuckbunny or bikes."""
+    output: Path = Path("foveal-demo")
+    """The folder to write."""
+    device: str = "auto"
+    """cpu, cuda or auto (a GPU where there is one)."""
+    seed: int = 0
+    """Of weights, batches and noise."""
+    pretrain_steps: int | None = None
+    """Dense optimiser steps; the device's default otherwise."""
+    fine_tune_steps: int | None = None
+    """Optimiser steps after conversion; the device's default otherwise."""
+
+    def run(self) -> None:
+        import torch
+        from rich.console import Console
+
+        from foveal.lab.demo.run import run_demo
+        from foveal.lab.demo.settings import DemoSettings
+
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"unknown device {self.device!r}; expected one of ('auto', 'cpu', 'cuda')")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device 'cuda' was asked for, but torch finds no CUDA device")
+        chosen = "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"
+        steps = {"pretrain_steps": self.pretrain_steps, "fine_tune_steps": self.fine_tune_steps}
+        settings = dataclasses.replace(
+            DemoSettings.for_device(chosen),
+            seed=self.seed,
+            **{name: value for name, value in steps.items() if value is not None},
+        )
+        console = Console(stderr=True)
+        results = run_demo(
+            settings,
+            output=self.output,
+            video=self.video,
+            clip=self.clip,
+            device=torch.device(chosen),
+            console=console,
+        )
+        for verdict in results["expectations"]:
+            mark = "as expected" if verdict["met"] else "NOT as expected"
+            console.print(f"{mark}: {verdict['expected']} ({verdict['figures']})")
+        print(self.output / "index.html")
+
+
+@dataclass
+class Bench:
+    """Check attention against the reference, then time it against dense and block-sparse peers on this GPU."""
+
+    quick: bool = False
+    """480p alone, fewer repetitions, no FlexAttention, forward and backward apart."""
+    shapes: tuple[str, ...] = ()
+    """Some of 480p, 720p, paper and d64; all of them otherwise."""
+    output: Path = Path("benchmarks/results")
+    """The folder to write figures and plot into."""
+    only: str | None = None
+    """kernels or methods."""
+    impl: tuple[str, ...] = ()
+    """Implementations of ours to run instead of the default ones."""
+    seed: int = 0
+    """Of tensors and random selections."""
+    device: str = "cuda"
+    """cuda, or cpu with a length."""
+    length: int | None = None
+    """One small shape of so many tokens instead of the named ones."""
+    commit: str | None = None
+    """Of this tree, for the record, where git cannot say."""
+
+    def run(self) -> None:
+        from foveal.lab.bench.report import bench
+        from foveal.lab.bench.run import BenchSettings
+
+        settings = BenchSettings(
+            shapes=self.shapes,
+            quick=self.quick,
+            only=self.only,
+            impls=self.impl,
+            seed=self.seed,
+            device=self.device,
+            length=self.length,
+            commit=self.commit,
+        )
+        if bench(settings, self.output):
+            raise SystemExit(1)
+
+
+@dataclass
+class Train:
+    """Train or fine-tune by a recipe, with checkpoints to go on from: foveal train --help."""
+
+    arguments: tuple[str, ...] = ()
+    """The recipe and its settings."""
+
+    def run(self) -> None:
+        from foveal.lab.train.recipes import parse
+
+        config = parse(list(self.arguments))
+
+        from foveal.lab.train.checkpoint import CheckpointError
+        from foveal.lab.train.faults import TrainingError
+        from foveal.lab.train.trainer import run_training
+
+        try:
+            result = run_training(config)
+        except (CheckpointError, TrainingError, ImportError) as error:
+            print(f"foveal: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
+        except KeyboardInterrupt:
+            print(f"foveal: interrupted; {config.output} has what was saved before", file=sys.stderr)
+            raise SystemExit(130) from None
+        if result.export is not None:
+            print(result.export)
+
+
+@dataclass
+class Inspect:
+    """Look at a pipeline's attention while it generates: what few blocks keep, what that costs, what to try first."""
+
+    model: str
+    """The pipeline: a folder or a hub id."""
+    prompt: str
+    """The text to generate from."""
+    sparse: Path | None = None
+    """A folder that `foveal.save` wrote, to look at the converted model; dense otherwise."""
+    frames: int | None = None
+    """Pixel frames; frames, height and width together, or none for the pipeline's own size."""
+    height: int | None = None
+    """In pixels."""
+    width: int | None = None
+    """In pixels."""
+    steps: int = 20
+    """Denoising steps."""
+    look_at: tuple[int, ...] = ()
+    """Which of them to look at, from 0; the first, the middle and the last otherwise."""
+    guidance_scale: float | None = None
+    """The pipeline's own otherwise."""
+    layers: tuple[str, ...] = ()
+    """Names of the layers to look at (blocks.0.attn1); all of them otherwise."""
+    tolerance: float = 0.1
+    """Output error before fine-tuning that the recommendation allows the median layer."""
+    query_blocks: int = 16
+    """Query blocks to sample in every head."""
+    output: Path = Path("foveal-inspect")
+    """The folder to write the report into."""
+    device: str = "auto"
+    """cpu, cuda, cuda:NUMBER or auto (a GPU where there is one)."""
+    dtype: str = "auto"
+    """bfloat16, float16, float32 or auto."""
+    seed: int = 0
+    """Of the noise."""
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        from foveal.lab.inspect.probe import InspectSettings
+        from foveal.lab.inspect.run import inspect_pipeline
+
+        size = (self.frames, self.height, self.width)
+        if None in size and size != (None, None, None):
+            raise ValueError(f"give frames, height and width together, or none of them, got {size}")
+        console = Console(stderr=True)
+        page, advice, _ = inspect_pipeline(
+            self.model,
+            self.output,
+            prompt=self.prompt,
+            sparse=self.sparse,
+            size=None if None in size else size,
+            num_inference_steps=self.steps,
+            steps=self.look_at or None,
+            guidance_scale=self.guidance_scale,
+            layers=self.layers or None,
+            settings=InspectSettings(query_blocks=self.query_blocks),
+            tolerance=self.tolerance,
+            seed=self.seed,
+            device=self.device,
+            dtype=self.dtype,
+            on_observation=lambda seen: console.print(f"step {seen.step}: {seen.layer}", style="dim", highlight=False),
+        )
+        console.print(f"to try first: {advice.config}; output error {advice.error:.3f}, recall {advice.recall:.3f}")
+        print(page)
+
+
+@dataclass
+class Doctor:
+    """Say what is installed, which kernels run here, and what sparse attention gains for a model and a video size."""
+
+    model: str = "wan-1.3b"
+    """wan-1.3b, wan-14b, hunyuan-video, ltx-video and so on, or a local folder of diffusers with a config.json."""
+    frames: int = 81
+    """Of the video."""
+    height: int = 480
+    """In pixels."""
+    width: int = 832
+    """In pixels."""
+    method: str = "sla"
+    """sla or vsa."""
+    keep_ratio: float | None = None
+    """The fraction of blocks or cubes kept, instead of the method's default."""
+    measure: bool = True
+    """Time attention where there is a GPU."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def run(self) -> None:
+        from foveal.lab.doctor import examine, tables
+
+        sizes = {"frames": self.frames, "height": self.height, "width": self.width}
+        report = examine(self.model, **sizes, method=self.method, keep_ratio=self.keep_ratio, measured=self.measure)
+        if self.json:
+            import json
+
+            print(json.dumps(report, indent=1))
+            return
+        from rich.console import Console
+
+        console = Console()
+        for part in tables(report):
+            console.print(part)
+
+
+@dataclass
+class Ui:
+    """Open a page that shows where a token looks: click it, move the sliders, see what that keeps and costs."""
+
+    demo: Path = Path("foveal-demo")
+    """What `foveal demo` wrote: its model looks at the clips."""
+    model: str | None = None
+    """A pipeline instead, a folder or a hub id, that generates a video once and shows one step of it."""
+    prompt: str = ""
+    """Of --model."""
+    frames: int = 17
+    """Of --model's video."""
+    height: int = 240
+    """In pixels."""
+    width: int = 416
+    """In pixels."""
+    steps: int = 20
+    """Denoising steps of --model."""
+    look_at: int = 10
+    """Which of them to show, from 0."""
+    seed: int = 0
+    """Of --model's noise."""
+    device: str = "auto"
+    """Of --model: cpu, cuda, cuda:1, or auto (a GPU where there is one)."""
+    host: str = "127.0.0.1"
+    """Address to serve at; 0.0.0.0 lets other machines in."""
+    port: int = 7860
+    """To serve at."""
+    open_browser: bool = True
+    """Open the page in the browser of this machine."""
+
+    def run(self) -> None:
+        try:
+            import gradio  # noqa: F401
+        except ImportError as error:
+            raise ValueError('the page needs gradio: pip install "foveal[ui]"') from error
+        from foveal.lab.ui.address import check_address
+        from foveal.lab.ui.page import build_page
+        from foveal.lab.ui.scene import pipeline_scene
+
+        # At once: a pipeline's video takes long.
+        check_address(self.host, self.port)
+        scene = None
+        if self.model is not None:
+            from foveal.lab.pipelines import choose_device, choose_dtype, load_pipeline
+
+            device = choose_device(self.device)
+            loaded = load_pipeline(self.model, device=device, dtype=choose_dtype("auto", device))
+            scene = pipeline_scene(
+                loaded,
+                self.prompt,
+                step=self.look_at,
+                size=(self.frames, self.height, self.width),
+                num_inference_steps=self.steps,
+                seed=self.seed,
+            )
+        page = build_page(self.demo, scene)
+        try:
+            _, address, _ = page.launch(
+                server_name=self.host,
+                server_port=self.port,
+                inbrowser=self.open_browser,
+                quiet=True,
+                prevent_thread_lock=True,
+            )
+        except OSError as error:
+            # Taken since it was checked; gradio's own advice is about its arguments.
+            raise ValueError(f"cannot serve at {self.host}:{self.port}; choose another --port") from error
+        print(address, flush=True)
+        page.block_thread()
+
+
+COMMANDS = {
+    "demo": Demo,
+    "precompute": Precompute,
+    "train": Train,
+    "generate": Generate,
+    "eval": Eval,
+    "bench": Bench,
+    "inspect": Inspect,
+    "doctor": Doctor,
+    "ui": Ui,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; user mistakes end with one line and exit status 2, Ctrl-C with 130."""
+    try:
+        import tyro
+    except ImportError:
+        print('foveal: the command line needs more packages: pip install "foveal[demo]"', file=sys.stderr)
+        return 2
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments[:1] == ["train"]:
+            # The recipe decides which settings there are, so that this command reads its arguments itself.
+            command = Train(tuple(arguments[1:]))
+        else:
+            description = "Trainable sparse attention for video transformers."
+            command = tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, prog="foveal", description=description, args=arguments
+            )
+        command.run()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("foveal: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Who reads has seen enough; python would complain when it flushes what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"foveal: {_reason(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong; of the system's own errors the file and the reason, without the number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

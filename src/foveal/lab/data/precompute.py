@@ -1,0 +1,272 @@
+"""`foveal precompute`: videos and captions to cached latents and text embeddings, in a run that may be killed.
+
+What does not change during training is computed once. Files are taken in the order of their names; the samples of
+whole files are gathered into shards, and a shard that is in the index is never computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal.checks import check_positive_int
+from foveal.lab.data.clips import Bucket, choose_bucket, clip_starts, probe, read_clip
+from foveal.lab.data.shards import (
+    INDEX_FILE,
+    Index,
+    check_shards,
+    read_header,
+    read_index,
+    shape_name,
+    to_dtype,
+    write_empty_caption,
+    write_shard,
+)
+from foveal.lab.data.sources import Source, read_sources
+from foveal.lab.data.windows import to_model_range
+from foveal.lab.pipelines import LoadedPipeline, default_size, encode_text, encode_video
+
+SHARD_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class PrecomputeSettings:
+    """What the samples are made of.
+
+    Args:
+        buckets: sizes in pixels; empty takes the pipeline's own.
+        fps: frames a second; None takes the pipeline's, and in pixel space each file's own frames.
+        clips_per_video: clips of a file, at most; they do not overlap.
+        dtype: of the latents and embeddings as stored.
+        shard_samples: samples in a file, about; what a kill loses.
+    """
+
+    buckets: tuple[Bucket, ...] = ()
+    fps: float | None = None
+    clips_per_video: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    shard_samples: int = 32
+
+    def __post_init__(self) -> None:
+        check_positive_int("clips_per_video", self.clips_per_video)
+        check_positive_int("shard_samples", self.shard_samples)
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"fps must be positive, got {self.fps}")
+        if len(set(self.buckets)) != len(self.buckets):
+            raise ValueError(f"a bucket is given twice: {', '.join(map(str, self.buckets))}")
+
+
+class Progress:
+    """What a run tells of itself; the command line's draws a bar."""
+
+    def start(self, files: int, done: int) -> None:
+        """`files` in all, `done` of them by former runs."""
+
+    def advance(self, source: Source, reason: str | None) -> None:
+        """A file is done; `reason` if it was left out."""
+
+
+@dataclass
+class _Run:
+    """A run in progress: the index, and samples that are in no shard yet."""
+
+    folder: Path
+    index: Index
+    pending: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, samples: list[dict[str, Any]]) -> None:
+        for sample in samples:
+            if not self.index.text_shapes and not self.index.shards and not self.pending:
+                text = {k: v for k, v in sample.items() if isinstance(v, Tensor) and k != "latents"}
+                self.index.text_shapes = {name: list(tensor.shape) for name, tensor in text.items()}
+            self.pending.append(sample)
+
+    @property
+    def pending_bytes(self) -> int:
+        return sum(sample["latents"].nbytes for sample in self.pending)
+
+    def flush(self) -> None:
+        """Puts the samples that are waiting into a shard, and the shard into the index."""
+        if self.pending:
+            file = f"shard-{len(self.index.shards):05d}.safetensors"
+            shard = write_shard(self.folder, file, self.pending, self.index.text_shapes)
+            self.index.shards.append(shard)
+            for sample in self.pending:
+                name = shape_name(sample["latents"])
+                self.index.latent_shapes[name] = self.index.latent_shapes.get(name, 0) + 1
+            self.pending = []
+        self.index.write(self.folder)
+
+
+def precompute(
+    videos: str | Path,
+    output: str | Path,
+    settings: PrecomputeSettings,
+    *,
+    loaded: LoadedPipeline | None = None,
+    progress: Progress | None = None,
+) -> Index:
+    """Encode every video or image of a folder or a list, and write a folder that `LatentDataset` reads.
+
+    Run again with the same arguments, it goes on where it was: after an interrupt at the next file, after a kill at
+    the last complete shard. Files that were left out are tried again, and new ones are added.
+
+    Args:
+        videos: see `read_sources`.
+        output: the folder to write; new, empty, or from a former run with the same settings.
+        settings: sizes and rates.
+        loaded: the pipeline whose VAE and text encoder to use; None stores pixels in [-1, 1], without text.
+        progress: told about each file.
+
+    Returns:
+        The index as written: complete, with the files that were left out and why.
+
+    Raises:
+        FileNotFoundError: no such folder or list.
+        ValueError: a list that cannot be read, sizes that do not fit the pipeline, an output folder that holds
+            something else or samples made with other settings or captions, or no file that can be used.
+    """
+    sources, output = read_sources(videos), Path(output)
+    buckets = _buckets(settings, loaded)
+    fps = settings.fps if settings.fps is not None or loaded is None else loaded.kind.fps
+    if loaded is not None and loaded.kind.is_image:
+        fps = None
+    described = {
+        "space": "pixel" if loaded is None else "latent",
+        "pipeline": None if loaded is None else loaded.kind.name,
+        "model": None if loaded is None else loaded.source,
+        "buckets": [str(bucket) for bucket in buckets],
+        "fps": fps,
+        "clips_per_video": settings.clips_per_video,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "text": [] if loaded is None else [name for name in loaded.kind.text if name is not None],
+    }
+    run, done = _open_run(output, described)
+    _check_captions(sources, done, output)
+    left = [source for source in sources if source.name not in done]
+    run.index.complete, run.index.skipped = False, []
+    progress = progress or Progress()
+    progress.start(len(sources), len(sources) - len(left))
+    try:
+        for source, clips, reason in _read_ahead(left, buckets, fps, settings.clips_per_video):
+            if reason is not None:
+                run.index.skipped.append({"file": source.name, "reason": reason})
+            else:
+                run.add(_encode(source, clips, loaded, settings.dtype))
+            if len(run.pending) >= settings.shard_samples or run.pending_bytes >= SHARD_BYTES:
+                run.flush()
+            progress.advance(source, reason)
+    finally:
+        run.flush()
+    if not run.index.samples:
+        first = run.index.skipped[0]["reason"]
+        raise ValueError(f"none of the {len(sources)} files of {videos} could be used; the first: {first}")
+    if loaded is not None and run.index.empty_caption is None:
+        text = {name: tensor[0] for name, tensor in to_dtype(encode_text(loaded, [""]), settings.dtype).items()}
+        run.index.empty_caption = write_empty_caption(output, text, run.index.text_shapes)
+    run.index.complete = True
+    run.flush()
+    return run.index
+
+
+def _buckets(settings: PrecomputeSettings, loaded: LoadedPipeline | None) -> tuple[Bucket, ...]:
+    buckets = settings.buckets
+    if not buckets:
+        size = (None,) if loaded is None else default_size(loaded.pipe)
+        if None in size:
+            name = "pixel space" if loaded is None else loaded.kind.name
+            raise ValueError(f"{name} has no size of its own; give at least one bucket, like 49x480x720")
+        buckets = (Bucket(*size),)
+    if loaded is not None:
+        for bucket in buckets:
+            try:
+                loaded.sizes.check(bucket.frames, bucket.height, bucket.width)
+            except ValueError as error:
+                raise ValueError(f"bucket {bucket}: {error}") from None
+            if loaded.kind.is_image and bucket.frames != 1:
+                raise ValueError(f"bucket {bucket}: {loaded.kind.name} makes images, which have 1 frame")
+    return buckets
+
+
+def _open_run(output: Path, settings: dict[str, Any]) -> tuple[_Run, dict[str, str]]:
+    """The run to go on with, and the caption of every file that has its samples already."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file; expected a folder")
+    if not (output / INDEX_FILE).exists():
+        if output.exists() and any(path for path in output.iterdir() if not path.name.startswith(".")):
+            raise ValueError(f"output {output} holds something else; choose a new or empty folder")
+        output.mkdir(parents=True, exist_ok=True)
+        return _Run(output, Index(settings)), {}
+    index = read_index(output)
+    for name, value in settings.items():
+        if index.settings.get(name) != value:
+            raise ValueError(
+                f"output {output} was made with {name} {index.settings.get(name)!r}, this run has {value!r}; "
+                "choose another folder"
+            )
+    check_shards(output, index, verify=False)
+    done = {}
+    for shard in index.shards:
+        done.update({record["source"]: record["caption"] for record in read_header(output / shard.file)[0]})
+    return _Run(output, index), done
+
+
+def _check_captions(sources: list[Source], done: dict[str, str], output: Path) -> None:
+    for source in sources:
+        if source.name in done and done[source.name] != source.caption:
+            raise ValueError(
+                f"{source.name} has another caption now than in output {output}: {source.caption!r}, "
+                f"there {done[source.name]!r}; choose another folder"
+            )
+
+
+def _read_ahead(
+    sources: list[Source], buckets: tuple[Bucket, ...], fps: float | None, clips: int
+) -> Iterator[tuple[Source, list[Tensor], str | None]]:
+    """(source, its clips, why there are none): one file is decoded while the one before is encoded."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(_read_clips, sources[0], buckets, fps, clips) if sources else None
+        for place, source in enumerate(sources):
+            current, ahead = ahead, None
+            decoded, reason = current.result()
+            if place + 1 < len(sources):
+                ahead = pool.submit(_read_clips, sources[place + 1], buckets, fps, clips)
+            yield source, decoded, reason
+
+
+def _read_clips(
+    source: Source, buckets: tuple[Bucket, ...], fps: float | None, clips: int
+) -> tuple[list[Tensor], str | None]:
+    try:
+        media = probe(source.path)
+        bucket = choose_bucket(media, buckets, fps)
+        starts = clip_starts(media, bucket, fps, clips)
+        return [read_clip(media, bucket, fps=fps, start=start) for start in starts], None
+    except (ValueError, FileNotFoundError) as error:
+        return [], str(error)
+
+
+def _encode(
+    source: Source, clips: list[Tensor], loaded: LoadedPipeline | None, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """The samples of a file's clips, uint8 [F, 3, H, W] each, on the CPU."""
+    text = {}
+    if loaded is not None:
+        text = to_dtype(encode_text(loaded, [source.caption]), dtype)
+        text = {name: tensor[0].cpu() for name, tensor in text.items()}
+    samples = []
+    for place, clip in enumerate(clips):
+        latents = to_model_range(clip)
+        if loaded is not None:
+            latents = encode_video(loaded, latents[None])[0]
+            if not latents.isfinite().all():
+                raise FloatingPointError(f"the VAE gives latents that are not finite for {source.name}")
+        sample = {"id": f"{source.name}#{place}", "source": source.name, "caption": source.caption}
+        samples.append({**sample, "latents": latents.to("cpu", dtype), **text})
+    return samples

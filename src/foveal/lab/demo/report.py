@@ -1,0 +1,208 @@
+"""The demo's report: videos side by side, figures, and one page that shows all of it."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal.lab.data.windows import to_frames, upscale, write_video
+from foveal.lab.demo.settings import DemoSettings
+
+COLORS = {"dense": "#33415c", "sparse only": "#c1666b", "SLA": "#2a7f8e", "SLA hedgehog": "#6a4c93", "VSA": "#d19a2e"}
+FPS = 6
+BRIGHTNESS = {1: 1.0, 0: 0.42, -1: 0.10}
+
+
+def write_report(folder: Path, results: dict[str, Any], media: dict[str, Any], settings: DemoSettings) -> None:
+    """Write every file of the report but results.json into `folder`.
+
+    Args:
+        results: as in results.json.
+        media: "clip" [3, F, H, W] in [-1, 1], "videos" by arm, "maps" by arm (see `run_demo`).
+    """
+    videos = {"clip": media["clip"], **media["videos"]}
+    factor = max(1, round(300 / settings.width))
+    columns = []
+    for name, video in videos.items():
+        frames = upscale(to_frames(video), factor)
+        write_video(folder / f"{_slug(name)}.mp4", frames, fps=FPS)
+        columns.append(_with_title(frames, name))
+    write_video(folder / "side-by-side.mp4", torch.cat(columns, 3), fps=FPS)
+    _loss_figure(folder / "loss.png", results)
+    for name, block_map in media["maps"].items():
+        _map_figure(folder / f"blocks-{_slug(name)}.png", name, block_map, media["clip"])
+    (folder / "index.html").write_text(_page(results, media), encoding="utf-8")
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _with_title(frames: Tensor, title: str) -> Tensor:
+    """The frames [F, 3, H, W] under a bar with their title."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    bar = Image.new("RGB", (frames.shape[3], 28), "#14171c")
+    ImageDraw.Draw(bar).text((8, 5), title, fill="#f2f2f2", font=ImageFont.load_default(size=16))
+    bar = torch.from_numpy(np.asarray(bar).copy()).permute(2, 0, 1)
+    return torch.cat((bar.expand(len(frames), -1, -1, -1), frames), 2)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
+
+
+def _loss_figure(path: Path, results: dict[str, Any]) -> None:
+    from matplotlib.ticker import FormatStrFormatter
+
+    figure = _figure(10, 3.8)
+    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.5]})
+    steps, losses = zip(*results["pretraining"]["held_out_loss"], strict=True)
+    left.plot(steps, losses, color=COLORS["dense"], marker="o", markersize=3)
+    left.set(title="Pretraining, dense attention", xlabel="steps", ylabel="held-out loss", yscale="log")
+    left.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    left.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+    left.tick_params(which="minor", labelsize=7)
+    for name, arm in results["arms"].items():
+        steps, losses = zip(*arm["held_out_loss"], strict=True)
+        right.plot(steps, losses, color=COLORS[name], marker="o", markersize=3, label=name)
+    right.set(title="Fine-tuning after conversion", xlabel="steps", ylabel="held-out loss")
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, which="both")
+    figure.savefig(path)
+
+
+def _map_figure(path: Path, name: str, block_map: dict[str, Any], clip: Tensor) -> None:
+    """The frames as one query token sees them, a row a head, beside the whole selection of the first head."""
+    frames = to_frames(clip).permute(0, 2, 3, 1).float() / 255
+    time, row, column = block_map["token"]
+    heads = block_map["token_labels"]
+    count = len(frames)
+    patch = frames.shape[1] // heads[0].shape[1]
+    frame_height = 1.5 * frames.shape[1] / frames.shape[2]
+    figure = _figure(1.55 * count + 2.2, (frame_height + 0.18) * len(heads) + 0.55)
+    pictures, matrix = figure.subfigures(1, 2, width_ratios=[1.55 * count, 2.2])
+    axes = pictures.subplots(len(heads), count, squeeze=False)
+    for head, labels in enumerate(heads):
+        brightness = torch.zeros(labels.shape)
+        for label, level in BRIGHTNESS.items():
+            brightness[labels == label] = level
+        brightness = brightness.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+        for index, axis in enumerate(axes[head]):
+            axis.imshow((frames[index] * brightness[index, ..., None]).numpy(), interpolation="nearest")
+            if index == time:
+                center = ((column + 0.5) * patch - 0.5, (row + 0.5) * patch - 0.5)
+                axis.plot(*center, marker="s", markersize=6, markerfacecolor="none", markeredgecolor="red")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if head == 0:
+                axis.set_title(f"frame {index}", fontsize=8)
+        axes[head][0].set_ylabel(f"head {head}", fontsize=8)
+    axis = matrix.subplots()
+    axis.imshow(block_map["labels"].float().numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    axis.set_title("all blocks, head 0", fontsize=8)
+    axis.set_xlabel("key block", fontsize=7)
+    axis.set_ylabel("query block", fontsize=7)
+    axis.tick_params(labelsize=6)
+    figure.suptitle(
+        f"{name}: what the marked token sees. Bright: exactly ({block_map['kept']} blocks); dim: through the global "
+        "branch; dark: not at all",
+        fontsize=9,
+    )
+    figure.savefig(path)
+
+
+def _page(results: dict[str, Any], media: dict[str, Any]) -> str:
+    arms, clip, environment = results["arms"], results["clip"], results["environment"]
+    dense = arms["dense"]
+    columns = (
+        ("arm", lambda name, arm: html.escape(name)),
+        ("attention work, against dense", lambda name, arm: f"{100 / arm['attention_flops_reduction']:.1f} %"),
+        ("held-out loss, converted", lambda name, arm: f"{arm['held_out_loss_converted']:.4f}"),
+        ("held-out loss, fine-tuned", lambda name, arm: f"{arm['held_out_loss_fine_tuned']:.4f}"),
+        ("output error, converted", lambda name, arm: f"{100 * arm['output_error_converted']:.1f} %"),
+        ("output error, fine-tuned", lambda name, arm: f"{100 * arm['output_error_fine_tuned']:.1f} %"),
+        ("PSNR to the clip", lambda name, arm: f"{arm['psnr_db']:.2f} dB"),
+        ("fine-tuning step", lambda name, arm: f"{arm['seconds']['fine_tune_step']:.2f} s"),
+        ("generation", lambda name, arm: f"{arm['seconds']['generation']:.1f} s"),
+    )
+    head = "".join(f"<th>{title}</th>" for title, _ in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{cell(name, arm)}</td>" for _, cell in columns) + "</tr>" for name, arm in arms.items()
+    )
+    verdicts = "".join(
+        f'<li class="{"met" if e["met"] else "missed"}"><b>{"As expected" if e["met"] else "Not as expected"}</b>: '
+        f"{html.escape(e['expected'])} ({html.escape(e['figures'])}).</li>"
+        for e in results["expectations"]
+    )
+    maps = "".join(
+        f'<figure><img src="blocks-{_slug(name)}.png" alt="blocks that {name} selects"></figure>'
+        for name in media["maps"]
+    )
+    settings = results["settings"]
+    kept = 100 * settings["keep_ratio"]
+    seconds = results["pretraining"]["seconds"]
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>foveal demo</title>
+<style>
+body {{ font: 16px/1.55 system-ui, sans-serif; color: #1c2733; background: #fff; max-width: 1120px;
+       margin: 2.5rem auto; padding: 0 1.25rem; }}
+h1 {{ font-size: 1.9rem; margin-bottom: .2rem; }} h2 {{ margin-top: 2.4rem; font-size: 1.25rem; }}
+video, img {{ width: 100%; height: auto; border-radius: 6px; }}
+figure {{ margin: 1rem 0; }} .lead {{ color: #4a5866; }}
+.table {{ overflow-x: auto; }} table {{ border-collapse: collapse; width: 100%; font-size: .88rem; }}
+th, td {{ text-align: right; padding: .45rem .6rem; border-bottom: 1px solid #dde3e8; vertical-align: bottom; }}
+th:first-child, td:first-child {{ text-align: left; font-weight: 600; }} td {{ font-variant-numeric: tabular-nums; }}
+.met b {{ color: #22774b; }} .missed b {{ color: #b3372f; }}
+dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; font-size: .9rem; }}
+dt {{ color: #4a5866; }} dd {{ margin: 0; }}
+</style>
+</head>
+<body>
+<h1>A video transformer with {100 - kept:.0f} % of its attention blocks gone</h1>
+<p class="lead">A small Wan transformer learned {html.escape(clip["file"])} with dense attention, was converted, and
+fine-tuned for {settings["fine_tune_steps"]} steps. All videos below continue the same held-out frame from the same
+noise; every arm, dense too, was fine-tuned on the same batches.</p>
+<video src="side-by-side.mp4" autoplay loop muted playsinline controls></video>
+<h2>Measured</h2>
+<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+<ul>{verdicts}</ul>
+<p>Attention work counts every FLOP of the method, its global branch and its selection included. Output error is
+|v - v_dense| / |v_dense| over the held-out windows: after conversion against the pretrained model, after fine-tuning
+against the dense model fine-tuned alike. PSNR leaves the given first frame out; one window, so read it as an
+illustration. Dense held-out loss before fine-tuning: {dense["held_out_loss_converted"]:.4f}.</p>
+<h2>Held-out loss</h2>
+<figure><img src="loss.png" alt="held-out loss against steps"></figure>
+<h2>Where one token looks</h2>
+{maps}
+<p>SLA cuts the tokens into blocks in raster order, so that its blocks are strips of a frame; VSA cuts them into cubes
+of space and time. Dim blocks reach the token through SLA's linear branch, or through VSA's coarse one.</p>
+<h2>Run</h2>
+<dl>
+<dt>Tokens per clip</dt><dd>{results["tokens"]:,} ({settings["frames"]} frames of
+{settings["height"] // settings["patch"]} x {settings["width"] // settings["patch"]})</dd>
+<dt>Transformer</dt><dd>{results["parameters"] / 1e6:.2f} M parameters, {settings["num_layers"]} layers,
+{settings["num_heads"]} heads of {settings["head_dim"]}</dd>
+<dt>Pretraining</dt><dd>{settings["pretrain_steps"]} steps, {seconds["total"]:.0f} s</dd>
+<dt>Seed</dt><dd>{settings["seed"]}</dd>
+<dt>Device</dt><dd>{html.escape(str(environment["device"]))}, {environment["threads"]} threads</dd>
+<dt>Versions</dt><dd>foveal {environment["foveal"]}, torch {environment["torch"]},
+diffusers {environment["diffusers"]}, Python {environment["python"]}</dd>
+</dl>
+<p>All figures: <a href="results.json">results.json</a>.</p>
+</body>
+</html>
+"""

@@ -1,0 +1,133 @@
+"""The demo's task: a small Wan transformer that continues a frame into a video, in pixel space.
+
+As in Wan's image-to-video models, the transformer sees the noisy video beside a mask of the given frames and the given
+frames themselves (zeros where there is none), so that what the first frame shows has to travel through attention. There
+is no text: the caption is one zero token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from foveal.lab.demo.settings import DemoSettings
+from foveal.lab.train.model import build_wan
+from foveal.lab.train.objective import NUM_TRAIN_TIMESTEPS, add_noise, flow_matching_loss, sample_sigmas
+from foveal.lab.train.sampling import euler_steps
+from foveal.lab.train.settings import WanArchitecture
+
+TEXT_DIM = 32
+HELD_OUT_SIGMAS = (0.2, 0.45, 0.7, 0.9)
+
+
+def build_model(settings: DemoSettings) -> nn.Module:
+    """A randomly initialised `WanTransformer3DModel`, seeded."""
+    torch.manual_seed(settings.seed)
+    dim = settings.num_heads * settings.head_dim
+    sizes = WanArchitecture(
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
+        head_dim=settings.head_dim,
+        ffn_dim=4 * dim,
+        patch=settings.patch,
+        channels=3,
+        text_dim=TEXT_DIM,
+        freq_dim=64,
+        rope_max_seq_len=max(64, *settings.grid.shape),
+    )
+    return build_wan(sizes, given_channels=4)
+
+
+def predict(model: nn.Module, noisy: Tensor, sigmas: Tensor, first_frame: Tensor) -> Tensor:
+    """Velocity [B, 3, F, H, W] from noisy [B, 3, F, H, W], sigmas [B] and the first frame [B, 3, 1, H, W]."""
+    caption = noisy.new_zeros(noisy.shape[0], 1, TEXT_DIM)
+    half = noisy.device.type == "cuda"
+    with torch.autocast(noisy.device.type, dtype=torch.bfloat16, enabled=half):
+        given = torch.cat((torch.ones_like(first_frame[:, :1]), first_frame), 1)
+        given = torch.nn.functional.pad(given, (0, 0, 0, 0, 0, noisy.shape[2] - 1))
+        inputs = torch.cat((noisy, given), 1)
+        return model(inputs, sigmas * NUM_TRAIN_TIMESTEPS, caption, return_dict=False)[0].float()
+
+
+class Batches:
+    """Training batches (video, noise, sigmas), the same sequence for the same seed whatever trains on it."""
+
+    def __init__(self, windows, settings: DemoSettings, device: torch.device, seed: int) -> None:
+        self.windows, self.settings, self.device = windows, settings, device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor, Tensor]:
+        video = self.windows.train_batch(self.settings.batch, self.generator)
+        noise = torch.randn(video.shape, generator=self.generator)
+        sigmas = sample_sigmas(video.shape[0], shift=self.settings.shift, generator=self.generator)
+        return video.to(self.device), noise.to(self.device), sigmas.to(self.device)
+
+
+def training_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Flow-matching loss of one batch, a scalar."""
+    video, noise, sigmas = batch
+    noisy, target = add_noise(video, noise, sigmas)
+    return flow_matching_loss(predict(model, noisy, sigmas, video[:, :, :1]), target).mean()
+
+
+class HeldOut:
+    """Fixed held-out windows, noise and noise levels, for losses that can be compared to the last digit."""
+
+    def __init__(self, windows, settings: DemoSettings, device: torch.device) -> None:
+        count = settings.held_out_windows
+        self.video = windows.held_out_batch(count).to(device)
+        generator = torch.Generator().manual_seed(settings.seed + 1000)
+        self.noise = torch.randn(self.video.shape, generator=generator).to(device)
+        levels = torch.tensor(HELD_OUT_SIGMAS)
+        # Each window meets two noise levels, half the range apart; together they meet all of them.
+        self.rounds = [
+            levels[(torch.arange(count) + shift) % len(levels)].to(device) for shift in (0, len(levels) // 2)
+        ]
+
+    @torch.no_grad()
+    def velocities(self, model: nn.Module) -> Tensor:
+        """Predicted velocities [2, windows, 3, F, H, W], one window at a time."""
+        model.eval()
+        rounds = []
+        for sigmas in self.rounds:
+            noisy, _ = add_noise(self.video, self.noise, sigmas)
+            rounds.append(
+                torch.cat(
+                    [
+                        predict(model, noisy[i : i + 1], sigmas[i : i + 1], self.video[i : i + 1, :, :1])
+                        for i in range(len(sigmas))
+                    ]
+                )
+            )
+        return torch.stack(rounds)
+
+    def loss(self, model: nn.Module) -> float:
+        """Mean flow-matching loss over windows and noise levels."""
+        return (self.velocities(model) - (self.noise - self.video)).square().mean().item()
+
+
+def generate(
+    model: nn.Module,
+    first_frame: Tensor,
+    noise: Tensor,
+    settings: DemoSettings,
+    on_step: Callable[[], None] | None = None,
+) -> Tensor:
+    """A video [B, 3, F, H, W] in [-1, 1] from its first frame [B, 3, 1, H, W] and noise, by Euler steps."""
+    model.eval()
+
+    def velocity(video: Tensor, sigmas: Tensor) -> Tensor:
+        return predict(model, video, sigmas, first_frame)
+
+    return euler_steps(velocity, noise, shift=settings.shift, steps=settings.sampling_steps, on_step=on_step)
+
+
+def psnr(video: Tensor, target: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of videos in [-1, 1], the given first frame left out."""
+    error = (video.clamp(-1, 1) - target)[:, :, 1:].square().mean() / 4
+    return (-10 * error.log10()).item()

@@ -1,0 +1,101 @@
+"""Files of a generation run: names, videos and images, and the record beside each that says how it was made.
+
+The record is written after the file that it is of, so that one that matches means a finished output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal.lab.data.shards import replacing
+from foveal.lab.data.windows import read_video, write_video
+
+FORMAT = 1
+SLUG_LENGTH = 40
+
+
+def output_name(prompt: str, seed: int, label: str) -> str:
+    """A file name without suffix: readable, and different for different prompts however alike they begin."""
+    readable = slug(prompt, SLUG_LENGTH) or "prompt"
+    return f"{readable}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}-seed{seed}-{label}"
+
+
+def slug(text: str, length: int) -> str:
+    """The ASCII letters and digits of a text for a file name, at most `length` characters."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:length].rstrip("-")
+
+
+def media_suffix(is_image: bool) -> str:
+    return ".png" if is_image else ".mp4"
+
+
+def write_media(path: Path, frames: Tensor, *, fps: float) -> None:
+    """uint8 [frames, 3, height, width] as an MP4, or one frame as a PNG, by the suffix; all at once."""
+    with replacing(path) as aside:
+        if path.suffix == ".png":
+            from PIL import Image
+
+            Image.fromarray(frames[0].permute(1, 2, 0).contiguous().numpy()).save(aside)
+        else:
+            write_video(aside, frames, fps=round(fps))
+
+
+def write_exact(path: Path, frames: Tensor, *, fps: float) -> None:
+    """uint8 [frames, 3, height, width] as a Matroska video that decodes to the same bits; all at once."""
+    import av
+
+    with replacing(path) as aside, av.open(str(aside), "w") as container:
+        stream = container.add_stream("libx264rgb", rate=round(fps), options={"qp": "0", "preset": "veryfast"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "rgb24"
+        for image in frames.permute(0, 2, 3, 1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def read_media(path: Path, *, height: int, width: int) -> Tensor:
+    """uint8 [frames, 3, height, width] of what the functions above wrote."""
+    return read_video(path, height=height, width=width)
+
+
+def beside(left: Tensor, right: Tensor) -> Tensor:
+    """Two videos of one size next to each other, a strip of grey between them."""
+    strip = torch.full((*left.shape[:3], 4), 128, dtype=torch.uint8)
+    return torch.cat((left, strip, right), dim=3)
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """The record of an output, beside it."""
+    with replacing(path) as aside:
+        aside.write_text(
+            json.dumps({"format": FORMAT, **record}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+
+def finished(folder: Path, name: str, settings: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+    """(the record of a finished output with these settings, why an output that is there does not count).
+
+    An output without a record, or none at all, is (None, None): it was not finished.
+    """
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        return None, None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            return None, f"its record has format version {record['format']!r}"
+        former = record["settings"]
+        for output in record["outputs"]:
+            path = folder / output["file"]
+            if not path.is_file() or path.stat().st_size != output["bytes"]:
+                return None, f"{output['file']} is missing or has another size"
+    except (ValueError, KeyError, TypeError):
+        return None, "its record is malformed"
+    differing = sorted(key for key in settings.keys() | former.keys() if settings.get(key) != former.get(key))
+    return (None, f"it was made with other {', '.join(differing)}") if differing else (record, None)

@@ -1,0 +1,361 @@
+"""The generation run: every prompt with every seed, dense and sparse, each output once."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import json
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal.lab.generate.outputs import (
+    beside,
+    finished,
+    media_suffix,
+    output_name,
+    read_media,
+    write_exact,
+    write_media,
+    write_record,
+)
+from foveal.lab.generate.sparse import SparseChoice, configs_of, fingerprint
+from foveal.lab.pipelines import TRANSFORMERS, LoadedPipeline, default_size
+from foveal.models import dense, summary
+
+DENSE, SPARSE = "dense", "sparse"
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What all outputs of a run share; None takes the pipeline's own.
+
+    Args:
+        frames, height, width: in pixels; an image has one frame.
+        steps: denoising steps.
+        guidance_scale: of classifier-free guidance, or as the model's embedding.
+        negative_prompt: what guidance leads away from.
+        fps: of the file that is written.
+        exact: keep each video bit for bit too, as a Matroska file.
+    """
+
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    fps: float | None = None
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"fps must be above 0, got {self.fps}")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale must be finite, got {self.guidance_scale}")
+
+    def call_arguments(self, loaded: LoadedPipeline) -> dict[str, Any]:
+        """The arguments of the pipeline's call, all but prompt and seed, each with a value.
+
+        Raises:
+            ValueError: for a size that the pipeline cannot make, or an option that it does not have.
+        """
+        accepted = inspect.signature(loaded.pipe.__call__).parameters
+        size = default_size(loaded.pipe)
+        given = {"num_frames": self.frames, "height": self.height, "width": self.width}
+        arguments = {
+            name: default if value is None else value
+            for (name, value), default in zip(given.items(), size, strict=True)
+        }
+        for name, value in arguments.items():
+            if value is None:
+                raise ValueError(f"{loaded.kind.name} does not say its {name}; give one")
+        if loaded.kind.is_image and arguments["num_frames"] != 1:
+            raise ValueError(f"{loaded.kind.name} makes images, which have 1 frame, got {self.frames} frames")
+        loaded.sizes.check(arguments["num_frames"], arguments["height"], arguments["width"])
+        options = {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "negative_prompt": self.negative_prompt,
+            "frame_rate": self.fps,
+        }
+        for name, value in options.items():
+            if name in accepted:
+                arguments[name] = accepted[name].default if value is None else value
+            elif name == "negative_prompt" and value is not None:
+                raise ValueError(f"{loaded.kind.name} takes no negative prompt")
+        if arguments["num_inference_steps"] < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        return arguments
+
+    def frame_rate(self, loaded: LoadedPipeline) -> float:
+        return self.fps or loaded.kind.fps or 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One output: a prompt, a seed, "dense" or "sparse", and what its file name calls that."""
+
+    prompt: str
+    seed: int
+    arm: str
+    label: str
+
+    @property
+    def name(self) -> str:
+        return output_name(self.prompt, self.seed, self.label)
+
+
+class Progress:
+    """What a run tells of itself; the command line's draws a bar."""
+
+    def start(self, jobs: int, done: int, steps: int) -> None:
+        """`jobs` in all, `done` of them by former runs, of `steps` steps each."""
+
+    def begin(self, job: Job, again: str | None) -> None:
+        """A job begins; `again` says why, if there is an output that does not count."""
+
+    def step(self) -> None:
+        """A denoising step is done."""
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a text file, one a line; blank lines do not count.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is not UTF-8 text, has no prompt, or has one twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such prompt file: {path}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"prompt file {path} is not UTF-8 text") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompt file {path} has no prompt; expected one a line")
+    for place, prompt in enumerate(prompts):
+        if prompt in prompts[:place]:
+            raise ValueError(f"prompt file {path} has a prompt twice: {prompt!r}")
+    return prompts
+
+
+def generate(
+    loaded: LoadedPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    output: str | Path,
+    settings: GenerationSettings,
+    *,
+    sparse: SparseChoice | None = None,
+    compare_dense: bool = False,
+    progress: Progress | None = None,
+) -> dict[Job, dict[str, Any]]:
+    """Make every output that is not finished yet: a video or image, and a JSON record of how it was made.
+
+    Dense outputs come first, from the pipeline as it was loaded; then it is made sparse, and stays so. With
+    `compare_dense`, each pair is also written side by side, dense on the left. The seed's noise is drawn on the CPU, so
+    that it is the same on every device.
+
+    Args:
+        loaded: a pipeline, dense, or sparse as it was saved.
+        prompts, seeds: each with each.
+        output: the folder; outputs in it whose records match are left as they are.
+        settings: what all outputs share.
+        sparse: how to make the pipeline sparse; None generates with it as it is.
+        compare_dense: generate dense too.
+        progress: told about each output and step.
+
+    Returns:
+        The record of every output, former ones included, in order.
+
+    Raises:
+        ValueError: no prompt or seed, one that is given twice, nothing to compare with dense, a size that the pipeline
+            cannot make or that is too small for sparse attention, or an output path that is a file;
+            FileNotFoundError, TypeError and ValueError as `SparseChoice.check` and `install` do.
+        FloatingPointError: for an output that is not finite.
+    """
+    output, progress = Path(output), progress or Progress()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file; expected a folder")
+    for name, values in (("prompt", prompts), ("seed", seeds)):
+        if not values or len(set(values)) != len(values) or "" in values:
+            raise ValueError(f"give at least one {name}, none of them empty or twice, got {values}")
+    already = bool(configs_of(loaded.pipe))
+    if already and sparse is not None:
+        raise ValueError(f"{loaded.source} is a sparse pipeline already; it takes no other sparse weights or method")
+    sparse = SparseChoice() if already else sparse
+    if compare_dense and sparse is None:
+        raise ValueError(f"{loaded.source} is dense, nothing to compare; give sparse weights or a method")
+    arguments = settings.call_arguments(loaded)
+    grid = loaded.sizes.grid(arguments["num_frames"], arguments["height"], arguments["width"])
+    if sparse is not None:
+        # Now: dense outputs may take hours.
+        sparse.check()
+    if sparse is not None and sparse.config is not None:
+        sparse.check_grid(grid, [sparse.config])
+    arms = [DENSE] if sparse is None else [DENSE, SPARSE] if compare_dense else [SPARSE]
+    labels = {DENSE: DENSE, SPARSE: None if sparse is None else sparse.label}
+    jobs = [Job(prompt, seed, arm, labels[arm]) for arm in arms for prompt in prompts for seed in seeds]
+
+    shared = _shared_settings(loaded, settings, arguments)
+    described = {DENSE: None, SPARSE: None if sparse is None else sparse.describe()}
+    wanted = {
+        job: {**shared, "prompt": job.prompt, "seed": job.seed, "arm": job.arm, "sparse": described[job.arm]}
+        for job in jobs
+    }
+    states = {job: finished(output, job.name, wanted[job]) for job in jobs}
+    records = {job: record for job, (record, _) in states.items() if record is not None}
+    progress.start(len(jobs), len(records), arguments["num_inference_steps"])
+    output.mkdir(parents=True, exist_ok=True)
+    reduction, installed = 1.0, False
+    for job in jobs:
+        if job in records:
+            continue
+        if job.arm == SPARSE and not installed:
+            sparse.install(loaded.pipe)
+            sparse.check_grid(grid, configs_of(loaded.pipe))
+            reduction, installed = summary(loaded.pipe, grid).reduction, True
+        progress.begin(job, states[job][1])
+        with dense(loaded.pipe) if already and job.arm == DENSE else contextlib.nullcontext():
+            frames, seconds, memory = _generate_one(loaded, job, arguments, progress.step)
+        record = {
+            "settings": wanted[job],
+            "seconds": seconds,
+            "peak_memory_bytes": memory,
+            "attention_flops_reduction": reduction if job.arm == SPARSE else 1.0,
+            "tokens": list(grid.shape),
+            "environment": environment(loaded.device),
+        }
+        records[job] = _write(output, job, frames, record, loaded, settings)
+    if compare_dense:
+        half = len(jobs) // 2
+        for left, right in zip(jobs[:half], jobs[half:], strict=True):
+            _write_side_by_side(output, left, right, records, loaded)
+    return {job: records[job] for job in jobs}
+
+
+def frames_of(output: Path, record: dict[str, Any]) -> Tensor:
+    """The frames of an output, uint8 [frames, 3, height, width], bit for bit if they were kept so."""
+    size = {name: record["settings"][name] for name in ("height", "width")}
+    return read_media(output / record["outputs"][-1]["file"], **size)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Where a run takes place."""
+    import diffusers
+
+    import foveal
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "foveal": foveal.__version__}
+    return {"device": name, "python": platform.python_version(), **versions}
+
+
+def _shared_settings(loaded: LoadedPipeline, settings: GenerationSettings, arguments: dict[str, Any]) -> dict[str, Any]:
+    source = Path(loaded.source)
+    shared = {
+        "pipeline": loaded.kind.name,
+        "model": loaded.source,
+        "model_fingerprint": fingerprint(source) if source.is_dir() else None,
+        "revision": loaded.revision,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": loaded.device.type,
+        **arguments,
+        "fps": settings.frame_rate(loaded),
+        "exact": settings.exact,
+    }
+    return json.loads(json.dumps(shared))
+
+
+def _generate_one(
+    loaded: LoadedPipeline, job: Job, arguments: dict[str, Any], on_step: Callable[[], None]
+) -> tuple[Tensor, dict[str, Any], int | None]:
+    """(frames uint8 [F, 3, H, W], seconds of each part, peak memory in bytes) of one call of the pipeline."""
+    device = loaded.device
+    on_gpu = device.type == "cuda"
+    times: list[float] = []
+
+    def now() -> float:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    def first_forward(module: Any, args: Any) -> None:
+        # The text is encoded by now; the first step begins.
+        if not times:
+            times.append(now())
+
+    def end_of_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        times.append(now())
+        on_step()
+        return tensors
+
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    call = {name: value for name, value in arguments.items() if not (loaded.kind.is_image and name == "num_frames")}
+    parts = [getattr(loaded.pipe, name, None) for name in TRANSFORMERS]
+    hooks = [part.register_forward_pre_hook(first_forward) for part in parts if part is not None]
+    start = now()
+    try:
+        result = loaded.pipe(
+            prompt=job.prompt,
+            generator=torch.Generator().manual_seed(job.seed),
+            output_type="pt",
+            return_dict=False,
+            callback_on_step_end=end_of_step,
+            **call,
+        )[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    end = now()
+    video = result if loaded.kind.is_image else result[0]
+    if not video.isfinite().all():
+        raise FloatingPointError(f"the {job.arm} output for prompt {job.prompt!r}, seed {job.seed}, is not finite")
+    frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    seconds = {"text_encoding": times[0] - start, "steps": steps, "decoding": end - times[-1], "total": end - start}
+    return frames, seconds, torch.cuda.max_memory_allocated(device) if on_gpu else None
+
+
+def _write(
+    output: Path,
+    job: Job,
+    frames: Tensor,
+    record: dict[str, Any],
+    loaded: LoadedPipeline,
+    settings: GenerationSettings,
+) -> dict[str, Any]:
+    record_file = output / f"{job.name}.json"
+    # A former record must not stay beside an output that it does not describe.
+    record_file.unlink(missing_ok=True)
+    files = [output / f"{job.name}{media_suffix(loaded.kind.is_image)}"]
+    write_media(files[0], frames, fps=settings.frame_rate(loaded))
+    if settings.exact and not loaded.kind.is_image:
+        files.append(output / f"{job.name}.mkv")
+        write_exact(files[1], frames, fps=settings.frame_rate(loaded))
+    record["outputs"] = [{"file": file.name, "bytes": file.stat().st_size} for file in files]
+    write_record(record_file, record)
+    return record
+
+
+def _write_side_by_side(
+    output: Path, left: Job, right: Job, records: dict[Job, dict[str, Any]], loaded: LoadedPipeline
+) -> None:
+    path = output / f"{right.name}-beside-dense{media_suffix(loaded.kind.is_image)}"
+    parts = [output / f"{job.name}.json" for job in (left, right)]
+    if path.is_file() and path.stat().st_mtime_ns >= max(part.stat().st_mtime_ns for part in parts):
+        return
+    pair = [frames_of(output, records[job]) for job in (left, right)]
+    write_media(path, beside(*pair), fps=records[left]["settings"]["fps"])

@@ -1,0 +1,180 @@
+"""What makes a pipeline sparse for generation: a folder or a checkpoint of trained weights, or a method without any."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foveal.checks import check_choice
+from foveal.lab.generate.outputs import slug
+from foveal.layout import VideoGrid
+from foveal.methods.base import METHODS, Config
+from foveal.methods.sla.config import SLAConfig
+from foveal.methods.vsa.attention import resolve_tile
+from foveal.models import load, sparsify
+from foveal.models.families.table import components_of
+from foveal.models.files.checkpoints import check_checkpoint, load_checkpoint
+from foveal.models.files.persist import WEIGHTS_FILE
+from foveal.models.files.tensor_files import open_tensors
+from foveal.models.processor import sparse_processors
+
+# Where `foveal train` puts the sparse part of what it exports.
+EXPORTED = "sparse"
+
+
+@dataclass(frozen=True)
+class SparseChoice:
+    """How to make a pipeline sparse; neither `path` nor `config` for one that is sparse as it was loaded.
+
+    Args:
+        path: what `foveal.save` or `foveal train` wrote, or what `load_checkpoint` takes.
+        config: a method's configuration, for a pipeline without trained sparse weights.
+        impl: see `block_sparse_attention`.
+    """
+
+    path: Path | None = None
+    config: Config | None = None
+    impl: str = "auto"
+
+    def describe(self) -> dict[str, Any]:
+        """What an output's record says of it, plain JSON."""
+        if self.path is not None:
+            return {"path": str(self.path), "fingerprint": fingerprint(self.path), "impl": self.impl}
+        if self.config is None:
+            return {"in_pipeline": True}
+        method = next(name for name, method in METHODS.items() if isinstance(self.config, method.config_type))
+        # Through JSON, which makes lists of tuples, so that it equals what is read back.
+        return json.loads(json.dumps({"method": method, "config": self.config.to_dict(), "impl": self.impl}))
+
+    @property
+    def label(self) -> str:
+        """What file names call it: the same for a folder whose weights change, another for another configuration."""
+        described = self.describe()
+        described.pop("fingerprint", None)
+        if "in_pipeline" in described:
+            return "sparse"
+        readable = described["method"] if self.path is None else slug(self.path.stem, 20)
+        return f"{readable}-{hashlib.sha256(json.dumps(described).encode()).hexdigest()[:4]}"
+
+    def check(self) -> None:
+        """Look at what `path` is, without a model and without reading weights.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: files that are corrupt, or of no known format.
+        """
+        if self.path is None:
+            return
+        if not self.path.exists():
+            raise FileNotFoundError(f"no such folder or checkpoint of sparse weights: {self.path}")
+        for folder in (self.path, self.path / EXPORTED):
+            if (folder / WEIGHTS_FILE).is_file():
+                with open_tensors(folder / WEIGHTS_FILE):
+                    return
+        check_checkpoint(self.path)
+
+    def install(self, pipe: Any) -> None:
+        """Make a dense pipeline sparse, with the base weights that go with it, if any.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: as `load`, `load_checkpoint` and `sparsify` do.
+        """
+        if self.config is not None:
+            sparsify(pipe, self.config, impl=self.impl)
+        elif self.path is None:
+            return
+        elif (self.path / WEIGHTS_FILE).is_file():
+            load(pipe, self.path, impl=self.impl)
+        elif (self.path / EXPORTED / WEIGHTS_FILE).is_file():
+            _load_export(pipe, self.path, impl=self.impl)
+        else:
+            load_checkpoint(pipe, self.path, impl=self.impl)
+
+    def check_grid(self, grid: VideoGrid, configs: list[Config]) -> None:
+        """Raises a ValueError if a video of that size is a single block under one of the configurations."""
+        for config in configs:
+            if isinstance(config, SLAConfig):
+                blocks, block = -(-grid.num_tokens // config.block_k), f"{config.block_k} tokens"
+            else:
+                tile = resolve_tile(config, grid)
+                blocks = 1
+                for side, cube in zip(grid.shape, tile, strict=True):
+                    blocks *= -(-side // cube)
+                block = "x".join(map(str, tile)) + " tokens"
+            if blocks == 1:
+                shape = "x".join(map(str, grid.shape))
+                raise ValueError(
+                    f"the video is too small for sparse attention: its {shape} tokens are one block of {block}; "
+                    "take more frames or a larger height and width"
+                )
+
+
+def choose_sparse(
+    path: Path | None, method: str | None, *, keep_ratio: float | None, drop_ratio: float | None, impl: str
+) -> SparseChoice | None:
+    """The choice that command line options make; None for dense.
+
+    Raises:
+        FileNotFoundError: no such folder or checkpoint.
+        ValueError: options that exclude each other, an unknown method, a ratio that it does not have or that is out
+            of its range, or a folder or checkpoint of no known format.
+    """
+    ratios = {"keep_ratio": keep_ratio, "drop_ratio": drop_ratio}
+    ratios = {name: value for name, value in ratios.items() if value is not None}
+    if path is not None and (method is not None or ratios):
+        raise ValueError("sparse weights have their own method and ratios: give --sparse, or --method and ratios")
+    if path is not None:
+        choice = SparseChoice(path=path, impl=impl)
+        choice.check()
+        return choice
+    if method is None:
+        if ratios:
+            raise ValueError(f"give --method with {' and '.join(ratios)}; expected one of {', '.join(METHODS)}")
+        return None
+    check_choice("method", method, tuple(METHODS))
+    config_type = METHODS[method].config_type
+    known = {field.name for field in dataclasses.fields(config_type)}
+    for name in ratios:
+        if name not in known:
+            raise ValueError(f"method {method} has no {name}")
+    return SparseChoice(config=config_type(**ratios), impl=impl)
+
+
+def configs_of(pipe: Any) -> list[Config]:
+    """The configurations of a pipeline's sparse layers, each once; empty for a dense one."""
+    try:
+        transformers = components_of(pipe).values()
+    except TypeError:
+        # A family that foveal does not know has no sparse layers.
+        return []
+    found = {}
+    for transformer in transformers:
+        for processor in sparse_processors(transformer).values():
+            found[processor.config] = None
+    return list(found)
+
+
+def _load_export(pipe: Any, folder: Path, *, impl: str) -> None:
+    """What `foveal train` exports: the sparse part, and the model's weights or an adapter where they were trained."""
+    trained = folder / "transformer"
+    if trained.is_dir():
+        former = pipe.transformer
+        pipe.transformer = type(former).from_pretrained(trained, dtype=former.dtype).to(former.device)
+    if (folder / "lora").is_dir():
+        pipe.transformer.load_lora_adapter(folder / "lora", prefix=None)
+    load(pipe, folder / EXPORTED, impl=impl)
+
+
+def fingerprint(path: Path) -> str:
+    """A hash of the names, sizes and modification times of a file, or of all files below a folder.
+
+    Times, since a model that is trained on has files of the same names and sizes; not contents, which may be 30 GB.
+    """
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
+    listed = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]

@@ -1,0 +1,137 @@
+"""From observations to a recommendation: ratios, block sizes, token order, and which layers to leave dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from foveal.lab.inspect.probe import InspectSettings, LayerObservation
+from foveal.methods.cost import attention_cost
+from foveal.methods.sla.config import SLAConfig
+
+# Larger query blocks run faster, so they win unless their error is more than this much larger.
+WORTH = 1.10
+# Tile order costs a reordering of the tokens, so it has to be this much better.
+WORTH_REORDERING = 0.98
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to try first.
+
+    Attributes:
+        config: an `SLAConfig` for the layers that are converted.
+        dense_layers: (component, layer) of those whose output changes by more than twice the tolerance.
+        error: mean output error of the converted layers (of all where none is left to convert) before any fine-tuning,
+            sparse branch alone.
+        recall: mean attention mass that their kept blocks hold.
+        flops_ratio: their attention's FLOPs over dense attention's, all parts counted; says nothing of time.
+        reached: whether the error is within the tolerance at all.
+    """
+
+    config: SLAConfig
+    dense_layers: tuple[tuple[str, str], ...]
+    error: float
+    recall: float
+    flops_ratio: float
+    reached: bool
+
+
+def advise(
+    observations: Sequence[LayerObservation],
+    settings: InspectSettings,
+    *,
+    heads: int,
+    head_dim: int,
+    tolerance: float = 0.1,
+    drop_ratio: float = 0.1,
+) -> Advice:
+    """The fewest blocks whose output error is within `tolerance` in the median layer, in the better order.
+
+    Args:
+        observations: from `observe`.
+        settings: with which they were made.
+        heads, head_dim: of the layers, for the cost.
+        tolerance: relative output error of the sparse branch before fine-tuning. Fine-tuning mends much of it: SLA's
+            paper starts from far larger errors.
+        drop_ratio: of the recommended configuration; lowered where it would not leave room.
+
+    Raises:
+        ValueError: without observations.
+    """
+    if not observations:
+        raise ValueError("observations must not be empty: nothing was observed")
+    errors = {
+        variant: torch.stack([o.quality[variant].error["pooled"].mean(0) for o in observations])
+        for variant in observations[0].quality
+    }
+    medians = {variant: error.median(0).values for variant, error in errors.items()}
+
+    def needed(variant: tuple[str, int, int]) -> int:
+        within = (medians[variant] <= tolerance).nonzero()
+        return int(within[0]) if len(within) else len(settings.keep_ratios) - 1
+
+    def rank(variant: tuple[str, int, int]) -> tuple[int, float]:
+        order, block_q, _ = variant
+        index = needed(variant)
+        handicap = (1 / WORTH if block_q > 64 else 1.0) / (WORTH_REORDERING if order == "tile" else 1.0)
+        return index, float(medians[variant][index]) * handicap
+
+    best = min(medians, key=rank)
+    index = needed(best)
+    ratio = settings.keep_ratios[index]
+    by_layer: dict[tuple[str, str], list[float]] = {}
+    for observation, error in zip(observations, errors[best][:, index].tolist(), strict=True):
+        by_layer.setdefault((observation.component, observation.layer), []).append(error)
+    dense = tuple(layer for layer, values in by_layer.items() if sum(values) / len(values) > 2 * tolerance)
+    converted = [o for o in observations if (o.component, o.layer) not in dense]
+    order, block_q, block_k = best
+    config = SLAConfig(
+        keep_ratio=ratio, drop_ratio=min(drop_ratio, 1 - ratio), block_q=block_q, block_k=block_k, token_order=order
+    )
+    cost = attention_cost(config, grid=observations[0].grid, heads=heads, head_dim=head_dim)
+    counted = [o.quality[best] for o in converted or observations]
+    return Advice(
+        config=config,
+        dense_layers=dense,
+        error=float(torch.stack([quality.error["pooled"][:, index] for quality in counted]).mean()),
+        recall=float(torch.stack([quality.recall["pooled"][:, index] for quality in counted]).mean()),
+        flops_ratio=cost.flops_ratio,
+        reached=bool(converted) and float(medians[best][index]) <= tolerance,
+    )
+
+
+def to_json(observations: Sequence[LayerObservation], settings: InspectSettings) -> list[dict[str, Any]]:
+    """The observations as JSON-ready dictionaries; lists run over heads, inner ones over `keep_ratios`."""
+    return [
+        {
+            "component": o.component,
+            "layer": o.layer,
+            "call": o.call,
+            "step": o.step,
+            "timestep": o.timestep,
+            "grid": list(o.grid.shape),
+            "distribution": {name: _rounded(value) for name, value in vars(o.distribution).items()},
+            "quality": [
+                {
+                    "order": order,
+                    "block_q": block_q,
+                    "block_k": block_k,
+                    "recall": {name: _rounded(value) for name, value in quality.recall.items()},
+                    "error": {name: _rounded(value) for name, value in quality.error.items()},
+                    "overlap": _rounded(quality.overlap),
+                }
+                for (order, block_q, block_k), quality in o.quality.items()
+            ],
+        }
+        for o in observations
+    ]
+
+
+def _rounded(value: torch.Tensor) -> list:
+    return [
+        [float(f"{x:.6g}") for x in row] if isinstance(row, list) else float(f"{row:.6g}") for row in value.tolist()
+    ]

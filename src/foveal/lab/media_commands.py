@@ -1,0 +1,221 @@
+"""The commands that read and make videos: precompute, generate, eval."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def _need(extra: str, *packages: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        # Named, since torchvision goes with one torch, and pip would replace the installed one with the newest pair.
+        torch = f" torch=={importlib.metadata.version('torch')}" if extra == "eval" else ""
+        raise ValueError(f'this command needs {", ".join(missing)}: pip install "foveal[{extra}]"{torch}')
+
+
+@dataclass
+class Precompute:
+    """Encode videos and captions with a pipeline's VAE and text encoder, once, for foveal train."""
+
+    videos: Path
+    """A folder of videos (captions in .txt files of the same names), one video, or a CSV, JSON lines or JSON list."""
+    output: Path
+    """The folder to write; a run that was interrupted there goes on."""
+    model: str | None = None
+    """The pipeline: a folder or a hub id."""
+    pixels: bool = False
+    """Store pixels instead, without a pipeline and without text."""
+    bucket: tuple[str, ...] = ()
+    """FRAMESxHEIGHTxWIDTH, like 81x480x832; each file goes to the nearest in shape that it is long enough for."""
+    fps: float | None = None
+    """Frames a second; the pipeline's otherwise, or in pixel space each file's own frames."""
+    clips_per_video: int = 1
+    """Clips of a file at most; they do not overlap."""
+    store: str = "auto"
+    """Dtype on the disk: bfloat16, float16, float32, or auto (bfloat16; float32 for pixels)."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto (a GPU where there is one)."""
+    dtype: str = "auto"
+    """Of the text encoder: bfloat16, float16, float32, or auto (bfloat16 on a GPU). The VAE runs in float32."""
+    revision: str | None = None
+    """Of the hub repository."""
+    tiling: bool = False
+    """Encode in tiles, which takes less memory."""
+
+    def run(self) -> None:
+        _need("train", "rich", "safetensors", "av", *(() if self.pixels else ("diffusers", "transformers")))
+        from rich.console import Console
+
+        from foveal.lab.data.clips import Bucket
+        from foveal.lab.data.precompute import PrecomputeSettings, precompute
+        from foveal.lab.pipelines import DTYPES, choose_device, choose_dtype, load_pipeline
+        from foveal.lab.terminal import FileProgress, progress_bar
+
+        if self.pixels == (self.model is not None):
+            raise ValueError("give --model, the pipeline to encode with, or --pixels, one of them")
+        if self.store not in ("auto", *DTYPES):
+            raise ValueError(f"unknown dtype {self.store!r}; expected auto or one of {', '.join(DTYPES)}")
+        stored = ("float32" if self.pixels else "bfloat16") if self.store == "auto" else self.store
+        settings = PrecomputeSettings(
+            buckets=tuple(Bucket.parse(text) for text in self.bucket),
+            fps=self.fps,
+            clips_per_video=self.clips_per_video,
+            dtype=DTYPES[stored],
+        )
+        device = choose_device(self.device)
+        loaded = None
+        if self.model is not None:
+            dtype = choose_dtype(self.dtype, device)
+            loaded = load_pipeline(
+                self.model, device=device, dtype=dtype, revision=self.revision, without_transformer=True
+            )
+            if self.tiling:
+                loaded.pipe.vae.enable_tiling()
+        console = Console(stderr=True)
+        try:
+            with progress_bar(console) as bar:
+                index = precompute(self.videos, self.output, settings, loaded=loaded, progress=FileProgress(bar))
+        except KeyboardInterrupt:
+            print("foveal: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
+            raise SystemExit(130) from None
+        console.print(f"{index.samples} samples: " + ", ".join(f"{n} of {s}" for s, n in index.latent_shapes.items()))
+        if index.skipped:
+            console.print(f"{len(index.skipped)} files left out; {self.output / 'index.json'} lists them all")
+        print(self.output)
+
+
+@dataclass
+class _Generation:
+    model: str
+    """The pipeline: a folder or a hub id."""
+    prompt: tuple[str, ...] = ()
+    """One or several."""
+    prompt_file: Path | None = None
+    """A text file with a prompt on each line."""
+    seed: tuple[int, ...] = (0,)
+    """One or several; each prompt is generated with each."""
+    sparse: Path | None = None
+    """Trained sparse weights: what foveal.save or foveal train wrote, or a released checkpoint."""
+    method: str | None = None
+    """Without trained weights: sla or vsa."""
+    keep_ratio: float | None = None
+    """Of --method: the share of key blocks that are read exactly."""
+    drop_ratio: float | None = None
+    """Of --method sla: the share that is not read at all."""
+    impl: str = "auto"
+    """Implementation of the sparse attention."""
+    frames: int | None = None
+    """Of the video; the pipeline's own otherwise, as below."""
+    height: int | None = None
+    """In pixels."""
+    width: int | None = None
+    """In pixels."""
+    steps: int | None = None
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Of classifier-free guidance, or as the model's embedding."""
+    negative_prompt: str | None = None
+    """What guidance leads away from."""
+    fps: float | None = None
+    """Of the MP4."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto (a GPU where there is one)."""
+    dtype: str = "auto"
+    """bfloat16, float16, float32, or auto (bfloat16 on a GPU)."""
+    revision: str | None = None
+    """Of the hub repository."""
+
+    def prepare(self, *, exact: bool) -> dict[str, Any]:
+        """The arguments that `generate` and `evaluate` share; what costs nothing is checked first."""
+        _need("generate", "rich", "safetensors", "av", "diffusers", "transformers")
+        from foveal.lab.generate.run import GenerationSettings, read_prompts
+        from foveal.lab.generate.sparse import choose_sparse
+        from foveal.lab.pipelines import choose_device, choose_dtype, load_pipeline
+
+        if bool(self.prompt) == (self.prompt_file is not None):
+            raise ValueError("give --prompt or --prompt-file, one of them")
+        prompts = list(self.prompt) or read_prompts(self.prompt_file)
+        sparse = choose_sparse(
+            self.sparse, self.method, keep_ratio=self.keep_ratio, drop_ratio=self.drop_ratio, impl=self.impl
+        )
+        device = choose_device(self.device)
+        dtype = choose_dtype(self.dtype, device)
+        settings = GenerationSettings(
+            frames=self.frames,
+            height=self.height,
+            width=self.width,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
+            fps=self.fps,
+            exact=exact,
+        )
+        return {
+            "loaded": load_pipeline(self.model, device=device, dtype=dtype, revision=self.revision),
+            "prompts": prompts,
+            "seeds": list(self.seed),
+            "settings": settings,
+            "sparse": sparse,
+        }
+
+
+@dataclass
+class Generate(_Generation):
+    """Generate videos or images with a pipeline, dense or sparse, and record how each was made."""
+
+    compare: str | None = None
+    """dense: generate dense too, and write each pair side by side."""
+    exact: bool = False
+    """Keep each video bit for bit too, as a Matroska file beside the MP4."""
+    output: Path = Path("foveal-generate")
+    """The folder to write; outputs that are there and match are left as they are."""
+
+    def run(self) -> None:
+        _need("generate", "rich")
+        from rich.console import Console
+
+        from foveal.lab.generate.run import generate
+        from foveal.lab.terminal import StepProgress, progress_bar
+
+        if self.compare not in (None, "dense"):
+            raise ValueError(f"unknown comparison {self.compare!r}; expected dense")
+        prepared = self.prepare(exact=self.exact)
+        try:
+            with progress_bar(Console(stderr=True)) as bar:
+                progress = StepProgress(bar)
+                generate(**prepared, output=self.output, compare_dense=self.compare == "dense", progress=progress)
+        except KeyboardInterrupt:
+            print("foveal: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
+            raise SystemExit(130) from None
+        print(self.output)
+
+
+@dataclass
+class Eval(_Generation):
+    """Compare sparse with dense on the same prompts and seeds: likeness, flicker, speed and memory, with intervals."""
+
+    output: Path = Path("foveal-eval")
+    """The folder to write; outputs that are there and match are used."""
+
+    def run(self) -> None:
+        _need("eval", "rich", "torchmetrics")
+        from rich.console import Console
+
+        from foveal.lab.evaluate.run import TABLE_FILE, evaluate
+        from foveal.lab.terminal import StepProgress, progress_bar
+
+        prepared = self.prepare(exact=True)
+        console = Console(stderr=True)
+        try:
+            with progress_bar(console) as bar:
+                report = evaluate(**prepared, output=self.output, progress=StepProgress(bar))
+        except KeyboardInterrupt:
+            print("foveal: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
+            raise SystemExit(130) from None
+        console.print(report)
+        print(self.output / TABLE_FILE)

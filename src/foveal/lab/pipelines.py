@@ -1,0 +1,320 @@
+"""diffusers pipelines for the commands: loading them, their sizes, and what their VAE and text encoder make of data.
+
+A new pipeline is a line in `PIPELINES`.
+
+Shape legend: B batch, F frames, H x W pixels, C latent channels, L text tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveal.layout import VideoGrid
+
+TRANSFORMERS = ("transformer", "transformer_2")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class PipelineKind:
+    """What diffusers does not say of a pipeline class in one place.
+
+    Args:
+        name: of the class.
+        text: the names of what `encode_prompt` returns without guidance, None for what a sample need not keep.
+        fps: frames a second that its models were trained at; None for images.
+        packed: latent pixels along a side of a token that the pipeline packs, on top of the transformer's patch.
+        vae_float32: generate with the VAE in float32, as the model's authors do.
+    """
+
+    name: str
+    text: tuple[str | None, ...]
+    fps: int | None
+    packed: int = 1
+    vae_float32: bool = False
+
+    @property
+    def is_image(self) -> bool:
+        return self.fps is None
+
+
+PIPELINES = {
+    kind.name: kind
+    for kind in (
+        PipelineKind("WanPipeline", ("prompt_embeds", None), fps=16, vae_float32=True),
+        PipelineKind(
+            "HunyuanVideoPipeline", ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"), fps=24
+        ),
+        PipelineKind("CogVideoXPipeline", ("prompt_embeds", None), fps=8),
+        PipelineKind("LTXPipeline", ("prompt_embeds", "prompt_attention_mask", None, None), fps=25),
+        PipelineKind("FluxPipeline", ("prompt_embeds", "pooled_prompt_embeds", None), fps=None, packed=2),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How a pipeline's pixels become latents and tokens.
+
+    Args:
+        temporal, spatial: pixels to a latent pixel. The first frame is a latent frame of its own.
+        patch: latent pixels to a token, (time, height, width).
+    """
+
+    temporal: int
+    spatial: int
+    patch: tuple[int, int, int]
+
+    def check(self, frames: int, height: int, width: int) -> None:
+        """Raises a ValueError for a size that the pipeline would round, or that gives no token."""
+        for name, pixels, patch in (("height", height, self.patch[1]), ("width", width, self.patch[2])):
+            multiple = self.spatial * patch
+            if pixels < multiple or pixels % multiple:
+                raise ValueError(
+                    f"{name} must be a positive multiple of {multiple} "
+                    f"(the VAE's {self.spatial} times {patch} to a token), got {pixels}"
+                )
+        if frames < 1 or (frames - 1) % self.temporal:
+            raise ValueError(f"frames must be 1 more than a multiple of {self.temporal}, got {frames}")
+
+    def grid(self, frames: int, height: int, width: int) -> VideoGrid:
+        """The grid of tokens of a video of that size; `check` it first."""
+        latent = ((frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial)
+        return VideoGrid(*(-(-side // patch) for side, patch in zip(latent, self.patch, strict=True)))
+
+
+@dataclass
+class LoadedPipeline:
+    """A diffusers pipeline on its device, and what is known of it.
+
+    Args:
+        pipe: the pipeline.
+        kind: its entry in `PIPELINES`.
+        sizes: of its pixels, latents and tokens.
+        device: where its modules are.
+        dtype: that it was loaded in.
+        source: the folder or hub id that it came from.
+        revision: of the hub repository; None for the newest, or for a folder.
+    """
+
+    pipe: Any
+    kind: PipelineKind
+    sizes: Sizes
+    device: torch.device
+    dtype: torch.dtype
+    source: str
+    revision: str | None = None
+
+
+def load_pipeline(
+    source: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    without_transformer: bool = False,
+) -> LoadedPipeline:
+    """Load a pipeline from a folder that `save_pretrained` wrote, or from the Hugging Face hub.
+
+    Args:
+        source: the folder, or a hub id like "Wan-AI/Wan2.1-T2V-1.3B-Diffusers".
+        device: where to put it.
+        dtype: of everything but a VAE that asks for float32; a pipeline without transformers keeps its VAE in float32.
+        revision: of the hub repository.
+        without_transformer: leave the transformers out, of which only the configuration is read.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a hub id.
+        ValueError: a folder or a repository without a pipeline, one that cannot be loaded, or an installed torchvision
+            that does not fit this torch, without which diffusers does not import.
+        TypeError: a pipeline of a class that is not in the table.
+    """
+    _check_torchvision()
+    import diffusers
+
+    source = str(source)
+    if Path(source).is_dir():
+        if not Path(source, "model_index.json").is_file():
+            raise ValueError(f"{source} has no model_index.json; expected a folder that a pipeline was saved to")
+    elif Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"no such pipeline folder: {source} (nor does it look like a hub id, OWNER/NAME)")
+    keyword = {} if revision is None else {"revision": revision}
+    try:
+        parts = diffusers.DiffusionPipeline.load_config(source, **keyword)
+        kind = _kind(parts.get("_class_name", ""), source)
+        left_out = {name: None for name in TRANSFORMERS if without_transformer and name in parts}
+        library, class_name = parts["transformer"]
+        if library is None:
+            raise ValueError(f"pipeline {source} has no transformer")
+        config = getattr(diffusers, class_name).load_config(source, subfolder="transformer", **keyword)
+        float32 = kind.vae_float32 or without_transformer
+        dtypes = {"vae": torch.float32, "default": dtype} if float32 else dtype
+        with _without_progress_bars():
+            pipe = getattr(diffusers, kind.name).from_pretrained(source, dtype=dtypes, **left_out, **keyword)
+    except (OSError, ImportError) as error:
+        raise ValueError(f"cannot load pipeline {source}: {_one_line(error)}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return LoadedPipeline(pipe.to(device), kind, sizes_of(pipe, kind, config), device, dtype, source, revision)
+
+
+def sizes_of(pipe: Any, kind: PipelineKind, transformer_config: Mapping[str, Any]) -> Sizes:
+    """The sizes of a pipeline, from its VAE's factors and its transformer's patch."""
+    temporal = _first_attribute(pipe, ("vae_scale_factor_temporal", "vae_temporal_compression_ratio"), 1)
+    spatial = _first_attribute(
+        pipe, ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"), 1
+    )
+    patch = transformer_config.get("patch_size", 1)
+    if not isinstance(patch, list | tuple):
+        patch = (transformer_config.get("patch_size_t") or 1, patch, patch)
+    return Sizes(int(temporal), int(spatial), (patch[0], patch[1] * kind.packed, patch[2] * kind.packed))
+
+
+@torch.no_grad()
+def encode_text(loaded: LoadedPipeline, captions: list[str]) -> dict[str, Tensor]:
+    """What the pipeline's text encoders make of captions, by argument name: "prompt_embeds" [B, L, C] and the like.
+
+    Padded as for generation: `encode_prompt` has a default length of its own that is not always that of the call.
+    """
+    pipe = loaded.pipe
+    accepted = inspect.signature(pipe.encode_prompt).parameters
+    length = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+    options = {
+        "do_classifier_free_guidance": False,
+        "device": loaded.device,
+        "max_sequence_length": None if length is None else length.default,
+    }
+    options = {name: value for name, value in options.items() if name in accepted and value is not None}
+    encoded = pipe.encode_prompt(captions, **options)
+    named = dict(zip(loaded.kind.text, encoded, strict=True))
+    return {name: tensor for name, tensor in named.items() if name is not None}
+
+
+@torch.no_grad()
+def encode_video(loaded: LoadedPipeline, videos: Tensor) -> Tensor:
+    """Latents [B, C, F', H', W'] as the transformer is trained on, of videos [B, 3, F, H, W] in [-1, 1].
+
+    The mode of the VAE's posterior, normalised with the VAE's own statistics. An image has F = F' = 1.
+    """
+    vae = loaded.pipe.vae
+    videos = videos.to(loaded.device, vae.dtype)
+    if loaded.kind.is_image:
+        latents = vae.encode(videos.squeeze(2)).latent_dist.mode().unsqueeze(2)
+    else:
+        latents = vae.encode(videos).latent_dist.mode()
+    return normalize_latents(vae, latents)
+
+
+def normalize_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """(z - mean) / std * scaling_factor, or (z - shift_factor) * scaling_factor, by what the VAE has.
+
+    The inverse of what the pipelines of the table do before they decode.
+
+    Raises:
+        ValueError: for a VAE with neither.
+    """
+    mean, std = (_statistic(vae, name, latents) for name in ("latents_mean", "latents_std"))
+    scale = getattr(vae.config, "scaling_factor", None)
+    if mean is None and scale is None:
+        raise ValueError(f"{type(vae).__name__} has neither latents_mean and latents_std nor a scaling_factor")
+    if mean is not None:
+        latents = (latents - mean) / std
+    else:
+        latents = latents - (getattr(vae.config, "shift_factor", None) or 0.0)
+    return latents * (1.0 if scale is None else scale)
+
+
+def default_size(pipe: Any) -> tuple[int | None, int | None, int | None]:
+    """(frames, height, width) that the pipeline generates if nobody says; None for what its call does not say."""
+    accepted = inspect.signature(pipe.__call__).parameters
+    return tuple(accepted[name].default if name in accepted else 1 for name in ("num_frames", "height", "width"))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ValueError: for another name, or a GPU that torch does not find.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise ValueError(f"unknown device {name!r}; expected auto, cpu, cuda or cuda:NUMBER")
+    if kind == "cuda" and (not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device {name!r} was asked for, but torch finds {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype for "auto" (bfloat16 on a GPU, float32 on a CPU) or one of `DTYPES`.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; expected auto or one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _check_torchvision() -> None:
+    """diffusers imports torchvision where it is installed, and fails without naming it where it does not fit."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"torchvision does not fit torch {torch.__version__} ({_one_line(error)}): install the one that goes "
+            "with it, or uninstall it; LPIPS alone needs it"
+        ) from error
+
+
+def _kind(class_name: str, source: str) -> PipelineKind:
+    if class_name not in PIPELINES:
+        raise TypeError(f"{source} is a {class_name or 'nameless pipeline'}; expected one of {', '.join(PIPELINES)}")
+    return PIPELINES[class_name]
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """diffusers and transformers each draw a bar for every component; the commands have one of their own."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+def _first_attribute(owner: Any, names: tuple[str, ...], default: int) -> Any:
+    return next((getattr(owner, name) for name in names if hasattr(owner, name)), default)
+
+
+def _statistic(vae: nn.Module, name: str, latents: Tensor) -> Tensor | None:
+    """A per-channel statistic, [1, C, 1, 1, 1] like the latents: a buffer of LTX's VAE, a configuration elsewhere."""
+    values = dict(vae.named_buffers(recurse=False)).get(name)
+    if values is None:
+        values = getattr(vae.config, name, None)
+    if values is None:
+        return None
+    return torch.as_tensor(values).to(latents).view(1, -1, 1, 1, 1)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

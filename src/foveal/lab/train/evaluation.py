@@ -1,0 +1,248 @@
+"""Looking at a model in training: held-out losses dense and sparse, each layer's error, what selections catch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveal.lab.data.dataset import LatentDataset
+from foveal.lab.train.config import TrainingConfig
+from foveal.lab.train.faults import TrainingError
+from foveal.lab.train.model import text_of, velocity
+from foveal.lab.train.objective import add_noise, flow_matching_loss, sample_noise
+from foveal.lab.train.parallel import data_part, mean_of, sum_of
+from foveal.models import dense
+from foveal.models.processor import sparse_processors
+
+# Queries of a layer that are compared with dense attention: all of them would take as long as dense attention does.
+QUERIES = 128
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One sparse layer, on one held-out sample.
+
+    Args:
+        error: relative error of its attention's output against dense attention of the same query, key and value.
+        recall: share of dense attention's mass that falls on the blocks that are attended to exactly.
+    """
+
+    error: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found.
+
+    Args:
+        sparse: held-out loss as the model is trained.
+        dense: held-out loss of the same weights with dense attention; equal for a dense model.
+        layers: by name; empty for a dense model.
+    """
+
+    sparse: float
+    dense: float
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return f"loss {self.sparse:.4f}"
+        figures = self.figures()
+        return (
+            f"loss sparse {self.sparse:.4f}, dense {self.dense:.4f}; attention's error {figures['error/mean']:.3f}, "
+            f"recall {figures['recall/mean']:.3f}"
+        )
+
+    def figures(self) -> dict[str, float]:
+        """Everything as flat names and numbers."""
+        found = {"held_out/sparse": self.sparse, "held_out/dense": self.dense}
+        for name, layer in self.layers.items():
+            found |= {f"error/{name}": layer.error, f"recall/{name}": layer.recall}
+        if self.layers:
+            found["error/mean"] = sum(layer.error for layer in self.layers.values()) / len(self.layers)
+            found["recall/mean"] = sum(layer.recall for layer in self.layers.values()) / len(self.layers)
+        return found
+
+
+class HeldOut:
+    """Fixed clips, noise and noise levels, so that two evaluations can be compared to the last digit.
+
+    Processes share the clips, and all of them call `evaluate`.
+
+    Args:
+        data: the held-out samples.
+        config: the run.
+        accelerator: of the run.
+    """
+
+    def __init__(self, data: LatentDataset, config: TrainingConfig, accelerator: Any) -> None:
+        self.data, self.settings, self.accelerator = data, config.evaluation, accelerator
+        self.count, self.seed = min(config.data.held_out, len(data)), config.seed
+        self.part = data_part(accelerator, config)
+
+    def sample(self, index: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(clean, noise, text) of one sample, a batch of one, on the device."""
+        from safetensors import SafetensorError
+
+        device = self.accelerator.device
+        try:
+            item = self.data[index]
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"held-out sample {index} cannot be read: {error}") from error
+        batch = {key: value[None].to(device) for key, value in item.items() if isinstance(value, Tensor)}
+        clean = batch["latents"].float()
+        # Training counts its samples up from 0; these lie below.
+        noise, _ = sample_noise(tuple(clean.shape), first=-1 - index, seed=self.seed, shift=1.0)
+        return clean, noise.to(device), text_of(batch)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Losses over all samples and noise levels, and each layer on the first sample.
+
+        Args:
+            model: the transformer itself, not wrapped.
+        """
+        training = model.training
+        model.eval()
+        # Hooks see the layers, and compiled blocks may have none.
+        with torch.compiler.set_stance("force_eager"):
+            sparse = self._loss(model)
+            layers = {}
+            loss_dense = sparse
+            if sparse_processors(model):
+                with dense(model):
+                    loss_dense = self._loss(model)
+                layers = self._layers(model)
+        model.train(training)
+        return Evaluation(sparse, loss_dense, layers)
+
+    def _loss(self, model: nn.Module) -> float:
+        rank, parts = self.part
+        total = torch.zeros((), device=self.accelerator.device, dtype=torch.float64)
+        # Every process makes as many forwards, since a sharded model needs all of them for each.
+        for start in range(0, self.count, parts):
+            counts = start + rank < self.count
+            clean, noise, text = self.sample(min(start + rank, self.count - 1))
+            for sigma in self.settings.sigmas:
+                losses = self._forward(model, clean, noise, text, sigma)
+                total += losses.double().sum() * counts
+        return (mean_of(self.accelerator, total) * parts / (self.count * len(self.settings.sigmas))).item()
+
+    def _forward(self, model, clean, noise, text, sigma) -> Tensor:
+        sigmas = torch.full((len(clean),), sigma, device=clean.device)
+        noisy, target = add_noise(clean, noise, sigmas)
+        with self.accelerator.autocast():
+            return flow_matching_loss(velocity(model, noisy, sigmas, text), target)
+
+    def _layers(self, model: nn.Module) -> dict[str, LayerReport]:
+        levels = sorted(self.settings.sigmas)
+        with comparing_layers(model) as found:
+            self._forward(model, *self.sample(0), levels[len(levels) // 2])
+        # All processes have the same sample, under context parallelism each its own heads.
+        return {name: _report(sum_of(self.accelerator, sums)) for name, sums in found.items()}
+
+
+@contextlib.contextmanager
+def comparing_layers(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Compares every sparse layer with dense attention at its latest call inside the context: `_sums` by layer name."""
+    found: dict[str, Tensor] = {}
+
+    def record(name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            found[name] = _sums(module, *args[:3], output, kwargs["grid"])
+
+        return hook
+
+    handles = [
+        processor.attention.register_forward_hook(record(name), with_kwargs=True)
+        for name, processor in sparse_processors(model).items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compare_with_dense(
+    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, output: Tensor, grid: Any
+) -> LayerReport:
+    """One layer's output against dense attention at `QUERIES` queries, spread evenly.
+
+    Args:
+        attention: the method's module.
+        query, key, value, output: [B, H, L, D], of one call of it.
+        grid: of that call.
+    """
+    return _report(_sums(attention, query, key, value, output, grid))
+
+
+def _report(sums: Tensor) -> LayerReport:
+    # Divided as tensors: where dense attention is all zeros, the error is NaN, and training goes on.
+    difference, exact, mass, rows = sums
+    return LayerReport((difference / exact).sqrt().item(), (mass / rows).item())
+
+
+@torch.no_grad()
+def _sums(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, output: Tensor, grid: Any) -> Tensor:
+    """What a report is made of, and what adds up over heads, float64 [4].
+
+    The squared norms of the output's difference from dense attention and of that, the mass on the blocks that are
+    attended to exactly, and the number of rows, each with a mass of 1.
+    """
+    length = query.shape[2]
+    picks = torch.linspace(0, length - 1, min(QUERIES, length), device=query.device).round().long()
+    rows = query[:, :, picks].float()
+    weights = (rows @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+    exact = weights @ value.float()
+    difference = output[:, :, picks].float() - exact
+
+    selection = attention.select(query, key, grid=grid)
+    places = attention.token_places(grid).to(query.device)
+    attended = selection.critical_mask()[:, :, places[picks] // selection.block_q][..., places // selection.block_k]
+    mass = (weights * attended).sum(-1).double()
+    squares = (x.double().square().sum() for x in (difference, exact))
+    return torch.stack([*squares, mass.sum(), torch.ones_like(mass).sum()])
+
+
+class DivergenceAlarm:
+    """Says when the sparse held-out loss leaves the dense one behind.
+
+    The yardstick is the dense loss of the weights as they are or as they were at first, whichever is lower: training
+    with sparse attention may spoil the same weights for dense attention.
+
+    Args:
+        gap: the share above the yardstick that is still fine.
+    """
+
+    def __init__(self, gap: float) -> None:
+        self.gap = gap
+        self.first_dense: float | None = None
+        self.former_gap: float | None = None
+
+    def warning(self, evaluation: Evaluation) -> str:
+        """A line to warn with, or "" if all is well: the gap is small, or smaller than last time."""
+        if self.first_dense is None:
+            self.first_dense = evaluation.dense
+        yardstick = min(self.first_dense, evaluation.dense)
+        gap = evaluation.sparse / yardstick - 1
+        former, self.former_gap = self.former_gap, gap
+        if former is None or gap <= self.gap or gap <= former:
+            return ""
+        return (
+            f"the sparse held-out loss, {evaluation.sparse:.4f}, is {gap:.0%} above the dense one, and was "
+            f"{former:.0%} last time: it diverges; raise keep_ratio, lower the learning rate, or keep the first and "
+            "last layers dense"
+        )
+
+    def state_dict(self) -> dict[str, float | None]:
+        return {"first_dense": self.first_dense, "former_gap": self.former_gap}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        self.first_dense, self.former_gap = state["first_dense"], state["former_gap"]

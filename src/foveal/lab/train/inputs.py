@@ -1,0 +1,149 @@
+"""What a run is given: an output folder of its own, samples, precomputed ones or windows of one clip, and noise."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal.lab.data.dataset import BatchStream, LatentDataset, thread_of_this_gpu, write_latent_dataset
+from foveal.lab.data.shards import INDEX_FILE, read_index
+from foveal.lab.data.windows import SAMPLE_CLIPS, ClipWindows, read_video, sample_clip
+from foveal.lab.train.log import METRICS_FILE
+from foveal.lab.train.objective import sample_noise
+from foveal.lab.train.settings import DataSettings, ModelSettings
+
+WINDOWS = "clip-windows"
+# What a run may leave before its first checkpoint; "export", which is replaced as a whole, comes later.
+BEFORE_CHECKPOINTS = {WINDOWS, METRICS_FILE, Path(METRICS_FILE).with_suffix(".new").name}
+BEFORE_CHECKPOINTS |= {"checkpoints", "samples", "tensorboard"}
+
+
+def check_output(output: Path) -> None:
+    """Raises a ValueError for an output without checkpoints that is a file, or holds what no run has written."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output {output} is a file; expected a folder")
+    found = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    others = [name for name in found if name not in BEFORE_CHECKPOINTS and not name.startswith(".")]
+    if others:
+        raise ValueError(f"output {output} holds something else ({others[0]}); choose a new or empty folder")
+
+
+def check_sizes(data: DataSettings, model: ModelSettings) -> None:
+    """Raises a ValueError if the windows of a clip are not whole patches of a model with random weights."""
+    if data.clip is None or model.architecture is None:
+        return
+    patch = model.architecture.patch
+    for name in ("height", "width"):
+        size = getattr(data, name)
+        if size % patch:
+            raise ValueError(f"data.{name} must be a multiple of {patch} (model.architecture.patch), got {size}")
+
+
+def open_data(settings: DataSettings, output: Path, accelerator: Any) -> tuple[LatentDataset, LatentDataset]:
+    """(training, held-out) samples; those of a clip are put into `output` first, by the main process.
+
+    Raises:
+        FileNotFoundError, ValueError: for data that is missing, damaged or too little, or none at all.
+    """
+    if (settings.folder is None) == (settings.clip is None):
+        raise ValueError(
+            "give data.folder, what `foveal precompute` wrote, or data.clip, a video file, one of them; "
+            f"got {settings.folder} and {settings.clip}"
+        )
+    if settings.folder is not None:
+        return LatentDataset(settings.folder).split(settings.held_out)
+    folders = output / WINDOWS / "train", output / WINDOWS / "held-out"
+    if accelerator.is_main_process:
+        _write_windows(settings, *folders)
+    accelerator.wait_for_everyone()
+    return tuple(LatentDataset(folder) for folder in folders)
+
+
+def _write_windows(settings: DataSettings, train: Path, held_out: Path) -> None:
+    path = sample_clip(settings.clip) if settings.clip in SAMPLE_CLIPS else Path(settings.clip)
+    clip = read_video(path, height=settings.height, width=settings.width)
+    windows = ClipWindows(clip, frames=settings.frames, stride=settings.stride)
+    parts = (train, windows.train_starts, settings.windows), (held_out, windows.held_out_starts, settings.held_out)
+    for folder, starts, count in parts:
+        picks = torch.linspace(0, len(starts) - 1, min(count, len(starts))).round().long().tolist()
+        samples = [
+            {"latents": windows.window(starts[pick]), "caption": "", "id": f"{path.name}#{starts[pick]}"}
+            for pick in picks
+        ]
+        _remove_windows(folder)
+        write_latent_dataset(folder, samples, settings={"space": "pixel", "clip": path.name, "fps": 12})
+
+
+def _remove_windows(folder: Path) -> None:
+    """Removes the windows that a former run wrote into a folder, and no other file.
+
+    Raises:
+        ValueError: for a folder with a data set from elsewhere.
+    """
+    if not (folder / INDEX_FILE).exists():
+        return
+    index = read_index(folder)
+    if "clip" not in index.settings:
+        raise ValueError(f"{folder} holds a data set that no run wrote; choose another output")
+    (folder / INDEX_FILE).unlink()
+    for shard in index.shards:
+        (folder / Path(shard.file).name).unlink(missing_ok=True)
+
+
+def read_batch(stream: BatchStream) -> tuple[dict[str, Any] | None, str]:
+    """(the next batch, "") or (None, what is wrong with it); the stream goes on either way."""
+    from safetensors import SafetensorError
+
+    position = stream.position
+    try:
+        return next(stream), ""
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        stream.load_state_dict(stream.state_dict() | {"position": position + 1})
+        return None, f"batch {position} could not be read and is left out: {type(error).__name__}: {error}"
+
+
+def micro_batches(batch: dict[str, Any], size: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of its first sample, micro-batch) of a batch, in order."""
+    total = len(batch["latents"])
+    for start in range(0, total, size):
+        yield start, {key: value[start : start + size] for key, value in batch.items()}
+
+
+class NoiseAhead:
+    """`sample_noise`, the next one made in a thread while one is used: at 480p it takes longer than a layer.
+
+    Args:
+        seed, shift, sigma_range: as `sample_noise` has them.
+        device: where the noise will be used; on a GPU it comes in pinned memory, to be copied without waiting.
+    """
+
+    def __init__(self, *, seed: int, shift: float, sigma_range: tuple[float, float], device: torch.device) -> None:
+        self._make = functools.partial(sample_noise, seed=seed, shift=shift, sigma_range=sigma_range)
+        self._pinned = device.type == "cuda"
+        self._thread = ThreadPoolExecutor(1, **thread_of_this_gpu(self._pinned))
+        self._ahead: tuple[Any, Future] | None = None
+
+    def take(self, shape: tuple[int, ...], first: int, following: int) -> tuple[Tensor, Tensor]:
+        """`sample_noise` of this shape and first sample; `following` is, most likely, the next call's first."""
+        if self._ahead is None or self._ahead[0] != (shape, first):
+            self._start(shape, first)
+        _, made = self._ahead
+        self._start(shape, following)
+        return made.result()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, shape: tuple[int, ...], first: int) -> None:
+        self._ahead = (shape, first), self._thread.submit(self._pinned_noise, shape, first)
+
+    def _pinned_noise(self, shape: tuple[int, ...], first: int) -> tuple[Tensor, Tensor]:
+        made = self._make(shape, first=first)
+        return tuple(x.pin_memory() for x in made) if self._pinned else made

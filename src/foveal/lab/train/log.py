@@ -1,0 +1,113 @@
+"""What a run tells: a progress line, `metrics.jsonl`, and the curves of a tracker."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from foveal.lab.train.config import TrainingConfig
+
+METRICS_FILE = "metrics.jsonl"
+# Lines of progress where there is no terminal to draw a bar on.
+LINES = 50
+
+
+class RunLog:
+    """Where a run's figures and messages go; a context while the run lasts. All but the main process keep silent.
+
+    `metrics.jsonl` has an object a line with its "step": {"loss", "gradient_norm", ...} of a step, and
+    {"held_out/sparse", ...} of an evaluation, which comes after the step that it follows.
+
+    Args:
+        config: the run.
+        accelerator: of the run.
+
+    Raises:
+        ImportError: for a tracker that is not installed.
+    """
+
+    def __init__(self, config: TrainingConfig, accelerator: Any) -> None:
+        if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+            raise ImportError(f"tracker={config.tracker!r} is not installed: pip install {config.tracker}")
+        self.config, self.accelerator = config, accelerator
+        self.path = Path(config.output) / METRICS_FILE
+        self.console = Console(stderr=True, quiet=not accelerator.is_main_process, highlight=False)
+        self.progress = Progress(
+            TextColumn("{task.description}", justify="left"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (self.console.is_terminal and accelerator.is_main_process),
+        )
+        self.task = self.progress.add_task("train", total=config.steps)
+        self.file: Any = None
+
+    def __enter__(self) -> RunLog:
+        self.progress.start()
+        return self
+
+    def start(self, step: int) -> None:
+        """Begins after `step` steps: what a former process noted of later ones is forgotten."""
+        if self.accelerator.is_main_process:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.is_file() else []
+            kept = [line for line in lines if _step_of(line) <= step]
+            aside = self.path.with_suffix(".new")
+            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(aside, self.path)
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
+        if self.config.tracker != "none":
+            tensorboard = self.config.tracker == "tensorboard"
+            self.accelerator.init_trackers(
+                "tensorboard" if tensorboard else "foveal",
+                init_kwargs={"tensorboard": {"purge_step": step + 1}} if tensorboard else {},
+            )
+        self.progress.update(self.task, completed=step)
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+        if self.file is not None:
+            self.file.close()
+        if self.config.tracker != "none":
+            self.accelerator.end_training()
+
+    def note(self, step: int, figures: dict[str, Any]) -> None:
+        """Keeps some figures of a step; those that are None are left out."""
+        figures = {name: value for name, value in figures.items() if value is not None}
+        try:
+            if self.file is not None:
+                self.file.write(json.dumps({"step": step, **figures}) + "\n")
+                self.file.flush()
+            self.accelerator.log({name: float(value) for name, value in figures.items()}, step=step)
+        except OSError as error:
+            # Figures are not worth ending a run for.
+            self.warn(f"the figures of step {step} were not written: {error}")
+
+    def show(self, step: int, description: str) -> None:
+        """Moves the bar; without a terminal, prints a line now and then."""
+        self.progress.update(self.task, completed=step, description=description)
+        steps = self.config.steps
+        if self.progress.disable and (step == 1 or step == steps or step % max(1, steps // LINES) == 0):
+            self.say(f"step {step} of {steps}: {description}")
+
+    def say(self, message: str) -> None:
+        self.console.print(message, soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        self.console.print(f"[bold yellow]warning[/]: {message}", soft_wrap=True)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for one that was cut off as it was written."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

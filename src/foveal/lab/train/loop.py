@@ -1,0 +1,103 @@
+"""A flat training loop: batches in, optimiser steps out, a record of held-out losses kept.
+
+It is for experiments of one process that nobody minds starting again, the demo's say; `trainer` is for the others.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from foveal.lab.train.optimization import build_optimizer, optimizer_step, parameter_groups, warmup_and_decay
+
+
+@dataclass
+class TrainingRecord:
+    """What a run of `train` measured.
+
+    Attributes:
+        losses: training loss of every step.
+        held_out: (steps taken, held-out loss), the state before the first step included.
+        step_seconds: wall-clock seconds of every step, evaluation left out.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median_step_seconds(self) -> float:
+        return sorted(self.step_seconds)[len(self.step_seconds) // 2]
+
+
+def train(
+    model: nn.Module,
+    batches: Iterator,
+    loss_fn: Callable[[nn.Module, object], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    warmup: int,
+    final_learning_rate: float = 0.0,
+    fast_parameters: list[nn.Parameter] | None = None,
+    fast_learning_rate: float | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate_every: int = 0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> TrainingRecord:
+    """Train every parameter that requires a gradient, with AdamW and a linear warm-up and decay.
+
+    Args:
+        batches: yields what `loss_fn` takes; one per step.
+        loss_fn: (model, batch) to a scalar.
+        steps: optimiser steps.
+        learning_rate, warmup, final_learning_rate: the peak, the steps up to it, and where it decays to.
+        fast_parameters, fast_learning_rate: parameters with a peak of their own, on the same schedule: those that
+            start at zero, and have a longer way to go.
+        evaluate: model to held-out loss, called before the first step, every `evaluate_every` steps and at the end.
+        on_step: called with (steps taken, training loss).
+
+    Raises:
+        ValueError: for fast parameters without their rate, or a rate without them.
+        FloatingPointError: when the training loss is not finite; the step is not taken.
+    """
+    if (fast_parameters is None) != (fast_learning_rate is None):
+        raise ValueError("give fast_parameters and fast_learning_rate together")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = parameter_groups(
+        parameters,
+        learning_rate=learning_rate,
+        fast_parameters=fast_parameters or (),
+        fast_learning_rate=fast_learning_rate,
+    )
+    optimizer = build_optimizer(groups)
+    schedule = warmup_and_decay(optimizer, steps=steps, warmup=warmup, floor=final_learning_rate / learning_rate)
+    record = TrainingRecord()
+    device = parameters[0].device
+    if evaluate is not None:
+        record.held_out.append((0, evaluate(model)))
+    model.train()
+    for step in range(1, steps + 1):
+        start = time.perf_counter()
+        losses = (loss_fn(model, batch) for batch in (next(batches),))
+        report = optimizer_step(
+            parameters, optimizer, schedule, losses, accept=lambda loss, gradient_norm: math.isfinite(loss)
+        )
+        if not report.taken:
+            raise FloatingPointError(f"training loss is {report.loss} at step {step}")
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        record.step_seconds.append(time.perf_counter() - start)
+        record.losses.append(report.loss)
+        if on_step is not None:
+            on_step(step, report.loss)
+        if evaluate is not None and (step == steps or (evaluate_every and step % evaluate_every == 0)):
+            record.held_out.append((step, evaluate(model)))
+            model.train()
+    model.eval()
+    return record

@@ -1,0 +1,287 @@
+"""The model of a run: built or loaded, made sparse, its trained parameters chosen, annealed, and called."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from foveal.lab.train.config import TrainingConfig
+from foveal.lab.train.objective import NUM_TRAIN_TIMESTEPS
+from foveal.lab.train.settings import Annealing, ModelSettings, WanArchitecture
+from foveal.layout import VideoGrid
+from foveal.methods.base import Config
+from foveal.models import dense, reconfigure, sparse_parameters, sparsify
+from foveal.models.families.table import FAMILIES, family_of
+from foveal.models.processor import sparse_processors
+from foveal.models.readers import grid_of_latent
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TRAINED_FAMILIES = ("wan",)
+
+
+def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
+    """The transformer of a run on the CPU: its weights, sparse attention, adapters, and what requires a gradient.
+
+    The same configuration gives the same weights.
+
+    Args:
+        config: of the run.
+        empty: all but the weights, on the meta device.
+
+    Raises:
+        FileNotFoundError, ValueError: as `transformer_fields` does.
+        ValueError: for layers that the model does not have.
+    """
+    torch.manual_seed(config.seed)
+    model = load_transformer(config.model, empty=empty)
+    layers = config.sparsity.layer_configs(len(family_of(model).self_attention_layers(model)))
+    if layers:
+        sparsify(model, layers=layers, impl=config.sparsity.impl)
+    if config.optimizer.trainable == "lora":
+        _add_lora(model, config)
+    choose_trained(model, config.optimizer.trainable)
+    # diffusers' own list of what bfloat16 spoils.
+    precise = set(model._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        frozen = not parameter.requires_grad and not precise & set(name.split("."))
+        parameter.data = parameter.data.to(DTYPES[config.model.frozen_dtype] if frozen else torch.float32)
+    if config.model.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def compile_blocks(model: nn.Module, *, keep_exchanged: bool | None = None, **settings: Any) -> None:
+    """torch.compile of a diffusers transformer's repeated blocks, for training.
+
+    Without Inductor's reductions of mixed order, on by default since PyTorch 2.10: of a parameter that several
+    modulated norms take their slices from, as Wan's `scale_shift_table` is, they leave most of the gradient unwritten
+    (https://github.com/pytorch/pytorch/issues/193061, in 2.14.1 still).
+
+    Where diffusers checkpoints gradients, the blocks do it themselves afterwards: what is compiled then holds the
+    second forward too. Python runs through a block twice a step instead of three times; no hook of FSDP2 runs again.
+
+    Under context parallelism Inductor puts what does not need them behind the exchanges of tokens, weight gradients
+    for example. Without collectives in a graph its order stays what it was.
+
+    Args:
+        keep_exchanged: under context parallelism, whether checkpoints keep the queries, keys, values and outputs that
+            were exchanged, or exchange them again in the backward; None without.
+        settings: of torch.compile.
+    """
+    from torch._inductor import config
+
+    how: dict[str, Any] = {"use_reentrant": False}
+    if keep_exchanged is not None:
+        policy = _save_exchanged if keep_exchanged else _save_nothing
+        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+    if model.is_gradient_checkpointing:
+        model.disable_gradient_checkpointing()
+        for block in model.modules():
+            if type(block).__name__ in model._repeated_blocks:
+                block.forward = functools.partial(_checkpointed, block.forward, how)
+    options = {
+        "reorder_for_compute_comm_overlap": True,
+        "reorder_for_compute_comm_overlap_passes": ["reorder_compute_for_overlap"],
+    }
+    if hasattr(config.triton, "mix_order_reduction"):
+        options["triton.mix_order_reduction"] = False
+    settings["options"] = options | settings.get("options", {})
+    model.compile_repeated_blocks(**settings)
+
+
+def _checkpointed(forward: Callable[..., Any], how: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """A forward that keeps little more than its inputs for the backward; a function, so that a compiler can read it."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, **how, **kwargs)
+
+
+def _save_exchanged(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What a checkpoint keeps: what all-to-alls brought."""
+    arrived = op == torch.ops._c10d_functional.wait_tensor.default
+    return CheckpointPolicy.MUST_SAVE if arrived else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _save_nothing(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def load_transformer(settings: ModelSettings, *, empty: bool = False) -> nn.Module:
+    """The dense transformer in float32, from its folder or with random weights; on the meta device if `empty`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `transformer_fields` does.
+    """
+    with torch.device("meta") if empty else contextlib.nullcontext():
+        if settings.path is None:
+            return build_wan(settings.architecture)
+        import diffusers
+
+        fields = transformer_fields(settings)
+        cls = getattr(diffusers, fields["_class_name"])
+        if empty:
+            return cls.from_config(fields)
+        return cls.from_pretrained(settings.path, subfolder=settings.subfolder, torch_dtype=torch.float32)
+
+
+def transformer_fields(settings: ModelSettings) -> dict[str, Any]:
+    """The configuration of the transformer at `settings.path`, read without its weights.
+
+    Raises:
+        FileNotFoundError: no configuration there.
+        ValueError: a transformer that training does not know how to call, or one without a pipeline's folder around it.
+    """
+    from diffusers import WanTransformer3DModel
+
+    place, alone = f"{settings.path}/{settings.subfolder}", False
+    if not Path(place, "config.json").is_file() and Path(settings.path, "config.json").is_file():
+        place, alone = settings.path, True
+    try:
+        # Any model's: this class alone reads the file.
+        fields = WanTransformer3DModel.load_config(settings.path, subfolder=None if alone else settings.subfolder)
+    except OSError as error:
+        raise FileNotFoundError(f"model.path: no config.json of {place} ({str(error).splitlines()[0]})") from error
+    name = fields.get("_class_name")
+    if name not in {FAMILIES[family].transformer for family in TRAINED_FAMILIES}:
+        known = next((family.name for family in FAMILIES.values() if family.transformer == name), None)
+        what = f"family {known!r}, which converts but is not trained yet" if known else "no family that foveal knows"
+        trained = " or ".join(map(repr, TRAINED_FAMILIES))
+        raise ValueError(f"training takes transformers of family {trained}; {place} has a {name}, of {what}")
+    taken = fields.get("in_channels")
+    given = fields.get("out_channels") or taken
+    if fields.get("image_dim") is not None or taken != given:
+        raise ValueError(
+            f"training takes text-to-video transformers; {place} takes {taken} channels and gives {given}: "
+            "it is conditioned on an image, which training does not provide"
+        )
+    if alone:
+        raise ValueError(
+            f"model.path must be a pipeline's folder with {settings.subfolder!r} in it, {place} is a transformer's own"
+        )
+    return fields
+
+
+def build_wan(sizes: WanArchitecture, *, given_channels: int = 0) -> nn.Module:
+    """A `WanTransformer3DModel` with random weights from torch's global generator.
+
+    Args:
+        sizes: of the transformer.
+        given_channels: channels of the input beside the noisy video, as image-to-video models have.
+    """
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, sizes.patch, sizes.patch),
+        num_attention_heads=sizes.num_heads,
+        attention_head_dim=sizes.head_dim,
+        in_channels=sizes.channels + given_channels,
+        out_channels=sizes.channels,
+        text_dim=sizes.text_dim,
+        freq_dim=sizes.freq_dim,
+        ffn_dim=sizes.ffn_dim,
+        num_layers=sizes.num_layers,
+        rope_max_seq_len=sizes.rope_max_seq_len,
+    )
+
+
+def _add_lora(model: nn.Module, config: TrainingConfig) -> None:
+    from peft import LoraConfig
+
+    lora = config.lora
+    model.add_adapter(
+        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets))
+    )
+
+
+def choose_trained(model: nn.Module, trainable: str) -> None:
+    """Sets `requires_grad` of every parameter.
+
+    Args:
+        model: with its sparse attention and its adapters in place.
+        trainable: see `OptimizerSettings`.
+    """
+    new = sparse_parameters(model)
+    layers = tuple(f"{name}." for name in family_of(model).self_attention_layers(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(
+            name in new
+            or trainable == "all"
+            or (trainable == "attention" and name.startswith(layers))
+            or (trainable == "lora" and ".lora_" in name)
+        )
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def anneal(model: nn.Module, final: Config, annealing: Annealing, step: int) -> float | None:
+    """Sets what every sparse layer keeps in optimiser step `step` (from 1); returns it, None while dense.
+
+    Args:
+        model: sparse.
+        final: the configuration that annealing ends at.
+    """
+    by_cubes = getattr(final, "topk", None) is not None
+    kept = annealing.kept(step, final.topk if by_cubes else final.keep_ratio)
+    if kept is None:
+        return None
+    if by_cubes:
+        config = final.replace(topk=round(kept))
+    elif hasattr(final, "drop_ratio"):
+        kept = min(1.0, kept)
+        config = final.replace(keep_ratio=kept, drop_ratio=min(final.drop_ratio, 1 - kept))
+    else:
+        kept = min(1.0, kept)
+        config = final.replace(keep_ratio=kept)
+    if any(processor.config != config for processor in sparse_processors(model).values()):
+        reconfigure(model, config)
+    return kept
+
+
+@contextlib.contextmanager
+def teaching(model: nn.Module) -> Iterator[None]:
+    """The model as it was before it was made sparse and adapted: dense attention, adapters off."""
+    adapted = getattr(model, "_hf_peft_config_loaded", False)
+    with dense(model):
+        if adapted:
+            model.disable_adapters()
+        try:
+            yield
+        finally:
+            if adapted:
+                model.enable_adapters()
+
+
+def velocity(model: nn.Module, noisy: Tensor, sigmas: Tensor, text: dict[str, Tensor]) -> Tensor:
+    """The model's prediction, float32 [B, C, F, H, W].
+
+    Args:
+        model: a Wan transformer, or one wrapped by DDP.
+        noisy: [B, C, F, H, W].
+        sigmas: noise levels [B].
+        text: a batch's text tensors; empty where there is no text, which gives the model one zero token.
+    """
+    embeds = text.get("prompt_embeds")
+    if embeds is None:
+        inner = getattr(model, "module", model)
+        embeds = noisy.new_zeros(len(noisy), 1, inner.config.text_dim)
+    return model(noisy, sigmas * NUM_TRAIN_TIMESTEPS, embeds.to(noisy.dtype), return_dict=False)[0].float()
+
+
+def text_of(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """The text tensors of a dataset's item or batch."""
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "latents"}
+
+
+def token_grid(model: nn.Module, shape: tuple[int, ...]) -> VideoGrid:
+    """The grid of tokens of latents of some shape, [..., F, H, W]."""
+    return grid_of_latent(model, shape[-3:])

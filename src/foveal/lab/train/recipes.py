@@ -1,0 +1,215 @@
+"""Recipes: functions without arguments that return a whole `TrainingConfig`, for the command line to override.
+
+A recipe of one's own is such a function in a file of one's own: `foveal train path/to/file.py:function`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from foveal.lab.train.config import TrainingConfig
+from foveal.lab.train.settings import (
+    Annealing,
+    CheckpointSettings,
+    DataSettings,
+    EvaluationSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    SparsitySettings,
+    WanArchitecture,
+)
+from foveal.methods.sla.config import SLAConfig
+from foveal.methods.vsa.config import VSAConfig
+
+WAN_1_3B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+WAN_14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+
+
+def tiny() -> TrainingConfig:
+    """A small random Wan on a sample clip, SLA: some minutes on a CPU, nothing to download."""
+    return TrainingConfig(
+        model=ModelSettings(
+            architecture=WanArchitecture(
+                num_layers=2, num_heads=2, head_dim=32, ffn_dim=128, patch=4, channels=3, text_dim=16, freq_dim=64
+            ),
+            gradient_checkpointing=False,
+        ),
+        sparsity=SparsitySettings(SLAConfig(keep_ratio=0.2, drop_ratio=0.1, block_q=32, block_k=32)),
+        data=DataSettings(
+            clip="bigbuckbunny", height=32, width=56, frames=6, held_out=2, caption_dropout=0.0, workers=0
+        ),
+        output=Path("foveal-tiny"),
+        steps=60,
+        batch_size=2,
+        objective=ObjectiveSettings(shift=2.0),
+        optimizer=OptimizerSettings(learning_rate=2e-3, new_learning_rate=1e-2, warmup=6, decay=True, ema_decay=0.95),
+        evaluation=EvaluationSettings(every=20, sampling_steps=8),
+        checkpoint=CheckpointSettings(every=10, keep=2),
+        precision="no",
+        device="cpu",
+    )
+
+
+def wan_1_3b_sla() -> TrainingConfig:
+    """Wan2.1-1.3B to SLA: the paper's 2,000 steps of batch 64 (arXiv 2509.24006)."""
+    return TrainingConfig(
+        model=ModelSettings(WAN_1_3B),
+        sparsity=SparsitySettings(SLAConfig(keep_ratio=0.05, drop_ratio=0.10)),
+        data=DataSettings(),
+        output=Path("wan-1.3b-sla"),
+        optimizer=OptimizerSettings(learning_rate=1e-5, new_learning_rate=2e-4, ema_decay=0.99),
+        evaluation=EvaluationSettings(sample_every=500),
+    )
+
+
+def wan_14b_sla() -> TrainingConfig:
+    """Wan2.1-14B to SLA, sharded over the devices of `torchrun`."""
+    return wan_1_3b_sla().replace(model=ModelSettings(WAN_14B), output=Path("wan-14b-sla"), parallel="fsdp")
+
+
+def wan_1_3b_vsa() -> TrainingConfig:
+    """Wan2.1-1.3B to VSA: dense at first, then fewer cubes every 50 steps down to 32 (arXiv 2505.13389).
+
+    At 480p and 81 frames there are 624 cubes; 3 % of them go at a time.
+    """
+    return TrainingConfig(
+        model=ModelSettings(WAN_1_3B),
+        sparsity=SparsitySettings(
+            VSAConfig(topk=32), annealing=Annealing(start=606, decrement=18, dense_steps=50, every=50)
+        ),
+        data=DataSettings(),
+        output=Path("wan-1.3b-vsa"),
+        steps=4000,
+        optimizer=OptimizerSettings(learning_rate=1e-5, new_learning_rate=2e-4, ema_decay=0.99),
+        evaluation=EvaluationSettings(sample_every=500),
+    )
+
+
+def wan_14b_vsa() -> TrainingConfig:
+    """Wan2.1-14B to VSA, annealed likewise, sharded over the devices of `torchrun`."""
+    return wan_1_3b_vsa().replace(model=ModelSettings(WAN_14B), output=Path("wan-14b-vsa"), parallel="fsdp")
+
+
+def wan_1_3b_lora() -> TrainingConfig:
+    """Wan2.1-1.3B to SLA with its own weights frozen: LoRA and the projections, taught by the dense model."""
+    return TrainingConfig(
+        model=ModelSettings(WAN_1_3B, frozen_dtype="bfloat16"),
+        sparsity=SparsitySettings(SLAConfig(keep_ratio=0.10, drop_ratio=0.10)),
+        data=DataSettings(),
+        output=Path("wan-1.3b-lora"),
+        batch_size=16,
+        objective=ObjectiveSettings(flow_matching=0.5, distillation=0.5, teacher="same"),
+        optimizer=OptimizerSettings(trainable="lora", learning_rate=1e-4, new_learning_rate=1e-3, ema_decay=0.99),
+        evaluation=EvaluationSettings(sample_every=500),
+    )
+
+
+def _from_scratch(output: str) -> TrainingConfig:
+    """A Wan of about 0.4B parameters with random weights, dense."""
+    return TrainingConfig(
+        model=ModelSettings(architecture=WanArchitecture(num_layers=24, num_heads=8, ffn_dim=4096)),
+        sparsity=SparsitySettings(),
+        data=DataSettings(),
+        output=Path(output),
+        steps=100_000,
+        batch_size=256,
+        micro_batch_size=4,
+        objective=ObjectiveSettings(shift=3.0),
+        optimizer=OptimizerSettings(learning_rate=2e-4, warmup=2000, decay=True, weight_decay=0.1, ema_decay=0.9999),
+        evaluation=EvaluationSettings(every=1000, sample_every=5000),
+        checkpoint=CheckpointSettings(every=1000),
+    )
+
+
+def scratch_sla() -> TrainingConfig:
+    """A Wan of about 0.4B parameters from random weights, SLA from the first step."""
+    return _from_scratch("scratch-sla").replace(sparsity=SparsitySettings(SLAConfig(keep_ratio=0.05, drop_ratio=0.10)))
+
+
+def scratch_vsa() -> TrainingConfig:
+    """The same with VSA, both gates learned, 87.5 % sparse (arXiv 2505.13389)."""
+    return _from_scratch("scratch-vsa").replace(sparsity=SparsitySettings(VSAConfig(keep_ratio=0.125, fine_gate=True)))
+
+
+RECIPES: dict[str, Callable[[], TrainingConfig]] = {
+    "tiny": tiny,
+    "wan-1.3b-sla": wan_1_3b_sla,
+    "wan-14b-sla": wan_14b_sla,
+    "wan-1.3b-vsa": wan_1_3b_vsa,
+    "wan-14b-vsa": wan_14b_vsa,
+    "wan-1.3b-lora": wan_1_3b_lora,
+    "scratch-sla": scratch_sla,
+    "scratch-vsa": scratch_vsa,
+}
+
+
+def find_recipe(name: str) -> Callable[[], TrainingConfig]:
+    """A recipe by name, or by file and function: "path/to/file.py:function".
+
+    Raises:
+        ValueError: for a name that is not in the table, or a file without that function.
+        FileNotFoundError: for a file that is not there.
+    """
+    path, separator, function = name.rpartition(":")
+    if not separator:
+        if name not in RECIPES:
+            raise ValueError(f"unknown recipe {name!r}; expected one of {tuple(RECIPES)}, or path/to/file.py:function")
+        return RECIPES[name]
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file of recipes: {path}")
+    spec = importlib.util.spec_from_file_location(f"foveal_recipes_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    recipe = getattr(module, function, None)
+    if not callable(recipe):
+        raise ValueError(f"{path} has no function {function!r}")
+    return recipe
+
+
+def usage() -> str:
+    """What `foveal train --help` prints."""
+    width = max(map(len, RECIPES))
+    return "\n".join(
+        [
+            "usage: foveal train RECIPE [OPTIONS]",
+            "",
+            "Train or fine-tune. RECIPE is path/to/file.py:function, or one of",
+            "",
+            *(f"  {name.ljust(width)}  {recipe.__doc__.splitlines()[0]}" for name, recipe in RECIPES.items()),
+            "",
+            "`foveal train RECIPE --help` lists the recipe's settings, each of which is an option.",
+        ]
+    )
+
+
+def parse(arguments: list[str]) -> TrainingConfig:
+    """What `foveal train` was given: a recipe, and settings that override it.
+
+    Raises:
+        SystemExit: for --help, and settings that do not exist.
+        TypeError, ValueError, FileNotFoundError: for a recipe that cannot be found, or settings that contradict.
+    """
+    import tyro
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        raise SystemExit(0 if arguments else 2)
+    first = arguments[0]
+    recipe = find_recipe(first)
+    config = recipe()
+    if not isinstance(config, TrainingConfig):
+        raise TypeError(f"recipe {first} must return a TrainingConfig, got {type(config).__name__}")
+    return tyro.cli(
+        TrainingConfig,
+        prog=f"foveal train {first}",
+        description=recipe.__doc__,
+        default=config,
+        args=arguments[1:],
+        config=(tyro.conf.AvoidSubcommands,),
+    )

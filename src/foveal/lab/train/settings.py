@@ -1,0 +1,353 @@
+"""The parts of a training run's configuration: one frozen dataclass for each theme, which checks its own values."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from foveal.checks import check_choice, check_positive_int, check_ratio
+from foveal.methods.base import Config, method_of
+
+TRAINABLE = ("all", "attention", "new", "lora")
+TEACHERS = ("same", "copy")
+OPTIMIZERS = ("adamw", "adamw8bit")
+
+
+@dataclass(frozen=True)
+class WanArchitecture:
+    """The sizes of a `WanTransformer3DModel` with random weights; the defaults are Wan2.1-1.3B's.
+
+    Args:
+        num_layers, num_heads, head_dim, ffn_dim: the transformer.
+        patch: pixels (or latent pixels) a token is wide and high; it is one frame deep.
+        channels: of the video that goes in and comes out.
+        text_dim: width of the text embeddings.
+        freq_dim: of the timestep's sinusoids.
+        rope_max_seq_len: the longest side of a grid.
+    """
+
+    num_layers: int = 30
+    num_heads: int = 12
+    head_dim: int = 128
+    ffn_dim: int = 8960
+    patch: int = 2
+    channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    rope_max_seq_len: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            check_positive_int(name, value)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The transformer.
+
+    Args:
+        path: a folder or hub name of a diffusers pipeline, whose weights training starts from.
+        subfolder: the transformer's part of it.
+        architecture: random weights of these sizes instead of a `path`.
+        gradient_checkpointing: keep the blocks' inputs alone and run them again in the backward.
+        compile: torch.compile of the repeated blocks.
+        keep_exchanged: under `context_parallel` compiled blocks keep the queries, keys, values and outputs that were
+            exchanged, beside their inputs: 8 bytes times tokens times width a layer in bfloat16, divided by the degree.
+            Without, they are exchanged again in the backward, by `gradient_checkpointing`.
+        frozen_dtype: of the weights that are not trained; those that are stay in float32.
+    """
+
+    path: str | None = None
+    subfolder: str = "transformer"
+    architecture: WanArchitecture | None = None
+    gradient_checkpointing: bool = True
+    compile: bool = False
+    keep_exchanged: bool = True
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError(
+                f"give model.path or model.architecture, one of them, got {self.path!r}, {self.architecture!r}"
+            )
+        if not (self.keep_exchanged or self.gradient_checkpointing):
+            raise ValueError(
+                "model.keep_exchanged must be True without model.gradient_checkpointing, which alone drops anything"
+            )
+        check_choice("model.frozen_dtype", self.frozen_dtype, ("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """Dense for a while, then less and less kept, down to what the configuration says (VSA, arXiv 2505.13389).
+
+    Args:
+        dense_steps: optimiser steps with dense attention.
+        start: what the first sparse step keeps: cubes where the configuration has a `topk`, else a keep_ratio.
+        decrement: how much less each time.
+        every: optimiser steps between two decrements.
+    """
+
+    start: float
+    decrement: float
+    dense_steps: int = 50
+    every: int = 50
+
+    def __post_init__(self) -> None:
+        check_positive_int("annealing.every", self.every)
+        if self.dense_steps < 0:
+            raise ValueError(f"annealing.dense_steps must be at least 0, got {self.dense_steps}")
+        if self.start <= 0 or self.decrement <= 0:
+            raise ValueError(
+                f"annealing.start and annealing.decrement must be above 0, got {self.start} and {self.decrement}"
+            )
+
+    def kept(self, step: int, final: float) -> float | None:
+        """What optimiser step `step` (from 1) keeps on the way to `final`; None while dense."""
+        sparse_steps = step - 1 - self.dense_steps
+        if sparse_steps < 0:
+            return None
+        return max(final, self.start - self.decrement * (sparse_steps // self.every))
+
+
+@dataclass(frozen=True)
+class SparsitySettings:
+    """The sparse attention.
+
+    Args:
+        attention: an `SLAConfig` or `VSAConfig`; None trains the dense model.
+        dense_layers: layers that stay dense, by index.
+        layer_keep_ratio: keep_ratio of single layers, by index.
+        annealing: how the model gets there; None is sparse from the first step.
+        impl: see `block_sparse_attention`.
+    """
+
+    attention: Config | None = None
+    dense_layers: tuple[int, ...] = ()
+    layer_keep_ratio: dict[int, float] = field(default_factory=dict)
+    annealing: Annealing | None = None
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.attention is None:
+            if self.dense_layers or self.layer_keep_ratio or self.annealing:
+                raise ValueError("dense_layers, layer_keep_ratio and annealing need sparsity.attention")
+            return
+        method_of(self.attention)
+        if self.layer_keep_ratio and self.attention.keep_ratio is None:
+            raise ValueError("layer_keep_ratio needs a sparsity.attention with a keep_ratio, got one with topk")
+        for ratio in self.layer_keep_ratio.values():
+            check_ratio("layer_keep_ratio", ratio)
+        if self.annealing is not None and self.layer_keep_ratio:
+            raise ValueError("annealing and layer_keep_ratio exclude each other: all layers anneal alike")
+
+    def layer_configs(self, num_layers: int) -> dict[int, Config]:
+        """The configuration of every sparse layer, by index.
+
+        Raises:
+            ValueError: for a layer that the model does not have, or one named twice.
+        """
+        if self.attention is None:
+            return {}
+        named = (*self.dense_layers, *self.layer_keep_ratio)
+        unknown = sorted({layer for layer in named if not 0 <= layer < num_layers})
+        if unknown:
+            raise ValueError(f"dense_layers and layer_keep_ratio must be in 0..{num_layers - 1}, got {unknown}")
+        both = sorted(set(self.dense_layers) & set(self.layer_keep_ratio))
+        if both:
+            raise ValueError(f"layers {both} are in dense_layers and in layer_keep_ratio")
+        configs = {}
+        for layer in range(num_layers):
+            if layer in self.dense_layers:
+                continue
+            ratio = self.layer_keep_ratio.get(layer)
+            configs[layer] = self.attention if ratio is None else self.attention.replace(keep_ratio=ratio)
+        return configs
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is trained on.
+
+    Args:
+        folder: what `foveal precompute` wrote.
+        clip: a video file, or the name of a sample clip, instead of a `folder`: trained on in pixel space, its
+            last quarter held out.
+        height, width, frames, stride: of the windows of `clip`: pixels, frames, and clip frames from one to the next.
+        windows: how many windows of `clip` are trained on.
+        held_out: clips to evaluate on, never trained on.
+        caption_dropout: share of the samples that get the empty caption.
+        workers: threads that read ahead; 0 reads as batches are needed.
+    """
+
+    folder: Path | None = None
+    clip: str | None = None
+    height: int = 48
+    width: int = 80
+    frames: int = 8
+    stride: int = 2
+    windows: int = 32
+    held_out: int = 8
+    caption_dropout: float = 0.1
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "frames", "stride", "windows", "held_out"):
+            check_positive_int(f"data.{name}", getattr(self, name))
+        check_ratio("data.caption_dropout", self.caption_dropout)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters, by peft.
+
+    Args:
+        rank: of the adapters.
+        alpha: their scale is alpha / rank.
+        dropout: of their input.
+        targets: the linear layers that get one, as peft matches names.
+    """
+
+    rank: int = 32
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What is minimised: a weighted sum.
+
+    Args:
+        flow_matching: weight of the flow-matching loss.
+        distillation: weight of the mean squared difference to a dense teacher's velocity.
+        teacher: "same" is the model itself with dense attention and without LoRA, where its own weights are
+            frozen; "copy" is a frozen dense copy of what training started from.
+        shift: of the noise schedule; None takes the model's own scheduler's.
+        sigma_range: noise levels to train at: (0.875, 1) and (0, 0.875) are the experts of Wan2.2-T2V.
+    """
+
+    flow_matching: float = 1.0
+    distillation: float = 0.0
+    teacher: Literal["same", "copy"] = "copy"
+    shift: float | None = None
+    sigma_range: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        low, high = self.sigma_range
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"objective.sigma_range must be two levels in [0, 1], ascending, got {self.sigma_range}")
+        check_choice("objective.teacher", self.teacher, TEACHERS)
+        if min(self.flow_matching, self.distillation) < 0 or self.flow_matching + self.distillation == 0:
+            raise ValueError(
+                "objective.flow_matching and objective.distillation must be at least 0 and not both 0, "
+                f"got {self.flow_matching} and {self.distillation}"
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How it is minimised.
+
+    Args:
+        name: "adamw" (fused) or "adamw8bit" (bitsandbytes: moments in eight bits).
+        trainable: "all" weights, self-"attention" alone, the "new" parameters of the sparse attention alone, or "lora"
+            and the new ones.
+        learning_rate: the peak.
+        new_learning_rate: the peak of the new parameters, which start at zero and have a longer way to go; None is
+            `learning_rate`.
+        warmup: steps up to the peak.
+        decay: fall linearly to `final_learning_rate` at the last step; False stays at the peak.
+        final_learning_rate: where the decay ends.
+        betas, weight_decay: of AdamW.
+        max_gradient_norm: gradients are scaled down to it.
+        ema_decay: of the exponential moving average of the trained weights, which is what is exported; None has none.
+    """
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    trainable: Literal["all", "attention", "new", "lora"] = "all"
+    learning_rate: float = 1e-5
+    new_learning_rate: float | None = None
+    warmup: int = 100
+    decay: bool = False
+    final_learning_rate: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    max_gradient_norm: float = 1.0
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer.name", self.name, OPTIMIZERS)
+        check_choice("optimizer.trainable", self.trainable, TRAINABLE)
+        for name in ("learning_rate", "new_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not rate > 0:
+                raise ValueError(f"optimizer.{name} must be above 0, got {rate}")
+        if self.warmup < 0:
+            raise ValueError(f"optimizer.warmup must be at least 0, got {self.warmup}")
+        if self.ema_decay is not None:
+            check_ratio("optimizer.ema_decay", self.ema_decay)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is looked at while training.
+
+    Args:
+        every: optimiser steps between two evaluations on the held-out clips; 0 evaluates at the end alone.
+        sigmas: the noise levels of every held-out clip.
+        sample_every: optimiser steps between two pairs of sample videos, dense and sparse; 0 makes none.
+        sampling_steps: Euler steps of a sample.
+        warn_gap: warn when the sparse held-out loss is this share above the dense one, and further than last time.
+    """
+
+    every: int = 100
+    sigmas: tuple[float, ...] = (0.2, 0.45, 0.7, 0.9)
+    sample_every: int = 0
+    sampling_steps: int = 30
+    warn_gap: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("every", "sample_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"evaluation.{name} must be at least 0, got {getattr(self, name)}")
+        if not self.sigmas or not all(0 < sigma < 1 for sigma in self.sigmas):
+            raise ValueError(f"evaluation.sigmas must be some levels between 0 and 1, got {self.sigmas}")
+        check_positive_int("evaluation.sampling_steps", self.sampling_steps)
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """What is kept.
+
+    Args:
+        every: optimiser steps between two checkpoints; one is written at the end in any case.
+        keep: how many of the latest are kept, beside the one of the lowest held-out loss.
+    """
+
+    every: int = 250
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        check_positive_int("checkpoint.every", self.every)
+        check_positive_int("checkpoint.keep", self.keep)
+
+
+@dataclass(frozen=True)
+class FaultSettings:
+    """What is done about losses and data that are wrong.
+
+    Args:
+        spike_factor: a loss of so many times the median of the last 50 counts as a spike.
+        max_skipped: stop after so many steps in a row without a good loss or a readable batch.
+    """
+
+    spike_factor: float = 10.0
+    max_skipped: int = 5
+
+    def __post_init__(self) -> None:
+        if self.spike_factor <= 1:
+            raise ValueError(f"faults.spike_factor must be above 1, got {self.spike_factor}")
+        check_positive_int("faults.max_skipped", self.max_skipped)

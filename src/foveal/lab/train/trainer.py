@@ -1,0 +1,446 @@
+"""`Trainer`: a run from its configuration to its export, through whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveal.lab.data.dataset import BatchStream
+from foveal.lab.train.checkpoint import MANIFEST, Checkpoint, CheckpointError, CheckpointStore
+from foveal.lab.train.config import TrainingConfig, differences
+from foveal.lab.train.evaluation import DivergenceAlarm, Evaluation, HeldOut
+from foveal.lab.train.export import export
+from foveal.lab.train.faults import LossGuard, TrainingError, out_of_memory, stopping_on_signals
+from foveal.lab.train.inputs import NoiseAhead, check_output, check_sizes, micro_batches, open_data, read_batch
+from foveal.lab.train.log import RunLog
+from foveal.lab.train.model import (
+    anneal,
+    build_model,
+    compile_blocks,
+    load_transformer,
+    teaching,
+    text_of,
+    token_grid,
+    trained_parameters,
+    transformer_fields,
+    velocity,
+)
+from foveal.lab.train.objective import add_noise, flow_matching_loss, scheduler_shift
+from foveal.lab.train.optimization import (
+    StepReport,
+    build_optimizer,
+    optimizer_step,
+    parameter_groups,
+    warmup_and_decay,
+)
+from foveal.lab.train.parallel import (
+    accumulating,
+    any_of,
+    build_accelerator,
+    check_tokens,
+    data_part,
+    mean_of,
+    place,
+    starts_empty,
+)
+from foveal.lab.train.sampling import dense_and_sparse, visible, write_samples
+from foveal.lab.train.state import RunState
+from foveal.lab.train.throughput import peak_flops, sample_flops
+from foveal.models import dense, sparse_parameters
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.
+
+    Args:
+        step: optimiser steps taken in all.
+        finished: False where it was told to stop before its last step.
+        evaluation: the last one of this process; None if there was none.
+        export: the folder of the exported model, in the process that wrote it; None where it did not finish.
+    """
+
+    step: int
+    finished: bool
+    evaluation: Evaluation | None
+    export: Path | None
+
+
+def run_training(config: TrainingConfig) -> TrainingResult:
+    """Trains as a configuration says, to the end and the export, or until SIGTERM or SIGINT, and saves.
+
+    Raises:
+        FileNotFoundError, ImportError, TypeError, ValueError: for a configuration that cannot be run.
+        TrainingError: where it cannot go on: out of memory, or too many bad losses or batches in a row.
+        CheckpointError: where the last checkpoint could not be written, or none could be read.
+    """
+    try:
+        return Trainer(config).run()
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(config, error) from error
+
+
+class Trainer:
+    """One run, built from its configuration; `run` trains to the end.
+
+    Args:
+        config: the run.
+
+    Raises:
+        FileNotFoundError, ImportError, TypeError, ValueError: for a configuration that cannot be run.
+    """
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        # At once, before data and output; a model of the hub is looked at when it is loaded.
+        if config.model.path is not None and Path(config.model.path).is_dir():
+            transformer_fields(config.model)
+        check_sizes(config.data, config.model)
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.accelerator = build_accelerator(config)
+        self.log = RunLog(config, self.accelerator)
+        self.store = CheckpointStore(config.output / "checkpoints", keep=config.checkpoint.keep, report=self.log.warn)
+        if not self.store.exists():
+            check_output(config.output)
+        elif not config.resume:
+            raise ValueError(
+                f"output {config.output} holds checkpoints: resume goes on from them, another output starts anew"
+            )
+        train_data, held_out_data = open_data(config.data, config.output, self.accelerator)
+        self.data_settings = train_data.settings
+        if config.evaluation.sample_every and self.data_settings["space"] == "latent" and not self._pipeline():
+            raise ValueError("evaluation.sample_every needs a pipeline to decode latents with, and the data names none")
+        self.shift = _shift(config)
+        device, sigma_range = self.accelerator.device, config.objective.sigma_range
+        self.noise = NoiseAhead(seed=config.seed, shift=self.shift, sigma_range=sigma_range, device=device)
+        self.held_out = HeldOut(held_out_data, config, self.accelerator)
+        self.part = data_part(self.accelerator, config)
+        self.stream = BatchStream(
+            train_data,
+            config.batch_size // self.part.parts,
+            seed=config.seed,
+            rank=self.part.rank,
+            world_size=self.part.parts,
+            caption_dropout=config.data.caption_dropout,
+            num_workers=config.data.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+        # `transformer` is the model itself, `model` what a forward in training calls: the same, or DDP around it.
+        self.transformer = build_model(config, empty=starts_empty(self.accelerator, config))
+        for shape in train_data.buckets | held_out_data.buckets:
+            check_tokens(config.context_parallel, token_grid(self.transformer, shape).num_tokens, shape)
+        if config.model.compile:
+            # Before `place`: blocks are found by their class, and FSDP2 changes it.
+            keep = config.model.keep_exchanged if config.context_parallel > 1 else None
+            compile_blocks(self.transformer, keep_exchanged=keep)
+        self.model = place(self.transformer, self.accelerator, config)
+        self.teacher = self._build_teacher()
+        self.parameters = trained_parameters(self.transformer)
+        self.guard = LossGuard(config.faults, self.log.warn)
+        self.alarm = DivergenceAlarm(config.evaluation.warn_gap)
+        self.state = self._build_state()
+        # Weights are alike in every process, dropout is not.
+        torch.manual_seed(config.seed + self.accelerator.process_index)
+        self.step = 0
+        self.saved_at = self.evaluated_at = -1
+        self.evaluation: Evaluation | None = None
+
+    def run(self) -> TrainingResult:
+        """Trains to the last step and exports, or until SIGTERM or SIGINT, and saves.
+
+        Raises:
+            TrainingError: where it cannot go on: too many bad losses or batches in a row.
+            CheckpointError: where the last checkpoint could not be written, or none could be read.
+        """
+        with stopping_on_signals(self.log.warn) as stop, self.log:
+            try:
+                if self.config.resume:
+                    self._resume()
+                self.log.start(self.step)
+                return self._run(stop)
+            finally:
+                self.stream.close()
+                self.noise.close()
+
+    def _run(self, stop: threading.Event) -> TrainingResult:
+        config = self.config
+        if self.step == 0:
+            self._evaluate()
+        while self.step < config.steps and not any_of(self.accelerator, stop.is_set())[0]:
+            started = time.perf_counter()
+            self._train_step(started)
+            self.step += 1
+            if self._due(config.evaluation.every) or self.step == config.steps:
+                self._evaluate()
+            if self._due(config.evaluation.sample_every):
+                self._sample()
+            if self._due(config.checkpoint.every) and self.step < config.steps:
+                try:
+                    self._save()
+                except CheckpointError as error:
+                    self.log.warn(f"{error}; training goes on and tries again in {config.checkpoint.every} steps")
+        if self.saved_at != self.step:
+            self._save()
+        finished = self.step >= config.steps
+        folder = None
+        if finished:
+            if self.accelerator.is_main_process:
+                folder = self._export()
+            self.accelerator.wait_for_everyone()
+        else:
+            self.log.say(f"stopped at step {self.step} of {config.steps} and saved; resume goes on from there")
+        return TrainingResult(self.step, finished, self.evaluation, folder)
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
+
+    def _train_step(self, started: float) -> None:
+        """One optimiser step, or one that is refused, and a note of it."""
+        config, step = self.config, self.step + 1
+        batch = self._read()
+        annealing, kept, dense_now = config.sparsity.annealing, None, False
+        if annealing is not None:
+            kept = anneal(self.transformer, config.sparsity.attention, annealing, step)
+            dense_now = kept is None
+        self.model.train()
+        rate = self.state.schedule.get_last_lr()[0]
+        report = optimizer_step(
+            list(self.parameters.values()),
+            self.state.optimizer,
+            self.state.schedule,
+            self._losses(batch, dense_now),
+            accept=self.guard.accept,
+            max_gradient_norm=config.optimizer.max_gradient_norm,
+            # Gradients are the mean over processes, and each of a group has its part of a sample's.
+            backward=lambda loss: self.accelerator.backward(loss * config.context_parallel),
+            mean=lambda loss: mean_of(self.accelerator, loss),
+        )
+        if report.taken and self.state.average is not None:
+            self.state.average.step(self.parameters.values())
+        self._note(step, report, rate, kept, batch, time.perf_counter() - started)
+
+    def _read(self) -> dict[str, Any]:
+        """The next batch that every process can read."""
+        for _ in range(self.config.faults.max_skipped):
+            batch, problem = read_batch(self.stream)
+            if problem:
+                self.log.warn(problem)
+            if not any_of(self.accelerator, batch is None)[0]:
+                return batch
+        raise TrainingError(
+            f"{self.config.faults.max_skipped} batches in a row could not be read; check the data: "
+            "LatentDataset(folder, verify=True) names what is damaged"
+        )
+
+    def _losses(self, batch: dict[str, Any], dense_now: bool) -> Iterator[Tensor]:
+        """The losses of the micro-batches, whose sum is the batch's mean; each has its backward before the next."""
+        local, size = len(batch["latents"]), self.config.micro_batch_size
+        # The numbers of this process's first samples, of this batch (the stream has moved on already) and the next.
+        first, next_first = (
+            position * self.config.batch_size + self.part.rank * local
+            for position in (self.stream.position - 1, self.stream.position)
+        )
+        for start, part in micro_batches(batch, size):
+            last = start + size >= local
+            noise = self.noise.take(
+                tuple(part["latents"].shape), first + start, next_first if last else first + start + size
+            )
+            with accumulating(self.model, self.accelerator, last=last):
+                if dense_now:
+                    with dense(self.transformer):
+                        yield self._loss(part, *noise).sum() / local
+                else:
+                    yield self._loss(part, *noise).sum() / local
+
+    def _loss(self, part: dict[str, Any], noise: Tensor, sigmas: Tensor) -> Tensor:
+        """The objective of some samples, one figure each."""
+        objective, device = self.config.objective, self.accelerator.device
+        # No copy waits: the host is to be ahead of a GPU.
+        tensors = {key: value for key, value in part.items() if isinstance(value, Tensor)}
+        part = {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
+        noise, sigmas = (x.to(device, non_blocking=True) for x in (noise, sigmas))
+        clean, text = part["latents"].float(), text_of(part)
+        noisy, target = add_noise(clean, noise, sigmas)
+        # The teacher first: later, the student's activations would be in memory beside its own.
+        taught = self._taught(noisy, sigmas, text) if objective.distillation else None
+        with self.accelerator.autocast():
+            predicted = velocity(self.model, noisy, sigmas, text)
+        loss = objective.flow_matching * flow_matching_loss(predicted, target)
+        if taught is not None:
+            loss = loss + objective.distillation * flow_matching_loss(predicted, taught)
+        return loss
+
+    @torch.no_grad()
+    def _taught(self, noisy: Tensor, sigmas: Tensor, text: dict[str, Tensor]) -> Tensor:
+        with self.accelerator.autocast():
+            if self.teacher is not None:
+                return velocity(self.teacher, noisy, sigmas, text)
+            with teaching(self.transformer):
+                return velocity(self.transformer, noisy, sigmas, text)
+
+    def _note(
+        self, step: int, report: StepReport, rate: float, kept: float | None, batch: dict[str, Any], seconds: float
+    ) -> None:
+        grid = token_grid(self.transformer, batch["latents"].shape)
+        tokens = grid.num_tokens * self.config.batch_size / seconds
+        peak = peak_flops(self.accelerator.device)
+        used = None
+        if peak is not None:
+            still_dense = kept is None and self.config.sparsity.annealing is not None
+            flops = sample_flops(self.transformer, grid, dense=still_dense)
+            used = flops * self.config.batch_size / (seconds * peak * self.accelerator.num_processes)
+        self.log.note(
+            step,
+            {
+                "loss": report.loss,
+                "gradient_norm": report.gradient_norm,
+                "learning_rate": rate,
+                "skipped": None if report.taken else 1,
+                "kept": kept,
+                "seconds": seconds,
+                "tokens_per_second": tokens,
+                "mfu": used,
+            },
+        )
+        utilisation = "" if used is None else f", MFU {used:.0%}"
+        self.log.show(step, f"loss {report.loss:.4f}, {tokens:,.0f} tokens/s{utilisation}")
+
+    def _evaluate(self) -> None:
+        self.evaluation = self.held_out.evaluate(self.transformer)
+        self.evaluated_at = self.step
+        self.log.note(self.step, self.evaluation.figures())
+        self.log.say(f"step {self.step}: held-out {self.evaluation}")
+        annealing = self.config.sparsity.annealing
+        if self.evaluation.layers and not (annealing and self.step <= annealing.dense_steps):
+            warning = self.alarm.warning(self.evaluation)
+            if warning:
+                self.log.warn(warning)
+
+    def _sample(self) -> None:
+        """A video from the first held-out sample's caption and noise, sparse on the right of dense."""
+        _, noise, text = self.held_out.sample(0)
+
+        def predicted(video: Tensor, sigmas: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                return velocity(self.transformer, video, sigmas, text)
+
+        steps = self.config.evaluation.sampling_steps
+        latents = dense_and_sparse(self.transformer, predicted, noise, shift=self.shift, steps=steps)
+        if self.accelerator.is_main_process:
+            path = self.config.output / "samples" / f"step-{self.step:08d}.mp4"
+            device, fps = self.accelerator.device, self.data_settings["fps"]
+            try:
+                videos = [
+                    visible(x, self.data_settings["space"], pipeline=self._pipeline(), device=device) for x in latents
+                ]
+                write_samples(path, videos, fps=fps)
+            except OSError as error:
+                self.log.warn(f"no sample was written: {error}")
+
+    def _pipeline(self) -> str | None:
+        """The folder or hub name of the pipeline that the data was made with, or that training started from."""
+        return self.data_settings.get("model") or self.config.model.path
+
+    def _build_teacher(self) -> nn.Module | None:
+        """A frozen dense copy of what training starts from, where the objective asks for one."""
+        objective = self.config.objective
+        if not objective.distillation or objective.teacher != "copy":
+            return None
+        torch.manual_seed(self.config.seed)
+        empty = starts_empty(self.accelerator, self.config)
+        teacher = load_transformer(self.config.model, empty=empty).requires_grad_(False).eval()
+        return place(teacher, self.accelerator, self.config, trained=False)
+
+    def _build_state(self) -> RunState:
+        settings = self.config.optimizer
+        groups = parameter_groups(
+            self.parameters.values(),
+            learning_rate=settings.learning_rate,
+            fast_parameters=sparse_parameters(self.transformer).values(),
+            fast_learning_rate=settings.new_learning_rate,
+        )
+        optimizer = build_optimizer(
+            groups, name=settings.name, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+        schedule = warmup_and_decay(
+            optimizer,
+            steps=self.config.steps,
+            warmup=settings.warmup,
+            decay=settings.decay,
+            floor=settings.final_learning_rate / settings.learning_rate,
+        )
+        average = None
+        if settings.ema_decay is not None:
+            from diffusers.training_utils import EMAModel
+
+            average = EMAModel(self.parameters.values(), decay=settings.ema_decay)
+        return RunState(
+            self.parameters, optimizer, schedule, average, self.stream, self.guard, self.alarm, self.accelerator
+        )
+
+    def _save(self) -> None:
+        loss = self.evaluation.sparse if self.evaluated_at == self.step else None
+        self.state.save(self.store, self.step, config=self.config.to_dict(), held_out_loss=loss)
+        self.saved_at = self.step
+
+    def _export(self) -> Path:
+        from safetensors import SafetensorError
+
+        folder = self.config.output / "export"
+        try:
+            return export(self.config, self._checkpoint(self.step), folder, report=self.log.warn)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"the export to {folder} failed ({error}); the checkpoint is whole: the same run with resume exports it"
+            ) from error
+
+    def _checkpoint(self, step: int) -> Checkpoint:
+        """One that is known to be whole."""
+        folder = self.store.folder / f"step-{step:08d}"
+        return Checkpoint(folder, json.loads((folder / MANIFEST).read_bytes()))
+
+    def _resume(self) -> None:
+        from accelerate.utils import broadcast_object_list
+
+        # One process checks the files, and all take the same one.
+        found = [None]
+        if self.accelerator.is_main_process:
+            latest = self.store.latest()
+            found = [None if latest is None else latest.step]
+        broadcast_object_list(found)
+        if found[0] is None:
+            if self.store.exists():
+                raise CheckpointError(f"no checkpoint in {self.store.folder} is whole; nothing to resume from")
+            self.log.say(f"no checkpoint in {self.store.folder} yet: starting at step 0")
+            return
+        checkpoint = self._checkpoint(found[0])
+        self.log.say(f"resuming at step {checkpoint.step}")
+        for line in differences(checkpoint.state["config"], self.config.to_dict()):
+            if line.split(":")[0] not in ("resume", "output"):
+                self.log.say(f"  changed since: {line}")
+        self.state.restore(checkpoint, self.log.say)
+        self.step = self.saved_at = checkpoint.step
+
+
+def _shift(config: TrainingConfig) -> float:
+    """The noise schedule's shift: as set, or as the model's own scheduler has it."""
+    if config.objective.shift is not None:
+        return config.objective.shift
+    if config.model.path is None:
+        raise ValueError("objective.shift is needed with model.architecture: random weights have no scheduler")
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    # First: another family's scheduler would be refused for a reason that is not the real one.
+    transformer_fields(config.model)
+    # Any scheduler's: this class alone reads the file.
+    return scheduler_shift(FlowMatchEulerDiscreteScheduler.load_config(config.model.path, subfolder="scheduler"))

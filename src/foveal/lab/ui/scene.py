@@ -1,0 +1,272 @@
+"""What the page shows: a video, and query, key and value of a model's layers while it denoises that video.
+
+Shape legend: H heads, L tokens of the grid, N keys (the grid's and then text), D head dimension, n tokens in question.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal.lab.data.windows import ClipWindows, read_video, to_frames
+from foveal.lab.demo.settings import DemoSettings
+from foveal.lab.demo.task import predict
+from foveal.lab.inspect.capture import token_labels
+from foveal.lab.inspect.probe import watch
+from foveal.lab.inspect.statistics import sample
+from foveal.lab.train.objective import add_noise
+from foveal.layout import VideoGrid
+from foveal.methods.base import Config, method_of
+from foveal.methods.cost import attention_cost
+
+# Query tokens that a head's error and recall are taken over.
+SAMPLED_TOKENS = 96
+BRIGHTNESS = {1: 1.0, 0: 0.42, -1: 0.10}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A video and the attention inputs of some layers.
+
+    Attributes:
+        title: what it is, for people.
+        frames: uint8 [frames of the grid, height, width, 3], what each of the grid's frames looks like.
+        grid: of tokens.
+        layers: name to (query [1, H, L, D], key and value [1, H, N, D]), the video in raster order.
+    """
+
+    title: str
+    frames: Tensor
+    grid: VideoGrid
+    layers: dict[str, tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class View:
+    """What one token sees of a scene, and what that costs.
+
+    Attributes:
+        labels: int8 [frames, height, width] of the grid: +1 read exactly, 0 through the global branch, -1 not at all.
+        kept, blocks: key blocks that the token's block reads exactly, of how many.
+        recall: share of this token's attention mass in the blocks that it reads exactly.
+        head_recall, head_error: the same over sampled tokens of the head, and |O_kept - O| / |O| over them.
+        work: FLOPs of the method over those of dense attention, at this size.
+    """
+
+    labels: Tensor
+    kept: int
+    blocks: int
+    recall: float
+    head_recall: float
+    head_error: float
+    work: float
+
+
+def demo_scene(folder: Path, video: Path, *, noise_level: float, window: float = 0.5, seed: int = 0) -> Scene:
+    """The demo's model, denoising a window of a clip.
+
+    Args:
+        folder: what `foveal demo` wrote.
+        video: any video file.
+        noise_level: sigma in (0, 1).
+        window: where in the clip, from 0 to 1.
+        seed: of the noise.
+
+    Raises:
+        FileNotFoundError: a folder without a demo's model, or no such video.
+        ValueError: a video that cannot be decoded or is too short, or a noise level out of range.
+    """
+    from diffusers import WanTransformer3DModel
+
+    folder = Path(folder)
+    if not (folder / "model" / "config.json").is_file() or not (folder / "results.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no model of the demo; `foveal demo --output {folder}` makes one")
+    if not 0.0 < noise_level < 1.0:
+        raise ValueError(f"noise_level must be above 0 and below 1, got {noise_level}")
+    settings = DemoSettings(**json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"])
+    clip = read_video(video, height=settings.height, width=settings.width)
+    windows = ClipWindows(clip, frames=settings.frames, stride=settings.stride)
+    last = windows.held_out_starts[-1]
+    frames = windows.window(round(min(max(window, 0.0), 1.0) * last))[None]
+    model = WanTransformer3DModel.from_pretrained(folder / "model").eval()
+    sigma = torch.full((1,), noise_level)
+    noise = torch.randn(frames.shape, generator=torch.Generator().manual_seed(seed))
+    noisy, _ = add_noise(frames, noise, sigma)
+    layers: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def look(component, layer, progress, query, key, value, grid) -> None:
+        layers[layer] = (query, key, value)
+
+    with torch.no_grad():
+        watch(model, lambda: predict(model, noisy, sigma, frames[:, :, :1]), look)
+    shown = to_frames(frames[0]).permute(0, 2, 3, 1).contiguous()
+    return Scene(f"{Path(video).name}, noise level {noise_level:g}", shown, settings.grid, layers)
+
+
+def pipeline_scene(
+    loaded: Any, prompt: str, *, step: int, size: tuple[int, int, int], num_inference_steps: int, seed: int = 0
+) -> Scene:
+    """A diffusers pipeline, at one denoising step of a video that it generates.
+
+    Args:
+        loaded: from `foveal.lab.pipelines.load_pipeline`.
+        prompt: the text.
+        step: which denoising step's attention to keep, from 0.
+        size: (frames, height, width) in pixels.
+        num_inference_steps: denoising steps; the frames shown are those of the finished video.
+        seed: of the noise.
+
+    Raises:
+        ValueError: for a size that the pipeline does not take, or a step that the schedule has not.
+    """
+    if not 0 <= step < num_inference_steps:
+        raise ValueError(f"step must be in [0, {num_inference_steps}), got {step}")
+    loaded.sizes.check(*size)
+    arguments = dict(zip(("num_frames", "height", "width"), size, strict=True))
+    if loaded.kind.is_image:
+        del arguments["num_frames"]
+    layers: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    grids: list[VideoGrid] = []
+
+    def look(component, layer, progress, query, key, value, grid) -> None:
+        layers[layer] = tuple(x.float().cpu() for x in (query, key, value))
+        grids.append(grid)
+
+    made: list[Tensor] = []
+
+    def run() -> None:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        output = loaded.pipe(
+            prompt, num_inference_steps=num_inference_steps, generator=generator, output_type="pt", **arguments
+        )
+        made.append(output[0][0] if not loaded.kind.is_image else output[0])
+
+    watch(loaded.pipe, run, look, steps=(step,))
+    video = (made[0].float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    # A frame of the grid stands for several pixel frames: the one in the middle of them is shown.
+    places = ((torch.arange(grids[0].frames) + 0.5) * len(video) / grids[0].frames).long()
+    return Scene(f"{prompt}, step {step} of {num_inference_steps}", video[places], grids[0], layers)
+
+
+@torch.no_grad()
+def view(scene: Scene, config: Config, *, layer: str, head: int, token: tuple[int, int, int]) -> View:
+    """What a token sees under a configuration.
+
+    Args:
+        scene: from `demo_scene` or `pipeline_scene`.
+        config: an `SLAConfig` or `VSAConfig`.
+        layer: a name out of `scene.layers`.
+        head: from 0.
+        token: (frame, row, column) in the grid.
+
+    Raises:
+        ValueError: for a layer, head or token that the scene has not.
+    """
+    if layer not in scene.layers:
+        raise ValueError(f"unknown layer {layer!r}; expected one of {tuple(scene.layers)}")
+    query, key, value = scene.layers[layer]
+    heads, tokens, head_dim = query.shape[1:]
+    if not 0 <= head < heads:
+        raise ValueError(f"head must be in [0, {heads}), got {head}")
+    if any(not 0 <= place < side for place, side in zip(token, scene.grid.shape, strict=True)):
+        raise ValueError(f"token must lie in the grid {scene.grid.shape}, got {token}")
+    attention = method_of(config).build(config, heads * head_dim, heads, head_dim, "auto")
+    # The choice among the video's blocks; text is read by every token.
+    selection = attention.select(query[:, head : head + 1], key[:, head : head + 1, :tokens], grid=scene.grid)
+    labels = token_labels(selection, attention, scene.grid, token=token, head=0)
+    places = attention.token_places(scene.grid)
+    kept = int(selection.critical_count[0, 0, places[_index(token, scene.grid)] // selection.block_q])
+
+    some = torch.cat((torch.tensor([_index(token, scene.grid)]), sample(tokens, SAMPLED_TOKENS)))
+    weights = ((query[0, head, some].float() * head_dim**-0.5) @ key[0, head].float().T).softmax(-1)
+    row_labels = selection.labels()[0, 0][places[some] // selection.block_q][:, places // selection.block_k]
+    read = torch.cat((row_labels == 1, row_labels.new_ones(len(some), key.shape[2] - tokens, dtype=torch.bool)), 1)
+    inside = weights * read
+    exact = weights @ value[0, head].float()
+    part = (inside @ value[0, head].float()) / inside.sum(-1, keepdim=True).clamp_min(1e-30)
+    recalls = inside.sum(-1)
+    cost = attention_cost(config, grid=scene.grid, heads=heads, head_dim=head_dim)
+    return View(
+        labels=labels,
+        kept=kept,
+        blocks=selection.num_key_blocks,
+        recall=float(recalls[0]),
+        head_recall=float(recalls[1:].mean()),
+        head_error=float((part - exact)[1:].norm() / exact[1:].norm()),
+        work=cost.flops_ratio,
+    )
+
+
+def _index(token: tuple[int, int, int], grid: VideoGrid) -> int:
+    return (token[0] * grid.height + token[1]) * grid.width + token[2]
+
+
+class Sheet:
+    """The frames of a scene side by side in rows, so that one picture shows them all and a click names a token.
+
+    Args:
+        scene: whose frames.
+        columns: frames in a row; None for about as wide as high.
+        width: of the whole sheet in pixels, about.
+    """
+
+    GAP = 6
+
+    def __init__(self, scene: Scene, columns: int | None = None, width: int = 1080) -> None:
+        count, height, across = scene.frames.shape[:3]
+        self.scene = scene
+        self.columns = columns or max(1, min(count, round((count * height / across * 1.6) ** 0.5) or 1))
+        self.factor = max(1, (width // self.columns - self.GAP) // across)
+        self.cell = (height * self.factor + self.GAP, across * self.factor + self.GAP)
+
+    def draw(self, labels: Tensor, token: tuple[int, int, int]) -> Tensor:
+        """uint8 [height, width, 3]: tokens bright, dim or dark by their label, a red frame around the token."""
+        frames, grid = self.scene.frames, self.scene.grid
+        count, height, width = frames.shape[:3]
+        brightness = torch.zeros(labels.shape)
+        for label, level in BRIGHTNESS.items():
+            brightness[labels == label] = level
+        rows, columns = self._pixels(height, grid.height), self._pixels(width, grid.width)
+        lit = (frames.float() * brightness[:, rows][:, :, columns][..., None]).round().to(torch.uint8)
+        lit = lit.repeat_interleave(self.factor, 1).repeat_interleave(self.factor, 2)
+        self._mark(lit[token[0]], token)
+        lines = -(-count // self.columns)
+        sheet = torch.full((lines * self.cell[0], self.columns * self.cell[1], 3), 255, dtype=torch.uint8)
+        for index, frame in enumerate(lit):
+            top, left = (index // self.columns) * self.cell[0], (index % self.columns) * self.cell[1]
+            sheet[top : top + frame.shape[0], left : left + frame.shape[1]] = frame
+        return sheet
+
+    def token_at(self, x: int, y: int) -> tuple[int, int, int] | None:
+        """The token under a pixel of the sheet; None for a gap."""
+        grid = self.scene.grid
+        height, width = (side * self.factor for side in self.scene.frames.shape[1:3])
+        frame = (y // self.cell[0]) * self.columns + x // self.cell[1]
+        down, across = y % self.cell[0], x % self.cell[1]
+        if frame >= grid.frames or x // self.cell[1] >= self.columns or down >= height or across >= width:
+            return None
+        return frame, down * grid.height // height, across * grid.width // width
+
+    @staticmethod
+    def _pixels(pixels: int, tokens: int) -> Tensor:
+        return torch.arange(pixels) * tokens // pixels
+
+    def _mark(self, frame: Tensor, token: tuple[int, int, int]) -> None:
+        grid = self.scene.grid
+        height, width = frame.shape[:2]
+        top, bottom = token[1] * height // grid.height, (token[1] + 1) * height // grid.height
+        left, right = token[2] * width // grid.width, (token[2] + 1) * width // grid.width
+        thick = max(1, self.factor // 2)
+        red = torch.tensor([230, 40, 40], dtype=torch.uint8)
+        for rows, columns in (
+            (slice(top, top + thick), slice(left, right)),
+            (slice(bottom - thick, bottom), slice(left, right)),
+            (slice(top, bottom), slice(left, left + thick)),
+            (slice(top, bottom), slice(right - thick, right)),
+        ):
+            frame[rows, columns] = red

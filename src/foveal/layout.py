@@ -1,0 +1,183 @@
+"""The only place that knows how a video's tokens are ordered: raster order, tile order, and the way between them.
+
+Raster order flattens (t, h, w). Tile order goes cube by cube, cubes in (t, h, w) order and (t, h, w) inside each cube.
+Cubes at the edges of the grid may be partial. Tile order comes in two layouts: *compact* (a permutation of the tokens)
+and *slotted* (each cube at the front of a slot of equal size, the rest of the slot zero), which block kernels want.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveal.checks import cached_constant, check_positive_int, check_triple
+
+
+@dataclass(frozen=True)
+class VideoGrid:
+    """The shape of a video in tokens; an image is `frames=1`.
+
+    Raises:
+        TypeError, ValueError: for sides that are no positive ints.
+    """
+
+    frames: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width"):
+            check_positive_int(name, getattr(self, name))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        # index() changes nothing in plain Python; under torch.compile it makes the sides constants of the graph.
+        return (operator.index(self.frames), operator.index(self.height), operator.index(self.width))
+
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.shape)
+
+    def check_length(self, length: int) -> None:
+        """Raises a ValueError unless the grid has `length` tokens."""
+        if length != self.num_tokens:
+            raise ValueError(
+                f"grid {self.frames}x{self.height}x{self.width} has {self.num_tokens} tokens, "
+                f"but the tensors have {length}"
+            )
+
+    def num_cubes(self, tile: tuple[int, int, int]) -> int:
+        """How many cubes, full and partial, cover the grid."""
+        check_triple("tile", tile)
+        return math.prod(-(-side // edge) for side, edge in zip(self.shape, tile, strict=True))
+
+    def auto_tile(
+        self, max_tokens: int = 64, max_aspect: int = 2, *, prefer_whole: bool = False
+    ) -> tuple[int, int, int]:
+        """The compact cube of at most `max_tokens` tokens that covers the grid with the fewest slots.
+
+        Compact: no edge is over `max_aspect` times another, unless the grid itself is thinner than that. Ties go to
+        the cube with the smaller surface, then to the larger edges in time. With `prefer_whole` slots of a cube that
+        does not divide the grid count a sixteenth more: what masks of any size cost in the kernels for wide cubes.
+        """
+        return _auto_tile(self.shape, max_tokens, max_aspect, prefer_whole)
+
+    def to_tile_order(self, x: Tensor, tile: tuple[int, int, int], *, slot: int | None = None, dim: int = 2) -> Tensor:
+        """Raster to tile order along `dim`.
+
+        Args:
+            x: any tensor with `num_tokens` entries along `dim`, any strides.
+            tile: the cube (frames, height, width).
+            slot: None for the compact layout (same length), or the slot size for the slotted one
+                (`num_cubes(tile) * slot` entries, padding zero).
+            dim: the token dimension; 2 in [B, H, L, D].
+        """
+        self.check_length(x.shape[dim])
+        to_tile, to_raster = tile_indices(self.shape, tile, slot, x.device)
+        return _Gather.apply(x, to_tile, to_raster, dim)
+
+    def to_raster_order(
+        self, x: Tensor, tile: tuple[int, int, int], *, slot: int | None = None, dim: int = 2
+    ) -> Tensor:
+        """The inverse of `to_tile_order` with the same `tile` and `slot`; padding is dropped."""
+        to_tile, to_raster = tile_indices(self.shape, tile, slot, x.device)
+        if x.shape[dim] != to_tile.numel():
+            raise ValueError(
+                f"x must have {to_tile.numel()} entries along dim {dim} in this tile order, got {x.shape[dim]}"
+            )
+        return _Gather.apply(x, to_raster, to_tile, dim)
+
+    def cube_sizes(self, tile: tuple[int, int, int], device: torch.device | str = "cpu") -> Tensor:
+        """int32 [num_cubes], valid tokens of each cube, in tile order."""
+        return _cube_sizes(self.shape, tile, torch.device(device))
+
+
+@cached_constant
+def _auto_tile(
+    shape: tuple[int, int, int], max_tokens: int, max_aspect: int, prefer_whole: bool
+) -> tuple[int, int, int]:
+    check_positive_int("max_tokens", max_tokens)
+    check_positive_int("max_aspect", max_aspect)
+    best = None
+    for t in range(1, min(shape[0], max_tokens) + 1):
+        for h in range(1, min(shape[1], max_tokens // t) + 1):
+            for w in range(1, min(shape[2], max_tokens // (t * h)) + 1):
+                edges = (t, h, w)
+                free = [edge for edge, side in zip(edges, shape, strict=True) if edge < side]
+                if free and max(edges) > max_aspect * min(free):
+                    continue
+                slots = math.prod(-(-side // edge) for side, edge in zip(shape, edges, strict=True))
+                whole = all(side % edge == 0 for side, edge in zip(shape, edges, strict=True))
+                rank = (slots * (17 if prefer_whole and not whole else 16), t * h + h * w + t * w, -t, -h)
+                if best is None or rank < best[0]:
+                    best = (rank, edges)
+    return best[1]
+
+
+@cached_constant
+def tile_indices(
+    shape: tuple[int, int, int], tile: tuple[int, int, int], slot: int | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Gather indices (int64) raster -> tile order and back; -1 marks a slot's padding."""
+    check_triple("tile", tile)
+    if slot is not None and slot < math.prod(tile):
+        raise ValueError(f"slot must hold the {math.prod(tile)} tokens of a {tile} cube, got {slot}")
+    position = [torch.arange(side) for side in shape]
+    cubes = [-(-side // edge) for side, edge in zip(shape, tile, strict=True)]
+    cube = [p // edge for p, edge in zip(position, tile, strict=True)]
+    inside = [p % edge for p, edge in zip(position, tile, strict=True)]
+    extent = [
+        torch.minimum(torch.tensor(edge), side - c * edge) for c, edge, side in zip(cube, tile, shape, strict=True)
+    ]
+    cube_id = (cube[0][:, None, None] * cubes[1] + cube[1][:, None]) * cubes[2] + cube[2]
+    inside_id = (inside[0][:, None, None] * extent[1][:, None] + inside[1][:, None]) * extent[2] + inside[2]
+    if slot is None:
+        key = cube_id.flatten() * math.prod(tile) + inside_id.flatten()
+        to_tile = key.argsort()
+        to_raster = torch.empty_like(to_tile)
+        to_raster[to_tile] = torch.arange(to_tile.numel())
+    else:
+        to_raster = (cube_id * slot + inside_id).flatten()
+        to_tile = torch.full((math.prod(cubes) * slot,), -1)
+        to_tile[to_raster] = torch.arange(to_raster.numel())
+    return to_tile.to(device), to_raster.to(device)
+
+
+@cached_constant
+def _cube_sizes(shape: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device) -> Tensor:
+    check_triple("tile", tile)
+    edges = [
+        (side - torch.arange(-(-side // edge)) * edge).clamp(max=edge) for side, edge in zip(shape, tile, strict=True)
+    ]
+    sizes = edges[0][:, None, None] * edges[1][:, None] * edges[2]
+    return sizes.flatten().to(device=device, dtype=torch.int32)
+
+
+class _Gather(torch.autograd.Function):
+    """out = x[index] along `dim`, zero where index is -1. Each entry is used at most once, so backward is a gather too:
+    deterministic, where index_select's own backward adds with atomics."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        ctx.dim = dim
+        return _gather(x, index, dim)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        index, inverse = ctx.saved_tensors
+        return _Gather.apply(grad, inverse, index, ctx.dim), None, None, None
+
+
+def _gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    if index.numel() == x.shape[dim]:
+        return x.index_select(dim, index)
+    out = x.index_select(dim, index.clamp(min=0))
+    if index.numel() > x.shape[dim]:
+        padding = (index < 0).view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
+        out = out.masked_fill(padding, 0)
+    return out

@@ -1,0 +1,338 @@
+"""SLA for use: the function `sla_attention` and the module `SparseLinearAttention` that owns its parameters."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foveal.blocks import BlockSelection, selection_rule
+from foveal.checks import check_choice, check_positive_int, check_scale, validate_qkv
+from foveal.kernels.api import (
+    IMPLS,
+    block_sparse_attention,
+    fits_kernel,
+    resolve_impl,
+    select_blocks,
+    validate_selection,
+)
+from foveal.layout import VideoGrid, tile_indices
+from foveal.methods.sla.config import SLAConfig
+from foveal.methods.sla.feature_maps import apply_feature_map
+from foveal.methods.sla.linear import linear_branch
+
+
+def sla_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    config: SLAConfig,
+    selection: BlockSelection | None = None,
+    proj_weight: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    feature_weight: Tensor | None = None,
+    grid: VideoGrid | None = None,
+    protected_keys: tuple[int, int] | None = None,
+    kv_lengths: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Sparse-linear attention: O = O^s + O^l W^T + b (SLA, arXiv 2509.24006, eq. 4-6).
+
+    Args:
+        query: [B, H, Lq, D], bfloat16, float16, float32 or float64.
+        key, value: [B, H, Lk, D].
+        config: ratios, block sizes, feature map and scope.
+        selection: a fixed selection instead of the one `config` makes; its blocks are cut from the tokens in
+            `config.token_order`, and it knows its protected and its valid keys.
+        proj_weight, proj_bias: [D, D] and [D], float32 or the dtype of `query`. No weight adds O^l as it is.
+        feature_weight: [D, D], for feature_map "hedgehog" alone.
+        grid: the video's shape in tokens, needed for token_order "tile". Lq is its number of tokens; in tile order so
+            is Lk, but for keys after the video's (text), which stay where they are.
+        protected_keys: token range [start, stop) whose key blocks every query attends to, text say. In tile order it
+            must be all keys after the video's, and there have to be none without it.
+        kv_lengths: int [B], valid keys at the front of each sample; the rest is padding. In tile order at least the
+            grid's number of tokens.
+        scale: softmax scale; None for 1 / sqrt(D).
+        impl: "auto", "reference", "torch", "triton" or "gluon"; see `block_sparse_attention`.
+
+    Returns:
+        [B, H, Lq, D] in the dtype and token order of `query`. Gradients are exact for a fixed selection.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if not isinstance(config, SLAConfig):
+        raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
+    validate_qkv(query, key, value)
+    _validate_weights(query, config, proj_weight, proj_bias, feature_weight)
+    impl = resolve_impl(impl, query, key, value, config.block_q, config.block_k)
+    scale = check_scale(scale, query.shape[-1])
+
+    if grid is not None and not isinstance(grid, VideoGrid):
+        raise TypeError(f"grid must be a VideoGrid, got {grid!r}")
+    tile = None
+    if config.token_order == "tile":
+        if grid is None:
+            raise ValueError('grid is required for token_order="tile": VideoGrid(frames, height, width) in tokens')
+        grid.check_length(query.shape[2])
+        if selection is None:
+            _validate_tile_order(grid, key, protected_keys, kv_lengths)
+        tile = config.tile_for(grid)
+        query, key, value = (_to_tile_order(x, grid, tile) for x in (query, key, value))
+    elif grid is not None:
+        grid.check_length(query.shape[2])
+
+    on_gpu = impl in ("triton", "gluon") and config.linear_scope != "none" and config.feature_map != "hedgehog"
+    if selection is None:
+        rule = {
+            "block_q": config.block_q,
+            "block_k": config.block_k,
+            "keep_ratio": config.keep_ratio,
+            "drop_ratio": config.drop_ratio,
+            "protected_keys": protected_keys,
+            "kv_lengths": kv_lengths,
+        }
+        if on_gpu and fits_kernel(query, key, config.block_k):
+            if config.linear_scope != "marginal":
+                rule["drop_ratio"] = 0.0  # what is negligible makes no difference
+            selection = selection_rule(query, key, **rule)
+        else:
+            selection = select_blocks(query, key, scale=scale, **rule)
+    else:
+        for name, given in (("protected_keys", protected_keys), ("kv_lengths", kv_lengths)):
+            if given is not None:
+                raise ValueError(f"{name} goes into a selection when that is made; give {name} or selection, not both")
+        validate_selection(selection, query, key)
+        if (selection.block_q, selection.block_k) != (config.block_q, config.block_k):
+            raise ValueError(
+                f"selection has blocks of {selection.block_q}x{selection.block_k}, "
+                f"but config asks for {config.block_q}x{config.block_k}"
+            )
+
+    if impl == "reference":
+        from foveal.methods.sla.reference import sla_attention_reference
+
+        output = sla_attention_reference(
+            query,
+            key,
+            value,
+            config=config,
+            selection=selection,
+            scale=scale,
+            proj_weight_DD=proj_weight,
+            proj_bias_D=proj_bias,
+            feature_weight_DD=feature_weight,
+        )
+    elif on_gpu:
+        from foveal.methods.sla.gpu import sla_attention_gpu
+
+        output = sla_attention_gpu(
+            query, key, value, config, selection, scale, proj_weight, proj_bias, hopper=impl == "gluon"
+        )
+    else:
+        output = block_sparse_attention(query, key, value, selection, scale=scale, impl=impl)
+        if config.linear_scope != "none":
+            linear = _linear_output(query, key, value, config, selection, feature_weight)
+            if proj_weight is not None:
+                bias = None if proj_bias is None else proj_bias.to(linear.dtype)
+                linear = F.linear(linear, proj_weight.to(linear.dtype), bias)
+            output = (output + linear).to(query.dtype)
+    return output if tile is None else grid.to_raster_order(output, tile)
+
+
+def _linear_output(query, key, value, config, selection, feature_weight) -> Tensor:
+    valid = None if selection.key_block_sizes is None else selection.key_valid()[:, None, :, None]
+    if valid is not None:
+        # Before phi: its gradient at a NaN is NaN, whatever comes after.
+        key, value = torch.where(valid, key, 0), torch.where(valid, value, 0)
+    phi_query = apply_feature_map(query, config.feature_map, feature_weight)
+    phi_key = apply_feature_map(key, config.feature_map, feature_weight)
+    value = value.to(phi_key.dtype)
+    if valid is not None:
+        phi_key = torch.where(valid, phi_key, 0)
+    mask = selection.linear_mask(config.linear_scope)
+    return linear_branch(phi_query, phi_key, value, mask, config.block_q, config.block_k)
+
+
+def _to_tile_order(x: Tensor, grid: VideoGrid, tile: tuple[int, int, int]) -> Tensor:
+    """[B, H, L, D], the video's tokens to tile order; those after them (text) stay."""
+    video = grid.num_tokens
+    if x.shape[2] == video:
+        return grid.to_tile_order(x, tile)
+    return torch.cat((grid.to_tile_order(x[:, :, :video], tile), x[:, :, video:]), 2)
+
+
+def _validate_tile_order(grid, key, protected_keys, kv_lengths) -> None:
+    video, length = grid.num_tokens, key.shape[2]
+    if length != video and (length < video or protected_keys is None):
+        grid.check_length(length)
+    if protected_keys is not None and tuple(protected_keys) != (video, length):
+        raise ValueError(
+            f'protected_keys must be all keys after the video\'s, ({video}, {length}), for token_order="tile", '
+            f"got {protected_keys!r}"
+        )
+    # Elsewhere a look at the values would make the host wait for the device.
+    on_host = kv_lengths is not None and kv_lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and (kv_lengths < video).any():
+        raise ValueError(
+            f'kv_lengths must be at least the grid\'s {video} tokens for token_order="tile", got {kv_lengths.tolist()}'
+        )
+
+
+def _validate_weights(query, config, proj_weight, proj_bias, feature_weight) -> None:
+    head_dim = query.shape[-1]
+    shapes = {"proj_weight": (head_dim, head_dim), "proj_bias": (head_dim,), "feature_weight": (head_dim, head_dim)}
+    given = {"proj_weight": proj_weight, "proj_bias": proj_bias, "feature_weight": feature_weight}
+    for name, weight in given.items():
+        if weight is None:
+            continue
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != shapes[name]:
+            got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"{name} must have shape {shapes[name]} for head_dim {head_dim}, got {got}")
+        if weight.device != query.device:
+            raise ValueError(f"{name} is on {weight.device}, but query is on {query.device}")
+    if proj_weight is not None and (not config.projection or config.linear_scope == "none"):
+        raise ValueError(
+            "proj_weight was given, but config has "
+            + ("projection=False" if not config.projection else 'linear_scope="none"')
+        )
+    if proj_bias is not None and proj_weight is None:
+        raise ValueError("proj_bias was given without proj_weight")
+    hedgehog = config.feature_map == "hedgehog" and config.linear_scope != "none"
+    if hedgehog != (feature_weight is not None):
+        raise ValueError(
+            'feature_weight is required for feature_map="hedgehog"'
+            if hedgehog
+            else f'feature_weight is only for feature_map="hedgehog", got feature_map={config.feature_map!r}, '
+            f"linear_scope={config.linear_scope!r}"
+        )
+
+
+class Projection(nn.Module):
+    """W and b of the linear branch, zero at the start; call it for both.
+
+    They stay in float32 when the model around them is cast to lower precision: they take small steps from zero, which
+    bfloat16 would round away. They are read by a call, so that offloading, which fetches a module's parameters when the
+    module is called, fetches these. The call gives copies: group offloading takes the data out of the parameters again
+    right after it, and with a stream of its own fills their memory while kernels may still read it.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(head_dim, head_dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(head_dim, dtype=torch.float32))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.weight.clone(), self.bias.clone()
+
+    def _apply(self, fn, recurse=True):
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and moved.itemsize < 4 and tensor.dtype == torch.float32:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_float32, recurse)
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.bias.numel()}"
+
+
+class SparseLinearAttention(nn.Module):
+    """Sparse-linear attention with its parameters: drop it in where a DiT calls scaled_dot_product_attention.
+
+    Args:
+        head_dim: D.
+        config: see `SLAConfig`.
+        impl: see `block_sparse_attention`.
+
+    Attributes:
+        proj: weight [D, D] and bias [D], shared by the heads, float32, zero at the start, so that the module first
+            equals block-sparse attention; None without a projection or linear branch. That its weight starts at zero
+            is no bug: its gradient does not, and the linear branch grows in.
+        feature_weight: [D, D], the identity at the start, for feature_map "hedgehog"; else None.
+    """
+
+    def __init__(self, head_dim: int, config: SLAConfig, *, impl: str = "auto") -> None:
+        super().__init__()
+        check_positive_int("head_dim", head_dim)
+        if not isinstance(config, SLAConfig):
+            raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
+        check_choice("impl", impl, IMPLS)
+        self.head_dim, self.config, self.impl = head_dim, config, impl
+        linear = config.linear_scope != "none"
+        self.proj = Projection(head_dim) if linear and config.projection else None
+        hedgehog = linear and config.feature_map == "hedgehog"
+        self.feature_weight = nn.Parameter(torch.eye(head_dim)) if hedgehog else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        grid: VideoGrid | None = None,
+        protected_keys: tuple[int, int] | None = None,
+        kv_lengths: Tensor | None = None,
+        selection: BlockSelection | None = None,
+        config: SLAConfig | None = None,
+    ) -> Tensor:
+        """[B, H, Lq, D], [B, H, Lk, D] twice to [B, H, Lq, D]; see `sla_attention`.
+
+        A `config` stands in for the module's own; it must need the same parameters.
+        """
+        if query.shape[-1] != self.head_dim:
+            raise ValueError(f"query must have head_dim {self.head_dim}, got {query.shape[-1]}")
+        weight, bias = (None, None) if self.proj is None else self.proj()
+        return sla_attention(
+            query,
+            key,
+            value,
+            config=self.config if config is None else config,
+            selection=selection,
+            proj_weight=weight,
+            proj_bias=bias,
+            feature_weight=self.feature_weight,
+            grid=grid,
+            protected_keys=protected_keys,
+            kv_lengths=kv_lengths,
+            impl=self.impl,
+        )
+
+    def select(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        grid: VideoGrid | None = None,
+        protected_keys: tuple[int, int] | None = None,
+        kv_lengths: Tensor | None = None,
+        config: SLAConfig | None = None,
+    ) -> BlockSelection:
+        """The selection that `forward` makes for the same arguments, to look at."""
+        config = self.config if config is None else config
+        tile = config.tile_for(grid)
+        if tile is not None:
+            query, key = (_to_tile_order(x, grid, tile) for x in (query, key))
+        return select_blocks(
+            query,
+            key,
+            block_q=config.block_q,
+            block_k=config.block_k,
+            keep_ratio=config.keep_ratio,
+            drop_ratio=config.drop_ratio,
+            protected_keys=protected_keys,
+            kv_lengths=kv_lengths,
+        )
+
+    def token_places(self, grid: VideoGrid) -> Tensor:
+        """int64 [L]: where each token, in raster order, stands in the order that blocks are cut from."""
+        tile = self.config.tile_for(grid)
+        if tile is None:
+            return torch.arange(grid.num_tokens)
+        return tile_indices(grid.shape, tile, None, torch.device("cpu"))[1]
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, config={self.config}, impl={self.impl!r}"

@@ -1,0 +1,74 @@
+"""`SLAConfig`: what sparse-linear attention keeps, drops, and does with the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from foveal.checks import check_choice, check_positive_int, check_ratio
+from foveal.methods.config import MethodConfig
+
+FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
+LINEAR_SCOPES = ("marginal", "noncritical", "all", "none")
+TOKEN_ORDERS = ("raster", "tile")
+
+
+@dataclass(frozen=True)
+class SLAConfig(MethodConfig):
+    """Sparse-linear attention (SLA, arXiv 2509.24006).
+
+    Args:
+        keep_ratio: fraction of key blocks that each query block attends to exactly (critical; the paper's k_h).
+            `sparsity` is 1 - keep_ratio. 0 leaves the linear branch alone.
+        drop_ratio: fraction that is skipped altogether (negligible; k_l).
+        block_q, block_k: block sizes in tokens. The GPU kernels take 64 and 128; `impl="torch"` takes any.
+        feature_map: phi of the linear branch: "softmax" (over the head dimension), "elu" (elu + 1), "relu",
+            "hedgehog" (learnable: softmax of [Wx, -Wx], 2 * head_dim features).
+        linear_scope: the key blocks that the linear branch sums over: "marginal" (the paper), "noncritical"
+            (marginal and negligible), "all" (every key; the released TurboDiffusion checkpoints), "none" (sparse only).
+        projection: pass the linear branch through a learned `head_dim x head_dim` projection, zero at the start;
+            False adds it as it is.
+        token_order: "raster" (t, h, w) or "tile": tokens sorted by 4x4x4 cubes (8x8 for images) before they are cut
+            into blocks, which needs a `grid`.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    keep_ratio: float = 0.05
+    drop_ratio: float = 0.10
+    block_q: int = 64
+    block_k: int = 64
+    feature_map: str = "softmax"
+    linear_scope: str = "marginal"
+    projection: bool = True
+    token_order: str = "raster"
+
+    def __post_init__(self) -> None:
+        check_ratio("keep_ratio", self.keep_ratio)
+        check_ratio("drop_ratio", self.drop_ratio)
+        if self.keep_ratio + self.drop_ratio > 1.0 + 1e-9:
+            raise ValueError(
+                f"keep_ratio + drop_ratio must be at most 1, got {self.keep_ratio} + {self.drop_ratio}; "
+                "they are fractions of the same key blocks"
+            )
+        check_positive_int("block_q", self.block_q)
+        check_positive_int("block_k", self.block_k)
+        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        check_choice("linear_scope", self.linear_scope, LINEAR_SCOPES)
+        check_choice("token_order", self.token_order, TOKEN_ORDERS)
+        if not isinstance(self.projection, bool):
+            raise TypeError(f"projection must be a bool, got {self.projection!r}")
+        if self.keep_ratio == 0.0 and self.linear_scope == "none":
+            raise ValueError('keep_ratio=0 with linear_scope="none" leaves neither branch: nothing would be computed')
+
+    @property
+    def sparsity(self) -> float:
+        """1 - keep_ratio."""
+        return 1.0 - self.keep_ratio
+
+    def tile_for(self, grid: Any) -> tuple[int, int, int] | None:
+        """The cube that tokens are sorted by on a `VideoGrid`, or None for raster order."""
+        if self.token_order == "raster":
+            return None
+        return (1, 8, 8) if grid.frames == 1 else (4, 4, 4)

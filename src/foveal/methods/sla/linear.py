@@ -1,0 +1,123 @@
+"""The linear branch of SLA in plain PyTorch: block states, one mask product, one apply; on any device.
+
+    h_j = [phi(K_j)^T V_j, phi(K_j)^T 1]     a state of F x (D + 1) per key block
+    H   = mask @ h                           one product of [Tq x Tk] by [Tk x F (D + 1)] a head, not a sum per row
+    O^l = phi(Q_i) H_i / (phi(Q_i) Z_i + 1e-5)
+
+The backward recomputes h and H instead of saving them, and goes through the transposed mask once. One head at a time,
+so that the extra memory is one head's states. Both passes are custom ops, opaque to `torch.compile`.
+Source: SLA (arXiv 2509.24006), eq. 5 and Algorithms 1 and 2, with the corrections of this project's tests.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveal.kernels.cpu import blocked
+
+EPSILON = 1e-5
+
+
+def linear_branch(
+    phi_query: Tensor, phi_key: Tensor, value: Tensor, mask: Tensor | None, block_q: int, block_k: int
+) -> Tensor:
+    """O^l, normalised, before the projection.
+
+    Args:
+        phi_query: [B, H, Lq, F], float32 or float64.
+        phi_key: [B, H, Lk, F], same dtype; zero at padding keys.
+        value: [B, H, Lk, D], same dtype; zero at padding keys.
+        mask: [B, H, Tq, Tk], nonzero where summed; None sums over every key.
+        block_q, block_k: block sizes in tokens; unused without a mask.
+
+    Returns:
+        [B, H, Lq, D] in the dtype of `phi_query`; 0 where a row sums over nothing. Differentiable.
+    """
+    return _forward_op(phi_query, phi_key, value, mask, block_q, block_k)
+
+
+def _states(phi_key: Tensor, value: Tensor) -> Tensor:
+    """[T, bk, F], [T, bk, D] to the block states [T, F, D + 1], the column sums of phi(K) last."""
+    ones = value.new_ones((*value.shape[:-1], 1))
+    return torch.bmm(phi_key.transpose(1, 2), torch.cat((value, ones), -1))
+
+
+class _Head:
+    """One head in blocks, with its states summed over each row's blocks."""
+
+    def __init__(self, phi_query, phi_key, value, mask, block_q, block_k):
+        if mask is None:
+            block_q, block_k = phi_query.shape[0], phi_key.shape[0]
+        self.phi_query = blocked(phi_query, block_q)
+        self.phi_key = blocked(phi_key, block_k)
+        self.value = blocked(value, block_k)
+        self.mask = None if mask is None else (mask != 0).to(phi_query.dtype)
+        states = _states(self.phi_key, self.value)
+        if self.mask is not None:
+            states = (self.mask @ states.flatten(1)).unflatten(1, states.shape[1:])
+        self.state, self.norm_state = states[..., :-1], states[..., -1:]
+        self.norm = torch.bmm(self.phi_query, self.norm_state) + EPSILON
+
+
+@torch.library.custom_op("foveal::linear_branch_fwd", mutates_args=())
+def _forward_op(
+    phi_query: Tensor, phi_key: Tensor, value: Tensor, mask: Tensor | None, block_q: int, block_k: int
+) -> Tensor:
+    length = phi_query.shape[2]
+    output = phi_query.new_empty((*phi_query.shape[:3], value.shape[-1]))
+    for b in range(phi_query.shape[0]):
+        for h in range(phi_query.shape[1]):
+            head_mask = None if mask is None else mask[b, h]
+            head = _Head(phi_query[b, h], phi_key[b, h], value[b, h], head_mask, block_q, block_k)
+            out = torch.bmm(head.phi_query, head.state).div_(head.norm)
+            output[b, h] = out.flatten(0, 1)[:length]
+    return output
+
+
+@_forward_op.register_fake
+def _(phi_query, phi_key, value, mask, block_q, block_k):
+    return phi_query.new_empty((*phi_query.shape[:3], value.shape[-1]))
+
+
+@torch.library.custom_op("foveal::linear_branch_bwd", mutates_args=())
+def _backward_op(
+    grad: Tensor, phi_query: Tensor, phi_key: Tensor, value: Tensor, mask: Tensor | None, block_q: int, block_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = tuple(torch.empty_like(x) for x in (phi_query, phi_key, value))
+    for b in range(phi_query.shape[0]):
+        for h in range(phi_query.shape[1]):
+            head_mask = None if mask is None else mask[b, h]
+            head = _Head(phi_query[b, h], phi_key[b, h], value[b, h], head_mask, block_q, block_k)
+            g = blocked(grad[b, h], head.phi_query.shape[1])
+            g_dot_o = (g * torch.bmm(head.phi_query, head.state) / head.norm).sum(-1, keepdim=True)
+            d_phi_query = (torch.bmm(g, head.state.transpose(1, 2)) - g_dot_o * head.norm_state.transpose(1, 2)).div_(
+                head.norm
+            )
+            scaled = (head.phi_query / head.norm).transpose(1, 2)
+            d_state = torch.bmm(scaled, torch.cat((g, -g_dot_o), -1))
+            if head.mask is not None:
+                d_state = (head.mask.T @ d_state.flatten(1)).unflatten(1, d_state.shape[1:])
+            d_h, d_z = d_state[..., :-1], d_state[..., -1:]
+            d_phi_key = torch.bmm(head.value, d_h.transpose(1, 2)) + d_z.transpose(1, 2)
+            d_value = torch.bmm(head.phi_key, d_h)
+            for out, blocks in zip(grads, (d_phi_query, d_phi_key, d_value), strict=True):
+                out[b, h] = blocks.flatten(0, 1)[: out.shape[2]]
+    return grads
+
+
+@_backward_op.register_fake
+def _(grad, phi_query, phi_key, value, mask, block_q, block_k):
+    return tuple(torch.empty_like(x) for x in (phi_query, phi_key, value))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    phi_query, phi_key, value, mask, ctx.block_q, ctx.block_k = inputs
+    ctx.save_for_backward(phi_query, phi_key, value, mask)
+
+
+def _backward(ctx, grad: Tensor):
+    return *_backward_op(grad, *ctx.saved_tensors, ctx.block_q, ctx.block_k), None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,51 @@
+"""`VSAConfig`: the cubes of video sparse attention, and how many of them are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from foveal.checks import check_choice, check_positive_int, check_ratio, check_triple
+from foveal.methods.config import MethodConfig
+
+
+@dataclass(frozen=True)
+class VSAConfig(MethodConfig):
+    """Video sparse attention (VSA, arXiv 2505.13389).
+
+    Args:
+        topk: cubes that each cube attends to, capped at the number of cubes; None takes `keep_ratio` instead.
+        keep_ratio: fraction of cubes kept, when `topk` is None. Left at its default beside a `topk`, it becomes None.
+        tile: cube of tokens (frames, height, width); "auto" takes the compact cube of at most 64 tokens that wastes
+            least at the grid it meets, "wide" the one of at most 128: a coarser choice, at half the memory traffic.
+        fine_gate: learn the fine branch's gate too (pretraining from scratch). False fixes it to 1 (retrofit).
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    topk: int | None = None
+    keep_ratio: float | None = 0.125
+    tile: tuple[int, int, int] | str = (4, 4, 4)
+    fine_gate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.topk is None:
+            check_ratio("keep_ratio", self.keep_ratio)
+            if self.keep_ratio == 0.0:
+                raise ValueError("keep_ratio must be above 0 for VSA: its fine branch has to attend to something")
+        else:
+            check_positive_int("topk", self.topk)
+            if self.keep_ratio not in (None, 0.125):
+                raise ValueError(f"give topk or keep_ratio, not both, got topk={self.topk}, {self.keep_ratio=}")
+            object.__setattr__(self, "keep_ratio", None)
+        if isinstance(self.tile, str):
+            check_choice("tile", self.tile, ("auto", "wide"))
+        else:
+            check_triple("tile", self.tile)
+        if not isinstance(self.fine_gate, bool):
+            raise TypeError(f"fine_gate must be a bool, got {self.fine_gate!r}")
+
+    @property
+    def sparsity(self) -> float | None:
+        """1 - keep_ratio, or None where `topk` decides."""
+        return None if self.keep_ratio is None else 1.0 - self.keep_ratio

@@ -1,0 +1,38 @@
+"""VSA in plain PyTorch around `block_sparse_attention`: any device, any implementation of the fine stage."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from foveal.blocks import BlockSelection, pool_blocks, pooled_scores
+from foveal.kernels.api import block_sparse_attention
+from foveal.methods.vsa.layout import CubeLayout
+
+
+def vsa_attention_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: CubeLayout,
+    selection: BlockSelection | None,
+    scale: float,
+    gate_coarse: Tensor | None,
+    gate_fine: Tensor | None,
+) -> Tensor:
+    """O = Gc * Oc + Gf * Of, [B, H, L, D] in raster order, differentiated by autograd."""
+    length = layout.grid.num_tokens
+    cubes = [layout.to_cubes(x) for x in (query, key[:, :, :length], value[:, :, :length])]
+    query_c, key_c, value_c = (pool_blocks(x, layout.slot, layout.cube_sizes) for x in cubes)
+    scores = pooled_scores(query_c, key_c, scale)
+    if selection is None:
+        selection = layout.pick(scores)
+    coarse = scores.softmax(-1) @ value_c
+    coarse = coarse.unsqueeze(3).expand(-1, -1, -1, layout.slot, -1).flatten(2, 3)
+    fine_key, fine_value = layout.add_text(cubes[1], key), layout.add_text(cubes[2], value)
+    fine = block_sparse_attention(cubes[0], fine_key, fine_value, selection, scale=scale, impl="torch")
+    coarse, fine = layout.to_raster(coarse), layout.to_raster(fine)
+    if gate_coarse is not None:
+        coarse = coarse * gate_coarse
+    if gate_fine is not None:
+        fine = fine * gate_fine
+    return (coarse + fine).to(fine.dtype)

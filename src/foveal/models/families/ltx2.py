@@ -1,0 +1,96 @@
+"""LTX-2 (`LTX2VideoTransformer3DModel` of diffusers): the video's self-attention.
+
+The audio's self-attention and all cross-attention, between video, audio and text, stay as they are. Some pipelines
+append the tokens of conditioning frames to those of the video: every token sees them, and they see every token.
+
+Shape legend: B batch, L tokens, C hidden width, H heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveal.layout import VideoGrid
+from foveal.models.families.ltx_video import self_attention_layers
+from foveal.models.readers import patch_size
+from foveal.models.self_attention import Attend, check_absent, dimensions, grid_of_coordinates, joint_attention
+
+__all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
+
+
+def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
+    """The grid of the video's tokens, the first of [B, L, channels]: by the sides or coordinates that came with them.
+
+    Raises:
+        ValueError: for tokens that do not begin with one grid.
+    """
+    length = arguments["hidden_states"].shape[1]
+    sides = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
+    if None not in sides:
+        patches = patch_size(transformer.config)
+        grid = VideoGrid(*(-(-side // patch) for side, patch in zip(sides, patches, strict=True)))
+        if grid.num_tokens <= length:
+            return grid
+    if arguments.get("video_coords") is not None:
+        # [B, 3, L, 2], where each token begins and ends.
+        return grid_of_coordinates("video_coords", arguments["video_coords"][0, ..., 0])
+    raise ValueError(f"num_frames, height and width must be the sides of the {length} tokens, got {sides}")
+
+
+def self_attention(
+    attn: nn.Module,
+    attend: Attend,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    query_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    key_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    perturbation_mask: Tensor | None = None,
+    all_perturbed: bool | None = None,
+) -> Tensor:
+    """What diffusers' `LTX2AudioVideoAttnProcessor` and `LTX2PerturbedAttnProcessor` do for self-attention.
+
+    Args:
+        attn: the layer's `LTX2Attention`.
+        attend: the method's attention.
+        hidden_states: [B, L, C].
+        encoder_hidden_states, attention_mask: must be None.
+        query_rotary_emb, key_rotary_emb: cosines and sines; no key_rotary_emb takes the query's for both.
+        perturbation_mask: [B, 1, 1], 0 for samples whose attention is skipped and that keep their values, 1 for others.
+        all_perturbed: whether all are skipped; None finds out.
+
+    Returns:
+        [B, L, C].
+
+    Raises:
+        ValueError: for encoder states or a mask.
+    """
+    from diffusers.models.transformers.transformer_ltx2 import apply_interleaved_rotary_emb, apply_split_rotary_emb
+
+    check_absent(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+    value = attn.to_v(hidden_states)
+    if all_perturbed is None:
+        all_perturbed = perturbation_mask is not None and bool(torch.all(perturbation_mask == 0))
+    if all_perturbed:
+        output = value
+    else:
+        query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
+        if query_rotary_emb is not None:
+            rotate = {"interleaved": apply_interleaved_rotary_emb, "split": apply_split_rotary_emb}[attn.rope_type]
+            query = rotate(query, query_rotary_emb)
+            key = rotate(key, query_rotary_emb if key_rotary_emb is None else key_rotary_emb)
+        heads = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
+        video = attend.grid.num_tokens
+        if hidden_states.shape[1] == video:
+            output = attend(*(x.transpose(1, 2) for x in heads), hidden_states).transpose(1, 2).flatten(2)
+        else:
+            output = torch.cat(joint_attention(attend, *heads, hidden_states[:, :video]), 1)
+        if perturbation_mask is not None:
+            output = torch.lerp(value, output, perturbation_mask)
+    if attn.to_gate_logits is not None:
+        gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
+        output = (output.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
+    return attn.to_out[1](attn.to_out[0](output))

@@ -1,0 +1,101 @@
+"""Wan 2.1 and 2.2, VACE and Animate: where their self-attention is, and how it runs.
+
+The transformers of diffusers are `WanTransformer3DModel` (text, image, and with timesteps per token text or image to
+video), `WanVACETransformer3DModel` and `WanAnimateTransformer3DModel`. Text goes through cross-attention.
+
+Shape legend: B batch, L tokens, C hidden width, H heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveal.layout import VideoGrid
+from foveal.models.readers import grid_of_latent, layers_of_blocks
+from foveal.models.self_attention import Attend, check_absent, dimensions
+
+__all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
+
+
+def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
+    """The self-attention modules by qualified name; `attn2` is cross-attention and stays as it is.
+
+    VACE's control blocks come after the others: their indices are then those of a Wan without them.
+    """
+    return layers_of_blocks(transformer, ("blocks", "vace_blocks"), "attn1")
+
+
+def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
+    """The grid of tokens of the latent [B, channels, frames, height, width]."""
+    return grid_of_latent(transformer, arguments["hidden_states"].shape[2:])
+
+
+def self_attention(
+    attn: nn.Module,
+    attend: Attend,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    rotary_emb: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """What diffusers' `WanAttnProcessor` does for self-attention, with `attend` in the middle: [B, L, C] to [B, L, C].
+
+    Args:
+        attn: the layer's `WanAttention`.
+        attend: the method's attention.
+        hidden_states: [B, L, C].
+        encoder_hidden_states, attention_mask: must be None.
+        rotary_emb: cosines and sines, [1, L, 1, D] each.
+
+    Raises:
+        ValueError: for encoder states or a mask, which self-attention in Wan never gets.
+    """
+    check_absent(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
+    fused = {}
+    if attn.fused_projections:
+        fused = dict(zip(("to_q", "to_k", "to_v"), attn.to_qkv(hidden_states).chunk(3, dim=-1), strict=True))
+
+    def send(layer: str, norm: nn.Module | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        x = fused[layer] if fused else getattr(attn, layer)(hidden_states)
+        if norm is not None:
+            x = norm(x)
+        x = x.unflatten(-1, (attn.heads, -1))
+        if rotary is not None:
+            x = _rotate(x, *rotary)
+        return attend.send(x.transpose(1, 2))
+
+    key_rotary = rotary_emb
+    if attend.shards is not None and rotary_emb is not None:
+        # Inductor would make query and key in one kernel, to read the tables once, and hold the query back for the key.
+        key_rotary = tuple(map(_from_firsts, rotary_emb))
+    # Under context parallelism each one travels while the next is made.
+    value, query = send("to_v"), send("to_q", attn.norm_q, rotary_emb)
+    key = send("to_k", attn.norm_k, key_rotary)
+    output = attend.sent(query, key, value, hidden_states).transpose(1, 2).flatten(2)
+    for layer in attn.to_out:
+        output = layer(output)
+    return output
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of neighbouring pairs of [B, L, H, D]; the tables hold each angle twice.
+
+    Of (a, b) it makes (a cos - b sin, b cos + a sin). Written for all of x at once, and not for two halves that are
+    stacked then, it is one pass with the norm before it in Inductor's code.
+    """
+    exchanged = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    sign = torch.arange(x.shape[-1], device=x.device) % 2 * 2 - 1
+    rotated = x * cos
+    if torch.compiler.is_compiling():  # and checkpoints that choose what to keep want nothing in place
+        return rotated.addcmul(exchanged, sin * sign).type_as(x)
+    # In place for memory: float32 is twice the size.
+    return rotated.addcmul_(exchanged, sin * sign).type_as(x)
+
+
+def _from_firsts(table: Tensor) -> Tensor:
+    """A table that holds each angle twice, read from the first of each two."""
+    pairs = table.unflatten(-1, (-1, 2))
+    return pairs[..., :1].expand_as(pairs).flatten(-2)

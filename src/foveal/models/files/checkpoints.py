@@ -1,0 +1,378 @@
+"""`load_checkpoint` and `export_checkpoint`: sparse weights of other projects, in their own files.
+
+    print(load_checkpoint(pipeline, "TurboWan2.1-T2V-1.3B-480P.pth"))
+
+The formats are those of `foveal.models.files.formats.FORMATS`. What a file does not say, ratios and block
+sizes above all, is what the released weights were trained with, and the report lists it. A safetensors file that
+`export_checkpoint` wrote says it in its header.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveal.methods.base import Config, config_from_dict, method_of
+from foveal.models.families.table import components_of, family_of
+from foveal.models.files.formats import (
+    CheckpointFormat,
+    format_named,
+    from_diffusers,
+    recognised,
+    to_diffusers,
+    without_prefix,
+)
+from foveal.models.files.lora import export_adapter, load_adapter, read_adapter
+from foveal.models.files.tensor_files import TensorFile, enumerated, open_tensors, write_tensors
+from foveal.models.processor import densify, sparse_processors, sparsify
+
+HEADER_KEY = "foveal_checkpoint"
+PATCH_EMBEDDING = "patch_embedding.weight"
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What `load_checkpoint` did; `print` it.
+
+    Args:
+        path: the file or folder.
+        format: name of its format.
+        source: who writes that format.
+        config: the configuration of every self-attention layer now.
+        layers: how many there are.
+        sparse_tensors: how many tensors of the sparse attention were loaded.
+        base_tensors: how many of the rest of the model, or of a LoRA; 0 for a file without.
+        from_file: whether the file said its configuration; otherwise it is the released weights'.
+        changes: what the caller changed in it.
+        notes: what else is good to know.
+    """
+
+    path: str
+    format: str
+    source: str
+    config: Config
+    layers: int
+    sparse_tensors: int
+    base_tensors: int
+    from_file: bool
+    changes: dict[str, Any]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        origin = (
+            "said by the file" if self.from_file else f"not in the file: what {self.source}'s weights were made with"
+        )
+        if self.changes:
+            origin += "; changed: " + ", ".join(f"{name}={value!r}" for name, value in self.changes.items())
+        lines = [
+            f"{self.path}: {self.format}",
+            f"  {method_of(self.config).name} in {self.layers} layers: {self.config}",
+            f"  {origin}",
+            f"  loaded {self.sparse_tensors} sparse and {self.base_tensors} other tensors",
+        ]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def load_checkpoint(
+    model: Any, path: str | os.PathLike, *, format: str | None = None, impl: str = "auto", **changes: Any
+) -> CheckpointReport:
+    """Loads a released sparse checkpoint into a dense model: makes it sparse as trained, and loads every weight.
+
+    A file with the whole model replaces the base weights too; one with the sparse parameters alone leaves them. A LoRA
+    is loaded by diffusers as an adapter (`fuse_lora` merges it). Values take the model's dtype, but for SLA's
+    projection, which stays float32.
+
+    Args:
+        model: a dense transformer of the size that the file is for, or a pipeline with one transformer.
+        path: a safetensors file, a `.pth` state dict, or a folder of safetensors, with an index if in shards; of a
+            pipeline's folder, its transformer's.
+        format: a name in `FORMATS`; None recognises it. Needed for a LoRA, which does not say what it was trained for.
+        impl: see `block_sparse_attention`.
+        changes: fields of the configuration to change, as in `keep_ratio=0.15`, or in `topk=125` instead of a ratio;
+            those that the format stands for (its `fixed`) are not among them.
+
+    Returns:
+        What was done. The model is unchanged if anything below is raised. A load that is interrupted while it copies
+        leaves some base weights of the file behind.
+
+    Raises:
+        FileNotFoundError: no such file, or missing shards.
+        TypeError: an unsupported model, or a change of the wrong type.
+        ValueError: a file that is corrupt, of no known format, or for a model of another size; missing, extra or
+            misshapen tensors, by name; a model that is sparse already or offloaded; a change of a field that is
+            unknown or fixed.
+    """
+    transformer = _only_transformer(model)
+    if sparse_processors(transformer):
+        raise ValueError("model is sparse already; load_checkpoint takes a dense one, call densify first")
+    with open_tensors(path) as file:
+        names = without_prefix(file.shapes)
+        header = _header(file)
+        found = _choose_format(file, names, header, format)
+        if family_of(transformer).name != found.family:
+            raise ValueError(
+                f"{path} is for models of family {found.family!r}, got one of {family_of(transformer).name!r}"
+            )
+        config = _configuration(found, header, transformer, changes)
+        load = _load_lora if found.lora else _load_weights
+        sparse_tensors, base_tensors, notes = load(transformer, file, names, found, config, impl)
+    if found.rounding and header is None and config.keep_ratio is not None:
+        notes = (*notes, found.rounding)
+    return CheckpointReport(
+        path=str(path),
+        format=found.name,
+        source=found.source,
+        config=config,
+        layers=len(sparse_processors(transformer)),
+        sparse_tensors=sparse_tensors,
+        base_tensors=base_tensors,
+        from_file=header is not None,
+        changes=changes,
+        notes=notes,
+    )
+
+
+def check_checkpoint(path: str | os.PathLike) -> None:
+    """Whether `load_checkpoint` recognises a file or folder, from its names alone, without a model.
+
+    Raises:
+        FileNotFoundError: no such file, or missing shards.
+        ValueError: a file that is corrupt or of no known format.
+    """
+    with open_tensors(path) as file:
+        _choose_format(file, without_prefix(file.shapes), _header(file), None)
+
+
+def export_checkpoint(model: Any, path: str | os.PathLike, *, format: str) -> None:
+    """Writes a sparse model as another project reads it: the whole transformer, or for a LoRA format its one adapter.
+
+    The file is written aside and renamed. A safetensors file carries the configuration in its header, for
+    `load_checkpoint`; a `.pth` file has no place for it. A policy (`set_policy`) is in neither.
+
+    Args:
+        model: a transformer, or a pipeline with one, all of whose layers are sparse with one configuration.
+        path: ends in `.safetensors`, `.pth` or `.pt`.
+        format: a name in `FORMATS`.
+
+    Raises:
+        TypeError: an unsupported model.
+        ValueError: an unknown format; a model that it cannot express: layers that are dense or differ, a field that the
+            format fixes otherwise, weights that are offloaded, adapters that are not merged.
+    """
+    transformer = _only_transformer(model)
+    target = format_named(format)
+    config = _exportable_config(transformer, target)
+    layers = family_of(transformer).self_attention_layers(transformer)
+    if target.lora:
+        tensors = export_adapter(transformer, target, len(layers))
+    else:
+        tensors = _whole_model(transformer, target)
+    offloaded = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
+    if offloaded:
+        raise ValueError(f"{enumerated(offloaded)} are on the meta device; export before offloading the model")
+    header = {"format": target.name, "method": method_of(config).name, "config": config.to_dict()}
+    write_tensors(path, tensors, {HEADER_KEY: json.dumps(header)})
+
+
+def _only_transformer(model: Any) -> nn.Module:
+    components = components_of(model)
+    if len(components) > 1:
+        raise ValueError(f"model has {' and '.join(components)}, a checkpoint is for one of them; pass that one")
+    return next(iter(components.values()))
+
+
+def _header(file: TensorFile) -> dict[str, Any] | None:
+    text = file.metadata.get(HEADER_KEY)
+    if text is None:
+        return None
+    try:
+        header = json.loads(text)
+        return {"format": header["format"], "config": config_from_dict(header["method"], header["config"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the header of {file.path} is malformed: {error!r}") from None
+
+
+def _choose_format(
+    file: TensorFile, names: dict[str, str], header: dict[str, Any] | None, asked: str | None
+) -> CheckpointFormat:
+    if "foveal" in file.metadata:
+        raise ValueError(f"{file.path} was written by foveal.save; foveal.load reads it, with its folder")
+    if asked is None:
+        return recognised(names, str(file.path)) if header is None else format_named(header["format"])
+    found = format_named(asked)
+    if not found.matches(names):
+        what = "low-rank updates" if found.lora else next(iter(found.sparse_keys.values())).format(index=0)
+        raise ValueError(f"{file.path} is not of format {asked!r}: it has no {what}")
+    return found
+
+
+def _configuration(
+    found: CheckpointFormat, header: dict[str, Any] | None, transformer: nn.Module, changes: dict[str, Any]
+) -> Config:
+    family = family_of(transformer)
+    hidden_dim, _, _ = family.dimensions(next(iter(family.self_attention_layers(transformer).values())))
+    expected = found.config_for(hidden_dim)
+    config = expected if header is None else header["config"]
+    known = [field.name for field in dataclasses.fields(config)]
+    unknown = [name for name in changes if name not in known]
+    if unknown:
+        raise ValueError(f"unknown {type(config).__name__} fields {unknown}; expected some of {known}")
+    if changes.get("topk") is not None:
+        # In the place of the ratio, as in `VSAConfig(topk=125)`.
+        changes = {"keep_ratio": None} | changes
+    config = config.replace(**changes)
+    _check_fixed(found, config, expected)
+    return config
+
+
+def _check_fixed(found: CheckpointFormat, config: Config, expected: Config) -> None:
+    """Raises a ValueError unless a configuration is one that weights of this format were made with."""
+    if type(config) is not type(expected):
+        raise ValueError(f"format {found.name!r} is for {type(expected).__name__}, got {config}")
+    for name in found.fixed:
+        if getattr(config, name) != getattr(expected, name):
+            raise ValueError(
+                f"format {found.name!r} stands for {name}={getattr(expected, name)!r}, got {getattr(config, name)!r}"
+            )
+
+
+def _load_weights(
+    transformer: nn.Module,
+    file: TensorFile,
+    names: dict[str, str],
+    found: CheckpointFormat,
+    config: Config,
+    impl: str,
+) -> tuple[int, int, tuple[str, ...]]:
+    layers = list(family_of(transformer).self_attention_layers(transformer))
+    _check_depth(file, names, len(layers))
+    wanted = {
+        (layer, parameter): key.format(index=index)
+        for index, layer in enumerate(layers)
+        for parameter, key in found.sparse_keys.items()
+    }
+    sparse_names = set(wanted.values())
+    base = to_diffusers([name for name in names if name not in sparse_names], found.layout)
+    former = transformer.state_dict()
+    missing = [key for key in sparse_names if key not in names]
+    # A file with the sparse parameters alone is whole too.
+    missing += [name for name in former if name not in base] if base else []
+    extra = [file_name for name, file_name in base.items() if name not in former]
+    _check_names(file, sorted(missing), extra)
+
+    sparsify(transformer, config, impl=impl)
+    try:
+        # From the name in the file, which the messages give, to what it fills.
+        targets = {names[name]: former[model_name] for model_name, name in base.items()}
+        fresh = {layer: one.attention.state_dict() for layer, one in sparse_processors(transformer).items()}
+        targets |= {names[key]: fresh[layer][parameter] for (layer, parameter), key in wanted.items()}
+        patches = names[base[PATCH_EMBEDDING]] if PATCH_EMBEDDING in base else None
+        _check_tensors(file, targets, patches)
+        dtypes = set()
+        with torch.no_grad():
+            for name, target in targets.items():
+                tensor = file.read(name)
+                dtypes.add((_short(tensor.dtype), _short(target.dtype)))
+                target.copy_(tensor.reshape(target.shape))
+    except BaseException:
+        densify(transformer)
+        raise
+    notes = [f"{given} cast to {taken}" for given, taken in sorted(dtypes) if given != taken]
+    if not base:
+        notes.append("the file has no base weights: the model's own were kept")
+    return len(wanted), len(base), tuple(notes)
+
+
+def _check_depth(file: TensorFile, names: dict[str, str], num_layers: int) -> None:
+    indices = [int(found.group(1)) for found in (re.match(r"blocks\.(\d+)\.", name) for name in names) if found]
+    if indices and max(indices) + 1 != num_layers:
+        raise ValueError(
+            f"{file.path} is for a model of {max(indices) + 1} layers, got one of {num_layers}: another model size"
+        )
+
+
+def _check_names(file: TensorFile, missing: list[str], extra: list[str]) -> None:
+    problems = [f"lacks {enumerated(missing)}"] * bool(missing) + [f"has unexpected {enumerated(extra)}"] * bool(extra)
+    if problems:
+        raise ValueError(f"{file.path} {' and '.join(problems)}")
+
+
+def _check_tensors(file: TensorFile, targets: dict[str, Tensor], patches: str | None) -> None:
+    wrong = []
+    for name, target in targets.items():
+        shape, expected = file.shapes[name], tuple(target.shape)
+        flat = (expected[0], math.prod(expected[1:])) if name == patches else expected
+        if shape not in (expected, flat):
+            wrong.append(f"{name} has shape {shape}, the model's is {expected}")
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(f"{file.path} does not fit the model, of another size maybe: {wrong[0]}{more}")
+    integers = [name for name in targets if name in file.not_floating]
+    if integers:
+        raise ValueError(f"{file.path} is quantised, or damaged: {enumerated(integers)} are integers")
+    offloaded = [name for name, target in targets.items() if target.device.type == "meta"]
+    if offloaded:
+        raise ValueError(f"the model's {enumerated(offloaded)} are on the meta device; load before offloading it")
+
+
+def _load_lora(
+    transformer: nn.Module,
+    file: TensorFile,
+    names: dict[str, str],
+    found: CheckpointFormat,
+    config: Config,
+    impl: str,
+) -> tuple[int, int, tuple[str, ...]]:
+    adapter = read_adapter(transformer, {name: file.read(names[name]) for name in names}, str(file.path))
+    sparsify(transformer, config, impl=impl)
+    try:
+        load_adapter(transformer, adapter, found.name)
+    except BaseException:
+        densify(transformer)
+        raise
+    return 0, len(adapter), (f"a LoRA, loaded as adapter {found.name!r}: fuse_lora() merges it",)
+
+
+def _exportable_config(transformer: nn.Module, target: CheckpointFormat) -> Config:
+    family = family_of(transformer)
+    if family.name != target.family:
+        raise ValueError(f"format {target.name!r} is for family {target.family!r}, got a model of {family.name!r}")
+    layers = family.self_attention_layers(transformer)
+    configs = {name: processor.config for name, processor in sparse_processors(transformer).items()}
+    dense = [name for name in layers if name not in configs]
+    if dense:
+        raise ValueError(f"format {target.name!r} has every layer sparse, but {enumerated(dense)} are dense")
+    config = next(iter(configs.values()))
+    others = [name for name, other in configs.items() if other != config]
+    if others:
+        raise ValueError(f"format {target.name!r} has one configuration, but {enumerated(others)} have others")
+    hidden_dim, _, _ = family.dimensions(next(iter(layers.values())))
+    _check_fixed(target, config, target.config_for(hidden_dim))
+    return config
+
+
+def _whole_model(transformer: nn.Module, target: CheckpointFormat) -> dict[str, Tensor]:
+    state, processors = transformer.state_dict(), sparse_processors(transformer)
+    if any(".lora_" in name for name in state):
+        raise ValueError("model has LoRA adapters; merge them with fuse_lora and unload_lora, or export them alone")
+    ours = tuple(f"{layer}.processor." for layer in processors)
+    names = from_diffusers([name for name in state if not name.startswith(ours)], target.layout, len(processors))
+    tensors = {file_name: state[name] for name, file_name in names.items()}
+    if target.flat_patches:
+        tensors[PATCH_EMBEDDING] = tensors[PATCH_EMBEDDING].flatten(1)
+    for index, processor in enumerate(processors.values()):
+        parameters = processor.attention.state_dict()
+        tensors |= {key.format(index=index): parameters[name] for name, key in target.sparse_keys.items()}
+    return tensors
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

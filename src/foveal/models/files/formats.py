@@ -1,0 +1,216 @@
+"""The only table of other projects' checkpoint formats: how sparse weights are named in them, and what they mean.
+
+A format fixes where the parameters of the sparse attention are, what the rest of the model is called, and the
+configuration that the released weights were trained with, most of which no file says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+# What other tools put before every name of a state dict.
+from foveal.checks import check_choice
+from foveal.methods.base import Config
+from foveal.methods.sla.config import SLAConfig
+
+# What other tools put before every name of a state dict.
+from foveal.methods.vsa.config import VSAConfig
+
+# What other tools put before every name of a state dict.
+PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "module.")
+
+
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """One format.
+
+    Args:
+        name: what users call it.
+        family: the model family that it is for, as in the table of families.
+        source: who writes it, for people.
+        config_for: hidden width of the model to the configuration that the released weights were trained with.
+        fixed: fields of it that the format stands for; the others are run-time settings of the project it is from.
+        sparse_keys: parameter of the method's module to its name in the file, with {index} for the layer's.
+        layout: how the rest of the model is named: "wan" (the Wan repository) or "diffusers".
+        flat_patches: patches are embedded by a linear layer: [C, channels * t * h * w] where diffusers has the
+            convolution's [C, channels, t, h, w].
+        lora: the file holds low-rank updates of the base weights instead of weights.
+        rounding: what the project makes of a ratio where it is not what we do, for the report; "" where it is.
+    """
+
+    name: str
+    family: str
+    source: str
+    config_for: Callable[[int], Config]
+    fixed: tuple[str, ...]
+    sparse_keys: dict[str, str]
+    layout: str
+    flat_patches: bool = False
+    lora: bool = False
+    rounding: str = ""
+
+    def matches(self, names: Iterable[str]) -> bool:
+        """Whether a file with these names is of this format."""
+        if self.lora:
+            return any(".lora_" in name for name in names)
+        patterns = [re.compile(re.escape(key).replace(r"\{index\}", r"\d+")) for key in self.sparse_keys.values()]
+        return any(pattern.fullmatch(name) for name in names for pattern in patterns)
+
+
+# Trained with 64x64 blocks over all keys (arXiv 2512.16093); top-k 0.1 is what its scripts run by default.
+_TURBODIFFUSION = SLAConfig(keep_ratio=0.1, drop_ratio=0.0, block_q=64, block_k=64, linear_scope="all")
+_TURBODIFFUSION_FIXED = ("feature_map", "linear_scope", "projection", "token_order")
+# Of the Wan widths: 1536 is 1.3B, run at VSA sparsity 0.8; 5120 is 14B, run at 0.9.
+_FASTVIDEO_KEEP = {1536: 0.2, 5120: 0.1}
+
+FORMATS = {
+    made.name: made
+    for made in (
+        CheckpointFormat(
+            name="turbodiffusion-sla",
+            family="wan",
+            source="TurboDiffusion",
+            config_for=lambda width: _TURBODIFFUSION,
+            fixed=_TURBODIFFUSION_FIXED,
+            sparse_keys={
+                f"proj.{part}": f"blocks.{{index}}.self_attn.attn_op.local_attn.proj_l.{part}"
+                for part in ("weight", "bias")
+            },
+            layout="wan",
+            flat_patches=True,
+        ),
+        CheckpointFormat(
+            name="turbodiffusion-sla-diffusers",
+            family="wan",
+            source="TurboDiffusion, converted to diffusers' names",
+            config_for=lambda width: _TURBODIFFUSION,
+            fixed=_TURBODIFFUSION_FIXED,
+            sparse_keys={
+                f"proj.{part}": f"blocks.{{index}}.attn1.attn_op.local_attn.proj_l.{part}"
+                for part in ("weight", "bias")
+            },
+            layout="diffusers",
+        ),
+        CheckpointFormat(
+            name="fastvideo-vsa",
+            family="wan",
+            source="FastVideo",
+            config_for=lambda width: VSAConfig(keep_ratio=_FASTVIDEO_KEEP.get(width, 0.2), tile=(4, 4, 4)),
+            fixed=("tile", "fine_gate"),
+            sparse_keys={
+                f"to_gate_coarse.{part}": f"blocks.{{index}}.to_gate_compress.{part}" for part in ("weight", "bias")
+            },
+            layout="diffusers",
+            # No ratio rounds down to what another rounds up to on every grid; a topk is right on one of them.
+            rounding="FastVideo keeps ceil(keep_ratio * cubes) cubes, we keep floor: topk=N keeps N, at one video size",
+        ),
+        # Distilled at 85 % sparsity, run block-sparse alone: the files have no projection, and none is applied.
+        CheckpointFormat(
+            name="lightx2v-sla-lora",
+            family="wan",
+            source="LightX2V",
+            config_for=lambda width: SLAConfig(keep_ratio=0.15, drop_ratio=0.0, linear_scope="none", projection=False),
+            fixed=("linear_scope", "token_order"),
+            sparse_keys={},
+            layout="wan",
+            lora=True,
+        ),
+    )
+}
+
+
+def format_named(name: str) -> CheckpointFormat:
+    """The format of that name.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    check_choice("format", name, tuple(FORMATS))
+    return FORMATS[name]
+
+
+def recognised(names: Iterable[str], source: str) -> CheckpointFormat:
+    """The format of a file with these names, prefixes stripped.
+
+    Raises:
+        ValueError: for a file of no format in the table; it says what the file looks like instead.
+    """
+    names = list(names)
+    if any(name.endswith(".int8_weight") for name in names):
+        raise ValueError(f"{source} is quantised to int8; take the file of the same model without -quant")
+    for known in FORMATS.values():
+        if known.lora or not known.matches(names):
+            continue
+        return known
+    valid = ", ".join(FORMATS)
+    lora = [known.name for known in FORMATS.values() if known.lora]
+    if any(".lora_" in name for name in names):
+        raise ValueError(
+            f"{source} is a LoRA, and nothing in one says that it was trained with sparse attention; if it was, give "
+            f"format={' or '.join(map(repr, lora))}, else load it with diffusers"
+        )
+    if any(re.match(r"blocks\.\d+\.(self_attn|attn1)\.", name) for name in names):
+        raise ValueError(
+            f"{source} is a dense checkpoint: it has no parameters of a sparse attention ({valid}); load it with "
+            "diffusers, then call sparsify"
+        )
+    raise ValueError(f"{source} is of no known format; expected one of {valid}")
+
+
+def without_prefix(names: Iterable[str]) -> dict[str, str]:
+    """Names without the prefix that they all share, if it is a known one, to the names as they are."""
+    names = list(names)
+    for prefix in PREFIXES:
+        if names and all(name.startswith(prefix) for name in names):
+            return {name.removeprefix(prefix): name for name in names}
+    return {name: name for name in names}
+
+
+def to_diffusers(names: Iterable[str], layout: str) -> dict[str, str]:
+    """Base weights' names in diffusers to their names in a file of this layout.
+
+    Raises:
+        ValueError: for a Wan-Animate file, whose tensors have to be cut as well as renamed.
+    """
+    names = list(names)
+    if layout == "diffusers":
+        return {name: name for name in names}
+    if any(name.startswith(("motion_encoder.", "face_adapter.")) for name in names):
+        raise ValueError("the file is of Wan-Animate, which is not supported")
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    # The conversion renames keys and leaves values alone, so the former names may take the place of the tensors.
+    return convert_wan_transformer_to_diffusers({name: name for name in names})
+
+
+def from_diffusers(names: Iterable[str], layout: str, num_layers: int) -> dict[str, str]:
+    """Base weights' names in diffusers to their names in a file of this layout: `to_diffusers` for writing.
+
+    The names of the Wan repository are listed, converted by diffusers, and looked up, so that there is one conversion.
+
+    Raises:
+        ValueError: for names that the layout has no names for.
+    """
+    names = list(names)
+    if layout == "diffusers":
+        return {name: name for name in names}
+    known = to_diffusers(wan_names(num_layers), layout)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"the Wan repository has no names for {', '.join(unknown[:5])}")
+    return {name: known[name] for name in names}
+
+
+def wan_names(num_layers: int) -> list[str]:
+    """Every name that a Wan 2.1 or 2.2 transformer of the Wan repository may have."""
+    attention = ("q", "k", "v", "o", "norm_q", "norm_k", "k_img", "v_img", "norm_k_img")
+    modules = [f"{part}.{name}" for part in ("self_attn", "cross_attn") for name in attention]
+    modules += ["norm3", "ffn.0", "ffn.2"]
+    outside = ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2"]
+    outside += ["time_projection.1", "head.head", *(f"img_emb.proj.{index}" for index in (0, 1, 3, 4))]
+    blocks = [f"blocks.{index}" for index in range(num_layers)]
+    owners = outside + [f"{block}.{module}" for block in blocks for module in modules]
+    tables = ["head.modulation", *(f"{block}.modulation" for block in blocks)]
+    return [f"{owner}.{part}" for owner in owners for part in ("weight", "bias")] + tables

@@ -1,0 +1,340 @@
+"""`save` and `load`: the parameters and configurations that `sparsify` added, apart from the model's own weights.
+
+A folder holds `foveal.safetensors`, the parameters, and `foveal.json`, the configurations for people to read:
+
+    {"format": 1, "components": {"transformer": {"family": "wan", "policy": {"dense_first_steps": 2}, "layers": {
+        "blocks.0.attn1": {"method": "sla", "config": {"keep_ratio": 0.05, ...}}, ...}}}}
+
+A component without a policy has no such entry. What `save_pretrained` of diffusers writes is in `pretrained.py`.
+The header of `foveal.safetensors` carries the same text, so that one rename commits a save. The parameters are named
+component.layer.parameter, "transformer.blocks.0.attn1.proj.weight"; a bare transformer is the component "transformer".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from foveal.methods.base import Config, config_from_dict, method_of
+from foveal.models.families.table import components_of, family_of
+from foveal.models.parameters import own_tensors
+from foveal.models.policy import Policy, attach_policy, check_policy, get_policy
+from foveal.models.pretrained import register_components
+from foveal.models.processor import (
+    SparseAttentionProcessor,
+    build_attention,
+    build_processors,
+    install,
+    sparse_processors,
+)
+
+FORMAT = 1
+WEIGHTS_FILE = "foveal.safetensors"
+MANIFEST_FILE = "foveal.json"
+HEADER_KEY = "foveal"
+
+Model = TypeVar("Model")
+
+
+def save(model: Any, folder: str | os.PathLike) -> None:
+    """Writes what `sparsify` added to a model: parameters bit for bit, each layer's configuration, and the policy.
+
+    A model sharded by FSDP2 is gathered: all ranks call this together, the first one writes, and all return after that.
+
+    Both files are written aside and renamed. Interrupted at any point, the folder holds the former save or the new
+    one, complete; other files in it are left alone.
+
+    Args:
+        model: a sparse transformer or pipeline.
+        folder: created if need be.
+
+    Raises:
+        TypeError: an unsupported model.
+        ValueError: a model without a sparse layer, or with parameters that are offloaded ("meta") or not those that
+            its configuration has.
+    """
+    components, tensors, sharded = {}, {}, False
+    for component, transformer in components_of(model).items():
+        processors = sparse_processors(transformer)
+        if not processors:
+            continue
+        configs = {name: processor.config for name, processor in processors.items()}
+        state = _state(component, processors)
+        _check_tensors(state, _expected(component, transformer, configs), "the model")
+        _check_not_offloaded(state)
+        sharded = sharded or any(_is_sharded(tensor) for tensor in state.values())
+        tensors.update({name: _gathered(tensor.detach()).cpu().contiguous() for name, tensor in state.items()})
+        components[component] = _entry(transformer)
+    if not components:
+        raise ValueError("model has no sparse layer, there is nothing to save; call sparsify first")
+
+    manifest = json.dumps({"format": FORMAT, "components": components}, indent=2) + "\n"
+    try:
+        if not sharded or dist.get_rank() == 0:
+            _write(Path(folder), manifest, tensors)
+    finally:
+        if sharded:
+            dist.barrier()
+
+
+def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Model:
+    """Puts what `save` wrote into a model: sparsifies a dense one as saved, and checks that a sparse one agrees.
+
+    A saved policy takes the place of the model's, a pipeline's scheduler telling the step.
+
+    Parameters take the dtype that `sparsify` gives them; where that is the saved one, they come back bit for bit.
+
+    Args:
+        model: a transformer or pipeline like the saved one, dense, or sparse with the same configurations.
+        folder: what `save` wrote.
+        impl: for layers that are dense so far; see `block_sparse_attention`.
+
+    Returns:
+        The same model, changed in place; unchanged if anything below is raised.
+
+    Raises:
+        FileNotFoundError: no such folder, or no `foveal.safetensors` in it.
+        TypeError: an unsupported model.
+        ValueError: a file that is corrupt or of another format version, a `foveal.json` that was edited, components
+            or layers that the model lacks, configurations other than the model's, and missing, extra or misshapen
+            parameters, each by name.
+    """
+    components = components_of(model)
+    manifest, tensors = _read(Path(folder))
+    saved = {name: _parse_component(name, entry) for name, entry in manifest["components"].items()}
+    missing = sorted(set(saved) - set(components))
+    if missing:
+        raise ValueError(f"{folder} has parameters for {missing}, but the model has {sorted(components)} alone")
+
+    expected = {}
+    for component, transformer in components.items():
+        family, configs, policy = saved.get(component, (family_of(transformer).name, {}, None))
+        _check_component(component, transformer, family, configs, policy)
+        expected.update(_expected(component, transformer, configs))
+    _check_tensors(tensors, expected, str(folder))
+
+    plans = []
+    for component, (_, configs, policy) in saved.items():
+        transformer = components[component]
+        processors = sparse_processors(transformer)
+        fresh = {} if processors else build_processors(transformer, configs, impl=impl)
+        state = _state(component, processors or fresh)
+        _check_not_offloaded(state)
+        plans.append((transformer, fresh, state, policy))
+    pipeline = None if isinstance(model, nn.Module) else model
+    for transformer, fresh, state, policy in plans:
+        with torch.no_grad():
+            for name, parameter in state.items():
+                _copy(tensors[name], parameter)
+        install(transformer, fresh)
+        if policy is not None or get_policy(transformer) is not None:
+            attach_policy(transformer, policy, pipeline=pipeline)
+    register_components(model)
+    return model
+
+
+def describe(transformer: nn.Module) -> dict[str, Any] | None:
+    """A transformer's sparse layers for its `config.json`, JSON-ready; None for a dense one."""
+    return {"format": FORMAT, **_entry(transformer)} if sparse_processors(transformer) else None
+
+
+def build_described(transformer: nn.Module, description: Any) -> None:
+    """Converts a dense transformer as `describe` says, with parameters at their start.
+
+    Raises:
+        ValueError: a description that is malformed, of another version, or of another model.
+    """
+    source = "config.json"
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        version = description.get("format") if isinstance(description, dict) else description
+        raise ValueError(f"{source} describes sparse layers in format {version!r}; this version reads {FORMAT}")
+    family, configs, policy = _parse_component(source, description)
+    _check_component(source, transformer, family, configs, policy)
+    install(transformer, build_processors(transformer, configs))
+    if policy is not None:
+        attach_policy(transformer, policy)
+
+
+def _entry(transformer: nn.Module) -> dict[str, Any]:
+    """One component of the manifest."""
+    configs = {name: processor.config for name, processor in sparse_processors(transformer).items()}
+    layers = {name: {"method": method_of(c).name, "config": c.to_dict()} for name, c in configs.items()}
+    policy = get_policy(transformer)
+    return {
+        "family": family_of(transformer).name,
+        **({} if policy is None else {"policy": policy.to_dict()}),
+        "layers": layers,
+    }
+
+
+def _state(component: str, processors: dict[str, SparseAttentionProcessor]) -> dict[str, Tensor]:
+    return {
+        f"{component}.{layer}.{name}": tensor
+        for layer, processor in processors.items()
+        for name, tensor in own_tensors(processor.attention).items()
+    }
+
+
+def _expected(component: str, transformer: nn.Module, configs: dict[str, Config]) -> dict[str, Tensor]:
+    """The parameters that these configurations have, on the meta device."""
+    family = family_of(transformer)
+    layers = family.self_attention_layers(transformer)
+    return {
+        f"{component}.{layer}.{name}": tensor
+        for layer, config in configs.items()
+        for name, tensor in build_attention(family, layers[layer], config, "meta").state_dict().items()
+    }
+
+
+def _write(folder: Path, manifest: str, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights_aside, manifest_aside = folder / f".{WEIGHTS_FILE}.new", folder / f".{MANIFEST_FILE}.new"
+    try:
+        save_file(tensors, weights_aside, metadata={HEADER_KEY: manifest})
+        manifest_aside.write_text(manifest, encoding="utf-8")
+        _flush(weights_aside)
+        _flush(manifest_aside)
+        # The readable copy goes first: at no moment does one lie beside parameters that it does not describe.
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        os.replace(weights_aside, folder / WEIGHTS_FILE)
+        os.replace(manifest_aside, folder / MANIFEST_FILE)
+    finally:
+        weights_aside.unlink(missing_ok=True)
+        manifest_aside.unlink(missing_ok=True)
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor, which need not be imported for that."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+
+
+def _copy(tensor: Tensor, target: Tensor) -> None:
+    """Into a parameter, or into this rank's part of a sharded one."""
+    if _is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        # Every rank has read the file: nothing to send.
+        tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(tensor)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The manifest and the tensors of a folder, each checked as far as that goes without a model."""
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS_FILE}; expected a folder that foveal.save wrote")
+    try:
+        with safe_open(weights, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get(HEADER_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, a file is no dict
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is corrupt: {error}") from None
+    if text is None:
+        raise ValueError(f"{weights} has no {HEADER_KEY!r} entry in its header; expected a file that foveal.save wrote")
+    manifest = _parse_json(text, f"the header of {weights}")
+
+    readable = folder / MANIFEST_FILE
+    if readable.exists() and _parse_json(readable.read_bytes(), str(readable)) != manifest:
+        raise ValueError(
+            f"{readable} does not agree with the configurations that {WEIGHTS_FILE} was saved with; "
+            "to load what was saved, delete or restore it"
+        )
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{folder} has format version {manifest.get('format')!r}; this version reads {FORMAT}")
+    if not isinstance(manifest.get("components"), dict) or not manifest["components"]:
+        raise ValueError(f"{folder} lists no components; expected what foveal.save wrote")
+    return manifest, tensors
+
+
+def _parse_json(text: str | bytes, source: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source} is not valid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{source} must hold a JSON object, got {type(parsed).__name__}")
+    return parsed
+
+
+def _parse_component(component: str, entry: Any) -> tuple[str, dict[str, Config], Policy | None]:
+    """(family name, configuration by layer, policy) of one component of the manifest."""
+    try:
+        layers = {name: config_from_dict(layer["method"], layer["config"]) for name, layer in entry["layers"].items()}
+        policy = None if entry.get("policy") is None else Policy.from_dict(entry["policy"])
+        return entry["family"], layers, policy
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"component {component!r} of the saved configurations is malformed: {error!r}") from None
+
+
+def _check_component(
+    component: str, transformer: nn.Module, family: str, configs: dict[str, Config], policy: Policy | None
+) -> None:
+    """Raises a ValueError unless a transformer can take these configurations and policy, or has the former already."""
+    known = family_of(transformer)
+    if family != known.name:
+        raise ValueError(f"{component} was saved from family {family!r}, but the model's is {known.name!r}")
+    layers = known.self_attention_layers(transformer)
+    unknown = [name for name in configs if name not in layers]
+    if unknown:
+        raise ValueError(
+            f"{component} has no layers {_listed(unknown)}; it has {len(layers)}, up to {list(layers)[-1]}"
+        )
+    if policy is not None:
+        check_policy(transformer, policy, configs)
+    current = {name: processor.config for name, processor in sparse_processors(transformer).items()}
+    if not current:
+        return
+    for name in layers:
+        if current.get(name) != configs.get(name):
+            raise ValueError(
+                f"{component} layer {name} is {_described(current.get(name))} in the model, "
+                f"but {_described(configs.get(name))} was saved; densify the model to take the saved one"
+            )
+
+
+def _check_tensors(given: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
+    """Raises a ValueError unless the names and shapes are those expected."""
+    missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
+    if missing or extra:
+        problems = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has unexpected {_listed(extra)}"] * bool(extra)
+        raise ValueError(f"{source} {' and '.join(problems)}; expected the parameters of its configurations")
+    for name, tensor in expected.items():
+        if given[name].shape != tensor.shape:
+            raise ValueError(f"{source}: {name} has shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}")
+
+
+def _check_not_offloaded(state: dict[str, Tensor]) -> None:
+    offloaded = [name for name, tensor in state.items() if tensor.device.type == "meta"]
+    if offloaded:
+        raise ValueError(f"{_listed(offloaded)} are on the meta device; save and load before offloading the model")
+
+
+def _described(config: Config | None) -> str:
+    return "dense" if config is None else str(config)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's bytes are on the disk, so that no rename gets there before them."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

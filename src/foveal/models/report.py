@@ -1,0 +1,182 @@
+"""`summary`: what each self-attention layer of a model runs, and what that saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from foveal.layout import VideoGrid
+from foveal.methods.base import Config, method_of
+from foveal.methods.cost import AttentionCost, attention_cost
+from foveal.methods.sla.config import SLAConfig
+from foveal.methods.vsa.attention import resolve_tile
+from foveal.models.families.table import components_of, family_of
+from foveal.models.policy import Policy, get_policy
+from foveal.models.processor import sparse_processors, state_of
+
+COLUMNS = ("layer", "method", "keep", "drop", "linear", "blocks", "added", "fewer FLOPs")
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One self-attention layer.
+
+    Args:
+        layer: qualified name, after the component's name in a pipeline.
+        config: the layer's configuration; None where it is dense.
+        parameters: how many `sparsify` added.
+        grid: what the costs are for; None if none was given or seen.
+        heads, head_dim: of the layer.
+        held_dense: the policy keeps the layer dense, and its configuration waits.
+    """
+
+    layer: str
+    config: Config | None
+    parameters: int
+    grid: VideoGrid | None
+    heads: int
+    head_dim: int
+    held_dense: bool = False
+
+    @property
+    def method(self) -> str:
+        """The name of the method, or "dense"."""
+        return "dense" if self.config is None else method_of(self.config).name
+
+    @property
+    def cost(self) -> AttentionCost | None:
+        """The layer's arithmetic in a forward where it may be sparse; None without a grid."""
+        if self.grid is None:
+            return None
+        config = None if self.held_dense else self.config
+        return attention_cost(config, grid=self.grid, heads=self.heads, head_dim=self.head_dim)
+
+    @property
+    def reduction(self) -> float | None:
+        """Dense FLOPs of the attention over ours (see `attention_cost`); None without a grid."""
+        return None if self.cost is None else self.cost.reduction
+
+    def cells(self) -> tuple[str, ...]:
+        """The texts of the table's columns."""
+        reduction = "" if self.reduction is None else f"{self.reduction:.1f}x"
+        method = f"({self.method})" if self.held_dense else self.method
+        return (self.layer, method, *_settings(self.config, self.grid), f"{self.parameters:,}", reduction)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The layers of a model; `print` it for a table, in colour with rich.
+
+    Args:
+        rows: one per self-attention layer, sparse or dense, in order of depth. A method in parentheses waits: the
+            policy keeps the layer dense.
+        policies: by component, of those that have one. Costs are those of a forward where they ask nothing but their
+            `dense_layers`.
+    """
+
+    rows: tuple[LayerSummary, ...]
+    policies: dict[str, Policy] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters `sparsify` added in all."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def reduction(self) -> float | None:
+        """Dense FLOPs of all these layers' attention over ours; None unless every layer has a grid."""
+        costs = [row.cost for row in self.rows]
+        if None in costs:
+            return None
+        return sum(cost.dense.flops for cost in costs) / sum(cost.flops for cost in costs)
+
+    def title(self) -> str:
+        """A line on the whole model, and one on its policy if it has one."""
+        sparse = sum(row.config is not None for row in self.rows)
+        parts = [f"{sparse} of {len(self.rows)} self-attention layers sparse", f"{self.parameters:,} parameters added"]
+        if self.reduction is not None:
+            grids = dict.fromkeys("x".join(map(str, row.grid.shape)) for row in self.rows)
+            parts.append(f"{self.reduction:.1f}x fewer attention FLOPs than dense at {', '.join(grids)} tokens")
+        lines = ["; ".join(parts)]
+        shown = dict.fromkeys(map(str, self.policies.values()))
+        if len(shown) == 1:
+            lines.append(f"policy: {next(iter(shown))}")
+        else:
+            lines.extend(f"policy of {component}: {policy}" for component, policy in self.policies.items())
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        table = [COLUMNS, *(row.cells() for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(_justify, row, widths, range(len(COLUMNS)))).rstrip() for row in table]
+        return "\n".join([self.title(), "", lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+    def __rich__(self) -> Any:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=self.title(), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+        for index, column in enumerate(COLUMNS):
+            table.add_column(column, justify="right" if index >= _FIRST_NUMBER else "left", no_wrap=index == 0)
+        for row in self.rows:
+            table.add_row(*row.cells(), style="dim" if row.config is None else None)
+        return table
+
+
+def summary(model: Any, grid: VideoGrid | None = None) -> Summary:
+    """What each self-attention layer of a model or pipeline runs, what it added, and how much arithmetic it saves.
+
+    Args:
+        model: what `sparsify` takes, sparse or dense.
+        grid: the video's shape in tokens that the costs are for; None takes that of each transformer's latest
+            forward, and leaves the column blank before the first.
+
+    Raises:
+        TypeError: an unsupported model, or a `grid` of another type.
+    """
+    if grid is not None and not isinstance(grid, VideoGrid):
+        raise TypeError(f"grid must be a VideoGrid, got {grid!r}")
+    rows, policies = [], {}
+    for component, transformer in components_of(model).items():
+        family = family_of(transformer)
+        processors, state = sparse_processors(transformer), state_of(transformer)
+        seen = None if state is None else state.grid
+        policy = get_policy(transformer)
+        if policy is not None:
+            policies[component] = policy
+        for name, attn in family.self_attention_layers(transformer).items():
+            processor = processors.get(name)
+            _, heads, head_dim = family.dimensions(attn)
+            rows.append(
+                LayerSummary(
+                    layer=name if isinstance(model, nn.Module) else f"{component}.{name}",
+                    config=None if processor is None else processor.config,
+                    parameters=0 if processor is None else sum(p.numel() for p in processor.parameters()),
+                    grid=grid or seen,
+                    heads=heads,
+                    head_dim=head_dim,
+                    held_dense=processor is not None and processor.held_dense,
+                )
+            )
+    return Summary(tuple(rows), policies)
+
+
+_FIRST_NUMBER = COLUMNS.index("added")
+
+
+def _justify(text: str, width: int, column: int) -> str:
+    return text.rjust(width) if column >= _FIRST_NUMBER else text.ljust(width)
+
+
+def _settings(config: Config | None, grid: VideoGrid | None) -> tuple[str, str, str, str]:
+    """A configuration's (keep, drop, linear scope, blocks) for the table."""
+    if config is None:
+        return "", "", "", ""
+    if isinstance(config, SLAConfig):
+        blocks = f"{config.block_q}x{config.block_k}" + (" tile" if config.token_order == "tile" else "")
+        return f"{config.keep_ratio:g}", f"{config.drop_ratio:g}", config.linear_scope, blocks
+    tile = config.tile if grid is None else resolve_tile(config, grid)
+    blocks = tile if isinstance(tile, str) else "x".join(map(str, tile))
+    return f"{config.keep_ratio:g}" if config.topk is None else f"top {config.topk}", "", "", blocks
