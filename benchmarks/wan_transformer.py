@@ -66,10 +66,10 @@ class ProjectionsAlone:
             return _values(query, key, value)
 
         from foveal.models.families.wan import self_attention
-        from foveal.models.self_attention import Attend
+        from foveal.models.self_attention import LayerAttention
 
-        attend = Attend(method, None)
-        return self_attention(attn, attend, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        sparse_attention = LayerAttention(method, None)
+        return self_attention(attn, sparse_attention, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
 
 def build(size: str, device: torch.device) -> WanTransformer3DModel:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
 from foveal.methods.base import method_of
-from foveal.models.self_attention import Attend, joint_attention
+from foveal.models.self_attention import LayerAttention, joint_attention
 from foveal.testing import make_inputs
 
 pytestmark = pytest.mark.gpu
@@ -36,10 +36,10 @@ def run(module, inputs, hidden_states, lengths, impl):
     inputs = [x.detach().requires_grad_() for x in inputs]
     method = method_of(module.config)
 
-    def attend(query, key, value, hidden_states, kv_lengths):
-        return method.attend(module, query, key, value, hidden_states, GRID, kv_lengths)
+    def run_method(query, key, value, hidden_states, kv_lengths):
+        return method.run(module, query, key, value, hidden_states, GRID, kv_lengths)
 
-    outputs = joint_attention(Attend(attend, GRID), *inputs, hidden_states, lengths)
+    outputs = joint_attention(LayerAttention(run_method, GRID), *inputs, hidden_states, lengths)
     loss = sum(output.double().square().sum() for output in outputs)
     return [*outputs, *torch.autograd.grad(loss, [*inputs, *module.parameters()])]
 

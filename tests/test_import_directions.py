@@ -179,6 +179,50 @@ def test_backends_load_only_when_named(path):
         assert not (names[0] == "foveal" and BACKENDS & set(names) and imported.at_module_level), imported.target
 
 
+def cycles_in(imports):
+    """Groups of modules that import each other in a circle, of {module: modules that it imports}."""
+    groups, open_modules, depth, lowest = [], [], {}, {}
+
+    def visit(module):
+        depth[module] = lowest[module] = len(depth)
+        open_modules.append(module)
+        for target in imports[module]:
+            if target not in depth:
+                visit(target)
+            if target in open_modules:
+                lowest[module] = min(lowest[module], lowest[target])
+        if lowest[module] == depth[module]:
+            start = open_modules.index(module)
+            group = open_modules[start:]
+            del open_modules[start:]
+            if len(group) > 1 or module in imports[module]:
+                groups.append(sorted(group))
+
+    for module in imports:
+        if module not in depth:
+            visit(module)
+    return groups
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """An import inside a function counts: it closes the circle all the same, when the function is called."""
+    modules = {"foveal": ROOT / "__init__.py"} | {f"foveal.{name_of(path)}": path for path in FILES}
+    imports = {
+        module: {imported.target for imported in imports_of(path)} & modules.keys() for module, path in modules.items()
+    }
+    assert sum(map(len, imports.values())) > len(modules)
+    assert cycles_in(imports) == []
+
+
+def test_the_finder_of_circles_finds_them():
+    chain = {"a": {"b"}, "b": {"c"}, "c": set()}
+    assert cycles_in(chain) == []
+    assert cycles_in({**chain, "c": {"b"}}) == [["b", "c"]]
+    assert cycles_in({**chain, "c": {"a"}}) == [["a", "b", "c"]]
+    assert cycles_in({**chain, "c": {"c"}}) == [["c"]]
+    assert cycles_in({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
+
+
 def test_the_reader_of_imports_reads_them():
     """The tests above are only as good as `imports_in`."""
     source = """

@@ -33,7 +33,7 @@ def test_builds_and_attends(name):
     assert isinstance(module, MODULES[name])
     assert module.config == CONFIGS[name]
     assert module.impl == "torch"
-    output = METHODS[name].attend(module, *qkv, hidden, grid)
+    output = METHODS[name].run(module, *qkv, hidden, grid)
     assert output.shape == qkv[0].shape
     direct = module(*qkv, grid=grid) if name == "sla" else module(*qkv, hidden, grid=grid)
     assert torch.equal(output, direct)

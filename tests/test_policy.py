@@ -14,7 +14,8 @@ import foveal
 from foveal import Policy, SLAConfig, dense, densify, get_policy, set_policy, sparsify, summary
 from foveal.lab.inspect.capture import capture_selections
 from foveal.models.policy import PolicyClock
-from foveal.models.processor import Phase, sparse_processors, state_of
+from foveal.models.processor import sparse_processors, state_of
+from foveal.models.state import Phase
 
 CONFIGS = pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_VSA], ids=["sla", "vsa"])
 

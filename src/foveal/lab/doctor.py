@@ -226,7 +226,7 @@ def _times_of(
     hidden = torch.randn(1, grid.num_tokens, heads * head_dim, device=device, dtype=dtype)
     functions = {
         "dense_ms": lambda: F.scaled_dot_product_attention(query, key, value),
-        "sparse_ms": lambda: method.attend(module, query, key, value, hidden, grid),
+        "sparse_ms": lambda: method.run(module, query, key, value, hidden, grid),
     }
     for function in functions.values():
         # Compiles kernels.

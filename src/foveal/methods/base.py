@@ -31,7 +31,7 @@ class Method:
         build: (config, hidden_dim, num_heads, head_dim, impl) to that module.
         gates: (module, hidden_states [B, L, C]) to what the module makes of these token by token, a tuple of
             [B, H, L, D] or None; None for a method that makes nothing.
-        attend: (module, query, key, value, hidden_states, grid, kv_lengths=None, config=None, gates=None) to the
+        run: (module, query, key, value, hidden_states, grid, kv_lengths=None, config=None, gates=None) to the
             output, [B, H, L, D] like query. Keys past the grid's tokens are text, say: kept for every query.
             kv_lengths, int [B], counts each sample's valid keys. A config stands in for the module's own, with other
             ratios. Gates stand in for the hidden states, which are then None; some of the heads may then go alone.
@@ -42,10 +42,10 @@ class Method:
     module_type: type
     build: Callable[[Config, int, int, int, str], nn.Module]
     gates: Callable[[nn.Module, Tensor], tuple[Tensor | None, ...] | None]
-    attend: Callable[..., Tensor]
+    run: Callable[..., Tensor]
 
 
-def _attend_with_sla(
+def _run_sla(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -60,7 +60,7 @@ def _attend_with_sla(
     return module(query, key, value, grid=grid, protected_keys=text, kv_lengths=kv_lengths, config=config)
 
 
-def _attend_with_vsa(
+def _run_vsa(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -81,7 +81,7 @@ METHODS = {
         SparseLinearAttention,
         lambda config, hidden_dim, num_heads, head_dim, impl: SparseLinearAttention(head_dim, config, impl=impl),
         lambda module, hidden_states: None,
-        _attend_with_sla,
+        _run_sla,
     ),
     "vsa": Method(
         "vsa",
@@ -91,7 +91,7 @@ METHODS = {
             hidden_dim, num_heads, head_dim, config, impl=impl
         ),
         lambda module, hidden_states: module.gates(hidden_states),
-        _attend_with_vsa,
+        _run_vsa,
     ),
 }
 

@@ -10,12 +10,12 @@ asked for, so that `import foveal` needs no diffusers.
 """
 
 from foveal.models.context_parallel import context_parallel_attention
+from foveal.models.convert import dense, densify, sparsify
 from foveal.models.files.checkpoints import export_checkpoint, load_checkpoint
 from foveal.models.files.persist import load, save
 from foveal.models.parameters import quantizable, sparse_parameters, unfreeze
 from foveal.models.policy import Policy, get_policy, set_policy
 from foveal.models.pretrained import model_class as __getattr__  # noqa: F401
-from foveal.models.processor import dense, densify, sparsify
 from foveal.models.reconfigure import reconfigure
 from foveal.models.report import summary
 

@@ -215,7 +215,7 @@ def context_parallel_attention(
     gates = send_gates(attention, hidden_states, grid, shards)
     query, key, value = (shards.receive(x, grid.num_tokens) for x in under_way)
     gates = receive_gates(gates, grid, shards)
-    output = method_of(attention.config).attend(attention, query, key, value, None, grid, gates=gates)
+    output = method_of(attention.config).run(attention, query, key, value, None, grid, gates=gates)
     return shards.to_tokens(output, shards.sizes(grid.num_tokens))
 
 

@@ -18,7 +18,8 @@ from foveal.checks import check_ratio
 from foveal.methods.base import Config
 from foveal.models.families.table import components_of, family_of
 from foveal.models.layers import choose_layers
-from foveal.models.processor import Phase, sparse_processors, state_of
+from foveal.models.processor import sparse_processors, state_of
+from foveal.models.state import Phase
 
 Model = TypeVar("Model")
 Table = tuple[tuple[float, float], ...]

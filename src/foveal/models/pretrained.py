@@ -17,6 +17,8 @@ from typing import Any
 from torch import nn
 
 from foveal.models.families.table import FAMILIES, components_of
+from foveal.models.files.manifest import build_described, describe
+from foveal.models.processor import sparse_processors, state_of
 
 MODULE = "foveal.models"
 CONFIG_KEY = "foveal"
@@ -30,8 +32,6 @@ class SparseModelMixin:
 
     def to_json_string(self) -> str:
         """The text of `config.json`."""
-        from foveal.models.files.persist import describe
-
         fields = json.loads(super().to_json_string())
         fields.pop(CONFIG_KEY, None)
         description = describe(self)
@@ -46,8 +46,6 @@ class SparseModelMixin:
         Raises:
             ValueError: sparse layers that this model does not have, or written by another version.
         """
-        from foveal.models.files.persist import build_described
-
         config = dict(config)
         description = config.pop(CONFIG_KEY, None)
         model, unused = super().from_config(config, return_unused_kwargs=True, **kwargs)
@@ -62,8 +60,6 @@ class SparseModelMixin:
         Raises:
             ValueError: a sparse parameter that is not in the file.
         """
-        from foveal.models.processor import sparse_processors
-
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         missing = sorted(name for name in info.get("missing_keys", ()) if f".{PROCESSOR}." in name)
@@ -80,8 +76,6 @@ class SparseModelMixin:
     @contextlib.contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """As diffusers does: pipelines say here which denoising step this is."""
-        from foveal.models.processor import state_of
-
         clock = getattr(state_of(self), "clock", None)
         step, num_steps = kwargs.get("step_index"), kwargs.get("num_inference_steps")
         known = clock is not None and step is not None and num_steps is not None

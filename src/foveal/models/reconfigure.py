@@ -9,10 +9,11 @@ from torch import nn
 
 from foveal.methods.base import Config
 from foveal.models.families.table import components_of, family_of
+from foveal.models.installation import build_attention
 from foveal.models.layers import Layers, choose_configs
 from foveal.models.parameters import own_tensors
 from foveal.models.policy import check_ratios, get_policy
-from foveal.models.processor import build_attention, sparse_processors
+from foveal.models.processor import sparse_processors
 
 Model = TypeVar("Model")
 

@@ -19,7 +19,7 @@ from foveal.models.context_parallel import Shards
 
 
 @dataclass(eq=False)  # compared by identity: Dynamo hashes objects before they have their attributes
-class Attend:
+class LayerAttention:
     """The method's attention in one layer, for one forward.
 
     Args:
@@ -94,12 +94,17 @@ def check_absent(**arguments: Any) -> None:
 
 
 def joint_attention(
-    attend: Attend, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, kv_lengths: Tensor | None = None
+    sparse_attention: LayerAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+    kv_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over video and text in one sequence: sparse for the video's queries, dense for those of the text.
 
     Args:
-        attend: the method's attention.
+        sparse_attention: the method's attention.
         query, key, value: [B, Lv + Lt, H, D], the video first. Under context parallelism, of both what this rank has.
         hidden_states: [B, Lv, C], the video's.
         kv_lengths: int [B], valid keys at the front of each sample, at least Lv; None when all are.
@@ -108,17 +113,17 @@ def joint_attention(
         [B, Lv, H * D] and [B, Lt, H * D].
     """
     text = query.shape[1] - hidden_states.shape[1]
-    query, key, value = attend.to_heads(tuple(x.transpose(1, 2) for x in (query, key, value)), text)
-    video = query.shape[2] - (text if attend.shards is None else attend.shards.ranks * text)
+    query, key, value = sparse_attention.to_heads(tuple(x.transpose(1, 2) for x in (query, key, value)), text)
+    video = query.shape[2] - (text if sparse_attention.shards is None else sparse_attention.shards.ranks * text)
     # index() changes nothing in plain Python. Under torch.compile it makes the length a constant of the graph, as the
     # grid's sides are: how many blocks are kept cannot be computed from a symbol.
     length = operator.index(key.shape[2])
-    video_output = attend.method(query[:, :, :video], key, value, hidden_states, kv_lengths)
+    video_output = sparse_attention.method(query[:, :, :video], key, value, hidden_states, kv_lengths)
     mask = None
     if kv_lengths is not None:
         mask = (torch.arange(length, device=key.device) < kv_lengths[:, None])[:, None, None]
     text_output = F.scaled_dot_product_attention(query[:, :, video:], key, value, attn_mask=mask)
-    outputs = attend.to_tokens(video_output), attend.to_tokens(text_output, text)
+    outputs = sparse_attention.to_tokens(video_output), sparse_attention.to_tokens(text_output, text)
     return tuple(x.transpose(1, 2).flatten(2) for x in outputs)
 
 

@@ -262,10 +262,14 @@ def _flex_attention(block: int, keep_ratio: float) -> Candidate:
     def build(inputs: Inputs) -> Problem:
         selection = inputs.random_selection(*blocks)
         block_mask = flex_block_mask(selection)
-        attend = _compiled_flex_attention()
+        flex_attention = _compiled_flex_attention()
         *tensors, grad = inputs.tensors(*QKV, "grad", contiguous=True)
         return Problem(
-            lambda *qkv: attend(*qkv, block_mask=block_mask), tuple(tensors), QKV, grad, head=_sparse_head(selection)
+            lambda *qkv: flex_attention(*qkv, block_mask=block_mask),
+            tuple(tensors),
+            QKV,
+            grad,
+            head=_sparse_head(selection),
         )
 
     return Candidate(
@@ -289,7 +293,7 @@ def _sla(task: str, config: SLAConfig, impl: str, given: bool) -> Candidate:
 
         selection = select(query, key)
 
-        def attend(query, key, value, weight, bias, selection, impl) -> Tensor:
+        def run_sla(query, key, value, weight, bias, selection, impl) -> Tensor:
             weights = {"proj_weight": weight, "proj_bias": bias}
             return sla_attention(query, key, value, config=config, selection=selection, impl=impl, **weights)
 
@@ -298,16 +302,16 @@ def _sla(task: str, config: SLAConfig, impl: str, given: bool) -> Candidate:
             weight, bias = (x.to(torch.promote_types(dtype, torch.float32)) for x in (weight, bias))
 
             def rows(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> Tensor:
-                return attend(query, key, value, weight, bias, selection, "reference")
+                return run_sla(query, key, value, weight, bias, selection, "reference")
 
             return in_chunks(rows, query, key, value, head_of(selection, batch, head), dtype)
 
         return Problem(
-            lambda *tensors: attend(*tensors, selection if given else None, impl),
+            lambda *tensors: run_sla(*tensors, selection if given else None, impl),
             (query, key, value, *inputs.projection()),
             (*QKV, "proj_weight", "proj_bias"),
             grad,
-            oracle=lambda *tensors: attend(*tensors, selection, "reference"),
+            oracle=lambda *tensors: run_sla(*tensors, selection, "reference"),
             head=head,
             selection=selection,
             select=select,
@@ -330,7 +334,7 @@ def _vsa(task: str, config: VSAConfig, impl: str, given: bool) -> Candidate:
 
         selection = select(*tensors[:2])
 
-        def attend(query, key, value, gate_coarse, gate_fine=None, *, selection, impl) -> Tensor:
+        def run_vsa(query, key, value, gate_coarse, gate_fine=None, *, selection, impl) -> Tensor:
             named = {"gate_coarse": gate_coarse, "gate_fine": gate_fine}
             return vsa_attention(query, key, value, config=config, grid=grid, selection=selection, impl=impl, **named)
 
@@ -349,11 +353,11 @@ def _vsa(task: str, config: VSAConfig, impl: str, given: bool) -> Candidate:
             )
 
         return Problem(
-            lambda *tensors: attend(*tensors, selection=selection if given else None, impl=impl),
+            lambda *tensors: run_vsa(*tensors, selection=selection if given else None, impl=impl),
             tuple(tensors),
             (*QKV, *gates),
             grad,
-            oracle=lambda *tensors: attend(*tensors, selection=selection, impl="reference"),
+            oracle=lambda *tensors: run_vsa(*tensors, selection=selection, impl="reference"),
             head=head,
             selection=selection,
             select=select,

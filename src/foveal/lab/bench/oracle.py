@@ -45,17 +45,17 @@ def rows_of(selection: BlockSelection, start: int, stop: int) -> BlockSelection:
 
 
 def in_chunks(
-    attend: Callable[[Tensor, Tensor, Tensor, BlockSelection], Tensor],
+    attention: Callable[[Tensor, Tensor, Tensor, BlockSelection], Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     selection: BlockSelection,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`attend` over all query blocks, computed in `dtype`, with memory for a chunk at a time, backward too.
+    """`attention` over all query blocks, computed in `dtype`, with memory for a chunk at a time, backward too.
 
     Args:
-        attend: (query, key, value, selection) to the output; each row of it depends on its own query row alone.
+        attention: (query, key, value, selection) to the output; each row of it depends on its own query row alone.
         query, key, value: float64 [B, H, L, D].
 
     Returns:
@@ -68,7 +68,7 @@ def in_chunks(
         rows = slice(start * selection.block_q, stop * selection.block_q)
 
         def chunk(query: Tensor, key: Tensor, value: Tensor, chosen: BlockSelection) -> Tensor:
-            return attend(query.to(dtype), key.to(dtype), value.to(dtype), chosen).double()
+            return attention(query.to(dtype), key.to(dtype), value.to(dtype), chosen).double()
 
         part = rows_of(selection, start, stop)
         parts.append(
@@ -92,7 +92,7 @@ def vsa_in_chunks(
     """Video sparse attention (VSA, arXiv 2505.13389, section 2) with its fine stage `in_chunks`.
 
     Args:
-        fine: as `attend` of `in_chunks`.
+        fine: as `attention` of `in_chunks`.
         query, key, value, gates: float64 [1, 1, L, D], raster order; (coarse, fine) gates, None for 1.
         selection: over the slotted tile order.
     """

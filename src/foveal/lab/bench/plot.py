@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from foveal.lab.bench.report import baselines_of
+from foveal.lab.bench.run import baselines_of
 
 COLORS = {"forward": "#2a7f8e", "backward": "#d19a2e"}
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from foveal.lab.bench.run import BASELINES, BenchSettings, run_bench
+from foveal.lab.bench.run import BenchSettings, baselines_of, run_bench
 
 SECOND = "vs {second}"
 HEADINGS = (
@@ -92,12 +92,6 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
-
-
-def baselines_of(entries: list[dict[str, Any]]) -> list[str]:
-    """The dense baselines that ran, the preferred one first."""
-    ran = {entry["task"] for entry in entries if entry["status"] == "ok"}
-    return [task for task in BASELINES if task in ran]
 
 
 def table(results: dict[str, Any], shape: str) -> tuple[list[str], list[list[str]], list[str]]:

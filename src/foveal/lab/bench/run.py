@@ -274,6 +274,12 @@ def figures(rested: list[float], sustained: float, host: float, flops: float, fl
     }
 
 
+def baselines_of(entries: list[dict[str, Any]]) -> list[str]:
+    """The dense baselines that ran, the preferred one first."""
+    ran = {entry["task"] for entry in entries if entry["status"] == "ok"}
+    return [task for task in BASELINES if task in ran]
+
+
 def add_ratios(entries: list[dict[str, Any]]) -> None:
     """Sets each pass's "ratios", to every dense baseline of these entries (one shape, one run) that has the same pass.
 

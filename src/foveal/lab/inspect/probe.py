@@ -26,8 +26,9 @@ from foveal.lab.inspect.statistics import (
 )
 from foveal.layout import VideoGrid
 from foveal.methods.sla.config import SLAConfig
+from foveal.models.convert import densify, sparsify
 from foveal.models.families.table import components_of
-from foveal.models.processor import densify, sparse_processors, sparsify
+from foveal.models.processor import sparse_processors
 
 # Everything is kept: the model stays what it was, and its layers can be looked into in one way, whatever their family.
 _TRANSPARENT = SLAConfig(keep_ratio=1.0, drop_ratio=0.0, linear_scope="none")

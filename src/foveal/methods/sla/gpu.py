@@ -16,7 +16,7 @@ from foveal.kernels.triton.lists import noncritical_mask, padded_blocks
 from foveal.kernels.triton.select import Wanted, new_lists
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.gpu_backward import gradients
-from foveal.methods.sla.gpu_forward import attend
+from foveal.methods.sla.gpu_forward import forward_in_groups
 
 
 def sla_attention_gpu(
@@ -125,7 +125,7 @@ def _forward_op(
         mask = _mask_operand(critical, counts, marginal, -(-key.shape[2] // blocks[1]), all_keys)
         mask = mask if mask is None else mask.unflatten(0, query.shape[:2])
         tensors = query, key, value, critical, counts, mask, sizes, projection
-        return attend(*tensors, *blocks, scale, feature_map, None, hopper=hopper, keep_states=keep_states)
+        return forward_in_groups(*tensors, *blocks, scale, feature_map, None, hopper=hopper, keep_states=keep_states)
 
 
 def _fake_results(query: Tensor, block_q: int, all_keys: bool, keep_states: bool) -> tuple[Tensor, ...]:
@@ -239,7 +239,9 @@ def _select_forward_op(
     mask = None if all_keys else marginal
     tensors = query, key, value, lists, counts, mask, sizes, projection
     with torch.cuda.device_of(query):
-        results = attend(*tensors, *blocks, scale, feature_map, wanted, hopper=hopper, keep_states=keep_states)
+        results = forward_in_groups(
+            *tensors, *blocks, scale, feature_map, wanted, hopper=hopper, keep_states=keep_states
+        )
     return *results, lists, counts, marginal
 
 

@@ -80,7 +80,7 @@ def gradients(
 
     Args:
         grad: [B, H, Lq, D], the gradient of the output, contiguous last dimension.
-        output, lse, norm, state: what `triton_forward.attend` returned, with the states kept.
+        output, lse, norm, state: what `gpu_forward.forward_in_groups` returned, with the states kept.
         critical, counts: contiguous; query, key, value, critical, counts, sizes, block_q, block_k, scale: as in
             `block_sparse.triton.backward`.
         mask: bfloat16 [B * H, padded Tq, padded Tk], what H was summed over; None for every key.

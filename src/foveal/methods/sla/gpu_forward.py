@@ -39,7 +39,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
 
 
-def attend(
+def forward_in_groups(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from foveal.layout import VideoGrid
 from foveal.models.readers import grid_of_latent, layers_of_blocks
-from foveal.models.self_attention import Attend, check_absent, dimensions, joint_attention
+from foveal.models.self_attention import LayerAttention, check_absent, dimensions, joint_attention
 
 __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
@@ -33,17 +33,17 @@ def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
 
 def self_attention(
     attn: nn.Module,
-    attend: Attend,
+    sparse_attention: LayerAttention,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What diffusers' `CogVideoXAttnProcessor2_0` and its fused twin do, with `attend` in the middle.
+    """What diffusers' `CogVideoXAttnProcessor2_0` and its fused twin do, with `sparse_attention` in the middle.
 
     Args:
         attn: the layer's `Attention`.
-        attend: the method's attention.
+        sparse_attention: the method's attention.
         hidden_states: [B, Lv, C], the video's.
         encoder_hidden_states: [B, Lt, C], the text's.
         attention_mask: must be None.
@@ -73,5 +73,5 @@ def self_attention(
             torch.cat((apply_rotary_emb(x[:, :video], image_rotary_emb, sequence_dim=1), x[:, video:]), 1)
             for x in (query, key)
         )
-    outputs = joint_attention(attend, query, key, value, hidden_states)
+    outputs = joint_attention(sparse_attention, query, key, value, hidden_states)
     return tuple(attn.to_out[1](attn.to_out[0](output)) for output in outputs)

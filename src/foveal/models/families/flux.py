@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from foveal.layout import VideoGrid
 from foveal.models.families.hunyuan_video import self_attention_layers
-from foveal.models.self_attention import Attend, check_absent, dimensions, grid_of_coordinates, joint_attention
+from foveal.models.self_attention import LayerAttention, check_absent, dimensions, grid_of_coordinates, joint_attention
 
 __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
@@ -33,17 +33,17 @@ def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
 
 def self_attention(
     attn: nn.Module,
-    attend: Attend,
+    sparse_attention: LayerAttention,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
     attention_mask: Tensor | None = None,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What diffusers' `FluxAttnProcessor` does, with `attend` in the middle.
+    """What diffusers' `FluxAttnProcessor` does, with `sparse_attention` in the middle.
 
     Args:
         attn: the layer's `FluxAttention`.
-        attend: the method's attention.
+        sparse_attention: the method's attention.
         hidden_states: the image's [B, Li, C] in a dual stream block; [B, Lt + Li, C] in a single stream block.
         encoder_hidden_states: the text's [B, Lt, C] in a dual stream block; None in a single stream block.
         attention_mask: must be None.
@@ -61,7 +61,7 @@ def self_attention(
     check_absent(attention_mask=attention_mask)
     single = encoder_hidden_states is None
     if single:
-        text = hidden_states.shape[1] - attend.video_tokens
+        text = hidden_states.shape[1] - sparse_attention.video_tokens
         image_states = hidden_states[:, text:]
         hidden_states = torch.cat((image_states, hidden_states[:, :text]), 1)
     else:
@@ -79,7 +79,7 @@ def self_attention(
         rotary = tuple(torch.cat((table[text:], table[:text])) for table in image_rotary_emb)
         query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
 
-    output, text_output = joint_attention(attend, query, key, value, image_states)
+    output, text_output = joint_attention(sparse_attention, query, key, value, image_states)
     if single:
         return torch.cat((text_output, output), 1)
     return attn.to_out[1](attn.to_out[0](output)), attn.to_add_out(text_output)

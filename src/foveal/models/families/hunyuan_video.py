@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from foveal.layout import VideoGrid
 from foveal.models.readers import grid_of_latent, layers_of_blocks
-from foveal.models.self_attention import Attend, dimensions, joint_attention
+from foveal.models.self_attention import LayerAttention, dimensions, joint_attention
 
 __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
@@ -37,17 +37,17 @@ def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
 
 def self_attention(
     attn: nn.Module,
-    attend: Attend,
+    sparse_attention: LayerAttention,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What diffusers' `HunyuanVideoAttnProcessor2_0` does, with `attend` in the middle.
+    """What diffusers' `HunyuanVideoAttnProcessor2_0` does, with `sparse_attention` in the middle.
 
     Args:
         attn: the layer's `Attention`.
-        attend: the method's attention.
+        sparse_attention: the method's attention.
         hidden_states: [B, Lv, C], the video's.
         encoder_hidden_states: [B, Lt, C], the text's.
         attention_mask: bool [B, 1, 1, N], True for the valid keys, which come first.
@@ -65,12 +65,14 @@ def self_attention(
         if attention_mask.shape != expected:
             raise ValueError(f"attention_mask must have shape {expected}, got {tuple(attention_mask.shape)}")
         kv_lengths = attention_mask.flatten(1).sum(1)
-    return video_and_text_attention(attn, attend, hidden_states, encoder_hidden_states, kv_lengths, image_rotary_emb)
+    return video_and_text_attention(
+        attn, sparse_attention, hidden_states, encoder_hidden_states, kv_lengths, image_rotary_emb
+    )
 
 
 def video_and_text_attention(
     attn: nn.Module,
-    attend: Attend,
+    sparse_attention: LayerAttention,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     kv_lengths: Tensor | None,
@@ -80,7 +82,7 @@ def video_and_text_attention(
 
     Args:
         kv_lengths: int [B], valid tokens of each sample, video and text; None when all are.
-        attn, attend, hidden_states, encoder_hidden_states, image_rotary_emb: as in `self_attention`.
+        attn, sparse_attention, hidden_states, encoder_hidden_states, image_rotary_emb: as in `self_attention`.
 
     Returns:
         The video's [B, Lv, C] and the text's [B, Lt, C].
@@ -108,11 +110,11 @@ def video_and_text_attention(
         query, key, value = (torch.cat(x, 1) for x in zip((rotate(query), rotate(key), value), text, strict=True))
 
     end = hidden_states.shape[1]
-    history = end - attend.grid.num_tokens
+    history = end - sparse_attention.grid.num_tokens
     if history:
         parts = slice(history, end), slice(history), slice(end, None)
         query, key, value = (torch.cat([x[:, part] for part in parts], 1) for x in (query, key, value))
-    output, text_output = joint_attention(attend, query, key, value, hidden_states[:, history:], kv_lengths)
+    output, text_output = joint_attention(sparse_attention, query, key, value, hidden_states[:, history:], kv_lengths)
     if history:
         output, text_output = torch.cat((text_output[:, :history], output), 1), text_output[:, history:]
     for layer in getattr(attn, "to_out", None) or ():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from foveal.models.families.hunyuan_video import read_grid, video_and_text_attention
 from foveal.models.readers import layers_of_blocks
-from foveal.models.self_attention import Attend, dimensions
+from foveal.models.self_attention import LayerAttention, dimensions
 
 __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
@@ -24,20 +24,20 @@ def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
 
 def self_attention(
     attn: nn.Module,
-    attend: Attend,
+    sparse_attention: LayerAttention,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     attention_mask: Tensor,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What diffusers' `HunyuanVideo15AttnProcessor2_0` does, with `attend` in the middle.
+    """What diffusers' `HunyuanVideo15AttnProcessor2_0` does, with `sparse_attention` in the middle.
 
     One thing differs, and no video token ever sees it: a padding text token attends to the valid ones here, and to
     nothing there.
 
     Args:
         attn: the layer's `Attention`.
-        attend: the method's attention.
+        sparse_attention: the method's attention.
         hidden_states: [B, Lv, C], the video's.
         encoder_hidden_states: [B, Lt, C], the text's.
         attention_mask: [B, Lt], nonzero for the valid text tokens, which come first.
@@ -53,4 +53,6 @@ def self_attention(
     if attention_mask.shape != expected:
         raise ValueError(f"attention_mask must have shape {expected}, got {tuple(attention_mask.shape)}")
     kv_lengths = hidden_states.shape[1] + attention_mask.bool().sum(1)
-    return video_and_text_attention(attn, attend, hidden_states, encoder_hidden_states, kv_lengths, image_rotary_emb)
+    return video_and_text_attention(
+        attn, sparse_attention, hidden_states, encoder_hidden_states, kv_lengths, image_rotary_emb
+    )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from foveal.layout import VideoGrid
 from foveal.models.families.ltx_video import self_attention_layers
 from foveal.models.readers import patch_size
-from foveal.models.self_attention import Attend, check_absent, dimensions, grid_of_coordinates, joint_attention
+from foveal.models.self_attention import LayerAttention, check_absent, dimensions, grid_of_coordinates, joint_attention
 
 __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
@@ -42,7 +42,7 @@ def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
 
 def self_attention(
     attn: nn.Module,
-    attend: Attend,
+    sparse_attention: LayerAttention,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -55,7 +55,7 @@ def self_attention(
 
     Args:
         attn: the layer's `LTX2Attention`.
-        attend: the method's attention.
+        sparse_attention: the method's attention.
         hidden_states: [B, L, C].
         encoder_hidden_states, attention_mask: must be None.
         query_rotary_emb, key_rotary_emb: cosines and sines; no key_rotary_emb takes the query's for both.
@@ -83,11 +83,11 @@ def self_attention(
             query = rotate(query, query_rotary_emb)
             key = rotate(key, query_rotary_emb if key_rotary_emb is None else key_rotary_emb)
         heads = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))
-        video = attend.grid.num_tokens
+        video = sparse_attention.grid.num_tokens
         if hidden_states.shape[1] == video:
-            output = attend(*(x.transpose(1, 2) for x in heads), hidden_states).transpose(1, 2).flatten(2)
+            output = sparse_attention(*(x.transpose(1, 2) for x in heads), hidden_states).transpose(1, 2).flatten(2)
         else:
-            output = torch.cat(joint_attention(attend, *heads, hidden_states[:, :video]), 1)
+            output = torch.cat(joint_attention(sparse_attention, *heads, hidden_states[:, :video]), 1)
         if perturbation_mask is not None:
             output = torch.lerp(value, output, perturbation_mask)
     if attn.to_gate_logits is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from foveal.layout import VideoGrid
 from foveal.models.readers import layers_of_blocks
-from foveal.models.self_attention import Attend, check_absent, dimensions, grid_of_coordinates
+from foveal.models.self_attention import LayerAttention, check_absent, dimensions, grid_of_coordinates
 
 __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
@@ -39,17 +39,17 @@ def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
 
 def self_attention(
     attn: nn.Module,
-    attend: Attend,
+    sparse_attention: LayerAttention,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
     attention_mask: Tensor | None = None,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """What diffusers' `LTXVideoAttnProcessor` does for self-attention, with `attend` in the middle.
+    """What diffusers' `LTXVideoAttnProcessor` does for self-attention, with `sparse_attention` in the middle.
 
     Args:
         attn: the layer's `LTXAttention`.
-        attend: the method's attention.
+        sparse_attention: the method's attention.
         hidden_states: [B, L, C].
         encoder_hidden_states, attention_mask: must be None.
         image_rotary_emb: cosines and sines, [B, L, H * D] each.
@@ -69,9 +69,9 @@ def self_attention(
         if norm is not None:
             x = norm(x)
             x = x if image_rotary_emb is None else apply_rotary_emb(x, image_rotary_emb)
-        return attend.send(x.unflatten(2, (attn.heads, -1)).transpose(1, 2))
+        return sparse_attention.send(x.unflatten(2, (attn.heads, -1)).transpose(1, 2))
 
     # Under context parallelism each one travels while the next is made.
     value, query, key = send(attn.to_v), send(attn.to_q, attn.norm_q), send(attn.to_k, attn.norm_k)
-    output = attend.sent(query, key, value, hidden_states).transpose(1, 2).flatten(2)
+    output = sparse_attention.sent(query, key, value, hidden_states).transpose(1, 2).flatten(2)
     return attn.to_out[1](attn.to_out[0](output))

@@ -27,8 +27,8 @@ class Family:
         self_attention_layers: transformer to its self-attention modules by qualified name, in order of depth.
         dimensions: attention module to (hidden_dim, num_heads, head_dim).
         read_grid: (transformer, the arguments of its forward by name) to the grid of tokens.
-        self_attention: (attention module, the method's attention as an `Attend`, *the processor's arguments) to the
-            layer's output.
+        self_attention: (attention module, the method's attention as a `LayerAttention`, *the processor's arguments) to
+            the layer's output.
     """
 
     name: str

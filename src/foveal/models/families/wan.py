@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from foveal.layout import VideoGrid
 from foveal.models.readers import grid_of_latent, layers_of_blocks
-from foveal.models.self_attention import Attend, check_absent, dimensions
+from foveal.models.self_attention import LayerAttention, check_absent, dimensions
 
 __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
@@ -35,17 +35,17 @@ def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
 
 def self_attention(
     attn: nn.Module,
-    attend: Attend,
+    sparse_attention: LayerAttention,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
     attention_mask: Tensor | None = None,
     rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """What diffusers' `WanAttnProcessor` does for self-attention, with `attend` in the middle: [B, L, C] to [B, L, C].
+    """What diffusers' `WanAttnProcessor` does for self-attention, with `sparse_attention` in the middle.
 
     Args:
         attn: the layer's `WanAttention`.
-        attend: the method's attention.
+        sparse_attention: the method's attention.
         hidden_states: [B, L, C].
         encoder_hidden_states, attention_mask: must be None.
         rotary_emb: cosines and sines, [1, L, 1, D] each.
@@ -65,16 +65,16 @@ def self_attention(
         x = x.unflatten(-1, (attn.heads, -1))
         if rotary is not None:
             x = _rotate(x, *rotary)
-        return attend.send(x.transpose(1, 2))
+        return sparse_attention.send(x.transpose(1, 2))
 
     key_rotary = rotary_emb
-    if attend.shards is not None and rotary_emb is not None:
+    if sparse_attention.shards is not None and rotary_emb is not None:
         # Inductor would make query and key in one kernel, to read the tables once, and hold the query back for the key.
         key_rotary = tuple(map(_from_firsts, rotary_emb))
     # Under context parallelism each one travels while the next is made.
     value, query = send("to_v"), send("to_q", attn.norm_q, rotary_emb)
     key = send("to_k", attn.norm_k, key_rotary)
-    output = attend.sent(query, key, value, hidden_states).transpose(1, 2).flatten(2)
+    output = sparse_attention.sent(query, key, value, hidden_states).transpose(1, 2).flatten(2)
     for layer in attn.to_out:
         output = layer(output)
     return output

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.methods.base import Config, config_from_dict, method_of
+from foveal.models.convert import densify, sparsify
 from foveal.models.families.table import components_of, family_of
 from foveal.models.files.formats import (
     CheckpointFormat,
@@ -32,7 +33,7 @@ from foveal.models.files.formats import (
 )
 from foveal.models.files.lora import export_adapter, load_adapter, read_adapter
 from foveal.models.files.tensor_files import TensorFile, enumerated, open_tensors, write_tensors
-from foveal.models.processor import densify, sparse_processors, sparsify
+from foveal.models.processor import sparse_processors
 
 HEADER_KEY = "foveal_checkpoint"
 PATCH_EMBEDDING = "patch_embedding.weight"

@@ -21,20 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from foveal.methods.base import Config, config_from_dict, method_of
+from foveal.methods.base import Config
 from foveal.models.families.table import components_of, family_of
+from foveal.models.files.manifest import FORMAT, check_component, entry_of, parse_component
+from foveal.models.files.tensor_files import enumerated
+from foveal.models.installation import build_attention, build_processors, install
 from foveal.models.parameters import own_tensors
-from foveal.models.policy import Policy, attach_policy, check_policy, get_policy
-from foveal.models.pretrained import register_components
-from foveal.models.processor import (
-    SparseAttentionProcessor,
-    build_attention,
-    build_processors,
-    install,
-    sparse_processors,
-)
+from foveal.models.policy import attach_policy, get_policy
+from foveal.models.pretrained import become_sparse, register_components
+from foveal.models.processor import SparseAttentionProcessor, sparse_processors
 
-FORMAT = 1
 WEIGHTS_FILE = "foveal.safetensors"
 MANIFEST_FILE = "foveal.json"
 HEADER_KEY = "foveal"
@@ -70,7 +66,7 @@ def save(model: Any, folder: str | os.PathLike) -> None:
         _check_not_offloaded(state)
         sharded = sharded or any(_is_sharded(tensor) for tensor in state.values())
         tensors.update({name: _gathered(tensor.detach()).cpu().contiguous() for name, tensor in state.items()})
-        components[component] = _entry(transformer)
+        components[component] = entry_of(transformer)
     if not components:
         raise ValueError("model has no sparse layer, there is nothing to save; call sparsify first")
 
@@ -107,7 +103,7 @@ def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Mode
     """
     components = components_of(model)
     manifest, tensors = _read(Path(folder))
-    saved = {name: _parse_component(name, entry) for name, entry in manifest["components"].items()}
+    saved = {name: parse_component(name, entry) for name, entry in manifest["components"].items()}
     missing = sorted(set(saved) - set(components))
     if missing:
         raise ValueError(f"{folder} has parameters for {missing}, but the model has {sorted(components)} alone")
@@ -115,7 +111,7 @@ def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Mode
     expected = {}
     for component, transformer in components.items():
         family, configs, policy = saved.get(component, (family_of(transformer).name, {}, None))
-        _check_component(component, transformer, family, configs, policy)
+        check_component(component, transformer, family, configs, policy)
         expected.update(_expected(component, transformer, configs))
     _check_tensors(tensors, expected, str(folder))
 
@@ -133,44 +129,11 @@ def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Mode
             for name, parameter in state.items():
                 _copy(tensors[name], parameter)
         install(transformer, fresh)
+        become_sparse(transformer)
         if policy is not None or get_policy(transformer) is not None:
             attach_policy(transformer, policy, pipeline=pipeline)
     register_components(model)
     return model
-
-
-def describe(transformer: nn.Module) -> dict[str, Any] | None:
-    """A transformer's sparse layers for its `config.json`, JSON-ready; None for a dense one."""
-    return {"format": FORMAT, **_entry(transformer)} if sparse_processors(transformer) else None
-
-
-def build_described(transformer: nn.Module, description: Any) -> None:
-    """Converts a dense transformer as `describe` says, with parameters at their start.
-
-    Raises:
-        ValueError: a description that is malformed, of another version, or of another model.
-    """
-    source = "config.json"
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        version = description.get("format") if isinstance(description, dict) else description
-        raise ValueError(f"{source} describes sparse layers in format {version!r}; this version reads {FORMAT}")
-    family, configs, policy = _parse_component(source, description)
-    _check_component(source, transformer, family, configs, policy)
-    install(transformer, build_processors(transformer, configs))
-    if policy is not None:
-        attach_policy(transformer, policy)
-
-
-def _entry(transformer: nn.Module) -> dict[str, Any]:
-    """One component of the manifest."""
-    configs = {name: processor.config for name, processor in sparse_processors(transformer).items()}
-    layers = {name: {"method": method_of(c).name, "config": c.to_dict()} for name, c in configs.items()}
-    policy = get_policy(transformer)
-    return {
-        "family": family_of(transformer).name,
-        **({} if policy is None else {"policy": policy.to_dict()}),
-        "layers": layers,
-    }
 
 
 def _state(component: str, processors: dict[str, SparseAttentionProcessor]) -> dict[str, Tensor]:
@@ -272,47 +235,13 @@ def _parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     return parsed
 
 
-def _parse_component(component: str, entry: Any) -> tuple[str, dict[str, Config], Policy | None]:
-    """(family name, configuration by layer, policy) of one component of the manifest."""
-    try:
-        layers = {name: config_from_dict(layer["method"], layer["config"]) for name, layer in entry["layers"].items()}
-        policy = None if entry.get("policy") is None else Policy.from_dict(entry["policy"])
-        return entry["family"], layers, policy
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"component {component!r} of the saved configurations is malformed: {error!r}") from None
-
-
-def _check_component(
-    component: str, transformer: nn.Module, family: str, configs: dict[str, Config], policy: Policy | None
-) -> None:
-    """Raises a ValueError unless a transformer can take these configurations and policy, or has the former already."""
-    known = family_of(transformer)
-    if family != known.name:
-        raise ValueError(f"{component} was saved from family {family!r}, but the model's is {known.name!r}")
-    layers = known.self_attention_layers(transformer)
-    unknown = [name for name in configs if name not in layers]
-    if unknown:
-        raise ValueError(
-            f"{component} has no layers {_listed(unknown)}; it has {len(layers)}, up to {list(layers)[-1]}"
-        )
-    if policy is not None:
-        check_policy(transformer, policy, configs)
-    current = {name: processor.config for name, processor in sparse_processors(transformer).items()}
-    if not current:
-        return
-    for name in layers:
-        if current.get(name) != configs.get(name):
-            raise ValueError(
-                f"{component} layer {name} is {_described(current.get(name))} in the model, "
-                f"but {_described(configs.get(name))} was saved; densify the model to take the saved one"
-            )
-
-
 def _check_tensors(given: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
     """Raises a ValueError unless the names and shapes are those expected."""
     missing, extra = sorted(set(expected) - set(given)), sorted(set(given) - set(expected))
     if missing or extra:
-        problems = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has unexpected {_listed(extra)}"] * bool(extra)
+        problems = [f"lacks {enumerated(missing)}"] * bool(missing) + [f"has unexpected {enumerated(extra)}"] * bool(
+            extra
+        )
         raise ValueError(f"{source} {' and '.join(problems)}; expected the parameters of its configurations")
     for name, tensor in expected.items():
         if given[name].shape != tensor.shape:
@@ -322,16 +251,7 @@ def _check_tensors(given: dict[str, Tensor], expected: dict[str, Tensor], source
 def _check_not_offloaded(state: dict[str, Tensor]) -> None:
     offloaded = [name for name, tensor in state.items() if tensor.device.type == "meta"]
     if offloaded:
-        raise ValueError(f"{_listed(offloaded)} are on the meta device; save and load before offloading the model")
-
-
-def _described(config: Config | None) -> str:
-    return "dense" if config is None else str(config)
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+        raise ValueError(f"{enumerated(offloaded)} are on the meta device; save and load before offloading the model")
 
 
 def _flush(path: Path) -> None:

@@ -1,0 +1,95 @@
+"""`sparsify`, `densify` and `dense`: sparse attention in the place of a model's self-attention, and back.
+
+Each converted layer gets a `SparseAttentionProcessor`, a module that owns the method's parameters and keeps the
+processor that it stands in for. All of a transformer's processors share one `ForwardState`, which hooks on the
+transformer and its blocks keep up to date.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TypeVar
+
+from foveal.methods.base import Config
+from foveal.models.families.table import components_of, family_of
+from foveal.models.installation import build_processors, install, uninstall
+from foveal.models.layers import Layers, choose_configs
+from foveal.models.pretrained import become_dense, become_sparse, register_components
+from foveal.models.processor import state_of
+
+Model = TypeVar("Model")
+
+
+def sparsify(model: Model, config: Config | None = None, *, layers: Layers = None, impl: str = "auto") -> Model:
+    """Puts sparse attention in the place of a model's dense self-attention. Cross-attention stays as it is.
+
+    The new parameters go where the layer's are, in the model's dtype, but for SLA's projection, which stays float32.
+    They start at values that leave the sparse branch alone (see `SparseLinearAttention`, `VideoSparseAttention`).
+
+    Args:
+        model: a transformer of a family in the table, or a pipeline, whose `transformer` and `transformer_2` are
+            converted alike.
+        config: an `SLAConfig` or `VSAConfig`.
+        layers: which layers, by index or by name ("blocks.0.attn1"). None converts all of them. A collection, [0, 5]
+            or range(2, 28), converts these. A table, {0: None, range(1, 4): one, "blocks.7.attn1": another}, gives
+            these layers configurations of their own, None for dense, and the others `config`; without a `config` the
+            others stay as they are. A function (index, name) gives every layer its configuration or None; `config`
+            must then be None. Calls add up, and none converts a layer again; `reconfigure` changes one.
+        impl: see `block_sparse_attention`.
+
+    Returns:
+        The same model, changed in place; unchanged if anything below is raised.
+
+    Raises:
+        TypeError: an unsupported model, or a `config` or `layers` of the wrong type.
+        ValueError: a layer that does not exist, is named twice in a table, is sparse already, or has a processor of
+            someone else's; `layers` that leave nothing to convert; a model under context parallelism that sparse
+            layers cannot follow, or sharded; an unknown `impl`.
+    """
+    plans = []
+    for transformer in components_of(model).values():
+        configs = choose_configs(family_of(transformer).self_attention_layers(transformer), config, layers)
+        plans.append((transformer, build_processors(transformer, configs, impl=impl)))
+    for transformer, processors in plans:
+        install(transformer, processors)
+        become_sparse(transformer)
+    register_components(model)
+    return model
+
+
+def densify(model: Model) -> Model:
+    """Undoes `sparsify`: the original processors come back, the hook and the new parameters go.
+
+    Args:
+        model: what `sparsify` takes. One that is dense already stays as it is.
+
+    Returns:
+        The same model, changed in place.
+    """
+    for transformer in components_of(model).values():
+        uninstall(transformer)
+        become_dense(transformer)
+    register_components(model)
+    return model
+
+
+@contextlib.contextmanager
+def dense(model: Model) -> Iterator[Model]:
+    """`with dense(model): ...` runs dense attention inside; the sparse parameters stay where they are.
+
+    May be nested, and ends with the block however that ends. With gradient checkpointing, a forward made inside is
+    recomputed dense even if its backward runs outside.
+
+    Args:
+        model: what `sparsify` takes. One that is dense already stays so.
+    """
+    states = [state_of(transformer) for transformer in components_of(model).values()]
+    states = [(state, state.dense) for state in states if state is not None]
+    for state, _ in states:
+        state.dense = True
+    try:
+        yield model
+    finally:
+        for state, former in states:
+            state.dense = former

@@ -1,0 +1,93 @@
+"""A transformer's sparse layers as JSON: each layer's method and configuration, and the policy.
+
+What `save` writes holds an entry of this kind per component; `config.json` of `save_pretrained` holds one too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from foveal.methods.base import Config, config_from_dict, method_of
+from foveal.models.families.table import family_of
+from foveal.models.files.tensor_files import enumerated
+from foveal.models.installation import build_processors, install
+from foveal.models.policy import Policy, attach_policy, check_policy, get_policy
+from foveal.models.processor import sparse_processors
+
+FORMAT = 1
+
+
+def describe(transformer: nn.Module) -> dict[str, Any] | None:
+    """A transformer's sparse layers for its `config.json`, JSON-ready; None for a dense one."""
+    return {"format": FORMAT, **entry_of(transformer)} if sparse_processors(transformer) else None
+
+
+def build_described(transformer: nn.Module, description: Any) -> None:
+    """Converts a dense transformer as `describe` says, with parameters at their start.
+
+    Raises:
+        ValueError: a description that is malformed, of another version, or of another model.
+    """
+    source = "config.json"
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        version = description.get("format") if isinstance(description, dict) else description
+        raise ValueError(f"{source} describes sparse layers in format {version!r}; this version reads {FORMAT}")
+    family, configs, policy = parse_component(source, description)
+    check_component(source, transformer, family, configs, policy)
+    install(transformer, build_processors(transformer, configs))
+    if policy is not None:
+        attach_policy(transformer, policy)
+
+
+def entry_of(transformer: nn.Module) -> dict[str, Any]:
+    """One component of the manifest."""
+    configs = {name: processor.config for name, processor in sparse_processors(transformer).items()}
+    layers = {name: {"method": method_of(c).name, "config": c.to_dict()} for name, c in configs.items()}
+    policy = get_policy(transformer)
+    return {
+        "family": family_of(transformer).name,
+        **({} if policy is None else {"policy": policy.to_dict()}),
+        "layers": layers,
+    }
+
+
+def parse_component(component: str, entry: Any) -> tuple[str, dict[str, Config], Policy | None]:
+    """(family name, configuration by layer, policy) of one component of the manifest."""
+    try:
+        layers = {name: config_from_dict(layer["method"], layer["config"]) for name, layer in entry["layers"].items()}
+        policy = None if entry.get("policy") is None else Policy.from_dict(entry["policy"])
+        return entry["family"], layers, policy
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"component {component!r} of the saved configurations is malformed: {error!r}") from None
+
+
+def check_component(
+    component: str, transformer: nn.Module, family: str, configs: dict[str, Config], policy: Policy | None
+) -> None:
+    """Raises a ValueError unless a transformer can take these configurations and policy, or has the former already."""
+    known = family_of(transformer)
+    if family != known.name:
+        raise ValueError(f"{component} was saved from family {family!r}, but the model's is {known.name!r}")
+    layers = known.self_attention_layers(transformer)
+    unknown = [name for name in configs if name not in layers]
+    if unknown:
+        raise ValueError(
+            f"{component} has no layers {enumerated(unknown)}; it has {len(layers)}, up to {list(layers)[-1]}"
+        )
+    if policy is not None:
+        check_policy(transformer, policy, configs)
+    current = {name: processor.config for name, processor in sparse_processors(transformer).items()}
+    if not current:
+        return
+    for name in layers:
+        if current.get(name) != configs.get(name):
+            raise ValueError(
+                f"{component} layer {name} is {_described(current.get(name))} in the model, "
+                f"but {_described(configs.get(name))} was saved; densify the model to take the saved one"
+            )
+
+
+def _described(config: Config | None) -> str:
+    return "dense" if config is None else str(config)
