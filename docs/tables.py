@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (
     ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "notes" / "tables.md",
     ROOT / "docs" / "choosing-sparsity.md",
     ROOT / "docs" / "multi-gpu.md",
     ROOT / "docs" / "training.md",
@@ -24,13 +25,13 @@ PAGES = (
 
 
 def latest(pattern: str, wanted=lambda run: True) -> dict:
-    """The newest of the results whose file names match and that are wanted."""
+    """The newest result whose file name matches and that is wanted."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
     return [run for run in runs if wanted(run)][-1]
 
 
 def bench_run(shape: str, kind: str, pattern: str = "nvidia-*.json") -> tuple[dict, list[dict]]:
-    """The newest run of `foveal bench` with this shape and kind of candidates, and its entries of them that ran."""
+    """The newest run of `foveal bench` with this shape and kind of candidates, and those of its entries that ran."""
 
     def entries(run: dict) -> list[dict]:
         return [
@@ -47,14 +48,19 @@ def _row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def kernels(pattern: str = "nvidia-*.json") -> str:
-    """Block-sparse kernels: milliseconds, and the share of dense cuDNN's rate that they keep."""
+def kernels(pattern: str = "nvidia-*.json", without: str | None = None) -> str:
+    """Block-sparse kernels: milliseconds, and the share of dense cuDNN's rate that they keep.
+
+    `without` leaves out the candidates whose names end in it.
+    """
     run, entries = bench_run("480p", "kernel", pattern)
     lines = [
         _row("candidate", "forward, ms", "share of cuDNN's TFLOP/s", "backward, ms", "share of cuDNN's TFLOP/s"),
         "|---|---|---|---|---|",
     ]
     for entry in entries:
+        if without is not None and entry["name"].endswith(without):
+            continue
         cells = []
         for name in ("forward", "backward"):
             figures = entry["passes"][name]
@@ -64,13 +70,18 @@ def kernels(pattern: str = "nvidia-*.json") -> str:
     return "\n".join([*lines, "", _caption(run)])
 
 
-def methods(shape: str = "480p") -> str:
-    """Whole methods: milliseconds, and how many times faster than dense attention."""
+GIVEN = ", selection given"
+
+
+def methods(shape: str = "480p", given: bool = True) -> str:
+    """Whole methods: milliseconds, and how many times faster than dense attention; `given` adds given selections."""
     run, entries = bench_run(shape, "method")
     one = ("ms", "x cuDNN", "sustained x cuDNN", "x flash")
     heads = [f"{name}, {cell}" if cell == "ms" else cell for name in ("forward", "backward") for cell in one]
     lines = [_row("candidate", *heads, "extra MiB"), "|---" * (len(heads) + 2) + "|"]
     for entry in entries:
+        if GIVEN in entry["name"] and not given:
+            continue
         cells = []
         for name in ("forward", "backward"):
             figures = entry["passes"][name]
@@ -82,10 +93,29 @@ def methods(shape: str = "480p") -> str:
     return "\n".join([*lines, "", _caption(run, shape)])
 
 
+def shapes() -> str:
+    """How many times faster than dense cuDNN each method is at each shape."""
+    names = ("480p", "720p", "paper", "d64")
+    runs = [bench_run(name, "method") for name in names]
+    heads = [f"{name}, {shape}" for name in ("forward", "backward") for shape in names]
+    lines = [_row("x cuDNN", *heads), "|---" * (len(heads) + 1) + "|"]
+    found = [{entry["name"]: entry["passes"] for entry in entries} for _, entries in runs]
+    for entry in runs[0][1]:
+        if entry["kind"] == "dense" or GIVEN in entry["name"]:
+            continue
+        cells = [
+            f"{passes[entry['name']][name]['ratios']['SDPA cuDNN']['speedup']:.1f}"
+            for name in ("forward", "backward")
+            for passes in found
+        ]
+        lines.append(_row(entry["name"].removesuffix(", auto"), *cells))
+    return "\n".join([*lines, "", f"{_machines([run for run, _ in runs])}; bfloat16; rested medians."])
+
+
 def counters() -> str:
     """What bounds the kernels: shares of what the hardware can do."""
     run = latest("counters-*.json")
-    heads = ("candidate", "kernel", "L2 to multiprocessors", "tensor cores", "L1 and shared memory", "DRAM", "L2 hits")
+    heads = ("candidate", "kernel", "L2 to SMs", "tensor cores", "L1 and shared memory", "DRAM", "L2 hits")
     lines = [_row(*heads), "|---" * len(heads) + "|"]
     for name, kernels in run["kernels"].items():
         for found in {one["kernel"]: one for one in kernels}.values():
@@ -126,16 +156,20 @@ def speed() -> str:
     return "\n".join([*lines, "", _caption(run), f"Transformer calls: {_machine(model)}, blocks compiled."])
 
 
-def wan() -> str:
-    """Transformer calls, run by run, and the newest whole generation; what self-attention takes of each.
+def wan(every_run: bool = False) -> str:
+    """Transformer calls and the newest whole generation, with the share of self-attention in each.
 
-    That of a call is what the same run's call without it does not take; a step of a generation has two calls.
+    The share of a call is its time minus the time of the call without self-attention in the same run. A step of a
+    generation has two calls.
     """
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("wan-1.3b-*.json"))]
     heads = ("", "attention", "ms", "", "self-attention's share", "peak GiB above the weights")
     lines = [_row(*heads), "|---" * len(heads) + "|"]
+    newest = {resolution: run for run in runs for resolution in run["calls"]}
     for run in runs:
         for resolution, calls in run["calls"].items():
+            if not every_run and run is not newest[resolution]:
+                continue
             for arm, call in calls.items():
                 share = 1 - calls["no self-attention"]["ms"] / call["ms"]
                 cells = (f"{call['ms']:.0f}", f"{call['speedup']:.2f}x", f"{100 * share:.0f} %")
@@ -158,11 +192,14 @@ def wan() -> str:
     )
 
 
-def steps() -> str:
-    """Seconds of a fine-tuning step, run by run."""
+def steps(every_run: bool = False) -> str:
+    """Seconds of a fine-tuning step: of the run with the most arms at each length, or of every run."""
     runs = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("training-step-*.json"))]
     runs.sort(key=lambda run: -run["tokens"])
-    lines = [_row("tokens", "attention", "s a step", "", "peak GiB", "parameters, M"), "|---|---|---|---|---|---|"]
+    if not every_run:
+        widest = {run["tokens"]: run for run in sorted(runs, key=lambda run: len(run["arms"]))}
+        runs = [run for run in runs if run is widest[run["tokens"]]]
+    lines = [_row("tokens", "attention", "s per step", "", "peak GiB", "parameters, M"), "|---|---|---|---|---|---|"]
     for run in runs:
         tokens, dense = run["tokens"], run["arms"]["dense"]["median_seconds"]
         for arm, found in run["arms"].items():
@@ -188,7 +225,7 @@ def parallel() -> str:
         for arm, found in run["calls"].items():
             times = [f"{found[name]['ms']:.0f} ms" for name in ("single", "parallel")]
             lines.append(_row(label, arm, *times, f"{found['speedup']:.2f}x"))
-    # Of runs from before there were such settings.
+    # Older runs did not record these settings.
     without = {"parallel": "fsdp", "context_parallel": 1, "compile": False, "heads": 12}
     for parallel, degree, compiled, heads, label in (
         ("fsdp", 1, False, 12, "`foveal train`, FSDP2"),
@@ -208,11 +245,11 @@ def parallel() -> str:
 
 
 def fine_tune(file: str = "fine_tune.json") -> str:
-    """Held-out losses of a fine-tune; by default that at 16K tokens."""
+    """Held-out losses of a fine-tune; the one at 16K tokens by default."""
     run = latest(file)
     marks = [step for step, _ in run["arms"]["dense"]["held_out_loss"]]
     shown = [marks[index] for index in (0, len(marks) // 4, len(marks) // 2, -1)]
-    lines = [_row("attention", *(f"after {step} steps" for step in shown), "s a step"), "|---" * 6 + "|"]
+    lines = [_row("attention", *(f"after {step} steps" for step in shown), "s per step"), "|---" * 6 + "|"]
     for arm, found in run["arms"].items():
         losses = dict(map(tuple, found["held_out_loss"]))
         cells = (*(f"{losses[step]:.4f}" for step in shown), f"{found['median_step_seconds']:.3f}")
@@ -220,7 +257,7 @@ def fine_tune(file: str = "fine_tune.json") -> str:
     settings, before = run["settings"], run["pretraining"]
     caption = (
         f"{run['tokens']:,} tokens, {run['parameters'] / 1e6:.0f} M parameters, {settings['pretrain_steps']} dense "
-        f"steps before ({before['seconds']:.0f} s), batch {settings['batch']}, seed {settings['seed']}; "
+        f"steps first ({before['seconds']:.0f} s), batch {settings['batch']}, seed {settings['seed']}; "
         f"{_machine(run)}."
     )
     return "\n".join([*lines, "", caption])
@@ -240,13 +277,13 @@ def cpu() -> str:
             "",
             f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}; B{options['batch']} "
             f"H{options['heads']} L{options['length']} D{options['head_dim']}, {options['dtype']}, "
-            f"{100 * options['keep_ratio']:g} % of the blocks, selection left out; commit {machine['commit'][:7]}.",
+            f"{100 * options['keep_ratio']:g} % of the blocks, selection not timed; commit {machine['commit'][:7]}.",
         ]
     )
 
 
 def order() -> str:
-    """Raster against tile order on the demo's trained model: means over the runs of each clip."""
+    """Raster order against tile order on the demo's trained model: means over the runs of each clip."""
     run = json.loads((RESULTS / "token_order.json").read_text())
     ratios = run["keep_ratios"]
     heads = [f"{name}, {100 * ratio:g} %" for name in ("recall", "error") for ratio in ratios]
@@ -272,7 +309,7 @@ def order() -> str:
 def _machine(run: dict) -> str:
     machine = run["machine"]
     commit = f", commit {machine['commit'][:7]}" if machine["commit"] else ""
-    commit += " with changes" if machine.get("uncommitted_changes") else ""
+    commit += " with uncommitted changes" if machine.get("uncommitted_changes") else ""
     return f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}{commit}"
 
 
@@ -287,16 +324,21 @@ def _caption(run: dict, shape: str = "480p") -> str:
 
 
 TABLES = {
-    "kernels": kernels,
+    "kernels": lambda: kernels(without=", triton"),
+    "kernels_480p": kernels,
     "flex": lambda: kernels("flex-*.json"),
-    "methods": methods,
+    "methods": lambda: methods(given=False),
+    "methods_480p": methods,
+    "shapes": shapes,
     "methods_720p": lambda: methods("720p"),
     "methods_paper": lambda: methods("paper"),
     "methods_d64": lambda: methods("d64"),
     "counters": counters,
     "speed": speed,
     "wan": wan,
+    "wan_runs": lambda: wan(every_run=True),
     "steps": steps,
+    "steps_runs": lambda: steps(every_run=True),
     "parallel": parallel,
     "fine_tune": fine_tune,
     "fine_tune_2k": lambda: fine_tune("fine_tune_2k.json"),
@@ -307,8 +349,8 @@ MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def rendered(page: str) -> str:
-    """The page with its tables made anew."""
-    return MARKED.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n\n{match[4]}", page)
+    """The page with its tables regenerated, percentages without a space."""
+    return MARKED.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]().replace(' %', '%')}\n\n{match[4]}", page)
 
 
 if __name__ == "__main__":

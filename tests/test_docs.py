@@ -7,6 +7,7 @@ what that block prints; `python tests/test_docs.py` rewrites them all.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import os
@@ -28,7 +29,7 @@ from foveal.methods.sla.config import FEATURE_MAPS, LINEAR_SCOPES, TOKEN_ORDERS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 EXAMPLE = re.compile(
     r'^```python\n(?P<code>.*?)^```\n(?:\n```text title="prints"\n(?P<prints>.*?)^```\n)?', re.MULTILINE | re.DOTALL
 )
@@ -173,7 +174,7 @@ def nav_files(entry) -> list[str]:
 def test_navigation_lists_every_page_once():
     yaml = pytest.importorskip("yaml")
     listed = nav_files(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
-    assert sorted(listed) == [page.name for page in PAGES]
+    assert sorted(listed) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES)
 
 
 def test_start_page_has_the_commands_of_the_readme():
@@ -195,6 +196,51 @@ def test_api_page_has_every_public_name():
 def test_tables_have_every_choice(page, names):
     rows = re.findall(r'^\| `"(\w+)"`', (DOCS / page).read_text(encoding="utf-8"), re.M)
     assert set(names) <= set(rows)
+
+
+def prose_of(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_paths_on_a_page_exist(page):
+    """Paths of the repository in code spans, with NAME for what a reader fills in."""
+    folders = "|".join(("src", "tests", "docs", "benchmarks", "examples", "recipes"))
+    paths = re.findall(rf"`(?:python )?((?:{folders})/[\w./-]+)", prose_of(page))
+    assert [path for path in paths if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_names_on_a_page_exist(page):
+    """Dotted names of foveal, in code spans and links."""
+
+    def missing(name: str) -> bool:
+        found, *attributes = name.split(".")
+        found = importlib.import_module(found)
+        for index, attribute in enumerate(attributes, 2):
+            if not hasattr(found, attribute):
+                module = ".".join(name.split(".")[:index])
+                if importlib.util.find_spec(module) is None:
+                    return True
+                importlib.import_module(module)
+            found = getattr(found, attribute)
+        return False
+
+    files = {"foveal.json", "foveal.safetensors"}
+    names = set(re.findall(r"\bfoveal(?:\.[A-Za-z_]\w*)+", prose_of(page))) - files
+    assert sorted(name for name in names if missing(name)) == []
+
+
+def test_pages_keep_to_the_style_page():
+    """The phrases in the left column of its table are on no other page."""
+    rows = re.findall(r"^\| (.+?) \| .+ \|$", (DOCS / "style.md").read_text(encoding="utf-8"), re.M)
+    phrases = [phrase for row in rows[1:] for phrase in (row.split(", ") if not row.startswith(",") else [row])]
+    assert len(phrases) > 10
+    for page in (*PAGES, ROOT / "README.md"):
+        if page.name != "style.md":
+            text = " ".join(prose_of(page).lower().split())
+            assert [phrase for phrase in phrases if re.search(rf"{re.escape(phrase)}\b", text)] == [], page.name
 
 
 def load_figures():
@@ -245,7 +291,8 @@ def test_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
-    pages = {page.stem: (tmp_path / "site" / page.stem / "index.html") for page in PAGES if page.stem != "index"}
+    built = {page.stem: page.relative_to(DOCS).with_suffix("") for page in PAGES if page.stem != "index"}
+    pages = {stem: tmp_path / "site" / path / "index.html" for stem, path in built.items()}
     assert all(file.is_file() for file in pages.values())
     assert "<math" in pages["sla"].read_text(encoding="utf-8")
     for name in foveal.__all__:
