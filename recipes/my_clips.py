@@ -1,4 +1,4 @@
-"""Recipes of one's own: start from a built-in one and change what differs.
+"""Your own recipes: start from a built-in one and change what differs.
 
 foveal precompute --videos clips --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output latents
 foveal train recipes/my_clips.py:sparser --data.folder latents/
