@@ -1,4 +1,4 @@
-"""Writes the tables of docs/families.md from a run of the tests: which family passes what, and the reason where not.
+"""Writes the tables of docs/families.md from a run of the tests: what each family passes, and why not the rest.
 
     python docs/features.py
 
@@ -51,11 +51,11 @@ OF_WAN = {
 }
 WITHOUT = {
     ("text and padding", "Wan 2.1, 2.2"): "no text in it",
-    ("pipeline", "Wan VACE"): "transformer alone",
-    ("pipeline", "Wan Animate"): "transformer alone",
-    ("pipeline", "FramePack"): "transformer alone",
-    ("pipeline", "HunyuanVideo 1.5"): "transformer alone",
-    ("pipeline", "LTX-2"): "transformer alone",
+    ("pipeline", "Wan VACE"): "transformer only",
+    ("pipeline", "Wan Animate"): "transformer only",
+    ("pipeline", "FramePack"): "transformer only",
+    ("pipeline", "HunyuanVideo 1.5"): "transformer only",
+    ("pipeline", "LTX-2"): "transformer only",
 }
 COMBINATIONS = {
     "compiled blocks of several kinds, checkpointed": ("test_combinations", "test_compiled_blocks"),
@@ -63,7 +63,7 @@ COMBINATIONS = {
     "group offloading": ("test_combinations", "test_group_offload"),
     "model offloading of a pipeline": ("test_combinations", "test_model_offload"),
     "layerwise casting": ("test_wan", "test_layerwise_casting"),
-    "LoRA: frozen, thawed, saved apart": ("test_combinations", "test_lora"),
+    "LoRA: frozen, unfrozen, saved separately": ("test_combinations", "test_lora"),
     "torchao": ("test_combinations", "test_torchao"),
     "bitsandbytes: which layers it replaces": ("test_combinations", "test_bitsandbytes"),
     "FirstBlockCache": ("test_combinations", "test_first_block_cache"),
@@ -100,7 +100,7 @@ def outcomes() -> dict[tuple[str, str | None, str], Counter]:
 
 
 def cell(found: dict, wanted: list[tuple[str, str | None, str]]) -> str | None:
-    """What a cell says of the tests whose names begin as wanted; None if there are none."""
+    """The cell for the tests whose names begin as wanted; None if there are none."""
     total: Counter = Counter()
     for file, owner, beginning in wanted:
         for (in_file, in_class, name), counts in found.items():
