@@ -35,7 +35,7 @@ CANDIDATES = (
     "VSA 12.5 %, auto tile, auto",
     "VSA 12.5 %, wide tile, auto",
 )
-# Ours to counters of Nsight Compute, all but the first in per cent of what the hardware can do.
+# Ours to counters of Nsight Compute, all but the first in percent of what the hardware can do.
 COUNTERS = {
     "microseconds": "gpu__time_duration.sum",
     "l2_out": "lts__lts2xbar_cycles_active.avg.pct_of_peak_sustained_elapsed",

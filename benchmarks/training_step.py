@@ -88,7 +88,7 @@ def fastest_backend(grid: VideoGrid, options: argparse.Namespace, device: torch.
 
 
 class Step:
-    """One arm: a model, its optimiser, and a sample that never changes."""
+    """One arm: a model, its optimizer, and a sample that never changes."""
 
     def __init__(self, config: Config | None, options: argparse.Namespace, device: torch.device) -> None:
         torch.manual_seed(0)

@@ -96,7 +96,7 @@ def draw_token_orders(path: Path) -> None:
         places = torch.arange(GRID.num_tokens)
         if tile is not None:
             places = tile_indices(GRID.shape, tile, None, torch.device("cpu"))[1]
-        # Steps of seven through the palette: neighbours differ.
+        # Steps of seven through the palette: neighbors differ.
         block = (places // 64 * 7 % 20).view(GRID.shape)
         pictures = torch.tensor([colors(i)[:3] for i in range(20)])[block]
         draw_frames(row, pictures, title, count=5, mark=False)

@@ -92,7 +92,7 @@ class VideoSparseSelfAttention(DenseSelfAttention):
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs: [B, H, L, D] by angles [L, D / 2]."""
+    """Rotary embedding of neighboring pairs: [B, H, L, D] by angles [L, D / 2]."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotation.cos(), rotation.sin()
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)

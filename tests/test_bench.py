@@ -188,7 +188,7 @@ def test_gate_catches_a_wrong_selection():
     wrong = dataclasses.replace(right, build=build)
     (entry,) = run_bench(SETTINGS, candidates=[wrong], timer=FakeTimer())["results"]
     assert entry["status"] == "failed"
-    assert "labels are not those of float64" in entry["reason"]
+    assert "labels differ from float64" in entry["reason"]
 
 
 def test_others_that_do_not_run_and_impls_that_refuse_are_skipped():

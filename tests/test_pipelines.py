@@ -185,7 +185,7 @@ def test_a_torchvision_that_does_not_fit_is_named(folder, monkeypatch):
 
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-    with pytest.raises(ValueError, match=r"torchvision does not fit torch .*nms does not exist.*uninstall it"):
+    with pytest.raises(ValueError, match=r"torchvision does not match torch .*nms does not exist.*uninstall it"):
         load_pipeline(folder / "flux", device=torch.device("cpu"), dtype=torch.float32)
 
 

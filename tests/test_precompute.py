@@ -94,9 +94,9 @@ def test_lists_that_cannot_be_read_are_answered_by_line(tmp_path):
             '[{"path": "x.mp4", "cap": 7}]',
             r"entry 1 must name a file and a caption as text, got 'x\.mp4' and 7",
         ),
-        ("f.csv", "video,prompt\n", "lists no video"),
+        ("f.csv", "video,prompt\n", "lists no videos"),
         ("g.csv", "video,prompt\nx.mp4,y\nx.mp4,z\n", r"lists x\.mp4 twice"),
-        ("h.txt", "x", r"is no list of videos; expected a folder, or a file that ends in \.csv, "),
+        ("h.txt", "x", r"is not a list of videos; expected a folder, or a file that ends in \.csv, "),
         ("i.csv", b"video,prompt\nx.mp4,\xff\n", "is not UTF-8 text"),
         ("empty", None, "has no video or image; expected files that end in"),
     ):
@@ -446,7 +446,7 @@ def test_mistakes_are_answered_in_one_line(wan, clips, tmp_path, capsys):
         ),
         (("--videos", clips, "--output", tmp_path / "thesis", *pixels), "holds something else"),
         (("--videos", clips, "--output", tmp_path / "v.mp4", *pixels), "is a file; expected a folder"),
-        (("--videos", clips / "a.txt", "--output", data, *pixels), "is no list of videos"),
+        (("--videos", clips / "a.txt", "--output", data, *pixels), "is not a list of videos"),
         (("--videos", clips, "--output", data, "--model", wan, "--device", "tpu"), "unknown device 'tpu'"),
         (("--videos", clips, "--output", data, "--model", wan, "--dtype", "int8"), "unknown dtype 'int8'"),
     ):

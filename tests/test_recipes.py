@@ -103,7 +103,7 @@ def test_a_recipe_may_be_in_a_file(tmp_path):
         parse([f"{tmp_path / 'mine.py'}:wrong"])
     with pytest.raises(ValueError, match="has no function 'other'"):
         find_recipe(f"{tmp_path / 'mine.py'}:other")
-    with pytest.raises(FileNotFoundError, match="no such file of recipes"):
+    with pytest.raises(FileNotFoundError, match="no such recipe file"):
         find_recipe("missing.py:recipe")
     with pytest.raises(ValueError, match=r"unknown recipe 'tny'; expected one of \('tiny'"):
         find_recipe("tny")
@@ -223,7 +223,7 @@ def test_the_shift_is_read_from_the_models_scheduler():
     assert scheduler_shift({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}) == 3.0
     unipc = {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 5.0}
     assert scheduler_shift(unipc) == 5.0
-    with pytest.raises(ValueError, match="DDIMScheduler, is not one of flow matching"):
+    with pytest.raises(ValueError, match="DDIMScheduler, is not for flow matching"):
         scheduler_shift({"_class_name": "DDIMScheduler"})
     with pytest.raises(ValueError, match="by resolution"):
         scheduler_shift({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True})

@@ -111,7 +111,7 @@ def test_a_pipeline_can_be_looked_at(tmp_path):
 
 
 def test_mistakes(folder, scene, tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match="holds no model of the demo"):
+    with pytest.raises(FileNotFoundError, match="has no demo model"):
         demo_scene(tmp_path, sample_clip("bikes"), noise_level=0.5)
     with pytest.raises(ValueError, match="noise_level must be above 0 and below 1, got 1"):
         demo_scene(folder, sample_clip("bikes"), noise_level=1.0)
@@ -124,7 +124,7 @@ def test_mistakes(folder, scene, tmp_path, capsys):
     pytest.importorskip("tyro")
     pytest.importorskip("gradio")
     assert cli.main(["ui", "--demo", str(tmp_path)]) == 2
-    assert "holds no model of the demo" in capsys.readouterr().err
+    assert "has no demo model" in capsys.readouterr().err
 
 
 def test_the_address_is_printed_before_it_serves(folder, monkeypatch, capsys):

@@ -1,9 +1,9 @@
 """foveal: trainable sparse attention for video diffusion transformers (SLA and VSA).
 
-Needs torch alone; diffusers and the rest load when something that uses them is called.
+It needs only torch. diffusers and the rest load when a function that uses them is called.
 """
 
-from foveal import models as models  # diffusers loads a saved sparse model from it, if it was imported
+from foveal import models as models  # diffusers loads a saved sparse model from this module if it was imported
 from foveal.blocks import BlockSelection
 from foveal.kernels.api import block_sparse_attention, select_blocks
 from foveal.layout import VideoGrid

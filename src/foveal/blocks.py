@@ -38,7 +38,7 @@ class BlockSelection:
         block_q, block_k: block sizes in tokens.
         query_length, key_length: tokens; the last block may be partial.
         key_block_sizes: int32 [B, Tk] or [1, Tk], valid tokens at the front of each key block; None when all blocks
-            are full, but for a partial last one.
+            are full, except for a partial last one.
     """
 
     critical: Tensor
@@ -61,7 +61,7 @@ class BlockSelection:
         key_length: int,
         key_block_sizes: Tensor | None = None,
     ) -> BlockSelection:
-        """A selection from explicit labels, for tests and for patterns of one's own.
+        """Build a selection from explicit labels, for tests and for your own patterns.
 
         Args:
             labels: [B, H, Tq, Tk] of +1 (critical), 0 (marginal) or -1 (negligible), any signed dtype.
@@ -148,7 +148,7 @@ class BlockSelection:
 
 
 def lists_from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [..., T] to (int32 [..., T] indices of the True entries, ascending, then zeros; int32 [...] counts)."""
+    """Convert bool [..., T] to ascending int32 [..., T] indices of the True entries, then zeros, and int32 counts."""
     total = mask.shape[-1]
     index = torch.arange(total, device=mask.device, dtype=torch.int32)
     ordered = torch.where(mask, index, total).sort(-1).values
@@ -160,8 +160,8 @@ def pool_blocks(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
     """Mean over each block's valid tokens, in float32 or better.
 
     Args:
-        x: [B, H, L, D], any strides. What stands in the padding never counts, NaN included.
-        block: tokens in a block; the last may be partial.
+        x: [B, H, L, D], any strides. The padding never counts, whatever it holds, including NaN.
+        block: tokens per block; the last block may be partial.
         sizes: int [B or 1, T], valid tokens at the front of each block; None when all are full.
 
     Returns:
@@ -206,14 +206,14 @@ def pick_blocks(
         scores: [B, H, Tq, Tk].
         keep_ratio or topk: how many are critical: max(1, floor(keep_ratio * n)) of n blocks (none for 0), or topk
             capped at n.
-        drop_ratio: fraction that is negligible, of what is left at most.
+        drop_ratio: fraction that is negligible, at most what is left.
         valid_blocks: int [B], leading key blocks that hold a valid token; None for all.
         protected_keys, protected_queries: [start, stop) in *blocks*: key blocks critical for every row, query blocks
             that attend to everything.
 
     Returns:
-        critical int32 [B, H, Tq, W], counts int32 [B, H, Tq], marginal bool [B, H, Tq, Tk] or None if nothing is
-        dropped. W is known without looking at the scores.
+        critical int32 [B, H, Tq, W], counts int32 [B, H, Tq], and marginal bool [B, H, Tq, Tk] or None if nothing is
+        dropped. W does not depend on the scores.
     """
     total = scores.shape[-1]
     index = torch.arange(total, device=scores.device)
@@ -257,7 +257,7 @@ def pick_blocks(
 
 
 class SelectionRule(NamedTuple):
-    """All that `select_blocks` settles before it looks at a score, for kernels that select on the way.
+    """What `select_blocks` settles before it looks at a score, for kernels that select as they run.
 
     width: of the critical lists.
     critical, negligible: how many blocks a row gets, if every sample has all its keys.
@@ -289,13 +289,13 @@ def selection_rule(
     protected_keys: tuple[int, int] | None = None,
     protected_queries: tuple[int, int] | None = None,
 ) -> SelectionRule:
-    """The rule of `select_blocks` for inputs that `fits_kernel` accepts; arguments and errors as there."""
+    """The rule of `select_blocks` for inputs that `fits_kernel` accepts, with the same arguments and errors."""
     limits = limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries)
     return rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits)
 
 
 def limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries):
-    """Sizes of key blocks, valid blocks, and the protected blocks of keys and queries; each None if there is none."""
+    """Sizes of key blocks, valid blocks, and protected blocks of keys and queries, each None if it does not exist."""
     sizes = valid_blocks = None
     if kv_lengths is not None:
         sizes, valid_blocks = _sizes_from_lengths(kv_lengths, query.shape[0], key.shape[2], block_k, key.device)
@@ -345,7 +345,7 @@ def _num_critical(total: int, keep_ratio: float | None, topk: int | None, floor:
 
 @functools.lru_cache(maxsize=64)
 def _count_table(total: int, ratio: float | None, topk: int | None, device: torch.device, floor: int = 1) -> Tensor:
-    """int64 [total + 1]: the count for every number of valid blocks, so that devices never round a ratio themselves."""
+    """int64 [total + 1]: the count for every number of valid blocks, so that no device rounds a ratio itself."""
     return torch.tensor([_num_critical(n, ratio, topk, floor) for n in range(total + 1)], device=device)
 
 

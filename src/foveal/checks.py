@@ -1,4 +1,4 @@
-"""Checks of what users pass, shared by everything public: each error names the argument and what came."""
+"""Checks of user input, shared by all public functions. Each error names the argument and what came."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def cached_constant(function):
-    """Compute once per arguments; `torch.compile` takes the result as it is, where it would trace through a cache.
+    """Compute once per set of arguments. `torch.compile` takes the result as a constant instead of tracing the cache.
 
-    Never in inference mode: whoever trains after a first call there would meet tensors that autograd refuses.
+    Never runs in inference mode: autograd would refuse cached tensors from there if the caller trains later.
     """
     cached = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(function))
 
@@ -21,7 +21,7 @@ def cached_constant(function):
     def call(*arguments):
         return cached(*arguments)
 
-    # All that torch.compiler.assume_constant_result does, which would import torch._dynamo, and Triton with it.
+    # The same as torch.compiler.assume_constant_result, which would import torch._dynamo and with it Triton.
     call._dynamo_marked_constant = True
     return call
 
@@ -64,7 +64,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 
 def validate_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raises a TypeError or ValueError unless query, key and value fit together."""
+    """Raise a TypeError or ValueError unless query, key, and value fit together."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")

@@ -1,8 +1,8 @@
 """The only place that knows how a video's tokens are ordered: raster order, tile order, and the way between them.
 
-Raster order flattens (t, h, w). Tile order goes cube by cube, cubes in (t, h, w) order and (t, h, w) inside each cube.
-Cubes at the edges of the grid may be partial. Tile order comes in two layouts: *compact* (a permutation of the tokens)
-and *slotted* (each cube at the front of a slot of equal size, the rest of the slot zero), which block kernels want.
+Raster order flattens (t, h, w). Tile order goes cube by cube, with the cubes and the tokens inside each cube in
+(t, h, w) order. Cubes at the edges of the grid may be partial. Tile order has two layouts: *compact* (a permutation of
+the tokens) and *slotted*, which block kernels use (each cube at the front of a slot of equal size, the rest zero).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class VideoGrid:
     """The shape of a video in tokens; an image is `frames=1`.
 
     Raises:
-        TypeError, ValueError: for sides that are no positive ints.
+        TypeError, ValueError: for sides that are not positive ints.
     """
 
     frames: int
@@ -35,7 +35,7 @@ class VideoGrid:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        # index() changes nothing in plain Python; under torch.compile it makes the sides constants of the graph.
+        # index() changes nothing in plain Python. Under torch.compile it makes the sides constants of the graph.
         return (operator.index(self.frames), operator.index(self.height), operator.index(self.width))
 
     @property
@@ -43,7 +43,7 @@ class VideoGrid:
         return math.prod(self.shape)
 
     def check_length(self, length: int) -> None:
-        """Raises a ValueError unless the grid has `length` tokens."""
+        """Raise a ValueError unless the grid has `length` tokens."""
         if length != self.num_tokens:
             raise ValueError(
                 f"grid {self.frames}x{self.height}x{self.width} has {self.num_tokens} tokens, "
@@ -60,19 +60,20 @@ class VideoGrid:
     ) -> tuple[int, int, int]:
         """The compact cube of at most `max_tokens` tokens that covers the grid with the fewest slots.
 
-        Compact: no edge is over `max_aspect` times another, unless the grid itself is thinner than that. Ties go to
-        the cube with the smaller surface, then to the larger edges in time. With `prefer_whole` slots of a cube that
-        does not divide the grid count a sixteenth more: what masks of any size cost in the kernels for wide cubes.
+        Compact means that no edge is over `max_aspect` times another, unless the grid itself is thinner than that.
+        Ties go to the cube with the smaller surface, then to the one with larger edges in time. With `prefer_whole`,
+        the slots of a cube that does not divide the grid count a sixteenth more, which is what masks cost in the
+        kernels for wide cubes.
         """
         return _auto_tile(self.shape, max_tokens, max_aspect, prefer_whole)
 
     def to_tile_order(self, x: Tensor, tile: tuple[int, int, int], *, slot: int | None = None, dim: int = 2) -> Tensor:
-        """Raster to tile order along `dim`.
+        """Convert raster to tile order along `dim`.
 
         Args:
             x: any tensor with `num_tokens` entries along `dim`, any strides.
             tile: the cube (frames, height, width).
-            slot: None for the compact layout (same length), or the slot size for the slotted one
+            slot: None for the compact layout (same length), or the slot size for the slotted layout
                 (`num_cubes(tile) * slot` entries, padding zero).
             dim: the token dimension; 2 in [B, H, L, D].
         """
@@ -83,7 +84,7 @@ class VideoGrid:
     def to_raster_order(
         self, x: Tensor, tile: tuple[int, int, int], *, slot: int | None = None, dim: int = 2
     ) -> Tensor:
-        """The inverse of `to_tile_order` with the same `tile` and `slot`; padding is dropped."""
+        """Invert `to_tile_order` with the same `tile` and `slot`, and drop padding."""
         to_tile, to_raster = tile_indices(self.shape, tile, slot, x.device)
         if x.shape[dim] != to_tile.numel():
             raise ValueError(
@@ -158,8 +159,10 @@ def _cube_sizes(shape: tuple[int, int, int], tile: tuple[int, int, int], device:
 
 
 class _Gather(torch.autograd.Function):
-    """out = x[index] along `dim`, zero where index is -1. Each entry is used at most once, so backward is a gather too:
-    deterministic, where index_select's own backward adds with atomics."""
+    """out = x[index] along `dim`, zero where index is -1.
+
+    Each entry is used at most once, so the backward is a deterministic gather too. index_select's own backward adds
+    with atomics."""
 
     @staticmethod
     def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:

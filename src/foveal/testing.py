@@ -1,6 +1,6 @@
-"""Helpers that tests share, on the CPU and on GPUs: inputs, selections, tolerances taken from data, poisoned buffers.
+"""Helpers for tests on the CPU and on GPUs: inputs, selections, tolerances from data, and poisoned buffers.
 
-Needs torch alone. Failures are AssertionErrors with the figures in them.
+It needs only torch. Failures are AssertionErrors that hold the numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def make_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query [B, H, Lq, D], key and value [B, H, Lk, D], standard normal.
 
-    The values depend on the shape and the seed alone: they are drawn on the CPU in float64, then cast and moved.
+    The values depend only on the shape and the seed: they are drawn on the CPU in float64, then cast and moved.
 
     Args:
         layout: "BHLD" for contiguous tensors, "BLHD" for transposed views of contiguous [B, L, H, D] ones, the way
@@ -66,7 +66,7 @@ def random_selection(
 ) -> BlockSelection:
     """A selection with random labels, so that the counts differ from row to row.
 
-    Every fourth row has no critical block and every third one no marginal block, where there are so many.
+    Every fourth row has no critical block and every third row no marginal block, if there are that many.
 
     Args:
         critical, negligible: how likely each label is.
@@ -99,12 +99,12 @@ def output_and_gradients(
     """`function(*inputs)` and the gradients of its output's inner product with a fixed random tensor.
 
     Args:
-        function: differentiable; of several outputs each meets its own random tensor, with values that every floating
+        function: differentiable. Each of several outputs meets its own random tensor, with values that every floating
             dtype holds exactly. Infinite entries (the log-sum-exp of an empty row) are left out of the product.
-        inputs: leaves or not; detached copies that keep their strides are differentiated.
+        inputs: leaves or not. The function runs on detached copies that keep their strides.
 
     Returns:
-        The outputs, then one gradient per input (zeros where the input does not matter).
+        The outputs, then one gradient per input (zeros where an input has no effect).
     """
     leaves = [x.detach().requires_grad_() for x in inputs]
     outputs = function(*leaves)
@@ -130,17 +130,17 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def assert_close_to_reference(
     output: Tensor, reference: Tensor, plain: Tensor, *, name: str = "output", factor: float = 2.0
 ) -> None:
-    """Hold `output` to `factor` times the error that plain PyTorch makes at the same precision.
+    """Assert that the error of `output` is at most `factor` times that of plain PyTorch at the same precision.
 
-    The tolerance thus comes from the data and not from a table. Two errors are held, each against the float64
-    reference: the relative one (Euclidean) and the largest entry's. A floor of two units in the last place, of the norm
-    and of the largest entry, covers a plain result that happens to be exact. Entries that are infinite in the reference
-    must be so in `output`; NaN fails.
+    The tolerance thus comes from the data and not from a table. It applies to two errors against the float64
+    reference: the relative Euclidean error and the error of the largest entry. A floor of two units in the last place,
+    of the norm and of the largest entry, covers a plain result that happens to be exact. Entries that are infinite in
+    the reference must be infinite in `output`. NaN fails.
 
     Args:
         output: what is tested, any floating dtype.
-        reference: the same maths in float64.
-        plain: the same maths in plain PyTorch at the precision of `output`.
+        reference: the same math in float64.
+        plain: the same math in plain PyTorch at the precision of `output`.
         name: what to call it in the message.
         factor: how many times plain's error is allowed.
 
@@ -158,7 +158,7 @@ def assert_close_to_reference(
     output, reference, plain = (x.detach().to(device="cpu", dtype=torch.float64) for x in (output, reference, plain))
     infinite = torch.isinf(reference)
     if not torch.equal(output[infinite], reference[infinite]):
-        raise AssertionError(f"{name}: infinite entries of the reference are not so in the output")
+        raise AssertionError(f"{name}: infinite entries of the reference are not infinite in the output")
     output, reference, plain = (x[~infinite] for x in (output, reference, plain))
     if not torch.isfinite(output).all():
         raise AssertionError(f"{name}: {int((~torch.isfinite(output)).sum())} of {output.numel()} entries not finite")
@@ -180,10 +180,10 @@ def assert_close_to_reference(
 
 @contextlib.contextmanager
 def poison_empty() -> Iterator[None]:
-    """Inside, uninitialised tensors hold NaN (the largest value for integers), so that what nobody writes shows.
+    """Inside, uninitialized tensors hold NaN (the largest value for integers), so that unwritten entries show.
 
-    PyTorch does the filling, as part of its deterministic mode, for torch.empty and all its relatives on any device;
-    operations that have no deterministic variant warn and run as ever.
+    PyTorch fills them as part of its deterministic mode, for torch.empty and all its relatives on any device.
+    Operations without a deterministic variant warn and run as usual.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -1,6 +1,6 @@
-"""diffusers pipelines for the commands: loading them, their sizes, and what their VAE and text encoder make of data.
+"""diffusers pipelines for the commands: how to load them, their sizes, and how they encode videos and captions.
 
-A new pipeline is a line in `PIPELINES`.
+To add a pipeline, add a line to `PIPELINES`.
 
 Shape legend: B batch, F frames, H x W pixels, C latent channels, L text tokens.
 """
@@ -25,13 +25,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class PipelineKind:
-    """What diffusers does not say of a pipeline class in one place.
+    """Facts about a pipeline class that diffusers does not keep in one place.
 
     Args:
-        name: of the class.
-        text: the names of what `encode_prompt` returns without guidance, None for what a sample need not keep.
-        fps: frames a second that its models were trained at; None for images.
-        packed: latent pixels along a side of a token that the pipeline packs, on top of the transformer's patch.
+        name: the class name.
+        text: names for what `encode_prompt` returns without guidance; None for what a sample need not keep.
+        fps: frames per second that its models were trained at; None for images.
+        packed: latent pixels per side of a token that the pipeline packs, on top of the transformer's patch.
         vae_float32: generate with the VAE in float32, as the model's authors do.
     """
 
@@ -65,8 +65,8 @@ class Sizes:
     """How a pipeline's pixels become latents and tokens.
 
     Args:
-        temporal, spatial: pixels to a latent pixel. The first frame is a latent frame of its own.
-        patch: latent pixels to a token, (time, height, width).
+        temporal, spatial: pixels per latent pixel. The first frame is a latent frame of its own.
+        patch: latent pixels per token, (time, height, width).
     """
 
     temporal: int
@@ -74,7 +74,7 @@ class Sizes:
     patch: tuple[int, int, int]
 
     def check(self, frames: int, height: int, width: int) -> None:
-        """Raises a ValueError for a size that the pipeline would round, or that gives no token."""
+        """Raise a ValueError for a size that the pipeline would round, or that gives no token."""
         for name, pixels, patch in (("height", height, self.patch[1]), ("width", width, self.patch[2])):
             multiple = self.spatial * patch
             if pixels < multiple or pixels % multiple:
@@ -86,23 +86,23 @@ class Sizes:
             raise ValueError(f"frames must be 1 more than a multiple of {self.temporal}, got {frames}")
 
     def grid(self, frames: int, height: int, width: int) -> VideoGrid:
-        """The grid of tokens of a video of that size; `check` it first."""
+        """The token grid of a video of this size; call `check` first."""
         latent = ((frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial)
         return VideoGrid(*(-(-side // patch) for side, patch in zip(latent, self.patch, strict=True)))
 
 
 @dataclass
 class LoadedPipeline:
-    """A diffusers pipeline on its device, and what is known of it.
+    """A diffusers pipeline on its device, and the facts about it.
 
     Args:
         pipe: the pipeline.
         kind: its entry in `PIPELINES`.
-        sizes: of its pixels, latents and tokens.
-        device: where its modules are.
-        dtype: that it was loaded in.
-        source: the folder or hub id that it came from.
-        revision: of the hub repository; None for the newest, or for a folder.
+        sizes: how pixels become latents and tokens.
+        device: the device of its modules.
+        dtype: the dtype it was loaded in.
+        source: the folder or hub id it came from.
+        revision: the hub revision; None for the newest, or for a folder.
     """
 
     pipe: Any
@@ -127,15 +127,15 @@ def load_pipeline(
     Args:
         source: the folder, or a hub id like "Wan-AI/Wan2.1-T2V-1.3B-Diffusers".
         device: where to put it.
-        dtype: of everything but a VAE that asks for float32; a pipeline without transformers keeps its VAE in float32.
-        revision: of the hub repository.
-        without_transformer: leave the transformers out, of which only the configuration is read.
+        dtype: for everything except a VAE that needs float32; without transformers the VAE stays in float32.
+        revision: the hub revision.
+        without_transformer: skip the transformers' weights and read only their configuration.
 
     Raises:
-        FileNotFoundError: neither a folder nor a hub id.
-        ValueError: a folder or a repository without a pipeline, one that cannot be loaded, or an installed torchvision
-            that does not fit this torch, without which diffusers does not import.
-        TypeError: a pipeline of a class that is not in the table.
+        FileNotFoundError: source is neither a folder nor a hub id.
+        ValueError: source has no pipeline, or one that cannot be loaded; or the installed torchvision does not match
+            this torch, so that diffusers does not import.
+        TypeError: the pipeline's class is not in the table.
     """
     _check_torchvision()
     import diffusers
@@ -179,9 +179,9 @@ def sizes_of(pipe: Any, kind: PipelineKind, transformer_config: Mapping[str, Any
 
 @torch.no_grad()
 def encode_text(loaded: LoadedPipeline, captions: list[str]) -> dict[str, Tensor]:
-    """What the pipeline's text encoders make of captions, by argument name: "prompt_embeds" [B, L, C] and the like.
+    """Encode captions with the pipeline's text encoders, by argument name: "prompt_embeds" [B, L, C] and so on.
 
-    Padded as for generation: `encode_prompt` has a default length of its own that is not always that of the call.
+    Text is padded as for generation, because the default length of `encode_prompt` can differ from the call's.
     """
     pipe = loaded.pipe
     accepted = inspect.signature(pipe.encode_prompt).parameters
@@ -199,9 +199,9 @@ def encode_text(loaded: LoadedPipeline, captions: list[str]) -> dict[str, Tensor
 
 @torch.no_grad()
 def encode_video(loaded: LoadedPipeline, videos: Tensor) -> Tensor:
-    """Latents [B, C, F', H', W'] as the transformer is trained on, of videos [B, 3, F, H, W] in [-1, 1].
+    """Encode videos [B, 3, F, H, W] in [-1, 1] into the latents [B, C, F', H', W'] that the transformer trains on.
 
-    The mode of the VAE's posterior, normalised with the VAE's own statistics. An image has F = F' = 1.
+    The latents are the mode of the VAE's posterior, normalized with the VAE's statistics. An image has F = F' = 1.
     """
     vae = loaded.pipe.vae
     videos = videos.to(loaded.device, vae.dtype)
@@ -232,7 +232,7 @@ def normalize_latents(vae: nn.Module, latents: Tensor) -> Tensor:
 
 
 def default_size(pipe: Any) -> tuple[int | None, int | None, int | None]:
-    """(frames, height, width) that the pipeline generates if nobody says; None for what its call does not say."""
+    """(frames, height, width) that the pipeline generates by default; None where its call has no default."""
     accepted = inspect.signature(pipe.__call__).parameters
     return tuple(accepted[name].default if name in accepted else 1 for name in ("num_frames", "height", "width"))
 
@@ -267,15 +267,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _check_torchvision() -> None:
-    """diffusers imports torchvision where it is installed, and fails without naming it where it does not fit."""
+    """Name a torchvision that does not match torch: diffusers imports it and fails without naming it."""
     try:
         import torchvision  # noqa: F401
     except ImportError:
         return
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"torchvision does not fit torch {torch.__version__} ({_one_line(error)}): install the one that goes "
-            "with it, or uninstall it; LPIPS alone needs it"
+            f"torchvision does not match torch {torch.__version__} ({_one_line(error)}): install the matching version, "
+            "or uninstall it; only LPIPS needs it"
         ) from error
 
 
@@ -287,7 +287,7 @@ def _kind(class_name: str, source: str) -> PipelineKind:
 
 @contextlib.contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """diffusers and transformers each draw a bar for every component; the commands have one of their own."""
+    """Hide the bars that diffusers and transformers draw for every component; the commands have their own."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
@@ -307,7 +307,7 @@ def _first_attribute(owner: Any, names: tuple[str, ...], default: int) -> Any:
 
 
 def _statistic(vae: nn.Module, name: str, latents: Tensor) -> Tensor | None:
-    """A per-channel statistic, [1, C, 1, 1, 1] like the latents: a buffer of LTX's VAE, a configuration elsewhere."""
+    """A per-channel statistic, shaped [1, C, 1, 1, 1] like the latents, from LTX's buffer or the configuration."""
     values = dict(vae.named_buffers(recurse=False)).get(name)
     if values is None:
         values = getattr(vae.config, name, None)

@@ -1,4 +1,4 @@
-"""The parameters that `sparsify` added, by name: to train, to count, to leave out of quantisation."""
+"""The parameters that `sparsify` added, by name: to train, to count, to leave out of quantization."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def own_tensors(attention: nn.Module) -> dict[str, Tensor]:
 def unfreeze(model: Model) -> Model:
     """Makes the parameters that `sparsify` added trainable, and leaves the others as they are.
 
-    `add_adapter` freezes whatever is not the adapter's; call this after it, and before the optimiser is made.
+    `add_adapter` freezes whatever is not the adapter's; call this after it, and before the optimizer is made.
 
     Args:
         model: a model with sparse parameters.

@@ -1,7 +1,7 @@
-"""Kernels compiled before they are needed, by processes side by side: compiling one after another takes minutes.
+"""Compile kernels before they are needed, in parallel processes. Compiling them one by one takes minutes.
 
-Triton keeps what it compiles on disk, where the benchmark's own process then finds it. Started as a script with one
-JSON argument, this module is one of these processes. What fails here fails again, and is reported, in the benchmark.
+Triton keeps compiled kernels on disk, where the benchmark's own process finds them. Started as a script with one JSON
+argument, this module is one of these processes. What fails here fails again in the benchmark, which reports it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from foveal.lab.bench.shapes import Inputs, Shape
 from foveal.layout import VideoGrid
 
 PROCESSES = 16
-# Device memory of one process: about so many tensors of the shape, and what CUDA takes for itself.
+# Device memory of one process: about this many tensors of the shape, plus what CUDA takes for itself.
 TENSORS, CONTEXT_BYTES = 40, 2**30
 SECONDS = 300
 
 
 def fix_cache_keys() -> dict[str, str]:
-    """Triton's keys of all kernels and their helpers, computed in one order; by name.
+    """Compute Triton's keys of all kernels and their helpers in one order, and return them by name.
 
-    A kernel's key depends on which of its helpers the process had hashed before it, until Triton mends that
-    (triton-lang/triton#10494): processes that do not start alike would miss what others compiled.
+    A kernel's key depends on which of its helpers the process hashed before it (triton-lang/triton#10494). Processes
+    that hash in another order would not find what others compiled.
     """
     from triton.runtime.jit import JITFunction
 
@@ -51,10 +51,10 @@ def fix_cache_keys() -> dict[str, str]:
 def compile_ahead(
     candidates: Sequence[Candidate], shapes: Sequence[Shape], dtype: torch.dtype, log: Callable[[str], None]
 ) -> None:
-    """Runs each candidate of ours once at each of these shapes, on the current CUDA device, in other processes.
+    """Run each candidate of ours once at each of these shapes, on the current CUDA device, in other processes.
 
     Args:
-        shapes: the one that is timed first; it has the name, and takes the most memory.
+        shapes: the shape that is timed comes first; it has the name and takes the most memory.
     """
     shape = shapes[0]
     chosen = [x for x in candidates if x.ours and not (x.kind == "method" and x.options["selection"] == "given")]
@@ -63,7 +63,7 @@ def compile_ahead(
     if processes < 2:
         return
     fix_cache_keys()
-    log(f"{shape.name}: compiling, {processes} processes side by side")
+    log(f"{shape.name}: compiling in {processes} parallel processes")
     jobs = [job(chosen[i::processes], shapes, f"cuda:{torch.cuda.current_device()}", dtype) for i in range(processes)]
     command, nowhere = [sys.executable, "-m", "foveal.lab.bench.ahead"], subprocess.DEVNULL
     started = [subprocess.Popen([*command, x], stdout=nowhere, stderr=nowhere) for x in jobs]
@@ -72,7 +72,7 @@ def compile_ahead(
         for process in started:
             process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        log(f"{shape.name}: compiling takes over {SECONDS} s; going on without")
+        log(f"{shape.name}: compiling takes over {SECONDS} s; continuing without it")
     finally:
         for process in started:
             process.kill()
@@ -80,14 +80,14 @@ def compile_ahead(
 
 
 def job(chosen: Sequence[Candidate], shapes: Sequence[Shape], device: str, dtype: torch.dtype) -> str:
-    """The JSON argument of one process: which candidates, at what shapes, where."""
+    """The JSON argument of one process: which candidates to run, at which shapes, and where."""
     fields = [dataclasses.asdict(x) | {"grid": list(x.grid.shape)} for x in shapes]
     names = {"names": [x.name for x in chosen], "impls": sorted({x.impl for x in chosen})}
     return json.dumps({**names, "shapes": fields, "device": device, "dtype": str(dtype)[6:]})
 
 
 def run_job(text: str) -> list[str]:
-    """Runs the candidates of a `job` forward and backward; the names of those that ran, once a shape."""
+    """Run the candidates of a `job` forward and backward, and return the names of those that ran, once per shape."""
     given = json.loads(text)
     device = torch.device(given["device"])
     if device.type == "cuda":

@@ -1,11 +1,11 @@
-"""The gate before the clock: what fails here gets no time.
+"""The gate before the clock: a candidate that fails here is not timed.
 
-Relative errors (Euclidean) are held to twice those of the plain PyTorch reference at the same dtype, both against
-float64, and the largest entry's to four times: outputs and all gradients at a small size with partial blocks, and those
-of one head or two at the size that is timed. There, gradients of what all heads share (the projection) are left out; at
-the small size they are held to 1 % where they are float32 in a half-precision call: plain PyTorch sums in float32 what
-kernels sum from half-precision states. Selections are held to those of float64 inputs; rounding may swap blocks whose
-scores are next to equal.
+Relative Euclidean errors may be twice those of the plain PyTorch reference at the same dtype, both against float64, and
+the error of the largest entry four times. The gate checks outputs and all gradients at a small size with partial
+blocks, and those of one or two heads at the size that is timed. At that size it skips gradients of what all heads share
+(the projection). At the small size these may be off by 1% where they are float32 in a half-precision call, because
+plain PyTorch sums in float32 what kernels sum from half-precision states. Selections must match those of float64
+inputs, except that rounding may swap blocks whose scores are almost equal.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ SHARED_ERROR = 0.01
 
 
 class Gate:
-    """Checks candidates at one shape; exact results are made once for all candidates with the same task."""
+    """Checks candidates at one shape. Exact results are computed once for all candidates with the same task."""
 
     def __init__(self) -> None:
         self._exact: dict[Any, tuple[tuple[Tensor, ...], ...]] = {}
 
     def check_whole(self, candidate: Candidate, problem: Problem) -> dict[str, float]:
-        """Output and all gradients against the reference implementation, for small shapes.
+        """Compare output and all gradients with the reference implementation, for small shapes.
 
         Returns:
             The relative error of each, by name.
 
         Raises:
-            AssertionError: with the figures, for an error above its limit.
+            AssertionError: an error is above its limit; the message has both.
         """
         with poison_empty():
             ours = output_and_gradients(problem.run, problem.tensors)
@@ -54,10 +54,10 @@ class Gate:
     def check_heads(
         self, candidate: Candidate, problem: Problem, heads: tuple[tuple[int, int], ...]
     ) -> dict[str, float]:
-        """Output and gradients of some heads, (sample, head), at any length.
+        """Compare output and gradients of some heads, given as (sample, head), at any length.
 
         Returns, raises:
-            As `check_whole`; the largest error over the heads.
+            As in `check_whole`, with the largest error over the heads.
         """
         leaves = [x.detach().requires_grad_() for x in problem.tensors]
         with poison_empty() if candidate.ours else contextlib.nullcontext():
@@ -80,7 +80,7 @@ class Gate:
 
 
 def _exact_head(problem: Problem, batch: int, head: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Output and [1, 1, L, D] gradients of one head, computed in `dtype`; on the host, where there is room."""
+    """Output and [1, 1, L, D] gradients of one head, computed in `dtype` and stored on the host, which has room."""
 
     def cut(x: Tensor) -> Tensor:
         return x.detach()[batch : batch + 1, head : head + 1].double() if x.dim() == 4 else x.detach().double()
@@ -89,12 +89,12 @@ def _exact_head(problem: Problem, batch: int, head: int, dtype: torch.dtype) -> 
     output = problem.head(batch, head, dtype, *leaves)
     per_head = [x for x in leaves if x.dim() == 4]
     grads = torch.autograd.grad(output, per_head, cut(problem.grad))
-    # As the plain implementation would hand them over: rounded to its dtype.
+    # Rounded to the dtype of the plain implementation, as it would return them.
     return tuple(x.detach().to(dtype).cpu() for x in (output, *grads))
 
 
 def _compare(problem: Problem, ours, exact, plain) -> dict[str, float]:
-    """Compares outputs, then as many gradients as there are; their relative errors by name."""
+    """Compare outputs, then all gradients that exist, and return their relative errors by name."""
     labels = ("output", *(f"grad_{name}" for name in problem.names))[: len(ours)]
     half = problem.grad.dtype.itemsize < 4
     errors = {}
@@ -114,4 +114,4 @@ def _check_selection(selection: BlockSelection, problem: Problem, chosen=(slice(
     other = selection.labels() != exact.labels()
     wrong, limit = int(other.sum()), max(2, int(OTHER_LABELS * other.numel()))
     if wrong > limit:
-        raise AssertionError(f"selection: {wrong} of {other.numel()} labels are not those of float64, over {limit}")
+        raise AssertionError(f"selection: {wrong} of {other.numel()} labels differ from float64 (limit {limit})")

@@ -1,4 +1,4 @@
-"""What figures depend on, apart from the settings: the card, the driver, the versions, the commit."""
+"""What results depend on besides the settings: the card, the driver, the versions, and the commit."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import foveal
 
 
 def machine(device: torch.device, commit: str | None = None) -> dict[str, object]:
-    """JSON-ready; None for what cannot be found out.
+    """Describe the machine as JSON-ready values; None for what cannot be determined.
 
     Args:
-        device: the one that is timed.
-        commit: of this tree, where git cannot say: a copy without its history, or with changes on an older commit.
+        device: the device that is timed.
+        commit: the commit of this tree where git cannot tell, as in a copy without its history.
     """
     found: dict[str, object] = {
         "device": _processor(),
@@ -56,7 +56,7 @@ def machine(device: torch.device, commit: str | None = None) -> dict[str, object
 
 
 def _processor() -> str:
-    """The processor's name; its architecture where the system tells no more."""
+    """The processor's name, or its architecture where the system reports no name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -73,7 +73,7 @@ def _version(package: str) -> str | None:
 
 
 def _run(*command: str) -> str | None:
-    """What a command prints; None where it is missing or fails."""
+    """What a command prints; None if it is missing or fails."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,11 +1,11 @@
-"""Two clocks. A power-limited card runs a burst after a pause faster than the same work for a while, and the order of
-measurements alone can shift a result by several per cent: so candidates take turns, and both figures are kept.
+"""Three clocks. A power-limited card runs a burst after a pause faster than the same work over time, and the order of
+measurements can shift a result by several percent. Candidates therefore take turns, and all times are kept.
 
-rested: a few calls at a time after a pause, the L2 cache flushed before each; the first call of a burst is dropped. The
-    device is kept busy until the host is ahead with its launches, as it is in the middle of a model: this is the
-    device's time, gaps between kernels included.
-sustained: calls back to back, mean time, warm caches, launches and all.
-host: what a call takes until it returns, the device idle before it: the cost of its launches.
+rested: a few calls at a time after a pause, with the L2 cache flushed before each call and the first call of a burst
+    dropped. The device is kept busy until the host is ahead with its launches, as in the middle of a model. This is
+    device time, including gaps between kernels.
+sustained: the mean time of calls back to back, with warm caches and launches included.
+host: the time until a call returns on an idle device, which is the cost of its launches.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ Key = TypeVar("Key", bound=Hashable)
 Function = Callable[[], object]
 
 FLUSH_BYTES = 2**28
-# Writes ahead of a burst, about 6 ms of them on an H100: while they run, the host gets ahead with its launches.
+# Writes before a burst, about 6 ms of them on an H100. While they run, the host gets ahead with its launches.
 FLUSHES_AHEAD = 64
 HOST_CALLS = 9
 
 
 class Timer(Protocol):
-    """How one kind of device is timed."""
+    """How to time one kind of device."""
 
     def burst(self, function: Function, calls: int) -> list[float]:
-        """Milliseconds of each of `calls` calls, after a pause and a call that does not count."""
+        """Milliseconds of each of `calls` calls, after a pause and one call that does not count."""
 
     def sustained(self, function: Function, calls: int) -> float:
         """Mean milliseconds of `calls` calls back to back."""
 
     def host(self, function: Function) -> float:
-        """Median milliseconds until a call returns, whatever it started."""
+        """Median milliseconds until a call returns, regardless of what it launched."""
 
 
 class CudaTimer:
-    """CUDA events.
+    """Times with CUDA events.
 
     Args:
         device: a CUDA device.
@@ -95,7 +95,7 @@ class CudaTimer:
 
 
 class CpuTimer:
-    """The host's clock; no pauses, nothing flushed."""
+    """Times with the host's clock, without pauses or flushes."""
 
     def burst(self, function: Function, calls: int) -> list[float]:
         function()
@@ -120,14 +120,14 @@ def _host_milliseconds(function: Function) -> float:
 def measure(
     timer: Timer, functions: dict[Key, Function], *, rounds: int, calls: int, seconds: float
 ) -> dict[Key, tuple[list[float], float, float]]:
-    """Times every function, in turns.
+    """Time every function, in turns.
 
     Args:
-        rounds, calls: bursts of each function, and calls that count in each.
-        seconds: about how long the sustained measurement of each takes.
+        rounds, calls: bursts per function, and calls that count in each burst.
+        seconds: approximate duration of each sustained measurement.
 
     Returns:
-        Each function's (rested milliseconds, one a call; sustained milliseconds; the host's milliseconds).
+        Each function's (rested milliseconds, one per call; sustained milliseconds; host milliseconds).
     """
     rested: dict[Key, list[float]] = {key: [] for key in functions}
     for _ in range(rounds):
@@ -141,8 +141,8 @@ def measure(
 
 
 def peak_memory(device: torch.device, function: Callable[[], tuple[Tensor, ...]]) -> int:
-    """Bytes of device memory that `function` needs at its peak beyond what it was given and what it returns."""
-    gc.collect()  # what is freed in the middle of a call would count as its own
+    """Peak bytes of device memory that `function` needs beyond its inputs and outputs."""
+    gc.collect()  # memory freed in the middle of a call would count as its own
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

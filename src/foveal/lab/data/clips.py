@@ -1,7 +1,7 @@
-"""From a media file to the clips that a model is trained on: a size for each file, a frame rate, and exact frames.
+"""Cut media files into training clips: a size for each file, a frame rate, and exact frames.
 
-Sizes are buckets, FRAMESxHEIGHTxWIDTH in pixels. A file goes to the bucket that is nearest in shape, of those that it
-is long enough for; it is scaled to cover it and cropped at its centre.
+Sizes are buckets, FRAMESxHEIGHTxWIDTH in pixels. A file goes to the bucket with the nearest shape among those it is
+long enough for. It is scaled to cover the bucket and cropped at its center.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Bucket:
 
     @classmethod
     def parse(cls, text: str) -> Bucket:
-        """From "81x480x832".
+        """Parse a bucket such as "81x480x832".
 
         Raises:
             ValueError: for any other form.
@@ -43,13 +43,13 @@ class Bucket:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What a file holds.
+    """The contents of a media file.
 
     Args:
         path: the file.
-        times: when each frame is shown, ascending, in seconds from the first one.
-        first: the time stamp of the first one, in seconds.
-        height, width: of the picture as it is shown, in pixels.
+        times: when each frame is shown, ascending, in seconds from the first frame.
+        first: the time stamp of the first frame, in seconds.
+        height, width: the size of the picture as shown, in pixels.
     """
 
     path: Path
@@ -59,32 +59,32 @@ class MediaInfo:
     width: int
 
     def frames_at(self, fps: float | None) -> int:
-        """How many frames there are at `fps` frames a second; None for the file's own frames."""
+        """How many frames the file has at `fps` frames per second; None counts the file's own frames."""
         if fps is None:
             return len(self.times)
-        # The last frame is shown for as long as the others: one at 24 fps lasts to 1/24 s, not to 0.
+        # The last frame is shown as long as the others: a frame at 24 fps lasts until 1/24 s, not until 0.
         lasts = self.times[-1] / (len(self.times) - 1) if len(self.times) > 1 else 0.0
         return max(1, math.floor((self.times[-1] + lasts) * fps + 1e-3))
 
     def frame_indices(self, fps: float | None, start: int, count: int) -> list[int]:
-        """The frames of the file that are nearest in time to frames `start` to `start + count` at `fps`."""
+        """The file's frames that are nearest in time to frames `start` to `start + count` at `fps`."""
         if fps is None:
             return list(range(start, start + count))
         return [self.nearest((start + place) / fps) for place in range(count)]
 
     def nearest(self, time: float) -> int:
-        """The frame of the file that is nearest to a time, in seconds from the first one."""
+        """The file's frame that is nearest to a time, in seconds from the first frame."""
         after = min(bisect.bisect_left(self.times, time), len(self.times) - 1)
         before = max(after - 1, 0)
         return before if time - self.times[before] <= self.times[after] - time else after
 
 
 def probe(path: str | Path) -> MediaInfo:
-    """Frame times and picture size of a video or an image; one frame is decoded.
+    """Read frame times and picture size of a video or an image. One frame is decoded.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file without a video stream, or that cannot be decoded.
+        ValueError: the file has no video stream or cannot be decoded.
     """
     import av
 
@@ -102,8 +102,8 @@ def probe(path: str | Path) -> MediaInfo:
             turned = frame.rotation % 180 == 90
             height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
         with av.open(str(path)) as container:
-            # Time stamps of packets, not decoded frames, so that a long file costs a read; a container's own count and
-            # duration are often wrong or missing.
+            # The time stamps of packets, not of decoded frames, so a long file is only read. A container's own count
+            # and duration are often wrong or missing.
             stream = container.streams.video[0]
             stamps = sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
             base = float(stream.time_base or 0)
@@ -115,11 +115,12 @@ def probe(path: str | Path) -> MediaInfo:
 
 
 def choose_bucket(media: MediaInfo, buckets: Sequence[Bucket], fps: float | None) -> Bucket:
-    """The bucket that a file goes to: of those it is long enough for, the nearest in shape, then one that it need not
-    be enlarged for, then the longest, then the largest.
+    """Choose the bucket of a file among those it is long enough for.
+
+    The nearest shape wins, then a bucket that needs no enlargement, then the longest, then the largest.
 
     Raises:
-        ValueError: if it is too short for all of them.
+        ValueError: the file is too short for all buckets.
     """
     available = media.frames_at(fps)
     fitting = [bucket for bucket in buckets if bucket.frames <= available]
@@ -150,14 +151,14 @@ def read_clip(media: MediaInfo, bucket: Bucket, *, fps: float | None, start: int
     Args:
         media: the file, from `probe`.
         bucket: the size.
-        fps: frames a second; frames of the file are repeated or left out to get there. None takes them as they are.
+        fps: frames per second, reached by repeating or skipping the file's frames. None takes them as they are.
         start: the first frame, at `fps`.
 
     Returns:
         uint8 [frames, 3, height, width], RGB.
 
     Raises:
-        ValueError: for a file that cannot be decoded up to the clip's end.
+        ValueError: the file cannot be decoded up to the clip's end.
     """
     import av
 
@@ -169,7 +170,7 @@ def read_clip(media: MediaInfo, bucket: Bucket, *, fps: float | None, start: int
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             if media.times[wanted[0]] > 1.0:
-                # A little early: the key frame before the target, by the container's own, inexact index.
+                # Seek a little early: the container's index of key frames is inexact.
                 target = media.first + media.times[wanted[0]] - 0.5
                 container.seek(int(target / float(stream.time_base)), stream=stream, backward=True)
             for frame in container.decode(stream):
@@ -188,12 +189,12 @@ def read_clip(media: MediaInfo, bucket: Bucket, *, fps: float | None, start: int
 
 
 def _fit(frame, bucket: Bucket) -> Tensor:
-    """uint8 [3, height, width]: a decoded frame, upright, scaled to cover the bucket and cropped at its centre."""
+    """A decoded frame as uint8 [3, height, width]: upright, scaled to cover the bucket, and cropped at its center."""
     turns = round(frame.rotation / 90) % 4
     height, width = (bucket.width, bucket.height) if turns % 2 else (bucket.height, bucket.width)
     scale = max(height / frame.height, width / frame.width)
     scaled = (max(height, round(frame.height * scale)), max(width, round(frame.width * scale)))
-    # Averaging where it shrinks, so that nothing flickers; a cubic where it grows.
+    # Average when shrinking, so that nothing flickers; use a cubic when enlarging.
     interpolation = "AREA" if scale < 1 else "BICUBIC"
     image = frame.to_ndarray(format="rgb24", height=scaled[0], width=scaled[1], interpolation=interpolation)
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2

@@ -1,9 +1,9 @@
-"""Lists of media files and captions, in the shapes that people have them in.
+"""Read lists of media files and captions in common formats.
 
-- a folder: every video and image in it, at any depth; `cat.mp4` has its caption in `cat.txt`. One file alone, likewise
-- CSV with a header, JSON lines, or a JSON list of objects: one column for the file, one for the caption, by any of the
-  names below. FastVideo's `videos2caption.json` is such a list, with `cap` a list of captions and the files in a
-  folder `videos` beside it
+- A folder: every video and image in it, at any depth. `cat.mp4` has its caption in `cat.txt`. A single file works too.
+- CSV with a header, JSON lines, or a JSON list of objects: one column for the file and one for the caption, with any of
+  the names below. FastVideo's `videos2caption.json` is such a list, where `cap` is a list of captions and the files are
+  in a folder `videos` next to it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ CAPTION_COLUMNS = ("prompt", "caption", "cap", "text")
 
 @dataclass(frozen=True)
 class Source:
-    """One media file and what it shows.
+    """One media file and its caption.
 
     Args:
-        name: unique within its list and independent of where the list lies: a path relative to it where possible.
-        path: where the file is; it may not exist.
-        caption: "" if there is none.
+        name: unique within its list, and a path relative to the list where possible, so that the list can move.
+        path: the file, which may not exist.
+        caption: "" if the file has none.
     """
 
     name: str
@@ -40,11 +40,11 @@ class Source:
 
 
 def read_sources(location: str | Path) -> list[Source]:
-    """The media files of a folder or of a list, or one alone, sorted by name.
+    """The media files of a folder or a list, or a single file, sorted by name.
 
     Raises:
         FileNotFoundError: no such folder or file.
-        ValueError: a list that cannot be read, lacks a column, or names a file twice, with the line; or nothing found.
+        ValueError: the list cannot be read, lacks a column, or names a file twice (with the line); or nothing is found.
     """
     location = Path(location)
     if location.is_dir():
@@ -57,10 +57,10 @@ def read_sources(location: str | Path) -> list[Source]:
     elif location.is_file():
         if location.suffix.lower() not in LIST_SUFFIXES:
             valid = ", ".join((*LIST_SUFFIXES, *MEDIA_SUFFIXES))
-            raise ValueError(f"{location} is no list of videos; expected a folder, or a file that ends in {valid}")
+            raise ValueError(f"{location} is not a list of videos; expected a folder, or a file that ends in {valid}")
         sources = [_to_source(row, location, line) for line, row in _read_rows(location)]
         if not sources:
-            raise ValueError(f"{location} lists no video")
+            raise ValueError(f"{location} lists no videos")
     else:
         raise FileNotFoundError(f"no such folder or list of videos: {location}")
     seen = set()

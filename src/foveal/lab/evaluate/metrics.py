@@ -1,4 +1,4 @@
-"""How close two videos of one prompt and seed are, and how steady one is. All take uint8 [frames, 3, H, W]."""
+"""How close two videos of one prompt and seed are, and how steady one is. Videos are uint8 [frames, 3, H, W]."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# What stands for "bit for bit the same": the PSNR of 8-bit videos that differ ends near 48 dB + 10 log10(pixels).
+# Means "identical to the bit": the PSNR of 8-bit videos that differ ends near 48 dB + 10 log10(pixels).
 IDENTICAL_DB = 100.0
-# Frames at once, so that a long video does not take its size in float32 several times.
+# Frames per chunk, so that a long video does not take its size in float32 several times.
 CHUNK = 8
 # SSIM's window is 11 pixels wide.
 SMALLEST_SIDE = 11
@@ -20,7 +20,7 @@ ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 
 
 def psnr(video: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, of the error over the whole video; `IDENTICAL_DB` if there is none."""
+    """Peak signal-to-noise ratio in dB over the whole video; `IDENTICAL_DB` if there is no error."""
     _check_pair(video, reference)
     error = sum((a.double() - b.double()).square().sum().item() for a, b in _chunks(video, reference))
     if error == 0:
@@ -47,10 +47,10 @@ def ssim(video: Tensor, reference: Tensor) -> float:
 
 
 def flicker(video: Tensor) -> float:
-    """Mean absolute difference of neighbouring frames in levels of 0 to 255; 0 for an image.
+    """Mean absolute difference of neighboring frames in levels of 0 to 255; 0 for an image.
 
-    VBench's temporal flickering is (255 - this) / 255, on videos of a still scene. Motion counts as well, so it says
-    something only against the dense video of the same prompt and seed.
+    VBench's temporal flickering is (255 - this) / 255, on videos of a still scene. Motion counts as well, so compare it
+    only with the dense video of the same prompt and seed.
     """
     if len(video) < 2:
         return 0.0
@@ -59,20 +59,20 @@ def flicker(video: Tensor) -> float:
 
 
 def lpips_weights() -> Path:
-    """Where torchvision keeps the AlexNet that LPIPS looks through."""
+    """Where torchvision keeps the AlexNet weights that LPIPS uses."""
     return Path(torch.hub.get_dir(), "checkpoints", ALEXNET_FILE)
 
 
 def load_lpips(device: torch.device) -> tuple[Callable[[Tensor, Tensor], float] | None, str | None]:
-    """(LPIPS of two videos, the mean over frames; why it cannot be measured), one of them None.
+    """LPIPS of two videos (mean over frames), or None and the reason why it cannot be measured.
 
-    Nothing is downloaded: without torchvision, or without AlexNet's weights on this machine, LPIPS is left out.
+    Nothing is downloaded. Without torchvision, or without AlexNet's weights on this machine, LPIPS is skipped.
     """
     try:
         import torchvision  # noqa: F401, torchmetrics imports it without saying what is missing
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
     except ImportError as error:
-        # Named, since torchvision goes with one torch, and pip would replace the installed one with the newest pair.
+        # Names the torch version, because pip would replace the installed torch with the newest pair.
         return None, f'{error.name} is not installed: pip install "foveal[eval]" torch=={torch.__version__}'
     if not lpips_weights().is_file():
         return None, f"AlexNet's weights are not at {lpips_weights()}"

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table for the terminal, Markdown and JSON."""
+"""The results of an evaluation as a table for the terminal, Markdown, and JSON."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Row:
     """One line of the table.
 
     Args:
-        name: what is measured, with its unit.
-        dense, sparse: of each arm's own videos.
-        paired: of the pairs of one prompt and seed: a likeness, the difference sparse - dense, or the ratio
-            dense / sparse.
-        digits: after the point.
-        unit: of `paired`: "x" for a ratio.
+        name: the metric, with its unit.
+        dense, sparse: estimates over each arm's own videos.
+        paired: an estimate over the pairs of one prompt and seed: a similarity, the difference sparse - dense, or the
+            ratio dense / sparse.
+        digits: digits after the point.
+        unit: the unit of `paired`; "x" for a ratio.
     """
 
     name: str
@@ -37,15 +37,15 @@ class Row:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """The table of an evaluation and what to know about it.
+    """The table of an evaluation, with its context.
 
     Args:
-        rows: of the table.
-        videos: pairs that were compared.
-        notes: what was left out, and why.
-        settings: what the outputs share.
-        pairs: the figures of each pair.
-        environment: where it ran.
+        rows: the rows of the table.
+        videos: how many pairs were compared.
+        notes: what was skipped, and why.
+        settings: the settings that the outputs share.
+        pairs: the metrics of each pair.
+        environment: the machine and the versions.
     """
 
     rows: tuple[Row, ...]
@@ -87,7 +87,7 @@ class EvaluationReport:
         from rich.table import Table
         from rich.text import Text
 
-        # Text, since rich would take the brackets of "foveal[eval]" for a style.
+        # As Text, because rich would read the brackets of "foveal[eval]" as a style.
         caption = Text("\n".join([self.caption(), *self.notes]))
         table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
         for place, heading in enumerate(HEADINGS):

@@ -14,8 +14,8 @@ class Estimate:
     """A mean over videos and its confidence interval.
 
     Args:
-        mean: of the values.
-        low, high: the ends of the interval; None for a single value, of which nothing is known but itself.
+        mean: the mean of the values.
+        low, high: the ends of the interval; None for a single value, which has no interval.
         count: how many values.
     """
 
@@ -26,8 +26,9 @@ class Estimate:
 
     @classmethod
     def of(cls, values: list[float]) -> Estimate:
-        """Student's t interval at `CONFIDENCE`: right for few values of about normal spread, where a bootstrap is too
-        narrow.
+        """Student's t interval at `CONFIDENCE`.
+
+        It is right for a few values of roughly normal spread, where a bootstrap is too narrow.
 
         Raises:
             ValueError: for no values.
@@ -41,7 +42,7 @@ class Estimate:
         return cls(mean, mean - half, mean + half, count)
 
     def text(self, digits: int, unit: str = "") -> str:
-        """ "31.2 [30.1, 32.3]" with so many digits after the point, and the unit after the mean."""
+        """Format as "31.2 [30.1, 32.3]", with this many digits after the point and the unit after the mean."""
         if self.low is None:
             return f"{self.mean:.{digits}f}{unit}"
         return f"{self.mean:.{digits}f}{unit} [{self.low:.{digits}f}, {self.high:.{digits}f}]"

@@ -1,4 +1,4 @@
-"""From observations to a recommendation: ratios, block sizes, token order, and which layers to leave dense."""
+"""Turn observations into a recommendation: ratios, block sizes, token order, and the layers to leave dense."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from foveal.lab.inspect.probe import InspectSettings, LayerObservation
 from foveal.methods.cost import attention_cost
 from foveal.methods.sla.config import SLAConfig
 
-# Larger query blocks run faster, so they win unless their error is more than this much larger.
+# Larger query blocks run faster, so they win unless their error is larger by more than this factor.
 WORTH = 1.10
-# Tile order costs a reordering of the tokens, so it has to be this much better.
+# Tile order has to reorder the tokens, so it must be better by this factor.
 WORTH_REORDERING = 0.98
 
 
@@ -24,12 +24,12 @@ class Advice:
 
     Attributes:
         config: an `SLAConfig` for the layers that are converted.
-        dense_layers: (component, layer) of those whose output changes by more than twice the tolerance.
-        error: mean output error of the converted layers (of all where none is left to convert) before any fine-tuning,
-            sparse branch alone.
-        recall: mean attention mass that their kept blocks hold.
-        flops_ratio: their attention's FLOPs over dense attention's, all parts counted; says nothing of time.
-        reached: whether the error is within the tolerance at all.
+        dense_layers: (component, layer) of the layers whose output changes by more than twice the tolerance.
+        error: mean output error of the sparse branch in the converted layers (in all layers if none is left to
+            convert), before any fine-tuning.
+        recall: mean attention mass in the kept blocks of these layers.
+        flops_ratio: FLOPs of their attention over those of dense attention, with all parts counted. It is not a time.
+        reached: whether the error is within the tolerance.
     """
 
     config: SLAConfig
@@ -49,18 +49,18 @@ def advise(
     tolerance: float = 0.1,
     drop_ratio: float = 0.1,
 ) -> Advice:
-    """The fewest blocks whose output error is within `tolerance` in the median layer, in the better order.
+    """Recommend the fewest blocks whose output error is within `tolerance` in the median layer, in the better order.
 
     Args:
-        observations: from `observe`.
-        settings: with which they were made.
-        heads, head_dim: of the layers, for the cost.
-        tolerance: relative output error of the sparse branch before fine-tuning. Fine-tuning mends much of it: SLA's
+        observations: what `observe` returned.
+        settings: the settings of that call.
+        heads, head_dim: the layers' sizes, for the cost.
+        tolerance: relative output error of the sparse branch before fine-tuning. Fine-tuning repairs much of it; SLA's
             paper starts from far larger errors.
-        drop_ratio: of the recommended configuration; lowered where it would not leave room.
+        drop_ratio: the drop_ratio to recommend; it is lowered where it would not leave room.
 
     Raises:
-        ValueError: without observations.
+        ValueError: there are no observations.
     """
     if not observations:
         raise ValueError("observations must not be empty: nothing was observed")

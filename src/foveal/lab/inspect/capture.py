@@ -14,9 +14,9 @@ from foveal.methods.base import METHODS
 
 @contextlib.contextmanager
 def capture_selections(model: nn.Module) -> Iterator[dict[str, BlockSelection]]:
-    """Selections of every sparse layer at its latest call inside the context, by the attention module's name.
+    """Capture the selection of every sparse layer at its latest call in the context, by the attention module's name.
 
-    The layers run unchanged; the selection is made once more from the same query and key.
+    The layers run unchanged. The selection is made a second time from the same query and key.
     """
     found: dict[str, BlockSelection] = {}
 
@@ -45,11 +45,11 @@ def token_labels(
     """What one query token of the first sample sees.
 
     Args:
-        selection: of the layer `attention`, from `capture_selections`.
+        selection: the selection of the layer `attention`, from `capture_selections`.
         attention: the layer's module, `SparseLinearAttention` or `VideoSparseAttention`.
         grid: the video in tokens.
-        token: the query token (frame, row, column).
-        head: which head.
+        token: the query token's (frame, row, column).
+        head: the index of the head.
 
     Returns:
         int8 [frames, height, width]: +1 critical, 0 marginal, -1 negligible.

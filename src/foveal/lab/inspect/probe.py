@@ -1,8 +1,8 @@
-"""Look at the attention of a user's own model while it runs: which blocks matter, and what leaving others out costs.
+"""Observe the attention of a model while it runs: which blocks matter, and what leaving out the others costs.
 
-The model's own forward runs, dense (or as it was converted); a hook on each layer's attention sees query, key and value
-as the method would get them, after norms and rotary embedding, and keeps figures alone. See `statistics` for what is
-computed.
+The model's own forward runs, dense or as it was converted. A hook on each layer's attention sees query, key, and value
+as the method would get them, after norms and rotary embedding, and keeps only statistics. See `statistics` for what it
+computes.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from foveal.models.convert import densify, sparsify
 from foveal.models.families.table import components_of
 from foveal.models.processor import sparse_processors
 
-# Everything is kept: the model stays what it was, and its layers can be looked into in one way, whatever their family.
+# Keeps every block, so the model computes what it did, and layers of all families can be observed in the same way.
 _TRANSPARENT = SLAConfig(keep_ratio=1.0, drop_ratio=0.0, linear_scope="none")
 
 
 @dataclass(frozen=True)
 class InspectSettings:
-    """What to look at.
+    """What to observe.
 
     Args:
         keep_ratios: shares of the key blocks to keep, ascending.
         blocks: (block_q, block_k) pairs to compare.
-        orders: of "raster" and "tile".
+        orders: "raster", "tile", or both.
         query_blocks: query blocks to sample in each head; None for all.
         rows: query rows to sample for the distribution and the stable rank; None for all.
         top: share of each row's weights that the stable rank of the rest leaves out.
-        memory_bytes: device memory for weights in flight.
+        memory_bytes: device memory for attention weights in flight.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -84,13 +84,13 @@ class LayerObservation:
     """One layer in one call of its transformer.
 
     Attributes:
-        component: of the pipeline; "transformer" for a bare one.
+        component: the pipeline's component; "transformer" for a bare transformer.
         layer: the attention module's name.
         call, step: which call of the model's transformers and which denoising step, from 0.
-        timestep: that the transformer was given; None if it takes none.
-        grid: of the video, in tokens.
-        distribution: of the weights.
-        quality: by (order, block_q, block_k).
+        timestep: the timestep that the transformer was given; None if it takes none.
+        grid: the video's grid, in tokens.
+        distribution: the distribution of the attention weights.
+        quality: what the kept blocks retain, by (order, block_q, block_k).
     """
 
     component: str
@@ -104,15 +104,15 @@ class LayerObservation:
 
 
 class Progress:
-    """Where a run is: calls of any transformer of the model, and denoising steps, which begin as timesteps change.
+    """The progress of a run: calls of the model's transformers, and denoising steps, which begin when timesteps change.
 
     Args:
         calls, steps: see `watch`.
 
     Attributes:
-        call, step, timestep: the present ones; -1, -1 and None before the first call.
-        looking: whether the present call is one of those wanted.
-        seen: the wanted calls or steps that were made.
+        call, step, timestep: the current ones; -1, -1, and None before the first call.
+        looking: whether the current call is a wanted one.
+        seen: the wanted calls or steps that have been made.
     """
 
     def __init__(self, calls: Sequence[int] | None, steps: Sequence[int] | None) -> None:
@@ -136,7 +136,7 @@ class Progress:
             self.seen.add(self.step if self.by_step else self.call)
 
 
-# What a watched layer hands over: (component, layer, where the run is, query, key, value, grid).
+# What a watched layer passes on: (component, layer, progress, query, key, value, grid).
 Look = Callable[[str, str, Progress, Tensor, Tensor, Tensor, VideoGrid], None]
 
 
@@ -149,22 +149,22 @@ def watch(
     steps: Sequence[int] | None = None,
     layers: Sequence[str] | None = None,
 ) -> None:
-    """Run a model, and hand query, key and value of its self-attention layers to `look` as they come.
+    """Run a model, and pass query, key, and value of its self-attention layers to `look` as they come.
 
     Args:
         model: what `sparsify` takes, dense or converted. It is left as it was.
-        run: runs the model, `lambda: pipe("a cat", num_inference_steps=20)` say.
+        run: runs the model, for example `lambda: pipe("a cat", num_inference_steps=20)`.
         look: called with (component, layer, progress, query [1, H, L, D], key and value [1, H, N, D], grid), after
-            norms and rotary embedding; the video in raster order, then the valid text. Of a batch it is the last
-            sample: with guidance in one batch, the one with the prompt.
-        calls: which calls of the model's transformers to look at, from 0.
-        steps: which denoising steps instead, from 0: of each the first call, which with guidance in two calls is the
-            one with the prompt. Without calls or steps, the first call.
-        layers: names ("blocks.0.attn1") of the layers to look at; None for all.
+            norms and rotary embedding, with the video in raster order and then the valid text. It gets the last sample
+            of a batch, which is the one with the prompt if guidance runs in one batch.
+        calls: which calls of the model's transformers to observe, from 0.
+        steps: which denoising steps to observe instead, from 0. Each step stands for its first call, which is the one
+            with the prompt if guidance takes two calls. Without calls or steps, the first call is observed.
+        layers: names ("blocks.0.attn1") of the layers to observe; None for all.
 
     Raises:
-        TypeError: an unsupported model.
-        ValueError: an unknown layer, calls and steps both given, or some that were never made.
+        TypeError: the model is not supported.
+        ValueError: a layer is unknown, calls and steps are both given, or some of them were never made.
     """
     if calls is not None and steps is not None:
         raise ValueError(f"give calls or steps, not both, got {list(calls)} and {list(steps)}")
@@ -189,15 +189,15 @@ def observe(
     settings: InspectSettings | None = None,
     on_observation: Callable[[LayerObservation], None] = lambda observation: None,
 ) -> list[LayerObservation]:
-    """Run a model, and keep figures about the attention of its self-attention layers.
+    """Run a model, and keep statistics of its self-attention layers.
 
     Args:
         model, run, calls, steps, layers: see `watch`.
         settings: what to compute; None for the defaults.
-        on_observation: called with each one as it is made.
+        on_observation: called with each observation as it is made.
 
     Returns:
-        One observation for each layer of each of the calls, in the order in which they were made.
+        One observation per layer and call, in the order in which they were made.
 
     Raises:
         TypeError, ValueError: see `watch`.
@@ -257,7 +257,7 @@ def _watch(
 def look_at(
     query: Tensor, key: Tensor, value: Tensor, grid: VideoGrid, settings: InspectSettings
 ) -> tuple[WeightDistribution, dict[tuple[str, int, int], SelectionQuality]]:
-    """The figures of one call: query [1, H, L, D] in raster order, key and value [1, H, N, D], text after the video."""
+    """Observe one call: query [1, H, L, D] in raster order, key and value [1, H, N, D] with text after the video."""
     distribution = weight_distribution(
         query, key, rows=settings.rows, top=settings.top, memory_bytes=settings.memory_bytes
     )

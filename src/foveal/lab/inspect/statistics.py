@@ -1,8 +1,8 @@
-"""What dense attention weights look like, and what is lost by leaving blocks out: one call's heads, rows in chunks.
+"""How dense attention weights are spread, and what leaving out blocks loses, for the heads of one call.
 
-Nothing of size N x N is ever made: query blocks are sampled evenly (or all taken), and a few of their rows are worked
-on at a time. Shape legend: H heads, L query tokens, N key tokens, D head dimension, r rows in flight, Tq / Tk query and
-key blocks, R ratios.
+Nothing of size N x N is ever allocated: query blocks are sampled evenly (or all taken), and processed a few rows at a
+time. Shape legend: H heads, L query tokens, N key tokens, D head dimension, r rows in flight, Tq / Tk query and key
+blocks, R ratios.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from foveal.layout import VideoGrid
 
 ORDERS = ("raster", "tile")
 RANKINGS = ("oracle", "pooled")
-# Weights above 1/N and below 1/(100 N), the shares that SLA's figure 1 shows.
+# The thresholds 1/N and 1/(100 N), whose shares SLA's figure 1 shows.
 FLOOR = 100
 # Copies of a chunk of weights that are alive at once, temporaries included.
 LIVE_COPIES = 6
@@ -27,13 +27,13 @@ POWER_ITERATIONS = 24
 
 @dataclass(frozen=True)
 class SelectionQuality:
-    """What a share of the key blocks keeps, by head; every tensor float32 [H, R] on the CPU.
+    """What a share of the key blocks keeps, per head. Every tensor is float32 [H, R] on the CPU.
 
     Attributes:
         recall: attention mass inside the kept blocks, by ranking: "oracle" knows each block's true mass, "pooled" ranks
             pooled scores, as SLA and VSA do.
-        error: |O_kept - O| / |O| over the sampled rows, by ranking, where O_kept attends to the kept blocks alone.
-        overlap: share of a query block's pooled choice that the next query block makes too, over all query blocks.
+        error: |O_kept - O| / |O| over the sampled rows, by ranking, where O_kept attends only to the kept blocks.
+        overlap: share of a query block's pooled selection that the next query block selects too, over all query blocks.
     """
 
     recall: dict[str, Tensor]
@@ -43,7 +43,7 @@ class SelectionQuality:
 
 @dataclass(frozen=True)
 class WeightDistribution:
-    """How attention weights are spread, by head; every tensor float32 [H] on the CPU.
+    """How attention weights are spread, per head. Every tensor is float32 [H] on the CPU.
 
     Attributes:
         share_above, mass_above: share of the weights above 1/N, and the attention mass that they hold.
@@ -61,7 +61,7 @@ class WeightDistribution:
 
 
 def reorder(x: Tensor, grid: VideoGrid, tile: tuple[int, int, int]) -> Tensor:
-    """[1, H, N, D] with the grid's tokens, which come first, in tile order; what follows them (text) stays."""
+    """[1, H, N, D] with the grid's tokens, which come first, in tile order. The text after them stays."""
     video = grid.to_tile_order(x[:, :, : grid.num_tokens], tile)
     return torch.cat((video, x[:, :, grid.num_tokens :]), 2)
 
@@ -82,17 +82,16 @@ def selection_quality(
     """Recall, output error and overlap of block selections at several ratios.
 
     Args:
-        query: [1, H, L, D], in the order in which it is to be cut into blocks.
-        key, value: [1, H, N, D]; keys past L are text: the blocks that hold them are always kept, and not counted in
-            the ratio.
+        query: [1, H, L, D], in the order in which to cut it into blocks.
+        key, value: [1, H, N, D]. Keys past L are text: their blocks are always kept, and do not count in the ratio.
         block_q, block_k: block sizes in tokens.
         keep_ratios: shares of the key blocks to keep.
         scale: softmax scale; None for 1 / sqrt(D).
         query_blocks: how many query blocks to sample, evenly; None for all.
-        memory_bytes: for the weights in flight, with all copies.
+        memory_bytes: memory for the weights in flight, with all copies.
 
     Raises:
-        ValueError: for more than one sample.
+        ValueError: the batch has more than one sample.
     """
     _check_single(query)
     heads, length, head_dim = query.shape[1:]
@@ -107,7 +106,7 @@ def selection_quality(
     both = (chosen[:, :, 1:] & chosen[:, :, :-1] & ~protected).sum(-1).float()
     overlap = (both / kept[:, None, None]).mean(-1).T if rows_of_blocks > 1 else both.new_ones(heads, len(kept))
 
-    # One row a ranking and ratio, in that order: [H, M], M = 2 R.
+    # One row per ranking and ratio, in that order: [H, M], M = 2 R.
     recall = query.new_zeros((heads, len(RANKINGS) * len(kept)), dtype=torch.float64)
     lost, total = recall.clone(), recall.new_zeros(heads)
     sampled = sample(rows_of_blocks, query_blocks).to(query.device)
@@ -159,7 +158,7 @@ def weight_distribution(
         query, key: [1, H, L, D], [1, H, N, D].
         rows: how many query rows to sample; None for all.
         top: share of each row's weights that count as its largest ones.
-        memory_bytes: for the weights in flight; at least one head's sampled rows are held at once.
+        memory_bytes: memory for the weights in flight; at least one head's sampled rows are held at once.
     """
     _check_single(query)
     heads, length, head_dim = query.shape[1:]

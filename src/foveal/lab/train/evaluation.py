@@ -1,4 +1,4 @@
-"""Looking at a model in training: held-out losses dense and sparse, each layer's error, what selections catch."""
+"""Evaluate a model in training: held-out losses dense and sparse, each layer's error, and the recall of selections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from foveal.lab.train.parallel import data_part, mean_of, sum_of
 from foveal.models import dense
 from foveal.models.processor import sparse_processors
 
-# Queries of a layer that are compared with dense attention: all of them would take as long as dense attention does.
+# Queries per layer to compare with dense attention. All queries would take as long as dense attention does.
 QUERIES = 128
 
 
@@ -28,8 +28,8 @@ class LayerReport:
     """One sparse layer, on one held-out sample.
 
     Args:
-        error: relative error of its attention's output against dense attention of the same query, key and value.
-        recall: share of dense attention's mass that falls on the blocks that are attended to exactly.
+        error: relative error of its output against dense attention of the same query, key, and value.
+        recall: share of dense attention's mass on the blocks that it attends to exactly.
     """
 
     error: float
@@ -38,12 +38,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one evaluation found.
+    """The results of one evaluation.
 
     Args:
         sparse: held-out loss as the model is trained.
         dense: held-out loss of the same weights with dense attention; equal for a dense model.
-        layers: by name; empty for a dense model.
+        layers: each sparse layer's report by name; empty for a dense model.
     """
 
     sparse: float
@@ -60,7 +60,7 @@ class Evaluation:
         )
 
     def figures(self) -> dict[str, float]:
-        """Everything as flat names and numbers."""
+        """All results as flat names and numbers."""
         found = {"held_out/sparse": self.sparse, "held_out/dense": self.dense}
         for name, layer in self.layers.items():
             found |= {f"error/{name}": layer.error, f"recall/{name}": layer.recall}
@@ -71,14 +71,14 @@ class Evaluation:
 
 
 class HeldOut:
-    """Fixed clips, noise and noise levels, so that two evaluations can be compared to the last digit.
+    """Evaluates on fixed clips, noise, and noise levels, so that two evaluations compare to the last digit.
 
     Processes share the clips, and all of them call `evaluate`.
 
     Args:
         data: the held-out samples.
-        config: the run.
-        accelerator: of the run.
+        config: the run's configuration.
+        accelerator: the run's accelerator.
     """
 
     def __init__(self, data: LatentDataset, config: TrainingConfig, accelerator: Any) -> None:
@@ -87,7 +87,7 @@ class HeldOut:
         self.part = data_part(accelerator, config)
 
     def sample(self, index: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(clean, noise, text) of one sample, a batch of one, on the device."""
+        """(clean, noise, text) of one sample as a batch of one, on the device."""
         from safetensors import SafetensorError
 
         device = self.accelerator.device
@@ -97,20 +97,20 @@ class HeldOut:
             raise TrainingError(f"held-out sample {index} cannot be read: {error}") from error
         batch = {key: value[None].to(device) for key, value in item.items() if isinstance(value, Tensor)}
         clean = batch["latents"].float()
-        # Training counts its samples up from 0; these lie below.
+        # Training counts its samples up from 0, so evaluation uses numbers below 0.
         noise, _ = sample_noise(tuple(clean.shape), first=-1 - index, seed=self.seed, shift=1.0)
         return clean, noise.to(device), text_of(batch)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Evaluation:
-        """Losses over all samples and noise levels, and each layer on the first sample.
+        """Compute losses over all samples and noise levels, and observe each layer on the first sample.
 
         Args:
-            model: the transformer itself, not wrapped.
+            model: the unwrapped transformer.
         """
         training = model.training
         model.eval()
-        # Hooks see the layers, and compiled blocks may have none.
+        # Hooks observe the layers, and compiled blocks may not have hooks.
         with torch.compiler.set_stance("force_eager"):
             sparse = self._loss(model)
             layers = {}
@@ -125,7 +125,7 @@ class HeldOut:
     def _loss(self, model: nn.Module) -> float:
         rank, parts = self.part
         total = torch.zeros((), device=self.accelerator.device, dtype=torch.float64)
-        # Every process makes as many forwards, since a sharded model needs all of them for each.
+        # Every process makes the same number of forwards, because a sharded model needs all processes for each one.
         for start in range(0, self.count, parts):
             counts = start + rank < self.count
             clean, noise, text = self.sample(min(start + rank, self.count - 1))
@@ -144,13 +144,13 @@ class HeldOut:
         levels = sorted(self.settings.sigmas)
         with comparing_layers(model) as found:
             self._forward(model, *self.sample(0), levels[len(levels) // 2])
-        # All processes have the same sample, under context parallelism each its own heads.
+        # All processes have the same sample; under context parallelism each has its own heads.
         return {name: _report(sum_of(self.accelerator, sums)) for name, sums in found.items()}
 
 
 @contextlib.contextmanager
 def comparing_layers(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Compares every sparse layer with dense attention at its latest call inside the context: `_sums` by layer name."""
+    """Compare every sparse layer with dense attention at its latest call in the context: `_sums` by layer name."""
     found: dict[str, Tensor] = {}
 
     def record(name: str):
@@ -173,28 +173,28 @@ def comparing_layers(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def compare_with_dense(
     attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, output: Tensor, grid: Any
 ) -> LayerReport:
-    """One layer's output against dense attention at `QUERIES` queries, spread evenly.
+    """Compare one layer's output with dense attention at `QUERIES` evenly spread queries.
 
     Args:
         attention: the method's module.
-        query, key, value, output: [B, H, L, D], of one call of it.
-        grid: of that call.
+        query, key, value, output: [B, H, L, D], from one call of the module.
+        grid: the grid of that call.
     """
     return _report(_sums(attention, query, key, value, output, grid))
 
 
 def _report(sums: Tensor) -> LayerReport:
-    # Divided as tensors: where dense attention is all zeros, the error is NaN, and training goes on.
+    # Divided as tensors, so where dense attention is all zeros the error is NaN and training continues.
     difference, exact, mass, rows = sums
     return LayerReport((difference / exact).sqrt().item(), (mass / rows).item())
 
 
 @torch.no_grad()
 def _sums(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, output: Tensor, grid: Any) -> Tensor:
-    """What a report is made of, and what adds up over heads, float64 [4].
+    """The sums behind a report, float64 [4], which add up over heads.
 
-    The squared norms of the output's difference from dense attention and of that, the mass on the blocks that are
-    attended to exactly, and the number of rows, each with a mass of 1.
+    They are the squared norm of the difference from dense attention, the squared norm of dense attention, the mass on
+    the blocks that are attended to exactly, and the number of rows, each with a mass of 1.
     """
     length = query.shape[2]
     picks = torch.linspace(0, length - 1, min(QUERIES, length), device=query.device).round().long()
@@ -212,13 +212,13 @@ def _sums(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, outpu
 
 
 class DivergenceAlarm:
-    """Says when the sparse held-out loss leaves the dense one behind.
+    """Warns when the sparse held-out loss moves away from the dense one.
 
-    The yardstick is the dense loss of the weights as they are or as they were at first, whichever is lower: training
-    with sparse attention may spoil the same weights for dense attention.
+    The baseline is the dense loss of the current weights or of the initial ones, whichever is lower, because training
+    with sparse attention may make the weights worse for dense attention.
 
     Args:
-        gap: the share above the yardstick that is still fine.
+        gap: the share above the baseline that is acceptable.
     """
 
     def __init__(self, gap: float) -> None:
@@ -227,7 +227,7 @@ class DivergenceAlarm:
         self.former_gap: float | None = None
 
     def warning(self, evaluation: Evaluation) -> str:
-        """A line to warn with, or "" if all is well: the gap is small, or smaller than last time."""
+        """A warning, or "" if the gap is small or smaller than last time."""
         if self.first_dense is None:
             self.first_dense = evaluation.dense
         yardstick = min(self.first_dense, evaluation.dense)

@@ -1,4 +1,4 @@
-"""What goes wrong in training, and what is done: bad losses are skipped, signals end the run well, memory runs out."""
+"""Handle what goes wrong in training: skip bad losses, end the run cleanly on signals, and explain lack of memory."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from foveal.lab.train.config import TrainingConfig
 from foveal.lab.train.settings import FaultSettings
 
 RECENT_LOSSES = 50
-# Before so many losses are known, none is called a spike.
+# No loss counts as a spike until this many losses are known.
 MEDIAN_NEEDS = 10
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on, with what to do about it."""
+    """A run cannot continue; the message says what to do about it."""
 
 
 class LossGuard:
     """Refuses steps whose loss or gradient is not finite, or whose loss is a spike.
 
     Args:
-        settings: what is a spike, and how many bad steps in a row are too many.
-        report: called with a line for every step refused.
+        settings: what counts as a spike, and how many bad steps in a row are too many.
+        report: called with a line for every refused step.
     """
 
     def __init__(self, settings: FaultSettings, report: Callable[[str], None]) -> None:
@@ -39,7 +39,7 @@ class LossGuard:
         """Whether to take a step with this loss and gradient.
 
         Raises:
-            TrainingError: for the last of too many bad ones in a row.
+            TrainingError: too many bad steps in a row.
         """
         problem = self._problem(loss, gradient_norm)
         if not problem:
@@ -77,7 +77,7 @@ class LossGuard:
 
 @contextlib.contextmanager
 def stopping_on_signals(report: Callable[[str], None]) -> Iterator[threading.Event]:
-    """An event that SIGTERM and the first SIGINT set; the second SIGINT interrupts at once."""
+    """An event that SIGTERM and the first SIGINT set. The second SIGINT interrupts at once."""
     stop = threading.Event()
 
     def handle(number: int, frame: object) -> None:
@@ -98,7 +98,7 @@ def stopping_on_signals(report: Callable[[str], None]) -> Iterator[threading.Eve
 
 
 def out_of_memory(config: TrainingConfig, error: BaseException) -> TrainingError:
-    """What to change, from what this run has not changed yet."""
+    """Suggest what to change, among the settings that this run has not changed yet."""
     advice = []
     if config.micro_batch_size > 1:
         advice.append(f"micro_batch_size below {config.micro_batch_size} (batch_size stays: gradients accumulate)")
@@ -120,4 +120,4 @@ def out_of_memory(config: TrainingConfig, error: BaseException) -> TrainingError
         advice.append("no objective.distillation, whose teacher is a second model")
     advice.append("fewer frames or pixels in the data")
     first = str(error).split(". ")[0]
-    return TrainingError(f"out of memory ({first}). What takes less: " + "; ".join(advice))
+    return TrainingError(f"out of memory ({first}). To use less, try: " + "; ".join(advice))

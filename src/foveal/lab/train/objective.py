@@ -1,4 +1,4 @@
-"""Flow matching: what a rectified-flow video transformer (Wan, HunyuanVideo, LTX, Flux) is trained to predict.
+"""Flow matching, the objective of rectified-flow video transformers (Wan, HunyuanVideo, LTX, Flux).
 
     x_t = (1 - sigma) x_0 + sigma eps,    target v = eps - x_0        (Lipman et al., arXiv 2210.02747)
 
@@ -31,30 +31,30 @@ def add_noise(clean: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Ten
 
 
 def flow_matching_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error, float32 [B]: one figure a sample, so that held-out losses can be paired."""
+    """Mean squared error, float32 [B]: one value per sample, so that held-out losses can be paired."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
 def sample_noise(
     shape: tuple[int, ...], *, first: int, seed: int, shift: float, sigma_range: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[Tensor, Tensor]:
-    """Noise [B, C, F, H, W] and noise levels [B] that are a function of the seed and each sample's number alone.
+    """Noise [B, C, F, H, W] and noise levels [B] that depend only on the seed and each sample's number.
 
-    So they do not depend on how a batch is cut into micro-batches or spread over devices, and a resumed run needs to
-    remember nothing of them.
+    They do not depend on how a batch is cut into micro-batches or spread over devices, and a resumed run needs no state
+    for them.
 
     Args:
-        shape: of the noise; B is its first side.
-        first: number of the first sample since training began; the others count on from it.
-        seed: of the run.
+        shape: the shape of the noise; its first dimension is B.
+        first: the number of the first sample since training began; the others follow.
+        seed: the run's seed.
         shift, sigma_range: see `sample_sigmas`.
 
     Returns:
-        Both float32 on the CPU.
+        Both as float32 on the CPU.
     """
     noise, sigmas = [], []
     for number in range(first, first + shape[0]):
-        # torch's generator for the CPU looks at 32 bits of its seed: they must not be those of the number alone.
+        # torch's CPU generator uses 32 bits of its seed, so these must not come only from the number.
         digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         sigmas.append(sample_sigmas(1, shift=shift, generator=generator, sigma_range=sigma_range))
@@ -63,15 +63,15 @@ def sample_noise(
 
 
 def scheduler_shift(scheduler: dict) -> float:
-    """The resolution shift in a diffusers scheduler's configuration, 1 where there is none.
+    """The resolution shift in a diffusers scheduler's configuration, or 1 if there is none.
 
     Raises:
-        ValueError: for a scheduler that is not one of flow matching, or shifts by resolution as it samples.
+        ValueError: the scheduler is not a flow-matching one, or shifts by resolution as it samples.
     """
     flow = "FlowMatch" in scheduler.get("_class_name", "") or scheduler.get("use_flow_sigmas", False)
     if not flow:
         raise ValueError(
-            f"the model's scheduler, {scheduler.get('_class_name')}, is not one of flow matching; give objective.shift"
+            f"the model's scheduler, {scheduler.get('_class_name')}, is not for flow matching; give objective.shift"
         )
     if scheduler.get("use_dynamic_shifting", False):
         raise ValueError("the model's scheduler shifts noise levels by resolution; give objective.shift")

@@ -1,4 +1,4 @@
-"""The optimiser of a run: groups of parameters with rates of their own, a schedule, and one step of both."""
+"""The optimizer of a run: groups of parameters with their own rates, a schedule, and one step of both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parameter_groups(
     fast_parameters: Iterable[nn.Parameter] = (),
     fast_learning_rate: float | None = None,
 ) -> list[dict]:
-    """Groups for an optimiser: the fast parameters with their own rate, the others with `learning_rate`."""
+    """Groups for an optimizer: the fast parameters with their own rate, and the others with `learning_rate`."""
     fast = {id(p) for p in fast_parameters} if fast_learning_rate is not None else set()
     parameters = list(parameters)
     groups = [
@@ -30,10 +30,10 @@ def parameter_groups(
 def build_optimizer(
     groups: list[dict], *, name: str = "adamw", betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.01
 ) -> torch.optim.Optimizer:
-    """AdamW: torch's fused one, or "adamw8bit" of bitsandbytes.
+    """AdamW: torch's fused version, or "adamw8bit" from bitsandbytes.
 
     Raises:
-        ImportError: for "adamw8bit" without bitsandbytes.
+        ImportError: "adamw8bit" without bitsandbytes.
     """
     if name == "adamw8bit":
         try:
@@ -47,7 +47,7 @@ def build_optimizer(
 def warmup_and_decay(
     optimizer: torch.optim.Optimizer, *, steps: int, warmup: int, decay: bool = True, floor: float = 0.0
 ) -> LambdaLR:
-    """Every group's rate rises linearly over `warmup` steps; with `decay` it falls linearly to `floor` of its peak."""
+    """Every rate rises linearly over `warmup` steps. With `decay` it then falls linearly to `floor` of its peak."""
 
     def rate(step: int) -> float:
         left = (steps - step) / max(1, steps - warmup) if decay else 1.0
@@ -57,7 +57,7 @@ def warmup_and_decay(
 
 
 def set_steps_taken(schedule: LambdaLR, steps: int) -> None:
-    """Puts a new schedule and its optimiser's rates where so many steps leave them, to the last bit."""
+    """Set a new schedule and its optimizer's rates to where this many steps leave them, to the last bit."""
     schedule.last_epoch = steps
     groups = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
     for group, peak, rate in groups:
@@ -67,12 +67,12 @@ def set_steps_taken(schedule: LambdaLR, steps: int) -> None:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimiser step.
+    """One optimizer step.
 
     Args:
-        loss: its mean over the batch.
-        gradient_norm: before clipping.
-        taken: False where the step was refused, and the parameters stayed as they were.
+        loss: the mean loss over the batch.
+        gradient_norm: the gradient's norm before clipping.
+        taken: False if the step was refused and the parameters stayed as they were.
     """
 
     loss: float
@@ -91,13 +91,13 @@ def optimizer_step(
     backward: Callable[[Tensor], None] = Tensor.backward,
     mean: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> StepReport:
-    """Gradients of the sum of some losses, clipped, and a step of the optimiser and the schedule unless it is refused.
+    """Clip the gradients of the sum of some losses, and step the optimizer and the schedule unless refused.
 
     Args:
-        losses: scalars, one a micro-batch, each made when the one before has had its backward.
+        losses: scalars, one per micro-batch, each computed after the backward of the previous one.
         accept: (loss, gradient norm) to whether to take the step.
-        backward: of one loss.
-        mean: of the loss over processes.
+        backward: runs the backward of one loss.
+        mean: averages the loss over processes.
     """
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=parameters[0].device)

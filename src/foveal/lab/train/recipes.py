@@ -1,6 +1,6 @@
 """Recipes: functions without arguments that return a whole `TrainingConfig`, for the command line to override.
 
-A recipe of one's own is such a function in a file of one's own: `foveal train path/to/file.py:function`.
+Your own recipe is such a function in your own file: `foveal train path/to/file.py:function`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WAN_14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 
 
 def tiny() -> TrainingConfig:
-    """A small random Wan on a sample clip, SLA: some minutes on a CPU, nothing to download."""
+    """A small random Wan with SLA on a sample clip: a few minutes on a CPU, nothing to download."""
     return TrainingConfig(
         model=ModelSettings(
             architecture=WanArchitecture(
@@ -74,7 +74,7 @@ def wan_14b_sla() -> TrainingConfig:
 def wan_1_3b_vsa() -> TrainingConfig:
     """Wan2.1-1.3B to VSA: dense at first, then fewer cubes every 50 steps down to 32 (arXiv 2505.13389).
 
-    At 480p and 81 frames there are 624 cubes; 3 % of them go at a time.
+    At 480p and 81 frames there are 624 cubes, and 3% of them are removed at a time.
     """
     return TrainingConfig(
         model=ModelSettings(WAN_1_3B),
@@ -90,12 +90,12 @@ def wan_1_3b_vsa() -> TrainingConfig:
 
 
 def wan_14b_vsa() -> TrainingConfig:
-    """Wan2.1-14B to VSA, annealed likewise, sharded over the devices of `torchrun`."""
+    """Wan2.1-14B to VSA, annealed in the same way, sharded over the devices of `torchrun`."""
     return wan_1_3b_vsa().replace(model=ModelSettings(WAN_14B), output=Path("wan-14b-vsa"), parallel="fsdp")
 
 
 def wan_1_3b_lora() -> TrainingConfig:
-    """Wan2.1-1.3B to SLA with its own weights frozen: LoRA and the projections, taught by the dense model."""
+    """Wan2.1-1.3B to SLA with frozen weights: trains LoRA and the projections, with the dense model as teacher."""
     return TrainingConfig(
         model=ModelSettings(WAN_1_3B, frozen_dtype="bfloat16"),
         sparsity=SparsitySettings(SLAConfig(keep_ratio=0.10, drop_ratio=0.10)),
@@ -131,7 +131,7 @@ def scratch_sla() -> TrainingConfig:
 
 
 def scratch_vsa() -> TrainingConfig:
-    """The same with VSA, both gates learned, 87.5 % sparse (arXiv 2505.13389)."""
+    """The same with VSA, both gates learned, 87.5% sparse (arXiv 2505.13389)."""
     return _from_scratch("scratch-vsa").replace(sparsity=SparsitySettings(VSAConfig(keep_ratio=0.125, fine_gate=True)))
 
 
@@ -151,8 +151,8 @@ def find_recipe(name: str) -> Callable[[], TrainingConfig]:
     """A recipe by name, or by file and function: "path/to/file.py:function".
 
     Raises:
-        ValueError: for a name that is not in the table, or a file without that function.
-        FileNotFoundError: for a file that is not there.
+        ValueError: the name is not in the table, or the file does not have the function.
+        FileNotFoundError: the file does not exist.
     """
     path, separator, function = name.rpartition(":")
     if not separator:
@@ -160,10 +160,10 @@ def find_recipe(name: str) -> Callable[[], TrainingConfig]:
             raise ValueError(f"unknown recipe {name!r}; expected one of {tuple(RECIPES)}, or path/to/file.py:function")
         return RECIPES[name]
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no such file of recipes: {path}")
+        raise FileNotFoundError(f"no such recipe file: {path}")
     spec = importlib.util.spec_from_file_location(f"foveal_recipes_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
+    # Dataclasses look up their module by name.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     recipe = getattr(module, function, None)
@@ -189,11 +189,11 @@ def usage() -> str:
 
 
 def parse(arguments: list[str]) -> TrainingConfig:
-    """What `foveal train` was given: a recipe, and settings that override it.
+    """Parse the arguments of `foveal train`: a recipe, and settings that override it.
 
     Raises:
-        SystemExit: for --help, and settings that do not exist.
-        TypeError, ValueError, FileNotFoundError: for a recipe that cannot be found, or settings that contradict.
+        SystemExit: for --help, and for settings that do not exist.
+        TypeError, ValueError, FileNotFoundError: the recipe cannot be found, or settings contradict each other.
     """
     import tyro
 

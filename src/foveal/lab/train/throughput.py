@@ -1,4 +1,4 @@
-"""How fast a run goes: tokens a second, and model FLOPs utilisation where the device's peak is known."""
+"""The speed of a run: tokens per second, and model FLOPs utilization where the device's peak is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from foveal.methods.cost import attention_cost
 from foveal.models.families.table import family_of
 from foveal.models.processor import sparse_processors
 
-# Dense bfloat16 tensor-core FLOP/s by the vendor's data sheets, without sparsity; the first name that fits counts.
+# Dense bfloat16 tensor-core FLOP/s from the vendors' data sheets, without sparsity. The first matching name counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -26,7 +26,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bfloat16 peak; None where it is not in the table."""
+    """The device's dense bfloat16 peak; None if it is not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -34,14 +34,14 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def sample_flops(model: nn.Module, grid: VideoGrid, *, dense: bool = False) -> float:
-    """FLOPs of one sample's forward and backward, as model FLOPs utilisation counts them: what is recomputed is not.
+    """FLOPs of one sample's forward and backward, as model FLOPs utilization counts them, without recomputation.
 
-    6 a block's weight and token, and 3 times the forward of each attention as it is configured now, by
-    `attention_cost`; cross-attention and all that happens once a sample are left out.
+    They are 6 per block weight and token, plus 3 times the forward of each attention as configured now, from
+    `attention_cost`. Cross-attention and everything that happens once per sample are not counted.
 
     Args:
         model: the transformer.
-        grid: the sample in tokens.
+        grid: the sample's grid in tokens.
         dense: count dense attention, whatever the model has.
     """
     family = family_of(model)
@@ -49,7 +49,7 @@ def sample_flops(model: nn.Module, grid: VideoGrid, *, dense: bool = False) -> f
     flops = 0.0
     for name, attention in family.self_attention_layers(model).items():
         block = model.get_submodule(name.rpartition(".")[0])
-        # `attention_cost` counts the sparse parameters, and the keys and values of cross-attention see the text alone.
+        # `attention_cost` counts the sparse parameters, and keys and values of cross-attention see only the text.
         elsewhere = (".processor.", "attn2.to_k.", "attn2.to_v.")
         weights = sum(
             p.numel() for n, p in block.named_parameters() if p.dim() == 2 and not any(part in n for part in elsewhere)

@@ -1,4 +1,4 @@
-"""Where the page can be served."""
+"""Check where the page can be served."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises a ValueError, naming the option, for a port or host that cannot be served at."""
+    """Raise a ValueError that names the option, for a port or host where nothing can be served."""
     if not 1 <= port <= 65535:
         raise ValueError(f"--port must be in 1..65535, got {port}")
     name = host.strip("[]")
@@ -18,5 +18,5 @@ def check_address(host: str, port: int) -> None:
         if error.errno == errno.EADDRINUSE:
             raise ValueError(f"port {port} of {host} is in use; choose another --port") from error
         if error.errno == errno.EACCES:
-            raise ValueError(f"port {port} is not for everyone to serve at; choose another --port") from error
+            raise ValueError(f"port {port} needs special rights; choose another --port") from error
         raise ValueError(f"cannot serve at --host {host}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""What the page shows: a video, and query, key and value of a model's layers while it denoises that video.
+"""What the page shows: a video, and query, key, and value of a model's layers while it denoises that video.
 
 Shape legend: H heads, L tokens of the grid, N keys (the grid's and then text), D head dimension, n tokens in question.
 """
@@ -24,7 +24,7 @@ from foveal.layout import VideoGrid
 from foveal.methods.base import Config, method_of
 from foveal.methods.cost import attention_cost
 
-# Query tokens that a head's error and recall are taken over.
+# Query tokens sampled for a head's error and recall.
 SAMPLED_TOKENS = 96
 BRIGHTNESS = {1: 1.0, 0: 0.42, -1: 0.10}
 
@@ -34,9 +34,9 @@ class Scene:
     """A video and the attention inputs of some layers.
 
     Attributes:
-        title: what it is, for people.
-        frames: uint8 [frames of the grid, height, width, 3], what each of the grid's frames looks like.
-        grid: of tokens.
+        title: a title to display.
+        frames: uint8 [frames of the grid, height, width, 3], a picture of each of the grid's frames.
+        grid: the token grid.
         layers: name to (query [1, H, L, D], key and value [1, H, N, D]), the video in raster order.
     """
 
@@ -52,9 +52,9 @@ class View:
 
     Attributes:
         labels: int8 [frames, height, width] of the grid: +1 read exactly, 0 through the global branch, -1 not at all.
-        kept, blocks: key blocks that the token's block reads exactly, of how many.
+        kept, blocks: how many key blocks the token's block reads exactly, and how many there are.
         recall: share of this token's attention mass in the blocks that it reads exactly.
-        head_recall, head_error: the same over sampled tokens of the head, and |O_kept - O| / |O| over them.
+        head_recall, head_error: recall over sampled tokens of the head, and |O_kept - O| / |O| over them.
         work: FLOPs of the method over those of dense attention, at this size.
     """
 
@@ -74,18 +74,18 @@ def demo_scene(folder: Path, video: Path, *, noise_level: float, window: float =
         folder: what `foveal demo` wrote.
         video: any video file.
         noise_level: sigma in (0, 1).
-        window: where in the clip, from 0 to 1.
-        seed: of the noise.
+        window: the place in the clip, from 0 to 1.
+        seed: the seed of the noise.
 
     Raises:
-        FileNotFoundError: a folder without a demo's model, or no such video.
-        ValueError: a video that cannot be decoded or is too short, or a noise level out of range.
+        FileNotFoundError: the folder has no demo model, or the video does not exist.
+        ValueError: the video cannot be decoded or is too short, or the noise level is out of range.
     """
     from diffusers import WanTransformer3DModel
 
     folder = Path(folder)
     if not (folder / "model" / "config.json").is_file() or not (folder / "results.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no model of the demo; `foveal demo --output {folder}` makes one")
+        raise FileNotFoundError(f"{folder} has no demo model; `foveal demo --output {folder}` makes one")
     if not 0.0 < noise_level < 1.0:
         raise ValueError(f"noise_level must be above 0 and below 1, got {noise_level}")
     settings = DemoSettings(**json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"])
@@ -119,10 +119,10 @@ def pipeline_scene(
         step: which denoising step's attention to keep, from 0.
         size: (frames, height, width) in pixels.
         num_inference_steps: denoising steps; the frames shown are those of the finished video.
-        seed: of the noise.
+        seed: the seed of the noise.
 
     Raises:
-        ValueError: for a size that the pipeline does not take, or a step that the schedule has not.
+        ValueError: the pipeline does not take this size, or the schedule does not have this step.
     """
     if not 0 <= step < num_inference_steps:
         raise ValueError(f"step must be in [0, {num_inference_steps}), got {step}")
@@ -148,7 +148,7 @@ def pipeline_scene(
 
     watch(loaded.pipe, run, look, steps=(step,))
     video = (made[0].float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-    # A frame of the grid stands for several pixel frames: the one in the middle of them is shown.
+    # A frame of the grid stands for several pixel frames, and the middle one is shown.
     places = ((torch.arange(grids[0].frames) + 0.5) * len(video) / grids[0].frames).long()
     return Scene(f"{prompt}, step {step} of {num_inference_steps}", video[places], grids[0], layers)
 
@@ -160,12 +160,12 @@ def view(scene: Scene, config: Config, *, layer: str, head: int, token: tuple[in
     Args:
         scene: from `demo_scene` or `pipeline_scene`.
         config: an `SLAConfig` or `VSAConfig`.
-        layer: a name out of `scene.layers`.
-        head: from 0.
+        layer: a name in `scene.layers`.
+        head: the head's index, from 0.
         token: (frame, row, column) in the grid.
 
     Raises:
-        ValueError: for a layer, head or token that the scene has not.
+        ValueError: the scene does not have this layer, head, or token.
     """
     if layer not in scene.layers:
         raise ValueError(f"unknown layer {layer!r}; expected one of {tuple(scene.layers)}")
@@ -176,7 +176,7 @@ def view(scene: Scene, config: Config, *, layer: str, head: int, token: tuple[in
     if any(not 0 <= place < side for place, side in zip(token, scene.grid.shape, strict=True)):
         raise ValueError(f"token must lie in the grid {scene.grid.shape}, got {token}")
     attention = method_of(config).build(config, heads * head_dim, heads, head_dim, "auto")
-    # The choice among the video's blocks; text is read by every token.
+    # The selection among the video's blocks. Every token reads the text.
     selection = attention.select(query[:, head : head + 1], key[:, head : head + 1, :tokens], grid=scene.grid)
     labels = token_labels(selection, attention, scene.grid, token=token, head=0)
     places = attention.token_places(scene.grid)
@@ -207,12 +207,12 @@ def _index(token: tuple[int, int, int], grid: VideoGrid) -> int:
 
 
 class Sheet:
-    """The frames of a scene side by side in rows, so that one picture shows them all and a click names a token.
+    """Arrange the frames of a scene in rows, so that one picture shows all of them and a click names a token.
 
     Args:
-        scene: whose frames.
-        columns: frames in a row; None for about as wide as high.
-        width: of the whole sheet in pixels, about.
+        scene: the scene to show.
+        columns: frames per row; None makes the sheet about as wide as high.
+        width: the approximate width of the whole sheet in pixels.
     """
 
     GAP = 6
@@ -225,7 +225,7 @@ class Sheet:
         self.cell = (height * self.factor + self.GAP, across * self.factor + self.GAP)
 
     def draw(self, labels: Tensor, token: tuple[int, int, int]) -> Tensor:
-        """uint8 [height, width, 3]: tokens bright, dim or dark by their label, a red frame around the token."""
+        """uint8 [height, width, 3]: tokens bright, dim, or dark by label, with a red frame around the token."""
         frames, grid = self.scene.frames, self.scene.grid
         count, height, width = frames.shape[:3]
         brightness = torch.zeros(labels.shape)

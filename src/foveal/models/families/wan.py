@@ -81,7 +81,7 @@ def self_attention(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs of [B, L, H, D]; the tables hold each angle twice.
+    """Rotary embedding of neighboring pairs of [B, L, H, D]; the tables hold each angle twice.
 
     Of (a, b) it makes (a cos - b sin, b cos + a sin). Written for all of x at once, and not for two halves that are
     stacked then, it is one pass with the norm before it in Inductor's code.

@@ -139,7 +139,7 @@ def recognised(names: Iterable[str], source: str) -> CheckpointFormat:
     """
     names = list(names)
     if any(name.endswith(".int8_weight") for name in names):
-        raise ValueError(f"{source} is quantised to int8; take the file of the same model without -quant")
+        raise ValueError(f"{source} is quantized to int8; take the file of the same model without -quant")
     for known in FORMATS.values():
         if known.lora or not known.matches(names):
             continue
