@@ -44,11 +44,11 @@ def parallel_config(**degrees):
 def test_ring_attention_is_refused(degrees, got):
     model, config = sparsify(tiny_transformer(), SPARSE_SLA), parallel_config(**degrees)
     processor = model.blocks[0].attn1.processor
-    with pytest.raises(ValueError, match=rf"takes Ulysses alone: expected ring_degree=1 .*, got {got}"):
+    with pytest.raises(ValueError, match=rf"takes only Ulysses: expected ring_degree=1 .*, got {got}"):
         processor._parallel_config = config
     assert processor._parallel_config is None
     densify(model)._parallel_config = config
-    with pytest.raises(ValueError, match="takes Ulysses alone"):
+    with pytest.raises(ValueError, match="takes only Ulysses"):
         sparsify(model, SPARSE_SLA)
     assert not sparse_processors(model)
 

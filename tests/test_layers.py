@@ -41,7 +41,7 @@ def test_configurations_by_layer(config, layers, expected):
         (None, {}, ValueError, "layers leaves every layer dense"),
         (None, {0: None}, ValueError, "layers leaves every layer dense"),
         (None, lambda index, name: None, ValueError, "layers leaves every layer dense"),
-        (SPARSE_SLA, lambda index, name: SPARSE_SLA, TypeError, "config must be None beside a function"),
+        (SPARSE_SLA, lambda index, name: SPARSE_SLA, TypeError, "config must be None when layers is a function"),
         (SPARSE_SLA, {2: SPARSE_VSA}, ValueError, r"layers must be in 0\.\.1, got 2"),
         (SPARSE_SLA, {-1: None}, ValueError, r"layers must be in 0\.\.1, got -1"),
         (SPARSE_SLA, {range(3): None}, ValueError, r"layers must be in 0\.\.1, got 2"),

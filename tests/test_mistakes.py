@@ -37,9 +37,9 @@ MODELS = {
     "a block": (lambda: tiny_transformer().blocks[0], "must be one of .*, got WanTransformerBlock"),
     "a wrapper": (
         lambda: torch.nn.DataParallel(tiny_transformer()),
-        "got DataParallel; of a wrapper .* the model inside",
+        "got DataParallel; for a wrapper .* the model inside",
     ),
-    "a compiled model": (lambda: torch.compile(tiny_transformer()), "got OptimizedModule; of a wrapper"),
+    "a compiled model": (lambda: torch.compile(tiny_transformer()), "got OptimizedModule; for a wrapper"),
     "a pipeline of another model": (
         lambda: type("Pipeline", (), {"transformer": torch.nn.Linear(2, 2)})(),
         "must be one of .*, got Linear",
@@ -74,7 +74,7 @@ def test_what_is_no_model(call):
         (lambda m, f: foveal.set_policy(m, Policy), TypeError, "policy must be a Policy or None, got <class"),
         (lambda m, f: foveal.set_policy(tiny_transformer(), None), ValueError, "no sparse layer for a policy"),
         (lambda m, f: foveal.reconfigure(m, None), TypeError, "config must be one of .*, got NoneType"),
-        (lambda m, f: foveal.reconfigure(m, SPARSE_VSA), ValueError, "densify the model, and sparsify it anew"),
+        (lambda m, f: foveal.reconfigure(m, SPARSE_VSA), ValueError, "densify the model and sparsify it again"),
         (lambda m, f: foveal.reconfigure(tiny_transformer(), SPARSE_SLA), ValueError, "no sparse layer to reconfigure"),
         (
             lambda m, f: foveal.unfreeze(tiny_transformer()),

@@ -1,15 +1,16 @@
 """Context parallelism: the tokens of one video over several devices, by Ulysses' all-to-all (arXiv 2309.14509).
 
-Every rank holds a contiguous shard of the tokens, in raster order, for all heads. Before attention an all-to-all makes
-of it all tokens for a share of the heads; the method runs there on the whole grid, tiles, pools and selects as on one
-device; a second all-to-all brings the outputs back. What a method makes of the hidden states token by token, VSA's
-gates, is computed on the shard and travels like values.
+Every rank holds a contiguous shard of the tokens, in raster order, for all heads. Before attention an all-to-all turns
+it into all tokens for a share of the heads. There the method runs on the whole grid, and tiles, pools, and selects as
+on one device. A second all-to-all brings the outputs back. VSA's gates, which come from the hidden states token by
+token, are computed on the shard and travel like values.
 
-Both ways are differentiable. Every rank's backward gives its own part of a parameter's gradient: from its tokens for
-what acts on tokens, from its heads for what the heads share (SLA's projection). The sum over ranks is the gradient.
+Both exchanges are differentiable. Every rank's backward gives its own part of a parameter's gradient: from its tokens
+for what acts on tokens, and from its heads for what the heads share (SLA's projection). The sum over ranks is the
+gradient.
 
-Shape legend: B batch, N ranks, H heads, h = H / N, D head dimension, L tokens of the video, T of the text beside it,
-l and t of these on this rank.
+Shape legend: B batch, N ranks, H heads, h = H / N, D head dimension, L tokens of the video and T of the text in the
+sequence, l and t of these on this rank.
 """
 
 from __future__ import annotations
@@ -25,31 +26,32 @@ from torch import Tensor, nn
 from foveal.layout import VideoGrid
 from foveal.methods.base import METHODS, method_of
 
-# Families whose transformers diffusers can shard, and whose sharded attention is in the tests.
+# Families whose transformers diffusers can shard, and whose sharded attention the tests cover.
 FAMILIES_WITH_PLAN = ("wan", "ltx_video", "flux")
 
 
 def _start(group: Any, received: list[int], sent: list[int], x: Tensor) -> Tensor:
-    """Row blocks of x on their way to their ranks; what comes back is not there before `_wait`."""
+    """Start sending row blocks of x to their ranks. The result is not valid before `_wait`."""
     return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group.group_name)
 
 
 def _wait(x: Tensor) -> Tensor:
-    # Explicitly: kernels that read a tensor by its address would not wait themselves.
+    # Explicit, because kernels that read a tensor by its address would not wait themselves.
     return torch.ops._c10d_functional.wait_tensor(x)
 
 
 def _returns_early(received: list[int], sent: list[int]) -> bool:
-    """Whether `_Finish` can start the gradient's way back.
+    """Whether `_Finish` can start sending the gradient back.
 
-    Autograd wants it as long as what came; and its anomaly mode reads it, which may not happen on the way.
+    Autograd wants the gradient to have the shape of the input. Its anomaly mode reads the gradient, which must not
+    happen while it travels.
     """
     observed = not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
     return sum(received) == sum(sent) and not observed
 
 
 class _Start(torch.autograd.Function):
-    """`_start`; its gradient was put on its way by `_Finish`, and is waited for."""
+    """`_start`. Its backward waits for the gradient that `_Finish` has started to send."""
 
     @staticmethod
     def forward(ctx, group, received: list[int], sent: list[int], x: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class _Start(torch.autograd.Function):
 
 
 class _Finish(torch.autograd.Function):
-    """`_wait` for what `_Start` returned, and nothing else; its gradient is put on the way back."""
+    """`_wait`, only for what `_Start` returned. Its backward starts to send the gradient back."""
 
     @staticmethod
     def forward(ctx, group, received: list[int], sent: list[int], x: Tensor) -> Tensor:
@@ -83,8 +85,8 @@ class Shards:
     """How a sequence is spread over the ranks of a group: contiguously, in the order of the ranks.
 
     Args:
-        group: of `torch.distributed`.
-        uneven: the first ranks may hold a token more than the others (`torch.tensor_split`); otherwise all must hold
+        group: the `torch.distributed` group.
+        uneven: the first ranks may hold one token more than the others (`torch.tensor_split`); otherwise all must hold
             the same number.
     """
 
@@ -100,10 +102,10 @@ class Shards:
         return dist.get_rank(self.group)
 
     def sizes(self, length: int) -> list[int]:
-        """Tokens of each rank.
+        """How many tokens each rank holds.
 
         Raises:
-            ValueError: a length that does not divide among the ranks, unless shards may be uneven.
+            ValueError: the length does not divide among the ranks, and shards may not be uneven.
         """
         ranks = self.ranks
         if length % ranks and not self.uneven:
@@ -111,9 +113,9 @@ class Shards:
         return [length // ranks + (rank < length % ranks) for rank in range(ranks)]
 
     def send(self, x: Tensor, length: int, text: int = 0) -> Tensor:
-        """Puts this rank's tokens of all heads on their way to `receive`, which alone may read what this returns.
+        """Start sending this rank's tokens of all heads. Only `receive` may read what this returns.
 
-        Between the two there is time for other work. The gradient travels alike, from one to the other.
+        Other work can run between the two. The gradient travels in the same way, from `receive` to `send`.
 
         Args:
             x: [B, H, l + t, D], the video's tokens first.
@@ -121,7 +123,7 @@ class Shards:
             text: t, the same on every rank.
 
         Raises:
-            ValueError: heads that do not divide among the ranks, a shard of another size, and text in uneven shards.
+            ValueError: heads do not divide among the ranks, a shard has another size, or uneven shards hold text.
         """
         sizes = self.sizes(length)
         ranks, video = len(sizes), sizes[self.rank]
@@ -137,14 +139,14 @@ class Shards:
             )
         if text and self.uneven:
             raise ValueError("text in one sequence with the video needs even shards: expected ulysses_anything=False")
-        # Tokens by rank outermost, on both sides: what arrives is in order already.
+        # The rank is outermost on both sides, so what arrives is already in order.
         packed = x.unflatten(1, (ranks, -1)).permute(1, 3, 0, 2, 4).flatten(0, 1)
         return _Start.apply(self.group, [size + text for size in sizes], [tokens] * ranks, packed)
 
     def receive(self, sent: Tensor, length: int, text: int = 0) -> Tensor:
-        """All tokens of this rank's heads, [B, h, L + T, D], of what `send` returned for this length and text.
+        """All tokens of this rank's heads, [B, h, L + T, D], from what `send` returned for this length and text.
 
-        Rank r has the heads from r * h on; the video's tokens come first, in raster order.
+        Rank r has the heads from r * h on. The video's tokens come first, in raster order.
         """
         sizes = self.sizes(length)
         counts, tokens = [size + text for size in sizes], sizes[self.rank] + text
@@ -157,7 +159,7 @@ class Shards:
         """This rank's tokens of all heads, [B, H, l, D], from all tokens of its heads, [B, h, L, D].
 
         Args:
-            sizes: tokens of each rank.
+            sizes: the number of tokens of each rank.
         """
         ranks, tokens = len(sizes), sizes[self.rank]
         route = self.group, [tokens] * ranks, sizes
@@ -167,7 +169,7 @@ class Shards:
 
 
 def _video_first(parts: Sequence[Tensor], sizes: list[int]) -> Tensor:
-    """Rows of [video, text] of each rank to the video of all and then the text of all."""
+    """Reorder rows of [video, text] per rank to the video of all ranks and then the text of all ranks."""
     pairs = list(zip(parts, sizes, strict=True))
     return torch.cat([part[:size] for part, size in pairs] + [part[size:] for part, size in pairs])
 
@@ -182,7 +184,7 @@ def context_parallel_attention(
     grid: VideoGrid,
     group: Any = None,
 ) -> Tensor:
-    """A sparse attention module on a video whose tokens are spread over ranks; for models of your own.
+    """Run a sparse attention module on a video whose tokens are spread over ranks, in a model of your own.
 
     Rank r of N holds the r-th of N contiguous parts of the tokens, in raster order, as `tensor_split` cuts them. All
     ranks call this together, with modules of the same parameters and configuration.
@@ -190,16 +192,16 @@ def context_parallel_attention(
     Args:
         attention: a `SparseLinearAttention` or `VideoSparseAttention`.
         query, key, value: [B, H, l, D], this rank's tokens. H divides by the number of ranks.
-        hidden_states: [B, l, hidden_dim], for `VideoSparseAttention` alone.
+        hidden_states: [B, l, hidden_dim], only for `VideoSparseAttention`.
         grid: the shape of the whole video in tokens.
-        group: of `torch.distributed`; None for all ranks.
+        group: the `torch.distributed` group; None for all ranks.
 
     Returns:
-        [B, H, l, D]. Differentiable; a parameter's gradient is the sum of what the ranks get.
+        [B, H, l, D], differentiable. A parameter's gradient is the sum of what the ranks get.
 
     Raises:
         TypeError: `attention` is neither of the two.
-        ValueError: shards or heads that do not fit, each by number.
+        ValueError: shards or heads do not fit; the message has the numbers.
     """
     types = tuple(method.module_type for method in METHODS.values())
     if not isinstance(attention, types):
@@ -222,7 +224,7 @@ def context_parallel_attention(
 def send_gates(
     attention: nn.Module, hidden_states: Tensor | None, grid: VideoGrid, shards: Shards
 ) -> tuple[Tensor | None, ...] | None:
-    """What a method makes of this rank's hidden states [B, l, C], on its way to `receive_gates`; see `Method.gates`."""
+    """Start sending the gates that a method computes from this rank's hidden states [B, l, C]; see `Method.gates`."""
     gates = method_of(attention.config).gates(attention, hidden_states)
     if gates is None:
         return None
@@ -247,11 +249,11 @@ def shards_of(config: Any) -> Shards | None:
 
 
 def check_parallel_config(family: str, config: Any) -> None:
-    """Raises a ValueError for a `ParallelConfig` of diffusers that sparse layers of a family cannot follow.
+    """Raise a ValueError for a diffusers `ParallelConfig` that a family's sparse layers do not support.
 
     Args:
-        family: by its name in the table.
-        config: None for none.
+        family: its name in the table.
+        config: the configuration; None without context parallelism.
     """
     context = getattr(config, "context_parallel_config", None)
     if context is None:
@@ -264,7 +266,7 @@ def check_parallel_config(family: str, config: Any) -> None:
         )
     if context.ring_degree > 1:
         raise ValueError(
-            "sparse attention selects from all keys, so it takes Ulysses alone: expected ring_degree=1 and "
+            "sparse attention selects from all keys, so it takes only Ulysses: expected ring_degree=1 and "
             f"ulysses_degree for all ranks, got ring_degree={context.ring_degree}, "
             f"ulysses_degree={context.ulysses_degree}"
         )

@@ -1,4 +1,4 @@
-"""Which layers of a model get which configuration: the `layers` argument of `sparsify` and its like."""
+"""Which layers of a model get which configuration: the `layers` argument of `sparsify` and similar functions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Layers = Iterable[int | str] | Mapping[int | str | range, Config | None] | Calla
 
 
 def choose_configs(layers: dict[str, nn.Module], config: Config | None, chosen: Layers) -> dict[str, Config]:
-    """Configurations by layer name, in order of depth, from the arguments of `sparsify`.
+    """Turn the arguments of `sparsify` into configurations by layer name, in order of depth.
 
     Raises:
         TypeError, ValueError: as `sparsify` does.
     """
     if callable(chosen):
         if config is not None:
-            raise TypeError(f"config must be None beside a function for layers, which gives each layer's, got {config}")
+            raise TypeError(f"config must be None when layers is a function, which gives each layer's, got {config}")
         configs = {name: chosen(index, name) for index, name in enumerate(layers)}
     elif isinstance(chosen, Mapping):
         configs = dict.fromkeys(layers, config)
@@ -35,17 +35,17 @@ def choose_configs(layers: dict[str, nn.Module], config: Config | None, chosen: 
         configs = dict.fromkeys(layers if chosen is None else choose_layers(layers, chosen), config)
     configs = {name: value for name, value in configs.items() if value is not None}
     if not configs:
-        raise ValueError("layers leaves every layer dense; expected a configuration for one of them at least")
+        raise ValueError("layers leaves every layer dense; expected a configuration for at least one layer")
     for value in configs.values():
         method_of(value)
     return configs
 
 
 def choose_layers(layers: dict[str, nn.Module], chosen: Iterable[int | str], argument: str = "layers") -> list[str]:
-    """Names of the chosen layers, in order of depth.
+    """The names of the chosen layers, in order of depth.
 
     Args:
-        argument: what `chosen` is called in errors.
+        argument: the name of `chosen` in errors.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

@@ -1,4 +1,4 @@
-"""How large the attention of a model is: of the models of the supported families by name, of others from a folder."""
+"""The size of a model's attention: by name for models of the supported families, and from a folder for others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from foveal.layout import VideoGrid
 from foveal.models.families.table import FAMILIES
 from foveal.models.readers import patch_size
 
-# Pixels per latent (frames, height, width) of the VAE that models of a family come with; a folder's own says better.
+# Pixels per latent (frames, height, width) of the VAE that a family's models come with. A folder's own VAE wins.
 USUAL_VAE_STRIDES = {
     "wan": (4, 8, 8),
     "wan_vace": (4, 8, 8),
@@ -28,23 +28,23 @@ USUAL_VAE_STRIDES = {
     "ltx2": (8, 32, 32),
     "flux": (1, 8, 8),
 }
-# Its pipeline folds squares of latents into tokens, which no configuration says; it makes images.
+# Its pipeline folds squares of latents into tokens, which no configuration says. It makes images.
 _PACKED_IMAGES = {"flux": (1, 2, 2)}
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """One transformer, as far as the cost of its attention goes.
+    """The sizes of one transformer that determine the cost of its attention.
 
     Args:
-        name: as users call it.
-        family: in the table of families.
-        layers: how many self-attentions.
-        heads, head_dim: of each.
+        name: the name that users give.
+        family: its name in the table of families.
+        layers: the number of self-attention layers.
+        heads, head_dim: the sizes of each layer.
         vae_strides: pixels per latent (frames, height, width).
         patch_size: latents per token (frames, height, width).
-        ffn_dim: width of the feed-forward layers, of the families whose other work is known (Wan); else None.
-        note: what was assumed.
+        ffn_dim: width of the feed-forward layers for families whose other work is known (Wan); else None.
+        note: what foveal assumed.
     """
 
     name: str
@@ -63,17 +63,17 @@ class ModelSize:
         return self.heads * self.head_dim
 
     def grid(self, frames: int, height: int, width: int) -> VideoGrid:
-        """The grid of tokens of a video of this size in frames and pixels.
+        """The token grid of a video of this size in frames and pixels.
 
         Raises:
-            TypeError, ValueError: for sides that are no positive ints, or that the model cannot cut evenly.
+            TypeError, ValueError: a side is not a positive int, or the model cannot cut it evenly.
         """
         for name, side in (("frames", frames), ("height", height), ("width", width)):
             check_positive_int(name, side)
         if self.family in _PACKED_IMAGES and frames != 1:
             raise ValueError(f"frames must be 1 for {self.name}, which makes images, got {frames}")
         stride = self.vae_strides[0]
-        # Video VAEs keep the first frame apart; an odd latent frame too many is padded.
+        # Video VAEs keep the first frame separate. An odd latent frame at the end is padded.
         if (frames - 1) % stride:
             raise ValueError(f"frames must be 1 more than a multiple of {stride} for {self.name}, got {frames}")
         cells = [-(-((frames - 1) // stride + 1) // self.patch_size[0])]
@@ -103,13 +103,13 @@ MODEL_SIZES = {
 
 
 def model_size(model: str | os.PathLike) -> ModelSize:
-    """The size of a model by its name in `MODEL_SIZES`, or of the transformer in a local folder of diffusers.
+    """The size of a model by its name in `MODEL_SIZES`, or of the transformer in a local diffusers folder.
 
     Args:
-        model: a name, or the folder of a transformer or of a whole pipeline; its `config.json` is read, no weights.
+        model: a name, or the folder of a transformer or a pipeline, of which only `config.json` is read.
 
     Raises:
-        ValueError: neither, or a transformer of no supported family.
+        ValueError: model is neither, or its transformer is of no supported family.
     """
     if str(model) in MODEL_SIZES:
         return MODEL_SIZES[str(model)]
@@ -145,7 +145,7 @@ def model_size(model: str | os.PathLike) -> ModelSize:
         vae_strides=strides or usual,
         patch_size=_PACKED_IMAGES.get(family.name) or patch_size(transformer.config),
         ffn_dim=transformer.config.ffn_dim if family.name == "wan" else None,
-        note=None if strides else f"no VAE beside it: strides {usual} assumed",
+        note=None if strides else f"no VAE next to it: strides {usual} assumed",
     )
 
 
@@ -157,7 +157,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _vae_strides(path: Path, usual: tuple[int, int, int]) -> tuple[int, int, int] | None:
-    """The strides that a VAE's configuration gives, the usual ones where it is silent; None without one."""
+    """The strides in a VAE's configuration, or the usual ones where it has none; None without a VAE."""
     if not path.is_file():
         return None
     config = _read(path)

@@ -1,4 +1,4 @@
-"""The parameters that `sparsify` added, by name: to train, to count, to leave out of quantization."""
+"""The parameters that `sparsify` added, by name: to train, count, or leave out of quantization."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Model = TypeVar("Model")
 
 
 def sparse_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """The parameters that `sparsify` added, without what an adapter put into them.
+    """The parameters that `sparsify` added, without those that an adapter put into them.
 
     Args:
         model: what `sparsify` takes.
 
     Returns:
-        Parameters by name, that of `named_parameters()`; in a pipeline after the component's name. Empty for a dense
-        model, and for one whose configurations need none.
+        Parameters by their names in `named_parameters()`, in a pipeline after the component's name. Empty for a dense
+        model, and for one whose configurations need no parameters.
 
     Raises:
-        TypeError: an unsupported model.
+        TypeError: the model is not supported.
     """
     found = {}
     for component, transformer in components_of(model).items():
@@ -35,17 +35,17 @@ def sparse_parameters(model: Any) -> dict[str, nn.Parameter]:
 
 
 def own_tensors(attention: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a sparse layer by the names that they have in it, whatever PEFT wrapped around them.
+    """The parameters of a sparse layer by their names in it, whatever PEFT wrapped around them.
 
     Args:
-        attention: a method's module; or PEFT's wrapper around one (`modules_to_save`), whose copy in use counts.
+        attention: a method's module, or PEFT's wrapper around one (`modules_to_save`), whose active copy counts.
     """
     copies = getattr(attention, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):
         active = [name for name in attention.active_adapters if name in copies]
         attention = copies[active[0]] if active else attention.original_module
     tensors = attention.state_dict(keep_vars=True)
-    # Beside the layer that it adapts, an adapter keeps parameters of its own.
+    # An adapter keeps its own parameters next to the layer that it adapts.
     adapted = {name.partition(".base_layer.")[0] + "." for name in tensors if ".base_layer." in name}
     return {
         name.replace(".base_layer.", "."): tensor
@@ -55,9 +55,9 @@ def own_tensors(attention: nn.Module) -> dict[str, Tensor]:
 
 
 def unfreeze(model: Model) -> Model:
-    """Makes the parameters that `sparsify` added trainable, and leaves the others as they are.
+    """Make the parameters that `sparsify` added trainable, and leave the others as they are.
 
-    `add_adapter` freezes whatever is not the adapter's; call this after it, and before the optimizer is made.
+    `add_adapter` freezes everything that is not the adapter's. Call this after it and before you make the optimizer.
 
     Args:
         model: a model with sparse parameters.
@@ -66,8 +66,8 @@ def unfreeze(model: Model) -> Model:
         The same model, changed in place.
 
     Raises:
-        TypeError: an unsupported model.
-        ValueError: a model without sparse parameters.
+        TypeError: the model is not supported.
+        ValueError: the model has no sparse parameters.
     """
     parameters = sparse_parameters(model)
     if not parameters:
@@ -78,9 +78,9 @@ def unfreeze(model: Model) -> Model:
 
 
 def quantizable(module: nn.Module, name: str) -> bool:
-    """Whether a module is a linear layer of the model's own, and not of a sparse layer: a `filter_fn` for torchao.
+    """Whether a module is a linear layer of the model and not of a sparse layer: a `filter_fn` for torchao.
 
-    The gates of VSA start at zero and stay small; their weights are few. Eight bits would gain nothing there.
+    The gates of VSA start at zero, stay small, and have few weights, so eight bits would gain nothing there.
 
     Args:
         module: any part of a model.

@@ -1,4 +1,4 @@
-"""What the adapters of several families read off a transformer: its attention layers and the grid of its tokens."""
+"""What the adapters of several families read from a transformer: its attention layers and its token grid."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from foveal.layout import VideoGrid
 
 
 def layers_of_blocks(transformer: nn.Module, stacks: tuple[str, ...], attention: str) -> dict[str, nn.Module]:
-    """The attention modules of a transformer's blocks by qualified name, "blocks.3.attn1" say, in order of depth.
+    """The attention modules of a transformer's blocks by qualified name ("blocks.3.attn1"), in order of depth.
 
     Args:
         stacks: names of the lists of blocks, in the order in which they run; a transformer may lack some of them.
-        attention: the attention's name in each block.
+        attention: the name of the attention in each block.
     """
     return {
         f"{stack}.{index}.{attention}": getattr(block, attention)
@@ -25,7 +25,7 @@ def layers_of_blocks(transformer: nn.Module, stacks: tuple[str, ...], attention:
 
 
 def patch_size(config: Any) -> tuple[int, int, int]:
-    """Sides of a token (frames, height, width) in a latent, by a transformer's configuration."""
+    """The sides of a token (frames, height, width) in latent pixels, from a transformer's configuration."""
     patch = config.get("patch_size", 1)
     if isinstance(patch, int):
         return config.get("patch_size_t") or 1, patch, patch
@@ -33,5 +33,5 @@ def patch_size(config: Any) -> tuple[int, int, int]:
 
 
 def grid_of_latent(transformer: nn.Module, sides: Sequence[int]) -> VideoGrid:
-    """The grid of tokens of a latent with these sides (frames, height, width)."""
+    """The token grid of a latent with these sides (frames, height, width)."""
     return VideoGrid(*(side // patch for side, patch in zip(sides, patch_size(transformer.config), strict=True)))

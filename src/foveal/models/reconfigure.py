@@ -1,4 +1,4 @@
-"""`reconfigure`: another configuration for sparse layers, with the parameters that they have."""
+"""`reconfigure`: give sparse layers another configuration and keep their parameters."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Model = TypeVar("Model")
 
 
 def reconfigure(model: Model, config: Config | None = None, *, layers: Layers = None) -> Model:
-    """Changes the configurations of sparse layers and keeps their parameters, which must fit.
+    """Change the configurations of sparse layers and keep their parameters, which must fit.
 
     Args:
         model: a sparse transformer or pipeline.
-        config, layers: as in `sparsify`, of sparse layers alone.
+        config, layers: as in `sparsify`, but only for sparse layers.
 
     Returns:
         The same model, changed in place; unchanged if anything below is raised.
 
     Raises:
-        TypeError: an unsupported model, or arguments of the wrong type.
-        ValueError: a layer that does not exist or is dense, or a configuration that needs other parameters; ratios
-            that the model's policy does not go with.
+        TypeError: the model is not supported, or an argument has the wrong type.
+        ValueError: a layer does not exist or is dense, a configuration needs other parameters, or the model's policy
+            does not allow the ratios.
     """
     plans = []
     for transformer in components_of(model).values():
@@ -49,7 +49,7 @@ def reconfigure(model: Model, config: Config | None = None, *, layers: Layers = 
             if given != needed:
                 raise ValueError(
                     f"layer {name} has parameters {sorted(given) or 'none'} and would need {sorted(needed) or 'none'} "
-                    f"for {new}; densify the model, and sparsify it anew"
+                    f"for {new}; densify the model and sparsify it again"
                 )
             policy = get_policy(transformer)
             if policy is not None:

@@ -1,6 +1,6 @@
 """What the self-attention of several families shares.
 
-Shape legend: B batch, H heads, D head dimension, C hidden width, L tokens, Lv of the video, Lt past them (text).
+Shape legend: B batch, H heads, D head dimension, C hidden width, L tokens, Lv of the video, Lt after them (text).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class LayerAttention:
 
     Args:
         method: (query [B, H, Lv, D], key, value [B, H, Lv + Lt, D], hidden_states [B, Lv, C], kv_lengths [B] or None,
-            and where those three are still on their way, `receive`) to [B, H, Lv, D]: every query sees the last Lt
-            keys, text say, as far as they are valid. Under context parallelism the hidden states are this rank's
+            and `receive` where those three are still on their way) to [B, H, Lv, D]. Every query sees the last Lt
+            keys, which are text, as far as they are valid. Under context parallelism the hidden states are this rank's
             tokens, and the rest is all tokens of this rank's heads.
-        grid: of the video's Lv tokens, which are in raster order.
+        grid: the grid of the video's Lv tokens, which are in raster order.
         shards: how the tokens are spread over ranks; None outside of context parallelism.
     """
 
@@ -37,7 +37,7 @@ class LayerAttention:
 
     @property
     def video_tokens(self) -> int:
-        """Tokens of the video in the sequence at hand, this rank's."""
+        """This rank's tokens of the video in the sequence."""
         length = self.grid.num_tokens
         return length if self.shards is None else self.shards.sizes(length)[self.shards.rank]
 
@@ -49,11 +49,11 @@ class LayerAttention:
         return self.to_tokens(self.method(query, key, value, hidden_states, kv_lengths))
 
     def send(self, x: Tensor, text: int = 0) -> Tensor:
-        """Query, key or value for `sent`; under context parallelism it travels while the next one is made.
+        """Query, key, or value for `sent`. Under context parallelism it travels while the next one is computed.
 
         Args:
             x: [B, H, tokens, D].
-            text: how many of this rank's tokens are past the video's.
+            text: how many of this rank's tokens come after the video's.
         """
         # Autocast leaves norms in float32 and would cast all three at scaled_dot_product_attention.
         if torch.is_autocast_enabled(x.device.type):
@@ -69,12 +69,12 @@ class LayerAttention:
         return self.to_tokens(self.method(query, key, value, hidden_states, None, self.receive))
 
     def to_heads(self, tensors: tuple[Tensor, ...], text: int) -> tuple[Tensor, ...]:
-        """Query, key and value as `method` takes them; `text` counts this rank's tokens past the video's."""
+        """Query, key, and value as `method` takes them; `text` counts this rank's tokens after the video's."""
         under_way = [self.send(x, text) for x in tensors]
         return tuple(self.receive(x, text) for x in under_way)
 
     def to_tokens(self, output: Tensor, text: int | None = None) -> Tensor:
-        """What `method` returns, as this rank's tokens of all heads; so too for `text` tokens past the video's."""
+        """What `method` returns, as this rank's tokens of all heads, including `text` tokens after the video's."""
         if self.shards is None:
             return output
         sizes = self.shards.sizes(self.grid.num_tokens)
@@ -87,10 +87,10 @@ def dimensions(attn: nn.Module) -> tuple[int, int, int]:
 
 
 def check_absent(**arguments: Any) -> None:
-    """Raises a ValueError for an argument that is not None."""
+    """Raise a ValueError for an argument that is not None."""
     for name, value in arguments.items():
         if value is not None:
-            raise ValueError(f"{name} must be None: sparse attention replaces unmasked self-attention alone")
+            raise ValueError(f"{name} must be None: sparse attention replaces only unmasked self-attention")
 
 
 def joint_attention(
@@ -105,7 +105,7 @@ def joint_attention(
 
     Args:
         sparse_attention: the method's attention.
-        query, key, value: [B, Lv + Lt, H, D], the video first. Under context parallelism, of both what this rank has.
+        query, key, value: [B, Lv + Lt, H, D], the video first. Under context parallelism, this rank's part of both.
         hidden_states: [B, Lv, C], the video's.
         kv_lengths: int [B], valid keys at the front of each sample, at least Lv; None when all are.
 
@@ -115,8 +115,8 @@ def joint_attention(
     text = query.shape[1] - hidden_states.shape[1]
     query, key, value = sparse_attention.to_heads(tuple(x.transpose(1, 2) for x in (query, key, value)), text)
     video = query.shape[2] - (text if sparse_attention.shards is None else sparse_attention.shards.ranks * text)
-    # index() changes nothing in plain Python. Under torch.compile it makes the length a constant of the graph, as the
-    # grid's sides are: how many blocks are kept cannot be computed from a symbol.
+    # index() changes nothing in plain Python. Under torch.compile it makes the length a constant of the graph, like the
+    # grid's sides, because the number of kept blocks cannot be computed from a symbol.
     length = operator.index(key.shape[2])
     video_output = sparse_attention.method(query[:, :, :video], key, value, hidden_states, kv_lengths)
     mask = None
@@ -131,11 +131,11 @@ def grid_of_coordinates(name: str, coordinates: Tensor) -> VideoGrid:
     """The grid that tokens with these coordinates form. Reading them makes the host wait for the device.
 
     Args:
-        name: of the argument that they came with, for the error.
+        name: the argument that they came with, for the error.
         coordinates: [3, L], each token's frame, row and column in any units.
 
     Raises:
-        ValueError: for tokens that are not one grid in raster order.
+        ValueError: the tokens do not form one grid in raster order.
     """
     coordinates = coordinates.detach().cpu()
     length = coordinates.shape[1]

@@ -1,7 +1,7 @@
 """CogVideoX 1.0 and 1.5 (`CogVideoXTransformer3DModel` of diffusers): joint attention over text and video.
 
-Text and video share projections. diffusers puts the text first; here it goes after the video, which attention does not
-notice. No text token is masked: this model was trained to see its padding.
+Text and video share projections. diffusers puts the text first; here it goes after the video, which does not affect
+attention. No text token is masked, because this model was trained to see its padding.
 
 Shape legend: B batch, Lv and Lt tokens of video and text, C hidden width, D head dimension.
 """
@@ -26,7 +26,7 @@ def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
 
 
 def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
-    """The grid of tokens of the latent [B, frames, channels, height, width]."""
+    """The token grid of the latent [B, frames, channels, height, width]."""
     frames, _, height, width = arguments["hidden_states"].shape[1:]
     return grid_of_latent(transformer, (frames, height, width))
 
@@ -39,7 +39,7 @@ def self_attention(
     attention_mask: Tensor | None = None,
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What diffusers' `CogVideoXAttnProcessor2_0` and its fused twin do, with `sparse_attention` in the middle.
+    """What diffusers' `CogVideoXAttnProcessor2_0` and its fused version do, with `sparse_attention` in the middle.
 
     Args:
         attn: the layer's `Attention`.
@@ -47,20 +47,20 @@ def self_attention(
         hidden_states: [B, Lv, C], the video's.
         encoder_hidden_states: [B, Lt, C], the text's.
         attention_mask: must be None.
-        image_rotary_emb: cosines and sines, [Lv, D] each, for the video alone.
+        image_rotary_emb: cosines and sines, [Lv, D] each, only for the video.
 
     Returns:
         The video's [B, Lv, C] and the text's [B, Lt, C].
 
     Raises:
-        ValueError: for a mask.
+        ValueError: a mask came.
     """
     from diffusers.models.embeddings import apply_rotary_emb
 
     check_absent(attention_mask=attention_mask)
     video = hidden_states.shape[1]
     joint = torch.cat((hidden_states, encoder_hidden_states), 1)
-    # Unfusing brings the processor back, and leaves the fused projection and its flag where they are.
+    # Unfusing restores the processor, but leaves the fused projection and its flag where they are.
     if type(attn.processor.original).__name__.startswith("Fused"):
         projected = attn.to_qkv(joint).chunk(3, dim=-1)
     else:

@@ -1,8 +1,8 @@
 """Flux.1 (`FluxTransformer2DModel` of diffusers): joint attention over text and one image.
 
-The blocks come in two kinds. In the first ("dual stream") text has projections of its own, in the second ("single
-stream") text and image come as one sequence. diffusers puts the text first; here it goes after the image, which
-attention does not notice. No text token is masked: this model was trained to see its padding.
+There are two kinds of blocks. In the first ("dual stream") text has its own projections. In the second ("single
+stream") text and image come as one sequence. diffusers puts the text first; here it goes after the image, which does
+not affect attention. No text token is masked, because this model was trained to see its padding.
 
 Shape legend: B batch, Li and Lt tokens of image and text, C hidden width, D head dimension.
 """
@@ -22,10 +22,10 @@ __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
 
 def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
-    """The grid of the image's tokens by their `img_ids`, [Li, 3] or [B, Li, 3]: one frame, of one image.
+    """The grid of the image's tokens from their `img_ids`, [Li, 3] or [B, Li, 3]: one frame of one image.
 
     Raises:
-        ValueError: for tokens that are not one grid, those of two images of different sizes say.
+        ValueError: the tokens do not form one grid, for example those of two images of different sizes.
     """
     ids = arguments["img_ids"]
     return grid_of_coordinates("img_ids", (ids if ids.dim() == 2 else ids[0]).T)
@@ -53,7 +53,7 @@ def self_attention(
         Dual stream: the image's [B, Li, C] and the text's [B, Lt, C]. Single stream: [B, Lt + Li, C].
 
     Raises:
-        ValueError: for a mask.
+        ValueError: a mask came.
     """
     from diffusers.models.embeddings import apply_rotary_emb
     from diffusers.models.transformers.transformer_flux import _get_qkv_projections

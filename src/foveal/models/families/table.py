@@ -1,6 +1,6 @@
 """The only table of model families: what a transformer is called and where its self-attention sits.
 
-A new family is a file like `wan.py` and a line here.
+To add a family, add a file like `wan.py` and a line here.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Family:
     """How to find and to run the self-attention of one family of transformers.
 
     Args:
-        name: as in saved files.
-        transformer: class name of the transformer; matched by name, so that diffusers need not be imported.
-        processors: class names of the attention processors that ours stands in for.
+        name: the name in saved files.
+        transformer: class name of the transformer, matched by name so that diffusers need not be imported.
+        processors: class names of the attention processors that foveal's replaces.
         self_attention_layers: transformer to its self-attention modules by qualified name, in order of depth.
         dimensions: attention module to (hidden_dim, num_heads, head_dim).
-        read_grid: (transformer, the arguments of its forward by name) to the grid of tokens.
+        read_grid: (transformer, the arguments of its forward by name) to the token grid.
         self_attention: (attention module, the method's attention as a `LayerAttention`, *the processor's arguments) to
             the layer's output.
     """
@@ -85,7 +85,7 @@ def family_of(transformer: nn.Module) -> Family:
     """The family that a transformer belongs to, by the names of its class and of that class's bases.
 
     Raises:
-        TypeError: for a model of no family in the table.
+        TypeError: the model belongs to no family in the table.
     """
     names = {base.__name__ for base in type(transformer).__mro__}
     for family in FAMILIES.values():
@@ -94,15 +94,15 @@ def family_of(transformer: nn.Module) -> Family:
     valid = ", ".join(family.transformer for family in FAMILIES.values())
     raise TypeError(
         f"model must be one of {valid}, or a pipeline with one, got {type(transformer).__name__}; "
-        "of a wrapper (DistributedDataParallel, torch.compile), pass the model inside"
+        "for a wrapper (DistributedDataParallel, torch.compile), pass the model inside it"
     )
 
 
 def components_of(model: Any) -> dict[str, nn.Module]:
-    """The transformers of a pipeline by component name; a bare transformer goes by "transformer" too.
+    """The transformers of a pipeline by component name. A bare transformer is also called "transformer".
 
     Raises:
-        TypeError: for anything but a supported transformer or a pipeline that has one.
+        TypeError: model is neither a supported transformer nor a pipeline that has one.
     """
     if isinstance(model, nn.Module):
         components = {PIPELINE_COMPONENTS[0]: model}

@@ -1,7 +1,7 @@
-"""Wan 2.1 and 2.2, VACE and Animate: where their self-attention is, and how it runs.
+"""Wan 2.1 and 2.2, VACE, and Animate: where their self-attention is, and how it runs.
 
-The transformers of diffusers are `WanTransformer3DModel` (text, image, and with timesteps per token text or image to
-video), `WanVACETransformer3DModel` and `WanAnimateTransformer3DModel`. Text goes through cross-attention.
+The transformers of diffusers are `WanTransformer3DModel` (text or image to video, also with a timestep per token),
+`WanVACETransformer3DModel`, and `WanAnimateTransformer3DModel`. Text goes through cross-attention.
 
 Shape legend: B batch, L tokens, C hidden width, H heads, D head dimension.
 """
@@ -23,13 +23,13 @@ __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
     """The self-attention modules by qualified name; `attn2` is cross-attention and stays as it is.
 
-    VACE's control blocks come after the others: their indices are then those of a Wan without them.
+    VACE's control blocks come after the others, whose indices are then those of a Wan without control blocks.
     """
     return layers_of_blocks(transformer, ("blocks", "vace_blocks"), "attn1")
 
 
 def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
-    """The grid of tokens of the latent [B, channels, frames, height, width]."""
+    """The token grid of the latent [B, channels, frames, height, width]."""
     return grid_of_latent(transformer, arguments["hidden_states"].shape[2:])
 
 
@@ -51,7 +51,7 @@ def self_attention(
         rotary_emb: cosines and sines, [1, L, 1, D] each.
 
     Raises:
-        ValueError: for encoder states or a mask, which self-attention in Wan never gets.
+        ValueError: encoder states or a mask came, which self-attention in Wan never gets.
     """
     check_absent(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
     fused = {}
@@ -69,9 +69,9 @@ def self_attention(
 
     key_rotary = rotary_emb
     if sparse_attention.shards is not None and rotary_emb is not None:
-        # Inductor would make query and key in one kernel, to read the tables once, and hold the query back for the key.
+        # Inductor would fuse query and key to read the tables once, and the query would have to wait for the key.
         key_rotary = tuple(map(_from_firsts, rotary_emb))
-    # Under context parallelism each one travels while the next is made.
+    # Under context parallelism each one travels while the next is computed.
     value, query = send("to_v"), send("to_q", attn.norm_q, rotary_emb)
     key = send("to_k", attn.norm_k, key_rotary)
     output = sparse_attention.sent(query, key, value, hidden_states).transpose(1, 2).flatten(2)
@@ -83,19 +83,19 @@ def self_attention(
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of neighboring pairs of [B, L, H, D]; the tables hold each angle twice.
 
-    Of (a, b) it makes (a cos - b sin, b cos + a sin). Written for all of x at once, and not for two halves that are
-    stacked then, it is one pass with the norm before it in Inductor's code.
+    It turns (a, b) into (a cos - b sin, b cos + a sin). It is written for all of x at once instead of for two halves
+    that are then stacked, so that Inductor fuses it with the norm before it.
     """
     exchanged = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     sign = torch.arange(x.shape[-1], device=x.device) % 2 * 2 - 1
     rotated = x * cos
-    if torch.compiler.is_compiling():  # and checkpoints that choose what to keep want nothing in place
+    if torch.compiler.is_compiling():  # selective checkpoints do not allow in-place operations
         return rotated.addcmul(exchanged, sin * sign).type_as(x)
-    # In place for memory: float32 is twice the size.
+    # In place to save memory: float32 is twice the size.
     return rotated.addcmul_(exchanged, sin * sign).type_as(x)
 
 
 def _from_firsts(table: Tensor) -> Tensor:
-    """A table that holds each angle twice, read from the first of each two."""
+    """A table that holds each angle twice, rebuilt from the first of each pair."""
     pairs = table.unflatten(-1, (-1, 2))
     return pairs[..., :1].expand_as(pairs).flatten(-2)

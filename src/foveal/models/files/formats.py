@@ -1,7 +1,7 @@
-"""The only table of other projects' checkpoint formats: how sparse weights are named in them, and what they mean.
+"""The only table of other projects' checkpoint formats: the names of their sparse weights, and what they mean.
 
-A format fixes where the parameters of the sparse attention are, what the rest of the model is called, and the
-configuration that the released weights were trained with, most of which no file says.
+A format fixes where the parameters of the sparse attention are, how the rest of the model is named, and the
+configuration that the released weights were trained with. Most of that configuration is in no file.
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-# What other tools put before every name of a state dict.
+# Prefixes that other tools put before every name of a state dict.
 from foveal.checks import check_choice
 from foveal.methods.base import Config
 from foveal.methods.sla.config import SLAConfig
 
-# What other tools put before every name of a state dict.
+# Prefixes that other tools put before every name of a state dict.
 from foveal.methods.vsa.config import VSAConfig
 
-# What other tools put before every name of a state dict.
+# Prefixes that other tools put before every name of a state dict.
 PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "module.")
 
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """One format.
+    """One checkpoint format.
 
     Args:
-        name: what users call it.
+        name: the name that users give.
         family: the model family that it is for, as in the table of families.
-        source: who writes it, for people.
-        config_for: hidden width of the model to the configuration that the released weights were trained with.
-        fixed: fields of it that the format stands for; the others are run-time settings of the project it is from.
-        sparse_keys: parameter of the method's module to its name in the file, with {index} for the layer's.
+        source: who writes it, to display.
+        config_for: the model's hidden width to the configuration that the released weights were trained with.
+        fixed: fields of it that the format implies. The others are run-time settings of the project.
+        sparse_keys: parameter of the method's module to its name in the file, with {index} for the layer.
         layout: how the rest of the model is named: "wan" (the Wan repository) or "diffusers".
         flat_patches: patches are embedded by a linear layer: [C, channels * t * h * w] where diffusers has the
             convolution's [C, channels, t, h, w].
         lora: the file holds low-rank updates of the base weights instead of weights.
-        rounding: what the project makes of a ratio where it is not what we do, for the report; "" where it is.
+        rounding: how the project rounds a ratio where foveal does not, for the report; "" if both agree.
     """
 
     name: str
@@ -52,7 +52,7 @@ class CheckpointFormat:
     rounding: str = ""
 
     def matches(self, names: Iterable[str]) -> bool:
-        """Whether a file with these names is of this format."""
+        """Whether a file with these names has this format."""
         if self.lora:
             return any(".lora_" in name for name in names)
         patterns = [re.compile(re.escape(key).replace(r"\{index\}", r"\d+")) for key in self.sparse_keys.values()]
@@ -62,7 +62,7 @@ class CheckpointFormat:
 # Trained with 64x64 blocks over all keys (arXiv 2512.16093); top-k 0.1 is what its scripts run by default.
 _TURBODIFFUSION = SLAConfig(keep_ratio=0.1, drop_ratio=0.0, block_q=64, block_k=64, linear_scope="all")
 _TURBODIFFUSION_FIXED = ("feature_map", "linear_scope", "projection", "token_order")
-# Of the Wan widths: 1536 is 1.3B, run at VSA sparsity 0.8; 5120 is 14B, run at 0.9.
+# Wan's widths: 1536 is 1.3B, run at VSA sparsity 0.8; 5120 is 14B, run at 0.9.
 _FASTVIDEO_KEEP = {1536: 0.2, 5120: 0.1}
 
 FORMATS = {
@@ -103,10 +103,10 @@ FORMATS = {
                 f"to_gate_coarse.{part}": f"blocks.{{index}}.to_gate_compress.{part}" for part in ("weight", "bias")
             },
             layout="diffusers",
-            # No ratio rounds down to what another rounds up to on every grid; a topk is right on one of them.
-            rounding="FastVideo keeps ceil(keep_ratio * cubes) cubes, we keep floor: topk=N keeps N, at one video size",
+            # No ratio rounded down equals another rounded up on every grid. A topk is right on one grid.
+            rounding="FastVideo keeps ceil(keep_ratio * cubes) cubes, foveal the floor: topk=N keeps N at one size",
         ),
-        # Distilled at 85 % sparsity, run block-sparse alone: the files have no projection, and none is applied.
+        # Distilled at 85% sparsity, run as plain block-sparse: the files have no projection, and none is applied.
         CheckpointFormat(
             name="lightx2v-sla-lora",
             family="wan",
@@ -122,20 +122,20 @@ FORMATS = {
 
 
 def format_named(name: str) -> CheckpointFormat:
-    """The format of that name.
+    """The format with this name.
 
     Raises:
-        ValueError: for an unknown one.
+        ValueError: the name is unknown.
     """
     check_choice("format", name, tuple(FORMATS))
     return FORMATS[name]
 
 
 def recognised(names: Iterable[str], source: str) -> CheckpointFormat:
-    """The format of a file with these names, prefixes stripped.
+    """The format of a file with these names, without prefixes.
 
     Raises:
-        ValueError: for a file of no format in the table; it says what the file looks like instead.
+        ValueError: the file has no format in the table; the message says what it looks like instead.
     """
     names = list(names)
     if any(name.endswith(".int8_weight") for name in names):
@@ -160,7 +160,7 @@ def recognised(names: Iterable[str], source: str) -> CheckpointFormat:
 
 
 def without_prefix(names: Iterable[str]) -> dict[str, str]:
-    """Names without the prefix that they all share, if it is a known one, to the names as they are."""
+    """Names without a known prefix that they all share, mapped to the names as they are."""
     names = list(names)
     for prefix in PREFIXES:
         if names and all(name.startswith(prefix) for name in names):
@@ -172,26 +172,26 @@ def to_diffusers(names: Iterable[str], layout: str) -> dict[str, str]:
     """Base weights' names in diffusers to their names in a file of this layout.
 
     Raises:
-        ValueError: for a Wan-Animate file, whose tensors have to be cut as well as renamed.
+        ValueError: a Wan-Animate file, whose tensors have to be cut as well as renamed.
     """
     names = list(names)
     if layout == "diffusers":
         return {name: name for name in names}
     if any(name.startswith(("motion_encoder.", "face_adapter.")) for name in names):
-        raise ValueError("the file is of Wan-Animate, which is not supported")
+        raise ValueError("the file is for Wan-Animate, which is not supported")
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    # The conversion renames keys and leaves values alone, so the former names may take the place of the tensors.
+    # The conversion renames keys and does not touch values, so the old names can stand in for the tensors.
     return convert_wan_transformer_to_diffusers({name: name for name in names})
 
 
 def from_diffusers(names: Iterable[str], layout: str, num_layers: int) -> dict[str, str]:
     """Base weights' names in diffusers to their names in a file of this layout: `to_diffusers` for writing.
 
-    The names of the Wan repository are listed, converted by diffusers, and looked up, so that there is one conversion.
+    The Wan repository's names are listed, converted by diffusers, and looked up, so there is only one conversion.
 
     Raises:
-        ValueError: for names that the layout has no names for.
+        ValueError: the layout has no names for some of them.
     """
     names = list(names)
     if layout == "diffusers":
@@ -204,7 +204,7 @@ def from_diffusers(names: Iterable[str], layout: str, num_layers: int) -> dict[s
 
 
 def wan_names(num_layers: int) -> list[str]:
-    """Every name that a Wan 2.1 or 2.2 transformer of the Wan repository may have."""
+    """Every name that a Wan 2.1 or 2.2 transformer can have in the Wan repository."""
     attention = ("q", "k", "v", "o", "norm_q", "norm_k", "k_img", "v_img", "norm_k_img")
     modules = [f"{part}.{name}" for part in ("self_attn", "cross_attn") for name in attention]
     modules += ["norm3", "ffn.0", "ffn.2"]

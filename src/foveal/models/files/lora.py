@@ -1,4 +1,4 @@
-"""LoRA files of a Wan transformer: read and checked, loaded through diffusers, written under Wan-repository names."""
+"""LoRA files of a Wan transformer: read and check them, load them through diffusers, write Wan-repository names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PREFIX = "transformer"
 
 
 def read_adapter(transformer: nn.Module, tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The low-rank updates in a LoRA file, named as diffusers does and checked against the model.
+    """Read the low-rank updates in a LoRA file, name them as diffusers does, and check them against the model.
 
     Args:
         tensors: names without a prefix: Wan-repository or diffusers modules, `lora_A` and `lora_B` or `lora_down` and
@@ -28,11 +28,11 @@ def read_adapter(transformer: nn.Module, tensors: dict[str, Tensor], source: str
         "transformer.module.lora_A.weight" and so on, scaled by alpha / rank.
 
     Raises:
-        ValueError: half of a pair, an update of no linear layer of the model, of another shape or without a pair, or
-            keys that diffusers has no place for.
+        ValueError: an update lacks its other half, belongs to no linear layer of the model, or has another shape, or
+            diffusers has no place for a key.
     """
     tensors = {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}
-    # diffusers leaves updates of norms out without a word. Those in use are zeros; others would be lost.
+    # diffusers silently skips updates of norms. Those in use are zeros; others would be lost.
     norms = [name for name in tensors if "norm" in name and name.endswith((".diff", ".diff_b"))]
     nonzero = [name for name in norms if tensors[name].count_nonzero()]
     if nonzero:
@@ -41,7 +41,7 @@ def read_adapter(transformer: nn.Module, tensors: dict[str, Tensor], source: str
     adapter = _to_diffusers(tensors, source)
     kept = sum(not name.endswith(".alpha") for name in tensors)
     if len(adapter) != kept:
-        raise ValueError(f"{source}: of {kept} updates, diffusers has names for {len(adapter)} alone")
+        raise ValueError(f"{source}: of {kept} updates, diffusers has names for only {len(adapter)}")
     _check_adapter(transformer, adapter, source)
     return adapter
 
@@ -72,7 +72,7 @@ def _check_adapter(transformer: nn.Module, adapter: dict[str, Tensor], source: s
             raise ValueError(f"{source} updates {module}, which is no linear layer of the model: another model size?")
         down, up = parts.get("A.weight"), parts.get("B.weight")
         if down is None or up is None:
-            raise ValueError(f"{source} has one of lora_A and lora_B alone for {module}")
+            raise ValueError(f"{source} has only one of lora_A and lora_B for {module}")
         rank = down.shape[0]
         if tuple(down.shape) != (rank, layer.in_features) or tuple(up.shape) != (layer.out_features, rank):
             raise ValueError(
@@ -82,22 +82,22 @@ def _check_adapter(transformer: nn.Module, adapter: dict[str, Tensor], source: s
 
 
 def load_adapter(transformer: nn.Module, adapter: dict[str, Tensor], name: str) -> None:
-    """Adds what `read_adapter` made to a model, through diffusers and peft, under this name and switched on.
+    """Add what `read_adapter` returned to a model through diffusers and peft, under this name, and enable it.
 
     Raises:
-        ImportError: if peft is not installed.
-        ValueError: a model that has an adapter of that name.
+        ImportError: peft is not installed.
+        ValueError: the model has an adapter with this name.
     """
     transformer.load_lora_adapter(dict(adapter), prefix=PREFIX, adapter_name=name)
 
 
 def export_adapter(transformer: nn.Module, target: CheckpointFormat, num_layers: int) -> dict[str, Tensor]:
-    """The one adapter of a model as `diffusion_model.blocks.0.self_attn.q.lora_down.weight` and so on.
+    """The only adapter of a model as `diffusion_model.blocks.0.self_attn.q.lora_down.weight` and so on.
 
-    A scale other than 1 goes into `lora_up`, since some layers have no place for an alpha in diffusers' reading.
+    A scale other than 1 goes into `lora_up`, because diffusers reads an alpha only for some layers.
 
     Raises:
-        ValueError: for a model without an adapter, or with several.
+        ValueError: the model has no adapter, or several.
     """
     names = list(getattr(transformer, "peft_config", {}))
     if len(names) != 1:

@@ -1,6 +1,6 @@
 """A transformer's sparse layers as JSON: each layer's method and configuration, and the policy.
 
-What `save` writes holds an entry of this kind per component; `config.json` of `save_pretrained` holds one too.
+The file that `save` writes has such an entry per component, and the `config.json` of `save_pretrained` has one too.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ FORMAT = 1
 
 
 def describe(transformer: nn.Module) -> dict[str, Any] | None:
-    """A transformer's sparse layers for its `config.json`, JSON-ready; None for a dense one."""
+    """Describe a transformer's sparse layers for its `config.json`, as JSON-ready values; None for a dense one."""
     return {"format": FORMAT, **entry_of(transformer)} if sparse_processors(transformer) else None
 
 
 def build_described(transformer: nn.Module, description: Any) -> None:
-    """Converts a dense transformer as `describe` says, with parameters at their start.
+    """Convert a dense transformer as `describe` recorded, with initial parameters.
 
     Raises:
-        ValueError: a description that is malformed, of another version, or of another model.
+        ValueError: the description is malformed, or is of another version or model.
     """
     source = "config.json"
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -66,7 +66,7 @@ def parse_component(component: str, entry: Any) -> tuple[str, dict[str, Config],
 def check_component(
     component: str, transformer: nn.Module, family: str, configs: dict[str, Config], policy: Policy | None
 ) -> None:
-    """Raises a ValueError unless a transformer can take these configurations and policy, or has the former already."""
+    """Raise a ValueError unless a transformer can take these configurations and policy, or already has them."""
     known = family_of(transformer)
     if family != known.name:
         raise ValueError(f"{component} was saved from family {family!r}, but the model's is {known.name!r}")
