@@ -13,15 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveal import SLAConfig, attention_cost, select_blocks
+from foveal import SLAConfig, VSAConfig, attention_cost, select_blocks
 from foveal.lab import cli
 from foveal.lab.bench import __main__ as module_main
 from foveal.lab.bench import ahead, report, timing
 from foveal.lab.bench import machine as bench_machine
 from foveal.lab.bench.candidates import (
-    BACKWARD,
-    SLA_CONFIGS,
-    VSA_CONFIGS,
     Candidate,
     Problem,
     candidates_for,
@@ -313,10 +310,20 @@ def test_peak_memory_leaves_out_what_is_returned(monkeypatch):
     assert timing.peak_memory(CPU, lambda: (both[:50], both[50:], torch.zeros(6))) == 4096
 
 
-def test_flops_cover_every_part():
-    for config in (*SLA_CONFIGS.values(), *VSA_CONFIGS.values(), SLAConfig(token_order="tile")):
-        cost = attention_cost(config, grid=SMALL_GRID, heads=2, head_dim=64)
-        assert {part.name for part in cost.parts} - {"gates"} <= set(BACKWARD)
+def test_flops_of_a_method_leave_out_what_the_call_does_not_run():
+    shape = dataclasses.replace(shape_of_length(600), grid=SMALL_GRID)
+    (inside, given) = [c for c in candidates_for("cpu") if c.task == "VSA 12.5 %"]
+    cost = attention_cost(VSAConfig(keep_ratio=0.125), grid=SMALL_GRID, heads=2, head_dim=64)
+    run = [part for part in cost.parts if part.name != "gates"]
+    assert inside.flops(shape) == (
+        sum(part.flops for part in run),
+        sum(part.flops * {"fine": 2.5, "reorder": 0}.get(part.name, 2) for part in run),
+    )
+    assert given.flops(shape) == inside.flops(shape), "ranking takes none"
+    (inside, given) = [c for c in candidates_for("cpu") if c.task == "SLA 64x64 marginal"]
+    cost = attention_cost(SLAConfig(), grid=SMALL_GRID, heads=2, head_dim=64)
+    assert inside.flops(shape) == (cost.flops, cost.backward_flops)
+    assert given.flops(shape) == (cost.flops - cost.part("selection").flops, cost.backward_flops)
 
 
 def test_candidates_of_a_gpu():

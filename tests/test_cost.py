@@ -98,6 +98,19 @@ def test_sla_parts_are_what_pytorch_counts():
     assert cost.part("projection").flops == 2 * pairs * lq * d * d + pairs * lq * d
 
 
+def test_backward_of_each_part():
+    """Products whose operands are recomputed count again; sums and choices have no backward."""
+
+    def backward(config):
+        return {part.name: part.backward for part in attention_cost(config, **WAN_480P).parts if part.flops}
+
+    sla = {"selection": 0, "sparse": 2.5, "feature map": 2, "state build": 3, "mask GEMM": 2, "apply": 3}
+    assert backward(SLAConfig(feature_map="hedgehog")) == sla | {"projection": 2}
+    assert backward(VSAConfig()) == {"coarse": 2, "fine": 2.5, "gates": 2, "combine": 2}
+    dense = attention_cost(None, **WAN_480P)
+    assert dense.backward_flops == 2.5 * dense.flops
+
+
 def test_sla_bytes_by_hand():
     config = SLAConfig(keep_ratio=0.5, block_q=32, block_k=32)
     cost = attention_cost(config, query_length=64, key_length=128, heads=1, head_dim=16)
@@ -172,7 +185,7 @@ def test_unknown_part():
 
 
 MISTAKES = [
-    ({"config": "sla"}, TypeError, r"config must be an SLAConfig, a VSAConfig or None, got str"),
+    ({"config": "sla"}, TypeError, r"config must be one of SLAConfig, VSAConfig, got str"),
     ({"grid": None}, ValueError, r"give grid, or query_length"),
     ({"query_length": 100}, ValueError, r"give grid or lengths, not both"),
     ({"grid": (1, 2, 3)}, TypeError, r"grid must be a VideoGrid, got \(1, 2, 3\)"),

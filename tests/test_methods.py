@@ -41,6 +41,28 @@ def test_builds_and_attends(name):
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_its_reference_is_one_of_its_implementations(name):
+    grid = VideoGrid(2, 5, 6)
+    hidden = torch.randn(2, grid.num_tokens, 24, generator=torch.Generator().manual_seed(0))
+    qkv = make_inputs(batch=2, heads=3, query_length=grid.num_tokens, head_dim=8, dtype=torch.float64)
+    exact, ours = (METHODS[name].build(CONFIGS[name], 24, 3, 8, impl).double() for impl in ("reference", "torch"))
+    outputs = [METHODS[name].run(module, *qkv, hidden.double(), grid) for module in (exact, ours)]
+    torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_schedule_keeps_the_parameters(name):
+    """Annealing ends where it starts from, and no ratio is above 1."""
+    method, config = METHODS[name], CONFIGS[name]
+    assert method.schedule.keep(config, method.schedule.amount(config)) == config
+    more = method.schedule.keep(config, 5.2)
+    assert method.schedule.amount(more) == (1.0 if method.schedule.kept(config) == "keep_ratio" else 5)
+    assert method.follow(config, keep_ratio=None, drop_ratio=None) is config
+    assert method.follow(config, keep_ratio=0.5).keep_ratio == 0.5
+    assert method.follow(config, keep_ratio=0.5, drop_ratio=0.25).to_dict().get("drop_ratio") == {"sla": 0.25}.get(name)
+
+
 def test_unknown_configuration():
     with pytest.raises(TypeError, match=r"config must be one of SLAConfig, VSAConfig, got dict"):
         method_of({"keep_ratio": 0.05})

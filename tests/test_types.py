@@ -61,6 +61,10 @@ def test_sparsity_is_one_minus_keep_ratio():
 def test_topk_replaces_the_default_ratio():
     assert VSAConfig(topk=32).keep_ratio is None
     assert VSAConfig(topk=32).replace(topk=16) == VSAConfig(topk=16)
+    assert VSAConfig(topk=32).replace(keep_ratio=0.3) == VSAConfig(keep_ratio=0.3)
+    assert VSAConfig(keep_ratio=0.3).replace(topk=16, tile="auto") == VSAConfig(topk=16, tile="auto")
+    with pytest.raises(ValueError, match="give topk or keep_ratio, not both"):
+        VSAConfig().replace(topk=16, keep_ratio=0.3)
     assert VSAConfig(topk=32).replace(topk=None, keep_ratio=0.5) == VSAConfig(keep_ratio=0.5)
 
 

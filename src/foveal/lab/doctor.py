@@ -51,7 +51,7 @@ def examine(
     Args:
         model: a name in `MODEL_SIZES`, or a local folder of diffusers with a `config.json`.
         frames, height, width: of the video, in frames and pixels.
-        method: "sla" or "vsa", with its default configuration.
+        method: a name in `METHODS`, such as "sla" or "vsa", with its default configuration.
         keep_ratio: instead of the default one.
         measured: time attention where there is a GPU.
 
@@ -65,9 +65,7 @@ def examine(
     check_choice("method", method, tuple(METHODS))
     size = model_size(model)
     grid = size.grid(frames, height, width)
-    config = METHODS[method].config_type()
-    if keep_ratio is not None:
-        config = config.replace(keep_ratio=keep_ratio)
+    config = METHODS[method].configure(**({} if keep_ratio is None else {"keep_ratio": keep_ratio}))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     video = {"frames": frames, "height": height, "width": width, "grid": list(grid.shape), "tokens": grid.num_tokens}
     timed = None
@@ -195,7 +193,7 @@ def measure_gain(
         "skipped": token counts that did not fit into memory, "break_even_tokens", "verdict"}.
     """
     timer = CudaTimer(device) if timer is None else timer
-    method = METHODS[method_of(config).name]
+    method = method_of(config)
     module = method.build(config, heads * head_dim, heads, head_dim, "auto").to(device=device, dtype=dtype).eval()
     lengths, skipped = [], []
     for grid in grids:

@@ -1,99 +1,174 @@
-"""The only table of method names: what a method is called, configured with, built from and fed.
+"""What a method of sparse attention answers, and the registry of methods.
 
-A new method is a folder with its reference and its module, and a line here.
+A method is a value of `Method`, made of functions of its own folder, and `register` makes it known:
+
+    from foveal.methods.base import Method, register
+    register(Method("mine", MyConfig, MyModule, build=..., cost=..., cells=..., key_blocks=...))
+
+Models, saved files, tables and the lab then ask it, whatever its name and wherever its folder is. This file imports no
+method; `foveal/methods/__init__.py` imports those of this package.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from foveal.checks import check_choice
 from foveal.layout import VideoGrid
-from foveal.methods.sla.attention import SparseLinearAttention
-from foveal.methods.sla.config import SLAConfig
-from foveal.methods.vsa.attention import VideoSparseAttention
-from foveal.methods.vsa.config import VSAConfig
+from foveal.methods.config import MethodConfig
 
-Config = SLAConfig | VSAConfig
+if TYPE_CHECKING:
+    from foveal.methods.bench import BenchCase
+    from foveal.methods.cost import AttentionShape, CostPart
+
+Config = MethodConfig
 
 
 @dataclass(frozen=True)
-class Method:
-    """How to put one method into a model.
+class SummaryCells:
+    """What a configuration says in the table of `summary`; empty where the method has no such thing.
 
     Args:
-        name: as in saved files and tables.
-        config_type: its configuration.
-        module_type: the module that owns its parameters; has `select` and `token_places`.
+        keep: how much is attended to exactly, "0.05" or "top 32".
+        drop: how much is skipped altogether.
+        linear: what the linear branch sums over.
+        blocks: the block sizes in tokens, "64x64" or "4x4x4".
+    """
+
+    keep: str = ""
+    drop: str = ""
+    linear: str = ""
+    blocks: str = ""
+
+
+def _keep_ratio(config: Config, ratio: float) -> Config:
+    return config.replace(keep_ratio=min(1.0, ratio))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What may change in a configuration from step to step. The same parameters fit before and after.
+
+    Args:
+        ratios: the fields that a `Policy` may set, some of "keep_ratio" and "drop_ratio".
+        kept: configuration to the name of the field that says how much is kept, which annealing lowers to its final
+            value; None for a method that cannot be annealed.
+        keep: (configuration, amount) to the configuration that keeps so much, in that field's unit.
+    """
+
+    ratios: tuple[str, ...] = ("keep_ratio",)
+    kept: Callable[[Config], str] | None = lambda config: "keep_ratio"
+    keep: Callable[[Config, float], Config] = _keep_ratio
+
+    def amount(self, config: Config) -> float:
+        """How much a configuration keeps, in the unit of its field `kept`."""
+        return getattr(config, self.kept(config))
+
+
+def _run(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor | None,
+    grid: VideoGrid,
+    kv_lengths: Tensor | None = None,
+    config: Config | None = None,
+    gates: None = None,
+) -> Tensor:
+    return module(query, key, value, grid=grid, kv_lengths=kv_lengths, config=config)
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity
+class Method:
+    """What one method answers.
+
+    Args:
+        name: in saved files, in tables and on the command line.
+        config_type: its configuration: a frozen dataclass that derives from `MethodConfig`, with a default for every
+            field.
+        module_type: the `nn.Module` that owns its parameters, with its configuration as the attribute `config`. Beside
+            `forward` it has `select`, which takes the query, the key and the keyword arguments of `forward` and returns
+            the `BlockSelection` that `forward` makes; and `token_places`, which takes a grid and returns, as int64 [L],
+            where each token in raster order stands in the order that blocks are cut from.
         build: (config, hidden_dim, num_heads, head_dim, impl) to that module.
+        cost: (config, `AttentionShape`) to the forward pass's `CostPart`s, in the order in which they run.
+        cells: (config, grid or None) to its `SummaryCells`.
+        key_blocks: (config, grid) to the number of key blocks of a video and the size of one in tokens, as text.
+        run: (module, query, key, value, hidden_states, grid, kv_lengths=None, config=None, gates=None) to the
+            output, [B, H, L, D] like query. hidden_states is [B, L, C]. Every query reads the keys past the grid's
+            tokens, such as text. kv_lengths, int [B], counts each sample's valid keys. A config stands in for the
+            module's own, with other ratios. Gates stand in for the hidden states, which are then None, and the tensors
+            may then hold only some of the heads. The default calls the module with query, key, and value, and with
+            grid, kv_lengths, and config by name.
         gates: (module, hidden_states [B, L, C]) to what the module makes of these token by token, a tuple of
             [B, H, L, D] or None; None for a method that makes nothing.
-        run: (module, query, key, value, hidden_states, grid, kv_lengths=None, config=None, gates=None) to the
-            output, [B, H, L, D] like query. Keys past the grid's tokens are text, say: kept for every query.
-            kv_lengths, int [B], counts each sample's valid keys. A config stands in for the module's own, with other
-            ratios. Gates stand in for the hidden states, which are then None; some of the heads may then go alone.
+        needs_grid: whether it costs what it costs because of the video's shape, not only because of its length.
+        schedule: what policies and annealing may change.
+        presets: configurations to try, by the name that `foveal ui` shows.
+        bench_cases: the calls that `foveal bench` checks and times.
     """
 
     name: str
-    config_type: type
-    module_type: type
+    config_type: type[MethodConfig]
+    module_type: type[nn.Module]
     build: Callable[[Config, int, int, int, str], nn.Module]
-    gates: Callable[[nn.Module, Tensor], tuple[Tensor | None, ...] | None]
-    run: Callable[..., Tensor]
+    cost: Callable[[Config, AttentionShape], tuple[CostPart, ...]]
+    cells: Callable[[Config, VideoGrid | None], SummaryCells]
+    key_blocks: Callable[[Config, VideoGrid], tuple[int, str]]
+    run: Callable[..., Tensor] = _run
+    gates: Callable[[nn.Module, Tensor], tuple[Tensor | None, ...] | None] = lambda module, hidden_states: None
+    needs_grid: bool = False
+    schedule: Schedule = Schedule()
+    presets: dict[str, Config] = field(default_factory=dict)
+    bench_cases: tuple[BenchCase, ...] = ()
+
+    def configure(self, **options: Any) -> Config:
+        """The default configuration with these fields changed, as a command line asks for them.
+
+        Raises:
+            TypeError, ValueError: for a field that the method does not have, or a value out of its range.
+        """
+        known = {field.name for field in dataclasses.fields(self.config_type)}
+        for name in options:
+            if name not in known:
+                raise ValueError(f"method {self.name} has no {name}")
+        return self.config_type(**options)
+
+    def follow(self, config: Config, **ratios: float | None) -> Config:
+        """A configuration with the ratios that a policy asks for, as far as the method has them; None leaves one."""
+        changes = {name: value for name, value in ratios.items() if value is not None and name in self.schedule.ratios}
+        return config.replace(**changes) if changes else config
 
 
-def _run_sla(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor | None,
-    grid: VideoGrid,
-    kv_lengths: Tensor | None = None,
-    config: Config | None = None,
-    gates: tuple[Tensor | None, ...] | None = None,
-) -> Tensor:
-    text = (query.shape[2], key.shape[2]) if key.shape[2] > query.shape[2] else None
-    return module(query, key, value, grid=grid, protected_keys=text, kv_lengths=kv_lengths, config=config)
+METHODS: dict[str, Method] = {}
 
 
-def _run_vsa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor | None,
-    grid: VideoGrid,
-    kv_lengths: Tensor | None = None,
-    config: Config | None = None,
-    gates: tuple[Tensor | None, ...] | None = None,
-) -> Tensor:
-    return module(query, key, value, hidden_states, gates, grid=grid, kv_lengths=kv_lengths, config=config)
+def register(method: Method) -> None:
+    """Makes a method known, by its name and by its type of configuration.
 
-
-METHODS = {
-    "sla": Method(
-        "sla",
-        SLAConfig,
-        SparseLinearAttention,
-        lambda config, hidden_dim, num_heads, head_dim, impl: SparseLinearAttention(head_dim, config, impl=impl),
-        lambda module, hidden_states: None,
-        _run_sla,
-    ),
-    "vsa": Method(
-        "vsa",
-        VSAConfig,
-        VideoSparseAttention,
-        lambda config, hidden_dim, num_heads, head_dim, impl: VideoSparseAttention(
-            hidden_dim, num_heads, head_dim, config, impl=impl
-        ),
-        lambda module, hidden_states: module.gates(hidden_states),
-        _run_vsa,
-    ),
-}
+    Raises:
+        TypeError: for anything but a `Method`, or a configuration that does not derive from `MethodConfig`.
+        ValueError: for a name or a type of configuration that another method has.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method, got {type(method).__name__}")
+    if not (isinstance(method.config_type, type) and issubclass(method.config_type, MethodConfig)):
+        raise TypeError(f"method.config_type must derive from MethodConfig, got {method.config_type!r}")
+    for other in METHODS.values():
+        if other.name == method.name:
+            raise ValueError(f"a method named {method.name!r} is registered already")
+        if issubclass(method.config_type, other.config_type) or issubclass(other.config_type, method.config_type):
+            raise ValueError(
+                f"method {method.name!r} must have a type of configuration of its own: "
+                f"{method.config_type.__name__} and {other.config_type.__name__}, of {other.name!r}, are of one kind"
+            )
+    METHODS[method.name] = method
 
 
 def method_of(config: Config) -> Method:

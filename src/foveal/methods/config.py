@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 
+@dataclass(frozen=True)
 class MethodConfig:
     """What the frozen configurations share: a plain-dict form that round-trips and refuses unknown keys."""
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
 from torch import nn
 
 from foveal.layout import VideoGrid
-from foveal.methods.base import Config, method_of
+from foveal.methods.base import Config, SummaryCells, method_of
 from foveal.methods.cost import AttentionCost, attention_cost
-from foveal.methods.sla.config import SLAConfig
-from foveal.methods.vsa.attention import resolve_tile
 from foveal.models.families.table import components_of, family_of
 from foveal.models.policy import Policy, get_policy
 from foveal.models.processor import sparse_processors, state_of
 
-COLUMNS = ("layer", "method", "keep", "drop", "linear", "blocks", "added", "fewer FLOPs")
+COLUMNS = ("layer", "method", *(cell.name for cell in fields(SummaryCells)), "added", "fewer FLOPs")
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,8 @@ class LayerSummary:
         """The texts of the table's columns."""
         reduction = "" if self.reduction is None else f"{self.reduction:.1f}x"
         method = f"({self.method})" if self.held_dense else self.method
-        return (self.layer, method, *_settings(self.config, self.grid), f"{self.parameters:,}", reduction)
+        settings = SummaryCells() if self.config is None else method_of(self.config).cells(self.config, self.grid)
+        return (self.layer, method, *astuple(settings), f"{self.parameters:,}", reduction)
 
 
 @dataclass(frozen=True)
@@ -168,15 +167,3 @@ _FIRST_NUMBER = COLUMNS.index("added")
 
 def _justify(text: str, width: int, column: int) -> str:
     return text.rjust(width) if column >= _FIRST_NUMBER else text.ljust(width)
-
-
-def _settings(config: Config | None, grid: VideoGrid | None) -> tuple[str, str, str, str]:
-    """A configuration's (keep, drop, linear scope, blocks) for the table."""
-    if config is None:
-        return "", "", "", ""
-    if isinstance(config, SLAConfig):
-        blocks = f"{config.block_q}x{config.block_k}" + (" tile" if config.token_order == "tile" else "")
-        return f"{config.keep_ratio:g}", f"{config.drop_ratio:g}", config.linear_scope, blocks
-    tile = config.tile if grid is None else resolve_tile(config, grid)
-    blocks = tile if isinstance(tile, str) else "x".join(map(str, tile))
-    return f"{config.keep_ratio:g}" if config.topk is None else f"top {config.topk}", "", "", blocks

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from foveal.layout import VideoGrid
-from foveal.methods.base import Config
+from foveal.methods.base import Config, method_of
 from foveal.models.families.table import FAMILIES
 
 
@@ -26,14 +26,7 @@ class Phase(NamedTuple):
 
     def apply(self, config: Config) -> Config:
         """A layer's configuration with these ratios."""
-        changes = {}
-        if self.keep_ratio is not None and hasattr(config, "keep_ratio"):
-            changes["keep_ratio"] = self.keep_ratio
-            if hasattr(config, "topk"):
-                changes["topk"] = None
-        if self.drop_ratio is not None and hasattr(config, "drop_ratio"):
-            changes["drop_ratio"] = self.drop_ratio
-        return config.replace(**changes) if changes else config
+        return method_of(config).follow(config, keep_ratio=self.keep_ratio, drop_ratio=self.drop_ratio)
 
 
 class ForwardState:

@@ -5,59 +5,32 @@ contiguous [B, H, L, D] tensors (flash-attn-4 contiguous [B, L, H, D]), which su
 [B, H, L, D] views of [B, L, H, D] memory, as models hand them over.
 Block-sparse: ours at three block sizes, and compiled FlexAttention at 128x128 with the same blocks; it wants blocks
 that are multiples of 128. The block-sparse kernels of cudnn-frontend and fastvideo-kernel are not called.
-Methods: SLA and VSA whole, with the selection made inside the call and with one given.
+Methods: the cases that each method names, whole, with the selection made inside the call and with one given.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveal import attention_cost, block_sparse_attention, select_blocks, sla_attention, vsa_attention
 from foveal.blocks import BlockSelection, lists_from_mask
-from foveal.kernels.api import IMPLS
-from foveal.lab.bench.oracle import head_of, in_chunks, vsa_in_chunks
+from foveal.kernels.api import IMPLS, block_sparse_attention
+from foveal.lab.bench.oracle import head_of, in_chunks
 from foveal.lab.bench.shapes import Inputs, Shape
+from foveal.methods.base import METHODS, Config
+from foveal.methods.bench import BenchCase
+from foveal.methods.cost import CostPart, attention_cost
 from foveal.methods.sla.config import SLAConfig
-from foveal.methods.vsa.attention import resolve_tile, select_cubes
-from foveal.methods.vsa.config import VSAConfig
 
 QKV = ("query", "key", "value")
-DENSE_BACKWARD = 2.5
-# Backward over forward FLOPs of each part that `attention_cost` names; its docstring says why.
-BACKWARD = {
-    "sparse": 2.5,
-    "fine": 2.5,
-    "state build": 3,
-    "mask GEMM": 2,
-    "apply": 3,
-    "projection": 2,
-    "coarse": 2,
-    "combine": 2,
-    "reorder": 0,
-    "selection": 0,
-}
 KERNEL_BLOCKS = ((64, 64), (128, 64), (128, 128))
 KERNEL_KEEPS = (0.05, 0.125)
-SLA_CONFIGS = {
-    "SLA 64x64 marginal": SLAConfig(keep_ratio=0.05, drop_ratio=0.10),
-    "SLA 128x64 marginal": SLAConfig(keep_ratio=0.05, drop_ratio=0.10, block_q=128),
-    # Over all keys nothing is negligible.
-    "SLA 128x64 all": SLAConfig(keep_ratio=0.05, drop_ratio=0.0, block_q=128, linear_scope="all"),
-}
-VSA_CONFIGS = {
-    "VSA 12.5 %": VSAConfig(keep_ratio=0.125),
-    # The cube that wastes least: at Wan's grids (3, 5, 4), where (4, 4, 4) computes a fifth for nothing.
-    "VSA 12.5 %, auto tile": VSAConfig(keep_ratio=0.125, tile="auto"),
-    # Half the memory traffic for a coarser choice.
-    "VSA 12.5 %, wide tile": VSAConfig(keep_ratio=0.125, tile="wide"),
-    "VSA 12.5 %, both gates": VSAConfig(keep_ratio=0.125, fine_gate=True),
-}
 
 
 @dataclass(frozen=True)
@@ -115,14 +88,20 @@ class Candidate:
 
 def dense_flops(shape: Shape) -> tuple[float, float]:
     """FLOPs of exact attention, (forward, backward)."""
-    forward = 4.0 * shape.batch * shape.heads * shape.length**2 * shape.head_dim
-    return forward, DENSE_BACKWARD * forward
+    return _flops(attention_cost(None, **_sizes(shape)).parts)
 
 
-def _part_flops(config: SLAConfig | VSAConfig, shape: Shape, leave_out: tuple[str, ...]) -> tuple[float, float]:
-    sizes = {"batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim}
-    parts = [part for part in attention_cost(config, grid=shape.grid, **sizes).parts if part.name not in leave_out]
-    return float(sum(part.flops for part in parts)), float(sum(BACKWARD[part.name] * part.flops for part in parts))
+def _part_flops(config: Config, shape: Shape, left_out: tuple[str, ...] = ()) -> tuple[float, float]:
+    parts = attention_cost(config, **_sizes(shape)).parts
+    return _flops([part for part in parts if part.name not in left_out])
+
+
+def _sizes(shape: Shape) -> dict[str, Any]:
+    return {"grid": shape.grid, "batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim}
+
+
+def _flops(parts: Sequence[CostPart]) -> tuple[float, float]:
+    return float(sum(part.flops for part in parts)), float(sum(part.backward * part.flops for part in parts))
 
 
 def candidates_for(
@@ -148,8 +127,8 @@ def candidates_for(
     if only != "kernels":
         for impl in impls or ("auto",):
             for given in (False, True):
-                chosen += [_sla(task, config, impl, given) for task, config in SLA_CONFIGS.items()]
-                chosen += [_vsa(task, config, impl, given) for task, config in VSA_CONFIGS.items()]
+                for method in METHODS.values():
+                    chosen += [_method(case, impl, given) for case in method.bench_cases]
     return chosen
 
 
@@ -283,86 +262,36 @@ def _flex_attention(block: int, keep_ratio: float) -> Candidate:
     )
 
 
-def _sla(task: str, config: SLAConfig, impl: str, given: bool) -> Candidate:
+def _method(case: BenchCase, impl: str, given: bool) -> Candidate:
     def build(inputs: Inputs) -> Problem:
-        query, key, value, grad = inputs.tensors(*QKV, "grad")
+        chosen = {"config": case.config, "grid": inputs.shape.grid}
+        extras = tuple(inputs.extra(name, dims) for name, dims in case.extras.items())
+        *qkv, grad = inputs.tensors(*QKV, "grad")
+        select = functools.partial(case.select, **chosen)
+        selection = select(*qkv[:2])
 
-        def select(query: Tensor, key: Tensor) -> BlockSelection:
-            ratios = {"keep_ratio": config.keep_ratio, "drop_ratio": config.drop_ratio}
-            return select_blocks(query, key, block_q=config.block_q, block_k=config.block_k, **ratios)
+        def run(*tensors: Tensor, selection: BlockSelection | None, impl: str) -> Tensor:
+            named = dict(zip(case.extras, tensors[3:], strict=True))
+            return case.call(*tensors[:3], selection=selection, impl=impl, **chosen, **named)
 
-        selection = select(query, key)
-
-        def run_sla(query, key, value, weight, bias, selection, impl) -> Tensor:
-            weights = {"proj_weight": weight, "proj_bias": bias}
-            return sla_attention(query, key, value, config=config, selection=selection, impl=impl, **weights)
-
-        def head(batch, head, dtype, query, key, value, weight, bias) -> Tensor:
-            # The projection stays in float32 where the tensors are half precision.
-            weight, bias = (x.to(torch.promote_types(dtype, torch.float32)) for x in (weight, bias))
-
-            def rows(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> Tensor:
-                return run_sla(query, key, value, weight, bias, selection, "reference")
-
-            return in_chunks(rows, query, key, value, head_of(selection, batch, head), dtype)
+        def head(batch: int, head: int, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+            named = dict(zip(case.extras, tensors[3:], strict=True))
+            rest = {"selection": head_of(selection, batch, head), "dtype": dtype}
+            return case.head(in_chunks, *tensors[:3], **rest, **chosen, **named)
 
         return Problem(
-            lambda *tensors: run_sla(*tensors, selection if given else None, impl),
-            (query, key, value, *inputs.projection()),
-            (*QKV, "proj_weight", "proj_bias"),
+            functools.partial(run, selection=selection if given else None, impl=impl),
+            (*qkv, *extras),
+            (*QKV, *case.extras),
             grad,
-            oracle=lambda *tensors: run_sla(*tensors, selection, "reference"),
-            head=head,
+            oracle=functools.partial(run, selection=selection, impl="reference"),
+            head=None if case.head is None else head,
             selection=selection,
             select=select,
         )
 
-    options = config.to_dict() | {"selection": "given" if given else "inside"}
-    leave_out = ("selection",) if given else ()
-    return Candidate(task, impl, "method", True, build, lambda shape: _part_flops(config, shape, leave_out), options)
-
-
-def _vsa(task: str, config: VSAConfig, impl: str, given: bool) -> Candidate:
-    gates = ("gate_coarse", "gate_fine") if config.fine_gate else ("gate_coarse",)
-
-    def build(inputs: Inputs) -> Problem:
-        grid = inputs.shape.grid
-        *tensors, grad = inputs.tensors(*QKV, *gates, "grad")
-
-        def select(query: Tensor, key: Tensor) -> BlockSelection:
-            return select_cubes(query, key, config=config, grid=grid)
-
-        selection = select(*tensors[:2])
-
-        def run_vsa(query, key, value, gate_coarse, gate_fine=None, *, selection, impl) -> Tensor:
-            named = {"gate_coarse": gate_coarse, "gate_fine": gate_fine}
-            return vsa_attention(query, key, value, config=config, grid=grid, selection=selection, impl=impl, **named)
-
-        def head(batch, head, dtype, query, key, value, gate_coarse, gate_fine=None) -> Tensor:
-            return vsa_in_chunks(
-                _sparse_reference,
-                query,
-                key,
-                value,
-                (gate_coarse, gate_fine),
-                head_of(selection, batch, head),
-                grid,
-                resolve_tile(config, grid),
-                query.shape[-1] ** -0.5,
-                dtype,
-            )
-
-        return Problem(
-            lambda *tensors: run_vsa(*tensors, selection=selection if given else None, impl=impl),
-            tuple(tensors),
-            (*QKV, *gates),
-            grad,
-            oracle=lambda *tensors: run_vsa(*tensors, selection=selection, impl="reference"),
-            head=head,
-            selection=selection,
-            select=select,
-        )
-
-    options = config.to_dict() | {"selection": "given" if given else "inside"}
-    # The gates' projections belong to the model around; ranking counts no FLOPs.
-    return Candidate(task, impl, "method", True, build, lambda shape: _part_flops(config, shape, ("gates",)), options)
+    options = case.config.to_dict() | {"selection": "given" if given else "inside"}
+    left_out = (*case.left_out, "selection") if given else case.left_out
+    return Candidate(
+        case.name, impl, "method", True, build, lambda shape: _part_flops(case.config, shape, left_out), options
+    )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from foveal.blocks import BlockSelection, pool_blocks, pooled_scores
+from foveal.blocks import BlockSelection
 
 # Scores of one chunk: 128 MiB in float64, and about ten tensors of that size at a time.
 CHUNK_SCORES = 2**24
@@ -75,32 +75,3 @@ def in_chunks(
             checkpoint(chunk, query[:, :, rows], key, value, part, use_reentrant=False, preserve_rng_state=False)
         )
     return torch.cat(parts, 2)
-
-
-def vsa_in_chunks(
-    fine: Callable[[Tensor, Tensor, Tensor, BlockSelection], Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gates: tuple[Tensor | None, Tensor | None],
-    selection: BlockSelection,
-    grid,
-    tile: tuple[int, int, int],
-    scale: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Video sparse attention (VSA, arXiv 2505.13389, section 2) with its fine stage `in_chunks`.
-
-    Args:
-        fine: as `attention` of `in_chunks`.
-        query, key, value, gates: float64 [1, 1, L, D], raster order; (coarse, fine) gates, None for 1.
-        selection: over the slotted tile order.
-    """
-    slot, sizes = selection.block_q, selection.key_block_sizes
-    query, key, value = (grid.to_tile_order(x, tile, slot=slot) for x in (query, key, value))
-    query_c, key_c, value_c = (pool_blocks(x.to(dtype), slot, sizes) for x in (query, key, value))
-    coarse = pooled_scores(query_c, key_c, scale).softmax(-1) @ value_c
-    coarse = coarse.double().repeat_interleave(slot, 2)
-    attended = in_chunks(fine, query, key, value, selection, dtype)
-    branches = (grid.to_raster_order(x, tile, slot=slot) for x in (coarse, attended))
-    return sum(x if gate is None else x * gate for x, gate in zip(branches, gates, strict=True))

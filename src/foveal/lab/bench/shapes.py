@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +63,11 @@ class Inputs:
 
     Args:
         shape: B, H, L and D.
-        dtype: of every tensor but the projection, which is float32.
+        dtype: of every [B, H, L, D] tensor; others are float32.
         seed: with the shape and the device decides all values.
     """
 
-    NAMES = ("query", "key", "value", "grad", "gate_coarse", "gate_fine")
+    NAMES = ("query", "key", "value", "grad")
 
     def __init__(self, shape: Shape, *, device: torch.device, dtype: torch.dtype, seed: int) -> None:
         self.shape, self.device, self.dtype, self.seed = shape, device, dtype, seed
@@ -84,21 +85,34 @@ class Inputs:
     def _tensor(self, name: str, contiguous: bool) -> Tensor:
         check_choice("name", name, self.NAMES)
         if (name, contiguous) not in self._tensors:
-            if contiguous:
-                made = self._tensor(name, False).contiguous()
-            else:
-                shape = self.shape
-                size = (shape.batch, shape.length, shape.heads, shape.head_dim)
-                generator = self._generator(self.NAMES.index(name))
-                made = torch.randn(size, generator=generator, device=self.device, dtype=self.dtype).transpose(1, 2)
+            made = self._tensor(name, False).contiguous() if contiguous else self._tokens(self.NAMES.index(name))
             self._tensors[name, contiguous] = made
         return self._tensors[name, contiguous]
 
-    def projection(self) -> tuple[Tensor, Tensor]:
-        """The weight [D, D], of about unit norm a row, and the bias [D], float32."""
-        head_dim, generator = self.shape.head_dim, self._generator(len(self.NAMES))
-        drawn = torch.randn(head_dim + 1, head_dim, generator=generator, device=self.device) / head_dim**0.5
-        return drawn[1:].contiguous(), drawn[0].contiguous()
+    def _tokens(self, stream: int) -> Tensor:
+        shape = self.shape
+        size = (shape.batch, shape.length, shape.heads, shape.head_dim)
+        made = torch.randn(size, generator=self._generator(stream), device=self.device, dtype=self.dtype)
+        return made.transpose(1, 2)
+
+    def extra(self, name: str, dims: str) -> Tensor:
+        """What a method takes beside query, key and value, by its name (see `BenchCase.extras`).
+
+        Args:
+            dims: "BHLD", standard normal like `tensors`; or "DD" or "D", a weight of about unit norm a row or a bias to
+                go with it, float32.
+        """
+        check_choice("dims", dims, ("BHLD", "DD", "D"))
+        if (name, False) not in self._tensors:
+            stream = len(self.NAMES) + 1 + zlib.crc32(name.encode())
+            if dims == "BHLD":
+                made = self._tokens(stream)
+            else:
+                size = (self.shape.head_dim,) * len(dims)
+                made = torch.randn(size, generator=self._generator(stream), device=self.device)
+                made = made / self.shape.head_dim**0.5
+            self._tensors[name, False] = made
+        return self._tensors[name, False]
 
     def random_selection(self, block_q: int, block_k: int, keep_ratio: float) -> BlockSelection:
         """Every row keeps `max(1, floor(keep_ratio * Tk))` key blocks, drawn evenly."""
@@ -107,7 +121,7 @@ class Inputs:
             rows, columns = -(-shape.length // block_q), -(-shape.length // block_k)
             kept = max(1, count(keep_ratio, columns))
             size = (shape.batch, shape.heads, rows, columns)
-            draw = torch.rand(size, generator=self._generator(len(self.NAMES) + 1), device=self.device)
+            draw = torch.rand(size, generator=self._generator(len(self.NAMES)), device=self.device)
             critical = draw.topk(kept, -1).indices.sort(-1).values.to(torch.int32).contiguous()
             self._selections[block_q, block_k, keep_ratio] = BlockSelection(
                 critical=critical,

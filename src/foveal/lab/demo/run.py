@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import foveal
 from foveal.lab.data.windows import ClipWindows, read_video, sample_clip
 from foveal.lab.demo.report import write_report
-from foveal.lab.demo.settings import DemoSettings
+from foveal.lab.demo.settings import PICTURED, DemoSettings
 from foveal.lab.demo.task import Batches, HeldOut, build_model, generate, predict, psnr, training_loss
 from foveal.lab.inspect.capture import capture_selections, token_labels
 from foveal.lab.terminal import progress_bar
@@ -118,7 +118,7 @@ def _measure(
             "psnr_db": psnr(video, held_out.video[:1]),
             "seconds": {"fine_tune_step": record_arm.median_step_seconds, "generation": seconds},
         }
-        if name in ("SLA", "VSA"):
+        if name in PICTURED:
             maps[name] = _selection_map(arm, held_out, settings)
 
     results = {

@@ -11,6 +11,9 @@ from foveal.methods.base import Config
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.vsa.config import VSAConfig
 
+# Arms whose choice of blocks the report draws.
+PICTURED = ("SLA", "VSA")
+
 
 @dataclass(frozen=True)
 class DemoSettings:
@@ -29,7 +32,7 @@ class DemoSettings:
         sampling_steps: Euler steps of a generation.
         held_out_windows: windows that the held-out loss averages over, each at every one of its noise levels.
         evaluations: how often the held-out loss is taken while fine-tuning.
-        keep_ratio, drop_ratio: the share of blocks kept and dropped; SLA alone drops.
+        keep_ratio, drop_ratio: the share of blocks kept and dropped; only SLA drops.
         seed: of the weights, the batches and the noise.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -12,9 +11,7 @@ from typing import Any
 from foveal.checks import check_choice
 from foveal.lab.generate.outputs import slug
 from foveal.layout import VideoGrid
-from foveal.methods.base import METHODS, Config
-from foveal.methods.sla.config import SLAConfig
-from foveal.methods.vsa.attention import resolve_tile
+from foveal.methods.base import METHODS, Config, method_of
 from foveal.models import load, sparsify
 from foveal.models.families.table import components_of
 from foveal.models.files.checkpoints import check_checkpoint, load_checkpoint
@@ -46,9 +43,9 @@ class SparseChoice:
             return {"path": str(self.path), "fingerprint": fingerprint(self.path), "impl": self.impl}
         if self.config is None:
             return {"in_pipeline": True}
-        method = next(name for name, method in METHODS.items() if isinstance(self.config, method.config_type))
+        name = method_of(self.config).name
         # Through JSON, which makes lists of tuples, so that it equals what is read back.
-        return json.loads(json.dumps({"method": method, "config": self.config.to_dict(), "impl": self.impl}))
+        return json.loads(json.dumps({"method": name, "config": self.config.to_dict(), "impl": self.impl}))
 
     @property
     def label(self) -> str:
@@ -97,18 +94,11 @@ class SparseChoice:
     def check_grid(self, grid: VideoGrid, configs: list[Config]) -> None:
         """Raises a ValueError if a video of that size is a single block under one of the configurations."""
         for config in configs:
-            if isinstance(config, SLAConfig):
-                blocks, block = -(-grid.num_tokens // config.block_k), f"{config.block_k} tokens"
-            else:
-                tile = resolve_tile(config, grid)
-                blocks = 1
-                for side, cube in zip(grid.shape, tile, strict=True):
-                    blocks *= -(-side // cube)
-                block = "x".join(map(str, tile)) + " tokens"
+            blocks, block = method_of(config).key_blocks(config, grid)
             if blocks == 1:
                 shape = "x".join(map(str, grid.shape))
                 raise ValueError(
-                    f"the video is too small for sparse attention: its {shape} tokens are one block of {block}; "
+                    f"the video is too small for sparse attention: its {shape} tokens are one block of {block} tokens; "
                     "take more frames or a larger height and width"
                 )
 
@@ -136,12 +126,7 @@ def choose_sparse(
             raise ValueError(f"give --method with {' and '.join(ratios)}; expected one of {', '.join(METHODS)}")
         return None
     check_choice("method", method, tuple(METHODS))
-    config_type = METHODS[method].config_type
-    known = {field.name for field in dataclasses.fields(config_type)}
-    for name in ratios:
-        if name not in known:
-            raise ValueError(f"method {method} has no {name}")
-    return SparseChoice(config=config_type(**ratios), impl=impl)
+    return SparseChoice(config=METHODS[method].configure(**ratios), impl=impl)
 
 
 def configs_of(pipe: Any) -> list[Config]:

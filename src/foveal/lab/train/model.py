@@ -16,7 +16,7 @@ from foveal.lab.train.config import TrainingConfig
 from foveal.lab.train.objective import NUM_TRAIN_TIMESTEPS
 from foveal.lab.train.settings import Annealing, ModelSettings, WanArchitecture
 from foveal.layout import VideoGrid
-from foveal.methods.base import Config
+from foveal.methods.base import Config, method_of
 from foveal.models import dense, reconfigure, sparse_parameters, sparsify
 from foveal.models.families.table import FAMILIES, family_of
 from foveal.models.processor import sparse_processors
@@ -230,21 +230,14 @@ def anneal(model: nn.Module, final: Config, annealing: Annealing, step: int) -> 
         model: sparse.
         final: the configuration that annealing ends at.
     """
-    by_cubes = getattr(final, "topk", None) is not None
-    kept = annealing.kept(step, final.topk if by_cubes else final.keep_ratio)
+    schedule = method_of(final).schedule
+    kept = annealing.kept(step, schedule.amount(final))
     if kept is None:
         return None
-    if by_cubes:
-        config = final.replace(topk=round(kept))
-    elif hasattr(final, "drop_ratio"):
-        kept = min(1.0, kept)
-        config = final.replace(keep_ratio=kept, drop_ratio=min(final.drop_ratio, 1 - kept))
-    else:
-        kept = min(1.0, kept)
-        config = final.replace(keep_ratio=kept)
+    config = schedule.keep(final, kept)
     if any(processor.config != config for processor in sparse_processors(model).values()):
         reconfigure(model, config)
-    return kept
+    return schedule.amount(config)
 
 
 @contextlib.contextmanager

@@ -85,7 +85,8 @@ class Annealing:
 
     Args:
         dense_steps: optimiser steps with dense attention.
-        start: what the first sparse step keeps: cubes where the configuration has a `topk`, else a keep_ratio.
+        start: what the first sparse step keeps, in the unit of the method: cubes where the configuration has a `topk`,
+            else usually a keep_ratio.
         decrement: how much less each time.
         every: optimiser steps between two decrements.
     """
@@ -117,7 +118,7 @@ class SparsitySettings:
     """The sparse attention.
 
     Args:
-        attention: an `SLAConfig` or `VSAConfig`; None trains the dense model.
+        attention: a method's configuration, such as an `SLAConfig`; None trains the dense model.
         dense_layers: layers that stay dense, by index.
         layer_keep_ratio: keep_ratio of single layers, by index.
         annealing: how the model gets there; None is sparse from the first step.
@@ -135,9 +136,13 @@ class SparsitySettings:
             if self.dense_layers or self.layer_keep_ratio or self.annealing:
                 raise ValueError("dense_layers, layer_keep_ratio and annealing need sparsity.attention")
             return
-        method_of(self.attention)
-        if self.layer_keep_ratio and self.attention.keep_ratio is None:
-            raise ValueError("layer_keep_ratio needs a sparsity.attention with a keep_ratio, got one with topk")
+        method = method_of(self.attention)
+        kept = None if method.schedule.kept is None else method.schedule.kept(self.attention)
+        if self.layer_keep_ratio and kept != "keep_ratio":
+            got = "one that keeps all the same" if kept is None else f"one with {kept}"
+            raise ValueError(f"layer_keep_ratio needs a sparsity.attention with a keep_ratio, got {got}")
+        if self.annealing is not None and kept is None:
+            raise ValueError(f"annealing needs a sparsity.attention that can keep more or less, got {self.attention}")
         for ratio in self.layer_keep_ratio.values():
             check_ratio("layer_keep_ratio", ratio)
         if self.annealing is not None and self.layer_keep_ratio:

@@ -9,11 +9,8 @@ from typing import Any
 
 from foveal.lab.data.windows import SAMPLE_CLIPS, sample_clip
 from foveal.lab.ui.scene import Scene, Sheet, View, demo_scene, view
-from foveal.methods.base import Config
-from foveal.methods.sla.config import SLAConfig
-from foveal.methods.vsa.config import VSAConfig
+from foveal.methods.base import METHODS, Config, method_of
 
-METHODS = ("SLA, raster order", "SLA, tile order", "VSA")
 EXPLANATION = (
     "Click a token. **Bright** tokens it reads exactly, **dim** ones through the global branch (SLA's linear branch, "
     "VSA's coarse stage), **dark** ones not at all. The red frame is the token itself."
@@ -34,18 +31,22 @@ def new_state(scene: Scene) -> State:
     return State(scene, Sheet(scene), tuple(side // 2 for side in scene.grid.shape))
 
 
-def configuration(method: str, keep: float, drop: float) -> Config:
+def presets() -> dict[str, Config]:
+    """What the page offers under "Method": the configurations that the methods propose."""
+    return {label: config for method in METHODS.values() for label, config in method.presets.items()}
+
+
+def configuration(preset: str, keep: float, drop: float) -> Config:
     """The configuration that the controls stand for; shares in per cent.
 
     Raises:
-        ValueError: for an unknown method, or shares that do not fit together.
+        ValueError: for an unknown preset, or shares that do not fit together.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; expected one of {METHODS}")
-    if method == "VSA":
-        return VSAConfig(keep_ratio=keep / 100)
-    order = "tile" if "tile" in method else "raster"
-    return SLAConfig(keep_ratio=keep / 100, drop_ratio=min(drop, 100 - keep) / 100, token_order=order)
+    offered = presets()
+    if preset not in offered:
+        raise ValueError(f"unknown method {preset!r}; expected one of {tuple(offered)}")
+    config = offered[preset]
+    return method_of(config).follow(config, keep_ratio=keep / 100, drop_ratio=min(drop, 100 - keep) / 100)
 
 
 def facts(seen: View, state: State, layer: str, head: int) -> str:
@@ -75,7 +76,7 @@ def build_page(folder: Path, scene: Scene | None = None) -> Any:
     """
     import gradio as gr
 
-    clips = list(SAMPLE_CLIPS)
+    clips, offered = list(SAMPLE_CLIPS), list(presets())
     first = new_state(scene or demo_scene(folder, sample_clip(clips[0]), noise_level=0.5))
 
     # gradio reads the annotations of its callbacks, so this module does not postpone their evaluation.
@@ -106,7 +107,7 @@ def build_page(folder: Path, scene: Scene | None = None) -> Any:
                 picture = gr.Image(show_label=False, interactive=False, format="png", elem_id="sheet", buttons=[])
                 table = gr.Markdown(elem_id="facts")
             with gr.Column(scale=1, min_width=260):
-                method = gr.Radio(METHODS, value=METHODS[1], label="Method", elem_id="method")
+                method = gr.Radio(offered, value=offered[1], label="Method", elem_id="method")
                 keep = gr.Slider(1, 100, value=10, step=1, label="Keep, % of the key blocks", elem_id="keep")
                 drop = gr.Slider(0, 100, value=10, step=1, label="Drop, % (SLA)", elem_id="drop")
                 layers = list(first.scene.layers)

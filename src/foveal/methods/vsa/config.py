@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from foveal.checks import check_choice, check_positive_int, check_ratio, check_triple
 from foveal.methods.config import MethodConfig
@@ -44,6 +45,14 @@ class VSAConfig(MethodConfig):
             check_triple("tile", self.tile)
         if not isinstance(self.fine_gate, bool):
             raise TypeError(f"fine_gate must be a bool, got {self.fine_gate!r}")
+
+    def replace(self, **changes: Any) -> VSAConfig:
+        """A copy with some fields changed, validated again. A `topk` replaces a ratio, and a ratio a `topk`."""
+        if changes.get("topk") is not None:
+            changes = {"keep_ratio": None} | changes
+        elif changes.get("keep_ratio") is not None:
+            changes = {"topk": None} | changes
+        return super().replace(**changes)
 
     @property
     def sparsity(self) -> float | None:

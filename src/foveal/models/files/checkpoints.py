@@ -226,9 +226,6 @@ def _configuration(
     unknown = [name for name in changes if name not in known]
     if unknown:
         raise ValueError(f"unknown {type(config).__name__} fields {unknown}; expected some of {known}")
-    if changes.get("topk") is not None:
-        # In the place of the ratio, as in `VSAConfig(topk=125)`.
-        changes = {"keep_ratio": None} | changes
     config = config.replace(**changes)
     _check_fixed(found, config, expected)
     return config

@@ -1,0 +1,60 @@
+"""What SLA answers to models, tables and the lab: its `Method`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from foveal.layout import VideoGrid
+from foveal.methods.base import Method, Schedule, SummaryCells
+from foveal.methods.sla.attention import SparseLinearAttention
+from foveal.methods.sla.bench import CASES
+from foveal.methods.sla.config import SLAConfig
+from foveal.methods.sla.cost import cost_parts
+
+
+def _build(config: SLAConfig, hidden_dim: int, num_heads: int, head_dim: int, impl: str) -> SparseLinearAttention:
+    return SparseLinearAttention(head_dim, config, impl=impl)
+
+
+def _run(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor | None,
+    grid: VideoGrid,
+    kv_lengths: Tensor | None = None,
+    config: SLAConfig | None = None,
+    gates: None = None,
+) -> Tensor:
+    text = (query.shape[2], key.shape[2]) if key.shape[2] > query.shape[2] else None
+    return module(query, key, value, grid=grid, protected_keys=text, kv_lengths=kv_lengths, config=config)
+
+
+def _cells(config: SLAConfig, grid: VideoGrid | None) -> SummaryCells:
+    blocks = f"{config.block_q}x{config.block_k}" + (" tile" if config.token_order == "tile" else "")
+    return SummaryCells(f"{config.keep_ratio:g}", f"{config.drop_ratio:g}", config.linear_scope, blocks)
+
+
+def _key_blocks(config: SLAConfig, grid: VideoGrid) -> tuple[int, str]:
+    return -(-grid.num_tokens // config.block_k), str(config.block_k)
+
+
+def _keep(config: SLAConfig, ratio: float) -> SLAConfig:
+    ratio = min(1.0, ratio)
+    return config.replace(keep_ratio=ratio, drop_ratio=min(config.drop_ratio, 1 - ratio))
+
+
+SLA = Method(
+    name="sla",
+    config_type=SLAConfig,
+    module_type=SparseLinearAttention,
+    build=_build,
+    run=_run,
+    cost=cost_parts,
+    cells=_cells,
+    key_blocks=_key_blocks,
+    schedule=Schedule(ratios=("keep_ratio", "drop_ratio"), keep=_keep),
+    presets={"SLA, raster order": SLAConfig(), "SLA, tile order": SLAConfig(token_order="tile")},
+    bench_cases=CASES,
+)

@@ -1,0 +1,77 @@
+"""What VSA answers to models, tables and the lab: its `Method`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from foveal.layout import VideoGrid
+from foveal.methods.base import Method, Schedule, SummaryCells
+from foveal.methods.vsa.attention import VideoSparseAttention
+from foveal.methods.vsa.bench import CASES
+from foveal.methods.vsa.config import VSAConfig
+from foveal.methods.vsa.cost import cost_parts
+from foveal.methods.vsa.layout import resolve_tile
+
+
+def _build(config: VSAConfig, hidden_dim: int, num_heads: int, head_dim: int, impl: str) -> VideoSparseAttention:
+    return VideoSparseAttention(hidden_dim, num_heads, head_dim, config, impl=impl)
+
+
+def _gates(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+    return module.gates(hidden_states)
+
+
+def _run(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor | None,
+    grid: VideoGrid,
+    kv_lengths: Tensor | None = None,
+    config: VSAConfig | None = None,
+    gates: tuple[Tensor, Tensor | None] | None = None,
+) -> Tensor:
+    return module(query, key, value, hidden_states, gates, grid=grid, kv_lengths=kv_lengths, config=config)
+
+
+def _cells(config: VSAConfig, grid: VideoGrid | None) -> SummaryCells:
+    tile = config.tile if grid is None else resolve_tile(config, grid)
+    return SummaryCells(
+        keep=f"{config.keep_ratio:g}" if config.topk is None else f"top {config.topk}",
+        blocks=tile if isinstance(tile, str) else _sides(tile),
+    )
+
+
+def _key_blocks(config: VSAConfig, grid: VideoGrid) -> tuple[int, str]:
+    tile = resolve_tile(config, grid)
+    return grid.num_cubes(tile), _sides(tile)
+
+
+def _sides(tile: tuple[int, int, int]) -> str:
+    return "x".join(map(str, tile))
+
+
+def _kept(config: VSAConfig) -> str:
+    return "keep_ratio" if config.topk is None else "topk"
+
+
+def _keep(config: VSAConfig, amount: float) -> VSAConfig:
+    return config.replace(keep_ratio=min(1.0, amount)) if config.topk is None else config.replace(topk=round(amount))
+
+
+VSA = Method(
+    name="vsa",
+    config_type=VSAConfig,
+    module_type=VideoSparseAttention,
+    build=_build,
+    run=_run,
+    cost=cost_parts,
+    cells=_cells,
+    key_blocks=_key_blocks,
+    gates=_gates,
+    needs_grid=True,
+    schedule=Schedule(kept=_kept, keep=_keep),
+    presets={"VSA": VSAConfig()},
+    bench_cases=CASES,
+)
