@@ -134,3 +134,8 @@ def all_calls() -> Iterator[Callable]:
     yield from (partial(pool, *case) for case in itertools.product(dims, (*dtypes, FP32), both))
     columns = (100, 500, 1000, 2000, 4000, 8000, 16000)
     yield from (partial(pick, *case) for case in itertools.product(columns, both, both))
+
+
+def on_hopper(calls) -> list[Callable]:
+    """Those of the calls that have Gluon kernels, through them."""
+    return [partial(call, hopper=True) for call in calls if call.func in (sparse, sla, vsa)]

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import functools
 import importlib
 import inspect
 import itertools
@@ -14,8 +13,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from launched_calls import FEW, sparse, vsa  # noqa: E402
-from launched_calls import sla as sla_call  # noqa: E402
+from launched_calls import FEW, on_hopper  # noqa: E402
 from launched_kernels import checked_launches  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
@@ -89,7 +87,7 @@ def test_a_launcher_tells_apart_what_triton_does(name):
 # As they are, on both architectures, and through Hopper's kernels.
 CALLS = [(call, arch) for call in FEW for arch in (80, 90)]
 if missing_gluon() is None:
-    CALLS += [(functools.partial(call, hopper=True), 90) for call in FEW if call.func in (sparse, sla_call, vsa)]
+    CALLS += [(call, 90) for call in on_hopper(FEW)]
 
 
 @pytest.mark.parametrize("case", range(len(CALLS)))
