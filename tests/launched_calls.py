@@ -7,10 +7,10 @@ from functools import partial
 import torch
 
 from foveal import SLAConfig, VideoGrid, VSAConfig
-from foveal.blocks import selection_rule
+from foveal.blocks import SelectionRule, selection_rule
+from foveal.kernels.sparse import block_sparse_attention_gpu
 from foveal.kernels.triton import select
 from foveal.kernels.triton.linear import key_state_sums
-from foveal.kernels.triton.ops import block_sparse_attention_gpu
 from foveal.methods.sla.gpu import sla_attention_gpu
 from foveal.methods.vsa.gpu import select_cubes_gpu, vsa_attention_gpu
 from foveal.methods.vsa.layout import CubeLayout
@@ -38,16 +38,26 @@ def _inputs(head_dim, dtype, **sizes):
     return [x.requires_grad_() for x in inputs]
 
 
-def sparse(head_dim, block_q, block_k, dtype, padded, with_lse=True, hopper=False):
+def sparse(head_dim, block_q, block_k, dtype, padded, with_lse=True, backend="triton"):
     """Block-sparse attention and its backward, with a gradient of the LSE or without."""
     selection = random_selection(**SIZES, block_q=block_q, block_k=block_k, kv_lengths=_lengths(padded))
     inputs = _inputs(head_dim, dtype)
-    output, lse = block_sparse_attention_gpu(*inputs, selection, 0.125, hopper=hopper)
+    output, lse = block_sparse_attention_gpu(*inputs, selection, 0.125, backend=backend)
     torch.autograd.grad(output.sum() + (lse.sum() if with_lse else 0), inputs)
 
 
 def sla(
-    head_dim, block_q, block_k, dtype, padded, feature_map, scope, projected=True, rule=True, train=True, hopper=False
+    head_dim,
+    block_q,
+    block_k,
+    dtype,
+    padded,
+    feature_map,
+    scope,
+    projected=True,
+    rule=True,
+    train=True,
+    backend="triton",
 ):
     """SLA, by a rule or with a selection that is given, and its backward when it is trained."""
     inputs, blocks = _inputs(head_dim, dtype), {"block_q": block_q, "block_k": block_k}
@@ -59,7 +69,7 @@ def sla(
         selection = random_selection(**SIZES, **blocks, kv_lengths=_lengths(padded))
     weights = (torch.zeros(head_dim, head_dim), torch.zeros(head_dim)) if projected else (None, None)
     with torch.set_grad_enabled(train):
-        output = sla_attention_gpu(*inputs, config, selection, 0.125, *weights, hopper=hopper)
+        output = sla_attention_gpu(*inputs, config, selection, 0.125, *weights, backend=backend)
     if train:
         torch.autograd.grad(output.sum(), inputs)
 
@@ -70,7 +80,7 @@ def state_sums(head_dim, dtype):
     key_state_sums(key, value, None, 64, "softmax")
 
 
-def vsa(head_dim, dtype, cubes, gated_coarse, gated_fine, train=True, hopper=False):
+def vsa(head_dim, dtype, cubes, gated_coarse, gated_fine, train=True, backend="triton"):
     """VSA, and its backward when it is trained; without it also the choice of cubes alone."""
     grid, tile, text = CUBES[cubes]
     grid, config = VideoGrid(*grid), VSAConfig(topk=2, tile=tile)
@@ -81,7 +91,7 @@ def vsa(head_dim, dtype, cubes, gated_coarse, gated_fine, train=True, hopper=Fal
     ]
     layout = CubeLayout(config, grid, inputs[1], None)
     with torch.set_grad_enabled(train):
-        output = vsa_attention_gpu(*inputs, layout, None, 0.125, *gates, hopper=hopper)
+        output = vsa_attention_gpu(*inputs, layout, None, 0.125, *gates, backend=backend)
     if train:
         torch.autograd.grad(output.sum(), [*inputs, *(x for x in gates if x is not None)])
     else:
@@ -95,12 +105,11 @@ def pool(head_dim, dtype, padded):
 
 def pick(columns, with_marginal, per_sample):
     """Lists and mask of rows with so many key blocks, for all samples or by each sample's valid blocks."""
-    lists, counts, marginal = select.new_lists(1, 2, 64, columns, 9, with_marginal, torch.device("cpu"))
     valid = torch.ones(1, dtype=torch.int32) if per_sample else None
     table = torch.ones(columns + 1, 2, dtype=torch.int32) if per_sample else None
-    wanted = select.Wanted(9, 9, valid, table, (0, 0), (0, 0))
-    query, key = torch.zeros(2, 64, 64), torch.zeros(2, columns, 64)
-    select.pick(query, key, 0.125, wanted, 0, lists, counts, marginal if with_marginal else None)
+    rule = SelectionRule(1, 1, width=9, critical=9, negligible=9, valid_blocks=valid, table=table)
+    query, key = torch.zeros(1, 2, 64, 64), torch.zeros(1, 2, columns, 64)
+    select.select(query, key, 0.125, rule, with_marginal)
 
 
 # Each constant of each kernel takes each of its values, each dtype occurs.
@@ -138,4 +147,4 @@ def all_calls() -> Iterator[Callable]:
 
 def on_hopper(calls) -> list[Callable]:
     """Those of the calls that have Gluon kernels, through them."""
-    return [partial(call, hopper=True) for call in calls if call.func in (sparse, sla, vsa)]
+    return [partial(call, backend="gluon") for call in calls if call.func in (sparse, sla, vsa)]

@@ -21,12 +21,12 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from foveal.kernels import host
 from foveal.kernels.hopper import cubes, launch_linear
 from foveal.kernels.hopper import launch as gluon_launch
-from foveal.kernels.triton import launch, tiles
 
-# Multiprocessors that the launch code counts on; it decides about run-time integers alone.
-MULTIPROCESSORS = 132
+# SMs that the launch code counts on; it decides about run-time integers alone.
+NUM_SMS = 132
 
 
 class Launched(NamedTuple):
@@ -55,17 +55,24 @@ def _bind(kernel, backend, arguments, named):
 
 
 @contextlib.contextmanager
-def _instead_of_launches(monkeypatch, arch: int, run: Callable):
-    """Production code runs as if on this architecture, and every first launch of a variant is a call of `run`."""
+def as_if_on(monkeypatch, arch: int):
+    """Production code takes CPU tensors for those of a GPU of this architecture, and has launched nothing yet."""
     with monkeypatch.context() as patch:
-        patch.setattr(JITFunction, "run", run)
-        patch.setattr(launch, "_launchers", {})
-        patch.setattr(tiles, "has_copy_engine", lambda device: arch >= 90)
-        patch.setattr(launch, "starts_early", lambda device: arch >= 90)
+        patch.setattr(host, "_launchers", {})
+        patch.setattr(host, "has_tma", lambda device: arch >= 90)
+        patch.setattr(host, "starts_early", lambda device: arch >= 90)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         for module in (gluon_launch, launch_linear, cubes):
-            patch.setattr(module, "_multiprocessors", lambda device: MULTIPROCESSORS)
+            patch.setattr(module, "num_sms", lambda device: NUM_SMS)
+        yield
+
+
+@contextlib.contextmanager
+def _instead_of_launches(monkeypatch, arch: int, run: Callable):
+    """Production code runs as if on this architecture, and every first launch of a variant is a call of `run`."""
+    with monkeypatch.context() as patch, as_if_on(patch, arch):
+        patch.setattr(JITFunction, "run", run)
         yield
 
 
@@ -96,19 +103,19 @@ class Variant:
         bound, self.compiled_for, _ = _bind(kernel, backend, arguments, named)
         self.kernel, self.backend, self.calls, self.named = kernel, backend, calls, named
         self.constants = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
-        self.note("first", arguments)
+        self.note("first", len(bound) - len(self.constants))
 
-    def note(self, which: str, arguments) -> None:
-        self.calls.append((self.kernel.__name__, which, tuple(map(str, self.compiled_for)), len(arguments)))
+    def note(self, which: str, arguments: int) -> None:
+        self.calls.append((self.kernel.__name__, which, tuple(map(str, self.compiled_for)), arguments))
 
     def __getitem__(self, grid):
         def run(*arguments) -> None:
             assert len(grid) == 3
-            options = {name: value for name, value in self.named.items() if name not in self.constants}
+            options = {name: value for name, value in self.named.items() if name not in self.kernel.arg_names}
             bound, compiled_for, _ = _bind(self.kernel, self.backend, arguments, options)
             assert compiled_for == self.compiled_for, self.kernel.__name__
             assert {name: bound[name] for name in self.constants} == self.constants, self.kernel.__name__
-            self.note("again", arguments[: len(arguments) - len(self.constants)])
+            self.note("again", len(arguments) - len(self.constants))
 
         return run
 

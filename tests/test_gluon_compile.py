@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foveal.kernels.hopper import launch, launch_linear
-from foveal.kernels.hopper.support import BLOCK_SIZES, HEAD_DIMS, copyable, missing_gluon, supports
+from foveal.kernels.hopper.support import BLOCK_SIZES, HEAD_DIMS, copyable, missing_gluon, why_not
 
 if missing_gluon() is not None:
     pytest.skip(f"gluon: {missing_gluon()}", allow_module_level=True)
@@ -45,7 +45,7 @@ def test_other_releases_are_named(monkeypatch):
 
 def test_supports_says_why_not():
     x = torch.zeros(1, 2, 64, 128, dtype=torch.bfloat16)
-    assert "NVIDIA GPU" in supports(x, x, x, 64, 64)
+    assert "NVIDIA GPU" in why_not(x, x, x, 64, 64)
 
 
 def test_which_strides_the_copy_engine_takes():
@@ -276,7 +276,7 @@ def test_vsa_without_a_fine_gate(tmp_path, monkeypatch, head_dim, cubes):
     """Training and inference run the same fine stage: it stores nothing for the backward but the LSE."""
     with noted_launches(monkeypatch, 90) as launched:
         for train in (False, True):
-            vsa(head_dim, BF16, cubes, True, False, train, hopper=True)
+            vsa(head_dim, BF16, cubes, True, False, train, backend="gluon")
     wide = "wide" in cubes
     (fine,) = (x for x in launched.values() if x.name == ("cubes_fwd_wide_kernel" if wide else "cubes_fwd_kernel"))
     assert not fine.constants["SAVE_FINE"]
@@ -289,7 +289,7 @@ def test_vsa_without_a_fine_gate(tmp_path, monkeypatch, head_dim, cubes):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_vsa(tmp_path, monkeypatch, head_dim, cubes, train):
     with noted_launches(monkeypatch, 90) as launched:
-        vsa(head_dim, BF16, cubes, True, True, train, hopper=True)
+        vsa(head_dim, BF16, cubes, True, True, train, backend="gluon")
     wide = "wide" in cubes
     (fine,) = (x for x in launched.values() if x.name == ("cubes_fwd_wide_kernel" if wide else "cubes_fwd_kernel"))
     assert fine.constants["SAVE_FINE"] == train

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foveal import block_sparse_attention
-from foveal.kernels.hopper import support, supports
+from foveal.kernels.hopper import support
 from foveal.testing import make_inputs, random_selection
 
 
@@ -13,7 +13,7 @@ def test_named_gluon_says_why_it_cannot_run():
     inputs = make_inputs(query_length=64, heads=1, head_dim=64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match='impl="gluon" cannot run here: it needs an NVIDIA GPU, got tensors on cpu'):
         block_sparse_attention(*inputs, selection, impl="gluon")
-    assert "NVIDIA" in supports(*inputs, 64, 64)
+    assert "NVIDIA" in support.why_not(*inputs, 64, 64)
 
 
 @pytest.mark.parametrize("length", [64, 100])

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,8 +10,11 @@ import torch.nn.functional as F
 
 from foveal import sla_attention
 from foveal.blocks import BlockSelection
-from foveal.kernels import hopper as gluon
+from foveal.kernels.backend import ColumnLists
+from foveal.kernels.hopper.launch import Forward, backward
+from foveal.kernels.hopper.support import why_not
 from foveal.kernels.reference import block_sparse_attention_reference
+from foveal.kernels.values import LinearTerm
 from foveal.methods.sla import gpu_forward
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.gpu import sla_attention_gpu
@@ -39,7 +41,7 @@ def _poisoned_memory(monkeypatch):
 
 
 def skip_unless_supported(query, key, value, block_q, block_k):
-    reason = gluon.supports(query, key, value, block_q, block_k)
+    reason = why_not(query, key, value, block_q, block_k)
     if reason is not None:
         pytest.skip(f"gluon: {reason}")
 
@@ -49,7 +51,7 @@ def columns_of(selection):
     mask = selection.critical_mask().transpose(-1, -2)
     counts = mask.sum(-1, dtype=torch.int32).flatten()
     rows = mask.nonzero()[:, -1].to(torch.int32)
-    return counts.cumsum(0, dtype=torch.int32) - counts, counts, torch.cat([rows, rows.new_zeros(1)])
+    return ColumnLists(counts.cumsum(0, dtype=torch.int32) - counts, counts, torch.cat([rows, rows.new_zeros(1)]))
 
 
 def random_case(
@@ -82,11 +84,9 @@ def random_case(
 def run(query, key, value, grad, selection):
     """(output, lse, dq, dk, dv) of the kernels."""
     scale = query.shape[-1] ** -0.5
-    lists = selection.critical, selection.critical_count
-    rest = selection.key_block_sizes, selection.block_q, selection.block_k, scale
-    output, lse = gluon.forward(query, key, value, *lists, *rest)
+    output, lse = Forward(query, key, value, selection, scale).run_all()
     delta = (grad.float() * output.float()).sum(-1)
-    grads = gluon.backward(grad, query, key, value, delta, lse, *lists, columns_of(selection), *rest)
+    grads = backward(grad, query, key, value, delta, lse, selection, columns_of(selection), scale)
     return output, lse, *grads
 
 
@@ -135,16 +135,6 @@ def test_large_logits_and_every_block_kept(block_q, block_k):
     assert_close(random_case(torch.bfloat16, 128, block_q, block_k, (2000, 1500), keep=0.1, batch=1))
 
 
-class LinearTerm(NamedTuple):
-    """What the launcher takes for the linear branch; see kernels/launch_arguments.py."""
-
-    state: torch.Tensor
-    norm: torch.Tensor
-    feature_map: str
-    proj_weight: torch.Tensor
-    proj_bias: torch.Tensor
-
-
 def random_linear_term(query, selection, feature_map, shared):
     torch.manual_seed(1)
     batch, heads, _, head_dim = query.shape
@@ -154,7 +144,7 @@ def random_linear_term(query, selection, feature_map, shared):
     if shared:
         state, norm = (x.expand(-1, selection.num_query_blocks, *x.shape[2:]) for x in (state, norm))
     weight = (torch.randn(head_dim, head_dim, device="cuda") * head_dim**-0.5).to(torch.bfloat16)
-    return LinearTerm(state, norm, feature_map, weight, torch.randn(head_dim, device="cuda"))
+    return LinearTerm(feature_map, weight, torch.randn(head_dim, device="cuda"), state, norm)
 
 
 def expected_linear_branch(query, selection, term, dtype):
@@ -169,7 +159,7 @@ def expected_linear_branch(query, selection, term, dtype):
     linear = torch.stack(
         [((phi / norm).to(narrow)[:, :, i, None] @ state[:, :, b]).squeeze(2) for i, b in enumerate(block.tolist())], 2
     )
-    return (linear @ term.proj_weight.to(narrow).T).to(wide) + term.proj_bias.to(wide)
+    return (linear @ term.weight.to(narrow).T).to(wide) + term.bias.to(wide)
 
 
 @pytest.mark.parametrize("with_sizes", [False, True])
@@ -181,10 +171,8 @@ def test_linear_branch(block_q, block_k, feature_map, head_dim, with_sizes):
         query, key, value, _, selection = random_case(dtype, head_dim, block_q, block_k, lengths, with_sizes=with_sizes)
         term = random_linear_term(query, selection, feature_map, shared)
         scale = head_dim**-0.5
-        rest = selection.key_block_sizes, block_q, block_k, scale
-        lists = selection.critical, selection.critical_count
-        got, lse = gluon.forward(query, key, value, *lists, *rest, linear=term)
-        sparse_alone, lse_alone = gluon.forward(query, key, value, *lists, *rest)
+        got, lse = Forward(query, key, value, selection, scale, term).run_all()
+        sparse_alone, lse_alone = Forward(query, key, value, selection, scale).run_all()
         assert torch.equal(lse, lse_alone)
         sparse = block_sparse_attention_reference(*(x.double() for x in (query, key, value)), selection, scale)[0]
         exact = sparse + expected_linear_branch(query, selection, term, torch.float64)
@@ -235,7 +223,7 @@ def test_gradients_of_both_branches(block_q, block_k, feature_map, scope, head_d
         padding = ~selection.key_valid()[:, None, :, None]
 
         def hopper(query, key, value, weight=None, bias=None, selection=selection):
-            return sla_attention_gpu(query, key, value, config, selection, scale, weight, bias, hopper=True)
+            return sla_attention_gpu(query, key, value, config, selection, scale, weight, bias, "gluon")
 
         def reference(query, key, value, weight=None, bias=None, selection=selection):
             weights = {"proj_weight_DD": weight, "proj_bias_D": bias}
@@ -267,7 +255,7 @@ def test_a_group_prepared_beside_another(train, monkeypatch):
     run = functools.partial(sla_attention, *tensors, config=SLAConfig(keep_ratio=0.1), proj_weight=weight)
     monkeypatch.setattr(gpu_forward, "GROUP_BYTES", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(gpu_forward, "_side_stream", lambda device: None)
+        patch.setattr(gpu_forward, "side_stream", lambda device: None)
         expected = run()
     for _ in range(100):
         assert torch.equal(run(), expected)
@@ -316,12 +304,12 @@ def test_no_wait_for_the_device():
     case = random_case(torch.bfloat16, 128, 64, 64, (200, 300))
     run(*case)
     query, key, value, grad, selection = case
-    lists, columns = (selection.critical, selection.critical_count), columns_of(selection)
+    columns = columns_of(selection)
     delta = torch.zeros(query.shape[:3], device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        output, lse = gluon.forward(query, key, value, *lists, None, 64, 64, 0.1)
-        gluon.backward(grad, query, key, value, delta, lse, *lists, columns, None, 64, 64, 0.1)
+        output, lse = Forward(query, key, value, selection, 0.1).run_all()
+        backward(grad, query, key, value, delta, lse, selection, columns, 0.1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert output.stride() == query.stride()

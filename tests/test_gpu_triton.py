@@ -19,7 +19,7 @@ from foveal import (  # noqa: E402
     vsa_attention,
 )
 from foveal.kernels import api as selection_module  # noqa: E402
-from foveal.kernels.hopper import supports  # noqa: E402
+from foveal.kernels.hopper.support import why_not  # noqa: E402
 from foveal.testing import (  # noqa: E402
     assert_close_to_reference,
     make_inputs,
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(params=["triton", "gluon"])
 def impl(request):
     if request.param == "gluon":
-        reason = supports(*(torch.empty(1, 1, 64, 64, dtype=torch.bfloat16, device="cuda"),) * 3, 64, 64)
+        reason = why_not(*(torch.empty(1, 1, 64, 64, dtype=torch.bfloat16, device="cuda"),) * 3, 64, 64)
         if reason is not None:
             pytest.skip(f"gluon: {reason}")
     return request.param
@@ -247,7 +247,7 @@ def test_activation_checkpointing():
 
 def test_auto_takes_the_fastest():
     inputs, selection = case((1, 2, 300, 300, 64, 64, 64, torch.bfloat16, "BHLD"))
-    fastest = "triton" if supports(*inputs, 64, 64) else "gluon"
+    fastest = "triton" if why_not(*inputs, 64, 64) else "gluon"
     expected = block_sparse_attention(*inputs, selection, impl=fastest)
     assert torch.equal(block_sparse_attention(*inputs, selection), expected)
 

@@ -6,7 +6,7 @@ from test_vsa_triton import CASES, check_case, make_case
 from torch.utils.checkpoint import checkpoint
 
 from foveal import VideoGrid, VSAConfig, vsa_attention
-from foveal.kernels.hopper import supports
+from foveal.kernels.hopper.support import why_not
 from foveal.methods.vsa.attention import select_cubes
 from foveal.testing import make_inputs, output_and_gradients
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(params=["triton", "gluon"])
 def impl(request):
     if request.param == "gluon":
-        reason = supports(*(torch.empty(1, 1, 64, 64, dtype=torch.bfloat16, device="cuda"),) * 3, 64, 64)
+        reason = why_not(*(torch.empty(1, 1, 64, 64, dtype=torch.bfloat16, device="cuda"),) * 3, 64, 64)
         if reason is not None:
             pytest.skip(f"gluon: {reason}")
     return request.param

@@ -23,17 +23,15 @@ CASES = {
 
 
 def run_case(name: str) -> None:
-    from functools import partial
-
     import torch
 
+    from foveal.kernels import host
     from foveal.kernels.reference import block_sparse_attention_reference
-    from foveal.kernels.triton import backward, forward
-    from foveal.kernels.triton.ops import block_sparse_attention_gpu
+    from foveal.kernels.sparse import block_sparse_attention_gpu
     from foveal.testing import assert_close_to_reference, make_inputs, output_and_gradients, random_selection
 
     batch, heads, query_length, key_length, head_dim, block_q, block_k, descriptors, layout, kv_lengths = CASES[name]
-    forward.descriptors_fit = backward.descriptors_fit = lambda tensors: descriptors
+    host.has_tma = lambda device: descriptors
     sizes = {"batch": batch, "heads": heads, "query_length": query_length, "key_length": key_length}
     kv_lengths = None if kv_lengths is None else torch.tensor(kv_lengths)
     selection = random_selection(**sizes, block_q=block_q, block_k=block_k, critical=0.7, kv_lengths=kv_lengths)
@@ -44,7 +42,7 @@ def run_case(name: str) -> None:
     def run(attention, inputs):
         return output_and_gradients(lambda *qkv: attention(*qkv, selection, head_dim**-0.5), inputs)
 
-    ours = run(partial(block_sparse_attention_gpu, hopper=False), poisoned)
+    ours = run(lambda *arguments: block_sparse_attention_gpu(*arguments, "triton"), poisoned)
     exact = run(block_sparse_attention_reference, [x.double() for x in (query, key, value)])
     plain = run(block_sparse_attention_reference, (query, key, value))
     names = ("output", "lse", "grad_query", "grad_key", "grad_value")
@@ -53,19 +51,21 @@ def run_case(name: str) -> None:
 
 
 def run_lists() -> None:
+    import dataclasses
+
     import torch
 
     from foveal.kernels.triton.lists import column_lists, full_blocks_first
     from foveal.testing import random_selection
 
     selection = random_selection(batch=2, query_length=1100, key_length=200, block_q=64, block_k=16, critical=0.4)
-    columns = column_lists(selection.critical, selection.critical_count, selection.num_key_blocks)
+    columns = column_lists(selection)
     mask = selection.critical_mask().transpose(2, 3).flatten(0, 2)
     for expected, offset, count in zip(mask, columns.offsets, columns.counts, strict=True):
         assert columns.rows[offset : offset + count].tolist() == expected.nonzero().flatten().tolist()
 
     sizes = torch.randint(13, 17, (2, selection.num_key_blocks), dtype=torch.int32)
-    ordered = full_blocks_first(selection.critical, selection.critical_count, sizes, 16)
+    ordered = full_blocks_first(dataclasses.replace(selection, key_block_sizes=sizes))
     for b in range(2):
         for i in range(selection.num_query_blocks):
             count = int(selection.critical_count[b, 1, i])
@@ -126,14 +126,14 @@ def run_sla(name: str) -> None:
     import torch
 
     from foveal import SLAConfig
-    from foveal.kernels.triton import backward, forward, linear
+    from foveal.kernels import host
     from foveal.methods.sla.gpu import sla_attention_gpu
     from foveal.methods.sla.reference import sla_attention_reference
     from foveal.testing import assert_close_to_reference, make_inputs, output_and_gradients, random_selection
 
     feature_map, scope, projection, block_q, block_k, head_dim, kv_lengths = SLA_CASES[name]
     descriptors = head_dim == 64
-    forward.descriptors_fit = backward.descriptors_fit = linear.descriptors_fit = lambda tensors: descriptors
+    host.has_tma = lambda device: descriptors
     kv_lengths = None if kv_lengths is None else torch.tensor(kv_lengths)
     sizes = {"batch": 1 if kv_lengths is None else 2, "heads": 1, "query_length": 200, "key_length": 150}
     selection = random_selection(**sizes, block_q=block_q, block_k=block_k, kv_lengths=kv_lengths)
@@ -152,7 +152,7 @@ def run_sla(name: str) -> None:
     scale = head_dim**-0.5
 
     def ours(query, key, value, weight=None, bias=None):
-        return sla_attention_gpu(query, key, value, config, selection, scale, weight, bias, hopper=False)
+        return sla_attention_gpu(query, key, value, config, selection, scale, weight, bias, "triton")
 
     def reference(query, key, value, weight=None, bias=None):
         return sla_attention_reference(
@@ -204,7 +204,7 @@ def run_selecting(name: str) -> None:
         config = SLAConfig(linear_scope=scope, **ratios)
 
         def attention(query, key, value, weight, bias):
-            return sla_attention_gpu(query, key, value, config, selection, 0.125, weight, bias, hopper=False)
+            return sla_attention_gpu(query, key, value, config, selection, 0.125, weight, bias, "triton")
 
         if name == "selecting":
             return output_and_gradients(attention, (*inputs, *weights))
@@ -213,6 +213,68 @@ def run_selecting(name: str) -> None:
 
     for x, y in zip(run(rule, group_bytes), run(given, 2**30), strict=True):
         assert torch.equal(x, y), name
+
+
+WAYS = ["ways: sparse", "ways: sla", "ways: vsa"]
+
+
+def run_ways(name: str) -> None:
+    """Plain eager calls, custom ops, compiled, checkpointed and hooked ones give the same bits; jvp is refused."""
+    from functools import partial
+
+    import torch
+    from torch.autograd import forward_ad
+    from torch.utils.checkpoint import checkpoint
+
+    from foveal import SLAConfig, VideoGrid, VSAConfig
+    from foveal.blocks import selection_rule
+    from foveal.kernels import sparse
+    from foveal.methods.sla import gpu as sla
+    from foveal.methods.vsa import gpu as vsa
+    from foveal.methods.vsa.layout import CubeLayout
+    from foveal.testing import make_inputs, output_and_gradients, random_selection
+
+    query, key, value = make_inputs(batch=1, heads=1, query_length=100, head_dim=64, dtype=torch.bfloat16)
+    weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) / 8, torch.ones(64)
+    blocks = {"block_q": 64, "block_k": 64}
+    if name == "ways: sparse":
+        selection = random_selection(batch=1, heads=1, query_length=100, key_length=100, **blocks)
+        tensors = query, key, value
+
+        def attention(*tensors):
+            return sparse.block_sparse_attention_gpu(*tensors, selection, 0.125, "triton")
+    elif name == "ways: sla":
+        rule = selection_rule(query, key, **blocks, keep_ratio=0.5, drop_ratio=0.0)
+        tensors = query, key, value, *weights
+
+        def attention(query, key, value, weight, bias):
+            config = SLAConfig(keep_ratio=0.5, drop_ratio=0.0)
+            return sla.sla_attention_gpu(query, key, value, config, rule, 0.125, weight, bias, "triton")
+    else:
+        layout = CubeLayout(VSAConfig(topk=1), VideoGrid(4, 5, 5), key, None)
+        tensors = query, key, value, query.flip(2)
+
+        def attention(query, key, value, gate):
+            return vsa.vsa_attention_gpu(query, key, value, layout, None, 0.125, gate, None, "triton")
+
+    ways = {
+        "checkpointed": partial(checkpoint, attention, use_reentrant=False),
+        "compiled": torch.compile(attention, backend="aot_eager", fullgraph=True),
+    }
+    expected = output_and_gradients(attention, tensors)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+        results = {"hooked": output_and_gradients(attention, tensors)}
+    results |= {way: output_and_gradients(function, tensors) for way, function in ways.items()}
+    for module in (sparse, sla, vsa):
+        module.is_plain = lambda *_: False
+    results["custom ops"] = output_and_gradients(attention, tensors)
+    results["custom ops, checkpointed"] = output_and_gradients(ways["checkpointed"], tensors)
+    for way, got in results.items():
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True)), way
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode derivative"):
+        attention(query, key, forward_ad.make_dual(value, value), *tensors[3:])
+    with pytest.raises(NotImplementedError, match="forward-mode derivative"):
+        torch.func.jvp(lambda value: attention(query, key, value, *tensors[3:]), (value,), (value,))
 
 
 def main(names) -> None:
@@ -247,6 +309,8 @@ def main(names) -> None:
             run_sla(name)
         elif name in SELECTING_CASES:
             run_selecting(name)
+        elif name in WAYS:
+            run_ways(name)
         else:
             run_case(name)
 
@@ -258,6 +322,7 @@ def main(names) -> None:
         pytest.param(["lists", "selection"], id="lists"),
         pytest.param(list(SLA_CASES), id="sla", marks=pytest.mark.slow),
         pytest.param(list(SELECTING_CASES), id="selecting", marks=pytest.mark.slow),
+        pytest.param(WAYS, id="ways"),
     ],
 )
 def test_interpreted(names):

@@ -20,9 +20,9 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from foveal.kernels import host  # noqa: E402
 from foveal.kernels.hopper.support import missing_gluon  # noqa: E402
-from foveal.kernels.launch_arguments import Descriptors  # noqa: E402
-from foveal.kernels.triton import launch  # noqa: E402
+from foveal.kernels.host import Descriptors  # noqa: E402
 from foveal.methods.sla import gpu as sla  # noqa: E402
 
 PACKAGES = ("triton", "hopper") if missing_gluon() is None else ("triton",)
@@ -62,22 +62,22 @@ def test_a_launcher_tells_apart_what_triton_does(name):
     kernel = KERNELS[name]
     if not isinstance(kernel, JITFunction):
         pytest.skip("kernels are interpreted")
-    launcher = launch.Launcher(kernel)
+    launcher = host.Launcher(kernel)
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     names = [p.name for p in kernel.params]
     run_time = [p.name for p in kernel.params if not p.is_constexpr]
     # Called with its arguments and then its constants: these come last, then, and in the kernel's order.
-    assert names == [*run_time, *launcher._constants]
+    assert names == [*run_time, *launcher.constants]
     apart = 0
     for first, second in values():
-        for place, matters in enumerate(launcher._specialized):
+        for place, matters in enumerate(launcher.specialized):
             facts, variants = [], []
             for x in (first, second):
                 arguments = [0] * len(run_time)
                 arguments[place] = x
-                facts.append(launch._facts(tuple(arguments), launcher._specialized))
-                variants.append(bind(*arguments, *launcher._constants)[1])
+                facts.append(host._facts(tuple(arguments), launcher.specialized))
+                variants.append(bind(*arguments, *launcher.constants)[1])
             if variants[0] != variants[1]:
                 apart += 1
                 assert facts[0] != facts[1], f"{run_time[place]} (specialized: {matters}): {first} and {second}"
@@ -143,21 +143,22 @@ def example(x_ptr, n, FIRST: "tl.constexpr", SECOND: "tl.constexpr"):  # noqa: F
 @pytest.mark.parametrize("early", [False, True])
 def test_a_second_launch_takes_the_compiled_kernel(monkeypatch, early):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(launch, "starts_early", lambda device: early)
+    monkeypatch.setattr(host, "starts_early", lambda device: early)
     kernel = Recorder(example)
     x, named = torch.zeros(4), {"SECOND": 2, "FIRST": 1, "num_warps": 4}
-    launch.launch(kernel, (3,), x, 5, **named)
-    launch.launch(kernel, (4,), x, 6, **named)
-    assert kernel.calls[0] == ((3,), (x, 5), named | ({"launch_pdl": True} if early else {}))
+    host.launch(kernel, (3,), x_ptr=x, n=5, **named)
+    host.launch(kernel, (4,), x_ptr=x, n=6, **named)
+    early = {"launch_pdl": True} if early else {}
+    assert kernel.calls[0] == ((3,), (), {"x_ptr": x, "n": 5} | named | early)
     assert kernel.calls[1] == ((4, 1, 1), (x, 6, 1, 2))
-    launch.launch(kernel, (4,), x[1:], 6, **named)
+    host.launch(kernel, (4,), x_ptr=x[1:], n=6, **named)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    launch.launch(kernel, (4,), x, 6, **named)
-    launch.launch(kernel, (4,), x, 6, FIRST=2, SECOND=1, num_warps=4)
-    launch.launch(kernel, (4,), x, 6, num_warps=4, SECOND=2, FIRST=1)
+    host.launch(kernel, (4,), x_ptr=x, n=6, **named)
+    host.launch(kernel, (4,), x_ptr=x, n=6, FIRST=2, SECOND=1, num_warps=4)
+    host.launch(kernel, (4,), num_warps=4, SECOND=2, n=6, FIRST=1, x_ptr=x)
     assert [len(call) for call in kernel.calls] == [3, 2, 3, 3, 3, 3]
     other = Recorder(example)
-    launch.launch(other, (4,), x, 6, **named)
+    host.launch(other, (4,), x_ptr=x, n=6, **named)
     assert [len(call) for call in other.calls] == [3]
 
 
@@ -167,7 +168,7 @@ def test_amd_is_left_to_triton(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     kernel = Recorder(example)
     for _ in range(2):
-        launch.launch(kernel, (3,), torch.zeros(4), 5, FIRST=1, SECOND=2, num_warps=4)
+        host.launch(kernel, (3,), x_ptr=torch.zeros(4), n=5, FIRST=1, SECOND=2, num_warps=4)
     assert [len(call) for call in kernel.calls] == [3, 3]
 
 
@@ -195,7 +196,7 @@ def test_descriptors_of_tensors_that_lie_alike():
 
 
 def test_descriptors_do_not_pile_up(monkeypatch):
-    monkeypatch.setattr(Descriptors, "MOST", 3)
+    monkeypatch.setattr(host, "MOST", 3)
     describe = Descriptors(lambda x, rows: TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, 16]))
     memory = torch.zeros(64, 16)
     for _ in range(2):
@@ -209,28 +210,30 @@ def test_sla_launches_where_its_tensors_are(monkeypatch):
     current = []
 
     @contextlib.contextmanager
-    def device_of(tensor):
+    def on_device_of(tensor):
         current.append(tensor.data_ptr())
         yield
         current.pop()
 
-    def attend(query, *_, **__):
+    def forward_in_groups(query, *_):
         assert current == [query.data_ptr()]
-        return sla._fake_results(query, 64, True, True)
+        return sla.Results(query.clone(), query[..., 0].float(), torch.zeros(1, 1, 64), torch.zeros(1, 1, 64, 64))
 
-    def gradients(grad, query, key, value, *_, **__):
+    def gradients(grad, query, key, value, *_):
         assert current == [query.data_ptr()]
-        return *(torch.zeros_like(x) for x in (query, key, value)), torch.zeros(64, 64), torch.zeros(64)
+        return *(torch.zeros_like(x) for x in (query, key, value)), None, None
 
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(sla, "attend", attend)
+    monkeypatch.setattr(sla, "on_device_of", on_device_of)
+    monkeypatch.setattr(sla, "forward_in_groups", forward_in_groups)
     monkeypatch.setattr(sla, "gradients", gradients)
     inputs = [torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     config = sla.SLAConfig(linear_scope="all", projection=False)
-    rule = sla.SelectionRule(1, 1, 0, None, None, None, (0, 0), (0, 0))
+    rule = sla.SelectionRule(64, 64, width=1, critical=1)
     selection = sla.BlockSelection.from_labels(
         torch.ones(1, 1, 1, 1, dtype=torch.int8), block_q=64, block_k=64, query_length=64, key_length=64
     )
     for chosen in (rule, selection):
-        sla.sla_attention_gpu(*inputs, config, chosen, 0.125, None, None, hopper=False).sum().backward()
+        for plain in (True, False):
+            monkeypatch.setattr(sla, "is_plain", lambda *_, plain=plain: plain)
+            sla.sla_attention_gpu(*inputs, config, chosen, 0.125, None, None, "triton").sum().backward()
     assert not current

@@ -106,7 +106,7 @@ def run_case(name: str) -> None:
     def attend(query, key, value, gates, grid, config, selection, lengths):
         layout = CubeLayout(config, grid, key, lengths)
         selection = layout.checked(selection, query)
-        return vsa_attention_gpu(query, key, value, layout, selection, query.shape[-1] ** -0.5, *gates, hopper=False)
+        return vsa_attention_gpu(query, key, value, layout, selection, query.shape[-1] ** -0.5, *gates, "triton")
 
     check_case(name, torch.float16, "cpu", attend)
 
@@ -116,7 +116,7 @@ def run_selection(name: str) -> None:
     import torch
 
     from foveal.methods.vsa.attention import select_cubes
-    from foveal.methods.vsa.gpu import _forward_op, select_cubes_gpu
+    from foveal.methods.vsa.gpu import Choice, _forward, select_cubes_gpu
     from foveal.methods.vsa.layout import CubeLayout
 
     (query, key, value), _, grid, config, lengths = make_case(name, torch.float16, "cpu")
@@ -126,12 +126,11 @@ def run_selection(name: str) -> None:
     assert torch.equal(ours.labels(), expected.labels())
     assert torch.equal(ours.critical_count, expected.critical_count)
     assert torch.equal(ours.key_block_sizes, expected.key_block_sizes)
-    shape = [layout.slot, layout.uniform_size or 0, layout.kept]
-    options = shape, query.shape[-1] ** -0.5, False, False
-    tables = layout.places(query.device), layout.cube_sizes, layout.key_sizes, layout.text_counts
-    *_, critical, counts = _forward_op(query, key, value, None, None, *tables, None, None, *options)
-    assert torch.equal(critical, ours.critical)
-    assert torch.equal(counts, ours.critical_count)
+    cubes, choice = layout.cubes(query.device), Choice(layout.kept, layout.text_counts)
+    options = query.shape[-1] ** -0.5, "triton"
+    _, saved = _forward(query, key, value, None, None, cubes, choice, *options, save=False)
+    assert torch.equal(saved.critical, ours.critical)
+    assert torch.equal(saved.counts, ours.critical_count)
 
 
 def main(names) -> None:

@@ -10,7 +10,7 @@ W the width of the longest list of critical blocks.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveal.checks import check_positive_int
+from foveal.checks import cached_constant, check_positive_int
 
 
 def count(ratio: float, total: int) -> int:
@@ -108,6 +108,13 @@ class BlockSelection:
     @property
     def num_key_blocks(self) -> int:
         return -(-self.key_length // self.block_k)
+
+    def with_contiguous_lists(self) -> BlockSelection:
+        """This selection with its critical lists contiguous, as kernels read them."""
+        if self.critical.is_contiguous() and self.critical_count.is_contiguous():
+            return self
+        lists = {"critical": self.critical.contiguous(), "critical_count": self.critical_count.contiguous()}
+        return dataclasses.replace(self, **lists)
 
     def critical_mask(self) -> Tensor:
         """bool [B, H, Tq, Tk], True where critical."""
@@ -224,7 +231,7 @@ def pick_blocks(
     else:
         blocks = valid_blocks.to(scores.device).long().view(-1, 1, 1, 1)
         n_critical = _count_table(total, keep_ratio, topk, scores.device)[blocks]
-        n_negligible = _count_table(total, drop_ratio, None, scores.device, floor=0)[blocks]
+        n_negligible = _count_table(total, drop_ratio, None, scores.device, 0)[blocks]
         scores = scores.masked_fill(index >= blocks, -math.inf)
 
     order = scores.sort(dim=-1, descending=True, stable=True).indices
@@ -257,9 +264,10 @@ def pick_blocks(
 
 
 class SelectionRule(NamedTuple):
-    """What `select_blocks` settles before it looks at a score, for kernels that select as they run.
+    """How to choose: what `select_blocks` settles before it looks at a score, for kernels that select as they run.
 
-    width: of the critical lists.
+    block_q, block_k: block sizes in tokens.
+    width: of the critical lists; no row may have more critical blocks.
     critical, negligible: how many blocks a row gets, if every sample has all its keys.
     key_block_sizes: int32 [B, Tk] or None, as in `BlockSelection`.
     valid_blocks: int32 [B], leading key blocks with a valid token, or None for all; then
@@ -267,14 +275,16 @@ class SelectionRule(NamedTuple):
     key_range, query_range: [start, stop) in blocks: critical for every row, and rows that attend to everything.
     """
 
+    block_q: int
+    block_k: int
     width: int
     critical: int
-    negligible: int
-    key_block_sizes: Tensor | None
-    valid_blocks: Tensor | None
-    table: Tensor | None
-    key_range: tuple[int, int]
-    query_range: tuple[int, int]
+    negligible: int = 0
+    key_block_sizes: Tensor | None = None
+    valid_blocks: Tensor | None = None
+    table: Tensor | None = None
+    key_range: tuple[int, int] = (0, 0)
+    query_range: tuple[int, int] = (0, 0)
 
 
 def selection_rule(
@@ -317,6 +327,8 @@ def rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits) -> Sel
         valid_blocks = valid_blocks.to(torch.int32)
         table = _wanted_table(columns, keep_ratio, drop_ratio, key.device)
     return SelectionRule(
+        block_q=block_q,
+        block_k=block_k,
         width=max(1, min(width, columns)),
         critical=critical,
         negligible=count(drop_ratio, columns),
@@ -328,7 +340,7 @@ def rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits) -> Sel
     )
 
 
-@functools.lru_cache(maxsize=64)
+@cached_constant
 def _wanted_table(total: int, keep_ratio: float, drop_ratio: float, device: torch.device) -> Tensor:
     """int32 [total + 1, 2]: how many blocks are critical and negligible for every number of valid ones."""
     table = [(_num_critical(n, keep_ratio, None), count(drop_ratio, n)) for n in range(total + 1)]
@@ -343,7 +355,7 @@ def _num_critical(total: int, keep_ratio: float | None, topk: int | None, floor:
     return max(floor, count(keep_ratio, total)) if keep_ratio else 0
 
 
-@functools.lru_cache(maxsize=64)
+@cached_constant
 def _count_table(total: int, ratio: float | None, topk: int | None, device: torch.device, floor: int = 1) -> Tensor:
     """int64 [total + 1]: the count for every number of valid blocks, so that no device rounds a ratio itself."""
     return torch.tensor([_num_critical(n, ratio, topk, floor) for n in range(total + 1)], device=device)

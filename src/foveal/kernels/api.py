@@ -12,6 +12,7 @@ from foveal.blocks import BlockSelection, SelectionRule, limits_of, pick_blocks,
 from foveal.checks import check_choice, check_positive_int, check_ratio, check_scale, validate_qkv
 
 IMPLS = ("auto", "reference", "torch", "triton", "gluon")
+BACKENDS = ("gluon", "triton")  # those with kernels, the fastest first
 # What the registers of one program hold: at 64 tokens a block, a million keys.
 _KERNEL_MAX_BLOCKS = 16384
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -27,7 +28,7 @@ def block_sparse_attention(
     impl: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention over each query block's critical key blocks alone.
+    """Softmax attention over only each query block's critical key blocks.
 
     The sparse part of SLA (arXiv 2509.24006, eq. 3) and the fine stage of VSA (arXiv 2505.13389, eq. 3).
 
@@ -57,10 +58,10 @@ def block_sparse_attention(
             from foveal.kernels.reference import block_sparse_attention_reference as run
         case "torch":
             from foveal.kernels.cpu import block_sparse_attention_torch as run
-        case "triton" | "gluon" as backend:
-            from foveal.kernels.triton.ops import block_sparse_attention_gpu
+        case backend:
+            from foveal.kernels.sparse import block_sparse_attention_gpu
 
-            run = functools.partial(block_sparse_attention_gpu, hopper=backend == "gluon")
+            run = functools.partial(block_sparse_attention_gpu, backend=backend)
     output, lse = run(query, key, value, selection, scale)
     return (output, lse) if return_lse else output
 
@@ -77,18 +78,21 @@ def resolve_impl(impl: str, query: Tensor, key: Tensor, value: Tensor, block_q: 
     check_choice("impl", impl, IMPLS)
     if impl in ("reference", "torch"):
         return impl
-    from foveal.kernels.hopper.support import supports
-
-    reasons = {
-        "gluon": lambda: supports(query, key, value, block_q, block_k),
-        "triton": lambda: _why_no_triton(query, block_q, block_k),
-    }
     if impl == "auto":
-        return next((name for name, reason in reasons.items() if reason() is None), "torch")
-    reason = reasons[impl]()
+        return next((name for name in BACKENDS if why_not(name, query, key, value, block_q, block_k) is None), "torch")
+    reason = why_not(impl, query, key, value, block_q, block_k)
     if reason is not None:
         raise ValueError(f'impl="{impl}" cannot run here: {reason}; impl="auto" takes what fits')
     return impl
+
+
+def why_not(backend: str, query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> str | None:
+    """Why a backend cannot run on these inputs; None if it can."""
+    if backend == "gluon":
+        from foveal.kernels.hopper.support import why_not
+
+        return why_not(query, key, value, block_q, block_k)
+    return _why_no_triton(query, block_q, block_k)
 
 
 def _why_no_triton(query: Tensor, block_q: int, block_k: int) -> str | None:
@@ -175,7 +179,7 @@ def select_blocks(
     sizes, valid_blocks, key_range, query_range = limits
     if fits_kernel(query, key, block_k):
         rule = rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits)
-        critical, counts, marginal = _select_on_device(query, key, block_q, block_k, scale, rule, drop_ratio > 0.0)
+        critical, counts, marginal = _select_on_device(query, key, scale, rule, drop_ratio > 0.0)
     else:
         with torch.no_grad():
             scores = pooled_scores(pool_blocks(query, block_q), pool_blocks(key, block_k, sizes), scale)
@@ -213,25 +217,10 @@ def fits_kernel(query: Tensor, key: Tensor, block_k: int) -> bool:
 
 
 def _select_on_device(
-    query: Tensor, key: Tensor, block_q: int, block_k: int, scale: float, rule: SelectionRule, with_marginal: bool
+    query: Tensor, key: Tensor, scale: float, rule: SelectionRule, with_marginal: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    from foveal.kernels.triton.select import select_op
+    from foveal.kernels.triton.select import select_blocks_gpu
 
-    rows, columns = -(-query.shape[2] // block_q), -(-key.shape[2] // block_k)
-    critical, counts, marginal = select_op(
-        query.detach(),
-        key.detach(),
-        block_q,
-        block_k,
-        rule.key_block_sizes,
-        rule.valid_blocks,
-        rule.table,
-        scale,
-        rule.width,
-        rule.critical,
-        rule.negligible,
-        *rule.key_range,
-        *rule.query_range,
-        with_marginal,
-    )
+    rows, columns = -(-query.shape[2] // rule.block_q), -(-key.shape[2] // rule.block_k)
+    critical, counts, marginal = select_blocks_gpu(query, key, rule, scale, with_marginal)
     return critical, counts, marginal[:, :, :rows, :columns] if with_marginal else None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveal.kernels.hopper.launch import TILE, _multiprocessors, _tiles, short_tail
-from foveal.kernels.launch_arguments import LOG2_E, Descriptors, size_stride
+from foveal.blocks import BlockSelection
+from foveal.kernels.backend import Cubes, Gates
+from foveal.kernels.hopper.launch import TILE, short_tail, tiles
+from foveal.kernels.host import Descriptors, launch, num_sms
+from foveal.kernels.values import LOG2_E, size_stride
 
 
+@functools.cache
 def cubes_plan(slot: int, uniform: int, gated_coarse: bool, gated_fine: bool, save_fine: bool) -> dict[str, Any]:
     """Constants and launch options; for slots of 64 three programs a multiprocessor, for those of 128 one that stays.
 
@@ -38,57 +43,56 @@ def _slots(x: Tensor, slot: int, rows: int):
 
 def attend_cubes(
     query: Tensor,
-    cube_key: Tensor,
-    cube_value: Tensor,
-    critical: Tensor,
-    counts: Tensor,
-    sizes: Tensor,
-    uniform: int,
-    places: Tensor,
+    copies: tuple[Tensor, Tensor],
+    cubes: Cubes,
+    selection: BlockSelection,
     coarse: Tensor,
-    gate_coarse: Tensor | None,
-    gate_fine: Tensor | None,
+    gates: Gates,
     scale: float,
-    *,
-    slot: int,
     save_fine: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """O = Gc * Oc + Gf * Of, strided like `query`; Of in tile order, if wanted; LSE of the fine stage in tile order.
-
-    Args:
-        query: [B, H, L, D], raster order, bfloat16 or float16, D 64 or 128.
-        cube_key, cube_value: [B, H, T * slot, D], tile order, contiguous, zeros behind each block's tokens.
-        critical, counts: int32 [B, H, C, W] and [B, H, C], contiguous.
-        sizes: int32 [B or 1, T], valid keys of each block.
-        uniform: the size of every block, or 0 where they differ.
-        places: int64 [C * slot], where the tokens stand in raster order; -1 for none.
-        coarse: Oc, float32 [B, H, C, D], contiguous.
-        gate_coarse, gate_fine: [B, H, L, D], any strides; None for 1.
-        slot: 64 or 128.
-    """
+    """See `Backend.attend_cubes`; `copies` are key and value."""
     from foveal.kernels.hopper.cubes_kernel import cubes_fwd_kernel
     from foveal.kernels.hopper.cubes_wide_kernel import cubes_fwd_wide_kernel
-    from foveal.kernels.triton.launch import launch
 
     batch, heads, _, head_dim = query.shape
-    num_cubes = coarse.shape[2]
+    slot, uniform, sizes, num_cubes = cubes.slot, cubes.uniform, cubes.key_sizes, cubes.num_cubes
     shape = (batch, heads, num_cubes * slot)
     output = torch.empty_like(query)
     fine = query.new_empty((*shape, head_dim)) if save_fine else None
     lse = torch.empty(shape, dtype=torch.float32, device=query.device)
-    plan = cubes_plan(slot, uniform, gate_coarse is not None, gate_fine is not None, save_fine)
-    gates = [output if x is None else x for x in (gate_coarse, gate_fine)]
-    arguments = (
-        *(_slots(x, slot, uniform or slot) for x in (cube_key, cube_value)), _tiles(fine, TILE) if save_fine else None,
-        query, coarse, *gates, output, places, lse, critical, counts, sizes,
-        *(x.stride() for x in (query, *gates, output)), scale * LOG2_E,
-    )  # fmt: skip
-    last, named = (uniform, critical.shape[3], size_stride(sizes)), plan["constants"] | plan["options"]
-    with torch.cuda.device(query.device):
-        if plan["wide"]:
-            total = batch * heads * num_cubes
-            grid = (min(total, _multiprocessors(query.device)),)
-            launch(cubes_fwd_wide_kernel, grid, *arguments, heads, num_cubes, total, *last, **named)
-        else:
-            launch(cubes_fwd_kernel, (num_cubes, heads, batch), *arguments, *last, **named)
+    plan = cubes_plan(slot, uniform, gates.coarse is not None, gates.fine is not None, save_fine)
+    gate_coarse, gate_fine = (output if x is None else x for x in gates)
+    rows = uniform or slot
+    named = {
+        "key": _slots(copies[0], slot, rows),
+        "value": _slots(copies[1], slot, rows),
+        "fine": tiles(fine, TILE) if save_fine else None,
+        "query_ptr": query,
+        "coarse_ptr": coarse,
+        "gate_coarse_ptr": gate_coarse,
+        "gate_fine_ptr": gate_fine,
+        "output_ptr": output,
+        "place_ptr": cubes.places,
+        "lse_ptr": lse,
+        "critical_ptr": selection.critical,
+        "count_ptr": selection.critical_count,
+        "size_ptr": sizes,
+        "query_strides": query.stride(),
+        "gate_coarse_strides": gate_coarse.stride(),
+        "gate_fine_strides": gate_fine.stride(),
+        "output_strides": output.stride(),
+        "scale_log2": scale * LOG2_E,
+        "uniform": uniform,
+        "width": selection.critical.shape[3],
+        "size_stride": size_stride(sizes),
+        **plan["constants"],
+        **plan["options"],
+    }
+    if plan["wide"]:
+        total = batch * heads * num_cubes
+        grid = (min(total, num_sms(query.device)),)
+        launch(cubes_fwd_wide_kernel, grid, heads=heads, num_cubes=num_cubes, total=total, **named)
+    else:
+        launch(cubes_fwd_kernel, (num_cubes, heads, batch), **named)
     return output, fine, lse

@@ -25,7 +25,7 @@ from foveal.kernels.hopper.forward_kernel import (
 from foveal.kernels.hopper.forward_wide_kernel import add_wide_tile
 from foveal.kernels.hopper.raster import load_lines, store_gated_sum, video_tokens
 from foveal.kernels.hopper.tiles import barriers, copy_rows, retire
-from foveal.kernels.triton.launch import await_previous
+from foveal.kernels.triton.await_previous import await_previous
 
 
 @gluon.jit

@@ -36,7 +36,7 @@ from foveal.kernels.hopper.tiles import (
     retire,
     store_rows,
 )
-from foveal.kernels.triton.launch import await_previous
+from foveal.kernels.triton.await_previous import await_previous
 
 # Row statistics lie tile by tile, for each 64 queries their 64 LSEs in log2 units and then their 64 deltas, so that
 # one copy brings both.

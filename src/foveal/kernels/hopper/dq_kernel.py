@@ -26,7 +26,7 @@ from foveal.kernels.hopper.tiles import (
     scheduling_fence,
     store_rows,
 )
-from foveal.kernels.triton.launch import await_previous
+from foveal.kernels.triton.await_previous import await_previous
 
 
 @gluon.jit

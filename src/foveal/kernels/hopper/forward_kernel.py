@@ -33,7 +33,7 @@ from foveal.kernels.hopper.tiles import (
     retire,
     store_rows,
 )
-from foveal.kernels.triton.launch import await_previous
+from foveal.kernels.triton.await_previous import await_previous
 
 
 @gluon.jit

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from foveal.kernels.hopper.forward_kernel import finished, keep_valid, online_softmax_update, sums_by_eight
 from foveal.kernels.hopper.linear_branch import add_projected, features_and_inverse, load_row, times_state
 from foveal.kernels.hopper.tiles import barriers, keep_columns, retire, store_rows
-from foveal.kernels.triton.launch import await_previous
+from foveal.kernels.triton.await_previous import await_previous
 
 HALF = gl.constexpr(64)
 Q_SLOTS = gl.constexpr(2)  # a slot falls free only when the next query block has begun: one would deadlock

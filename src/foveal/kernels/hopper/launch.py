@@ -7,13 +7,16 @@ strides are read at run time. Nothing here waits for the device.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from foveal.blocks import BlockSelection
+from foveal.kernels.backend import ColumnLists, ForwardCall, RasterGradients
 from foveal.kernels.hopper.support import copyable
-from foveal.kernels.launch_arguments import LOG2_E, Descriptors, ForwardCall, copy_strides, size_stride
+from foveal.kernels.host import Descriptors, launch, num_sms, tma_strides
+from foveal.kernels.values import LOG2_E, LinearTerm, size_stride
 
 TILE = 64  # rows of most tiles
 TAIL = 8  # masks of so many columns at a tile's end are cheap
@@ -24,34 +27,7 @@ def short_tail(size: int, tile: int) -> bool:
     return tile - TAIL <= size < tile
 
 
-class VideoGradients(NamedTuple):
-    """Where gradients go whose tensors stand in tile order, and what is added to them there.
-
-    grads: of query, key and value in raster order, [B, H, L, D] and [B, H, L + text, D] twice, any dense strides.
-    pooled: gradients of pooled query, key and value, float32 [B, H, C, D], contiguous: each token takes its share.
-    places: int64 [C * slot], where the tokens stand in raster order; -1 for none.
-    sizes: int32 [1, C], tokens of each cube.
-    """
-
-    grads: tuple[Tensor, Tensor, Tensor]
-    pooled: tuple[Tensor, Tensor, Tensor]
-    places: Tensor
-    sizes: Tensor
-
-
-class KeyGradients(NamedTuple):
-    """The linear branch's part of dK and dV: dphi(K_j) = V_j G_j^T + z_j, dV_j = phi(K_j) G_j.
-
-    state: G, bfloat16 [B * H, Tk or more, D, D], contiguous; with one block where all key blocks share it.
-    norm: z, float32 [B * H, Tk or more, D], contiguous; with one block where all key blocks share it.
-    feature_map: "softmax", "elu" or "relu".
-    """
-
-    state: Tensor
-    norm: Tensor
-    feature_map: str
-
-
+@functools.cache
 def forward_plan(
     head_dim: int, block_q: int, block_k: int, has_sizes: bool, feature_map: str | None = None, projected: bool = False
 ) -> dict[str, Any]:
@@ -69,6 +45,7 @@ def forward_plan(
     return {"wide": False, "state_box": box, "constants": constants, "options": {"num_warps": 4, "maxnreg": 168}}
 
 
+@functools.cache
 def dkdv_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool) -> dict[str, Any]:
     """Constants and launch options of the dK, dV kernel."""
     return {
@@ -77,6 +54,7 @@ def dkdv_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool) -> dic
     }
 
 
+@functools.cache
 def dq_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool, tail: bool = False) -> dict[str, Any]:
     """How dQ is cut: keys a tile, constants and launch options; `tail` for key blocks that all lack a few keys.
 
@@ -101,13 +79,13 @@ def dq_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool, tail: bo
 
 
 @Descriptors
-def _tiles(x: Tensor, rows: int, columns: int | None = None):
-    """The descriptor of a tensor in tiles of `rows` by `columns` (all of them) of its last two dimensions."""
+def tiles(x: Tensor, rows: int, columns: int | None = None):
+    """The TMA descriptor of a tensor in tiles of `rows` by `columns` (all of them) of its last two dimensions."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     box = [1] * (x.dim() - 2) + [rows, columns or x.shape[-1]]
-    return TensorDescriptor(x, list(x.shape), copy_strides(x), box, gl.NVMMASharedLayout(128, 16, x.dim()))
+    return TensorDescriptor(x, list(x.shape), tma_strides(x), box, gl.NVMMASharedLayout(128, 16, x.dim()))
 
 
 @Descriptors
@@ -118,71 +96,68 @@ def _statistics_tiles(x: Tensor):
     return TensorDescriptor(x, [x.numel()], [1], [2 * TILE], gl.NVMMASharedLayout(0, 32, 1))
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _walkable(x: Tensor) -> Tensor:
-    """x, or a copy if the copy engine cannot walk it as it lies."""
+def walkable(x: Tensor) -> Tensor:
+    """x, or a copy if TMA cannot walk it as it lies."""
     return x if copyable(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 class Forward(ForwardCall):
-    """`ForwardCall` for the Hopper kernels, of inputs that `supports` accepts."""
+    """`ForwardCall` for the Hopper kernels, of inputs that `support.why_not` accepts."""
 
-    def _prepare(self, query, key, value, block_q, block_k, projection, feature_map) -> None:
-        (critical, counts, sizes), (output, lse) = self.lists, self.results
-        head_dim, self.device, self.blocks = query.shape[-1], query.device, critical.shape[2]
-        projected = projection is not None and projection[0] is None
-        self.plan = forward_plan(head_dim, block_q, block_k, sizes is not None, feature_map, projected)
-        query, key, value = (_walkable(x) for x in (query, key, value))
-        tensors = (*(_tiles(x, TILE) for x in (query, key, value, output)), lse, critical, counts)
-        self.tensors = tensors if self.plan["wide"] else (*tensors, sizes)
-        self.weight, self.bias = None, None
-        if projection is not None:
-            self.bias = projection[1]
-            if not projected:
-                self.weight = _tiles(projection[0], *self.plan["state_box"])
+    def prepare(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        selection, linear, (output, lse) = self.selection, self.linear, self.results
+        sizes = selection.key_block_sizes
+        self.device, self.blocks = query.device, selection.critical.shape[2]
+        projected = linear is not None and linear.weight is None
+        self.plan = forward_plan(
+            query.shape[-1],
+            selection.block_q,
+            selection.block_k,
+            sizes is not None,
+            None if linear is None else linear.feature_map,
+            projected,
+        )
+        self.shared = {
+            "query": tiles(walkable(query), TILE),
+            "key": tiles(walkable(key), TILE),
+            "value": tiles(walkable(value), TILE),
+            "output": tiles(output, TILE),
+            "lse_ptr": lse,
+            "critical_ptr": selection.critical,
+            "count_ptr": selection.critical_count,
+            "weight": None if linear is None or projected else tiles(linear.weight, *self.plan["state_box"]),
+            "bias_ptr": None if linear is None else linear.bias,
+            "scale_log2": self.scale_log2,
+            "heads": self.heads,
+            "query_length": self.query_length,
+            "key_length": self.key_length,
+            "width": self.width,
+            **self.plan["constants"],
+            **self.plan["options"],
+        }
+        if not self.plan["wide"]:
+            self.shared |= {"size_ptr": sizes, "size_stride": self.size_stride}
 
     def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
         from foveal.kernels.hopper.forward_kernel import block_sparse_fwd_kernel
         from foveal.kernels.hopper.forward_wide_kernel import block_sparse_fwd_wide_kernel
-        from foveal.kernels.triton.launch import launch
 
-        strides = (0, 0, 0)
+        states = {"state": None, "norm_ptr": norm, "state_step": 0, "norm_pair_stride": 0, "norm_block_stride": 0}
         if state is not None:
-            shared = state.stride(1) == 0 or state.shape[1] == 1
-            strides = (0 if shared else 1, *norm.stride()[:2])
-            state = _tiles(state[:, :1] if shared else state, *self.plan["state_box"])
-        tensors = (*self.tensors, state, self.weight, norm, self.bias, self.scale_log2, self.heads, pairs.start)
-        named = self.plan["constants"] | self.plan["options"]
-        with torch.cuda.device(self.device):
-            if self.plan["wide"]:
-                total = len(pairs) * self.blocks
-                grid = (min(total, _multiprocessors(self.device)),)
-                arguments = *tensors, self.blocks, total, *self.lengths, *strides
-                launch(block_sparse_fwd_wide_kernel, grid, *arguments, **named)
-            else:
-                grid = -(-self.lengths[0] // TILE), len(pairs)
-                arguments = *tensors, *self.lengths, self.size_stride, *strides
-                launch(block_sparse_fwd_kernel, grid, *arguments, **named)
-
-
-forward = Forward.at_once
-
-
-def _video_arguments(video: VideoGradients | None) -> tuple[tuple, tuple]:
-    """What the kernels for dQ, and for dK and dV, take to write in raster order, or not to."""
-    if video is None:
-        return (None, None, 0), (None, None, None, 0, 0)
-    query, key, value = video.grads
-    pooled_query, *pooled = video.pooled
-    places, length = (video.places, video.sizes), query.shape[2]
-    return (
-        ((pooled_query, *places), query.stride(), length),
-        ((*pooled, *places), key.stride(), value.stride(), length, key.shape[2]),
-    )
+            one_for_all = state.stride(1) == 0 or state.shape[1] == 1
+            states["state"] = tiles(state[:, :1] if one_for_all else state, *self.plan["state_box"])
+            states["state_step"] = 0 if one_for_all else 1
+            states["norm_pair_stride"], states["norm_block_stride"] = norm.stride()[:2]
+        named = self.shared | states
+        if self.plan["wide"]:
+            total = len(pairs) * self.blocks
+            grid = (min(total, num_sms(self.device)),)
+            launch(
+                block_sparse_fwd_wide_kernel, grid, first_pair=pairs.start, num_blocks=self.blocks, total=total, **named
+            )
+        else:
+            grid = -(-self.query_length // TILE), len(pairs)
+            launch(block_sparse_fwd_kernel, grid, first_pair=pairs.start, **named)
 
 
 def backward(
@@ -192,77 +167,136 @@ def backward(
     value: Tensor,
     delta: Tensor,
     lse: Tensor,
-    critical: Tensor,
-    counts: Tensor,
-    columns: tuple[Tensor, Tensor, Tensor],
-    sizes: Tensor | None,
-    block_q: int,
-    block_k: int,
+    selection: BlockSelection,
+    columns: ColumnLists,
     scale: float,
     grad_query: Tensor | None = None,
-    linear: KeyGradients | None = None,
-    uniform: int = 0,
-    video: VideoGradients | None = None,
+    linear: LinearTerm | None = None,
+    raster: RasterGradients | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV, strided like query, key and value.
-
-    Args:
-        grad: [B, H, Lq, D], the gradient of the output; copied only if the copy engine cannot walk it.
-        delta: float32 [B, H, Lq], rowsum(grad * output) less the gradient of the LSE.
-        lse: float32 [B, H, Lq], natural log.
-        columns: for each key block (flattened [B * H * Tk]) where its list starts in the third tensor, how long it
-            is, and the lists of query blocks, ascending; all int32.
-        query, key, value, critical, counts, sizes, block_q, block_k, scale: as in `forward`.
-        grad_query: a gradient to add dQ to, in place; None for a new tensor.
-        linear: what the linear branch adds to dK and dV.
-        uniform: for square blocks, the size of every key block, if zeros stand behind its keys; 0 if not.
-        video: tensors to write the gradients to instead, in raster order; it has no room for `linear`.
-    """
+    """See `Backend.backward`; `grad` is copied if TMA cannot walk it."""
     from foveal.kernels.hopper.dkdv_kernel import block_sparse_dkdv_kernel, row_statistics_kernel
     from foveal.kernels.hopper.dq_kernel import block_sparse_dq_kernel
-    from foveal.kernels.triton.launch import launch
 
     batch, heads, query_length, head_dim = query.shape
-    key_length, has_sizes, tile = key.shape[2], sizes is not None, TILE
+    sizes, block_q, block_k = selection.key_block_sizes, selection.block_q, selection.block_k
+    uniform = 0 if raster is None else raster.cubes.uniform
     add = grad_query is not None
-    if video is not None:
-        grad_query, grad_key, grad_value = video.grads
+    if raster is not None:
+        grads = targets = raster.grads
     else:
-        grad_query = grad_query if add else torch.empty_like(query)
-        grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
-    grad, query, key, value = (_walkable(x) for x in (grad, query, key, value))
-    targets = [x if video is not None else _tiles(x, tile) for x in (grad_query, grad_key, grad_value)]
-    query_video, key_video = _video_arguments(video)
-    num_tiles = -(-query_length // block_q) * (block_q // tile)
-    statistics = torch.empty(batch * heads * num_tiles * 2 * tile, dtype=torch.float32, device=query.device)
-    offsets, column_counts, column_rows = columns
-    scales = (scale, scale * LOG2_E)
-    terms, term_strides, feature_map = (None, None), (0, 0, 0), None
-    if linear is not None:
-        terms = _tiles(linear.state, min(tile, head_dim)), linear.norm
-        step = int(linear.state.shape[1] > 1)
-        term_strides = step, linear.norm.stride(0), step * linear.norm.stride(1)
-        feature_map = linear.feature_map
-    with torch.cuda.device(query.device):
-        launch(
-            row_statistics_kernel, (-(-num_tiles // 4), batch * heads),
-            lse, delta, statistics, query_length, num_tiles, num_warps=4,
-        )  # fmt: skip
-        plan = dq_plan(head_dim, block_q, block_k, has_sizes, tail=short_tail(uniform, block_k))
-        tile_k = plan["tile_k"]
-        per_program = tile * plan["constants"]["CONSUMERS"]
-        launch(
-            block_sparse_dq_kernel, (-(-query_length // per_program), heads, batch),
-            _tiles(query, tile), _tiles(key, tile_k), _tiles(value, tile_k), _tiles(grad, tile),
-            targets[0], statistics, critical, counts, sizes, *query_video, *scales, query_length, key_length,
-            critical.shape[3], size_stride(sizes), uniform, ADD=add, **plan["constants"], **plan["options"],
-        )  # fmt: skip
-        plan = dkdv_plan(head_dim, block_q, block_k, has_sizes)
-        launch(
-            block_sparse_dkdv_kernel, (-(-key_length // tile), heads, batch),
-            _tiles(query, tile), _tiles(key, tile), _tiles(value, tile), _tiles(grad, tile),
-            _statistics_tiles(statistics), *targets[1:],
-            offsets, column_counts, column_rows, sizes, *terms, *key_video, *scales, query_length, key_length,
-            size_stride(sizes), *term_strides, FEATURE_MAP=feature_map, **plan["constants"], **plan["options"],
-        )  # fmt: skip
-    return grad_query, grad_key, grad_value
+        grads = grad_query if add else torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        targets = [tiles(x, TILE) for x in grads]
+    grad, query, key, value = walkable(grad), walkable(query), walkable(key), walkable(value)
+    query_tiles, key_tiles, value_tiles, grad_tiles = (tiles(x, TILE) for x in (query, key, value, grad))
+    num_tiles = -(-query_length // block_q) * (block_q // TILE)
+    statistics = torch.empty(batch * heads * num_tiles * 2 * TILE, dtype=torch.float32, device=query.device)
+    launch(
+        row_statistics_kernel,
+        (-(-num_tiles // 4), batch * heads),
+        lse_ptr=lse,
+        delta_ptr=delta,
+        statistics_ptr=statistics,
+        query_length=query_length,
+        num_tiles=num_tiles,
+        num_warps=4,
+    )
+    plan = dq_plan(head_dim, block_q, block_k, sizes is not None, short_tail(uniform, block_k))
+    tile_k = plan["tile_k"]
+    both = {
+        "size_ptr": sizes,
+        "scale": scale,
+        "scale_log2": scale * LOG2_E,
+        "query_length": query_length,
+        "key_length": selection.key_length,
+        "size_stride": size_stride(sizes),
+    }
+    launch(
+        block_sparse_dq_kernel,
+        (-(-query_length // (TILE * plan["constants"]["CONSUMERS"])), heads, batch),
+        query=query_tiles,
+        key=key_tiles if tile_k == TILE else tiles(key, tile_k),
+        value=value_tiles if tile_k == TILE else tiles(value, tile_k),
+        grad=grad_tiles,
+        grad_query=targets[0],
+        statistics_ptr=statistics,
+        critical_ptr=selection.critical,
+        count_ptr=selection.critical_count,
+        width=selection.critical.shape[3],
+        uniform=uniform,
+        ADD=add,
+        **_query_raster(raster),
+        **both,
+        **plan["constants"],
+        **plan["options"],
+    )
+    plan = dkdv_plan(head_dim, block_q, block_k, sizes is not None)
+    launch(
+        block_sparse_dkdv_kernel,
+        (-(-selection.key_length // TILE), heads, batch),
+        query=query_tiles,
+        key=key_tiles,
+        value=value_tiles,
+        grad=grad_tiles,
+        statistics=_statistics_tiles(statistics),
+        grad_key=targets[1],
+        grad_value=targets[2],
+        offset_ptr=columns.offsets,
+        count_ptr=columns.counts,
+        row_ptr=columns.rows,
+        **_key_side(linear, head_dim),
+        **_key_raster(raster),
+        **both,
+        **plan["constants"],
+        **plan["options"],
+    )
+    return tuple(grads)
+
+
+def _query_raster(raster: RasterGradients | None) -> dict[str, Any]:
+    """What the kernel for dQ takes to write in raster order, or not to."""
+    if raster is None:
+        return {"video": None, "grad_query_strides": None, "video_length": 0}
+    query, cubes = raster.grads[0], raster.cubes
+    return {
+        "video": (raster.pooled[0], cubes.places, cubes.cube_sizes),
+        "grad_query_strides": query.stride(),
+        "video_length": query.shape[2],
+    }
+
+
+def _key_raster(raster: RasterGradients | None) -> dict[str, Any]:
+    """The same for the kernel for dK and dV."""
+    if raster is None:
+        nothing = dict.fromkeys(("video", "grad_key_strides", "grad_value_strides"))
+        return {**nothing, "video_length": 0, "video_key_length": 0}
+    (query, key, value), cubes = raster.grads, raster.cubes
+    return {
+        "video": (*raster.pooled[1:], cubes.places, cubes.cube_sizes),
+        "grad_key_strides": key.stride(),
+        "grad_value_strides": value.stride(),
+        "video_length": query.shape[2],
+        "video_key_length": key.shape[2],
+    }
+
+
+def _key_side(linear: LinearTerm | None, head_dim: int) -> dict[str, Any]:
+    """What the kernel for dK and dV takes of the linear branch."""
+    if linear is None:
+        return {
+            "grad_state": None,
+            "grad_norm_ptr": None,
+            "state_step": 0,
+            "norm_pair_stride": 0,
+            "norm_block_stride": 0,
+            "FEATURE_MAP": None,
+        }
+    step = int(linear.state.shape[1] > 1)
+    return {
+        "grad_state": tiles(linear.state, min(TILE, head_dim)),
+        "grad_norm_ptr": linear.norm,
+        "state_step": step,
+        "norm_pair_stride": linear.norm.stride(0),
+        "norm_block_stride": step * linear.norm.stride(1),
+        "FEATURE_MAP": linear.feature_map,
+    }

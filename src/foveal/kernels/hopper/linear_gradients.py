@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from foveal.kernels.hopper.linear_branch import HALF_WIDTH, load_row
 from foveal.kernels.hopper.tiles import barriers, copy_rows, retire, store_rows
-from foveal.kernels.triton.launch import await_previous
+from foveal.kernels.triton.await_previous import await_previous
 
 
 @gluon.jit

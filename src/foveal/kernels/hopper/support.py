@@ -39,6 +39,14 @@ def _capability(device: torch.device) -> str:
     return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
+def _why_not_device(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it needs an NVIDIA GPU, got tensors on {device}"
+    if _capability(device) != "9.0":
+        return f"it needs a Hopper GPU (compute capability 9.0), got {_capability(device)}"
+    return None
+
+
 def copyable(x: Tensor) -> bool:
     """Whether the bulk copy engine can walk x [B, H, L, D] as it lies in memory."""
     itemsize = x.element_size()
@@ -50,16 +58,15 @@ def copyable(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.storage_offset() * itemsize % COPY_ALIGNMENT == 0
 
 
-def supports(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> str | None:
+def why_not(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> str | None:
     """Why the Hopper kernels cannot run on these inputs; None if they can.
 
     Args:
         query: [B, H, Lq, D]. key, value: [B, H, Lk, D]. block_q, block_k: tokens a block.
     """
-    if query.device.type != "cuda" or torch.version.hip is not None:
-        return f"it needs an NVIDIA GPU, got tensors on {query.device}"
-    if _capability(query.device) != "9.0":
-        return f"it needs a Hopper GPU (compute capability 9.0), got {_capability(query.device)}"
+    reason = _why_not_device(query.device)
+    if reason is not None:
+        return reason
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, got {query.dtype}"
     if query.shape[-1] not in HEAD_DIMS:

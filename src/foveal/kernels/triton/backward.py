@@ -15,18 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.launch_arguments import LOG2_E, size_stride
+from foveal.blocks import BlockSelection
+from foveal.kernels.backend import ColumnLists
+from foveal.kernels.host import launch, tma_takes
+from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.forward import count_tiles, tile_valid
-from foveal.kernels.triton.launch import await_previous, launch
-from foveal.kernels.triton.lists import ColumnLists, full_blocks_first
+from foveal.kernels.triton.linear_backward import add_key_gradients
+from foveal.kernels.triton.lists import full_blocks_first
 from foveal.kernels.triton.tiles import (
     TILE,
-    descriptors_fit,
     load_rows,
     row_strides,
     store_rows,
     tile_argument,
 )
+from foveal.kernels.values import LOG2_E, LinearTerm, size_stride
 
 
 @triton.jit
@@ -150,10 +153,21 @@ def output_delta(grad: Tensor, output: Tensor, grad_lse: Tensor | None) -> Tenso
     batch, heads, query_length, head_dim = output.shape
     delta = torch.empty((batch, heads, query_length), dtype=torch.float32, device=output.device)
     launch(
-        _delta_kernel, (-(-query_length // TILE), batch * heads),
-        grad, output, delta, delta if grad_lse is None else grad_lse.contiguous(), row_strides(grad),
-        row_strides(output), heads, query_length, D=head_dim, ROWS=TILE, HAS_GRAD_LSE=grad_lse is not None, num_warps=4,
-    )  # fmt: skip
+        _delta_kernel,
+        (-(-query_length // TILE), batch * heads),
+        grad=grad,
+        output=output,
+        delta_ptr=delta,
+        grad_lse_ptr=delta if grad_lse is None else grad_lse.contiguous(),
+        grad_strides=row_strides(grad),
+        output_strides=row_strides(output),
+        heads=heads,
+        query_length=query_length,
+        D=head_dim,
+        ROWS=TILE,
+        HAS_GRAD_LSE=grad_lse is not None,
+        num_warps=4,
+    )
     return delta
 
 
@@ -164,57 +178,77 @@ def backward(
     value: Tensor,
     delta: Tensor,
     lse: Tensor,
-    critical: Tensor,
-    counts: Tensor,
+    selection: BlockSelection,
     columns: ColumnLists,
-    sizes: Tensor | None,
-    block_q: int,
-    block_k: int,
     scale: float,
     grad_query: Tensor | None = None,
+    linear: LinearTerm | None = None,
+    raster: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV, strided like query, key and value.
-
-    Args:
-        grad: [B, H, Lq, D], the gradient of the output, contiguous last dimension.
-        delta: float32 [B, H, Lq], see `output_delta`.
-        lse: float32 [B, H, Lq], natural log.
-        columns: from `column_lists`.
-        query, key, value, critical, counts, sizes, block_q, block_k, scale: as in `forward`.
-        grad_query: a gradient to add dQ to, in place; None for a new tensor.
-    """
+    """See `Backend.backward`; this one does not write raster order."""
+    assert raster is None
     batch, heads, query_length, head_dim = query.shape
-    key_length = key.shape[2]
+    key_length, sizes = key.shape[2], selection.key_block_sizes
+    critical, full = selection.critical, selection.critical_count
     add = grad_query is not None
     grad_query = grad_query if add else torch.empty_like(query)
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     lse = lse * LOG2_E
-    descriptors = descriptors_fit((query, key, value, grad))
-    arguments = [tile_argument(x, TILE, descriptors) for x in (query, key, value, grad)]
-    strides = [row_strides(x) for x in (query, key, value, grad)]
-    size_argument, batch_stride = counts if sizes is None else sizes, size_stride(sizes)
-    constants = {
+    descriptors = tma_takes((query, key, value, grad))
+    both = {
+        "query": tile_argument(query, TILE, descriptors),
+        "key": tile_argument(key, TILE, descriptors),
+        "value": tile_argument(value, TILE, descriptors),
+        "grad": tile_argument(grad, TILE, descriptors),
+        "query_strides": row_strides(query),
+        "key_strides": row_strides(key),
+        "value_strides": row_strides(value),
+        "grad_strides": row_strides(grad),
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "size_ptr": selection.critical_count if sizes is None else sizes,
+        "heads": heads,
+        "query_length": query_length,
+        "key_length": key_length,
+        "size_stride": size_stride(sizes),
+        "scale": scale,
+        "scale_log2": scale * LOG2_E,
         "D": head_dim,
-        "BLOCK_Q": block_q,
-        "BLOCK_K": block_k,
+        "BLOCK_Q": selection.block_q,
+        "BLOCK_K": selection.block_k,
         "TILE": TILE,
         "HAS_SIZES": sizes is not None,
         "DESCRIPTORS": descriptors,
-        # Without the copy engine a tile of 128 features does not fit the registers of four warps.
+        # Without TMA a tile of 128 features does not fit the registers of four warps.
         "num_warps": 4 if descriptors or head_dim == 64 else 8,
         "num_stages": 2,
     }
     launch(
-        _block_sparse_dkdv_kernel, (-(-key_length // TILE), batch * heads),
-        *arguments, grad_key, grad_value, lse, delta, *strides, row_strides(grad_key), row_strides(grad_value),
-        *columns, size_argument, heads, query_length, key_length, batch_stride, scale, scale * LOG2_E, **constants,
-    )  # fmt: skip
-    full = counts
+        _block_sparse_dkdv_kernel,
+        (-(-key_length // TILE), batch * heads),
+        grad_key_ptr=grad_key,
+        grad_value_ptr=grad_value,
+        grad_key_strides=row_strides(grad_key),
+        grad_value_strides=row_strides(grad_value),
+        offset_ptr=columns.offsets,
+        count_ptr=columns.counts,
+        row_ptr=columns.rows,
+        **both,
+    )
     if sizes is not None:
-        critical, full = full_blocks_first(critical, counts, sizes, block_k)
+        critical, full = full_blocks_first(selection)
     launch(
-        _block_sparse_dq_kernel, (-(-query_length // TILE), batch * heads),
-        *arguments, grad_query, lse, delta, *strides, row_strides(grad_query), critical, counts, full, size_argument,
-        heads, query_length, key_length, critical.shape[3], batch_stride, scale, scale * LOG2_E, ADD=add, **constants,
-    )  # fmt: skip
+        _block_sparse_dq_kernel,
+        (-(-query_length // TILE), batch * heads),
+        grad_query_ptr=grad_query,
+        grad_query_strides=row_strides(grad_query),
+        critical_ptr=critical,
+        count_ptr=selection.critical_count,
+        full_count_ptr=full,
+        width=critical.shape[3],
+        ADD=add,
+        **both,
+    )
+    if linear is not None:
+        add_key_gradients(key, value, linear, selection, grad_key, grad_value)
     return grad_query, grad_key, grad_value

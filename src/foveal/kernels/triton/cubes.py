@@ -8,14 +8,20 @@ tokens, C cubes, T = C + blocks of text, D head dimension.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.launch_arguments import size_stride
-from foveal.kernels.triton.launch import await_previous, launch
+from foveal.blocks import BlockSelection
+from foveal.kernels.backend import Cubes, Gates, RasterGradients
+from foveal.kernels.host import launch
+from foveal.kernels.triton.await_previous import await_previous
+from foveal.kernels.triton.forward import Forward
 from foveal.kernels.triton.tiles import row_strides
+from foveal.kernels.values import size_stride
 
 UNSPECIALIZED = ["heads", "num_cubes", "num_blocks", "length", "key_length", "size_stride"]
 
@@ -231,30 +237,13 @@ def _return_gradients_kernel(
             store_tokens(query_ptr, query_strides, batch, head, row, inside, q + shared_q, D)
 
 
-def _blocks(places: Tensor, slot: int, length: int, key_length: int) -> tuple[int, int]:
-    """Cubes, and cubes and blocks of text together."""
-    num_cubes = places.numel() // slot
-    return num_cubes, num_cubes + -(-(key_length - length) // slot)
-
-
 def pool_cubes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    places: Tensor,
-    sizes: Tensor,
-    slot: int,
-    *,
-    gather: str = "",
-    pool: bool = True,
+    query: Tensor, key: Tensor, value: Tensor | None, cubes: Cubes, *, gather: str = "", pool: bool = True
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Copies in tile order and means over cubes, in one pass.
 
     Args:
         query: [B, H, L, D], raster order. key, value: [B, H, L + text, D]; without a value there is nothing to gather.
-        places: int64 [C * slot].
-        sizes: int32 [B or 1, T], valid tokens of each block.
-        slot: 64 or 128.
         gather: what to copy: "" (nothing), "kv" or "qkv".
         pool: whether to make means.
 
@@ -263,7 +252,7 @@ def pool_cubes(
         pooled query, key and value, float32 [B, H, C, D]. What was not wanted is left out.
     """
     batch, heads, length, head_dim = query.shape
-    num_cubes, num_blocks = _blocks(places, slot, length, key.shape[2])
+    slot, num_cubes, num_blocks = cubes.slot, cubes.num_cubes, cubes.key_sizes.shape[1]
     given = (query, key) if value is None else (query, key, value)
     copies = tuple(
         query.new_empty((batch, heads, (num_cubes if name == "q" else num_blocks) * slot, head_dim)) for name in gather
@@ -273,102 +262,198 @@ def pool_cubes(
         pooled = tuple(x.new_empty((batch, heads, num_cubes, head_dim), dtype=torch.float32) for x in given)
     # Pointers that a variant does not use.
     unused = (query,) * 3
+    query_in, key_in, value_in = (given + unused)[:3]
+    query_copy, key_copy, value_copy = (unused + copies)[-3:]
+    query_mean, key_mean, value_mean = (pooled + unused)[:3]
     launch(
-        _gather_cubes_kernel, (batch * heads, num_blocks if gather else num_cubes),
-        *(given + unused)[:3], *(unused + copies)[-3:], *(pooled + unused)[:3], places, sizes,
-        *([row_strides(x) for x in given] + [(0, 0, 0)])[:3], (num_cubes * head_dim, head_dim, 1),
-        heads, num_cubes, num_blocks, length, key.shape[2], size_stride(sizes),
-        D=head_dim, SLOT=slot, ROWS=min(slot, 64), GATHER_QUERY="q" in gather, GATHER=gather != "", POOL=pool,
-        WITH_VALUE=value is not None, num_warps=4,
-    )  # fmt: skip
+        _gather_cubes_kernel,
+        (batch * heads, num_blocks if gather else num_cubes),
+        query_ptr=query_in,
+        key_ptr=key_in,
+        value_ptr=value_in,
+        cube_query_ptr=query_copy,
+        cube_key_ptr=key_copy,
+        cube_value_ptr=value_copy,
+        pooled_query_ptr=query_mean,
+        pooled_key_ptr=key_mean,
+        pooled_value_ptr=value_mean,
+        place_ptr=cubes.places,
+        size_ptr=cubes.key_sizes,
+        query_strides=row_strides(query),
+        key_strides=row_strides(key),
+        value_strides=(0, 0, 0) if value is None else row_strides(value),
+        pooled_strides=(num_cubes * head_dim, head_dim, 1),
+        heads=heads,
+        num_cubes=num_cubes,
+        num_blocks=num_blocks,
+        length=length,
+        key_length=key.shape[2],
+        size_stride=size_stride(cubes.key_sizes),
+        D=head_dim,
+        SLOT=slot,
+        ROWS=min(slot, 64),
+        GATHER_QUERY="q" in gather,
+        GATHER=gather != "",
+        POOL=pool,
+        WITH_VALUE=value is not None,
+        num_warps=4,
+    )
     return copies, pooled
 
 
-def _gate_arguments(*gates: Tensor | None, other: Tensor) -> tuple[list[Tensor], list[tuple[int, ...]]]:
-    return [other if x is None else x for x in gates], [(0, 0, 0, 0) if x is None else x.stride() for x in gates]
+def _gate(gate: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """A gate and its strides, or what a kernel takes in its place and does not use."""
+    return (other, (0, 0, 0, 0)) if gate is None else (gate, gate.stride())
 
 
-def combine(
-    fine: Tensor,
+def attend_cubes(
+    query: Tensor,
+    copies: tuple[Tensor, Tensor, Tensor],
+    cubes: Cubes,
+    selection: BlockSelection,
     coarse: Tensor,
-    gate_coarse: Tensor | None,
-    gate_fine: Tensor | None,
-    places: Tensor,
-    slot: int,
-    output: Tensor,
-) -> None:
+    gates: Gates,
+    scale: float,
+    save_fine: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See `Backend.attend_cubes`; `copies` are query, key and value."""
+    lse = torch.empty(copies[0].shape[:3], dtype=torch.float32, device=query.device)
+    # Every program is done with its queries when it writes its output: into their memory.
+    fine, lse = Forward(*copies, selection, scale, results=(copies[0], lse)).run_all()
+    output = torch.empty_like(query)
+    combine(fine, coarse, gates, cubes, output)
+    return output, fine if save_fine else None, lse
+
+
+def combine(fine: Tensor, coarse: Tensor, gates: Gates, cubes: Cubes, output: Tensor) -> None:
     """Writes Gc * Oc + Gf * Of to `output`, [B, H, L, D] in raster order.
 
     Args:
         fine: Of, [B, H, C * slot, D], tile order. coarse: Oc, float32 [B, H, C, D].
-        gate_coarse, gate_fine: [B, H, L, D], any strides; None for 1.
     """
     batch, heads, length, head_dim = output.shape
-    num_cubes = coarse.shape[2]
-    gates, gate_strides = _gate_arguments(gate_coarse, gate_fine, other=coarse)
+    slot, num_cubes = cubes.slot, cubes.num_cubes
+    gate_coarse, gate_coarse_strides = _gate(gates.coarse, coarse)
+    gate_fine, gate_fine_strides = _gate(gates.fine, coarse)
     launch(
-        _combine_kernel, (batch * heads, num_cubes),
-        fine, coarse, *gates, output, places, *gate_strides, row_strides(output), heads, num_cubes, length,
-        D=head_dim, SLOT=slot, ROWS=min(slot, 64), GATED_COARSE=gate_coarse is not None,
-        GATED_FINE=gate_fine is not None, num_warps=4,
-    )  # fmt: skip
+        _combine_kernel,
+        (batch * heads, num_cubes),
+        fine_ptr=fine,
+        coarse_ptr=coarse,
+        gate_coarse_ptr=gate_coarse,
+        gate_fine_ptr=gate_fine,
+        output_ptr=output,
+        place_ptr=cubes.places,
+        gate_coarse_strides=gate_coarse_strides,
+        gate_fine_strides=gate_fine_strides,
+        output_strides=row_strides(output),
+        heads=heads,
+        num_cubes=num_cubes,
+        length=length,
+        D=head_dim,
+        SLOT=slot,
+        ROWS=min(slot, 64),
+        GATED_COARSE=gates.coarse is not None,
+        GATED_FINE=gates.fine is not None,
+        num_warps=4,
+    )
 
 
-def split_gradient(
-    grad: Tensor,
-    attended: Tensor,
-    coarse: Tensor,
-    gate_coarse: Tensor | None,
-    gate_fine: Tensor | None,
-    places: Tensor,
-    slot: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+class SplitGradients(NamedTuple):
+    """The backward of `combine`.
+
+    fine: dOf in tile order. delta: rowsum(dOf * Of), float32 [B, H, C * slot].
+    coarse: dOc summed over each cube's tokens, float32 [B, H, C, D].
+    gates: the gradients of the gates.
+    """
+
+    fine: Tensor
+    delta: Tensor
+    coarse: Tensor
+    gates: Gates
+
+
+def split_gradient(grad: Tensor, attended: Tensor, coarse: Tensor, gates: Gates, cubes: Cubes) -> SplitGradients:
     """The backward of `combine`.
 
     Args:
-        attended: with a gate_fine Of as `combine` has it, else the output O, [B, H, L, D] in raster order, any strides.
-
-    Returns:
-        dOf in tile order, rowsum(dOf * Of) float32 [B, H, C * slot], dOc summed over each cube's tokens, float32
-        [B, H, C, D], and the gradients of the gates.
+        attended: with a fine gate Of as `combine` has it, else the output O, [B, H, L, D] in raster order, any strides.
     """
     batch, heads, length, head_dim = grad.shape
-    num_cubes = coarse.shape[2]
+    slot, num_cubes = cubes.slot, cubes.num_cubes
     grad_fine, grad_coarse = grad.new_empty((batch, heads, num_cubes * slot, head_dim)), torch.empty_like(coarse)
     delta = torch.empty(grad_fine.shape[:3], dtype=torch.float32, device=grad.device)
-    grad_gates = [None if x is None else torch.empty_like(x) for x in (gate_coarse, gate_fine)]
-    gates, gate_strides = _gate_arguments(gate_coarse, gate_fine, other=coarse)
-    outputs, output_strides = _gate_arguments(*grad_gates, other=coarse)
+    grad_gates = Gates(*(None if x is None else torch.empty_like(x) for x in gates))
+    gate_coarse, gate_coarse_strides = _gate(gates.coarse, coarse)
+    gate_fine, gate_fine_strides = _gate(gates.fine, coarse)
+    grad_gate_coarse, grad_gate_coarse_strides = _gate(grad_gates.coarse, coarse)
+    grad_gate_fine, grad_gate_fine_strides = _gate(grad_gates.fine, coarse)
     launch(
-        _split_gradient_kernel, (batch * heads, num_cubes),
-        grad, attended, coarse, *gates, places, grad_fine, delta, grad_coarse, *outputs,
-        row_strides(grad), row_strides(attended), *gate_strides, *output_strides, heads, num_cubes, length,
-        D=head_dim, SLOT=slot, ROWS=min(slot, 32), GATED_COARSE=gate_coarse is not None,
-        GATED_FINE=gate_fine is not None, num_warps=4,
-    )  # fmt: skip
-    return grad_fine, delta, grad_coarse, *grad_gates
+        _split_gradient_kernel,
+        (batch * heads, num_cubes),
+        grad_ptr=grad,
+        attended_ptr=attended,
+        coarse_ptr=coarse,
+        gate_coarse_ptr=gate_coarse,
+        gate_fine_ptr=gate_fine,
+        place_ptr=cubes.places,
+        grad_fine_ptr=grad_fine,
+        delta_ptr=delta,
+        grad_coarse_ptr=grad_coarse,
+        grad_gate_coarse_ptr=grad_gate_coarse,
+        grad_gate_fine_ptr=grad_gate_fine,
+        grad_strides=row_strides(grad),
+        attended_strides=row_strides(attended),
+        gate_coarse_strides=gate_coarse_strides,
+        gate_fine_strides=gate_fine_strides,
+        grad_gate_coarse_strides=grad_gate_coarse_strides,
+        grad_gate_fine_strides=grad_gate_fine_strides,
+        heads=heads,
+        num_cubes=num_cubes,
+        length=length,
+        D=head_dim,
+        SLOT=slot,
+        ROWS=min(slot, 32),
+        GATED_COARSE=gates.coarse is not None,
+        GATED_FINE=gates.fine is not None,
+        num_warps=4,
+    )
+    return SplitGradients(grad_fine, delta, grad_coarse, grad_gates)
 
 
-def return_gradients(
-    cubes: tuple[Tensor, Tensor, Tensor],
-    pooled: tuple[Tensor, Tensor, Tensor],
-    places: Tensor,
-    sizes: Tensor,
-    slot: int,
-    grads: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    """Writes the gradients of query, key and value in raster order to `grads`: the backward of `pool_cubes`.
+def return_gradients(fine: tuple[Tensor, Tensor, Tensor], raster: RasterGradients) -> None:
+    """Writes the gradients of query, key and value in raster order: the backward of `pool_cubes`.
 
     Args:
-        cubes: fine gradients in tile order.
-        pooled: gradients of the pooled tensors, float32 [B, H, C, D], contiguous.
-        sizes: int32 [1, C], tokens of each cube.
+        fine: fine gradients in tile order.
     """
-    batch, heads, length, head_dim = grads[0].shape
-    key_length = grads[1].shape[2]
-    num_cubes, num_blocks = _blocks(places, slot, length, key_length)
+    (grad_query, grad_key, grad_value), pooled, cubes = raster
+    batch, heads, length, head_dim = grad_query.shape
+    num_blocks = cubes.key_sizes.shape[1]
     launch(
-        _return_gradients_kernel, (batch * heads, num_blocks),
-        *cubes, *pooled, places, sizes, *grads, *(row_strides(x) for x in grads),
-        heads, num_cubes, num_blocks, length, key_length, D=head_dim, SLOT=slot, ROWS=min(slot, 64), num_warps=4,
-    )  # fmt: skip
+        _return_gradients_kernel,
+        (batch * heads, num_blocks),
+        cube_query_ptr=fine[0],
+        cube_key_ptr=fine[1],
+        cube_value_ptr=fine[2],
+        pooled_query_ptr=pooled[0],
+        pooled_key_ptr=pooled[1],
+        pooled_value_ptr=pooled[2],
+        place_ptr=cubes.places,
+        size_ptr=cubes.cube_sizes,
+        query_ptr=grad_query,
+        key_ptr=grad_key,
+        value_ptr=grad_value,
+        query_strides=row_strides(grad_query),
+        key_strides=row_strides(grad_key),
+        value_strides=row_strides(grad_value),
+        heads=heads,
+        num_cubes=cubes.num_cubes,
+        num_blocks=num_blocks,
+        length=length,
+        key_length=grad_key.shape[2],
+        D=head_dim,
+        SLOT=cubes.slot,
+        ROWS=min(cubes.slot, 64),
+        num_warps=4,
+    )

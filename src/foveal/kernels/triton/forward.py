@@ -11,19 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.launch_arguments import ForwardCall
+from foveal.kernels.backend import ForwardCall
+from foveal.kernels.host import launch, tma_takes
+from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.feature_maps import EPSILON, feature_map
-from foveal.kernels.triton.launch import await_previous, launch
 from foveal.kernels.triton.lists import full_blocks_first
 from foveal.kernels.triton.tiles import (
     LN_2,
     TILE,
-    descriptors_fit,
     load_rows,
     row_strides,
     store_rows,
     tile_argument,
 )
+from foveal.kernels.values import identity
 
 
 @triton.jit
@@ -170,47 +171,63 @@ def _block_sparse_fwd_kernel(
 class Forward(ForwardCall):
     """`ForwardCall` for Triton's kernel."""
 
-    def _prepare(self, query, key, value, block_q, block_k, projection, feature_map) -> None:
-        sizes, head_dim = self.lists[2], query.shape[-1]
-        self.projection, self.ordered = projection, None
-        descriptors = descriptors_fit((query, key, value))
-        rows = block_q, TILE, TILE
-        qkv = query, key, value
-        tiles = (tile_argument(x, n, descriptors) for x, n in zip(qkv, rows, strict=True))
-        self.tensors = (*tiles, query, *self.results)
-        self.strides = tuple(row_strides(x) for x in (query, key, value, self.results[0]))
-        self.constants = {
+    def prepare(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        selection, linear, (output, lse) = self.selection, self.linear, self.results
+        sizes, block_q, head_dim = selection.key_block_sizes, selection.block_q, query.shape[-1]
+        self.ordered = None
+        descriptors = tma_takes((query, key, value))
+        if linear is not None and linear.weight is None:
+            self.linear = linear = linear._replace(weight=identity(head_dim, query.device))
+        self.shared = {
+            "query": tile_argument(query, block_q, descriptors),
+            "key": tile_argument(key, TILE, descriptors),
+            "value": tile_argument(value, TILE, descriptors),
+            "query_ptr": query,
+            "output_ptr": output,
+            "lse_ptr": lse,
+            "query_strides": row_strides(query),
+            "key_strides": row_strides(key),
+            "value_strides": row_strides(value),
+            "output_strides": row_strides(output),
+            "count_ptr": selection.critical_count,
+            "size_ptr": selection.critical_count if sizes is None else sizes,
+            "weight_ptr": lse if linear is None else linear.weight,
+            "bias_ptr": lse if linear is None else linear.bias,
+            "heads": self.heads,
+            "query_length": self.query_length,
+            "key_length": self.key_length,
+            "width": self.width,
+            "size_stride": self.size_stride,
+            "scale_log2": self.scale_log2,
             "D": head_dim,
             "BLOCK_Q": block_q,
-            "BLOCK_K": block_k,
+            "BLOCK_K": selection.block_k,
             "TILE_K": TILE,
             "HAS_SIZES": sizes is not None,
             "DESCRIPTORS": descriptors,
-            "FEATURE_MAP": feature_map,
-        }
-        self.options = {
-            # Without the copy engine, 128 rows of 128 features do not fit the registers of four warps.
+            "FEATURE_MAP": None if linear is None else linear.feature_map,
+            # Without TMA, 128 rows of 128 features do not fit the registers of four warps.
             "num_warps": 4 if descriptors or head_dim * block_q < 128 * 128 else 8,
-            # Blocks of 64 rows: three unpipelined programs a multiprocessor beat two pipelined ones (473 : 433
-            # effective TFLOP/s at 5 % on an H100); of 128 rows, the other way round (475 : 517).
+            # Blocks of 64 rows: three unpipelined programs an SM beat two pipelined ones (473 : 433 effective
+            # TFLOP/s at 5 % on an H100); of 128 rows, the other way round (475 : 517).
             "num_stages": 1 if descriptors and block_q == 64 and head_dim == 128 else 2,
         }
 
     def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
-        critical, counts, sizes = self.lists
-        full = counts
-        if sizes is not None:
-            self.ordered = full_blocks_first(critical, counts, sizes, self.constants["BLOCK_K"], pairs, self.ordered)
+        selection, lse = self.selection, self.results[1]
+        critical = selection.critical
+        full = selection.critical_count
+        if selection.key_block_sizes is not None:
+            self.ordered = full_blocks_first(selection, pairs, self.ordered)
             critical, full = self.ordered
-        lse = self.results[1]
-        terms, strides = (lse,) * 4, (0, 0, 0, 0)
-        if state is not None:
-            terms, strides = (state, norm, *self.projection), (*state.stride()[:2], *norm.stride()[:2])
-        lists = critical, counts, full, counts if sizes is None else sizes
-        scalars = self.heads, pairs.start, *self.lengths, self.size_stride, strides, self.scale_log2
-        arguments = *self.tensors, *self.strides, *lists, *terms, *scalars
-        grid = critical.shape[2], len(pairs)
-        launch(_block_sparse_fwd_kernel, grid, *arguments, **self.constants, **self.options)
-
-
-forward = Forward.at_once
+        launch(
+            _block_sparse_fwd_kernel,
+            (critical.shape[2], len(pairs)),
+            critical_ptr=critical,
+            full_count_ptr=full,
+            state_ptr=lse if state is None else state,
+            norm_ptr=lse if state is None else norm,
+            state_strides=(0, 0, 0, 0) if state is None else (*state.stride()[:2], *norm.stride()[:2]),
+            first_pair=pairs.start,
+            **self.shared,
+        )

@@ -15,19 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.launch_arguments import size_stride
+from foveal.kernels.host import launch, num_sms, register_limit, tma_takes
+from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.feature_maps import feature_map
-from foveal.kernels.triton.launch import await_previous, launch
 from foveal.kernels.triton.select import add_column_sums, block_mean, store_first_row
-from foveal.kernels.triton.tiles import (
-    TILE,
-    descriptors_fit,
-    load_rows,
-    multiprocessors,
-    register_limit,
-    row_strides,
-    tile_argument,
-)
+from foveal.kernels.triton.tiles import TILE, load_rows, row_strides, tile_argument
+from foveal.kernels.values import size_stride
 
 
 @triton.jit(do_not_specialize=["heads", "pairs", "length", "size_stride", "first_pair", "blocks", "at_once"])
@@ -133,28 +126,59 @@ def _masked_sum_kernel(
     tl.store(sum_ptr + rows[:, None] * D + feature[None, :], acc)
 
 
-def _programs_at_once(device: torch.device) -> int:
-    """Programs of `_key_state_kernel` that run at once: two a multiprocessor."""
-    return 2 * multiprocessors(device)
-
-
 def _run_key_states(
-    key: Tensor, value: Tensor, sizes: Tensor | None, block_k: int, feature_map: str, pairs: range, blocks: int,
-    at_once: int, state: Tensor, norm: Tensor, pooled: Tensor | None,
-) -> None:  # fmt: skip
+    key: Tensor,
+    value: Tensor,
+    sizes: Tensor | None,
+    block_k: int,
+    feature_map: str,
+    pairs: range,
+    blocks: int,
+    at_once: int,
+    state: Tensor,
+    norm: Tensor,
+    pooled: Tensor | None,
+) -> None:
     heads, length, head_dim = key.shape[1:]
-    descriptors = descriptors_fit((key, value))
-    # Without the copy engine, two programs' share of the registers would spill kilobytes in the loop.
+    descriptors = tma_takes((key, value))
+    # Without TMA, two programs' share of the registers would spill kilobytes in the loop.
     limits = {"num_stages": 3, **register_limit(128)} if descriptors else {"num_stages": 2}
     launch(
-        _key_state_kernel, (-(-blocks // at_once) * len(pairs),),
-        tile_argument(key, TILE, descriptors), tile_argument(value, TILE, descriptors), state, norm,
-        norm if pooled is None else pooled, norm if sizes is None else sizes, row_strides(key), row_strides(value),
-        heads, len(pairs), length, size_stride(sizes), pairs.start, blocks, at_once, state.stride(1), norm.stride(1),
-        D=head_dim, BLOCK_K=block_k, TILE=TILE, PER_BLOCK=state.dtype == torch.bfloat16, POOL=pooled is not None,
-        HAS_SIZES=sizes is not None, DESCRIPTORS=descriptors, FEATURE_MAP=feature_map,
-        num_warps=8 if head_dim == 128 else 4, **limits,
-    )  # fmt: skip
+        _key_state_kernel,
+        (-(-blocks // at_once) * len(pairs),),
+        key=tile_argument(key, TILE, descriptors),
+        value=tile_argument(value, TILE, descriptors),
+        state_ptr=state,
+        norm_ptr=norm,
+        pooled_ptr=norm if pooled is None else pooled,
+        size_ptr=norm if sizes is None else sizes,
+        key_strides=row_strides(key),
+        value_strides=row_strides(value),
+        heads=heads,
+        pairs=len(pairs),
+        length=length,
+        size_stride=size_stride(sizes),
+        first_pair=pairs.start,
+        blocks=blocks,
+        at_once=at_once,
+        state_step=state.stride(1),
+        norm_step=norm.stride(1),
+        D=head_dim,
+        BLOCK_K=block_k,
+        TILE=TILE,
+        PER_BLOCK=state.dtype == torch.bfloat16,
+        POOL=pooled is not None,
+        HAS_SIZES=sizes is not None,
+        DESCRIPTORS=descriptors,
+        FEATURE_MAP=feature_map,
+        num_warps=8 if head_dim == 128 else 4,
+        **limits,
+    )
+
+
+def _blocks_at_once(blocks: int, device: torch.device) -> int:
+    """Key blocks that a program of `_key_state_kernel` takes, so that two programs an SM cover all of them."""
+    return -(-blocks // (2 * num_sms(device)))
 
 
 def key_states(
@@ -179,7 +203,7 @@ def key_states(
         norm: z, float32 or bfloat16 [pairs, Tk or more, D]; blocks may stand apart.
     """
     blocks = state.shape[1]
-    at_once = -(-(blocks * len(pairs)) // _programs_at_once(key.device))
+    at_once = _blocks_at_once(blocks * len(pairs), key.device)
     _run_key_states(key, value, sizes, block_k, feature_map, pairs, blocks, at_once, state, norm, pooled)
 
 
@@ -188,7 +212,7 @@ def key_state_sums(
 ) -> tuple[Tensor, Tensor]:
     """H [B * H, 1, D, D] in bfloat16 and Z [B * H, 1, D] in float32 over all keys; arguments as in `key_states`."""
     pairs, blocks, head_dim = key.shape[0] * key.shape[1], -(-key.shape[2] // block_k), key.shape[-1]
-    at_once = -(-(blocks * pairs) // _programs_at_once(key.device))
+    at_once = _blocks_at_once(blocks * pairs, key.device)
     parts = -(-blocks // at_once)
     part, norm_part, norm = (
         torch.empty((pairs, n, *shape), dtype=torch.float32, device=key.device)
@@ -197,7 +221,16 @@ def key_state_sums(
     state = torch.empty((pairs, 1, head_dim, head_dim), dtype=torch.bfloat16, device=key.device)
     _run_key_states(key, value, sizes, block_k, feature_map, range(pairs), blocks, at_once, part, norm_part, pooled)
     launch(
-        _sum_parts_kernel, (head_dim // 8, pairs), part, norm_part, state, norm, parts, D=head_dim, ROWS=8, num_warps=4
+        _sum_parts_kernel,
+        (head_dim // 8, pairs),
+        part_ptr=part,
+        norm_part_ptr=norm_part,
+        state_ptr=state,
+        norm_ptr=norm,
+        parts=parts,
+        D=head_dim,
+        ROWS=8,
+        num_warps=4,
     )
     return state, norm
 
@@ -214,7 +247,17 @@ def masked_sum(mask: Tensor, terms: Tensor, out: Tensor | None = None) -> Tensor
     if out is None:
         out = torch.empty((pairs, rows, head_dim), dtype=torch.float32, device=mask.device)
     launch(
-        _masked_sum_kernel, (rows // 32, pairs), mask, terms, out, mask.stride(), columns,
-        D=head_dim, ROWS=32, TILE=TILE, num_warps=4, num_stages=3,
-    )  # fmt: skip
+        _masked_sum_kernel,
+        (rows // 32, pairs),
+        mask_ptr=mask,
+        term_ptr=terms,
+        sum_ptr=out,
+        mask_strides=mask.stride(),
+        terms=columns,
+        D=head_dim,
+        ROWS=32,
+        TILE=TILE,
+        num_warps=4,
+        num_stages=3,
+    )
     return out

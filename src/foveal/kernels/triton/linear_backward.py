@@ -15,11 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.launch_arguments import LinearTerm, size_stride
+from foveal.blocks import BlockSelection
+from foveal.kernels.backend import SharedGradients
+from foveal.kernels.host import launch
+from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.feature_maps import EPSILON, feature_map, feature_map_backward
 from foveal.kernels.triton.forward import tile_valid
-from foveal.kernels.triton.launch import await_previous, launch
 from foveal.kernels.triton.tiles import TILE, load_rows, row_strides, store_rows
+from foveal.kernels.values import LinearTerm, identity, size_stride
 
 
 @triton.jit(do_not_specialize=["heads", "length", "first_pair"])
@@ -139,32 +142,66 @@ def query_gradients(
     pairs: range,
     grad_query: Tensor,
     delta: Tensor,
-    linear: Tensor,
+    linear: Tensor | None,
     grad_norm: Tensor,
 ) -> Tensor:
-    """The query side of the backward for these pairs of batch and head.
-
-    Args:
-        term: the linear branch, its states those of these pairs alone.
-        grad_query, delta, linear, grad_norm: tensors over all pairs whose parts are written: dQ of the linear branch,
-            float32 [B, H, Lq] delta of the sparse branch, O^l bfloat16 [B, H, Lq, D], dZ float32 [B * H, rows, D].
-
-    Returns:
-        dH, bfloat16 [pairs, rows, D, D]; rows past the last query block are zero.
-    """
+    """See `Backend.query_gradients`."""
     heads, length, head_dim = query.shape[1:]
     rows = grad_norm.shape[1]
+    if linear is None:  # the kernel writes O^l all the same
+        linear = torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
     grad_state = torch.empty((len(pairs), rows, head_dim, head_dim), dtype=torch.bfloat16, device=query.device)
     launch(
-        _query_grad_kernel, (rows, len(pairs)),
-        query, output, grad, term.state, term.norm, term.proj_weight, term.proj_bias,
-        grad_query, delta, linear, grad_state, grad_norm,
-        row_strides(query), row_strides(output), row_strides(grad), row_strides(grad_query),
-        (*term.state.stride()[:2], *term.norm.stride()[:2]), heads, length, pairs.start,
-        D=head_dim, BLOCK_Q=block_q, TILE=TILE, FEATURE_MAP=term.feature_map,
-        num_warps=8 if head_dim == 128 else 4, num_stages=1,
-    )  # fmt: skip
+        _query_grad_kernel,
+        (rows, len(pairs)),
+        query_ptr=query,
+        output_ptr=output,
+        grad_ptr=grad,
+        state_ptr=term.state,
+        norm_ptr=term.norm,
+        weight_ptr=identity(head_dim, query.device) if term.weight is None else term.weight,
+        bias_ptr=term.bias,
+        grad_query_ptr=grad_query,
+        delta_ptr=delta,
+        linear_ptr=linear,
+        grad_state_ptr=grad_state,
+        grad_norm_ptr=grad_norm,
+        query_strides=row_strides(query),
+        output_strides=row_strides(output),
+        grad_strides=row_strides(grad),
+        grad_query_strides=row_strides(grad_query),
+        state_strides=(*term.state.stride()[:2], *term.norm.stride()[:2]),
+        heads=heads,
+        length=length,
+        first_pair=pairs.start,
+        D=head_dim,
+        BLOCK_Q=block_q,
+        TILE=TILE,
+        FEATURE_MAP=term.feature_map,
+        num_warps=8 if head_dim == 128 else 4,
+        num_stages=1,
+    )
     return grad_state
+
+
+def shared_query_gradients(
+    query: Tensor,
+    output: Tensor,
+    grad: Tensor,
+    term: LinearTerm,
+    block_q: int,
+    grad_query: Tensor,
+    delta: Tensor,
+) -> SharedGradients:
+    """See `Backend.shared_query_gradients`."""
+    pairs, rows = query.shape[0] * query.shape[1], -(-query.shape[2] // block_q)
+    linear = torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+    grad_norm = term.norm.new_empty((pairs, rows, query.shape[3]))
+    term = term._replace(state=term.state.expand(-1, rows, -1, -1), norm=term.norm.expand(-1, rows, -1))
+    grad_state = query_gradients(query, output, grad, term, block_q, range(pairs), grad_query, delta, linear, grad_norm)
+    state = grad_state.sum(1, keepdim=True, dtype=torch.float32).to(torch.bfloat16)
+    projection = (None, None) if term.weight is None else projection_gradients(grad, linear)
+    return SharedGradients(state, grad_norm.sum(1, keepdim=True), *projection)
 
 
 def projection_gradients(grad: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,31 +212,56 @@ def projection_gradients(grad: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
     weight = torch.empty((batch * heads * parts, head_dim, head_dim), dtype=torch.float32, device=grad.device)
     bias = torch.empty((batch * heads * parts, head_dim), dtype=torch.float32, device=grad.device)
     launch(
-        _projection_grad_kernel, (parts, batch * heads),
-        grad, linear, weight, bias, row_strides(grad), row_strides(linear), heads, length, tiles,
-        D=head_dim, TILE=TILE, num_warps=4, num_stages=2,
-    )  # fmt: skip
+        _projection_grad_kernel,
+        (parts, batch * heads),
+        grad_ptr=grad,
+        linear_ptr=linear,
+        grad_weight_ptr=weight,
+        grad_bias_ptr=bias,
+        grad_strides=row_strides(grad),
+        linear_strides=row_strides(linear),
+        heads=heads,
+        length=length,
+        tiles=tiles,
+        D=head_dim,
+        TILE=TILE,
+        num_warps=4,
+        num_stages=2,
+    )
     return weight.sum(0), bias.sum(0)
 
 
 def add_key_gradients(
-    key: Tensor,
-    value: Tensor,
-    grad_state: Tensor,
-    grad_norm: Tensor,
-    sizes: Tensor | None,
-    block_k: int,
-    feature_map: str,
-    grad_key: Tensor,
-    grad_value: Tensor,
+    key: Tensor, value: Tensor, term: LinearTerm, selection: BlockSelection, grad_key: Tensor, grad_value: Tensor
 ) -> None:
-    """Adds the linear branch's dK and dV in place, from G [B * H, Tk or 1, D, D] and z [B * H, Tk or 1, D]."""
+    """Adds the linear branch's dK and dV in place; `term` has G and z."""
     batch, heads, length, head_dim = key.shape
+    sizes, state, norm = selection.key_block_sizes, term.state, term.norm
+    # Where all key blocks share one state, none is a step from the next one.
+    block_steps = (0, 0) if state.shape[1] == 1 else (state.stride(1), norm.stride(1))
     launch(
-        _key_grad_kernel, (-(-length // TILE), batch * heads),
-        key, value, grad_state, grad_norm, grad_norm if sizes is None else sizes, grad_key, grad_value,
-        row_strides(key), row_strides(value), row_strides(grad_key), row_strides(grad_value),
-        (*grad_state.stride()[:2], *grad_norm.stride()[:2]), heads, length, size_stride(sizes),
-        D=head_dim, BLOCK_K=block_k, TILE=TILE, HAS_SIZES=sizes is not None, FEATURE_MAP=feature_map,
-        num_warps=8 if head_dim == 128 else 4, num_stages=1,
-    )  # fmt: skip
+        _key_grad_kernel,
+        (-(-length // TILE), batch * heads),
+        key_ptr=key,
+        value_ptr=value,
+        grad_state_ptr=state,
+        grad_norm_ptr=norm,
+        size_ptr=norm if sizes is None else sizes,
+        grad_key_ptr=grad_key,
+        grad_value_ptr=grad_value,
+        key_strides=row_strides(key),
+        value_strides=row_strides(value),
+        grad_key_strides=row_strides(grad_key),
+        grad_value_strides=row_strides(grad_value),
+        state_strides=(state.stride(0), block_steps[0], norm.stride(0), block_steps[1]),
+        heads=heads,
+        length=length,
+        size_stride=size_stride(sizes),
+        D=head_dim,
+        BLOCK_K=selection.block_k,
+        TILE=TILE,
+        HAS_SIZES=sizes is not None,
+        FEATURE_MAP=term.feature_map,
+        num_warps=8 if head_dim == 128 else 4,
+        num_stages=1,
+    )

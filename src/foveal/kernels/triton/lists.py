@@ -12,23 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.launch_arguments import size_stride
-from foveal.kernels.triton.launch import await_previous, launch
+from foveal.blocks import BlockSelection
+from foveal.kernels.backend import ColumnLists
+from foveal.kernels.host import launch
+from foveal.kernels.triton.await_previous import await_previous
+from foveal.kernels.values import size_stride
 
 CHUNK = 1024
-
-
-class ColumnLists(NamedTuple):
-    """The critical lists transposed: for each key block the query blocks that attend to it, ascending.
-
-    offsets: int32 [B * H * Tk], where each key block's list starts in `rows`.
-    counts: int32 [B * H * Tk].
-    rows: int32 [B * H * Tq * W], query blocks; what no list covers is undefined.
-    """
-
-    offsets: Tensor
-    counts: Tensor
-    rows: Tensor
 
 
 @triton.jit(do_not_specialize=["num_query_blocks", "num_key_blocks", "width"])
@@ -70,23 +60,49 @@ def _collect_kernel(marks_ptr, offset_ptr, rows_ptr, num_query_blocks, CHUNK: tl
         rows += tl.sum(mark, 0)
 
 
-def column_lists(critical: Tensor, counts: Tensor, num_key_blocks: int) -> ColumnLists:
-    """The critical lists (int32 [B, H, Tq, W], counts int32 [B, H, Tq]) by key block.
+def column_lists(selection: BlockSelection) -> ColumnLists:
+    """The critical lists by key block.
 
     Deterministic: marks in a byte matrix, one count and one ordered collection per column, no atomics.
     """
+    critical, num_key_blocks = selection.critical, selection.num_key_blocks
     batch, heads, num_query_blocks, width = critical.shape
     pairs, columns = batch * heads, batch * heads * num_key_blocks
     marks = torch.zeros((columns, num_query_blocks), dtype=torch.int8, device=critical.device)
     column_counts = torch.empty(columns, dtype=torch.int32, device=critical.device)
     rows = torch.empty(pairs * num_query_blocks * width, dtype=torch.int32, device=critical.device)
     launch(
-        _mark_kernel, (num_query_blocks, pairs),
-        critical, counts, marks, num_query_blocks, num_key_blocks, width, CHUNK=128, num_warps=4,
-    )  # fmt: skip
-    launch(_count_kernel, (columns,), marks, column_counts, num_query_blocks, CHUNK=CHUNK, num_warps=4)
+        _mark_kernel,
+        (num_query_blocks, pairs),
+        critical_ptr=critical,
+        count_ptr=selection.critical_count,
+        marks_ptr=marks,
+        num_query_blocks=num_query_blocks,
+        num_key_blocks=num_key_blocks,
+        width=width,
+        CHUNK=128,
+        num_warps=4,
+    )
+    launch(
+        _count_kernel,
+        (columns,),
+        marks_ptr=marks,
+        count_ptr=column_counts,
+        num_query_blocks=num_query_blocks,
+        CHUNK=CHUNK,
+        num_warps=4,
+    )
     offsets = column_counts.cumsum(0, dtype=torch.int32) - column_counts
-    launch(_collect_kernel, (columns,), marks, offsets, rows, num_query_blocks, CHUNK=CHUNK, num_warps=4)
+    launch(
+        _collect_kernel,
+        (columns,),
+        marks_ptr=marks,
+        offset_ptr=offsets,
+        rows_ptr=rows,
+        num_query_blocks=num_query_blocks,
+        CHUNK=CHUNK,
+        num_warps=4,
+    )
     return ColumnLists(offsets, column_counts, rows)
 
 
@@ -131,30 +147,35 @@ def _full_first_kernel(
         partial += tl.sum(short, 0)
 
 
-def full_blocks_first(
-    critical: Tensor,
-    counts: Tensor,
-    sizes: Tensor,
-    block_k: int,
-    pairs: range | None = None,
-    lists: RowLists | None = None,
-) -> RowLists:
+def full_blocks_first(selection: BlockSelection, pairs: range | None = None, lists: RowLists | None = None) -> RowLists:
     """Orders each row's list so that a kernel's main loop needs no masks: full key blocks first.
 
     Args:
-        critical, counts: int32 [B, H, Tq, W] and [B, H, Tq].
-        sizes: int32 [B or 1, Tk], valid tokens at the front of each key block.
+        selection: with sizes of its key blocks.
         pairs: of batch and head, whose lists are wanted; None for all.
         lists: memory for all pairs; new if None.
     """
+    critical, counts, sizes = selection.critical, selection.critical_count, selection.key_block_sizes
     batch, heads, num_query_blocks, width = critical.shape
     pairs = range(batch * heads) if pairs is None else pairs
     ordered, full = (torch.empty_like(critical), torch.empty_like(counts)) if lists is None else lists
     launch(
-        _full_first_kernel, (num_query_blocks, len(pairs)),
-        critical, counts, sizes, ordered, full, num_query_blocks, width, size_stride(sizes), heads, pairs.start,
-        block_k, CHUNK=128, num_warps=4,
-    )  # fmt: skip
+        _full_first_kernel,
+        (num_query_blocks, len(pairs)),
+        critical_ptr=critical,
+        count_ptr=counts,
+        size_ptr=sizes,
+        ordered_ptr=ordered,
+        full_ptr=full,
+        num_query_blocks=num_query_blocks,
+        width=width,
+        size_stride=size_stride(sizes),
+        heads=heads,
+        first_pair=pairs.start,
+        block_k=selection.block_k,
+        CHUNK=128,
+        num_warps=4,
+    )
     return RowLists(ordered, full)
 
 
@@ -186,14 +207,24 @@ def padded_blocks(blocks: int) -> int:
     return -(-blocks // 64) * 64
 
 
-def noncritical_mask(critical: Tensor, counts: Tensor, num_key_blocks: int) -> Tensor:
+def noncritical_mask(selection: BlockSelection) -> Tensor:
     """bfloat16 [B, H, padded Tq, padded Tk]: 1 where a key block is not in a row's list, 0 there and in the padding."""
+    critical, num_key_blocks = selection.critical, selection.num_key_blocks
     batch, heads, num_query_blocks, width = critical.shape
     rows, columns = padded_blocks(num_query_blocks), padded_blocks(num_key_blocks)
     mask = torch.empty((batch, heads, rows, columns), dtype=torch.bfloat16, device=critical.device)
     launch(
-        _noncritical_kernel, (rows, batch * heads),
-        critical, counts, mask, num_query_blocks, num_key_blocks, width, rows * columns, columns,
-        CHUNK=128, num_warps=4,
-    )  # fmt: skip
+        _noncritical_kernel,
+        (rows, batch * heads),
+        critical_ptr=critical,
+        count_ptr=selection.critical_count,
+        mask_ptr=mask,
+        num_query_blocks=num_query_blocks,
+        num_key_blocks=num_key_blocks,
+        width=width,
+        pair_stride=rows * columns,
+        row_stride=columns,
+        CHUNK=128,
+        num_warps=4,
+    )
     return mask

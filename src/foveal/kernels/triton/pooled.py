@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.launch_arguments import LOG2_E
-from foveal.kernels.triton.launch import await_previous, launch
+from foveal.kernels.host import launch
+from foveal.kernels.triton.await_previous import await_previous
+from foveal.kernels.values import LOG2_E
 
 ROWS = 64  # queries of a program; keys in the kernel for dK and dV
 FORWARD_COLUMNS, BACKWARD_COLUMNS = 64, 32  # how many of the others come at a time
@@ -146,10 +147,21 @@ def pooled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     batch, heads, length, head_dim = query.shape
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:3])
     launch(
-        _pooled_fwd_kernel, (-(-length // ROWS), batch * heads),
-        query, key, value, output, lse, length, scale * LOG2_E,
-        D=head_dim, ROWS=ROWS, COLUMNS=FORWARD_COLUMNS, num_warps=8, num_stages=2,
-    )  # fmt: skip
+        _pooled_fwd_kernel,
+        (-(-length // ROWS), batch * heads),
+        query_ptr=query,
+        key_ptr=key,
+        value_ptr=value,
+        output_ptr=output,
+        lse_ptr=lse,
+        length=length,
+        scale_log2=scale * LOG2_E,
+        D=head_dim,
+        ROWS=ROWS,
+        COLUMNS=FORWARD_COLUMNS,
+        num_warps=8,
+        num_stages=2,
+    )
     return output, lse
 
 
@@ -161,10 +173,22 @@ def pooled_attention_backward(
     grad_query, grad_key, grad_value = (torch.empty_like(query) for _ in range(3))
     delta = torch.empty_like(lse)
     grid = (-(-length // ROWS), batch * heads)
-    options = {"D": head_dim, "ROWS": ROWS, "COLUMNS": BACKWARD_COLUMNS, "num_warps": 8, "num_stages": 2}
-    scales = scale, scale * LOG2_E
-    launch(_pooled_dq_kernel, grid, query, key, value, output, lse, grad, grad_query, delta, length, *scales, **options)
-    launch(
-        _pooled_dkdv_kernel, grid, query, key, value, lse, grad, delta, grad_key, grad_value, length, *scales, **options
-    )
+    both = {
+        "query_ptr": query,
+        "key_ptr": key,
+        "value_ptr": value,
+        "lse_ptr": lse,
+        "grad_ptr": grad,
+        "delta_ptr": delta,
+        "length": length,
+        "scale": scale,
+        "scale_log2": scale * LOG2_E,
+        "D": head_dim,
+        "ROWS": ROWS,
+        "COLUMNS": BACKWARD_COLUMNS,
+        "num_warps": 8,
+        "num_stages": 2,
+    }
+    launch(_pooled_dq_kernel, grid, output_ptr=output, grad_query_ptr=grad_query, **both)
+    launch(_pooled_dkdv_kernel, grid, grad_key_ptr=grad_key, grad_value_ptr=grad_value, **both)
     return grad_query, grad_key, grad_value

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.launch_arguments import size_stride
-from foveal.kernels.triton.launch import await_previous, launch
+from foveal.blocks import SelectionRule
+from foveal.kernels.host import launch, on_device_of, register_limit
+from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.lists import padded_blocks
-from foveal.kernels.triton.tiles import register_limit, row_strides
+from foveal.kernels.triton.tiles import row_strides
+from foveal.kernels.values import flatten, size_stride, unflatten
 
 # Scores that one warp of a program holds in its registers.
 SCORES_PER_WARP = 512
@@ -235,149 +237,145 @@ def pool(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
     blocks = -(-length // block)
     pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
     launch(
-        _pool_kernel, (blocks * batch * heads,),
-        x, pooled, pooled if sizes is None else sizes, row_strides(x), heads, batch * heads, length,
-        size_stride(sizes), block, D=head_dim, ROWS=64, HAS_SIZES=sizes is not None, num_warps=4,
-    )  # fmt: skip
+        _pool_kernel,
+        (blocks * batch * heads,),
+        x_ptr=x,
+        pooled_ptr=pooled,
+        size_ptr=pooled if sizes is None else sizes,
+        strides=row_strides(x),
+        heads=heads,
+        pairs=batch * heads,
+        length=length,
+        size_stride=size_stride(sizes),
+        block=block,
+        D=head_dim,
+        ROWS=64,
+        HAS_SIZES=sizes is not None,
+        num_warps=4,
+    )
     return pooled
 
 
-class Wanted(NamedTuple):
-    """How many blocks of each kind a row gets, and what is protected.
+class Lists(NamedTuple):
+    """Memory for what a rule chooses, or what it has chosen.
 
-    critical, negligible: how many per row, if every sample has all its key blocks.
-    valid_blocks: int32 [B], leading key blocks with a valid token, or None for all; then
-    table: int32 [Tk + 1, 2] has how many are critical and negligible for each number of valid blocks.
-    key_range, query_range: [start, stop) in blocks: critical for every row, and rows that attend to everything.
+    critical, counts: int32 [B, H, Tq, width] and [B, H, Tq], as in `BlockSelection`.
+    marginal: bfloat16 [B, H, padded Tq, padded Tk], the operand of a mask product; None if it is not wanted.
     """
 
-    critical: int
-    negligible: int
-    valid_blocks: Tensor | None
-    table: Tensor | None
-    key_range: tuple[int, int]
-    query_range: tuple[int, int]
+    critical: Tensor
+    counts: Tensor
+    marginal: Tensor | None
 
 
-def pick(
-    query: Tensor, key: Tensor, scale: float, wanted: Wanted, first_pair: int, lists: Tensor, counts: Tensor,
-    marginal: Tensor | None,
-) -> None:  # fmt: skip
+def new_lists(query: Tensor, key: Tensor, rule: SelectionRule, with_marginal: bool) -> Lists:
+    """Memory for the choice of a rule over query and key, [B, H, L, D]."""
+    rows, columns = -(-query.shape[2] // rule.block_q), -(-key.shape[2] // rule.block_k)
+    return _lists(*query.shape[:2], rows, columns, rule.width, with_marginal, query.device)
+
+
+def _lists(
+    batch: int, heads: int, rows: int, columns: int, width: int, with_marginal: bool, device: torch.device
+) -> Lists:
+    critical = torch.empty((batch, heads, rows, width), dtype=torch.int32, device=device)
+    counts = torch.empty((batch, heads, rows), dtype=torch.int32, device=device)
+    marginal = None
+    if with_marginal:
+        padded = padded_blocks(rows), padded_blocks(columns)
+        marginal = torch.empty((batch, heads, *padded), dtype=torch.bfloat16, device=device)
+    return Lists(critical, counts, marginal)
+
+
+def pick(query: Tensor, key: Tensor, scale: float, rule: SelectionRule, first_pair: int, lists: Lists) -> None:
     """Writes the rows of some pairs of batch and head.
 
     Args:
         query, key: pooled, float32 [pairs, Tq, D] and [pairs, Tk, D], contiguous.
+        rule: how to choose; its block sizes do not matter any more.
         first_pair: where these pairs start among all of
-        lists, counts, marginal: what `select` returns; None without the mask.
+        lists: what is written.
     """
     pairs, rows, head_dim = query.shape
-    columns, heads = key.shape[1], lists.shape[1]
+    critical, counts, marginal = lists
+    columns, heads = key.shape[1], critical.shape[1]
     column_tiles = -(-columns // SCORE_TILE)
     held = max(128, 1 << (columns - 1).bit_length())
-    with_marginal = marginal is not None
-    padded_rows = marginal.shape[2] if with_marginal else rows
     row_bytes = 4 * SCORE_TILE * column_tiles
     step = max(1, SCORE_BYTES // (rows * row_bytes))
     scores = torch.empty(min(step, pairs) * rows * row_bytes // 4, dtype=torch.int32, device=query.device)
+    padded_rows = rows if marginal is None else marginal.shape[2]
     for start in range(0, pairs, step):
         some = min(step, pairs - start)
         launch(
-            _score_kernel, (column_tiles, -(-rows // SCORE_TILE), some),
-            query[start:], key[start:], scores, rows, columns, scale,
-            D=head_dim, TILE=SCORE_TILE, num_warps=4, num_stages=1,
-        )  # fmt: skip
+            _score_kernel,
+            (column_tiles, -(-rows // SCORE_TILE), some),
+            query_ptr=query[start:] if start else query,
+            key_ptr=key[start:] if start else key,
+            score_ptr=scores,
+            query_blocks=rows,
+            key_blocks=columns,
+            scale=scale,
+            D=head_dim,
+            TILE=SCORE_TILE,
+            num_warps=4,
+            num_stages=1,
+        )
         launch(
-            _pick_kernel, (padded_rows, some),
-            scores, lists, counts, marginal if with_marginal else lists,
-            counts if wanted.valid_blocks is None else wanted.valid_blocks,
-            counts if wanted.table is None else wanted.table,
-            heads, rows, columns, lists.shape[-1], padded_rows, column_tiles, wanted.critical,
-            wanted.negligible, *wanted.key_range, *wanted.query_range, first_pair + start,
-            COLUMNS=held, TILE=SCORE_TILE, MARGINAL=with_marginal, PER_SAMPLE=wanted.valid_blocks is not None,
-            num_warps=max(1, held // SCORES_PER_WARP), **register_limit(96 if held <= 8192 else 64),
-        )  # fmt: skip
-
-
-def new_lists(
-    batch: int, heads: int, rows: int, columns: int, width: int, with_marginal: bool, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for what `select` returns."""
-    lists = torch.empty((batch, heads, rows, width), dtype=torch.int32, device=device)
-    counts = torch.empty((batch, heads, rows), dtype=torch.int32, device=device)
-    padded = (padded_blocks(rows), padded_blocks(columns)) if with_marginal else (0, 0)
-    return lists, counts, torch.empty((batch, heads, *padded), dtype=torch.bfloat16, device=device)
-
-
-def select(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    width: int,
-    critical: int,
-    negligible: int,
-    valid_blocks: Tensor | None,
-    wanted: Tensor | None,
-    key_range: tuple[int, int],
-    query_range: tuple[int, int],
-    with_marginal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pooled blocks to critical lists, their counts and the marginal mask.
-
-    Args:
-        query: float32 [B, H, Tq, D], contiguous.
-        key: float32 [B, H, D, Tk], best the transpose of a contiguous [B, H, Tk, D]; others are copied.
-        width: of the lists; no row may have more critical blocks.
-        critical, negligible, valid_blocks, wanted, key_range, query_range: see `Wanted`, where `wanted` is its table.
-
-    Returns:
-        int32 [B, H, Tq, width], int32 [B, H, Tq], and bfloat16 [B, H, padded Tq, padded Tk], empty without the mask.
-    """
-    made = new_lists(*query.shape[:3], key.shape[-1], width, with_marginal, query.device)
-    wanted = Wanted(critical, negligible, valid_blocks, wanted, key_range, query_range)
-    lists, counts, marginal = made
-    marginal = marginal if with_marginal else None
-    key = key.transpose(2, 3).contiguous()
-    pick(query.flatten(0, 1), key.flatten(0, 1), scale, wanted, 0, lists, counts, marginal)
-    return made
-
-
-@torch.library.custom_op("foveal::select_triton", mutates_args=())
-def select_op(
-    query: Tensor,
-    key: Tensor,
-    block_q: int,
-    block_k: int,
-    sizes: Tensor | None,
-    valid_blocks: Tensor | None,
-    wanted: Tensor | None,
-    scale: float,
-    width: int,
-    critical: int,
-    negligible: int,
-    key_start: int,
-    key_stop: int,
-    query_start: int,
-    query_stop: int,
-    with_marginal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`pool` and `select` as one op: query and key are [B, H, L, D]."""
-    with torch.cuda.device_of(query):  # Triton launches on the current device
-        return select(
-            pool(query, block_q),
-            pool(key, block_k, sizes).transpose(2, 3),
-            scale,
-            width,
-            critical,
-            negligible,
-            valid_blocks,
-            wanted,
-            (key_start, key_stop),
-            (query_start, query_stop),
-            with_marginal,
+            _pick_kernel,
+            (padded_rows, some),
+            score_ptr=scores,
+            critical_ptr=critical,
+            count_ptr=counts,
+            marginal_ptr=critical if marginal is None else marginal,
+            valid_ptr=counts if rule.valid_blocks is None else rule.valid_blocks,
+            wanted_ptr=counts if rule.table is None else rule.table,
+            heads=heads,
+            query_blocks=rows,
+            key_blocks=columns,
+            width=critical.shape[-1],
+            padded_rows=padded_rows,
+            column_tiles=column_tiles,
+            critical_wanted=rule.critical,
+            negligible_wanted=rule.negligible,
+            key_start=rule.key_range[0],
+            key_stop=rule.key_range[1],
+            query_start=rule.query_range[0],
+            query_stop=rule.query_range[1],
+            first_pair=first_pair + start,
+            COLUMNS=held,
+            TILE=SCORE_TILE,
+            MARGINAL=marginal is not None,
+            PER_SAMPLE=rule.valid_blocks is not None,
+            num_warps=max(1, held // SCORES_PER_WARP),
+            **register_limit(96 if held <= 8192 else 64),
         )
 
 
-@select_op.register_fake
-def _(query, key, block_q, block_k, sizes, valid_blocks, wanted, scale, width, critical, negligible, *options):
-    rows, columns = -(-query.shape[2] // block_q), -(-key.shape[2] // block_k)
-    return new_lists(*query.shape[:2], rows, columns, width, options[-1], query.device)
+def select(query: Tensor, key: Tensor, scale: float, rule: SelectionRule, with_marginal: bool) -> Lists:
+    """Pooled blocks, float32 [B, H, Tq, D] and [B, H, Tk, D], contiguous, to the choice of a rule."""
+    lists = _lists(*query.shape[:3], key.shape[2], rule.width, with_marginal, query.device)
+    pick(query.flatten(0, 1), key.flatten(0, 1), scale, rule, 0, lists)
+    return lists
+
+
+@torch.library.custom_op("foveal::select_blocks_gpu", mutates_args=())
+def _select_op(
+    query: Tensor, key: Tensor, rule_tensors: list[Tensor], rule_numbers: list[int], scale: float, with_marginal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rule = unflatten(rule_tensors, rule_numbers)
+    with on_device_of(query):  # Triton launches on the current device
+        pooled_key = pool(key, rule.block_k, rule.key_block_sizes)
+        critical, counts, marginal = select(pool(query, rule.block_q), pooled_key, scale, rule, with_marginal)
+    return critical, counts, query.new_empty(0, dtype=torch.bfloat16) if marginal is None else marginal
+
+
+@_select_op.register_fake
+def _(query, key, rule_tensors, rule_numbers, scale, with_marginal):
+    critical, counts, marginal = new_lists(query, key, unflatten(rule_tensors, rule_numbers), with_marginal)
+    return critical, counts, query.new_empty(0, dtype=torch.bfloat16) if marginal is None else marginal
+
+
+def select_blocks_gpu(query: Tensor, key: Tensor, rule: SelectionRule, scale: float, with_marginal: bool) -> Lists:
+    """The choice of a rule over query and key, [B, H, L, D]; its mask is padded."""
+    critical, counts, marginal = _select_op(query.detach(), key.detach(), *flatten(rule), scale, with_marginal)
+    return Lists(critical, counts, marginal if with_marginal else None)

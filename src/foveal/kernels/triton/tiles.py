@@ -1,21 +1,17 @@
 """Tiles of [B, H, L, D] tensors in kernels: loads and stores that respect strides and the end of each head.
 
-A tensor travels to a kernel either as a descriptor for the bulk copy engine (Hopper and later), built on the host with
+A tensor travels to a kernel either as a TMA descriptor (Hopper and later), built on the host with
 one axis per tensor dimension, so that rows past the end of a head read as zeros, or as a pointer with three strides.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from foveal.kernels.launch_arguments import Descriptors, copy_strides
+from foveal.kernels.host import Descriptors, tma_strides
 
 TILE = 64
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -42,35 +38,9 @@ def store_rows(x_ptr, strides, batch, head, row, length, tile, ROWS: tl.constexp
     tl.store(base + offsets, tile.to(x_ptr.dtype.element_ty), mask=(rows < length)[:, None])
 
 
-@functools.lru_cache(maxsize=16)
-def has_copy_engine(device: torch.device) -> bool:
-    """Whether kernels on this device can take descriptors (Hopper and later)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-@functools.lru_cache(maxsize=16)
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def register_limit(registers: int) -> dict[str, int]:
-    """The launch option that caps a kernel's registers, so that more programs share a multiprocessor; NVIDIA alone."""
-    return {} if torch.version.hip else {"maxnreg": registers}
-
-
-def descriptors_fit(tensors: Sequence[Tensor]) -> bool:
-    """Whether the bulk copy engine is there and takes these tensors: 16-byte aligned starts and strides."""
-    return all(has_copy_engine(x.device) and _aligned(x) for x in tensors)
-
-
-def _aligned(x: Tensor) -> bool:
-    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
-
-
 @Descriptors
 def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), copy_strides(x), [1, 1, rows, x.shape[-1]])
+    return TensorDescriptor(x, list(x.shape), tma_strides(x), [1, 1, rows, x.shape[-1]])
 
 
 def tile_argument(x: Tensor, rows: int, descriptors: bool):

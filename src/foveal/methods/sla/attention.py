@@ -128,9 +128,7 @@ def sla_attention(
     elif on_gpu:
         from foveal.methods.sla.gpu import sla_attention_gpu
 
-        output = sla_attention_gpu(
-            query, key, value, config, selection, scale, proj_weight, proj_bias, hopper=impl == "gluon"
-        )
+        output = sla_attention_gpu(query, key, value, config, selection, scale, proj_weight, proj_bias, impl)
     else:
         output = block_sparse_attention(query, key, value, selection, scale=scale, impl=impl)
         if config.linear_scope != "none":

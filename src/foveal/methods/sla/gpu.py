@@ -1,22 +1,39 @@
 """SLA on GPUs: the linear branch rides in the epilogue of the block-sparse forward, and shares its backward's passes.
 
 The marginal sum H is one batched GEMM of the block mask with the key states, and so is the sum over its gradients. H is
-saved for the backward, as the paper has it, at head_dim / block_q times the memory of Q. Both passes are custom ops.
-Source: SLA (arXiv 2509.24006), Algorithms 1 and 2.
+saved for the backward, as the paper has it, at head_dim / block_q times the memory of Q.
+
+There is one forward and one backward. Plain eager calls reach them through one autograd function; under
+`torch.compile`, modes and transforms they are a pair of custom ops. Source: SLA (arXiv 2509.24006), Algorithms 1 and 2.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from foveal.blocks import BlockSelection, SelectionRule
+from foveal.kernels.backend import backend_named
+from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
 from foveal.kernels.triton.lists import noncritical_mask, padded_blocks
-from foveal.kernels.triton.select import Wanted, new_lists
+from foveal.kernels.triton.select import new_lists
+from foveal.kernels.values import flatten, linear_term, unflatten
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.gpu_backward import gradients
-from foveal.methods.sla.gpu_forward import forward_in_groups
+from foveal.methods.sla.gpu_forward import Results, forward_in_groups
+
+
+class Options(NamedTuple):
+    """What a call does not read from its tensors: `scope` is the config's linear_scope, `backend` a backend's name."""
+
+    scale: float
+    feature_map: str
+    scope: str
+    backend: str
 
 
 def sla_attention_gpu(
@@ -24,270 +41,239 @@ def sla_attention_gpu(
     key: Tensor,
     value: Tensor,
     config: SLAConfig,
-    selection: BlockSelection | SelectionRule,
+    choice: BlockSelection | SelectionRule,
     scale: float,
     proj_weight: Tensor | None,
     proj_bias: Tensor | None,
-    *,
-    hopper: bool,
+    backend: str,
 ) -> Tensor:
     """O = O^s + O^l W^T + b, [B, H, Lq, D], differentiable; for the feature maps "softmax", "elu" and "relu".
 
-    A rule instead of a selection is applied on the way: one pass over K and V serves both. `hopper` takes the Gluon
-    kernels for the sparse part and its epilogue; the rest is Triton's on every GPU.
+    A rule instead of a selection is applied on the way: one pass over K and V serves both. The backend's kernels do the
+    sparse part and its epilogue; the rest is Triton's on every GPU.
     """
-    inputs = (query, key, value, proj_weight, proj_bias)
-    keep_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if isinstance(selection, SelectionRule):
-        return _select_forward_op(
-            query,
-            key,
-            value,
-            selection.key_block_sizes,
-            selection.valid_blocks,
-            selection.table,
-            proj_weight,
-            proj_bias,
-            [config.block_q, config.block_k],
-            [selection.width, selection.critical, selection.negligible, *selection.key_range, *selection.query_range],
-            scale,
-            config.feature_map,
-            hopper,
-            config.linear_scope == "all",
-            keep_states,
-        )[0]
-    return _forward_op(
-        query,
-        key,
-        value,
-        selection.critical,
-        selection.critical_count,
-        selection.marginal if config.linear_scope == "marginal" else None,
-        selection.key_block_sizes,
-        proj_weight,
-        proj_bias,
-        [selection.block_q, selection.block_k],
-        scale,
-        config.feature_map,
-        hopper,
-        config.linear_scope == "all",
-        keep_states,
-    )[0]
+    inputs = query, key, value, proj_weight, proj_bias
+    refuse_forward_mode(*inputs)
+    train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    options = Options(scale, config.feature_map, config.linear_scope, backend)
+    if isinstance(choice, BlockSelection) and options.scope != "marginal" and choice.marginal is not None:
+        choice = _with_marginal(choice, None)
+    if is_plain(*inputs):
+        if train:
+            return _Attention.apply(*inputs, choice, options)
+        return _forward(*inputs, choice, options, keep_states=False)[0].output
+    return _forward_op(*inputs, *flatten(choice), *options, train)[0]
 
 
-def _mask_operand(
-    critical: Tensor, counts: Tensor, marginal: Tensor | None, num_key_blocks: int, all_keys: bool
-) -> Tensor | None:
-    """The block mask as a GEMM operand, bfloat16 [B * H, padded Tq, padded Tk]; None to sum over every key."""
-    if all_keys:
+def _with_marginal(selection: BlockSelection, marginal: Tensor | None) -> BlockSelection:
+    return BlockSelection(
+        critical=selection.critical,
+        critical_count=selection.critical_count,
+        marginal=marginal,
+        block_q=selection.block_q,
+        block_k=selection.block_k,
+        query_length=selection.query_length,
+        key_length=selection.key_length,
+        key_block_sizes=selection.key_block_sizes,
+    )
+
+
+def _new_selection(query: Tensor, key: Tensor, rule: SelectionRule, scope: str) -> BlockSelection:
+    """Memory for what a rule chooses. Its marginal mask is padded, as the products want it; None over all keys."""
+    lists = new_lists(query, key, rule, with_marginal=scope != "all")
+    return BlockSelection(
+        critical=lists.critical,
+        critical_count=lists.counts,
+        marginal=lists.marginal,
+        block_q=rule.block_q,
+        block_k=rule.block_k,
+        query_length=query.shape[2],
+        key_length=key.shape[2],
+        key_block_sizes=rule.key_block_sizes,
+    )
+
+
+def _mask_operand(selection: BlockSelection, scope: str) -> Tensor | None:
+    """The block mask as a GEMM operand, bfloat16 [B, H, padded Tq, padded Tk]; None to sum over every key."""
+    if scope == "all":
         return None
-    if marginal is None:
-        return noncritical_mask(critical, counts, num_key_blocks).flatten(0, 1)
+    if selection.marginal is None:
+        return noncritical_mask(selection)
+    marginal = selection.marginal
     rows, columns = marginal.shape[-2:]
     marginal = marginal if marginal.dtype == torch.bfloat16 else (marginal != 0).to(torch.bfloat16)
     padding = (0, padded_blocks(columns) - columns, 0, padded_blocks(rows) - rows)
-    return (F.pad(marginal, padding) if any(padding) else marginal).flatten(0, 1)
+    return F.pad(marginal, padding) if any(padding) else marginal
 
 
-def _projection(
-    weight: Tensor | None, bias: Tensor | None, query: Tensor, *, identity: bool = True
-) -> tuple[Tensor | None, Tensor]:
-    """W in bfloat16 and b in float32, where they are missing the identity (None unless `identity`) and zeros."""
-    head_dim = query.shape[-1]
-    if weight is None and identity:
-        weight = torch.eye(head_dim, dtype=torch.bfloat16, device=query.device)
-    if bias is None:
-        bias = torch.zeros(head_dim, dtype=torch.float32, device=query.device)
-    return None if weight is None else weight.to(torch.bfloat16).contiguous(), bias.float().contiguous()
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    choice: BlockSelection | SelectionRule,
+    options: Options,
+    keep_states: bool,
+) -> tuple[Results, BlockSelection]:
+    """The results, and the selection that was given or made."""
+    with on_device_of(query):  # Triton launches on the current device
+        if isinstance(choice, SelectionRule):
+            rule, selection = choice, _new_selection(query, key, choice, options.scope)
+            mask = selection.marginal
+        else:
+            rule, selection = None, choice.with_contiguous_lists()
+            mask = _mask_operand(selection, options.scope)
+        term = linear_term(options.feature_map, weight, bias, query)
+        backend = backend_named(options.backend)
+        results = forward_in_groups(query, key, value, selection, mask, rule, term, options.scale, backend, keep_states)
+    return results, selection
 
 
-@torch.library.custom_op("foveal::sla_triton_fwd", mutates_args=())
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    results: Results,
+    selection: BlockSelection,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    assert results.state.shape[0] > 0, "the forward was told that no backward follows"
+    with on_device_of(query):
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        mask = _mask_operand(selection, options.scope)
+        mask = None if mask is None else mask.flatten(0, 1)
+        term = linear_term(options.feature_map, weight, bias, query)
+        backend = backend_named(options.backend)
+        *grads, grad_weight, grad_bias = gradients(
+            grad, query, key, value, results, selection, mask, term, options.scale, backend
+        )
+    grad_weight = None if weight is None else grad_weight.to(weight.dtype)
+    return *grads, grad_weight, None if bias is None else grad_bias.to(bias.dtype)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, weight, bias, choice, options):
+        results, selection = _forward(query, key, value, weight, bias, choice, options, keep_states=True)
+        tensors, ctx.numbers = flatten(selection)
+        ctx.options = options
+        ctx.save_for_backward(query, key, value, weight, bias, *results, *tensors)
+        return results.output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them for one look
+        selection = unflatten(saved[9:], ctx.numbers)
+        grads = _backward(grad, *saved[:5], Results(*saved[5:9]), selection, ctx.options)
+        return *grads, None, None
+
+
+@torch.library.custom_op("foveal::sla_gpu_fwd", mutates_args=())
 def _forward_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    critical: Tensor,
-    counts: Tensor,
-    marginal: Tensor | None,
-    sizes: Tensor | None,
-    proj_weight: Tensor | None,
-    proj_bias: Tensor | None,
-    blocks: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    choice_tensors: list[Tensor],
+    choice_numbers: list[int],
     scale: float,
     feature_map: str,
-    hopper: bool,
-    all_keys: bool,
+    scope: str,
+    backend: str,
     keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    critical, counts = critical.contiguous(), counts.contiguous()
-    projection = _projection(proj_weight, proj_bias, query, identity=not hopper)
-    with torch.cuda.device_of(query):  # Triton launches on the current device
-        mask = _mask_operand(critical, counts, marginal, -(-key.shape[2] // blocks[1]), all_keys)
-        mask = mask if mask is None else mask.unflatten(0, query.shape[:2])
-        tensors = query, key, value, critical, counts, mask, sizes, projection
-        return forward_in_groups(*tensors, *blocks, scale, feature_map, None, hopper=hopper, keep_states=keep_states)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`Results`, and the lists, counts and marginal mask that a rule made, which are empty for a selection.
+
+    Numbers come in a list: where there are gradients, PyTorch spends time on an op that grows with the square of the
+    number of its arguments, 180 us for 22.
+    """
+    choice, options = unflatten(choice_tensors, choice_numbers), Options(scale, feature_map, scope, backend)
+    results, selection = _forward(query, key, value, weight, bias, choice, options, keep_states)
+    # An op may not return what it was given.
+    return *results, *_made(query, selection if isinstance(choice, SelectionRule) else None)
 
 
-def _fake_results(query: Tensor, block_q: int, all_keys: bool, keep_states: bool) -> tuple[Tensor, ...]:
-    batch, heads, length, head_dim = query.shape
-    rows = 1 if all_keys else padded_blocks(-(-length // block_q))
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    kept = batch * heads if all_keys or keep_states else 0
-    norm = lse.new_empty((kept, rows, head_dim))
-    state = query.new_empty((kept, rows, head_dim, head_dim), dtype=torch.bfloat16)
-    return torch.empty_like(query), lse, norm, state
+def _made(query: Tensor, selection: BlockSelection | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The lists, counts and marginal mask of a selection, empty for what there is not."""
+    lists = (None,) * 3 if selection is None else (selection.critical, selection.critical_count, selection.marginal)
+    dtypes = torch.int32, torch.int32, torch.bfloat16
+    return tuple(query.new_empty(0, dtype=dtype) if x is None else x for x, dtype in zip(lists, dtypes, strict=True))
 
 
 @_forward_op.register_fake
-def _(query, key, value, critical, counts, marginal, sizes, proj_weight, proj_bias, blocks, *options):
-    return _fake_results(query, blocks[0], *options[-2:])
+def _(query, key, value, weight, bias, choice_tensors, choice_numbers, scale, feature_map, scope, backend, keep_states):
+    choice = unflatten(choice_tensors, choice_numbers)
+    batch, heads, length, head_dim = query.shape
+    rows = 1 if scope == "all" else padded_blocks(-(-length // choice.block_q))
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    kept = batch * heads if scope == "all" or keep_states else 0
+    norm = lse.new_empty((kept, rows, head_dim))
+    state = query.new_empty((kept, rows, head_dim, head_dim), dtype=torch.bfloat16)
+    made = _new_selection(query, key, choice, scope) if isinstance(choice, SelectionRule) else None
+    return torch.empty_like(query), lse, norm, state, *_made(query, made)
 
 
-@torch.library.custom_op("foveal::sla_triton_bwd", mutates_args=())
+@torch.library.custom_op("foveal::sla_gpu_bwd", mutates_args=())
 def _backward_op(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    norm: Tensor,
-    state: Tensor,
-    critical: Tensor,
-    counts: Tensor,
-    marginal: Tensor | None,
-    sizes: Tensor | None,
-    proj_weight: Tensor | None,
-    proj_bias: Tensor | None,
-    block_q: int,
-    block_k: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: list[Tensor],
+    selection_numbers: list[int],
     scale: float,
     feature_map: str,
-    hopper: bool,
-    all_keys: bool,
+    scope: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    critical, counts = critical.contiguous(), counts.contiguous()
-    assert state.shape[0] > 0, "the forward was told that no backward follows"
-    with torch.cuda.device_of(query):
-        return gradients(
-            grad,
-            query,
-            key,
-            value,
-            output,
-            lse,
-            norm,
-            state,
-            critical,
-            counts,
-            _mask_operand(critical, counts, marginal, -(-key.shape[2] // block_k), all_keys),
-            sizes,
-            _projection(proj_weight, proj_bias, query),
-            block_q,
-            block_k,
-            scale,
-            feature_map,
-            projected=proj_weight is not None,
-            hopper=hopper,
-        )
+    """The gradients, those of weight and bias empty where these are None; `saved` is `Results` and a selection."""
+    selection = unflatten(saved[4:], selection_numbers)
+    options = Options(scale, feature_map, scope, backend)
+    grads = _backward(grad, query, key, value, weight, bias, Results(*saved[:4]), selection, options)
+    return tuple(grad.new_empty(0) if x is None else x for x in grads)
 
 
 @_backward_op.register_fake
-def _(grad, query, key, value, output, lse, norm, state, *options):
-    head_dim = query.shape[-1]
-    shapes = (head_dim, head_dim), (head_dim,)
-    return *(torch.empty_like(x) for x in (query, key, value)), *(lse.new_empty(shape) for shape in shapes)
-
-
-def _new_lists(query: Tensor, key: Tensor, block_q: int, block_k: int, width: int, all_keys: bool):
-    """Memory for the lists, their counts and the marginal mask, which is empty over all keys."""
-    rows, columns = -(-query.shape[2] // block_q), -(-key.shape[2] // block_k)
-    return new_lists(*query.shape[:2], rows, columns, width, not all_keys, query.device)
-
-
-@torch.library.custom_op("foveal::sla_select_fwd", mutates_args=())
-def _select_forward_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sizes: Tensor | None,
-    valid_blocks: Tensor | None,
-    table: Tensor | None,
-    proj_weight: Tensor | None,
-    proj_bias: Tensor | None,
-    blocks: list[int],
-    rule: list[int],
-    scale: float,
-    feature_map: str,
-    hopper: bool,
-    all_keys: bool,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `_forward_op` returns, and the selection's lists, counts and marginal mask (padded; empty over all keys).
-
-    Integers come in lists: where there are gradients, PyTorch spends time on an op that grows with the square of the
-    number of its arguments, 180 us for 22.
-
-    Args:
-        rule: of a `SelectionRule`, width, critical, negligible, and where protected keys and queries start and stop.
-    """
-    width, critical, negligible, *ranges = rule
-    lists, counts, marginal = _new_lists(query, key, *blocks, width, all_keys)
-    wanted = Wanted(critical, negligible, valid_blocks, table, tuple(ranges[:2]), tuple(ranges[2:]))
-    projection = _projection(proj_weight, proj_bias, query, identity=not hopper)
-    mask = None if all_keys else marginal
-    tensors = query, key, value, lists, counts, mask, sizes, projection
-    with torch.cuda.device_of(query):
-        results = forward_in_groups(
-            *tensors, *blocks, scale, feature_map, wanted, hopper=hopper, keep_states=keep_states
-        )
-    return *results, lists, counts, marginal
-
-
-@_select_forward_op.register_fake
-def _(query, key, value, sizes, valid_blocks, table, weight, bias, blocks, rule, *options):
-    all_keys, keep_states = options[-2:]
-    lists = _new_lists(query, key, *blocks, rule[0], all_keys)
-    return *_fake_results(query, blocks[0], all_keys, keep_states), *lists
-
-
-def _save(ctx, inputs, blocks, options, results) -> None:
-    """Keeps what `_backward` reads: of `_forward_op` nine tensors, the block sizes, four options, and the results."""
-    ctx.options = *blocks, *options
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *results)
+def _(grad, query, key, value, weight, bias, *rest):
+    weights = (grad.new_empty(0) if x is None else x.new_empty(x.shape) for x in (weight, bias))
+    return *(torch.empty_like(x) for x in (query, key, value)), *weights
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, blocks, scale, feature_map, hopper, all_keys, _ = inputs
-    _save(ctx, tensors, blocks, (scale, feature_map, hopper, all_keys), output)
-    ctx.others = 6
-
-
-def _select_setup_context(ctx, inputs, output) -> None:
-    query, key, value, sizes, _, _, weight, bias, blocks, _, *options, _ = inputs
+    query, key, value, weight, bias, choice_tensors, choice_numbers, *ctx.options, _ = inputs
     *results, lists, counts, marginal = output
-    marginal = marginal if marginal.shape[-1] else None
-    _save(ctx, (query, key, value, lists, counts, marginal, sizes, weight, bias), blocks, options, results)
-    ctx.others = 7
+    choice = unflatten(choice_tensors, choice_numbers)
+    if isinstance(choice, SelectionRule):
+        choice = BlockSelection(
+            critical=lists,
+            critical_count=counts,
+            marginal=marginal if marginal.dim() == 4 else None,
+            block_q=choice.block_q,
+            block_k=choice.block_k,
+            query_length=query.shape[2],
+            key_length=key.shape[2],
+            key_block_sizes=choice.key_block_sizes,
+        )
+    tensors, ctx.numbers = flatten(choice)
+    ctx.num_choice_tensors = len(choice_tensors)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, weight, bias, *results, *tensors)
 
 
-def _backward(ctx, grad: Tensor, *_):
-    *inputs, output, lse, norm, state = ctx.saved_tensors
-    query, key, value, critical, counts, marginal, sizes, weight, bias = inputs
-    *grads, grad_weight, grad_bias = _backward_op(
-        grad, query, key, value, output, lse, norm, state, critical, counts, marginal, sizes, weight, bias, *ctx.options
-    )
-    grad_weight = None if weight is None else grad_weight.to(weight.dtype)
-    grad_bias = None if bias is None else grad_bias.to(bias.dtype)
-    return *grads, None, None, None, None, grad_weight, grad_bias, *([None] * ctx.others)
+def _backward_of_op(ctx, grad: Tensor | None, *_):
+    saved = ctx.saved_tensors  # once: checkpointing recomputes them for one look
+    inputs = saved[:5]
+    grads = _backward_op(grad, *inputs, list(saved[5:]), ctx.numbers, *ctx.options)
+    grads = (None if x is None else dx for x, dx in zip(inputs, grads, strict=True))
+    return *grads, [None] * ctx.num_choice_tensors, None, None, None, None, None, None
 
 
-def _select_backward(ctx, grad: Tensor, *_):
-    grads = _backward(ctx, grad)
-    return *grads[:3], None, None, None, *grads[7:]
-
-
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
-_select_forward_op.register_autograd(_select_backward, setup_context=_select_setup_context)
+_forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)

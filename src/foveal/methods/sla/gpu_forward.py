@@ -9,21 +9,37 @@ Source: SLA (arXiv 2509.24006), Algorithm 1.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from foveal.kernels import hopper as gluon
-from foveal.kernels.triton.forward import Forward
+from foveal.blocks import BlockSelection, SelectionRule
+from foveal.kernels.backend import Backend, ForwardCall
+from foveal.kernels.host import side_stream
 from foveal.kernels.triton.linear import key_state_sums, key_states, masked_sum
-from foveal.kernels.triton.select import Wanted, pick, pool
+from foveal.kernels.triton.select import Lists, pick, pool
+from foveal.kernels.values import LinearTerm
 
 # What h and H of the heads in flight may take; or as much as the output, if that is more. Larger groups mean fewer
 # launches, and fewer times that the last programs of a kernel leave the device half idle.
 GROUP_BYTES = 240 * 2**20
+
+
+class Results(NamedTuple):
+    """What the forward leaves.
+
+    output: [B, H, Lq, D]. lse: float32 [B, H, Lq].
+    norm, state: Z, float32 [B * H, padded Tq, D], and H, bfloat16 [B * H, padded Tq, D, D]. Over all keys their blocks
+        are one; else both are empty unless they were to be kept.
+    """
+
+    output: Tensor
+    lse: Tensor
+    norm: Tensor
+    state: Tensor
 
 
 def groups(pairs: int, most: int) -> Iterator[range]:
@@ -33,98 +49,130 @@ def groups(pairs: int, most: int) -> Iterator[range]:
         yield range(start, min(start + step, pairs))
 
 
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where the next group is prepared while one attends: kernels for 64 queries leave room beside them."""
-    return torch.cuda.Stream(device, priority=-1)
-
-
 def forward_in_groups(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    critical: Tensor,
-    counts: Tensor,
+    selection: BlockSelection,
     mask: Tensor | None,
-    sizes: Tensor | None,
-    projection: tuple[Tensor | None, Tensor],
-    block_q: int,
-    block_k: int,
+    rule: SelectionRule | None,
+    term: LinearTerm,
     scale: float,
-    feature_map: str,
-    wanted: Wanted | None,
-    *,
-    hopper: bool,
+    backend: Backend,
     keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output, the LSE, and Z and H: float32 [B * H, padded Tq, D] and bfloat16 [B * H, padded Tq, D, D].
-
-    Over all keys the blocks of Z and H are one; else both are empty unless `keep_states`, and come from one product.
+) -> Results:
+    """The output and what the backward needs.
 
     Args:
-        query, key, value, critical, counts, sizes, block_q, block_k, scale: as in `block_sparse.triton.forward`.
+        selection: its lists contiguous; memory for the lists where there is a rule.
         mask: bfloat16 [B, H, padded Tq, padded Tk], what to sum over; None for every key.
-        projection: W in bfloat16, on Hopper None for the identity, and b in float32.
-        wanted: the rule of the selection, which is then made here, into `critical`, `counts` and `mask`; None if they
-            hold it already.
+        rule: how to choose, into `selection` and `mask`; None if they hold a choice already.
+        term: the linear branch without its states.
+        keep_states: whether a backward follows.
     """
-    pairs, head_dim, key_blocks = query.shape[0] * query.shape[1], query.shape[-1], -(-key.shape[2] // block_k)
-    lists = critical, counts, sizes, block_q, block_k
-    weight, bias = projection
-    # One H for all is cheap to project, and spares the Hopper kernels' epilogue W.
-    early = hopper and mask is None and weight is not None
-    remaining = (None if early else weight, bias)
-    call = (gluon.Forward if hopper else Forward)(query, key, value, *lists, scale, remaining, feature_map)
-    output, lse = call.results
-    pooled_query = None if wanted is None else pool(query, block_q).flatten(0, 1)
+    # One H for all may be projected before it is added.
+    early = backend.projects_early and mask is None and term.weight is not None
+    call = backend.forward(query, key, value, selection, scale, term._replace(weight=None) if early else term)
+    lists = Lists(selection.critical, selection.critical_count, mask)
+    pooled_query = None if rule is None else pool(query, selection.block_q).flatten(0, 1)
     if mask is None:
-        pooled = None if wanted is None else lse.new_empty((pairs, key_blocks, head_dim))
-        state, norm = key_state_sums(key, value, sizes, block_k, feature_map, pooled)
-        if wanted is not None:
-            pick(pooled_query, pooled, scale, wanted, 0, critical, counts, None)
-        rows = critical.shape[2]
-        projected = state @ weight.t() if early else state
-        call.run(range(pairs), projected.expand(-1, rows, -1, -1), norm.expand(-1, rows, -1))
-        return output, lse, norm, state
+        return _over_all_keys(key, value, call, lists, rule, pooled_query, scale, term, early)
+    return _by_masks(key, value, call, lists, rule, pooled_query, scale, term, backend, keep_states)
 
-    rows, columns = mask.shape[2:]
+
+def _over_all_keys(
+    key: Tensor,
+    value: Tensor,
+    call: ForwardCall,
+    lists: Lists,
+    rule: SelectionRule | None,
+    pooled_query: Tensor | None,
+    scale: float,
+    term: LinearTerm,
+    early: bool,
+) -> Results:
+    selection, (output, lse) = call.selection, call.results
+    pooled = None
+    if rule is not None:
+        pooled = lse.new_empty((call.pairs, selection.num_key_blocks, key.shape[-1]))
+    state, norm = key_state_sums(key, value, selection.key_block_sizes, selection.block_k, term.feature_map, pooled)
+    if rule is not None:
+        pick(pooled_query, pooled, scale, rule, 0, lists)
+    rows = selection.critical.shape[2]
+    projected = state @ term.weight.t() if early else state
+    call.run(range(call.pairs), projected.expand(-1, rows, -1, -1), norm.expand(-1, rows, -1))
+    return Results(output, lse, norm, state)
+
+
+def _by_masks(
+    key: Tensor,
+    value: Tensor,
+    call: ForwardCall,
+    lists: Lists,
+    rule: SelectionRule | None,
+    pooled_query: Tensor | None,
+    scale: float,
+    term: LinearTerm,
+    backend: Backend,
+    keep_states: bool,
+) -> Results:
+    selection, (output, lse), mask = call.selection, call.results, lists.marginal
+    head_dim, (rows, columns) = key.shape[-1], mask.shape[2:]
+    area, square = head_dim**2, (head_dim, head_dim)
     most = max(GROUP_BYTES, output.nbytes) // ((rows + columns) * head_dim * (head_dim + 1) * 2)
-    parts = list(groups(pairs, most))
-    largest, area = len(parts[0]), head_dim**2
-    norm = lse.new_empty((pairs if keep_states else 0, rows, head_dim))
-    kept = norm.new_empty((pairs if keep_states else 0, rows, head_dim, head_dim), dtype=torch.bfloat16)
+    parts = list(groups(call.pairs, most))
+    largest, kept = len(parts[0]), call.pairs if keep_states else 0
+    norm = lse.new_empty((kept, rows, head_dim))
+    state = mask.new_empty((kept, rows, *square))
     if keep_states:
-        h, z = mask.new_empty((largest, columns, area)), lse.new_empty((largest, columns, head_dim))
+        h, z, sums = mask.new_empty((largest, columns, area)), lse.new_empty((largest, columns, head_dim)), None
     else:
         # Side by side, for one product. Rounding Z costs next to nothing: phi(Q) Z sums products of positive numbers,
         # each rounded on its own.
         h = mask.new_empty((largest, columns, area + head_dim))
-        z, states = h[..., area:], h.new_empty((largest, rows, h.shape[2]))
-    squares = h[..., :area].unflatten(2, (head_dim, head_dim))
+        z, sums = h[..., area:], mask.new_empty((largest, rows, area + head_dim))
+    squares = (h if keep_states else h[..., :area]).unflatten(2, square)
     mask_of_pairs = mask.flatten(0, 1)
 
     def prepare(group: range) -> None:
         """The key states of a group in h and z, and its lists and mask."""
         count = len(group)
-        pooled = None if wanted is None else lse.new_empty((count, key_blocks, head_dim))
-        key_states(key, value, sizes, block_k, feature_map, group, pooled, squares[:count], z[:count])
-        if wanted is not None:
-            queries = pooled_query[group.start : group.stop]
-            pick(queries, pooled, scale, wanted, group.start, critical, counts, mask)
+        pooled = None if rule is None else lse.new_empty((count, selection.num_key_blocks, head_dim))
+        key_states(
+            key,
+            value,
+            selection.key_block_sizes,
+            selection.block_k,
+            term.feature_map,
+            group,
+            pooled,
+            squares if count == largest else squares[:count],
+            z if count == largest else z[:count],
+        )
+        if rule is not None:
+            queries = pooled_query if len(parts) == 1 else pooled_query[group.start : group.stop]
+            pick(queries, pooled, scale, rule, group.start, lists)
 
-    side = _side_stream(query.device) if hopper and block_q == 64 and len(parts) > 1 else None
+    side = None
+    if len(parts) > 1 and backend.prepares_beside(selection.block_q):
+        side = side_stream(key.device)  # the next group is prepared while one attends
     prepare(parts[0])
     for group, following in itertools.zip_longest(parts, parts[1:]):
         part, count = slice(group.start, group.stop), len(group)
-        sums = kept[part].flatten(2) if keep_states else states[:count]
-        torch.bmm(mask_of_pairs[part], h[:count], out=sums)
-        group_norm = masked_sum(mask_of_pairs[part], z[:count], norm[part]) if keep_states else sums[..., area:]
+        if keep_states:
+            group_state, group_norm = state[part], norm[part]
+            torch.bmm(mask_of_pairs[part], h[:count], out=group_state.flatten(2))
+            masked_sum(mask_of_pairs[part], z[:count], group_norm)
+        else:
+            group_sums = sums[:count]
+            torch.bmm(mask_of_pairs[part], h[:count], out=group_sums)
+            group_state, group_norm = group_sums[..., :area].unflatten(2, square), group_sums[..., area:]
         if side is not None:
             side.wait_stream(torch.cuda.current_stream())  # h and z are free again
-        call.run(group, sums[..., :area].unflatten(2, (head_dim, head_dim)), group_norm)
+        call.run(group, group_state, group_norm)
         if following is not None:
             with contextlib.nullcontext() if side is None else torch.cuda.stream(side):
                 prepare(following)
             if side is not None:
                 torch.cuda.current_stream().wait_stream(side)
-    return output, lse, norm, kept
+    return Results(output, lse, norm, state)

@@ -120,8 +120,7 @@ def vsa_attention(
         case "triton" | "gluon":
             from foveal.methods.vsa.gpu import vsa_attention_gpu
 
-            hopper = impl == "gluon"
-            return vsa_attention_gpu(query, key, value, layout, selection, scale, gate_coarse, gate_fine, hopper=hopper)
+            return vsa_attention_gpu(query, key, value, layout, selection, scale, gate_coarse, gate_fine, impl)
 
 
 def _validate(query, key, value, config, grid) -> None:

@@ -1,24 +1,64 @@
 """VSA on GPUs: one pass pools and reorders, the fine stage is the block-sparse kernels', one pass gates and returns.
 On Hopper the kernels of the fine stage gate and return what they compute themselves.
 
-The coarse stage attends over pooled cubes in float32. Copies in tile order live only inside an op: the backward makes
-its own. Both passes are custom ops. Source: VSA (arXiv 2505.13389), section 2.
+The coarse stage attends over pooled cubes in float32. Copies in tile order live only inside a pass: the backward makes
+its own. There is one forward and one backward. Plain eager calls reach them through one autograd function; under
+`torch.compile`, modes and transforms they are a pair of custom ops. Source: VSA (arXiv 2505.13389), section 2.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from foveal.blocks import BlockSelection
-from foveal.kernels import hopper as gluon
-from foveal.kernels.triton.backward import backward
-from foveal.kernels.triton.cubes import combine, pool_cubes, return_gradients, split_gradient
-from foveal.kernels.triton.forward import forward
+from foveal.blocks import BlockSelection, SelectionRule
+from foveal.kernels.backend import Cubes, Gates, RasterGradients, backend_named
+from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
+from foveal.kernels.triton.cubes import pool_cubes, return_gradients, split_gradient
 from foveal.kernels.triton.lists import column_lists
 from foveal.kernels.triton.pooled import pooled_attention, pooled_attention_backward
 from foveal.kernels.triton.select import select
+from foveal.kernels.values import flatten, packable, unflatten
 from foveal.methods.vsa.layout import CubeLayout
+
+
+@packable
+class Choice(NamedTuple):
+    """Which blocks to attend to.
+
+    kept: how many cubes each cube attends to, by the coarse scores, where no lists are given.
+    text_counts: int32 [B or 1], blocks of text that hold a valid key; None without text.
+    critical, counts: given lists, int32 [B, H, C, W] and [B, H, C], or None.
+    """
+
+    kept: int
+    text_counts: Tensor | None = None
+    critical: Tensor | None = None
+    counts: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    """What the backward reads beside the inputs.
+
+    attended: Of in tile order with a fine gate, else the output.
+    lse: of the fine stage, in tile order.
+    query, key, value, coarse: pooled, and what the coarse stage makes of them, float32 [B, H, C, D].
+    coarse_lse: float32 [B, H, C].
+    critical, counts: the lists.
+    """
+
+    attended: Tensor
+    lse: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    coarse: Tensor
+    coarse_lse: Tensor
+    critical: Tensor
+    counts: Tensor
 
 
 def vsa_attention_gpu(
@@ -30,55 +70,48 @@ def vsa_attention_gpu(
     scale: float,
     gate_coarse: Tensor | None,
     gate_fine: Tensor | None,
-    *,
-    hopper: bool,
+    backend: str,
 ) -> Tensor:
-    """O = Gc * Oc + Gf * Of, [B, H, L, D] in raster order, differentiable; `hopper` takes the Gluon fine stage."""
-    given = [x for x in (query, key, value, gate_coarse, gate_fine) if x is not None]
-    return _forward_op(
-        query,
-        key,
-        value,
-        gate_coarse,
-        gate_fine,
-        layout.places(query.device),
-        layout.cube_sizes,
-        layout.key_sizes,
-        layout.text_counts,
-        None if selection is None else selection.critical,
-        None if selection is None else selection.critical_count,
-        [layout.slot, layout.uniform_size or 0, layout.kept],
-        scale,
-        hopper,
-        torch.is_grad_enabled() and any(x.requires_grad for x in given),
-    )[0]
+    """O = Gc * Oc + Gf * Of, [B, H, L, D] in raster order, differentiable; the backend's kernels do the fine stage."""
+    inputs = query, key, value, gate_coarse, gate_fine
+    refuse_forward_mode(*inputs)
+    train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    cubes = layout.cubes(query.device)
+    choice = Choice(layout.kept, layout.text_counts)
+    if selection is not None:
+        choice = choice._replace(critical=selection.critical, counts=selection.critical_count)
+    if is_plain(*inputs):
+        if train:
+            return _Attention.apply(*inputs, cubes, choice, scale, backend)
+        return _forward(*inputs, cubes, choice, scale, backend, save=False)[0]
+    return _forward_op(*inputs, *flatten(cubes), *flatten(choice), scale, backend, train)[0]
 
 
 def select_cubes_gpu(query: Tensor, key: Tensor, layout: CubeLayout, scale: float) -> BlockSelection:
     """The selection that `vsa_attention_gpu` makes, from [B, H, L, D] and [B, H, L + text, D] in raster order."""
-    places = layout.places(query.device)
-    return layout.selection(*_select_op(query, key, places, layout.cube_sizes, layout.slot, layout.kept, scale))
+    return layout.selection(*_select_op(query, key, *flatten(layout.cubes(query.device)), layout.kept, scale))
 
 
-@torch.library.custom_op("foveal::vsa_select", mutates_args=())
+@torch.library.custom_op("foveal::vsa_select_gpu", mutates_args=())
 def _select_op(
-    query: Tensor, key: Tensor, places: Tensor, cube_sizes: Tensor, slot: int, kept: int, scale: float
+    query: Tensor, key: Tensor, cube_tensors: list[Tensor], cube_numbers: list[int], kept: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device_of(query):  # Triton launches on the current device
-        _, pooled = pool_cubes(query, key, None, places, cube_sizes, slot)
-        return _pick(*pooled, kept, scale)
+    cubes = unflatten(cube_tensors, cube_numbers)
+    with on_device_of(query):  # Triton launches on the current device
+        _, pooled = pool_cubes(query, key, None, cubes)
+        return _pick(*pooled, cubes, kept, scale)
 
 
 @_select_op.register_fake
-def _(query, key, places, cube_sizes, slot, kept, scale):
-    rows = (*query.shape[:2], places.numel() // slot)
+def _(query, key, cube_tensors, cube_numbers, kept, scale):
+    rows = (*query.shape[:2], unflatten(cube_tensors, cube_numbers).num_cubes)
     return query.new_empty((*rows, kept), dtype=torch.int32), query.new_empty(rows, dtype=torch.int32)
 
 
-def _pick(query_c: Tensor, key_c: Tensor, kept: int, scale: float) -> tuple[Tensor, Tensor]:
+def _pick(query_c: Tensor, key_c: Tensor, cubes: Cubes, kept: int, scale: float) -> tuple[Tensor, Tensor]:
     """The `kept` highest-scoring cubes of each cube, int32 [B, H, C, kept], ascending, and their counts."""
-    nothing = (0, 0)
-    return select(query_c, key_c.transpose(-1, -2), scale, kept, kept, 0, None, None, nothing, nothing, False)[:2]
+    rule = SelectionRule(cubes.slot, cubes.slot, width=kept, critical=kept)
+    return select(query_c, key_c, scale, rule, with_marginal=False)[:2]
 
 
 def _with_text(critical: Tensor, counts: Tensor, text_counts: Tensor | None, num_blocks: int) -> tuple[Tensor, Tensor]:
@@ -90,76 +123,131 @@ def _with_text(critical: Tensor, counts: Tensor, text_counts: Tensor | None, num
     return critical, counts + text_counts[:, None, None]
 
 
-def _fine_sizes(key_sizes: Tensor, slot: int, uniform: int) -> Tensor | None:
-    """Valid keys of each block for the fine kernels; None where all blocks are full."""
-    return None if uniform == slot else key_sizes
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate_coarse: Tensor | None,
+    gate_fine: Tensor | None,
+    cubes: Cubes,
+    choice: Choice,
+    scale: float,
+    backend: str,
+    save: bool,
+) -> tuple[Tensor, Saved]:
+    """The output, and what the backward reads beside it; of that Of and the lists are right only if there is one."""
+    backend, gates = backend_named(backend), Gates(gate_coarse, gate_fine)
+    with on_device_of(query):  # Triton launches on the current device
+        copies, pooled = pool_cubes(query, key, value, cubes, gather=backend.cube_copies)
+        if choice.critical is None:
+            critical, counts = _pick(*pooled[:2], cubes, choice.kept, scale)
+            critical, counts = _with_text(critical, counts, choice.text_counts, cubes.key_sizes.shape[1])
+        else:
+            critical, counts = choice.critical.contiguous(), choice.counts.contiguous()
+        coarse, coarse_lse = pooled_attention(*pooled, scale)
+        selection, save_fine = cubes.selection(critical, counts), save and gate_fine is not None
+        output, fine, lse = backend.attend_cubes(query, copies, cubes, selection, coarse, gates, scale, save_fine)
+    attended = output if fine is None else fine
+    return output, Saved(attended, lse, *pooled, coarse, coarse_lse, critical, counts)
 
 
-@torch.library.custom_op("foveal::vsa_fwd", mutates_args=())
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate_coarse: Tensor | None,
+    gate_fine: Tensor | None,
+    saved: Saved,
+    cubes: Cubes,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    backend, selection = backend_named(backend), cubes.selection(saved.critical, saved.counts)
+    with on_device_of(query):  # Triton launches on the current device
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        columns = column_lists(selection)
+        split = split_gradient(grad, saved.attended, saved.coarse, Gates(gate_coarse, gate_fine), cubes)
+        grad_fine, delta, grad_coarse, grad_gates = split
+        del split
+        pooled = saved.query, saved.key, saved.value
+        pooled = pooled_attention_backward(grad_coarse, *pooled, saved.coarse, saved.coarse_lse, scale)
+        copies, _ = pool_cubes(query, key, value, cubes, gather="qkv", pool=False)
+        fine = grad_fine, *copies, delta, saved.lse, selection, columns, scale
+        if backend.writes_raster:
+            grads = tuple(torch.empty_like(x) for x in (query, key, value))
+            backend.backward(*fine, raster=RasterGradients(grads, pooled, cubes))
+        else:
+            copies = backend.backward(*fine)
+            # Before the results: what they take, the gradients in raster order can have.
+            del fine, grad_fine
+            grads = tuple(torch.empty_like(x) for x in (query, key, value))
+            return_gradients(copies, RasterGradients(grads, pooled, cubes))
+    return *grads, *grad_gates
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, gate_coarse, gate_fine, cubes, choice, scale, backend):
+        inputs = query, key, value, gate_coarse, gate_fine
+        output, saved = _forward(*inputs, cubes, choice, scale, backend, save=True)
+        tensors, ctx.numbers = flatten(cubes)
+        ctx.options = scale, backend
+        ctx.save_for_backward(*inputs, *saved, *tensors)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        tensors = ctx.saved_tensors
+        cubes = unflatten(tensors[14:], ctx.numbers)
+        grads = _backward(grad, *tensors[:5], Saved(*tensors[5:14]), cubes, *ctx.options)
+        return *grads, None, None, None, None
+
+
+@torch.library.custom_op("foveal::vsa_gpu_fwd", mutates_args=())
 def _forward_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     gate_coarse: Tensor | None,
     gate_fine: Tensor | None,
-    places: Tensor,
-    cube_sizes: Tensor,
-    key_sizes: Tensor,
-    text_counts: Tensor | None,
-    given_critical: Tensor | None,
-    given_counts: Tensor | None,
-    shape: list[int],
+    cube_tensors: list[Tensor],
+    cube_numbers: list[int],
+    choice_tensors: list[Tensor],
+    choice_numbers: list[int],
     scale: float,
-    hopper: bool,
+    backend: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output, and what the backward reads beside it (empty unless `save`) and the lists.
+    """The output, and `Saved`: empty but for the lists unless `save`.
 
-    Of is among that with a fine gate alone: without one the backward has it from O.
-
-    Args:
-        shape: tokens that a cube takes up, tokens of every block (0 where they differ), and cubes kept.
+    Of is among that only with a fine gate: without one the backward has it from O.
     """
-    slot, uniform, kept = shape
-    with torch.cuda.device_of(query):  # Triton launches on the current device
-        cubes, pooled = pool_cubes(query, key, value, places, key_sizes, slot, gather="kv" if hopper else "qkv")
-        if given_critical is None:
-            critical, counts = _pick(*pooled[:2], kept, scale)
-            critical, counts = _with_text(critical, counts, text_counts, key_sizes.shape[1])
-        else:
-            # An op may not return what it was given.
-            critical, counts = (x.clone(memory_format=torch.contiguous_format) for x in (given_critical, given_counts))
-        coarse, coarse_lse = pooled_attention(*pooled, scale)
-        gates = gate_coarse, gate_fine
-        if hopper:
-            output, fine, lse = gluon.attend_cubes(
-                query, *cubes, critical, counts, key_sizes, uniform, places, coarse, *gates, scale,
-                slot=slot, save_fine=save and gate_fine is not None,
-            )  # fmt: skip
-        else:
-            lse = torch.empty(cubes[0].shape[:3], dtype=torch.float32, device=query.device)
-            # Every program is done with its queries when it writes its output: into their memory.
-            sizes, results = _fine_sizes(key_sizes, slot, uniform), (cubes[0], lse)
-            fine, lse = forward(*cubes, critical, counts, sizes, slot, slot, scale, results=results)
-            output = torch.empty_like(query)
-            combine(fine, coarse, *gates, places, slot, output)
-        if not save or gate_fine is None:
-            fine = query.new_empty(0)
-        if not save:
-            lse, coarse, coarse_lse, *pooled = (lse.new_empty(0) for _ in range(6))
-        return output, fine, lse, *pooled, coarse, coarse_lse, critical, counts
+    inputs = query, key, value, gate_coarse, gate_fine
+    cubes, choice = unflatten(cube_tensors, cube_numbers), unflatten(choice_tensors, choice_numbers)
+    output, saved = _forward(*inputs, cubes, choice, scale, backend, save)
+    if choice.critical is not None:
+        # An op may not return what it was given.
+        saved = saved._replace(critical=saved.critical.clone(), counts=saved.counts.clone())
+    if not save or gate_fine is None:
+        saved = saved._replace(attended=query.new_empty(0))
+    if not save:
+        floats = ("lse", "query", "key", "value", "coarse", "coarse_lse")
+        saved = saved._replace(**{name: saved.lse.new_empty(0) for name in floats})
+    return output, *saved
 
 
 @_forward_op.register_fake
-def _(
-    query, key, value, gate_coarse, gate_fine, places, cube_sizes, key_sizes, text_counts, given, given_counts, *rest
-):
-    (slot, _, kept), _, _, save = rest
+def _(query, key, value, gate_coarse, gate_fine, cube_tensors, cube_numbers, choice_tensors, choice_numbers, *rest):
+    *_, save = rest
+    cubes, choice = unflatten(cube_tensors, cube_numbers), unflatten(choice_tensors, choice_numbers)
     batch, heads, _, head_dim = query.shape
-    num_cubes = places.numel() // slot
-    width = kept + key_sizes.shape[1] - num_cubes if given is None else given.shape[-1]
+    num_cubes = cubes.num_cubes
+    text_blocks = cubes.key_sizes.shape[1] - num_cubes
+    width = choice.kept + text_blocks if choice.critical is None else choice.critical.shape[-1]
     rows = (batch, heads, num_cubes)
-    fine = (batch, heads, num_cubes * slot, head_dim)
+    fine = (batch, heads, num_cubes * cubes.slot, head_dim)
     shapes = fine[:3], *((*rows, head_dim) for _ in range(4)), rows
     return (
         torch.empty_like(query),
@@ -170,7 +258,7 @@ def _(
     )
 
 
-@torch.library.custom_op("foveal::vsa_bwd", mutates_args=())
+@torch.library.custom_op("foveal::vsa_gpu_bwd", mutates_args=())
 def _backward_op(
     grad: Tensor,
     query: Tensor,
@@ -178,44 +266,16 @@ def _backward_op(
     value: Tensor,
     gate_coarse: Tensor | None,
     gate_fine: Tensor | None,
-    places: Tensor,
-    cube_sizes: Tensor,
-    key_sizes: Tensor,
-    attended: Tensor,
-    lse: Tensor,
-    query_c: Tensor,
-    key_c: Tensor,
-    value_c: Tensor,
-    coarse: Tensor,
-    coarse_lse: Tensor,
-    critical: Tensor,
-    counts: Tensor,
-    slot: int,
-    uniform: int,
+    saved: list[Tensor],
+    cube_tensors: list[Tensor],
+    cube_numbers: list[int],
     scale: float,
-    hopper: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.cuda.device_of(query):  # Triton launches on the current device
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        columns = column_lists(critical, counts, key_sizes.shape[1])
-        grad_fine, delta, grad_coarse, *grad_gates = split_gradient(
-            grad, attended, coarse, gate_coarse, gate_fine, places, slot
-        )
-        pooled = pooled_attention_backward(grad_coarse, query_c, key_c, value_c, coarse, coarse_lse, scale)
-        cubes, _ = pool_cubes(query, key, value, places, key_sizes, slot, gather="qkv", pool=False)
-        sizes = _fine_sizes(key_sizes, slot, uniform)
-        arguments = (grad_fine, *cubes, delta, lse, critical, counts, columns, sizes, slot, slot, scale)
-        if hopper:
-            grads = tuple(torch.empty_like(x) for x in (query, key, value))
-            video = gluon.VideoGradients(grads, pooled, places, cube_sizes)
-            gluon.backward(*arguments, uniform=uniform, video=video)
-        else:
-            cubes = backward(*arguments)
-            # Before the results: what they take, the gradients in raster order can have.
-            del arguments, grad_fine
-            grads = tuple(torch.empty_like(x) for x in (query, key, value))
-            return_gradients(cubes, pooled, places, cube_sizes, slot, grads)
-        return *grads, *(grad.new_empty(0) if x is None else x for x in grad_gates)
+    """The gradients, those of the gates empty where these are None."""
+    inputs, cubes = (query, key, value, gate_coarse, gate_fine), unflatten(cube_tensors, cube_numbers)
+    grads = _backward(grad, *inputs, Saved(*saved), cubes, scale, backend)
+    return tuple(grad.new_empty(0) if x is None else x for x in grads)
 
 
 @_backward_op.register_fake
@@ -225,19 +285,21 @@ def _(grad, query, key, value, gate_coarse, gate_fine, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    (slot, uniform, _), scale, hopper, _ = inputs[11:]
-    gate_fine, (result, fine, *others) = inputs[4], output
-    ctx.save_for_backward(*inputs[:8], result if gate_fine is None else fine, *others)
-    ctx.options = slot, uniform, scale, hopper
-    ctx.num_inputs = len(inputs)
+    *inputs, cube_tensors, ctx.numbers, choice_tensors, _, ctx.scale, ctx.backend, _ = inputs
+    result, fine, *others = output
+    ctx.save_for_backward(*inputs, result if inputs[4] is None else fine, *others, *cube_tensors)
+    ctx.num_tensors = len(cube_tensors), len(choice_tensors)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad: Tensor, *_):
-    *grads, grad_coarse, grad_fine = _backward_op(grad, *ctx.saved_tensors, *ctx.options)
-    gates = (x if x.numel() else None for x in (grad_coarse, grad_fine))
-    return *grads, *gates, *([None] * (ctx.num_inputs - 5))
+def _backward_of_op(ctx, grad: Tensor, *_):
+    saved = ctx.saved_tensors  # once: checkpointing recomputes them for one look
+    inputs, cube_tensors = saved[:5], list(saved[14:])
+    grads = _backward_op(grad, *inputs, list(saved[5:14]), cube_tensors, ctx.numbers, ctx.scale, ctx.backend)
+    grads = (None if x is None else dx for x, dx in zip(inputs, grads, strict=True))
+    of_cubes, of_choice = ([None] * n for n in ctx.num_tensors)
+    return *grads, of_cubes, None, of_choice, None, None, None, None
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_forward_op.register_autograd(_backward_of_op, setup_context=_setup_context)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveal.blocks import BlockSelection, count, pick_blocks
 from foveal.kernels.api import validate_selection
+from foveal.kernels.backend import Cubes
 from foveal.layout import VideoGrid, tile_indices
 from foveal.methods.vsa.config import VSAConfig
 
@@ -78,6 +79,10 @@ class CubeLayout:
         """The tokens of every block, where all blocks are cubes and no cube is partial; else None."""
         whole = all(side % edge == 0 for side, edge in zip(self.grid.shape, self.tile, strict=True))
         return self.tile[0] * self.tile[1] * self.tile[2] if whole and not self.text_length else None
+
+    def cubes(self, device: torch.device) -> Cubes:
+        """The same for the kernels."""
+        return Cubes(self.places(device), self.cube_sizes, self.key_sizes, self.slot, self.uniform_size or 0)
 
     def places(self, device: torch.device) -> Tensor:
         """int64 [C * slot]: the token, in raster order, that stands at each place; -1 where none does."""

@@ -1,0 +1,121 @@
+"""What a call of SLA or VSA costs the host, without a GPU: production code on CPU tensors, with launches left out.
+
+    PYTHONPATH=src python benchmarks/host_cost.py [--profile]
+
+Everything up to a compiled kernel's own launch runs and is timed: validation, the choice of the implementation,
+autograd, views, memory, descriptors, and the search for the variant. The launch itself is left out: `foveal bench`
+reports the whole cost on a GPU ("host ms"). Gluon's kernels need Triton 3.6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import cProfile
+import pstats
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from launched_kernels import as_if_on
+
+from foveal import SLAConfig, VideoGrid, VSAConfig, sla_attention, vsa_attention
+from foveal.kernels.hopper import support
+from foveal.methods.sla import attention as sla
+
+CALLS = 200
+
+
+class Launched:
+    """In a compiled kernel's place."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: None
+
+
+@contextlib.contextmanager
+def without_launches():
+    """Tensors count as a Hopper GPU's, and neither Triton's kernels nor the large products run."""
+    with pytest.MonkeyPatch.context() as patch, as_if_on(patch, 90):
+        patch.setattr(JITFunction, "run", lambda kernel, *arguments, grid, warmup, **named: Launched())
+        patch.setattr(sla, "fits_kernel", lambda *_: True)
+        patch.setattr(support, "_why_not_device", lambda device: None)
+        patch.setattr(torch, "bmm", lambda a, b, out: out)
+        yield
+
+
+def cases() -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]]:
+    grid, heads, head_dim = VideoGrid(4, 4, 8), 1, 64  # small: what PyTorch computes should not count
+    query, key, value, gate = (
+        torch.randn(1, grid.num_tokens, heads, head_dim).bfloat16().transpose(1, 2) for _ in range(4)
+    )
+    weight, bias = torch.randn(head_dim, head_dim), torch.randn(head_dim)
+
+    def sla_of(scope: str) -> Callable[..., torch.Tensor]:
+        config = SLAConfig(linear_scope=scope)
+
+        def run(query, key, value, weight, bias):
+            return sla_attention(query, key, value, config=config, proj_weight=weight, proj_bias=bias, impl="gluon")
+
+        return run
+
+    def vsa(query, key, value, gate):
+        return vsa_attention(query, key, value, config=VSAConfig(), grid=grid, gate_coarse=gate, impl="gluon")
+
+    return {
+        "SLA marginal": (sla_of("marginal"), [query, key, value, weight, bias]),
+        "SLA all": (sla_of("all"), [query, key, value, weight, bias]),
+        "VSA": (vsa, [query, key, value, gate]),
+    }
+
+
+def milliseconds(function: Callable[[], object]) -> float:
+    """The median of `CALLS` calls."""
+    times = []
+    for _ in range(CALLS + 20):
+        start = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[20:])
+
+
+def passes(run, tensors) -> dict[str, Callable[[], object]]:
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    grad = torch.empty_like(tensors[0])
+
+    def forward() -> None:
+        with torch.no_grad():
+            run(*tensors)
+
+    return {
+        "forward, inference": forward,
+        "forward, training": lambda: run(*leaves),
+        "forward and backward": lambda: torch.autograd.grad(run(*leaves), leaves, grad),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", action="store_true", help="also say where the time goes")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with without_launches():
+        for name, (run, tensors) in cases().items():
+            for label, function in passes(run, tensors).items():
+                print(f"{name:14} {label:22} {milliseconds(function):.3f} ms")
+                if options.profile:
+                    profile = cProfile.Profile()
+                    profile.runcall(lambda function=function: [function() for _ in range(CALLS)])
+                    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+
+
+if __name__ == "__main__":
+    main()

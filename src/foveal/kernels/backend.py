@@ -1,0 +1,281 @@
+"""What a kernel backend provides: a folder that fills a `Backend` is one. Needs no Triton.
+
+The rest of the kernels (pooling, selection, lists, key states, moving cubes) is Triton's on every GPU.
+Shape legend: B batch, H heads, Lq / Lk query / key tokens, Tq / Tk query / key blocks, W the width of the lists.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveal.blocks import BlockSelection
+from foveal.kernels.values import LOG2_E, LinearTerm, packable, size_stride
+
+# Where each backend lies, the fastest first.
+FOLDERS = {"gluon": "foveal.kernels.hopper", "triton": "foveal.kernels.triton"}
+
+
+class ColumnLists(NamedTuple):
+    """The critical lists transposed: for each key block the query blocks that attend to it, ascending.
+
+    offsets: int32 [B * H * Tk], where each key block's list starts in `rows`.
+    counts: int32 [B * H * Tk].
+    rows: int32 [B * H * Tq * W], query blocks; what no list covers is undefined.
+    """
+
+    offsets: Tensor
+    counts: Tensor
+    rows: Tensor
+
+
+@packable
+class Cubes(NamedTuple):
+    """Where the tokens of a VSA call stand: cubes in slots of equal size, in tile order, then blocks of text.
+
+    places: int64 [C * slot], where each slot's tokens stand in raster order; -1 for none.
+    cube_sizes: int32 [1, C], tokens of each cube.
+    key_sizes: int32 [B or 1, C + text blocks], valid keys of each block.
+    slot: tokens that a block takes up, 64 or 128.
+    uniform: the size of every block; 0 where they differ.
+    """
+
+    places: Tensor
+    cube_sizes: Tensor
+    key_sizes: Tensor
+    slot: int
+    uniform: int
+
+    @property
+    def num_cubes(self) -> int:
+        return self.cube_sizes.shape[1]
+
+    def selection(self, critical: Tensor, counts: Tensor) -> BlockSelection:
+        """Lists of blocks, [B, H, C, W] and [B, H, C], over tensors in tile order; without sizes if blocks are full."""
+        return BlockSelection(
+            critical=critical,
+            critical_count=counts,
+            marginal=None,
+            block_q=self.slot,
+            block_k=self.slot,
+            query_length=self.num_cubes * self.slot,
+            key_length=self.key_sizes.shape[1] * self.slot,
+            key_block_sizes=None if self.uniform == self.slot else self.key_sizes,
+        )
+
+
+class Gates(NamedTuple):
+    """The gates of VSA's branches, [B, H, L, D] in raster order, any strides; None for 1."""
+
+    coarse: Tensor | None
+    fine: Tensor | None
+
+
+class RasterGradients(NamedTuple):
+    """Where gradients go whose tensors stand in tile order, and what is added to them there.
+
+    grads: of query, key and value in raster order, [B, H, L, D] and [B, H, L + text, D] twice, any dense strides.
+    pooled: gradients of pooled query, key and value, float32 [B, H, C, D], contiguous: each token takes its share.
+    """
+
+    grads: tuple[Tensor, Tensor, Tensor]
+    pooled: tuple[Tensor, Tensor, Tensor]
+    cubes: Cubes
+
+
+class SharedGradients(NamedTuple):
+    """What the query side gives where all query blocks of a head share one H.
+
+    state, norm: G in bfloat16 [B * H, 1, D, D] and z in float32 [B * H, 1, D].
+    weight, bias: the projection's gradients, float32 [D, D] and [D]; None without a projection.
+    """
+
+    state: Tensor
+    norm: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class ForwardCall(ABC):
+    """The forward of one call, with all that its launches share; each launch takes some pairs of batch and head.
+
+    Args:
+        query, key, value: [B, H, L, D], bfloat16 or float16, D 64 or 128, contiguous last dimension.
+        selection: its lists contiguous; the marginal blocks do not matter here.
+        linear: what is added to the output; its states may come with each launch instead.
+        results: memory for the two results, the second contiguous; new if None.
+
+    Attributes:
+        results: the output, strided like `query`, and the natural log-sum-exp, float32 [B, H, Lq]; 0 and -inf for empty
+            rows.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        selection: BlockSelection,
+        scale: float,
+        linear: LinearTerm | None = None,
+        results: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        if results is None:
+            lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+            results = torch.empty_like(query), lse
+        self.results, self.selection, self.linear = results, selection, linear
+        self.scale_log2 = scale * LOG2_E
+        self.heads, self.pairs = query.shape[1], query.shape[0] * query.shape[1]
+        self.query_length, self.key_length = query.shape[2], key.shape[2]
+        self.width = selection.critical.shape[3]
+        self.size_stride = size_stride(selection.key_block_sizes)
+        self.prepare(query, key, value)
+
+    @abstractmethod
+    def prepare(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """What else the launches of this backend share."""
+
+    @abstractmethod
+    def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
+        """Writes the results of these pairs.
+
+        Args:
+            state, norm: H and Z of only these pairs, as in `LinearTerm`; Z may be bfloat16.
+        """
+
+    def run_all(self) -> tuple[Tensor, Tensor]:
+        """All of it in one launch, and its results."""
+        linear = self.linear
+        self.run(range(self.pairs), *((None, None) if linear is None else (linear.state, linear.norm)))
+        return self.results
+
+
+class Backend(ABC):
+    """The kernels that differ from backend to backend.
+
+    Attributes:
+        name: as in `impl=`.
+        forward: the backend's `ForwardCall`.
+        projects_early: whether states that a whole head shares should be projected before the forward.
+        cube_copies: which of "qkv" `attend_cubes` wants in tile order.
+        writes_raster: whether `backward` can write gradients of tensors in tile order to raster order.
+    """
+
+    name: str
+    forward: type[ForwardCall]
+    projects_early: bool = False
+    cube_copies: str = "qkv"
+    writes_raster: bool = False
+
+    def prepares_beside(self, block_q: int) -> bool:
+        """Whether the forward of such blocks leaves room on the SMs to prepare the next heads beside it."""
+        return False
+
+    @abstractmethod
+    def backward(
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        delta: Tensor,
+        lse: Tensor,
+        selection: BlockSelection,
+        columns: ColumnLists,
+        scale: float,
+        grad_query: Tensor | None = None,
+        linear: LinearTerm | None = None,
+        raster: RasterGradients | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dQ, dK, dV, strided like query, key and value.
+
+        Args:
+            grad: [B, H, Lq, D], the gradient of the output, contiguous last dimension.
+            delta: float32 [B, H, Lq], rowsum(grad * output) less the gradient of the LSE.
+            lse: float32 [B, H, Lq], natural log.
+            query, key, value, selection, scale: as in `ForwardCall`.
+            grad_query: a gradient to add dQ to, in place; None for a new tensor.
+            linear: the key side of the linear branch, to add to dK and dV.
+            raster: tensors to write the gradients to instead, where the backend `writes_raster`; not with `linear`.
+        """
+
+    @abstractmethod
+    def query_gradients(
+        self,
+        query: Tensor,
+        output: Tensor,
+        grad: Tensor,
+        term: LinearTerm,
+        block_q: int,
+        pairs: range,
+        grad_query: Tensor,
+        delta: Tensor,
+        linear: Tensor | None,
+        grad_norm: Tensor,
+    ) -> Tensor:
+        """The query side of the linear branch's backward for these pairs of batch and head.
+
+        Args:
+            term: the linear branch, its states those of only these pairs.
+            grad_query, delta, linear, grad_norm: tensors over all pairs whose parts are written: dQ of the linear
+                branch, float32 [B, H, Lq] delta of the sparse branch, O^l bfloat16 [B, H, Lq, D] (None if nobody wants
+                it), dZ float32 [B * H, rows, D].
+
+        Returns:
+            dH, bfloat16 [pairs, rows, D, D]; rows past the last query block are zero.
+        """
+
+    @abstractmethod
+    def shared_query_gradients(
+        self,
+        query: Tensor,
+        output: Tensor,
+        grad: Tensor,
+        term: LinearTerm,
+        block_q: int,
+        grad_query: Tensor,
+        delta: Tensor,
+    ) -> SharedGradients:
+        """The same for all pairs where all query blocks of a head share one H, with the sums over those blocks."""
+
+    @abstractmethod
+    def attend_cubes(
+        self,
+        query: Tensor,
+        copies: tuple[Tensor, ...],
+        cubes: Cubes,
+        selection: BlockSelection,
+        coarse: Tensor,
+        gates: Gates,
+        scale: float,
+        save_fine: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """VSA's fine stage, and what follows it: O = Gc * Oc + Gf * Of.
+
+        Args:
+            query: [B, H, L, D], raster order.
+            copies: those of `cube_copies` in tile order, [B, H, blocks * slot, D], contiguous, zeros behind each
+                block's tokens; they may be overwritten.
+            selection: from `Cubes.selection`.
+            coarse: Oc, float32 [B, H, C, D], contiguous.
+            save_fine: whether Of is wanted.
+
+        Returns:
+            O, strided like `query`; Of in tile order or None; the LSE of the fine stage in tile order, float32
+            [B, H, C * slot].
+        """
+
+
+def backend_named(name: str) -> Backend:
+    """The backend that an `impl` names: "triton" or "gluon"."""
+    backend = _loaded.get(name)
+    if backend is None:
+        backend = _loaded[name] = importlib.import_module(f"{FOLDERS[name]}.backend").BACKEND
+    return backend
+
+
+_loaded: dict[str, Backend] = {}

@@ -1,0 +1,311 @@
+"""What the host does around kernels: launches, descriptors, streams and facts about devices. Importing it needs torch.
+
+This is the only file that goes through private doors of Triton and torch. Each is a `Door` that names the releases it
+was written for: with another release, or with `DOORS[name].on = False`, the public way is taken, which is slower.
+`clear` empties every cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST = 1024  # entries of a cache before it starts anew
+
+# Launchers by their kernels' identities, and every other cache that `clear` empties.
+_launchers: dict[int, Any] = {}
+_CACHES: list[dict] = [_launchers]
+
+
+@dataclass
+class Door:
+    """A way around a library's public interface.
+
+    library: the package.
+    releases: "major.minor" releases that the way was read and tested with.
+    on: whether to take it; False is the off switch.
+    """
+
+    library: str
+    releases: tuple[str, ...]
+    on: bool = True
+
+    @functools.cached_property
+    def fits(self) -> bool:
+        """Whether one of the releases is installed."""
+        try:
+            installed = importlib.metadata.version(self.library)
+        except importlib.metadata.PackageNotFoundError:
+            return False
+        return ".".join(installed.split(".")[:2]) in self.releases
+
+    @property
+    def open(self) -> bool:
+        return self.on and self.fits
+
+
+DOORS = {
+    # A variant that was compiled is launched by its own C launcher; Triton would look at every argument anew.
+    "launch": Door("triton", ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")),
+    # A descriptor of a tensor that lies like an earlier one takes over that one's fields without their checks.
+    "descriptor": Door("triton", ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")),
+    # Whether a mode or a transform is active, from the stacks that torch keeps.
+    "modes": Door("torch", ("2.8", "2.9", "2.10", "2.11", "2.12", "2.13")),
+}
+
+
+# --- Facts about devices ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def capability(device: torch.device | int) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def has_tma(device: torch.device) -> bool:
+    """Whether kernels on this device can take TMA descriptors (Hopper and later)."""
+    return device.type == "cuda" and torch.version.hip is None and capability(device)[0] >= 9
+
+
+@functools.cache
+def starts_early(device: int) -> bool:
+    """Whether kernels on this CUDA device start before the one before them has ended, and so must await it."""
+    return capability(device)[0] >= 9
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """SMs of a CUDA device; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def register_limit(registers: int) -> dict[str, int]:
+    """The launch option that caps a kernel's registers, so that more programs share an SM; only on NVIDIA."""
+    return {} if torch.version.hip else {"maxnreg": registers}
+
+
+# --- Streams and the current device -----------------------------------------------------------------------------------
+
+_NOTHING = contextlib.nullcontext()
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the device of `x` the current one, on which Triton launches; costs little where it is that already."""
+    if x.device.type == "cuda" and torch.cuda.current_device() == x.device.index:
+        return _NOTHING
+    return torch.cuda.device_of(x)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream of higher priority, for kernels that fit beside those of the current stream."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+# --- How a call comes in ----------------------------------------------------------------------------------------------
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these tensors come in eager mode without a mode, a transform or a trace that must see custom operators.
+
+    Then one autograd function does what costs PyTorch's operator registry 100 to 200 us a call.
+    """
+    if torch.compiler.is_compiling() or not DOORS["modes"].open:
+        return False
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raises a NotImplementedError for tensors that carry forward-mode tangents: kernels have no such derivative."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
+        return
+    for x in tensors:
+        if x is not None and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                "the GPU kernels have no forward-mode derivative (jvp); "
+                'impl="reference" has one, at the cost of dense attention'
+            )
+
+
+# --- Descriptors ------------------------------------------------------------------------------------------------------
+
+
+def tma_strides(x: Tensor) -> list[int]:
+    """The strides of x [..., D] for TMA, the last 1.
+
+    That of a dimension of size 1 is free, and may be one that TMA refuses: it becomes another.
+    """
+    return [
+        *(stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)),
+        1,
+    ]
+
+
+class Descriptors:
+    """Makes TMA descriptors of tensors; what tensors that lie alike share, all but the address, is made once.
+
+    Args:
+        make: the descriptor, with the attribute `base`, of a tensor and further arguments.
+    """
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+        self._known: dict[tuple, tuple[type, dict[str, Any]]] = {}
+        _CACHES.append(self._known)
+
+    def __call__(self, x: Tensor, *arguments: Any) -> Any:
+        key = (x.shape, x.stride(), x.dtype, *arguments)
+        known = self._known.get(key)
+        if known is None:
+            descriptor = self._make(x, *arguments)
+            if DOORS["descriptor"].open:
+                if len(self._known) >= MOST:
+                    self._known.clear()
+                self._known[key] = type(descriptor), vars(descriptor) | {"base": None}
+            return descriptor
+        assert x.data_ptr() % 16 == 0, "TMA starts at multiples of 16 bytes"
+        kind, attributes = known
+        descriptor = object.__new__(kind)
+        fields = descriptor.__dict__
+        fields.update(attributes)
+        fields["base"] = x
+        return descriptor
+
+
+def tma_takes(tensors: Sequence[Tensor]) -> bool:
+    """Whether TMA is there and takes these tensors: 16-byte aligned starts and strides."""
+    return all(has_tma(x.device) and x.data_ptr() % 16 == 0 and _steps_aligned(x) for x in tensors)
+
+
+def _steps_aligned(x: Tensor) -> bool:
+    itemsize = x.element_size()
+    for size, stride in zip(x.shape[:-1], x.stride(), strict=False):
+        if size > 1 and (stride <= 0 or stride * itemsize % 16):
+            return False
+    return True
+
+
+# --- Launches ---------------------------------------------------------------------------------------------------------
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **named: Any) -> None:
+    """`kernel[grid](**named)`, on the current device and stream.
+
+    `kernel[grid](...)` looks at each argument in detail to find the compiled variant that fits: 40 to 80 us a launch,
+    more than many of these kernels run. This looks at what a variant depends on, and no further.
+
+    Args:
+        kernel: what `triton.jit` or `gluon.jit` made, for good; it begins with `await_previous`, and its constants
+            follow its other parameters.
+        grid: numbers of programs.
+        named: all parameters of the kernel, by name: tensors, descriptors, ints, floats, tuples of such, or None; and
+            options: num_warps and the like.
+    """
+    # By the kernel's identity: to hash a kernel, Triton reads and hashes its source.
+    launcher = _launchers.get(id(kernel))
+    if launcher is None:
+        launcher = _launchers[id(kernel)] = _launcher_of(kernel)
+    launcher(grid, named)
+
+
+def _launcher_of(kernel: Any) -> Callable[[tuple[int, ...], dict[str, Any]], None]:
+    from triton.runtime.jit import JITFunction
+
+    # Interpreted; or on AMD, where variants also depend on the size of each tensor's memory.
+    if not isinstance(kernel, JITFunction) or torch.version.hip or not DOORS["launch"].open:
+
+        def through_triton(grid: tuple[int, ...], named: dict[str, Any]) -> None:
+            kernel[grid](**named)
+
+        return through_triton
+    return Launcher(kernel)
+
+
+def _int_fact(x: int) -> int:
+    """What a variant knows of an integer it is specialized on: that it is 1, or a multiple of 16; and its width."""
+    return (2 if x == 1 else 1 if x % 16 == 0 else 0) + (0 if -(2**31) <= x < 2**31 else 4)
+
+
+def _facts(arguments: tuple, specialized: tuple[bool, ...] | None = None) -> list:
+    """What variants are told apart by, of each argument; all integers count as specialized by default."""
+    facts = []
+    for x, matters in zip(arguments, specialized or (True,) * len(arguments), strict=True):
+        kind = type(x)
+        if kind is int:
+            if matters:
+                facts.append(_int_fact(x))
+            else:
+                facts.append(-(2**31) <= x < 2**31)
+        elif kind is Tensor or isinstance(x, Tensor):
+            facts += x.dtype, x.data_ptr() % 16 == 0
+        elif kind is tuple:
+            facts.append(len(x))
+            for y in x:
+                if type(y) is int:
+                    facts.append(_int_fact(y))
+                else:
+                    facts += _facts((y,))
+        elif x is None:
+            facts.append(None)
+        elif kind is not float:
+            facts += x.base.dtype, *x.block_shape
+    return facts
+
+
+class Launcher:
+    """Launches one Triton or Gluon kernel.
+
+    Args:
+        kernel: what `triton.jit` or `gluon.jit` made.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.run_time = tuple(p.name for p in kernel.params if not p.is_constexpr)
+        self.constants = tuple(p.name for p in kernel.params if p.is_constexpr)
+        self.specialized = tuple(not p.do_not_specialize for p in kernel.params if not p.is_constexpr)
+        self._take = operator.itemgetter(*self.run_time)
+        # Names as a call site gives them, to the names of constants and options among them.
+        self._others: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._variants: dict[tuple, Any] = {}
+
+    def __call__(self, grid: tuple[int, ...], named: dict[str, Any]) -> None:
+        """As `launch` has it."""
+        device = torch.cuda.current_device()
+        names = tuple(named)
+        others = self._others.get(names)
+        if others is None:
+            others = self._others[names] = tuple(name for name in names if name not in self.run_time)
+        arguments = self._take(named)
+        variant = (device, others, *[named[name] for name in others], *_facts(arguments, self.specialized))
+        compiled = self._variants.get(variant)
+        if compiled is None:
+            early = {"launch_pdl": True} if starts_early(device) else {}
+            self._variants[variant] = self.kernel[grid](**named, **early)
+        else:
+            compiled[(*grid, 1, 1)[:3]](*arguments, *[named[name] for name in self.constants])
+
+
+def clear() -> None:
+    """Empties every cache of this file: compiled variants, descriptors, streams and facts about devices."""
+    for cache in _CACHES:
+        cache.clear()
+    for function in (capability, has_tma, starts_early, num_sms, side_stream):
+        function.cache_clear()

@@ -1,0 +1,118 @@
+"""Values that travel whole through both kernel backends, and the one place that takes them apart. Needs no Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveal.blocks import BlockSelection, SelectionRule
+from foveal.checks import cached_constant
+
+LOG2_E = 1.4426950408889634
+
+
+class LinearTerm(NamedTuple):
+    """The linear branch as the kernels see it.
+
+    On the query side the forward adds (phi(Q_i) H_i / (phi(Q_i) Z_i + eps)) W^T + b to the sparse output. On the key
+    side the backward adds dphi(K_j) = V_j G_j^T + z_j and dV_j = phi(K_j) G_j, with G and z in the place of H and Z.
+
+    feature_map: "softmax", "elu" or "relu".
+    weight: W, bfloat16 [D, D], contiguous; None for the identity, or where H is projected already.
+    bias: b, float32 [D]; None on the key side.
+    state: H, bfloat16 [B * H, blocks, D, D], each state contiguous; with one block, or a stride of 0, all blocks of a
+        head share it. None where it comes with each launch.
+    norm: Z, float32 [B * H, blocks, D].
+    """
+
+    feature_map: str
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    state: Tensor | None = None
+    norm: Tensor | None = None
+
+
+def linear_term(feature_map: str, weight: Tensor | None, bias: Tensor | None, query: Tensor) -> LinearTerm:
+    """The term of a module's parameters W and b, [D, D] and [D] in any dtype or None, without its states."""
+    if weight is not None and not (weight.dtype == torch.bfloat16 and weight.is_contiguous()):
+        weight = weight.to(torch.bfloat16).contiguous()
+    if bias is None:
+        bias = no_bias(query.shape[-1], query.device)
+    elif not (bias.dtype == torch.float32 and bias.is_contiguous()):
+        bias = bias.float().contiguous()
+    return LinearTerm(feature_map, weight, bias)
+
+
+@cached_constant
+def no_bias(head_dim: int, device: torch.device) -> Tensor:
+    """float32 zeros [D]."""
+    return torch.zeros(head_dim, dtype=torch.float32, device=device)
+
+
+@cached_constant
+def identity(head_dim: int, device: torch.device) -> Tensor:
+    """bfloat16 [D, D], for kernels that always multiply by a W."""
+    return torch.eye(head_dim, dtype=torch.bfloat16, device=device)
+
+
+def size_stride(sizes: Tensor | None) -> int:
+    """The batch stride of key block sizes, 0 where the batch shares them."""
+    return 0 if sizes is None or sizes.shape[0] == 1 else sizes.stride(0)
+
+
+# How custom operators get what they cannot take whole.
+_packed: list[tuple[type, tuple[tuple[str, str], ...]]] = []
+_place: dict[type, int] = {}
+
+
+def packable(kind: type) -> type:
+    """Registers a NamedTuple or dataclass whose fields are tensors (or None), ints, or ranges of two ints."""
+    kinds = {"Tensor": "tensor", "Tensor | None": "tensor", "int": "int", "tuple[int, int]": "range"}
+    fields = tuple((name, kinds[annotation]) for name, annotation in _annotations(kind).items())
+    _place[kind] = len(_packed)
+    _packed.append((kind, fields))
+    return kind
+
+
+def _annotations(kind: type) -> dict[str, str]:
+    """Fields and their annotations as written (a NamedTuple wraps them)."""
+    return {name: getattr(x, "__forward_arg__", x) for name, x in kind.__annotations__.items()}
+
+
+packable(BlockSelection)
+packable(SelectionRule)
+
+
+def flatten(value: Any) -> tuple[list[Tensor], list[int]]:
+    """A packable value as tensors and ints, which custom operators take and autograd saves; see `unflatten`."""
+    place = _place[type(value)]
+    tensors, numbers = [], [place]
+    for name, what in _packed[place][1]:
+        field = getattr(value, name)
+        if what == "tensor":
+            numbers.append(int(field is not None))
+            if field is not None:
+                tensors.append(field)
+        elif what == "int":
+            numbers.append(field)
+        else:
+            numbers.extend(field)
+    return tensors, numbers
+
+
+def unflatten(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
+    """The value that `flatten` took apart."""
+    tensors, numbers = iter(tensors), iter(numbers)
+    kind, described = _packed[next(numbers)]
+    fields = {}
+    for name, what in described:
+        if what == "tensor":
+            fields[name] = next(tensors) if next(numbers) else None
+        elif what == "int":
+            fields[name] = next(numbers)
+        else:
+            fields[name] = (next(numbers), next(numbers))
+    return kind(**fields)
