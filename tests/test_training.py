@@ -15,7 +15,7 @@ from foveal.lab.data.windows import (
     upscale,
     write_video,
 )
-from foveal.lab.train.loop import train
+from foveal.lab.train.loop import Action, run_steps, train
 from foveal.lab.train.objective import add_noise, flow_matching_loss, sample_sigmas
 
 
@@ -114,6 +114,35 @@ def _regression(seed: int = 0):
 
 def _loss(model: nn.Module, batch) -> torch.Tensor:
     return (model(batch[0]) - batch[1]).square().mean()
+
+
+def test_actions_run_between_steps():
+    """Before the first, every few, after the last; those that are due together in their order."""
+    seen = []
+
+    def noting(name):
+        return lambda: seen.append(name)
+
+    actions = (
+        Action(noting("evaluate"), every=2, at_start=True, at_end=True),
+        Action(noting("sample"), every=4),
+        Action(noting("never")),
+    )
+    run_steps(noting("step"), steps=5, actions=actions)
+    assert seen == ["evaluate", *["step"] * 2, "evaluate", *["step"] * 2, "evaluate", "sample", "step", "evaluate"]
+
+    # A run that goes on counts from where it was, and starts with a step.
+    seen.clear()
+    run_steps(noting("step"), steps=5, begin=3, actions=actions)
+    assert seen == ["step", "evaluate", "sample", "step", "evaluate"]
+
+    # Stopped, it neither steps nor ends.
+    seen.clear()
+    run_steps(noting("step"), steps=5, actions=actions, stopped=lambda: seen.count("step") == 1)
+    assert seen == ["evaluate", "step"]
+    seen.clear()
+    run_steps(noting("step"), steps=5, begin=5, actions=actions)
+    assert seen == []
 
 
 def test_loop_trains_records_and_repeats():

@@ -1,19 +1,71 @@
-"""A flat training loop: batches in, optimiser steps out, a record of held-out losses kept.
+"""The loop of every training run: `Trainer`'s, the demo's and those of the experiments.
 
-It is for experiments of one process that nobody minds starting again, the demo's say; `trainer` is for the others.
+`run_steps` is the loop. `train` is the short way into it, for experiments of one process that nobody minds starting
+again; `trainer.Trainer` adds data, processes, checkpoints and faults.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from foveal.lab.train.optimization import build_optimizer, optimizer_step, parameter_groups, warmup_and_decay
+
+
+@dataclass(frozen=True)
+class Action:
+    """What happens between steps.
+
+    Args:
+        run: what it is.
+        every: steps from one call to the next; 0 has none on the way.
+        at_start: also before the first step of a run that starts anew.
+        at_end: also after the last step.
+    """
+
+    run: Callable[[], None]
+    every: int = 0
+    at_start: bool = False
+    at_end: bool = False
+
+    def is_due(self, step: int, steps: int) -> bool:
+        """After `step` of `steps` steps."""
+        return (self.at_end and step == steps) or bool(self.every and step % self.every == 0)
+
+
+def run_steps(
+    take_step: Callable[[], None],
+    *,
+    steps: int,
+    begin: int = 0,
+    actions: Iterable[Action] = (),
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Takes step after step, with actions between them.
+
+    Args:
+        take_step: takes one.
+        steps: of the run in all.
+        begin: steps that were taken before, in a run that goes on.
+        actions: in the order in which those that are due together run.
+        stopped: asked before each step whether to end here.
+    """
+    actions = list(actions)
+    for action in actions:
+        if action.at_start and begin == 0:
+            action.run()
+    step = begin
+    while step < steps and not stopped():
+        take_step()
+        step += 1
+        for action in actions:
+            if action.is_due(step, steps):
+                action.run()
 
 
 @dataclass
@@ -79,25 +131,29 @@ def train(
     schedule = warmup_and_decay(optimizer, steps=steps, warmup=warmup, floor=final_learning_rate / learning_rate)
     record = TrainingRecord()
     device = parameters[0].device
-    if evaluate is not None:
-        record.held_out.append((0, evaluate(model)))
-    model.train()
-    for step in range(1, steps + 1):
+
+    def take_step() -> None:
+        model.train()
         start = time.perf_counter()
         losses = (loss_fn(model, batch) for batch in (next(batches),))
         report = optimizer_step(
             parameters, optimizer, schedule, losses, accept=lambda loss, gradient_norm: math.isfinite(loss)
         )
         if not report.taken:
-            raise FloatingPointError(f"training loss is {report.loss} at step {step}")
+            raise FloatingPointError(f"training loss is {report.loss} at step {len(record.losses) + 1}")
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         record.step_seconds.append(time.perf_counter() - start)
         record.losses.append(report.loss)
         if on_step is not None:
-            on_step(step, report.loss)
-        if evaluate is not None and (step == steps or (evaluate_every and step % evaluate_every == 0)):
-            record.held_out.append((step, evaluate(model)))
-            model.train()
+            on_step(len(record.losses), report.loss)
+
+    def measure() -> None:
+        record.held_out.append((len(record.losses), evaluate(model)))
+
+    actions = []
+    if evaluate is not None:
+        actions.append(Action(measure, every=evaluate_every, at_start=True, at_end=True))
+    run_steps(take_step, steps=steps, actions=actions)
     model.eval()
     return record

@@ -21,6 +21,7 @@ from foveal.lab.train.export import export
 from foveal.lab.train.faults import LossGuard, TrainingError, out_of_memory, stopping_on_signals
 from foveal.lab.train.inputs import NoiseAhead, check_output, check_sizes, micro_batches, open_data, read_batch
 from foveal.lab.train.log import RunLog
+from foveal.lab.train.loop import Action, run_steps
 from foveal.lab.train.model import (
     anneal,
     build_model,
@@ -174,21 +175,17 @@ class Trainer:
 
     def _run(self, stop: threading.Event) -> TrainingResult:
         config = self.config
-        if self.step == 0:
-            self._evaluate()
-        while self.step < config.steps and not any_of(self.accelerator, stop.is_set())[0]:
-            started = time.perf_counter()
-            self._train_step(started)
-            self.step += 1
-            if self._due(config.evaluation.every) or self.step == config.steps:
-                self._evaluate()
-            if self._due(config.evaluation.sample_every):
-                self._sample()
-            if self._due(config.checkpoint.every) and self.step < config.steps:
-                try:
-                    self._save()
-                except CheckpointError as error:
-                    self.log.warn(f"{error}; training goes on and tries again in {config.checkpoint.every} steps")
+        run_steps(
+            self._take_step,
+            steps=config.steps,
+            begin=self.step,
+            actions=(
+                Action(self._evaluate, every=config.evaluation.every, at_start=True, at_end=True),
+                Action(self._sample, every=config.evaluation.sample_every),
+                Action(self._save_on_the_way, every=config.checkpoint.every),
+            ),
+            stopped=lambda: any_of(self.accelerator, stop.is_set())[0],
+        )
         if self.saved_at != self.step:
             self._save()
         finished = self.step >= config.steps
@@ -201,8 +198,9 @@ class Trainer:
             self.log.say(f"stopped at step {self.step} of {config.steps} and saved; resume goes on from there")
         return TrainingResult(self.step, finished, self.evaluation, folder)
 
-    def _due(self, every: int) -> bool:
-        return bool(every) and self.step % every == 0
+    def _take_step(self) -> None:
+        self._train_step(time.perf_counter())
+        self.step += 1
 
     def _train_step(self, started: float) -> None:
         """One optimiser step, or one that is refused, and a note of it."""
@@ -387,6 +385,15 @@ class Trainer:
         return RunState(
             self.parameters, optimizer, schedule, average, self.stream, self.guard, self.alarm, self.accelerator
         )
+
+    def _save_on_the_way(self) -> None:
+        """A checkpoint that the run can do without; the last one it cannot."""
+        if self.step == self.config.steps:
+            return
+        try:
+            self._save()
+        except CheckpointError as error:
+            self.log.warn(f"{error}; training goes on and tries again in {self.config.checkpoint.every} steps")
 
     def _save(self) -> None:
         loss = self.evaluation.sparse if self.evaluated_at == self.step else None
