@@ -75,7 +75,8 @@ def test_stages_are_told_as_they_begin_and_end(report, said):
     _, results = report
     titles = ["pretrain, dense"]
     titles += [f"{what}, {arm}" for arm in results["arms"] for what in ("fine-tune", "generate")]
-    lines = said.getvalue().splitlines()
+    # A busy machine takes long enough for more lines between them.
+    lines = [line for line in said.getvalue().splitlines() if " so far" not in line]
     assert len(lines) == 2 * len([*titles, "report"])
     for title, begin, end in zip(titles, lines[::2], lines[1::2], strict=False):
         assert re.fullmatch(rf"{title}: \d+ steps", begin)

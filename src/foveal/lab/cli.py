@@ -174,28 +174,31 @@ class Inspect:
 
         from foveal.lab.inspect.probe import InspectSettings
         from foveal.lab.inspect.run import inspect_pipeline
+        from foveal.lab.terminal import Progress
 
         size = (self.frames, self.height, self.width)
         if None in size and size != (None, None, None):
             raise ValueError(f"give frames, height and width together, or none of them, got {size}")
         console = Console(stderr=True)
-        page, advice, _ = inspect_pipeline(
-            self.model,
-            self.output,
-            prompt=self.prompt,
-            sparse=self.sparse,
-            size=None if None in size else size,
-            num_inference_steps=self.steps,
-            steps=self.look_at or None,
-            guidance_scale=self.guidance_scale,
-            layers=self.layers or None,
-            settings=InspectSettings(query_blocks=self.query_blocks),
-            tolerance=self.tolerance,
-            seed=self.seed,
-            device=self.device,
-            dtype=self.dtype,
-            on_observation=lambda seen: console.print(f"step {seen.step}: {seen.layer}", style="dim", highlight=False),
-        )
+        with Progress(console) as progress, progress.stage("inspect", self.steps, brief=True) as stage:
+            page, advice, _ = inspect_pipeline(
+                self.model,
+                self.output,
+                prompt=self.prompt,
+                sparse=self.sparse,
+                size=None if None in size else size,
+                num_inference_steps=self.steps,
+                steps=self.look_at or None,
+                guidance_scale=self.guidance_scale,
+                layers=self.layers or None,
+                settings=InspectSettings(query_blocks=self.query_blocks),
+                tolerance=self.tolerance,
+                seed=self.seed,
+                device=self.device,
+                dtype=self.dtype,
+                on_observation=lambda seen: progress.say(f"step {seen.step}: {seen.layer}", style="dim"),
+                on_step=stage.advance,
+            )
         console.print(f"to try first: {advice.config}; output error {advice.error:.3f}, recall {advice.recall:.3f}")
         print(page)
 

@@ -54,7 +54,7 @@ class Precompute:
         from foveal.lab.data.clips import Bucket
         from foveal.lab.data.precompute import PrecomputeSettings, precompute
         from foveal.lab.pipelines import DTYPES, choose_device, choose_dtype, load_pipeline
-        from foveal.lab.terminal import FileProgress, progress_bar
+        from foveal.lab.terminal import FileProgress, Progress
 
         if self.pixels == (self.model is not None):
             raise ValueError("give --model, the pipeline to encode with, or --pixels, one of them")
@@ -69,17 +69,18 @@ class Precompute:
         )
         device = choose_device(self.device)
         loaded = None
-        if self.model is not None:
-            dtype = choose_dtype(self.dtype, device)
-            loaded = load_pipeline(
-                self.model, device=device, dtype=dtype, revision=self.revision, without_transformer=True
-            )
-            if self.tiling:
-                loaded.pipe.vae.enable_tiling()
         console = Console(stderr=True)
         try:
-            with progress_bar(console) as bar:
-                index = precompute(self.videos, self.output, settings, loaded=loaded, progress=FileProgress(bar))
+            with Progress(console) as progress:
+                if self.model is not None:
+                    dtype = choose_dtype(self.dtype, device)
+                    with progress.stage(f"load {self.model}", brief=True):
+                        loaded = load_pipeline(
+                            self.model, device=device, dtype=dtype, revision=self.revision, without_transformer=True
+                        )
+                    if self.tiling:
+                        loaded.pipe.vae.enable_tiling()
+                index = precompute(self.videos, self.output, settings, loaded=loaded, progress=FileProgress(progress))
         except KeyboardInterrupt:
             print("foveal: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
             raise SystemExit(130) from None
@@ -130,7 +131,7 @@ class _Generation:
     revision: str | None = None
     """Of the hub repository."""
 
-    def prepare(self, *, exact: bool) -> dict[str, Any]:
+    def prepare(self, progress: Any, *, exact: bool) -> dict[str, Any]:
         """The arguments that `generate` and `evaluate` share; what costs nothing is checked first."""
         _need("generate", "rich", "safetensors", "av", "diffusers", "transformers")
         from foveal.lab.generate.run import GenerationSettings, read_prompts
@@ -155,8 +156,10 @@ class _Generation:
             fps=self.fps,
             exact=exact,
         )
+        with progress.stage(f"load {self.model}", brief=True):
+            loaded = load_pipeline(self.model, device=device, dtype=dtype, revision=self.revision)
         return {
-            "loaded": load_pipeline(self.model, device=device, dtype=dtype, revision=self.revision),
+            "loaded": loaded,
             "prompts": prompts,
             "seeds": list(self.seed),
             "settings": settings,
@@ -180,15 +183,15 @@ class Generate(_Generation):
         from rich.console import Console
 
         from foveal.lab.generate.run import generate
-        from foveal.lab.terminal import StepProgress, progress_bar
+        from foveal.lab.terminal import Progress, StepProgress
 
         if self.compare not in (None, "dense"):
             raise ValueError(f"unknown comparison {self.compare!r}; expected dense")
-        prepared = self.prepare(exact=self.exact)
         try:
-            with progress_bar(Console(stderr=True)) as bar:
-                progress = StepProgress(bar)
-                generate(**prepared, output=self.output, compare_dense=self.compare == "dense", progress=progress)
+            with Progress(Console(stderr=True)) as progress:
+                prepared = self.prepare(progress, exact=self.exact)
+                dense_too = self.compare == "dense"
+                generate(**prepared, output=self.output, compare_dense=dense_too, progress=StepProgress(progress))
         except KeyboardInterrupt:
             print("foveal: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
             raise SystemExit(130) from None
@@ -207,13 +210,13 @@ class Eval(_Generation):
         from rich.console import Console
 
         from foveal.lab.evaluate.run import TABLE_FILE, evaluate
-        from foveal.lab.terminal import StepProgress, progress_bar
+        from foveal.lab.terminal import Progress, StepProgress
 
-        prepared = self.prepare(exact=True)
         console = Console(stderr=True)
         try:
-            with progress_bar(console) as bar:
-                report = evaluate(**prepared, output=self.output, progress=StepProgress(bar))
+            with Progress(console) as progress:
+                prepared = self.prepare(progress, exact=True)
+                report = evaluate(**prepared, output=self.output, progress=StepProgress(progress))
         except KeyboardInterrupt:
             print("foveal: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
             raise SystemExit(130) from None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from foveal.lab.bench.run import BenchSettings, baselines_of, run_bench
+from foveal.lab.terminal import PlainConsole, Progress
 
 SECOND = "vs {second}"
 HEADINGS = (
@@ -53,10 +53,13 @@ def bench(settings: BenchSettings, output: Path) -> int:
 
     started = time.monotonic()
 
-    def log(line: str) -> None:
-        print(f"{time.monotonic() - started:6.1f} s  {line}", file=sys.stderr, flush=True)
+    with Progress(PlainConsole(), bars=False) as progress, progress.stage("bench", brief=True) as stage:
 
-    results = run_bench(settings, log=log, keep=keep)
+        def log(line: str) -> None:
+            stage.note = line
+            progress.say(f"{time.monotonic() - started:6.1f} s  {line}")
+
+        results = run_bench(settings, log=log, keep=keep)
     path = output / file_name(results)
     print(path)
     try:

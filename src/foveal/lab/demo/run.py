@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from foveal.lab.demo.report import write_report
 from foveal.lab.demo.settings import PICTURED, DemoSettings
 from foveal.lab.demo.task import Batches, HeldOut, build_model, generate, predict, psnr, training_loss
 from foveal.lab.inspect.capture import capture_selections, token_labels
-from foveal.lab.terminal import progress_bar
+from foveal.lab.terminal import Progress, Stage
 from foveal.lab.train.loop import TrainingRecord, train
 from foveal.lab.train.objective import add_noise
 from foveal.methods.base import Config, method_of
@@ -58,33 +58,48 @@ def run_demo(
         FileNotFoundError, ValueError: for a video that is missing, cannot be decoded or is too short, or an output
             folder that holds something else.
     """
-    console = console or Console(stderr=True)
     source = Path(video) if video is not None else sample_clip(clip)
-    frames = read_video(source, height=settings.height, width=settings.width)
-    windows = ClipWindows(frames, frames=settings.frames, stride=settings.stride)
-    with _replacing(output) as folder, _Stages(console) as stages:
-        results, media = _measure(settings, windows, device, stages)
-        results["clip"] = {"file": source.name, "frames": len(frames), "sample": video is None}
-        results["environment"] = _environment(device)
-        with stages.stage("report", 1) as advance:
-            write_report(folder, results, media, settings)
-            media["model"].save_pretrained(folder / "model")
-            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            advance()
+    work = _Work(settings)
+    with Progress(console or Console(stderr=True), units=work.total) as progress:
+        with progress.stage(f"read {source.name}", brief=True):
+            frames = read_video(source, height=settings.height, width=settings.width)
+        windows = ClipWindows(frames, frames=settings.frames, stride=settings.stride)
+        with _replacing(output) as folder:
+            results, media = _measure(settings, windows, device, progress, work)
+            results["clip"] = {"file": source.name, "frames": len(frames), "sample": video is None}
+            results["environment"] = _environment(device)
+            with progress.stage("report", 1, units=work.report) as stage:
+                write_report(folder, results, media, settings)
+                media["model"].save_pretrained(folder / "model")
+                (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+                stage.advance()
     return results
 
 
+class _Work:
+    """What the stages cost, in forwards of one window, for a bar of the whole demo."""
+
+    def __init__(self, settings: DemoSettings) -> None:
+        # A backward costs two forwards, a held-out loss two of every window.
+        step, evaluation = 3 * settings.batch, 2 * settings.held_out_windows
+        self.pretraining = settings.pretrain_steps * step + (2 * settings.evaluations + 2) * evaluation
+        self.fine_tuning = settings.fine_tune_steps * step + (settings.evaluations + 3) * evaluation
+        self.generation = settings.sampling_steps
+        arms = len(settings.arms()) * (self.fine_tuning + self.generation)
+        self.report = 0.02 * (self.pretraining + arms)
+        self.total = self.pretraining + arms + self.report
+
+
 def _measure(
-    settings: DemoSettings, windows: ClipWindows, device: torch.device, stages: _Stages
+    settings: DemoSettings, windows: ClipWindows, device: torch.device, progress: Progress, work: _Work
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     held_out = HeldOut(windows, settings, device)
     model = build_model(settings).to(device)
     started = time.perf_counter()
-    record = _train(
-        model, windows, held_out, settings, device, stages, "pretrain, dense", settings.pretrain_steps, pretrain=True
-    )
-    pretrain_seconds = time.perf_counter() - started
-    pretrained = held_out.velocities(model)
+    with progress.stage("pretrain, dense", settings.pretrain_steps, units=work.pretraining) as stage:
+        record = _train(model, windows, held_out, settings, device, stage, pretrain=True)
+        pretrain_seconds = time.perf_counter() - started
+        pretrained = held_out.velocities(model)
 
     arms: dict[str, dict[str, Any]] = {}
     videos: dict[str, Tensor] = {}
@@ -94,17 +109,16 @@ def _measure(
         arm = copy.deepcopy(model)
         if config is not None:
             sparsify(arm, config)
-        converted_error = _relative_error(held_out.velocities(arm), pretrained)
-        record_arm = _train(
-            arm, windows, held_out, settings, device, stages, f"fine-tune, {name}", settings.fine_tune_steps
-        )
-        velocities = held_out.velocities(arm)
+        with progress.stage(f"fine-tune, {name}", settings.fine_tune_steps, units=work.fine_tuning) as stage:
+            converted_error = _relative_error(held_out.velocities(arm), pretrained)
+            record_arm = _train(arm, windows, held_out, settings, device, stage)
+            velocities = held_out.velocities(arm)
         reference = velocities if config is None else reference
-        with stages.stage(f"generate, {name}", settings.sampling_steps) as advance:
+        with progress.stage(f"generate, {name}", settings.sampling_steps, units=work.generation) as stage:
             video, seconds = _timed(
                 device,
-                lambda arm=arm, advance=advance: generate(
-                    arm, held_out.video[:1, :, :1], held_out.noise[:1], settings, on_step=advance
+                lambda arm=arm, stage=stage: generate(
+                    arm, held_out.video[:1, :, :1], held_out.noise[:1], settings, on_step=stage.advance
                 ),
             )
         videos[name] = video[0].cpu()
@@ -141,32 +155,30 @@ def _train(
     held_out: HeldOut,
     settings: DemoSettings,
     device: torch.device,
-    stages: _Stages,
-    title: str,
-    steps: int,
+    stage: Stage,
     *,
     pretrain: bool = False,
 ) -> TrainingRecord:
+    steps = settings.pretrain_steps if pretrain else settings.fine_tune_steps
     # Every arm sees the same windows, noise and noise levels; pretraining sees others.
     batches = Batches(windows, settings, device, seed=settings.seed + (1 if pretrain else 2))
     peak = settings.learning_rate if pretrain else settings.fine_tune_learning_rate
     evaluations = 2 * settings.evaluations if pretrain else settings.evaluations
     new = [p for processor in sparse_processors(model).values() for p in processor.parameters()]
     fast = {"fast_parameters": new, "fast_learning_rate": settings.new_learning_rate} if new else {}
-    with stages.stage(title, steps) as advance:
-        return train(
-            model,
-            batches,
-            training_loss,
-            steps=steps,
-            learning_rate=peak,
-            warmup=max(1, steps // 10),
-            final_learning_rate=settings.fine_tune_learning_rate / 2 if pretrain else 0.0,
-            evaluate=held_out.loss,
-            evaluate_every=max(1, steps // evaluations),
-            on_step=lambda step, loss: advance(f"loss {loss:.3f}"),
-            **fast,
-        )
+    return train(
+        model,
+        batches,
+        training_loss,
+        steps=steps,
+        learning_rate=peak,
+        warmup=max(1, steps // 10),
+        final_learning_rate=settings.fine_tune_learning_rate / 2 if pretrain else 0.0,
+        evaluate=held_out.loss,
+        evaluate_every=max(1, steps // evaluations),
+        on_step=lambda step, loss: stage.advance(f"loss {loss:.3f}"),
+        **fast,
+    )
 
 
 def _describe(config: Config | None, settings: DemoSettings) -> dict[str, Any]:
@@ -246,42 +258,6 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "diffusers": diffusers.__version__,
         "foveal": foveal.__version__,
     }
-
-
-class _Stages:
-    """The stages of the demo as they go: bars on a terminal, elsewhere a line at the start and the end of each."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bars = progress_bar(console)
-        self.bars.disable = not console.is_terminal
-
-    def __enter__(self) -> _Stages:
-        self.bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bars.stop()
-
-    @contextlib.contextmanager
-    def stage(self, title: str, steps: int) -> Iterator[Callable[[str], None]]:
-        """Gives what to call after each step, with a note on it or none."""
-        task = self.bars.add_task(title, total=steps)
-        last, started = "", time.perf_counter()
-
-        def advance(note: str = "") -> None:
-            nonlocal last
-            last = note
-            self.bars.update(task, advance=1, description=f"{title} [dim]{note}[/]" if note else title)
-
-        self._say(f"{title}: {steps} steps" if steps > 1 else title)
-        yield advance
-        figures = [f"{time.perf_counter() - started:.1f} s", last]
-        self._say(f"{title}: done, {', '.join(figure for figure in figures if figure)}")
-
-    def _say(self, line: str) -> None:
-        if self.bars.disable:
-            self.console.print(line, soft_wrap=True, highlight=False)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def evaluate(
         output: the folder.
         settings: what all outputs share; `exact` must be set, so that no codec comes between.
         sparse: how to make the pipeline sparse; None for one that is.
-        progress: told about each output and step.
+        progress: told about each output, step and pair.
 
     Raises:
         ValueError: settings without `exact`, or frames too small for SSIM; and what `generate` raises.
@@ -60,11 +60,13 @@ def evaluate(
     by_pair: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for job, record in records.items():
         by_pair.setdefault((job.prompt, job.seed), {})[job.arm] = record
-    pairs = []
+    pairs, progress = [], progress or Progress()
+    progress.compare(len(by_pair))
     for (prompt, seed), pair in by_pair.items():
         frames = {arm: frames_of(output, record) for arm, record in pair.items()}
         own = {arm: _own(record, frames[arm]) for arm, record in pair.items()}
         pairs.append({"prompt": prompt, "seed": seed, **_distances(frames, lpips), **own})
+        progress.step()
     some = next(record for job, record in records.items() if job.arm == SPARSE)
     report = EvaluationReport(
         rows=_rows(pairs, is_image=loaded.kind.is_image),

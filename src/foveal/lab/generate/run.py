@@ -124,7 +124,10 @@ class Progress:
         """A job begins; `again` says why, if there is an output that does not count."""
 
     def step(self) -> None:
-        """A denoising step is done."""
+        """A denoising step is done, or the comparison of a pair."""
+
+    def compare(self, pairs: int) -> None:
+        """All outputs are there, and so many pairs of them are compared."""
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -106,6 +106,7 @@ def inspect_pipeline(
     device: str = "auto",
     dtype: str = "auto",
     on_observation: Callable[[LayerObservation], None] = lambda observation: None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> tuple[Path, Advice, list[LayerObservation]]:
     """Look at a diffusers pipeline from a folder or the hub while it generates from a prompt.
 
@@ -121,6 +122,8 @@ def inspect_pipeline(
         layers, settings, tolerance: see `inspect_model`.
         seed: of the noise.
         device, dtype: by name, or "auto".
+        on_observation: called with each one as it is made.
+        on_step: called after each denoising step.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: for a pipeline that cannot be loaded, a size that it does not take,
@@ -151,8 +154,13 @@ def inspect_pipeline(
     if guidance_scale is not None:
         arguments["guidance_scale"] = guidance_scale
 
+    def end_of_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step()
+        return tensors
+
     def run() -> None:
-        loaded.pipe(**arguments, generator=torch.Generator("cpu").manual_seed(seed))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        loaded.pipe(**arguments, generator=generator, callback_on_step_end=end_of_step)
 
     facts = {"model": source, "sparse": None if sparse is None else str(sparse), "dtype": str(loaded.dtype)[6:]}
     facts |= {name: value for name, value in arguments.items() if name != "output_type"} | {"seed": seed}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from foveal.lab.terminal import Progress, Stage
 from foveal.lab.train.config import TrainingConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -37,21 +40,12 @@ class RunLog:
             raise ImportError(f"tracker={config.tracker!r} is not installed: pip install {config.tracker}")
         self.config, self.accelerator = config, accelerator
         self.path = Path(config.output) / METRICS_FILE
-        self.console = Console(stderr=True, quiet=not accelerator.is_main_process, highlight=False)
-        self.progress = Progress(
-            TextColumn("{task.description}", justify="left"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not (self.console.is_terminal and accelerator.is_main_process),
-        )
-        self.task = self.progress.add_task("train", total=config.steps)
+        self.progress = Progress(Console(stderr=True), quiet=not accelerator.is_main_process)
+        self.stage: Stage | None = None
         self.file: Any = None
 
     def __enter__(self) -> RunLog:
-        self.progress.start()
+        self.progress.__enter__()
         return self
 
     def start(self, step: int) -> None:
@@ -70,10 +64,10 @@ class RunLog:
                 "tensorboard" if tensorboard else "foveal",
                 init_kwargs={"tensorboard": {"purge_step": step + 1}} if tensorboard else {},
             )
-        self.progress.update(self.task, completed=step)
+        self.stage = self.progress.open("train", self.config.steps, done=step, brief=True)
 
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        self.progress.__exit__(kind, *error)
         if self.file is not None:
             self.file.close()
         if self.config.tracker != "none":
@@ -92,17 +86,28 @@ class RunLog:
             self.warn(f"the figures of step {step} were not written: {error}")
 
     def show(self, step: int, description: str) -> None:
-        """Moves the bar; without a terminal, prints a line now and then."""
-        self.progress.update(self.task, completed=step, description=description)
+        """Moves the bar; without a terminal, prints a line now and then, one at the least every 15 seconds."""
+        self.stage.reach(step, description)
         steps = self.config.steps
-        if self.progress.disable and (step == 1 or step == steps or step % max(1, steps // LINES) == 0):
+        if self.progress.bar is None and (step == 1 or step == steps or step % max(1, steps // LINES) == 0):
             self.say(f"step {step} of {steps}: {description}")
 
+    def doing(self, activity: str) -> AbstractContextManager:
+        """Tells of something other than steps, while it lasts."""
+        return self.stage.doing(activity)
+
+    @contextlib.contextmanager
+    def before_steps(self, activity: str) -> Iterator[None]:
+        """The same before the steps begin, inside or outside this context."""
+        progress = Progress(self.progress.console, quiet=self.progress.quiet)
+        with progress, progress.stage(activity, brief=True):
+            yield
+
     def say(self, message: str) -> None:
-        self.console.print(message, soft_wrap=True)
+        self.progress.say(message)
 
     def warn(self, message: str) -> None:
-        self.console.print(f"[bold yellow]warning[/]: {message}", soft_wrap=True)
+        self.progress.say(f"warning: {message}", style="yellow")
 
 
 def _step_of(line: str) -> float:

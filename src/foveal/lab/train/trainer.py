@@ -137,7 +137,8 @@ class Trainer:
         )
 
         # `transformer` is the model itself, `model` what a forward in training calls: the same, or DDP around it.
-        self.transformer = build_model(config, empty=starts_empty(self.accelerator, config))
+        with self.log.before_steps("load the model"):
+            self.transformer = build_model(config, empty=starts_empty(self.accelerator, config))
         for shape in train_data.buckets | held_out_data.buckets:
             check_tokens(config.context_parallel, token_grid(self.transformer, shape).num_tokens, shape)
         if config.model.compile:
@@ -314,7 +315,8 @@ class Trainer:
         self.log.show(step, f"loss {report.loss:.4f}, {tokens:,.0f} tokens/s{utilisation}")
 
     def _evaluate(self) -> None:
-        self.evaluation = self.held_out.evaluate(self.transformer)
+        with self.log.doing("held-out loss"):
+            self.evaluation = self.held_out.evaluate(self.transformer)
         self.evaluated_at = self.step
         self.log.note(self.step, self.evaluation.figures())
         self.log.say(f"step {self.step}: held-out {self.evaluation}")
@@ -333,7 +335,8 @@ class Trainer:
                 return velocity(self.transformer, video, sigmas, text)
 
         steps = self.config.evaluation.sampling_steps
-        latents = dense_and_sparse(self.transformer, predicted, noise, shift=self.shift, steps=steps)
+        with self.log.doing("sample"):
+            latents = dense_and_sparse(self.transformer, predicted, noise, shift=self.shift, steps=steps)
         if self.accelerator.is_main_process:
             path = self.config.output / "samples" / f"step-{self.step:08d}.mp4"
             device, fps = self.accelerator.device, self.data_settings["fps"]
@@ -397,7 +400,8 @@ class Trainer:
 
     def _save(self) -> None:
         loss = self.evaluation.sparse if self.evaluated_at == self.step else None
-        self.state.save(self.store, self.step, config=self.config.to_dict(), held_out_loss=loss)
+        with self.log.doing("checkpoint"):
+            self.state.save(self.store, self.step, config=self.config.to_dict(), held_out_loss=loss)
         self.saved_at = self.step
 
     def _export(self) -> Path:
@@ -405,7 +409,8 @@ class Trainer:
 
         folder = self.config.output / "export"
         try:
-            return export(self.config, self._checkpoint(self.step), folder, report=self.log.warn)
+            with self.log.doing("export"):
+                return export(self.config, self._checkpoint(self.step), folder, report=self.log.warn)
         except (OSError, SafetensorError) as error:
             raise TrainingError(
                 f"the export to {folder} failed ({error}); the checkpoint is whole: the same run with resume exports it"
@@ -435,7 +440,8 @@ class Trainer:
         for line in differences(checkpoint.state["config"], self.config.to_dict()):
             if line.split(":")[0] not in ("resume", "output"):
                 self.log.say(f"  changed since: {line}")
-        self.state.restore(checkpoint, self.log.say)
+        with self.log.before_steps("read the checkpoint"):
+            self.state.restore(checkpoint, self.log.say)
         self.step = self.saved_at = checkpoint.step
 
 
