@@ -5,7 +5,10 @@
 Both ranks run the cases in the order given, and write {case: None or a traceback} to RESULTS as JSON.
 """
 
+import contextlib
+import copy
 import datetime
+import errno
 import functools
 import json
 import os
@@ -73,8 +76,8 @@ def backward(model, fed):
     return output.detach(), gradients
 
 
-def raises(match, function):
-    with pytest.raises(ValueError, match=match):
+def raises(match, function, error=ValueError):
+    with pytest.raises(error, match=match):
         function()
 
 
@@ -403,6 +406,61 @@ def fsdp_saves_and_loads():
         shutil.rmtree(folder[0])
 
 
+def fsdp_checkpoints():
+    """Each rank writes its rows, uneven or none, and nothing is gathered; a rank that cannot write ends it for all."""
+    from torch.distributed.tensor import DTensor
+
+    from foveal.lab.train.checkpoint import CheckpointError, CheckpointStore, Peers
+
+    torch.manual_seed(0)
+    single = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1))
+    model = fully_shard(copy.deepcopy(single))
+    rank, expected = dist.get_rank(), dict(single.named_parameters())
+    assert [len(parameter.to_local()) for parameter in model.parameters()] == ([3, 3, 1, 1], [2, 2, 0, 0])[rank]
+
+    def gather(value):
+        values = [None] * RANKS
+        dist.all_gather_object(values, value)
+        return values
+
+    folder = gather(tempfile.mkdtemp() if rank == 0 else None)[0]
+    peers = Peers(rank, gather)
+    store = CheckpointStore(Path(folder))
+    counts = {"count": torch.tensor(7.0)}
+    groups = {"model": model.named_parameters, "optimizer": counts.items}
+    refuse = mock.Mock(side_effect=AssertionError("a tensor was gathered"))
+    with mock.patch.object(DTensor, "full_tensor", refuse), mock.patch.object(DTensor, "redistribute", refuse):
+        store.save(3, {name: tensors() for name, tensors in groups.items()}, {"x": 1}, peers=peers)
+    found = store.latest()
+    assert (found.step, found.state, found.manifest["format"]) == (3, {"x": 1}, 2)
+    names = {"model-00001.safetensors", "model.rank-001-00001.safetensors", "optimizer-00001.safetensors"}
+    assert set(found.manifest["files"]) == names
+    back = dict(found.tensors("model"))
+    assert back.keys() == expected.keys()
+    for name, tensor in back.items():
+        assert torch.equal(tensor, expected[name])
+    assert dict(found.tensors("optimizer")) == counts
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch("safetensors.torch.save_file", side_effect=full) if rank else contextlib.nullcontext():
+        raises(
+            "is full: .* step 4 was not written; .* step 3 is intact",
+            lambda: store.save(4, {"model": model.named_parameters()}, {}, peers=peers),
+            CheckpointError,
+        )
+    gather(None)
+    assert os.listdir(folder) == ["step-00000003"]
+    # What one rank wrote is cut short: the whole checkpoint is passed over.
+    gather(None)
+    if rank == 0:
+        file = Path(folder, "step-00000003", "model.rank-001-00001.safetensors")
+        file.write_bytes(file.read_bytes()[:-1])
+        said = []
+        assert CheckpointStore(Path(folder), report=said.append).latest() is None
+        assert file.name in said[0]
+        shutil.rmtree(folder)
+
+
 def fsdp_comes_after_sparsify():
     raises("sparsify the model before fully_shard", lambda: foveal.sparsify(sharded(tiny_transformer()), SPARSE_SLA))
 
@@ -439,6 +497,7 @@ FSDP = {
     "fsdp, bfloat16": fsdp_bfloat16,
     "fsdp, recomputed dense": fsdp_recomputes_dense,
     "fsdp, save and load": fsdp_saves_and_loads,
+    "fsdp, checkpoints": fsdp_checkpoints,
     "fsdp, after sparsify": fsdp_comes_after_sparsify,
     "fsdp, context parallel, sla": lambda: fsdp_and_context_parallel("sla"),
     "fsdp, context parallel, vsa": lambda: fsdp_and_context_parallel("vsa"),

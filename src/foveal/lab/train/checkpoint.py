@@ -6,8 +6,13 @@
       optimizer-00001.safetensors "exp_avg/" + name of the parameter, and so on
       ema-00001.safetensors, rng-00001.safetensors
 
-Tensors are whole ones, however they were spread over devices, so that any number of processes can go on. Nothing is
-pickled.
+Where FSDP2 has sharded the tensors, each process writes its own rows and nothing is gathered. The files of the first
+process are named as above, and those of another one model.rank-001-00001.safetensors. A tensor is then the rows of all
+files that have it, in the order of the processes, so that any number of processes can go on. All of them need to see
+the folder, as they do to resume.
+
+Nothing is pickled. torch.distributed.checkpoint is not used: its own storage pickles the metadata, and its safetensors
+storage, which torch 2.6 lacks, has no checksums and neither renames a whole checkpoint nor spares memory in reading.
 """
 
 from __future__ import annotations
@@ -27,14 +32,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FORMAT = 1
+# 1 has whole tensors, 2 has rows of them in the files of several processes.
+FORMATS = (1, 2)
 MANIFEST = "checkpoint.json"
 SHARD_BYTES = 4 * 2**30
 NAME = re.compile(r"step-(\d{8})")
+FILE = re.compile(r"(?P<group>\w+)(?P<rank>\.rank-\d+)?-\d+\.safetensors")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that could not be written or read; what was there before is as it was."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The processes of a run, as one of them sees them.
+
+    Args:
+        rank: of this one; 0 is the main one.
+        gather: called by all, gives each a list of what they gave, by rank. It takes what pickle does.
+    """
+
+    rank: int = 0
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
 
 @dataclass(frozen=True)
@@ -65,14 +85,20 @@ class Checkpoint:
         return self.manifest["state"]
 
     def tensors(self, group: str) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of one group ("model", "optimizer", ...), one at a time, on the CPU."""
+        """Names and tensors of one group ("model", "optimizer", ...), whole, one at a time, on the CPU."""
         from safetensors import safe_open
 
-        for name in self.manifest["files"]:
-            if name.rsplit("-", 1)[0] == group:
-                with safe_open(self.folder / name, framework="pt", device="cpu") as file:
+        with contextlib.ExitStack() as stack:
+            # The manifest lists the files of each process after those of the one before: so come the rows.
+            holders: dict[str, list[Any]] = {}
+            for name in self.manifest["files"]:
+                if FILE.fullmatch(name)["group"] == group:
+                    file = stack.enter_context(safe_open(self.folder / name, framework="pt", device="cpu"))
                     for key in file.keys():  # noqa: SIM118, a file is no dict
-                        yield key, file.get_tensor(key)
+                        holders.setdefault(key, []).append(file)
+            for key, files in holders.items():
+                rows = [file.get_tensor(key) for file in files]
+                yield key, rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 class CheckpointStore:
@@ -94,54 +120,56 @@ class CheckpointStore:
         state: dict[str, Any],
         *,
         held_out_loss: float | None = None,
-        write: bool = True,
+        peers: Peers = Peers(),
     ) -> None:
-        """Writes a checkpoint, then removes those that are no longer kept.
-
-        Where tensors are sharded over processes, every process calls it, since gathering them takes all; one writes.
+        """Writes a checkpoint, then removes those that are no longer kept. Every process calls it.
 
         Args:
             step: optimiser steps taken.
-            groups: names and tensors, by group. DTensors are gathered one at a time.
-            state: anything that JSON holds.
+            groups: names and tensors, by group. Of DTensors each process writes its rows; others the main one writes.
+            state: anything that JSON holds, of the main process.
             held_out_loss: of this state, if it was evaluated.
-            write: False on the processes that only take part in the gathering.
+            peers: the processes.
 
         Raises:
-            CheckpointError: if it could not be written, the disk full say; the earlier checkpoints are as they were.
+            CheckpointError: in every process, if one of them could not write its part, the disk full say; the earlier
+                checkpoints are as they were.
         """
-        if not write:
-            for tensors in groups.values():
-                for _, tensor in tensors:
-                    whole(tensor.detach())
-            return
         final = self.folder / f"step-{step:08d}"
         aside = self.folder / f".{final.name}.partial"
-        # A failure must not keep this process from the gathering that the others wait in.
-        gathered = {name: _Draining(_gather(tensors)) for name, tensors in groups.items()}
+        main = peers.rank == 0
         try:
-            self._sweep()
-            aside.mkdir(parents=True)
-            files: dict[str, Any] = {}
-            for group, tensors in gathered.items():
-                for number, shard in enumerate(_shards(tensors), 1):
-                    path = aside / f"{group}-{number:05d}.safetensors"
-                    _write_tensors(path, shard)
-                    files[path.name] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
-            manifest = {"format": FORMAT, "step": step, "held_out_loss": held_out_loss, "files": files, "state": state}
-            _write_text(aside / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-            _flush(aside)
-            if final.exists():
-                self._remove(final)
-            os.rename(aside, final)
-            _flush(self.folder)
+            _together(peers, lambda: self._begin(aside) if main else None)
+            written = _together(peers, lambda: _write_groups(aside, groups, peers.rank))
+            files = {name: entry for of_process in written for name, entry in of_process.items()}
+            sharded = any(FILE.fullmatch(name)["rank"] for name in files)
+            manifest = {
+                "format": FORMATS[sharded],
+                "step": step,
+                "held_out_loss": held_out_loss,
+                "files": files,
+                "state": state,
+            }
+            _together(peers, lambda: self._commit(aside, final, manifest) if main else None)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            if main:
+                shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(self._complaint(step, error)) from error
-        finally:
-            for tensors in gathered.values():
-                tensors.drain()
-        self._prune()
+        if main:
+            self._prune()
+
+    def _begin(self, aside: Path) -> None:
+        self._sweep()
+        aside.mkdir(parents=True)
+
+    def _commit(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:
+        """Gives a checkpoint whose tensors are written its manifest and its name."""
+        _write_text(aside / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        _flush(aside)
+        if final.exists():
+            self._remove(final)
+        os.rename(aside, final)
+        _flush(self.folder)
 
     def latest(self) -> Checkpoint | None:
         """The latest checkpoint that is whole; None if there is none. Says which ones it passed over, and why."""
@@ -210,8 +238,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         manifest = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not of checkpoint format {FORMAT}")
+    if not isinstance(manifest, dict) or manifest.get("format") not in FORMATS:
+        raise CheckpointError(f"{path} is not of checkpoint format {' or '.join(map(str, FORMATS))}")
     for name, expected in manifest["files"].items():
         file = Path(folder) / name
         if not file.is_file():
@@ -255,29 +283,52 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded; every process has to call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _together(peers: Peers, part: Callable[[], Any]) -> list[Any]:
+    """What a part gave in each process, by rank.
+
+    Raises:
+        OSError: in every process, if it raised one in any.
+    """
+    result, problem = None, None
+    try:
+        result = part()
+    except OSError as error:
+        problem = error
+    failure = None if problem is None else (problem.errno, problem.strerror or str(problem))
+    answers = peers.gather((result, failure))
+    failures = [failure for _, failure in answers if failure is not None]
+    if failures:
+        raise problem or OSError(*failures[0])
+    return [result for result, _ in answers]
 
 
-def _gather(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _write_groups(folder: Path, groups: dict[str, Iterable[tuple[str, Tensor]]], rank: int) -> dict[str, Any]:
+    """Writes this process's part of all groups, and returns the manifest's entries of its files."""
+    files = {}
+    for group, tensors in groups.items():
+        stem = group if rank == 0 else f"{group}.rank-{rank:03d}"
+        for number, shard in enumerate(_shards(_own(tensors, rank)), 1):
+            path = folder / f"{stem}-{number:05d}.safetensors"
+            _write_tensors(path, shard)
+            files[path.name] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+    return files
+
+
+def _own(tensors: Iterable[tuple[str, Tensor]], rank: int) -> Iterator[tuple[str, Tensor]]:
+    """What this process writes of some tensors: its rows of those that are sharded; the main one all of the others."""
     for name, tensor in tensors:
+        part = tensor.detach()
+        if hasattr(part, "placements"):
+            # As `parallel.shard` makes them: the first dimension over all processes, in their order.
+            assert part.device_mesh.ndim == 1, part.device_mesh
+            assert [placement.is_shard(0) for placement in part.placements] == [True], part.placements
+            part = part.to_local()
+            if not len(part):
+                continue
+        elif rank:
+            continue
         # A copy of each, since safetensors refuses tensors that share memory, as tables of eight-bit optimisers do.
-        yield name, whole(tensor.detach()).to("cpu", copy=True).contiguous()
-
-
-class _Draining:
-    """An iterator that can be run to its end by `drain` if its reader stopped short."""
-
-    def __init__(self, items: Iterator) -> None:
-        self.items = items
-
-    def __iter__(self) -> Iterator:
-        return self.items
-
-    def drain(self) -> None:
-        for _ in self.items:
-            pass
+        yield name, part.to("cpu", copy=True).contiguous()
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

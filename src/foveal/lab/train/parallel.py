@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from foveal.lab.train.checkpoint import Peers
 from foveal.lab.train.config import TrainingConfig
 from foveal.models.families.table import family_of
 
@@ -202,6 +203,13 @@ def any_of(accelerator: Any, *flags: bool) -> list[bool]:
         return list(flags)
     counts = accelerator.reduce(torch.tensor(flags, dtype=torch.int32, device=accelerator.device), "sum")
     return [bool(count) for count in counts.tolist()]
+
+
+def peers_of(accelerator: Any) -> Peers:
+    """The run's processes, for a checkpoint that they write together."""
+    from accelerate.utils import gather_object
+
+    return Peers(accelerator.process_index, lambda value: gather_object([value]))
 
 
 def mean_of(accelerator: Any, value: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from foveal.lab.train.checkpoint import Checkpoint, CheckpointError, CheckpointS
 from foveal.lab.train.evaluation import DivergenceAlarm
 from foveal.lab.train.faults import LossGuard
 from foveal.lab.train.optimization import set_steps_taken
-from foveal.lab.train.parallel import any_of
+from foveal.lab.train.parallel import peers_of
 
 
 @dataclass
@@ -52,10 +52,8 @@ class RunState:
             held_out_loss: of this state, if it was evaluated.
 
         Raises:
-            CheckpointError: in every process, if the main one could not write it.
+            CheckpointError: in every process, if one of them could not write its part.
         """
-        from accelerate.utils import gather_object
-
         groups = {
             "model": self.parameters.items(),
             "optimizer": optimizer_tensors(self.optimizer, self.parameters),
@@ -64,7 +62,8 @@ class RunState:
         if self.average is not None:
             groups["ema"] = zip(self.parameters, self.average.shadow_params, strict=True)
             average = {key: value for key, value in self.average.state_dict().items() if key != "shadow_params"}
-        randoms = gather_object([(random_tensors(), random_values())])
+        peers = peers_of(self.accelerator)
+        randoms = peers.gather((random_tensors(), random_values()))
         groups["rng"] = [
             (f"{name}/{rank}", state) for rank, (states, _) in enumerate(randoms) for name, state in states.items()
         ]
@@ -78,13 +77,7 @@ class RunState:
             "guard": self.guard.state_dict(),
             "alarm": self.alarm.state_dict(),
         }
-        problem = None
-        try:
-            store.save(step, groups, values, held_out_loss=held_out_loss, write=self.accelerator.is_main_process)
-        except CheckpointError as error:
-            problem = error
-        if any_of(self.accelerator, problem is not None)[0]:
-            raise problem or CheckpointError("the main process could not write the checkpoint")
+        store.save(step, groups, values, held_out_loss=held_out_loss, peers=peers)
 
     def restore(self, checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
         """The inverse of `save`; every process calls it.
