@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("tyro")
 
+import foveal
 from foveal.lab import cli
 
 
@@ -114,3 +116,46 @@ def test_folders_without_a_pipelines_transformer(tmp_path, capsys):
     assert cli.main(arguments) == 2
     expected = f"model.path must be a pipeline's folder with 'transformer' in it, {tmp_path} is a transformer's own"
     assert capsys.readouterr().err == f"foveal: {expected}\n"
+
+
+def test_the_version_needs_no_other_package(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"foveal {foveal.__version__}\n"
+
+
+def test_types_are_for_users_too():
+    """Type checkers read annotations only of packages that carry this file."""
+    assert Path(foveal.__file__).with_name("py.typed").is_file()
+
+
+class Misfit:
+    """Imports torchvision as a build for another torch does."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "torchvision":
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+
+@pytest.mark.parametrize("command", [["demo"], ["train", "tiny"]])
+def test_a_torchvision_that_does_not_fit_is_one_line(tmp_path, monkeypatch, capsys, command):
+    """diffusers would fail to import, in a traceback of a hundred lines."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("diffusers")
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Misfit(), *sys.meta_path])
+    assert cli.main([*command, "--output", str(tmp_path / "output")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("foveal: torchvision does not match torch ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "output").exists()
+
+
+def test_doctor_names_a_torchvision_that_does_not_fit(monkeypatch):
+    from foveal.lab.doctor import known_problems
+
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    before = known_problems()
+    monkeypatch.setattr(sys, "meta_path", [Misfit(), *sys.meta_path])
+    (found,) = (problem for problem in known_problems() if problem not in before)
+    assert "torchvision does not match torch" in found

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import foveal
 from foveal.lab.media_commands import Eval, Generate, Precompute
 
 
@@ -328,18 +329,23 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; user mistakes end with one line and exit status 2, Ctrl-C with 130."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"foveal {foveal.__version__}")
+        return 0
     try:
         import tyro
     except ImportError:
         print('foveal: the command line needs more packages: pip install "foveal[demo]"', file=sys.stderr)
         return 2
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] == ["train"]:
             # The recipe decides which settings there are, so that this command reads its arguments itself.
             command = Train(tuple(arguments[1:]))
         else:
-            description = "Trainable sparse attention for video transformers."
+            description = (
+                "Trainable sparse attention for video transformers. foveal --version says which release this is."
+            )
             command = tyro.extras.subcommand_cli_from_dict(
                 COMMANDS, prog="foveal", description=description, args=arguments
             )

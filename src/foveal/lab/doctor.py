@@ -21,6 +21,7 @@ from foveal.checks import check_choice
 from foveal.kernels.api import IMPLS, resolve_impl
 from foveal.lab.bench.machine import machine
 from foveal.lab.bench.timing import CudaTimer, Timer, measure
+from foveal.lab.pipelines import check_torchvision
 from foveal.layout import VideoGrid
 from foveal.methods.base import METHODS, Config, Method, method_of
 from foveal.methods.cost import attention_cost
@@ -91,7 +92,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def known_problems() -> list[str]:
-    """What these versions of other projects may do wrong, a sentence or two each."""
+    """What these versions of other projects do wrong or may do wrong, a sentence or two each."""
     from torch._inductor import config
 
     problems = []
@@ -101,6 +102,10 @@ def known_problems() -> list[str]:
             "(https://github.com/pytorch/pytorch/issues/193061, from torch 2.10 to 2.14.1 at least): to train compiled "
             'blocks, compile with options={"triton.mix_order_reduction": False}, as `foveal train` does'
         )
+    try:
+        check_torchvision()
+    except ValueError as error:
+        problems.append(str(error))
     return problems
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -13,9 +12,7 @@ from typing import Any
 def _need(extra: str, *packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        # Named, since torchvision goes with one torch, and pip would replace the installed one with the newest pair.
-        torch = f" torch=={importlib.metadata.version('torch')}" if extra == "eval" else ""
-        raise ValueError(f'this command needs {", ".join(missing)}: pip install "foveal[{extra}]"{torch}')
+        raise ValueError(f'this command needs {", ".join(missing)}: pip install "foveal[{extra}]"')
 
 
 @dataclass

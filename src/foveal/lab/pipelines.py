@@ -137,7 +137,7 @@ def load_pipeline(
             this torch, so that diffusers does not import.
         TypeError: the pipeline's class is not in the table.
     """
-    _check_torchvision()
+    check_torchvision()
     import diffusers
 
     source = str(source)
@@ -266,8 +266,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def _check_torchvision() -> None:
-    """Name a torchvision that does not match torch: diffusers imports it and fails without naming it."""
+def check_torchvision() -> None:
+    """Raise a ValueError if torchvision is installed and does not match torch.
+
+    diffusers imports an installed torchvision, and fails with a traceback of a hundred lines that does not name it.
+    foveal itself does not need torchvision.
+    """
     try:
         import torchvision  # noqa: F401
     except ImportError:
@@ -275,7 +279,7 @@ def _check_torchvision() -> None:
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"torchvision does not match torch {torch.__version__} ({_one_line(error)}): install the matching version, "
-            "or uninstall it; only LPIPS needs it"
+            "or uninstall it; foveal does not need it, but diffusers cannot be imported next to it"
         ) from error
 
 

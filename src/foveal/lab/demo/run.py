@@ -23,6 +23,7 @@ from foveal.lab.demo.report import write_report
 from foveal.lab.demo.settings import PICTURED, DemoSettings
 from foveal.lab.demo.task import Batches, HeldOut, build_model, generate, predict, psnr, training_loss
 from foveal.lab.inspect.capture import capture_selections, token_labels
+from foveal.lab.pipelines import check_torchvision
 from foveal.lab.terminal import Progress, Stage
 from foveal.lab.train.loop import TrainingRecord, train
 from foveal.lab.train.objective import add_noise
@@ -58,6 +59,7 @@ def run_demo(
         FileNotFoundError, ValueError: for a video that is missing, cannot be decoded or is too short, or an output
             folder that holds something else.
     """
+    check_torchvision()
     source = Path(video) if video is not None else sample_clip(clip)
     work = _Work(settings)
     with Progress(console or Console(stderr=True), units=work.total) as progress:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from foveal.lab.evaluate.lpips import LPIPS, alexnet_file, linear_file
 
 # Means "identical to the bit": the PSNR of 8-bit videos that differ ends near 48 dB + 10 log10(pixels).
 IDENTICAL_DB = 100.0
@@ -15,8 +16,6 @@ IDENTICAL_DB = 100.0
 CHUNK = 8
 # SSIM's window is 11 pixels wide.
 SMALLEST_SIDE = 11
-# The file that torchvision downloads for the AlexNet of LPIPS.
-ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 
 
 def psnr(video: Tensor, reference: Tensor) -> float:
@@ -58,33 +57,28 @@ def flicker(video: Tensor) -> float:
     return sum(differences) / video[1:].numel()
 
 
-def lpips_weights() -> Path:
-    """Where torchvision keeps the AlexNet weights that LPIPS uses."""
-    return Path(torch.hub.get_dir(), "checkpoints", ALEXNET_FILE)
-
-
 def load_lpips(device: torch.device) -> tuple[Callable[[Tensor, Tensor], float] | None, str | None]:
     """LPIPS of two videos (mean over frames), or None and the reason why it cannot be measured.
 
-    Nothing is downloaded. Without torchvision, or without AlexNet's weights on this machine, LPIPS is skipped.
+    Nothing is downloaded. Without AlexNet's weights on this machine, LPIPS is skipped.
     """
     try:
-        import torchvision  # noqa: F401, torchmetrics imports it without saying what is missing
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+        files = [alexnet_file(), linear_file()]
     except ImportError as error:
-        # Names the torch version, because pip would replace the installed torch with the newest pair.
-        return None, f'{error.name} is not installed: pip install "foveal[eval]" torch=={torch.__version__}'
-    if not lpips_weights().is_file():
-        return None, f"AlexNet's weights are not at {lpips_weights()}"
-    network = LearnedPerceptualImagePatchSimilarity(net_type="alex", reduction="sum").to(device)
+        return None, f'{error.name} is not installed: pip install "foveal[eval]"'
+    for file in files:
+        if not file.is_file():
+            return None, f"AlexNet's weights are not at {file}"
+    network = LPIPS(*(torch.load(file, map_location="cpu", weights_only=True) for file in files)).to(device)
 
     @torch.no_grad()
     def lpips(video: Tensor, reference: Tensor) -> float:
         _check_pair(video, reference)
-        network.reset()
-        for a, b in _chunks(video, reference):
-            network.update(a.to(device).float() / 127.5 - 1, b.to(device).float() / 127.5 - 1)
-        return network.compute().item() / len(video)
+        total = sum(
+            network(a.to(device).float() / 127.5 - 1, b.to(device).float() / 127.5 - 1).sum().item()
+            for a, b in _chunks(video, reference)
+        )
+        return total / len(video)
 
     return lpips, None
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.lab.data.dataset import BatchStream
+from foveal.lab.pipelines import check_torchvision
 from foveal.lab.train.checkpoint import MANIFEST, Checkpoint, CheckpointError, CheckpointStore
 from foveal.lab.train.config import TrainingConfig, differences
 from foveal.lab.train.evaluation import DivergenceAlarm, Evaluation, HeldOut
@@ -101,6 +102,7 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
+        check_torchvision()
         # At once, before data and output; a model of the hub is looked at when it is loaded.
         if config.model.path is not None and Path(config.model.path).is_dir():
             transformer_fields(config.model)
