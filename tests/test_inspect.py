@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from foveal.lab.inspect.advice import advise
 from foveal.lab.inspect.probe import InspectSettings, LayerObservation, look_at, observe
 from foveal.lab.inspect.run import inspect_model
 from foveal.lab.inspect.statistics import reorder, selection_quality, weight_distribution
+from foveal.lab.terminal import Progress
 
 TINY = InspectSettings(keep_ratios=(0.1, 0.3, 0.6), blocks=((16, 16), (32, 16)), query_blocks=None, rows=None)
 
@@ -255,13 +257,17 @@ def pipeline_folder(tmp_path_factory):
 SIZE = ("--frames", "9", "--height", "48", "--width", "64", "--steps", "3")
 
 
-def test_command(pipeline_folder, tmp_path, capsys):
+def test_command(pipeline_folder, tmp_path, capsys, monkeypatch):
     pytest.importorskip("tyro")
     pytest.importorskip("matplotlib")
+    # No terminal: it says where it is, here all the time.
+    monkeypatch.setitem(Progress.__init__.__kwdefaults__, "every", 0.01)
     output = tmp_path / "seen"
     arguments = ["inspect", "--model", str(pipeline_folder), "--prompt", "a bar", "--output", str(output), *SIZE]
     assert cli.main([*arguments, "--look-at", "0", "2", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.strip() == str(output / "index.html")
+    said = capsys.readouterr()
+    assert said.out.strip() == str(output / "index.html")
+    assert re.search(r"^inspect: [123] of 3 steps, 0:\d\d so far", said.err, re.MULTILINE)
     document = json.loads((output / "inspect.json").read_text())
     assert document["facts"]["prompt"] == "a bar"
     assert sorted({observation["step"] for observation in document["observations"]}) == [0, 2]

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -27,6 +28,7 @@ from tiny_training import ARCHITECTURE, LATENT, SPARSE, config, metrics, run_her
 import foveal
 from foveal import SLAConfig, VSAConfig
 from foveal.lab import cli
+from foveal.lab.terminal import Progress
 from foveal.lab.train.evaluation import DivergenceAlarm, Evaluation, HeldOut, LayerReport, compare_with_dense
 from foveal.lab.train.faults import LossGuard, TrainingError, out_of_memory
 from foveal.lab.train.model import anneal, build_model, build_wan, compile_blocks, token_grid, velocity
@@ -658,6 +660,15 @@ def test_a_run_that_diverges_says_so(folder, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.count("it diverges") == 2
     assert "1.6000, is 60% above the dense one, and was 30% last time" in said
+
+
+def test_a_run_says_where_it_is(folder, monkeypatch, capsys):
+    """Off a terminal, whatever it is doing; here all the time."""
+    monkeypatch.setitem(Progress.__init__.__kwdefaults__, "every", 0.001)
+    run_training(config(folder, steps=2))
+    said = capsys.readouterr().err
+    for line in ("load the model: 0:00", "train: 0 of 2 steps, .*held-out loss", r"train: 1 of 2 steps, .*loss \d"):
+        assert re.search(rf"^{line}", said, re.MULTILINE), line
 
 
 def test_the_curves_reach_tensorboard(folder):

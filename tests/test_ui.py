@@ -100,7 +100,11 @@ def test_a_pipeline_can_be_looked_at(tmp_path):
     from foveal.lab.pipelines import load_pipeline
 
     loaded = load_pipeline(save_tiny_wan(tmp_path / "wan"), device=torch.device("cpu"), dtype=torch.float32)
-    scene = pipeline_scene(loaded, "a bar", step=1, size=(9, 48, 64), num_inference_steps=2)
+    steps = []
+    scene = pipeline_scene(
+        loaded, "a bar", step=1, size=(9, 48, 64), num_inference_steps=2, on_step=lambda: steps.append(1)
+    )
+    assert len(steps) == 2
     assert scene.grid == VideoGrid(3, 3, 4)
     assert tuple(scene.frames.shape) == (3, 48, 64, 3)
     layer = next(iter(scene.layers))

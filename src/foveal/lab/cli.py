@@ -227,9 +227,11 @@ class Doctor:
 
     def run(self) -> None:
         from foveal.lab.doctor import examine, tables
+        from foveal.lab.terminal import PlainConsole, Progress
 
         sizes = {"frames": self.frames, "height": self.height, "width": self.width}
-        report = examine(self.model, **sizes, method=self.method, keep_ratio=self.keep_ratio, measured=self.measure)
+        with Progress(PlainConsole(), bars=False) as progress, progress.stage("measure", brief=True):
+            report = examine(self.model, **sizes, method=self.method, keep_ratio=self.keep_ratio, measured=self.measure)
         if self.json:
             import json
 
@@ -286,18 +288,25 @@ class Ui:
         check_address(self.host, self.port)
         scene = None
         if self.model is not None:
+            from rich.console import Console
+
             from foveal.lab.pipelines import choose_device, choose_dtype, load_pipeline
+            from foveal.lab.terminal import Progress
 
             device = choose_device(self.device)
-            loaded = load_pipeline(self.model, device=device, dtype=choose_dtype("auto", device))
-            scene = pipeline_scene(
-                loaded,
-                self.prompt,
-                step=self.look_at,
-                size=(self.frames, self.height, self.width),
-                num_inference_steps=self.steps,
-                seed=self.seed,
-            )
+            with Progress(Console(stderr=True)) as progress:
+                with progress.stage(f"load {self.model}", brief=True):
+                    loaded = load_pipeline(self.model, device=device, dtype=choose_dtype("auto", device))
+                with progress.stage("generate", self.steps, brief=True) as stage:
+                    scene = pipeline_scene(
+                        loaded,
+                        self.prompt,
+                        step=self.look_at,
+                        size=(self.frames, self.height, self.width),
+                        num_inference_steps=self.steps,
+                        seed=self.seed,
+                        on_step=stage.advance,
+                    )
         page = build_page(self.demo, scene)
         try:
             _, address, _ = page.launch(

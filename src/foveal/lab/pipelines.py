@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,6 +264,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; expected auto or one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def step_callback(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
+    """What a pipeline's `callback_on_step_end` takes, for one who only wants to know that a step is done."""
+
+    def end_of_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step()
+        return tensors
+
+    return end_of_step
 
 
 def check_torchvision() -> None:

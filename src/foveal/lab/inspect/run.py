@@ -129,7 +129,7 @@ def inspect_pipeline(
         FileNotFoundError, TypeError, ValueError: for a pipeline that cannot be loaded, a size that it does not take,
             or steps that its schedule has not; and what `check_request` raises.
     """
-    from foveal.lab.pipelines import choose_device, choose_dtype, default_size, load_pipeline
+    from foveal.lab.pipelines import choose_device, choose_dtype, default_size, load_pipeline, step_callback
 
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
@@ -154,13 +154,9 @@ def inspect_pipeline(
     if guidance_scale is not None:
         arguments["guidance_scale"] = guidance_scale
 
-    def end_of_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step()
-        return tensors
-
     def run() -> None:
         generator = torch.Generator("cpu").manual_seed(seed)
-        loaded.pipe(**arguments, generator=generator, callback_on_step_end=end_of_step)
+        loaded.pipe(**arguments, generator=generator, callback_on_step_end=step_callback(on_step))
 
     facts = {"model": source, "sparse": None if sparse is None else str(sparse), "dtype": str(loaded.dtype)[6:]}
     facts |= {name: value for name, value in arguments.items() if name != "output_type"} | {"seed": seed}

@@ -6,6 +6,7 @@ Shape legend: H heads, L tokens of the grid, N keys (the grid's and then text), 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from foveal.lab.demo.task import predict
 from foveal.lab.inspect.capture import token_labels
 from foveal.lab.inspect.probe import watch
 from foveal.lab.inspect.statistics import sample
+from foveal.lab.pipelines import step_callback
 from foveal.lab.train.objective import add_noise
 from foveal.layout import VideoGrid
 from foveal.methods.base import Config, method_of
@@ -109,7 +111,14 @@ def demo_scene(folder: Path, video: Path, *, noise_level: float, window: float =
 
 
 def pipeline_scene(
-    loaded: Any, prompt: str, *, step: int, size: tuple[int, int, int], num_inference_steps: int, seed: int = 0
+    loaded: Any,
+    prompt: str,
+    *,
+    step: int,
+    size: tuple[int, int, int],
+    num_inference_steps: int,
+    seed: int = 0,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Scene:
     """A diffusers pipeline, at one denoising step of a video that it generates.
 
@@ -120,6 +129,7 @@ def pipeline_scene(
         size: (frames, height, width) in pixels.
         num_inference_steps: denoising steps; the frames shown are those of the finished video.
         seed: the seed of the noise.
+        on_step: called after each denoising step.
 
     Raises:
         ValueError: the pipeline does not take this size, or the schedule does not have this step.
@@ -142,7 +152,12 @@ def pipeline_scene(
     def run() -> None:
         generator = torch.Generator("cpu").manual_seed(seed)
         output = loaded.pipe(
-            prompt, num_inference_steps=num_inference_steps, generator=generator, output_type="pt", **arguments
+            prompt,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            output_type="pt",
+            callback_on_step_end=step_callback(on_step),
+            **arguments,
         )
         made.append(output[0][0] if not loaded.kind.is_image else output[0])
 
