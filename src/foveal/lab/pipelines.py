@@ -267,7 +267,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def step_callback(on_step: Callable[[], None]) -> Callable[..., dict[str, Any]]:
-    """What a pipeline's `callback_on_step_end` takes, for one who only wants to know that a step is done."""
+    """A value for a pipeline's `callback_on_step_end` that calls `on_step` after each denoising step."""
 
     def end_of_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         on_step()

@@ -1,4 +1,4 @@
-"""Where a command is, told while it runs: a bar on a terminal, and elsewhere a line at least every 15 seconds."""
+"""Reports where a command stands while it runs: a bar on a terminal, elsewhere a line at least every 15 seconds."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Below the promised 15, so that a busy machine keeps the promise too.
+# Less than the promised 15, so that a busy machine keeps the promise too.
 HEARTBEAT_SECONDS = 12.0
 
 
 class Progress:
-    """The stages of a command as they go; a context while it runs.
+    """Reports a command's stages. It is a context manager, entered while the command runs.
 
-    On a terminal there are bars. Elsewhere each stage gets a line when it begins and one when it is done. Between
-    them a thread says where it stands whenever nothing was said for `every` seconds, so that a step of minutes is no
-    silence either.
+    On a terminal it draws bars. Elsewhere it prints a line when a stage begins and another when it is done. In between,
+    a thread prints where the stage stands whenever nothing was printed for `every` seconds, so a single step of several
+    minutes is reported too.
 
     Args:
-        console: rich's, or `plain_console`'s.
-        units: what all stages come to. They then share one bar, which advances by the units of their steps, and the
-            estimate is of the whole command. None gives each stage a bar of its own.
-        bars: False for lines on a terminal too.
-        quiet: say nothing at all.
-        every: seconds of silence before a line.
-        clock: gives seconds.
+        console: a rich console, or a `PlainConsole`.
+        units: the total work of all stages. The stages then share one bar, each step advances it by the step's units,
+            and the estimate is for the whole command. None gives each stage its own bar.
+        bars: False prints lines on a terminal too.
+        quiet: print nothing.
+        every: seconds of silence before a line is printed.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class Progress:
     def open(
         self, title: str, steps: int | None = None, *, done: int = 0, noun: str = "steps", brief: bool = False
     ) -> Stage:
-        """Begins a stage, which is the current one until it is closed or another begins.
+        """Begin a stage. It is the current one until it is closed or another stage begins.
 
         Args:
-            title: what it does.
-            steps: how many it has; None where that is not known.
-            done: how many a former run took.
-            noun: what the steps are.
-            brief: most often over at once: off a terminal there is a line for it only if it lasts.
+            title: what the stage does.
+            steps: the number of steps; None if it is not known.
+            done: the number of steps that an earlier run took.
+            noun: what the steps are called.
+            brief: the stage is usually short. Without a terminal, it is reported only if it lasts.
         """
         self.current = Stage(self, title, steps, done, noun, brief)
         return self.current
@@ -85,20 +85,20 @@ class Progress:
     def stage(
         self, title: str, steps: int | None = None, *, units: float = 0.0, brief: bool = False
     ) -> Iterator[Stage]:
-        """A stage that is closed when the block ends well; `units` of the whole are spread over its steps."""
+        """A stage that is closed when the block succeeds. Its steps share `units` of the total work."""
         stage = self.open(title, steps, brief=brief)
         stage.units = units
         yield stage
         stage.close()
 
     def say(self, line: str, *, style: str | None = None) -> None:
-        """A line, above the bar if there is one."""
+        """Print a line, above the bar if there is one."""
         self.said_at = self.clock()
         if not self.quiet:
             self.console.print(line, style=style, soft_wrap=True, highlight=False, markup=False)
 
     def beat(self) -> None:
-        """Says where the current stage stands, if nothing was said for long."""
+        """Print where the current stage stands, if nothing was printed for `every` seconds."""
         stage = self.current
         if stage is not None and self.clock() - self.said_at >= self.every:
             self.say(stage.where())
@@ -109,12 +109,12 @@ class Progress:
 
 
 class Pace:
-    """How fast something goes, and how long the rest will take at that pace.
+    """Measures how fast work proceeds, and estimates how long the rest will take.
 
     Args:
-        clock: gives seconds.
-        total: amount of work; None where that is not known.
-        done: of it, before the clock runs.
+        clock: returns the time in seconds.
+        total: the amount of work; None if it is not known.
+        done: the amount that was done before the clock started.
     """
 
     def __init__(self, clock: Callable[[], float], *, total: float | None, done: float = 0.0) -> None:
@@ -125,7 +125,7 @@ class Pace:
     def reach(self, done: float) -> None:
         self.done = done
         self._last = (self.clock(), done)
-        # The first step compiles kernels and fills caches: the pace is that of those that follow.
+        # The first step compiles kernels and fills caches, so the estimate uses only the steps after it.
         self._first = self._first or self._last
 
     @property
@@ -134,7 +134,7 @@ class Pace:
 
     @property
     def left(self) -> float | None:
-        """Seconds; None while that cannot be told."""
+        """Estimated seconds until everything is done; None while there is nothing to estimate from."""
         if self.total is None or self._first is None:
             return None
         end, done = self._last
@@ -145,7 +145,7 @@ class Pace:
 
 
 class Stage:
-    """One stage of a command, as `Progress.open` makes it."""
+    """One stage of a command. `Progress.open` makes it."""
 
     def __init__(self, progress: Progress, title: str, steps: int | None, done: int, noun: str, brief: bool) -> None:
         self.progress, self.title, self.steps, self.noun, self.brief = progress, title, steps, noun, brief
@@ -163,11 +163,11 @@ class Stage:
             progress.say(f"{title}: {steps} {noun}" if steps is not None and steps > 1 else title)
 
     def advance(self, note: str = "") -> None:
-        """A step is done, with a note on it or none."""
+        """Report that a step is done, with an optional note, such as its loss."""
         self.reach(int(self.pace.done) + 1, note)
 
     def reach(self, done: int, note: str = "") -> None:
-        """So many steps are done."""
+        """Report how many steps are done."""
         whole, before = self.progress.whole, self.pace.done
         self.pace.reach(done)
         if whole is not None and self.steps:
@@ -181,7 +181,7 @@ class Stage:
 
     @contextlib.contextmanager
     def doing(self, activity: str) -> Iterator[None]:
-        """Something else than its steps, for a while."""
+        """Report an activity other than the steps while the block runs."""
         self._activity = activity
         self._draw()
         try:
@@ -198,7 +198,7 @@ class Stage:
             self.progress.current = None
 
     def where(self) -> str:
-        """A line: the step, the time so far, an estimate of what is left, and the last note."""
+        """A line with the step, the time so far, an estimate of the time left, and the last note."""
         whole, parts = self.progress.whole, []
         if self.steps is not None:
             parts.append(f"{int(self.pace.done)} of {self.steps} {self.noun}")
@@ -224,14 +224,14 @@ class Stage:
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, 12:05; with hours 1:02:05."""
+    """Minutes and seconds as 12:05, or with hours as 1:02:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _bar(console: Any, *, counts: bool) -> Any:
-    """rich's bar with a count, or a percentage, the time so far and an estimate of what is left."""
+    """A rich progress bar with a count or a percentage, the time so far, and an estimate of the time left."""
     from rich import progress
 
     return progress.Progress(
@@ -245,7 +245,7 @@ def _bar(console: Any, *, counts: bool) -> Any:
 
 
 class PlainConsole:
-    """The little of rich's console that `Progress` needs, where rich is not installed."""
+    """Prints plain lines to standard error, without rich. It has the part of rich's console that `Progress` needs."""
 
     is_terminal = False
 

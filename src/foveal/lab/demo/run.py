@@ -79,10 +79,10 @@ def run_demo(
 
 
 class _Work:
-    """What the stages cost, in forwards of one window, for a bar of the whole demo."""
+    """The work of each stage in forward passes of one window, for one progress bar over the whole demo."""
 
     def __init__(self, settings: DemoSettings) -> None:
-        # A backward costs two forwards, a held-out loss two of every window.
+        # A backward pass costs two forward passes. A held-out loss takes two of each window.
         step, evaluation = 3 * settings.batch, 2 * settings.held_out_windows
         self.pretraining = settings.pretrain_steps * step + (2 * settings.evaluations + 2) * evaluation
         self.fine_tuning = settings.fine_tune_steps * step + (settings.evaluations + 3) * evaluation

@@ -1,7 +1,7 @@
-"""LPIPS (Zhang et al., 2018, arXiv 1801.03924): how far two images are apart in the features of AlexNet.
+"""LPIPS (Zhang et al., 2018, arXiv 1801.03924): the distance between two images in the features of AlexNet.
 
-The network is written out here, since five convolutions are no reason to need torchvision: each of its builds goes with
-one build of torch, and where another is installed, diffusers does not import either.
+The network is defined here, so that `foveal eval` does not need torchvision. Each build of torchvision matches only one
+build of torch, and diffusers cannot be imported next to one that does not match.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What `torch.hub` and torchvision call the file of AlexNet's weights.
+# `torch.hub` and torchvision both name the downloaded file after this address.
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 # Mean and standard deviation of ImageNet's pixels, for images in [-1, 1].
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 def alexnet_file() -> Path:
-    """Where torch and torchvision keep AlexNet's weights once they are downloaded."""
+    """Where `torch.hub` and torchvision keep AlexNet's weights after a download."""
     return Path(torch.hub.get_dir(), "checkpoints", ALEXNET_URL.rpartition("/")[2])
 
 
 def linear_file() -> Path:
-    """The learned weights of the channels, which torchmetrics carries.
+    """The learned weights of the channels, which are part of torchmetrics.
 
     Raises:
         ImportError: torchmetrics is not installed.
@@ -35,7 +35,7 @@ def linear_file() -> Path:
 
 
 def alexnet_features() -> nn.Sequential:
-    """The convolutions of AlexNet ("One weird trick", arXiv 1404.5997), numbered as in torchvision's state dicts."""
+    """The convolutions of AlexNet (arXiv 1404.5997), numbered as in torchvision's state dicts."""
     return nn.Sequential(
         nn.Conv2d(3, 64, 11, stride=4, padding=2),
         nn.ReLU(),
@@ -53,11 +53,11 @@ def alexnet_features() -> nn.Sequential:
 
 
 class LPIPS(nn.Module):
-    """The distance, with weights from the two files above.
+    """The distance, with the weights of the two files above.
 
     Args:
-        alexnet: state dict of AlexNet, "features.0.weight" and so on.
-        linear: one weight a channel for each of the five activations, "lin0.model.1.weight" [1, C, 1, 1] and so on.
+        alexnet: the state dict of AlexNet, with "features.0.weight" and so on.
+        linear: one weight per channel for each of the five activations, "lin0.model.1.weight" [1, C, 1, 1] and so on.
     """
 
     def __init__(self, alexnet: dict[str, Tensor], linear: dict[str, Tensor]) -> None:
@@ -72,7 +72,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False).eval()
 
     def activations(self, images: Tensor) -> list[Tensor]:
-        """After each of the five rectifiers: [N, 64, H1, W1], [N, 192, H2, W2] and so on."""
+        """The outputs of the five rectifiers: [N, 64, H1, W1], [N, 192, H2, W2], and so on."""
         x, found = (images - self.shift) / self.scale, []
         for layer in self.features:
             x = layer(x)
@@ -90,5 +90,5 @@ class LPIPS(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Features [N, C, H, W] of length 1 at each place."""
+    """Features [N, C, H, W], normalized over the channels to length 1."""
     return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()

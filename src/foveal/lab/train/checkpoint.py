@@ -6,13 +6,13 @@
       optimizer-00001.safetensors "exp_avg/" + name of the parameter, and so on
       ema-00001.safetensors, rng-00001.safetensors
 
-Where FSDP2 has sharded the tensors, each process writes its own rows and nothing is gathered. The files of the first
-process are named as above, and those of another one model.rank-001-00001.safetensors. A tensor is then the rows of all
-files that have it, in the order of the processes, so that any number of processes can go on. All of them need to see
-the folder, as they do to resume.
+If FSDP2 has sharded the tensors, each process writes its own rows and nothing is gathered. The files of the first
+process are named as above, and those of the next one model.rank-001-00001.safetensors. A tensor consists of the rows in
+all files that have it, in the order of the processes, so any number of processes can resume. All processes must see the
+folder when they save, as they must when they resume.
 
-Nothing is pickled. torch.distributed.checkpoint is not used: its own storage pickles the metadata, and its safetensors
-storage, which torch 2.6 lacks, has no checksums and neither renames a whole checkpoint nor spares memory in reading.
+Nothing is pickled. This module does not use torch.distributed.checkpoint: its default storage pickles the metadata, and
+its safetensors storage, which torch 2.6 does not have, keeps no checksums and does not commit a checkpoint by a rename.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# 1 has whole tensors, 2 has rows of them in the files of several processes.
+# Format 1 has whole tensors. Format 2 has the rows of tensors in the files of several processes.
 FORMATS = (1, 2)
 MANIFEST = "checkpoint.json"
 SHARD_BYTES = 4 * 2**30
@@ -46,11 +46,11 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Peers:
-    """The processes of a run, as one of them sees them.
+    """The processes of a run, from the view of one of them.
 
     Args:
-        rank: of this one; 0 is the main one.
-        gather: called by all, gives each a list of what they gave, by rank. It takes what pickle does.
+        rank: the rank of this process; 0 is the main one.
+        gather: a collective that takes a picklable value and returns the values of all processes, by rank.
     """
 
     rank: int = 0
@@ -89,7 +89,7 @@ class Checkpoint:
         from safetensors import safe_open
 
         with contextlib.ExitStack() as stack:
-            # The manifest lists the files of each process after those of the one before: so come the rows.
+            # The manifest lists files in the order of the processes, which is the order of the rows.
             holders: dict[str, list[Any]] = {}
             for name in self.manifest["files"]:
                 if FILE.fullmatch(name)["group"] == group:
@@ -126,41 +126,46 @@ class CheckpointStore:
 
         Args:
             step: optimiser steps taken.
-            groups: names and tensors, by group. Of DTensors each process writes its rows; others the main one writes.
-            state: anything that JSON holds, of the main process.
+            groups: names and tensors, by group. Each process writes its rows of a DTensor; the main process writes all
+                other tensors.
+            state: anything that JSON can hold; the main process's counts.
             held_out_loss: of this state, if it was evaluated.
-            peers: the processes.
+            peers: the processes that save together.
 
         Raises:
             CheckpointError: in every process, if one of them could not write its part, the disk full say; the earlier
                 checkpoints are as they were.
         """
-        final = self.folder / f"step-{step:08d}"
-        aside = self.folder / f".{final.name}.partial"
-        main = peers.rank == 0
+        final, main = self.folder / f"step-{step:08d}", peers.rank == 0
         try:
-            _together(peers, lambda: self._begin(aside) if main else None)
-            written = _together(peers, lambda: _write_groups(aside, groups, peers.rank))
-            files = {name: entry for of_process in written for name, entry in of_process.items()}
-            sharded = any(FILE.fullmatch(name)["rank"] for name in files)
-            manifest = {
-                "format": FORMATS[sharded],
-                "step": step,
-                "held_out_loss": held_out_loss,
-                "files": files,
-                "state": state,
-            }
-            _together(peers, lambda: self._commit(aside, final, manifest) if main else None)
+            with contextlib.ExitStack() as stack:
+                asides = _together(peers, lambda: stack.enter_context(self._aside(final.name)) if main else None)
+                written = _together(peers, lambda: _write_groups(asides[0], groups, peers.rank))
+                files = {name: entry for of_process in written for name, entry in of_process.items()}
+                sharded = any(FILE.fullmatch(name)["rank"] for name in files)
+                manifest = {
+                    "format": FORMATS[sharded],
+                    "step": step,
+                    "held_out_loss": held_out_loss,
+                    "files": files,
+                    "state": state,
+                }
+                _together(peers, lambda: self._commit(asides[0], final, manifest) if main else None)
         except OSError as error:
-            if main:
-                shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(self._complaint(step, error)) from error
         if main:
             self._prune()
 
-    def _begin(self, aside: Path) -> None:
+    @contextlib.contextmanager
+    def _aside(self, name: str) -> Iterator[Path]:
+        """A folder for a checkpoint in the making. It is removed unless the block gives it another name."""
         self._sweep()
+        aside = self.folder / f".{name}.partial"
         aside.mkdir(parents=True)
+        try:
+            yield aside
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def _commit(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:
         """Gives a checkpoint whose tensors are written its manifest and its name."""
@@ -284,10 +289,10 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _together(peers: Peers, part: Callable[[], Any]) -> list[Any]:
-    """What a part gave in each process, by rank.
+    """Run one part in every process, and return the results by rank.
 
     Raises:
-        OSError: in every process, if it raised one in any.
+        OSError: in every process, if any of them raised one.
     """
     result, problem = None, None
     try:
@@ -303,7 +308,7 @@ def _together(peers: Peers, part: Callable[[], Any]) -> list[Any]:
 
 
 def _write_groups(folder: Path, groups: dict[str, Iterable[tuple[str, Tensor]]], rank: int) -> dict[str, Any]:
-    """Writes this process's part of all groups, and returns the manifest's entries of its files."""
+    """Write this process's part of all groups, and return the manifest's entries for its files."""
     files = {}
     for group, tensors in groups.items():
         stem = group if rank == 0 else f"{group}.rank-{rank:03d}"
@@ -315,11 +320,11 @@ def _write_groups(folder: Path, groups: dict[str, Iterable[tuple[str, Tensor]]],
 
 
 def _own(tensors: Iterable[tuple[str, Tensor]], rank: int) -> Iterator[tuple[str, Tensor]]:
-    """What this process writes of some tensors: its rows of those that are sharded; the main one all of the others."""
+    """The tensors that this process writes: its rows of sharded tensors and, in the main process, all others."""
     for name, tensor in tensors:
         part = tensor.detach()
         if hasattr(part, "placements"):
-            # As `parallel.shard` makes them: the first dimension over all processes, in their order.
+            # `parallel.shard` shards the first dimension over all processes, in their order.
             assert part.device_mesh.ndim == 1, part.device_mesh
             assert [placement.is_shard(0) for placement in part.placements] == [True], part.placements
             part = part.to_local()

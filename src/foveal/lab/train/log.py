@@ -86,19 +86,19 @@ class RunLog:
             self.warn(f"the figures of step {step} were not written: {error}")
 
     def show(self, step: int, description: str) -> None:
-        """Moves the bar; without a terminal, prints a line now and then, one at the least every 15 seconds."""
+        """Move the bar; without a terminal, print a line for some of the steps, and at least every 15 seconds."""
         self.stage.reach(step, description)
         steps = self.config.steps
         if self.progress.bar is None and (step == 1 or step == steps or step % max(1, steps // LINES) == 0):
             self.say(f"step {step} of {steps}: {description}")
 
     def doing(self, activity: str) -> AbstractContextManager:
-        """Tells of something other than steps, while it lasts."""
+        """Report something other than steps while the block runs."""
         return self.stage.doing(activity)
 
     @contextlib.contextmanager
     def before_steps(self, activity: str) -> Iterator[None]:
-        """The same before the steps begin, inside or outside this context."""
+        """Report an activity before the steps begin, while the block runs."""
         progress = Progress(self.progress.console, quiet=self.progress.quiet)
         with progress, progress.stage(activity, brief=True):
             yield

@@ -1,7 +1,7 @@
-"""The loop of every training run: `Trainer`'s, the demo's and those of the experiments.
+"""The loop that every training run uses: the trainer's, the demo's, and those of the experiments.
 
-`run_steps` is the loop. `train` is the short way into it, for experiments of one process that nobody minds starting
-again; `trainer.Trainer` adds data, processes, checkpoints and faults.
+`run_steps` is the loop. `train` is the short way into it, for experiments in one process that are cheap to restart.
+`trainer.Trainer` adds data loading, several processes, checkpoints, and the handling of faults.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from foveal.lab.train.optimization import build_optimizer, optimizer_step, param
 
 @dataclass(frozen=True)
 class Action:
-    """What happens between steps.
+    """Something that the loop does between steps.
 
     Args:
-        run: what it is.
-        every: steps from one call to the next; 0 has none on the way.
-        at_start: also before the first step of a run that starts anew.
-        at_end: also after the last step.
+        run: the function to call.
+        every: the number of steps between two calls; 0 makes no calls along the way.
+        at_start: call it before the first step too, unless the run resumes.
+        at_end: call it after the last step too.
     """
 
     run: Callable[[], None]
@@ -34,7 +34,7 @@ class Action:
     at_end: bool = False
 
     def is_due(self, step: int, steps: int) -> bool:
-        """After `step` of `steps` steps."""
+        """Whether to call it after `step` of `steps` steps."""
         return (self.at_end and step == steps) or bool(self.every and step % self.every == 0)
 
 
@@ -46,14 +46,14 @@ def run_steps(
     actions: Iterable[Action] = (),
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Takes step after step, with actions between them.
+    """Take steps, with actions between them.
 
     Args:
-        take_step: takes one.
-        steps: of the run in all.
-        begin: steps that were taken before, in a run that goes on.
-        actions: in the order in which those that are due together run.
-        stopped: asked before each step whether to end here.
+        take_step: takes one step.
+        steps: the total number of steps of the run.
+        begin: the number of steps that were already taken, in a run that resumes.
+        actions: what to do between steps. Actions that are due after the same step run in this order.
+        stopped: called before each step; the loop ends when it returns True.
     """
     actions = list(actions)
     for action in actions:

@@ -206,7 +206,7 @@ def any_of(accelerator: Any, *flags: bool) -> list[bool]:
 
 
 def peers_of(accelerator: Any) -> Peers:
-    """The run's processes, for a checkpoint that they write together."""
+    """The run's processes, which write checkpoints together."""
     from accelerate.utils import gather_object
 
     return Peers(accelerator.process_index, lambda value: gather_object([value]))

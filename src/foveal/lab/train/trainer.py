@@ -392,7 +392,7 @@ class Trainer:
         )
 
     def _save_on_the_way(self) -> None:
-        """A checkpoint that the run can do without; the last one it cannot."""
+        """Save a checkpoint before the end. The run continues if that fails."""
         if self.step == self.config.steps:
             return
         try:
