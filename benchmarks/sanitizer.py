@@ -93,7 +93,7 @@ def _hand_over_kernel(pointer, term):
 
 
 def run_control() -> None:
-    """The hand-over alone.
+    """Only the hand-over.
 
     Raises:
         RuntimeError: if its results are wrong.
@@ -106,7 +106,7 @@ def run_control() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--control", action="store_true", help="the control alone")
+    parser.add_argument("--control", action="store_true", help="run only the control")
     parser.add_argument("--impl", nargs="+", choices=("triton", "gluon"), default=("triton", "gluon"))
     parser.add_argument("--head-dim", nargs="+", type=int, choices=(128, 64), default=(128, 64))
     options = parser.parse_args()

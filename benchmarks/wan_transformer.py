@@ -114,16 +114,16 @@ def call_inputs(resolution: str, model: WanTransformer3DModel, device: torch.dev
     }
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    synchronise(device)
+    synchronize(device)
     start = time.perf_counter()
     function()
-    synchronise(device)
+    synchronize(device)
     return 1e3 * (time.perf_counter() - start)
 
 
@@ -139,7 +139,7 @@ def time_calls(resolution: str, arms: list[str], options: argparse.Namespace, de
 
         start = time.perf_counter()
         call()
-        synchronise(device)
+        synchronize(device)
         results[arm] = {"first_call_s": time.perf_counter() - start, "all_ms": []}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -178,7 +178,7 @@ def time_generation(resolution: str, arms: list[str], options: argparse.Namespac
         ends: list[float] = []
 
         def step_ended(pipeline, step, timestep, values, ends=ends):
-            synchronise(device)
+            synchronize(device)
             ends.append(time.perf_counter())
             return values
 
@@ -198,7 +198,7 @@ def time_generation(resolution: str, arms: list[str], options: argparse.Namespac
         ends.clear()
         start = time.perf_counter()
         run(options.generate)
-        synchronise(device)
+        synchronize(device)
         end = time.perf_counter()
         results[arm] = {"seconds": end - start, "denoising_s": ends[-1] - start, "decode_s": end - ends[-1]}
         results[arm]["speedup"] = results[DENSE]["seconds"] / results[arm]["seconds"]

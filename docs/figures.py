@@ -1,4 +1,4 @@
-"""Draws the figures of the pages from foveal's own code: `python docs/figures.py` writes them to docs/assets.
+"""Draw the figures of the pages from foveal's own code: `python docs/figures.py` writes them to docs/assets.
 
 The pictures that need queries and keys take the pixels of a real clip for both, so that whoever has the clip gets the
 same picture without training a model; the pages say so.
@@ -71,7 +71,7 @@ def figure_of(width: float, height: float) -> Figure:
 
 
 def draw_frames(row, pictures: Tensor, title: str, *, count: int = 6, mark: bool = True, **options) -> None:
-    """The first frames side by side in one subfigure; the query token is marked in its frame."""
+    """Draw the first frames side by side in one subfigure, with the query token marked in its frame."""
     row.suptitle(title, fontsize=9, x=0.01, ha="left")
     for index, axis in enumerate(row.subplots(1, count)):
         axis.imshow(pictures[index].numpy(), interpolation="nearest", **options)
@@ -163,7 +163,7 @@ def draw_stages(path: Path) -> None:
 
 
 def draw_cost(path: Path) -> None:
-    """Where the arithmetic goes, at Wan2.1 480p."""
+    """Where the FLOPs go for Wan2.1 at 480p."""
     configs = {
         "SLA 64x64, marginal": SLAConfig(),
         "SLA 128x64, marginal": SLAConfig(block_q=128),
@@ -256,7 +256,7 @@ def draw_error(path: Path) -> None:
             errors = torch.tensor([each[order]["error"][ranking] for each in run["runs"]]).mean(0)
             axis.plot(ratios, 100 * errors, style, color=color, marker="o", markersize=3, label=f"{order}, {ranking}")
     axis.set(xlabel="blocks kept, %", ylabel="output error, %", ylim=(0, None))
-    axis.set_title("the demo's model, sparse part alone, before fine-tuning", fontsize=10)
+    axis.set_title("the demo's model, sparse part only, before fine-tuning", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(path)

@@ -81,7 +81,7 @@ def state_sums(head_dim, dtype):
 
 
 def vsa(head_dim, dtype, cubes, gated_coarse, gated_fine, train=True, backend="triton"):
-    """VSA, and its backward when it is trained; without it also the choice of cubes alone."""
+    """VSA, and its backward when it is trained; without it, the choice of cubes by itself too."""
     grid, tile, text = CUBES[cubes]
     grid, config = VideoGrid(*grid), VSAConfig(topk=2, tile=tile)
     sizes = {"batch": 1, "heads": 2, "query_length": grid.num_tokens}

@@ -72,7 +72,7 @@ NOT_TRAINED = ", of family {!r}, which converts but is not trained yet"
 )
 @pytest.mark.parametrize("around", ["a pipeline", "nothing"])
 def test_models_that_cannot_be_trained_are_named_at_once(tmp_path, capsys, transformer, message, around):
-    """From the configuration alone: neither weights nor data are there."""
+    """It needs only the configuration: neither weights nor data are there."""
     pytest.importorskip("accelerate")
     pytest.importorskip("diffusers")
     base = tmp_path / "base"

@@ -44,7 +44,7 @@ def stats(folder) -> dict[str, int]:
 
 
 def reference(wan, prompt: str, seed: int, prepare=None) -> torch.Tensor:
-    """What diffusers alone makes of it, uint8 [frames, 3, height, width]."""
+    """What diffusers makes of it without foveal, uint8 [frames, 3, height, width]."""
     pipe = diffusers.WanPipeline.from_pretrained(wan)
     if prepare is not None:
         prepare(pipe)

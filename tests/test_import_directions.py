@@ -1,4 +1,4 @@
-"""Imports run one way (the house's layers), and `import foveal` needs torch alone: held by reading the source."""
+"""Imports run one way (the house's layers), and `import foveal` needs only torch: held by reading the source."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""Sparse attention in a tiny random `LTX2VideoTransformer3DModel`: its video's self-attention alone."""
+"""Sparse attention in a tiny random `LTX2VideoTransformer3DModel`: only its video's self-attention."""
 
 import pytest
 import torch

@@ -249,7 +249,7 @@ def test_first_and_last_steps_of_a_pipeline(monkeypatch):
 
 
 class Unreadable:
-    """A timestep that is on a device, say, and must not be read."""
+    """A timestep that must not be read, for example because it is on a device."""
 
     def max(self):
         raise AssertionError("the timestep was read")

@@ -42,7 +42,7 @@ def test_scene_holds_the_clip_and_every_layer(scene):
 
 
 def made_scene():
-    """Tokens of four cubes, each of which likes its own cube alone."""
+    """Tokens of four cubes, each of which likes only its own cube."""
     grid = VideoGrid(4, 4, 16)
     cube = torch.arange(16).div(4, rounding_mode="floor").repeat(16)
     x = torch.nn.functional.one_hot(cube, 16).float()[None, None] * 12

@@ -144,7 +144,7 @@ def own_modules(name):
 
 
 def gather_uneven(tensor, dim, group):
-    """What diffusers gathers with NCCL; gloo takes equal shapes alone."""
+    """What diffusers gathers with NCCL; gloo takes only equal shapes."""
     sizes = [torch.tensor(0) for _ in range(RANKS)]
     dist.all_gather(sizes, torch.tensor(tensor.shape[dim]))
     padded = tensor.new_zeros((*tensor.shape[:dim], max(sizes), *tensor.shape[dim + 1 :]))

@@ -1,13 +1,13 @@
 """HunyuanVideo 1.0 and FramePack: joint attention over video and then text.
 
-The transformers of diffusers are `HunyuanVideoTransformer3DModel` and `HunyuanVideoFramepackTransformer3DModel`. Their
-blocks come in two kinds. In the first ("dual stream") text has projections of its own, in the second ("single
-stream") it shares the video's. A mask marks each sample's text; its valid tokens come first.
+The transformers of diffusers are `HunyuanVideoTransformer3DModel` and `HunyuanVideoFramepackTransformer3DModel`. They
+have two kinds of blocks. In the first ("dual stream") text has its own projections. In the second ("single stream") it
+shares the video's. A mask marks each sample's text, whose valid tokens come first.
 
-FramePack's video comes after a history, frames of the past in fewer and fewer tokens. They are treated like text: every
-query sees them, and theirs see everything.
+FramePack's video comes after a history: past frames in fewer and fewer tokens. They are treated like text: every query
+sees them, and their queries see everything.
 
-Shape legend: B batch, N tokens in all, Lv of the video, with the history before it, Lt of the text, C hidden width,
+Shape legend: B batch, N tokens in total, Lv of the video with the history before it, Lt of the text, C hidden width,
 D head dimension.
 """
 
@@ -26,12 +26,12 @@ __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
 
 def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
-    """The joint attention modules by qualified name, dual stream first, as they run."""
+    """The joint attention modules by qualified name, in the order in which they run, dual stream first."""
     return layers_of_blocks(transformer, ("transformer_blocks", "single_transformer_blocks"), "attn")
 
 
 def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
-    """The grid of tokens of the latent [B, channels, frames, height, width]."""
+    """The token grid of the latent [B, channels, frames, height, width]."""
     return grid_of_latent(transformer, arguments["hidden_states"].shape[2:])
 
 
@@ -51,13 +51,13 @@ def self_attention(
         hidden_states: [B, Lv, C], the video's.
         encoder_hidden_states: [B, Lt, C], the text's.
         attention_mask: bool [B, 1, 1, N], True for the valid keys, which come first.
-        image_rotary_emb: cosines and sines, [Lv, D] each, for the video alone.
+        image_rotary_emb: cosines and sines, [Lv, D] each, only for the video.
 
     Returns:
         The video's [B, Lv, C] and the text's [B, Lt, C].
 
     Raises:
-        ValueError: for a mask of another shape.
+        ValueError: the mask has another shape.
     """
     kv_lengths = None
     if attention_mask is not None:
@@ -78,7 +78,7 @@ def video_and_text_attention(
     kv_lengths: Tensor | None,
     image_rotary_emb: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Projections, norms, rotary embedding, attention and output projections of a dual or a single stream layer.
+    """Projections, norms, rotary embedding, attention, and output projections of a dual or single stream layer.
 
     Args:
         kv_lengths: int [B], valid tokens of each sample, video and text; None when all are.

@@ -1,7 +1,7 @@
 """HunyuanVideo 1.5 (`HunyuanVideo15Transformer3DModel` of diffusers): joint attention over video and then text.
 
-All blocks are "dual stream": text has projections of its own. What is called text here are the tokens of the image
-condition and of both text encoders, which the model sorts so that each sample's valid ones come first.
+All blocks are "dual stream": text has its own projections. "Text" here means the tokens of the image condition and of
+both text encoders, which the model sorts so that each sample's valid tokens come first.
 
 Shape legend: B batch, Lv and Lt tokens of video and text, C hidden width, D head dimension.
 """
@@ -32,8 +32,8 @@ def self_attention(
 ) -> tuple[Tensor, Tensor]:
     """What diffusers' `HunyuanVideo15AttnProcessor2_0` does, with `sparse_attention` in the middle.
 
-    One thing differs, and no video token ever sees it: a padding text token attends to the valid ones here, and to
-    nothing there.
+    There is one difference, which no video token sees: a padding text token attends to the valid ones here, but to
+    nothing in diffusers.
 
     Args:
         attn: the layer's `Attention`.
@@ -41,13 +41,13 @@ def self_attention(
         hidden_states: [B, Lv, C], the video's.
         encoder_hidden_states: [B, Lt, C], the text's.
         attention_mask: [B, Lt], nonzero for the valid text tokens, which come first.
-        image_rotary_emb: cosines and sines, [Lv, D] each, for the video alone.
+        image_rotary_emb: cosines and sines, [Lv, D] each, only for the video.
 
     Returns:
         The video's [B, Lv, C] and the text's [B, Lt, C].
 
     Raises:
-        ValueError: for a mask of another shape.
+        ValueError: the mask has another shape.
     """
     expected = tuple(encoder_hidden_states.shape[:2])
     if attention_mask.shape != expected:

@@ -1,6 +1,6 @@
 """LTX-2 (`LTX2VideoTransformer3DModel` of diffusers): the video's self-attention.
 
-The audio's self-attention and all cross-attention, between video, audio and text, stay as they are. Some pipelines
+The audio's self-attention and all cross-attention between video, audio, and text stay as they are. Some pipelines
 append the tokens of conditioning frames to those of the video: every token sees them, and they see every token.
 
 Shape legend: B batch, L tokens, C hidden width, H heads, D head dimension.
@@ -22,10 +22,10 @@ __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
 
 def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
-    """The grid of the video's tokens, the first of [B, L, channels]: by the sides or coordinates that came with them.
+    """The grid of the video's tokens, the first of [B, L, channels], from the sides or coordinates given with them.
 
     Raises:
-        ValueError: for tokens that do not begin with one grid.
+        ValueError: the tokens do not begin with one grid.
     """
     length = arguments["hidden_states"].shape[1]
     sides = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
@@ -35,7 +35,7 @@ def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
         if grid.num_tokens <= length:
             return grid
     if arguments.get("video_coords") is not None:
-        # [B, 3, L, 2], where each token begins and ends.
+        # [B, 3, L, 2]: where each token begins and ends.
         return grid_of_coordinates("video_coords", arguments["video_coords"][0, ..., 0])
     raise ValueError(f"num_frames, height and width must be the sides of the {length} tokens, got {sides}")
 
@@ -58,15 +58,15 @@ def self_attention(
         sparse_attention: the method's attention.
         hidden_states: [B, L, C].
         encoder_hidden_states, attention_mask: must be None.
-        query_rotary_emb, key_rotary_emb: cosines and sines; no key_rotary_emb takes the query's for both.
-        perturbation_mask: [B, 1, 1], 0 for samples whose attention is skipped and that keep their values, 1 for others.
-        all_perturbed: whether all are skipped; None finds out.
+        query_rotary_emb, key_rotary_emb: cosines and sines; without key_rotary_emb the query's serve both.
+        perturbation_mask: [B, 1, 1], 0 for samples that skip attention and keep their values, 1 for others.
+        all_perturbed: whether all samples skip attention; None finds out.
 
     Returns:
         [B, L, C].
 
     Raises:
-        ValueError: for encoder states or a mask.
+        ValueError: encoder states or a mask came.
     """
     from diffusers.models.transformers.transformer_ltx2 import apply_interleaved_rotary_emb, apply_split_rotary_emb
 

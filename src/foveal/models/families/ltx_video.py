@@ -23,10 +23,10 @@ def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
 
 
 def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
-    """The grid of the tokens [B, L, channels]: the sides that came with them, or else that of their coordinates.
+    """The grid of the tokens [B, L, channels], from the sides given with them or else from their coordinates.
 
     Raises:
-        ValueError: for tokens that are not one grid, conditioning frames before the video say.
+        ValueError: the tokens do not form one grid, for example with conditioning frames before the video.
     """
     length = arguments["hidden_states"].shape[1]
     sides = tuple(arguments.get(name) for name in ("num_frames", "height", "width"))
@@ -58,7 +58,7 @@ def self_attention(
         [B, L, C].
 
     Raises:
-        ValueError: for encoder states or a mask.
+        ValueError: encoder states or a mask came.
     """
     from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 
@@ -71,7 +71,7 @@ def self_attention(
             x = x if image_rotary_emb is None else apply_rotary_emb(x, image_rotary_emb)
         return sparse_attention.send(x.unflatten(2, (attn.heads, -1)).transpose(1, 2))
 
-    # Under context parallelism each one travels while the next is made.
+    # Under context parallelism each one travels while the next is computed.
     value, query, key = send(attn.to_v), send(attn.to_q, attn.norm_q), send(attn.to_k, attn.norm_k)
     output = sparse_attention.sent(query, key, value, hidden_states).transpose(1, 2).flatten(2)
     return attn.to_out[1](attn.to_out[0](output))
