@@ -19,14 +19,14 @@ class SLAConfig(MethodConfig):
 
     Args:
         keep_ratio: fraction of key blocks that each query block attends to exactly (critical; the paper's k_h).
-            `sparsity` is 1 - keep_ratio. 0 leaves the linear branch alone.
+            `sparsity` is 1 - keep_ratio. With 0 only the linear branch is left.
         drop_ratio: fraction that is skipped altogether (negligible; k_l).
         block_q, block_k: block sizes in tokens. The GPU kernels take 64 and 128; `impl="torch"` takes any.
         feature_map: phi of the linear branch: "softmax" (over the head dimension), "elu" (elu + 1), "relu",
             "hedgehog" (learnable: softmax of [Wx, -Wx], 2 * head_dim features).
         linear_scope: the key blocks that the linear branch sums over: "marginal" (the paper), "noncritical"
             (marginal and negligible), "all" (every key; the released TurboDiffusion checkpoints), "none" (sparse only).
-        projection: pass the linear branch through a learned `head_dim x head_dim` projection, zero at the start;
+        projection: pass the linear branch through a learned, zero-initialized `head_dim x head_dim` projection;
             False adds it as it is.
         token_order: "raster" (t, h, w) or "tile": tokens sorted by 4x4x4 cubes (8x8 for images) before they are cut
             into blocks, which needs a `grid`.

@@ -1,4 +1,4 @@
-"""phi, the feature maps of the linear branch: positive, so that their products can stand in for softmax weights."""
+"""phi, the feature maps of the linear branch. They are positive, so their products can replace softmax weights."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The linear branch of SLA in plain PyTorch: block states, one mask product, one apply; on any device.
+"""The linear branch of SLA in plain PyTorch, on any device: block states, one mask product, one apply.
 
     h_j = [phi(K_j)^T V_j, phi(K_j)^T 1]     a state of F x (D + 1) per key block
-    H   = mask @ h                           one product of [Tq x Tk] by [Tk x F (D + 1)] a head, not a sum per row
+    H   = mask @ h                           one product of [Tq x Tk] by [Tk x F (D + 1)] per head, not a sum per row
     O^l = phi(Q_i) H_i / (phi(Q_i) Z_i + 1e-5)
 
-The backward recomputes h and H instead of saving them, and goes through the transposed mask once. One head at a time,
-so that the extra memory is one head's states. Both passes are custom ops, opaque to `torch.compile`.
+The backward recomputes h and H instead of saving them, and uses the transposed mask once. Both passes process one head
+at a time, so the extra memory is one head's states. They are custom ops, opaque to `torch.compile`.
 Source: SLA (arXiv 2509.24006), eq. 5 and Algorithms 1 and 2, with the corrections of this project's tests.
 """
 
@@ -22,7 +22,7 @@ EPSILON = 1e-5
 def linear_branch(
     phi_query: Tensor, phi_key: Tensor, value: Tensor, mask: Tensor | None, block_q: int, block_k: int
 ) -> Tensor:
-    """O^l, normalised, before the projection.
+    """O^l, normalized, before the projection.
 
     Args:
         phi_query: [B, H, Lq, F], float32 or float64.
@@ -38,13 +38,13 @@ def linear_branch(
 
 
 def _states(phi_key: Tensor, value: Tensor) -> Tensor:
-    """[T, bk, F], [T, bk, D] to the block states [T, F, D + 1], the column sums of phi(K) last."""
+    """Turn [T, bk, F] and [T, bk, D] into the block states [T, F, D + 1], with the column sums of phi(K) last."""
     ones = value.new_ones((*value.shape[:-1], 1))
     return torch.bmm(phi_key.transpose(1, 2), torch.cat((value, ones), -1))
 
 
 class _Head:
-    """One head in blocks, with its states summed over each row's blocks."""
+    """One head cut into blocks, with its states summed over each row's blocks."""
 
     def __init__(self, phi_query, phi_key, value, mask, block_q, block_k):
         if mask is None:

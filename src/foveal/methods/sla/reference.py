@@ -1,4 +1,4 @@
-"""Sparse-linear attention as written on paper (SLA, arXiv 2509.24006, section 3): the oracle for the fused code.
+"""Sparse-linear attention as in the paper (SLA, arXiv 2509.24006, section 3): the oracle for the fused code.
 
     O^s = softmax over the critical blocks' keys                                                          (eq. 4)
     O^l = phi(Q) H / (phi(Q) Z + 1e-5),  H = sum of phi(K_j)^T V_j,  Z = sum of rowsum(phi(K_j)^T)        (eq. 5)
@@ -34,7 +34,7 @@ def sla_attention_reference(
     proj_bias_D: Tensor | None = None,
     feature_weight_DD: Tensor | None = None,
 ) -> Tensor:
-    """The output [B, H, Lq, D], tokens in the order in which the selection's blocks are cut."""
+    """The output [B, H, Lq, D], with tokens in the order in which the selection's blocks are cut."""
     sparse_BHMD, _ = block_sparse_attention_reference(query_BHMD, key_BHND, value_BHND, selection, scale)
     if config.linear_scope == "none":
         return sparse_BHMD

@@ -1,4 +1,4 @@
-"""VSA in plain PyTorch around `block_sparse_attention`: any device, any implementation of the fine stage."""
+"""VSA in plain PyTorch around `block_sparse_attention`, on any device and with any implementation of the fine stage."""
 
 from __future__ import annotations
 

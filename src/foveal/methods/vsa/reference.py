@@ -1,10 +1,10 @@
-"""Video sparse attention as written on paper (VSA, arXiv 2505.13389, section 2): the oracle for the fast code.
+"""Video sparse attention as in the paper (VSA, arXiv 2505.13389, section 2): the oracle for the fast code.
 
     coarse  Qc, Kc, Vc = mean over each cube;  A = softmax(Qc Kc^T * scale);  Oc = A Vc, repeated over the cube's tokens
     fine    softmax over the tokens of the cubes that A's top-k names, and over the text keys
     O = Gc * Oc + Gf * Of
 
-Works in raster order throughout: cubes are sets of tokens here, not places in memory. Suffixes give shapes: B, H, L
+It works in raster order throughout: cubes are sets of tokens, not places in memory. Suffixes give shapes: B, H, L
 video tokens, N keys (video, then text), D, C cubes, T blocks of keys (cubes, then blocks of text).
 """
 
@@ -53,7 +53,7 @@ def vsa_attention_reference(
     if kv_lengths_B is not None:
         valid_BN = torch.arange(block_N.numel(), device=cube_L.device) < kv_lengths_B[:, None].to(cube_L.device)
         kept_BHLN = kept_BHLN & valid_BN[:, None, None]
-        # Padding may hold anything, NaN included, and 0 * NaN would spread it, backward too.
+        # Padding may hold anything, including NaN, and 0 * NaN would spread it, also in the backward.
         key_BHND, value_BHND = (torch.where(valid_BN[:, None, :, None], x, 0) for x in (key_BHND, value_BHND))
     scores_BHLN = (query_BHLD @ key_BHND.transpose(-1, -2) * scale).to(dtype).masked_fill(~kept_BHLN, -math.inf)
     fine_BHLD = torch.softmax(scores_BHLN, -1).to(value_BHND.dtype) @ value_BHND
