@@ -1,4 +1,4 @@
-"""The arms of `quality.py`: how each makes the dense model sparse, and what it trains at which rate."""
+"""The arms of `run.py`: how each makes the dense model sparse, and what it trains at which rate."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from quality_attention import CenteredAttention, MergedAttention, MixedAttention, replace_attention, sparse_only
-from quality_task import Clips
+from attention import CenteredAttention, MergedAttention, MixedAttention, replace_attention, sparse_only
+from task import Clips
 from torch import Tensor, nn
 
 from foveal import SLAConfig, VSAConfig, sparsify
-from foveal.demo.task import HELD_OUT_SIGMAS
-from foveal.integrations.processor import sparse_processors
-from foveal.methods import Config
-from foveal.training.objective import add_noise
+from foveal.lab.demo.task import HELD_OUT_SIGMAS
+from foveal.lab.train.objective import add_noise
+from foveal.methods.base import Config
+from foveal.models.processor import sparse_processors
 
 SLOW, FAST = 5e-4, 6e-3  # the model's own rate, and the demo's for new parameters
 WARM_SEED = 3

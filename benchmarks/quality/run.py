@@ -1,14 +1,15 @@
 """Why does SLA lose to sparse attention alone, and what makes it win? One experiment in stages that resume.
 
-    python benchmarks/quality.py render --work W                game video (needs vizdoom), 352 clips
-    python benchmarks/quality.py check --work W                 a training step of every arm at full size, float64 check
-    python benchmarks/quality.py pretrain --work W --out OUT    a dense Wan transformer in pixel space, on every GPU
-    python benchmarks/quality.py diagnose --work W --out OUT    what sparse attention loses, and what could give it back
-    python benchmarks/quality.py arms --work W --out OUT        fine-tunes on equal batches; start one a GPU, they share
-    python benchmarks/quality.py summary --work W --out OUT     the table, with paired intervals
+    python benchmarks/quality/run.py STAGE --work W --out OUT
+
+`render` game video (needs vizdoom); `check` a training step of every arm at full size, and a merge in float64;
+`pretrain` a dense Wan transformer in pixel space, on every GPU; `diagnose` what sparse attention loses of each layer's
+output, and what could give it back; `ablate` the loss with other attention put in, untrained; `arms` fine-tunes on
+equal batches (start one a GPU, they share); `summary` the table, with paired intervals.
 
 Every stage leaves its results in W and does nothing twice; an arm belongs to the process that holds its lock.
-`diagnose` and `arms` also run from what `pretrain` left in OUT (`--checkpoint OUT`). `--tiny` makes all of it small.
+`diagnose`, `ablate` and `arms` also run from what `pretrain` left in OUT (`--checkpoint OUT`). `--tiny` makes all of
+it small.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from quality_arms import Arm, arms, converted, warm_batches
-from quality_attention import check_merge, warm_start
-from quality_diagnose import diagnose, table
-from quality_render import clip_file
-from quality_task import (
+from ablate import ablate
+from arms import Arm, arms, converted, warm_batches
+from attention import check_merge, warm_start
+from diagnose import diagnose, table
+from render import clip_file
+from safetensors.torch import save_file
+from task import (
     SAVED_WINDOWS,
     Clips,
     HeldOut,
@@ -51,13 +54,12 @@ from quality_task import (
     load_dense,
     write_json,
 )
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from foveal.bench.machine import machine
-from foveal.demo.task import HELD_OUT_SIGMAS, build_model, training_loss
-from foveal.integrations.processor import sparse_processors
-from foveal.training.objective import add_noise
+from foveal.lab.bench.machine import machine
+from foveal.lab.demo.task import HELD_OUT_SIGMAS, build_model, training_loss
+from foveal.lab.train.objective import add_noise
+from foveal.models.processor import sparse_processors
 
 PRETRAIN_SEED, FINE_TUNE_SEED = 1, 2  # of batches
 
@@ -122,7 +124,7 @@ def provenance(options) -> dict:
 def run_render(options) -> None:
     scale = options.scale
     sizes = {"--clips": scale.clips, "--frames": scale.clip_frames, "--step": scale.pixel_step, "--work": options.work}
-    script = Path(__file__).with_name("quality_render.py")
+    script = Path(__file__).with_name("render.py")
     flags = [str(part) for pair in sizes.items() for part in pair]
     subprocess.run([sys.executable, str(script), *flags], check=True)
 
@@ -199,23 +201,34 @@ def run_pretrain(options) -> None:
     torch.multiprocessing.spawn(pretrain_rank, (ranks, options), nprocs=ranks)
 
 
+def load_for_study(options, device: torch.device) -> tuple[nn.Module, HeldOut]:
+    """The dense model and a few held-out windows, from the work folder or from what `pretrain` left in OUT."""
+    place, scale = options.checkpoint or dense_file(options.work), options.scale
+    if place.is_dir():
+        frames = torch.from_numpy(np.load(place / "windows.npz")["frames"])
+    else:
+        frames = torch.from_numpy(held_out_frames(scale, np.load(clip_file(options.work), mmap_mode="r")))
+    return load_dense(scale, place, device), HeldOut(frames[:SAVED_WINDOWS], scale, device)
+
+
 def run_diagnose(options) -> None:
     path, started = options.work / "diagnose.json", time.time()
     if not path.exists():
         device, scale = torch.device(options.device), options.scale
-        place = options.checkpoint or dense_file(options.work)
-        if place.is_dir():
-            frames = torch.from_numpy(np.load(place / "windows.npz")["frames"])
-        else:
-            frames = torch.from_numpy(held_out_frames(scale, np.load(clip_file(options.work), mmap_mode="r")))
-        model = load_dense(scale, place, device)
-        held_out = HeldOut(frames[:SAVED_WINDOWS], scale, device)
+        model, held_out = load_for_study(options, device)
         found = diagnose(model, held_out, scale, row_step=options.row_step)
         write_json(path, found | provenance(options) | {"seconds": time.time() - started})
     report = json.loads(path.read_text())
     print(f"{table(report)}\ndiagnose: {report['seconds']:.0f} s", flush=True)
     if options.out != options.work:
         write_json(options.out / "diagnose.json", report)
+
+
+def run_ablate(options) -> None:
+    started, device, scale = time.time(), torch.device(options.device), options.scale
+    model, held_out = load_for_study(options, device)
+    found = ablate(model, held_out, scale, one_layer=not options.tiny)
+    write_json(options.out / "ablate.json", found | provenance(options) | {"seconds": time.time() - started})
 
 
 @contextlib.contextmanager
@@ -329,6 +342,7 @@ STAGES = {
     "check": run_check,
     "pretrain": run_pretrain,
     "diagnose": run_diagnose,
+    "ablate": run_ablate,
     "arms": run_arms,
     "summary": run_summary,
 }

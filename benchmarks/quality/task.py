@@ -1,4 +1,4 @@
-"""What `quality.py` trains and measures on: sizes, clips on the device, held-out losses, the dense model."""
+"""What `run.py` trains and measures on: sizes, clips on the device, held-out losses, the dense model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from quality_render import clip_file
+from render import clip_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from foveal.demo.settings import DemoSettings
-from foveal.demo.task import HELD_OUT_SIGMAS, TEXT_DIM, build_model, predict, training_loss
-from foveal.training.objective import add_noise, flow_matching_loss, sample_sigmas
-from foveal.training.optimization import build_optimizer, parameter_groups
+from foveal.lab.demo.settings import DemoSettings
+from foveal.lab.demo.task import HELD_OUT_SIGMAS, TEXT_DIM, build_model, predict, training_loss
+from foveal.lab.train.objective import add_noise, flow_matching_loss, sample_sigmas
+from foveal.lab.train.optimization import build_optimizer, parameter_groups
 
 KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 SHARD_BYTES = 149 * 2**20 // 10

@@ -16,13 +16,13 @@ import math
 from collections import defaultdict
 
 import torch
-from quality_attention import Heads, Regression, block_sizes, pooled_tail_scores, record, token_mask
-from quality_task import HeldOut, Scale
+from attention import Heads, Regression, block_sizes, pooled_tail_scores, record, token_mask
+from task import HeldOut, Scale
 from torch import Tensor, nn
 
-from foveal.demo.task import HELD_OUT_SIGMAS
-from foveal.selection import pick_blocks, pool_blocks, pooled_scores
-from foveal.sla.linear import linear_branch
+from foveal.blocks import pick_blocks, pool_blocks, pooled_scores
+from foveal.lab.demo.task import HELD_OUT_SIGMAS
+from foveal.methods.sla.linear import linear_branch
 
 KEEP_RATIOS = (0.05, 0.016)
 DROP_RATIO = 0.1

@@ -1,4 +1,4 @@
-"""Attention that `quality.py` tries beside the library's, and what a dense model's own queries and keys tell of it.
+"""Attention that `run.py` tries beside the library's, and what a dense model's own queries and keys tell of it.
 
 Shape legend: B batch, H heads, L tokens, D head dimension, T blocks of tokens.
 """
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveal import SLAConfig, block_sparse_attention, select_blocks, sparsify
-from foveal.demo.task import predict
-from foveal.integrations.processor import sparse_processors
-from foveal.selection import pool_blocks, pooled_scores
-from foveal.sla.attention import Projection
-from foveal.sla.feature_maps import apply_feature_map
-from foveal.sla.linear import linear_branch
+from foveal.blocks import pool_blocks, pooled_scores
+from foveal.lab.demo.task import predict
+from foveal.methods.sla.attention import Projection
+from foveal.methods.sla.feature_maps import apply_feature_map
+from foveal.methods.sla.linear import linear_branch
+from foveal.models.processor import sparse_processors
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key and value [B, H, L, D]
 
@@ -28,9 +28,9 @@ def sparse_only(keep_ratio: float, block: int) -> SLAConfig:
     return SLAConfig(keep_ratio=keep_ratio, drop_ratio=0.0, linear_scope="none", block_q=block, block_k=block)
 
 
-def replace_attention(model: nn.Module, config: SLAConfig, build) -> list[nn.Module]:
-    """Makes a dense model sparse with modules of one's own, `build(attention layer)` for each."""
-    sparsify(model, config)
+def replace_attention(model: nn.Module, config: SLAConfig, build, layers=None) -> list[nn.Module]:
+    """Makes a dense model, or some layers of it, sparse with other modules, `build(attention layer)` for each."""
+    sparsify(model, config, layers=layers)
     device, built = next(model.parameters()).device, []
     for name, processor in sparse_processors(model).items():
         attention = build(model.get_submodule(name)).to(device)
