@@ -65,16 +65,17 @@ PRETRAIN_SEED, FINE_TUNE_SEED = 1, 2  # of batches
 
 
 def run_arm(name: str, arm: Arm, dense: nn.Module, clips: Clips, held_out: HeldOut, options) -> dict:
-    started = time.time()
+    started, demo = time.time(), clips.scale.demo
     model, new = converted(dense, arm)
     removed = warm_start(model, dense, warm_batches(clips)) if arm.warm else None
     trained = fit(
         model,
         clips.batches(FINE_TUNE_SEED + 1000 * options.seed),
         steps=options.steps,
-        learning_rate=clips.scale.demo.fine_tune_learning_rate,
+        learning_rate=demo.learning_rate if options.scratch else demo.fine_tune_learning_rate,
+        floor=demo.fine_tune_learning_rate / 2 / demo.learning_rate if options.scratch else 0.0,
         fast=new,
-        fast_learning_rate=arm.new_rate,
+        fast_learning_rate=demo.learning_rate if options.scratch else arm.new_rate,
         evaluate=held_out.losses,
         deadline=options.deadline,
     )
@@ -83,7 +84,8 @@ def run_arm(name: str, arm: Arm, dense: nn.Module, clips: Clips, held_out: HeldO
         "name": name,
         "seed": options.seed,
         "config": described,
-        "new_rate": arm.new_rate if new else None,
+        "scratch": options.scratch,
+        "new_rate": None if not new else demo.learning_rate if options.scratch else arm.new_rate,
         "warm": arm.warm,
         "frozen": arm.frozen,
         "module": next((type(p.attention).__name__ for p in sparse_processors(model).values()), None),
@@ -252,12 +254,16 @@ def run_arms(options) -> None:
         raise SystemExit(f"unknown arms {unknown}; expected some of {list(table_of_arms)}")
     clips = Clips(scale, options.work, device)
     held_out = HeldOut(clips.held_out, scale, device)
-    dense = load_dense(scale, options.checkpoint or dense_file(options.work), device)
+    if options.scratch:
+        dense = build_model(scale.demo).to(device)
+    else:
+        dense = load_dense(scale, options.checkpoint or dense_file(options.work), device)
     context = fast_kernels(device, dense, next(clips.batches(0)))
     longest = options.arm_seconds
     with context:
         for name in names:
-            result = options.work / "arms" / (f"{name}.json" if not options.seed else f"{name}-seed{options.seed}.json")
+            kind = ("-scratch" if options.scratch else "") + (f"-seed{options.seed}" if options.seed else "")
+            result = options.work / "arms" / f"{name}{kind}.json"
             with claimed(result.with_suffix(".lock")) as mine:
                 if not mine or result.exists():
                     continue
@@ -302,17 +308,27 @@ def interval(relative: Tensor) -> tuple[float, float]:
 def run_summary(options) -> None:
     """Relative differences of paired held-out losses; a window's mean over the noise levels is the unit."""
     found = collect(options)
-    seeds: dict[int, dict[str, Tensor]] = {}
+    seeds: dict[tuple[bool, int], dict[str, Tensor]] = {}
     for arm in found.values():
         after = torch.tensor(arm["held_out"][-1]["windows"], dtype=torch.float64)
-        seeds.setdefault(arm["seed"], {})[arm["name"]] = after
+        seeds.setdefault((arm.get("scratch", False), arm["seed"]), {})[arm["name"]] = after
     rows, lines = [], []
-    for seed, losses in sorted(seeds.items()):
-        lines += [f"\nseed {seed}", "| arm | before | loss | against dense | against sparse5 | worse on | % by level |"]
+    for (scratch, seed), losses in sorted(seeds.items()):
+        lines += [
+            f"\n{'from scratch' if scratch else 'fine-tuned'}, seed {seed}",
+            "| arm | before | loss | against dense | against sparse5 | worse on | % by level |",
+        ]
         lines += ["|---|---|---|---|---|---|---|"]
         for name, loss in sorted(losses.items(), key=lambda item: item[1].mean().item()):
-            arm = next(arm for arm in found.values() if (arm["seed"], arm["name"]) == (seed, name))
-            row = {"arm": name, "seed": seed, "loss": loss.mean().item(), "before": arm["held_out"][0]["mean"]}
+            key = scratch, seed, name
+            arm = next(x for x in found.values() if (x.get("scratch", False), x["seed"], x["name"]) == key)
+            row = {
+                "arm": name,
+                "seed": seed,
+                "scratch": scratch,
+                "loss": loss.mean().item(),
+                "before": arm["held_out"][0]["mean"],
+            }
             cells = []
             for base in ("dense", "sparse5"):
                 if base not in losses or base == name:
@@ -364,6 +380,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, help="weights of another folder, which pretrain wrote with --out")
     parser.add_argument("--row-step", type=int, default=2, help="for diagnose: take every n-th block of queries")
     parser.add_argument("--arms", default="all", help="names between commas, in this order")
+    parser.add_argument("--scratch", action="store_true", help="train arms from random weights, without a checkpoint")
     parser.add_argument("--steps", type=int, default=260, help="of each arm")
     parser.add_argument("--arm-seconds", type=float, default=60, help="what the first arm is expected to take")
     options = parser.parse_args(arguments)
