@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +21,7 @@ PAGES = (
     ROOT / "docs" / "multi-gpu.md",
     ROOT / "docs" / "training.md",
     ROOT / "docs" / "vsa.md",
+    ROOT / "docs" / "evidence.md",
     ROOT / "README.md",
 )
 
@@ -306,6 +308,79 @@ def order() -> str:
     return "\n".join([*lines, "", caption])
 
 
+def quality(file: str = "quality-arms-nvidia-h200-2026-11-28.json", base: str = "sparse5") -> str:
+    """Held-out losses of the arms of benchmarks/quality, against dense attention and against `base`."""
+    run = json.loads((RESULTS / file).read_text())
+    losses = {arm["name"]: _window_means(arm) for arm in run.values()}
+    heads = ("arm", "loss before", "after", "against dense", f"against {base}", f"windows worse than {base}")
+    lines = [_row(*heads), _row(*["---"] * len(heads))]
+    for arm in sorted(run.values(), key=lambda arm: statistics.mean(losses[arm["name"]])):
+        mine = losses[arm["name"]]
+        cells = [arm["name"], f"{arm['held_out'][0]['mean']:.4f}", f"{statistics.mean(mine):.5f}"]
+        for other in ("dense", base):
+            same = other == arm["name"]
+            cells.append("" if same else "{:+.2f} ± {:.2f} %".format(*_relative(mine, losses[other])))
+        worse = sum(x > y for x, y in zip(mine, losses[base], strict=True))
+        lines.append(_row(*cells, "" if arm["name"] == base else f"{worse} of {len(mine)}"))
+    arm = next(iter(run.values()))
+    caption = f"{_machine(arm)}; {arm['steps']} steps, seed {arm['seed']}, {arm['started'][:10]}."
+    return "\n".join([*lines, "", caption])
+
+
+def _window_means(arm: dict) -> list[float]:
+    """The loss of each held-out window after the last step, over the noise levels."""
+    return [statistics.mean(levels) for levels in arm["held_out"][-1]["windows"]]
+
+
+def _relative(losses: list[float], base: list[float]) -> tuple[float, float]:
+    """Mean and half-width of the 95 % interval of paired relative differences, in %."""
+    relative = [100 * (x / y - 1) for x, y in zip(losses, base, strict=True)]
+    return statistics.mean(relative), 2.0 * statistics.stdev(relative) / len(relative) ** 0.5
+
+
+def attention_mass() -> str:
+    """How diffuse the dense model's attention is, layer by layer."""
+    run = json.loads((RESULTS / "quality-diagnose-nvidia-h200-2026-11-28.json").read_text())
+    heads = (
+        "layer",
+        "effective keys of 16,128",
+        "mass in the chosen 5 %",
+        "in the best 5 %",
+        "error of the sparse output",
+    )
+    lines = [_row(*heads), _row(*["---"] * len(heads))]
+    for number, layer in enumerate(run["layers"]):
+        facts = layer["facts"]
+        shares = (facts[f"keep 0.05, {kind}: mass inside"] for kind in ("pooled", "oracle"))
+        error = facts["keep 0.05, pooled: relative error of O_s"]
+        cells = f"{facts['effective keys']:,.0f}", *(f"{share:.3f}" for share in shares), f"{error:.2f}"
+        lines.append(_row(number, *cells))
+    return "\n".join([*lines, "", _machine(run) + "."])
+
+
+BRANCHES = {
+    "a learned constant per layer": "bias alone",
+    "SLA, softmax, marginal, W fitted": "softmax, marginal: fitted (SLA)",
+    "SLA, elu, marginal, W fitted": "elu, marginal: fitted (SLA)",
+    "SLA, relu, marginal, W fitted": "relu, marginal: fitted (SLA)",
+    "a O^s + (1 - a) O^l W, softmax, all keys": "softmax, all: a O_s + fit on (1-a) O_l (SLA2)",
+    "a O^s + (1 - a) O^l W, relu, all keys": "relu, all: a O_s + fit on (1-a) O_l (SLA2)",
+    "unread blocks by their mean key and value": "tail of mean keys: merged",
+    "unread blocks by their true mass and mean value": "tail of true block masses: merged",
+    "VSA's coarse output, W fitted": "coarse output of VSA: fitted",
+}
+
+
+def branches() -> str:
+    """What a global branch gives back of what block-sparse attention leaves out of a dense layer's output."""
+    run = json.loads((RESULTS / "quality-diagnose-nvidia-h200-2026-11-28.json").read_text())
+    lines = [_row("global branch", "removed at 5 %", "removed at 1.6 %"), _row("---", "---", "---")]
+    for title, name in BRANCHES.items():
+        removed = (run["all layers"][f"keep {ratio}"][name]["removed"] for ratio in ("0.05", "0.016"))
+        lines.append(_row(title, *(f"{share:.2f}" for share in removed)))
+    return "\n".join([*lines, "", _machine(run) + "."])
+
+
 def _machine(run: dict) -> str:
     machine = run["machine"]
     commit = f", commit {machine['commit'][:7]}" if machine["commit"] else ""
@@ -344,6 +419,10 @@ TABLES = {
     "fine_tune_2k": lambda: fine_tune("fine_tune_2k.json"),
     "cpu": cpu,
     "order": order,
+    "quality": quality,
+    "quality_scratch": lambda: quality("quality-scratch-nvidia-h200-2026-11-28.json", "sparse5-tile"),
+    "attention_mass": attention_mass,
+    "branches": branches,
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
