@@ -144,7 +144,7 @@ def transformer_fields(settings: ModelSettings) -> dict[str, Any]:
     if not Path(place, "config.json").is_file() and Path(settings.path, "config.json").is_file():
         place, alone = settings.path, True
     try:
-        # Any model's: this class alone reads the file.
+        # Works for any model, because this call only reads the file.
         fields = WanTransformer3DModel.load_config(settings.path, subfolder=None if alone else settings.subfolder)
     except OSError as error:
         raise FileNotFoundError(f"model.path: no config.json of {place} ({str(error).splitlines()[0]})") from error
@@ -224,7 +224,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def anneal(model: nn.Module, final: Config, annealing: Annealing, step: int) -> float | None:
-    """Sets what every sparse layer keeps in optimiser step `step` (from 1); returns it, None while dense.
+    """Sets what every sparse layer keeps in optimizer step `step` (from 1); returns it, None while dense.
 
     Args:
         model: sparse.
