@@ -66,7 +66,7 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """The layers of a model; `print` it for a table, in colour with rich.
+    """The layers of a model; `print` it for a table, in color with rich.
 
     Args:
         rows: one per self-attention layer, sparse or dense, in order of depth. A method in parentheses waits: the

@@ -17,7 +17,7 @@ from foveal.kernels.values import LOG2_E, size_stride
 
 @functools.cache
 def cubes_plan(slot: int, uniform: int, gated_coarse: bool, gated_fine: bool, save_fine: bool) -> dict[str, Any]:
-    """Constants and launch options; for slots of 64 three programs a multiprocessor, for those of 128 one that stays.
+    """Constants and launch options; slots of 64 get three programs per SM, slots of 128 one persistent program.
 
     Args:
         slot: tokens that a cube takes up.

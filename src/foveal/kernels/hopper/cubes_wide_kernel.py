@@ -1,7 +1,7 @@
 """VSA's fine stage on Hopper for cubes of 65 to 128 tokens: two warpgroups share the cubes that a producer warp loads.
 
 From raster order to raster order, as in `cubes_kernel`; each key cube is read once for 128 queries, half the bytes a
-product. Programs are persistent, one a multiprocessor, so that the producer runs ahead into the next cube.
+product. Programs are persistent, one per SM, so that the producer runs ahead into the next cube.
 Source: VSA (arXiv 2505.13389), eq. 3 and 4.
 """
 

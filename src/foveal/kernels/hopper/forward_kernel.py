@@ -38,7 +38,7 @@ from foveal.kernels.triton.await_previous import await_previous
 
 @gluon.jit
 def sums_by_eight(x):
-    """[rows, 8]: sums over every eighth column, which each thread adds up alone; the sum over 8 waits for the end."""
+    """[rows, 8]: sums over every eighth column, which each thread sums by itself; the sum over 8 waits for the end."""
     return gl.sum(gl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
 
 
@@ -151,9 +151,9 @@ def block_sparse_fwd_kernel(
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, HAS_SIZES: gl.constexpr, FEATURE_MAP: gl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles, pairs of batch and head from `first_pair` on). One slot for a tile of K and two for V: small
-    programs, three a multiprocessor.
+    programs, three per SM.
 
-    With a FEATURE_MAP the linear branch is added, from states of these pairs alone: state and weight travel through the
+    With a FEATURE_MAP the linear branch is added, from states of only these pairs: state and weight travel through the
     slots that fall free, 64 columns at a time. Without a weight states are projected already, and travel by rows.
     `state_step` is 0 where all query blocks share one state, else 1.
     """

@@ -1,6 +1,6 @@
 """The forward for query blocks of 128: two warpgroups of 64 queries share the tiles that a producer warp loads.
 
-Programs are persistent, one a multiprocessor, so that the producer runs ahead into the next query block. Tiles have 128
+Programs are persistent, one per SM, so that the producer runs ahead into the next query block. Tiles have 128
 keys, gathered from two listed key blocks where these have 64.
 """
 
@@ -247,7 +247,7 @@ def block_sparse_fwd_wide_kernel(
     """Any grid; `total` = pairs * num_blocks query blocks of 128, of the pairs of batch and head from `first_pair` on.
 
     Key blocks have 64 or 128 tokens, full but for the last. With a FEATURE_MAP the linear branch is added, from states
-    of these pairs alone, projected already if there is no weight. `state_step` is 0 where all query blocks share one
+    of only these pairs, already projected if there is no weight. `state_step` is 0 where all query blocks share one
     state, else 1.
     """
     await_previous()

@@ -40,7 +40,7 @@ def forward_plan(
         constants = {"BLOCK_K": block_k, "SLOTS": 2 if head_dim == 128 else 3, "FEATURE_MAP": feature_map}
         return {"wide": True, "state_box": (head_dim,) * 2, "constants": constants, "options": {"num_warps": 4}}
     constants = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "HAS_SIZES": has_sizes, "FEATURE_MAP": feature_map}
-    # Three programs a multiprocessor: what the linear branch needs in the epilogue must not cost one of them.
+    # Three programs per SM: what the linear branch needs in the epilogue must not cost one of them.
     box = (64, head_dim) if projected else (head_dim, 64)
     return {"wide": False, "state_box": box, "constants": constants, "options": {"num_warps": 4, "maxnreg": 168}}
 
@@ -58,7 +58,7 @@ def dkdv_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool) -> dic
 def dq_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool, tail: bool = False) -> dict[str, Any]:
     """How dQ is cut: keys a tile, constants and launch options; `tail` for key blocks that all lack a few keys.
 
-    64 queries: two programs a multiprocessor, for which the compiler is held to 128 registers a thread on average.
+    64 queries: two programs per SM, for which the compiler is limited to 128 registers per thread on average.
     """
     single = block_q == 64
     tile_k = 128 if block_q == block_k == 128 and (tail or not has_sizes) else 64  # masks take registers

@@ -84,7 +84,7 @@ def times_state(left, right, inverse, state):
 def add_projected(acc, left, right, inverse, upper, lower):
     """acc + (phi(q) H) / n for an H [D, D] that is projected already, in shared memory as its upper and lower rows.
 
-    All of it times n first, so that products add to it; at head_dim 64 there are upper rows alone.
+    All of it times n first, so that products add to it; at head_dim 64 there are only upper rows.
     """
     operand: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
     inverse = gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout)), 1)

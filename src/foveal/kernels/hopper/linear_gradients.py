@@ -1,6 +1,6 @@
 """The query side of the linear branch's backward on Hopper, and what it shares with the key side.
 
-With phi / n the features of a row over its normaliser and g = dO W, for the rows of one query block:
+With phi / n the features of a row over its normalizer and g = dO W, for the rows of one query block:
 
     R = g H^T        D^l = rowsum(phi / n * R)        dphi = (R - D^l Z) / n
     dH = (phi / n)^T g        dZ = -(phi / n)^T D^l        O^l = (phi / n) H, for the projection's gradient
@@ -31,7 +31,7 @@ def load_halves(tile, layout: gl.constexpr):
 
 @gluon.jit
 def store_halves(tile, left, right):
-    """The inverse of `load_halves`, visible to the copy engine and the tensor cores."""
+    """The inverse of `load_halves`, visible to TMA and the tensor cores."""
     tile.slice(0, HALF_WIDTH, 1).store(left.to(tile.dtype))
     if tile.shape[1] == 128:
         tile.slice(64, HALF_WIDTH, 1).store(right.to(tile.dtype))
@@ -99,7 +99,7 @@ def features_backward(left, right, grad_left, grad_right, head_dim: gl.constexpr
 def store_column_sums(pointer, x):
     """Sums over the rows of x [rows, HALF_WIDTH], from `pointer` on.
 
-    Half of the columns at a time: with the scratch of all, two programs do not fit a multiprocessor.
+    Half of the columns at a time: with the scratch of all, two programs do not fit on an SM.
     """
     HALF: gl.constexpr = x.shape[1] // 2
     left, right = gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, HALF]), (0, 2, 1)))

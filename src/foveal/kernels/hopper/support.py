@@ -14,7 +14,7 @@ from foveal.checks import cached_constant
 TRITON_RELEASE = "3.6"
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (64, 128)
-COPY_ALIGNMENT = 16  # bytes; what the bulk copy engine asks of starts and strides
+COPY_ALIGNMENT = 16  # bytes; TMA needs it of starts and strides
 
 
 @cached_constant
@@ -48,7 +48,7 @@ def _why_not_device(device: torch.device) -> str | None:
 
 
 def copyable(x: Tensor) -> bool:
-    """Whether the bulk copy engine can walk x [B, H, L, D] as it lies in memory."""
+    """Whether TMA can read x [B, H, L, D] with the strides that it has."""
     itemsize = x.element_size()
     steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
     aligned = all(step > 0 and step * itemsize % COPY_ALIGNMENT == 0 for step in steps)

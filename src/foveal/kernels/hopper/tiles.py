@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: tiles that come through the copy engine, masks, the end of an overlap.
+"""What the Hopper kernels share: tiles that come through TMA, masks, the end of an overlap.
 
 Tensors [B, H, L, D] reach a kernel as descriptors with one axis a dimension and boxes of [1, 1, rows, D]: any strides,
 rows past the end of a head read as zeros and are not written.

@@ -2,7 +2,7 @@
 
 Tile-order tensors are contiguous: each cube stands in a slot of equal size, zeros behind its tokens, and blocks of text
 follow the cubes. `places` says where each slot's tokens stand in raster order. Heads lie side by side in the memory of
-transformers, so programs of neighbouring heads run together. Shape legend: B batch, H heads, L video
+transformers, so programs of neighboring heads run together. Shape legend: B batch, H heads, L video
 tokens, C cubes, T = C + blocks of text, D head dimension.
 """
 

@@ -32,7 +32,7 @@ def _key_state_kernel(
 ):  # fmt: skip
     """h and z of `at_once` key blocks, of each block or of their sum, and their pooled keys, in one pass over K and V.
 
-    Blocks past the end get zeros, which the padding of the mask product needs. Heads are neighbours, as in `pool`.
+    Blocks past the end get zeros, which the padding of the mask product needs. Heads are neighbors, as in `pool`.
     """
     await_previous()
     SPLIT: tl.constexpr = BLOCK_K // TILE

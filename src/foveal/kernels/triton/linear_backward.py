@@ -36,7 +36,7 @@ def _query_grad_kernel(
     """The query side of the linear branch's backward for one block, and delta of the sparse branch.
 
     With g = dO W: dQ through phi; dH and dZ; O^l for the projection's gradient; and
-    delta = rowsum(dO * O) - rowsum(g * O^l) - dO b, what the sparse branch alone has as rowsum(dO * O^s).
+    delta = rowsum(dO * O) - rowsum(g * O^l) - dO b, which is rowsum(dO * O^s) for only the sparse branch.
     Queries past the end have dO = 0 and so add nothing to dH and dZ.
     """
     await_previous()

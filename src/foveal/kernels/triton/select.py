@@ -62,7 +62,7 @@ def _pool_kernel(
     x_ptr, pooled_ptr, size_ptr, strides, heads, pairs, length, size_stride, block,
     D: tl.constexpr, ROWS: tl.constexpr, HAS_SIZES: tl.constexpr,
 ):  # fmt: skip
-    """Mean over one block's valid tokens, in float32. Heads are neighbours: in [B, L, H, D] memory they are, too."""
+    """Mean over one block's valid tokens, in float32. Heads are neighbors: in [B, L, H, D] memory they are, too."""
     await_previous()
     index, pair = tl.program_id(0) // pairs, tl.program_id(0) % pairs
     batch, head = pair // heads, pair % heads

@@ -55,7 +55,7 @@ def in_chunks(
     """`attention` over all query blocks, computed in `dtype`, with memory for a chunk at a time, backward too.
 
     Args:
-        attention: (query, key, value, selection) to the output; each row of it depends on its own query row alone.
+        attention: (query, key, value, selection) to the output; each of its rows depends only on its own query row.
         query, key, value: float64 [B, H, L, D].
 
     Returns:

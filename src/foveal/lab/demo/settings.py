@@ -25,7 +25,7 @@ class DemoSettings:
         patch: pixels a token is wide and high.
         num_heads, head_dim, num_layers: the transformer.
         batch: windows in a step.
-        pretrain_steps, fine_tune_steps: optimiser steps, dense and after conversion.
+        pretrain_steps, fine_tune_steps: optimizer steps, dense and after conversion.
         learning_rate, fine_tune_learning_rate: peaks; pretraining decays to half the latter.
         new_learning_rate: peak of the parameters that conversion adds, which start at zero.
         shift: of the flow-matching noise schedule.

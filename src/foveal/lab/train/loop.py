@@ -107,7 +107,7 @@ def train(
     Args:
         batches: yields what `loss_fn` takes; one per step.
         loss_fn: (model, batch) to a scalar.
-        steps: optimiser steps.
+        steps: optimizer steps.
         learning_rate, warmup, final_learning_rate: the peak, the steps up to it, and where it decays to.
         fast_parameters, fast_learning_rate: parameters with a peak of their own, on the same schedule: those that
             start at zero, and have a longer way to go.

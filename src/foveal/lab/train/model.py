@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from foveal.lab.train.config import TrainingConfig
-from foveal.lab.train.objective import NUM_TRAIN_TIMESTEPS
+from foveal.lab.train.objective import NUM_TRAIN_TIMESTEPS, scheduler_shift
 from foveal.lab.train.settings import Annealing, ModelSettings, WanArchitecture
 from foveal.layout import VideoGrid
 from foveal.methods.base import Config, method_of
@@ -144,7 +144,7 @@ def transformer_fields(settings: ModelSettings) -> dict[str, Any]:
     if not Path(place, "config.json").is_file() and Path(settings.path, "config.json").is_file():
         place, alone = settings.path, True
     try:
-        # Any model's: this class alone reads the file.
+        # Works for any model, because this call only reads the file.
         fields = WanTransformer3DModel.load_config(settings.path, subfolder=None if alone else settings.subfolder)
     except OSError as error:
         raise FileNotFoundError(f"model.path: no config.json of {place} ({str(error).splitlines()[0]})") from error
@@ -166,6 +166,24 @@ def transformer_fields(settings: ModelSettings) -> dict[str, Any]:
             f"model.path must be a pipeline's folder with {settings.subfolder!r} in it, {place} is a transformer's own"
         )
     return fields
+
+
+def noise_shift(config: TrainingConfig) -> float:
+    """The shift of the noise schedule: the setting, or that of the model's own scheduler.
+
+    Raises:
+        FileNotFoundError, ValueError: `transformer_fields` refuses the model, or there is no setting and no model.
+    """
+    if config.objective.shift is not None:
+        return config.objective.shift
+    if config.model.path is None:
+        raise ValueError("objective.shift is needed with model.architecture: random weights have no scheduler")
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    # This check comes first, because another family's scheduler would be refused for a misleading reason.
+    transformer_fields(config.model)
+    # This class reads the file of any scheduler.
+    return scheduler_shift(FlowMatchEulerDiscreteScheduler.load_config(config.model.path, subfolder="scheduler"))
 
 
 def build_wan(sizes: WanArchitecture, *, given_channels: int = 0) -> nn.Module:
@@ -224,7 +242,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def anneal(model: nn.Module, final: Config, annealing: Annealing, step: int) -> float | None:
-    """Sets what every sparse layer keeps in optimiser step `step` (from 1); returns it, None while dense.
+    """Sets what every sparse layer keeps in optimizer step `step` (from 1); returns it, None while dense.
 
     Args:
         model: sparse.

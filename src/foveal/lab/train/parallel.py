@@ -1,6 +1,6 @@
 """Processes and devices: accelerate says which there are, and the model is placed, copied (DDP) or sharded (FSDP2).
 
-Either goes with context parallelism: neighbouring processes divide a sample's tokens. Each computes the whole loss, and
+Either goes with context parallelism: neighboring processes divide a sample's tokens. Each computes the whole loss, and
 its backward gives its part of every gradient.
 """
 
@@ -88,7 +88,7 @@ def place(model: nn.Module, accelerator: Any, config: TrainingConfig, *, trained
 
 
 def _divide_tokens(model: nn.Module, accelerator: Any, degree: int) -> None:
-    """Context parallelism over groups of `degree` neighbouring processes, by diffusers and our processors."""
+    """Context parallelism over groups of `degree` neighboring processes, by diffusers and our processors."""
     from diffusers import ContextParallelConfig
     from torch.distributed.device_mesh import init_device_mesh
 

@@ -51,7 +51,7 @@ class ModelSettings:
         path: a folder or hub name of a diffusers pipeline, whose weights training starts from.
         subfolder: the transformer's part of it.
         architecture: random weights of these sizes instead of a `path`.
-        gradient_checkpointing: keep the blocks' inputs alone and run them again in the backward.
+        gradient_checkpointing: keep only the blocks' inputs and run the blocks again in the backward.
         compile: torch.compile of the repeated blocks.
         keep_exchanged: under `context_parallel` compiled blocks keep the queries, keys, values and outputs that were
             exchanged, beside their inputs: 8 bytes times tokens times width a layer in bfloat16, divided by the degree.
@@ -74,7 +74,7 @@ class ModelSettings:
             )
         if not (self.keep_exchanged or self.gradient_checkpointing):
             raise ValueError(
-                "model.keep_exchanged must be True without model.gradient_checkpointing, which alone drops anything"
+                "model.keep_exchanged must be True without model.gradient_checkpointing: only it drops anything"
             )
         check_choice("model.frozen_dtype", self.frozen_dtype, ("float32", "bfloat16"))
 
@@ -84,11 +84,11 @@ class Annealing:
     """Dense for a while, then less and less kept, down to what the configuration says (VSA, arXiv 2505.13389).
 
     Args:
-        dense_steps: optimiser steps with dense attention.
+        dense_steps: optimizer steps with dense attention.
         start: what the first sparse step keeps, in the unit of the method: cubes where the configuration has a `topk`,
             else usually a keep_ratio.
         decrement: how much less each time.
-        every: optimiser steps between two decrements.
+        every: optimizer steps between two decrements.
     """
 
     start: float
@@ -106,7 +106,7 @@ class Annealing:
             )
 
     def kept(self, step: int, final: float) -> float | None:
-        """What optimiser step `step` (from 1) keeps on the way to `final`; None while dense."""
+        """What optimizer step `step` (from 1) keeps on the way to `final`; None while dense."""
         sparse_steps = step - 1 - self.dense_steps
         if sparse_steps < 0:
             return None
@@ -174,7 +174,7 @@ class SparsitySettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is trained on.
+    """The training data.
 
     Args:
         folder: what `foveal precompute` wrote.
@@ -182,7 +182,7 @@ class DataSettings:
             last quarter held out.
         height, width, frames, stride: of the windows of `clip`: pixels, frames, and clip frames from one to the next.
         windows: how many windows of `clip` are trained on.
-        held_out: clips to evaluate on, never trained on.
+        held_out: clips to evaluate on and never train on.
         caption_dropout: share of the samples that get the empty caption.
         workers: threads that read ahead; 0 reads as batches are needed.
     """
@@ -223,7 +223,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What is minimised: a weighted sum.
+    """The training objective, a weighted sum.
 
     Args:
         flow_matching: weight of the flow-matching loss.
@@ -254,17 +254,17 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How it is minimised.
+    """The optimizer.
 
     Args:
         name: "adamw" (fused) or "adamw8bit" (bitsandbytes: moments in eight bits).
-        trainable: "all" weights, self-"attention" alone, the "new" parameters of the sparse attention alone, or "lora"
+        trainable: "all" weights, only the self-"attention", only the "new" parameters, or "lora"
             and the new ones.
         learning_rate: the peak.
         new_learning_rate: the peak of the new parameters, which start at zero and have a longer way to go; None is
             `learning_rate`.
         warmup: steps up to the peak.
-        decay: fall linearly to `final_learning_rate` at the last step; False stays at the peak.
+        decay: fall linearly to `final_learning_rate` at the last step; False keeps the peak rate.
         final_learning_rate: where the decay ends.
         betas, weight_decay: of AdamW.
         max_gradient_norm: gradients are scaled down to it.
@@ -298,12 +298,12 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is looked at while training.
+    """Evaluation during training.
 
     Args:
-        every: optimiser steps between two evaluations on the held-out clips; 0 evaluates at the end alone.
+        every: optimizer steps between two evaluations on the held-out clips; 0 evaluates only at the end.
         sigmas: the noise levels of every held-out clip.
-        sample_every: optimiser steps between two pairs of sample videos, dense and sparse; 0 makes none.
+        sample_every: optimizer steps between two pairs of sample videos, dense and sparse; 0 makes none.
         sampling_steps: Euler steps of a sample.
         warn_gap: warn when the sparse held-out loss is this share above the dense one, and further than last time.
     """
@@ -325,11 +325,11 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """What is kept.
+    """Checkpoints.
 
     Args:
-        every: optimiser steps between two checkpoints; one is written at the end in any case.
-        keep: how many of the latest are kept, beside the one of the lowest held-out loss.
+        every: optimizer steps between two checkpoints; one is written at the end in any case.
+        keep: how many of the latest to keep, in addition to the one with the lowest held-out loss.
     """
 
     every: int = 250
@@ -342,11 +342,11 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class FaultSettings:
-    """What is done about losses and data that are wrong.
+    """How to handle bad losses and unreadable data.
 
     Args:
-        spike_factor: a loss of so many times the median of the last 50 counts as a spike.
-        max_skipped: stop after so many steps in a row without a good loss or a readable batch.
+        spike_factor: a loss of this many times the median of the last 50 counts as a spike.
+        max_skipped: stop after this many steps in a row without a good loss or a readable batch.
     """
 
     spike_factor: float = 10.0

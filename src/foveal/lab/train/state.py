@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the weights: the optimiser, the schedule, the average, random numbers; to and fro.
+"""What a checkpoint holds beside the weights: the optimizer, the schedule, the average, random numbers; to and fro.
 
 Each is split into tensors, by name, and values that JSON holds.
 """
@@ -47,7 +47,7 @@ class RunState:
 
         Args:
             store: gets it.
-            step: optimiser steps taken.
+            step: optimizer steps taken.
             config: the run's settings, for people and for comparison.
             held_out_loss: of this state, if it was evaluated.
 
@@ -83,7 +83,7 @@ class RunState:
         """The inverse of `save`; every process calls it.
 
         Args:
-            checkpoint: of this run, or of one with the same data, parameters and optimiser.
+            checkpoint: of this run, or of one with the same data, parameters and optimizer.
             say: gets a line where the number of processes has changed.
 
         Raises:
@@ -122,7 +122,7 @@ class RunState:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the optimiser's state as "key/parameter name"."""
+    """Tensors of the optimizer's state as "key/parameter name"."""
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
@@ -130,7 +130,7 @@ def optimizer_tensors(
 
 
 def optimizer_values(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Any]:
-    """What is no tensor in the optimiser's state, by parameter name.
+    """What is no tensor in the optimizer's state, by parameter name.
 
     The groups' settings are not in it: the run's configuration has them, and may change.
     """

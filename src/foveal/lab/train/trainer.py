@@ -28,6 +28,7 @@ from foveal.lab.train.model import (
     build_model,
     compile_blocks,
     load_transformer,
+    noise_shift,
     teaching,
     text_of,
     token_grid,
@@ -35,7 +36,7 @@ from foveal.lab.train.model import (
     transformer_fields,
     velocity,
 )
-from foveal.lab.train.objective import add_noise, flow_matching_loss, scheduler_shift
+from foveal.lab.train.objective import add_noise, flow_matching_loss
 from foveal.lab.train.optimization import (
     StepReport,
     build_optimizer,
@@ -122,7 +123,7 @@ class Trainer:
         self.data_settings = train_data.settings
         if config.evaluation.sample_every and self.data_settings["space"] == "latent" and not self._pipeline():
             raise ValueError("evaluation.sample_every needs a pipeline to decode latents with, and the data names none")
-        self.shift = _shift(config)
+        self.shift = noise_shift(config)
         device, sigma_range = self.accelerator.device, config.objective.sigma_range
         self.noise = NoiseAhead(seed=config.seed, shift=self.shift, sigma_range=sigma_range, device=device)
         self.held_out = HeldOut(held_out_data, config, self.accelerator)
@@ -445,17 +446,3 @@ class Trainer:
         with self.log.before_steps("read the checkpoint"):
             self.state.restore(checkpoint, self.log.say)
         self.step = self.saved_at = checkpoint.step
-
-
-def _shift(config: TrainingConfig) -> float:
-    """The noise schedule's shift: as set, or as the model's own scheduler has it."""
-    if config.objective.shift is not None:
-        return config.objective.shift
-    if config.model.path is None:
-        raise ValueError("objective.shift is needed with model.architecture: random weights have no scheduler")
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    # First: another family's scheduler would be refused for a reason that is not the real one.
-    transformer_fields(config.model)
-    # Any scheduler's: this class alone reads the file.
-    return scheduler_shift(FlowMatchEulerDiscreteScheduler.load_config(config.model.path, subfolder="scheduler"))

@@ -1,6 +1,6 @@
 """The page of `foveal ui`: pick a clip, a layer and a head, click a token, move the sliders.
 
-Needs gradio. The page is served to this machine alone unless asked otherwise; nothing is sent anywhere.
+It needs gradio. By default only this machine can reach the page, and nothing is sent anywhere.
 """
 
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ def presets() -> dict[str, Config]:
 
 
 def configuration(preset: str, keep: float, drop: float) -> Config:
-    """The configuration that the controls stand for; shares in per cent.
+    """The configuration that the controls stand for; shares in percent.
 
     Raises:
         ValueError: for an unknown preset, or shares that do not fit together.
@@ -57,7 +57,7 @@ def facts(seen: View, state: State, layer: str, head: int) -> str:
         ("blocks read exactly", f"{seen.kept} of {seen.blocks}"),
         ("this token's attention mass in them", f"{100 * seen.recall:.1f} %"),
         (f"mean over head {head} of {layer}", f"{100 * seen.head_recall:.1f} %"),
-        ("output error without fine-tuning, exact part alone", f"{100 * seen.head_error:.1f} %"),
+        ("output error without fine-tuning, exact part only", f"{100 * seen.head_error:.1f} %"),
         ("arithmetic, all parts, against dense", f"{100 * seen.work:.1f} %"),
     )
     lines = "".join(f"| {name} | {value} |\n" for name, value in rows)
