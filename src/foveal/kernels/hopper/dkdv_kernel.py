@@ -29,6 +29,7 @@ from foveal.kernels.hopper.linear_gradients import (
     store_halves,
 )
 from foveal.kernels.hopper.raster import return_gradient
+from foveal.kernels.hopper.ring import aggregate, base_value
 from foveal.kernels.hopper.tiles import (
     barriers,
     copy_rows,
@@ -58,14 +59,55 @@ def row_statistics_kernel(lse_ptr, delta_ptr, statistics_ptr, query_length, num_
     gl.store(place + 64, delta, mask=row < num_tiles * 64)
 
 
-@gluon.jit
-def copy_queries(query, grad, statistics, batch, head, tile, all_tiles, barrier, q, g, rows, wanted):
-    """Starts the copies of one query tile: Q, dO and its row statistics."""
-    BYTES: gl.constexpr = query.block_type.nbytes + grad.block_type.nbytes + statistics.block_type.nbytes
-    mbarrier.expect(barrier, BYTES, pred=wanted)
-    tma.async_copy_global_to_shared(query, [batch, head, tile * 64, 0], barrier, q, pred=wanted)
-    tma.async_copy_global_to_shared(grad, [batch, head, tile * 64, 0], barrier, g, pred=wanted)
-    tma.async_copy_global_to_shared(statistics, [(all_tiles + tile) * 128], barrier, rows, pred=wanted)
+@aggregate
+class QuerySource:
+    """Where query tiles come from: descriptors of Q, dO and the row statistics, which head, and its first tile."""
+
+    query: base_value
+    grad: base_value
+    statistics: base_value
+    batch: gl.tensor
+    head: gl.tensor
+    first_tile: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, query, grad, statistics, batch, head, first_tile):
+        self.query, self.grad, self.statistics = query, grad, statistics
+        self.batch, self.head, self.first_tile = batch, head, first_tile
+
+
+@aggregate
+class QueryRing:
+    """Query tiles in shared memory: Q and dO [SLOTS, 64, D], row statistics [SLOTS, 128], a barrier a slot."""
+
+    q: gl.shared_memory_descriptor
+    g: gl.shared_memory_descriptor
+    rows: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    SLOTS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, q, g, rows, full, SLOTS):
+        self.q, self.g, self.rows, self.full, self.SLOTS = q, g, rows, full, gl.constexpr(SLOTS)
+
+    @gluon.jit
+    def fill(self, slot, source, tile, wanted):
+        """Starts the copies of one query tile into a slot that nobody reads any more."""
+        BYTES: gl.constexpr = (
+            source.query.block_type.nbytes + source.grad.block_type.nbytes + source.statistics.block_type.nbytes
+        )
+        barrier = self.full.index(slot)
+        where = [source.batch, source.head, tile * 64, 0]
+        mbarrier.expect(barrier, BYTES, pred=wanted)
+        tma.async_copy_global_to_shared(source.query, where, barrier, self.q.index(slot), pred=wanted)
+        tma.async_copy_global_to_shared(source.grad, where, barrier, self.g.index(slot), pred=wanted)
+        first = (source.first_tile + tile) * 128
+        tma.async_copy_global_to_shared(source.statistics, [first], barrier, self.rows.index(slot), pred=wanted)
+
+    @gluon.jit
+    def wait(self, t):
+        """Waits until the t-th tile has arrived."""
+        mbarrier.wait(self.full.index(t % self.SLOTS), (t // self.SLOTS) & 1)
 
 
 @gluon.jit
@@ -75,8 +117,9 @@ def statistic(rows, WHICH: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def add_queries(q, g, rows, v, scores, grad_k, grad_v, scale_log2):
+def add_queries(queries, slot, v, scores, grad_k, grad_v, scale_log2):
     """Starts dV += P^T dO and dK += dS^T Q for one query tile, given its scores [64 keys, 64 queries]."""
+    q, g, rows = queries.q.index(slot), queries.g.index(slot), queries.rows.index(slot)
     score_layout: gl.constexpr = scores.type.layout
     column_layout: gl.constexpr = gl.SliceLayout(0, score_layout)
     operand_layout: gl.constexpr = gl.DotOperandLayout(0, grad_k.type.layout, 2)
@@ -170,35 +213,29 @@ def block_sparse_dkdv_kernel(
     fence_async_shared()
     copy_rows(key, batch, head, start_k, kv_full.index(0), k, True)
     copy_rows(value, batch, head, start_k, kv_full.index(1), v, True)
+    source = QuerySource(query, grad, statistics, batch, head, all_tiles)
+    queries = QueryRing(q, g, rows, full, SLOTS)
     list_ptr = row_ptr + gl.load(offset_ptr + column)
     listed = gl.load(count_ptr + column) * SPLIT
     count = gl.maximum(listed, 1)  # a key block that nobody attends to computes one tile and throws it away
     for i in gl.static_range(SLOTS):
         first = tile_start(list_ptr, i, listed, 1, SPLIT)
-        copy_queries(
-            query, grad, statistics, batch, head, first, all_tiles, full.index(i), q.index(i), g.index(i),
-            rows.index(i), i < count,
-        )  # fmt: skip
+        queries.fill(i, source, first, i < count)
     zeros = gl.zeros([64, 64], gl.float32, score_layout)
     grad_k = gl.zeros([64, head_dim], gl.float32, acc_layout)
     grad_v = gl.zeros([64, head_dim], gl.float32, acc_layout)
     mbarrier.wait(kv_full.index(0), 0)
-    mbarrier.wait(full.index(0), 0)
+    queries.wait(0)
     scores = warpgroup_mma(k, q.index(0).permute((1, 0)), zeros, use_acc=False)
     mbarrier.wait(kv_full.index(1), 0)
     for t in range(count - 1):
         slot, following = t % SLOTS, (t + 1) % SLOTS
         refill = tile_start(list_ptr, t + SLOTS, count, 1, SPLIT)
-        sums_k, sums_v = add_queries(
-            q.index(slot), g.index(slot), rows.index(slot), v, scores, grad_k, grad_v, scale_log2
-        )
-        mbarrier.wait(full.index(following), ((t + 1) // SLOTS) & 1)
+        sums_k, sums_v = add_queries(queries, slot, v, scores, grad_k, grad_v, scale_log2)
+        queries.wait(t + 1)
         scores = warpgroup_mma(k, q.index(following).permute((1, 0)), zeros, use_acc=False, is_async=True)
         grad_v, grad_k = warpgroup_mma_wait(1, deps=[sums_v, sums_k])
-        copy_queries(
-            query, grad, statistics, batch, head, refill, all_tiles, full.index(slot), q.index(slot), g.index(slot),
-            rows.index(slot), t + SLOTS < count,
-        )  # fmt: skip
+        queries.fill(slot, source, refill, t + SLOTS < count)
         scores = warpgroup_mma_wait(0, deps=[scores])
     slot = (count - 1) % SLOTS
     if FEATURE_MAP is not None:
@@ -214,7 +251,7 @@ def block_sparse_dkdv_kernel(
             tma.async_copy_global_to_shared(
                 grad_state, [pair, block * state_step, HALF_WIDTH, 0], state_full.index(0), state_1
             )
-    sums_k, sums_v = add_queries(q.index(slot), g.index(slot), rows.index(slot), v, scores, grad_k, grad_v, scale_log2)
+    sums_k, sums_v = add_queries(queries, slot, v, scores, grad_k, grad_v, scale_log2)
     grad_v, grad_k = warpgroup_mma_wait(0, deps=[sums_v, sums_k])
     # Padding keys stay in their own rows of S^T, so they need no mask before the end.
     valid = 64

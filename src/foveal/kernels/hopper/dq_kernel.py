@@ -14,8 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from foveal.kernels.hopper.forward_kernel import tile_start, tile_valid
 from foveal.kernels.hopper.raster import return_gradient
+from foveal.kernels.hopper.ring import aggregate, base_value, key_walk, ring
 from foveal.kernels.hopper.tiles import (
     barriers,
     clear_rows,
@@ -29,105 +29,152 @@ from foveal.kernels.hopper.tiles import (
 from foveal.kernels.triton.await_previous import await_previous
 
 
+@aggregate
+class QueryRows:
+    """The 64 queries of one consumer warpgroup.
+
+    q, g: Q and dO in shared memory; both arrive at the barrier `full`. statistics_ptr: 64 LSEs and then 64 deltas.
+    batch, head, pair, start: which queries these are. query_length: tokens of a head.
+    """
+
+    q: gl.shared_memory_descriptor
+    g: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    statistics_ptr: gl.tensor
+    batch: gl.tensor
+    head: gl.tensor
+    pair: gl.tensor
+    start: gl.tensor
+    query_length: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, q, g, full, statistics_ptr, batch, head, pair, start, query_length):
+        self.q, self.g, self.full, self.statistics_ptr = q, g, full, statistics_ptr
+        self.batch, self.head, self.pair, self.start, self.query_length = batch, head, pair, start, query_length
+
+
+@aggregate
+class Scores:
+    """What turns a product of Q and K into dS: the softmax scale, also in log2 units, and how padding is masked.
+
+    With TAIL each key block has `uniform` keys, eight fewer than a tile at most, and zeros behind them.
+    """
+
+    scale: gl.tensor
+    scale_log2: gl.tensor
+    uniform: gl.tensor
+    TAIL: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, scale, scale_log2, uniform, TAIL):
+        self.scale, self.scale_log2, self.uniform, self.TAIL = scale, scale_log2, uniform, gl.constexpr(TAIL)
+
+
+@aggregate
+class QueryGradient:
+    """Where dQ goes. With a `video` (gradients of pooled queries, places, sizes) tensors stand in tile order and the
+    target, a pointer with strides then, in raster order, with so many tokens; else the target is a descriptor.
+    """
+
+    target: base_value
+    video: base_value
+    strides: base_value
+    video_length: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, target, video, strides, video_length):
+        self.target, self.video_length = target, video_length
+        self.video, self.strides = (gl.constexpr(x) if x is None else x for x in (video, strides))
+
+
 @gluon.jit
-def load_key_tiles(
-    key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,
-    SPLIT: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
-):  # fmt: skip
+def load_key_tiles(key, value, batch, head, walk, k, v):
     """The producer warp: tiles of K and V through their rings."""
-    tile_k: gl.constexpr = key.block_type.shape[2]
-    for t in range(count):
-        k_slot, v_slot = t % K_SLOTS, t % V_SLOTS
-        start = tile_start(list_ptr, t, count, tile_k, SPLIT)
-        mbarrier.wait(k_empty.index(k_slot), (t // K_SLOTS + 1) & 1)
-        copy_rows(key, batch, head, start, k_full.index(k_slot), k.index(k_slot), True)
-        mbarrier.wait(v_empty.index(v_slot), (t // V_SLOTS + 1) & 1)
-        copy_rows(value, batch, head, start, v_full.index(v_slot), v.index(v_slot), True)
+    for t in range(walk.count):
+        start = walk.start(t)
+        k.fill(t, key, batch, head, start)
+        v.fill(t, value, batch, head, start)
 
 
 @gluon.jit
 def sum_query_gradient(
-    q, g, q_full, k, v, k_full, k_empty, v_full, v_empty, cleared, added_full, grad_query, statistics_ptr, list_ptr,
-    size_ptr, video, video_strides, video_length, pair, batch, head, start_q, query_length, key_length, count, scale,
-    scale_log2, uniform,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, HAS_SIZES: gl.constexpr, TAIL: gl.constexpr, K_SLOTS: gl.constexpr,
-    V_SLOTS: gl.constexpr, ADD: gl.constexpr, PLACE: gl.constexpr,
-):  # fmt: skip
+    rows, walk, k, v, cleared, added_full, out, score, BLOCK_Q: gl.constexpr, ADD: gl.constexpr, PLACE: gl.constexpr
+):
     """One consumer warpgroup: dQ of 64 queries; ADD adds it to what stands there.
 
     PLACE is "alone", or of two that share tiles "first" or "second": the first clears padding keys, the second
     waits until they are clear, at `cleared`, a barrier a slot (anything where no one waits).
     """
-    tile_k: gl.constexpr = k.shape[1]
-    head_dim: gl.constexpr = k.shape[2]
-    SPLIT: gl.constexpr = BLOCK_K // tile_k
+    tile_k: gl.constexpr = k.tiles.shape[1]
+    head_dim: gl.constexpr = k.tiles.shape[2]
+    q, g = rows.q, rows.g
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tile_k, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, head_dim, 16])
     operand_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     row = gl.arange(0, 64, gl.SliceLayout(1, score_layout))
-    lse = gl.expand_dims(gl.load(statistics_ptr + row), 1)
-    delta = gl.expand_dims(gl.load(statistics_ptr + 64 + row), 1)
+    lse = gl.expand_dims(gl.load(rows.statistics_ptr + row), 1)
+    delta = gl.expand_dims(gl.load(rows.statistics_ptr + 64 + row), 1)
     zeros = gl.zeros([64, tile_k], gl.float32, score_layout)
     grad_q = gl.zeros([64, head_dim], gl.float32, acc_layout)
     # Without sizes only the last tile can be partial. With them, sizes are fetched one tile ahead, list entries two.
     valid = tile_k
     next_start = 0
-    if HAS_SIZES:
-        valid = tile_valid(size_ptr, tile_start(list_ptr, 0, count, tile_k, SPLIT), key_length, BLOCK_K, HAS_SIZES)
-        next_start = tile_start(list_ptr, 1, count, tile_k, SPLIT)
+    if walk.HAS_SIZES:
+        valid = walk.valid(walk.start(0))
+        next_start = walk.start(1)
         last_valid = valid
     else:
-        last_valid = key_length - tile_start(list_ptr, gl.maximum(count - 1, 0), count, tile_k, SPLIT)
+        last_valid = walk.key_length - walk.start(gl.maximum(walk.count - 1, 0))
     clearings = 0  # a bit a slot: whether it was cleared an odd number of times
-    mbarrier.wait(q_full, 0)
-    for t in range(count):
-        k_slot, v_slot = t % K_SLOTS, t % V_SLOTS
-        mbarrier.wait(k_full.index(k_slot), (t // K_SLOTS) & 1)
-        scores = warpgroup_mma(q, k.index(k_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(v_slot), (t // V_SLOTS) & 1)
-        products = warpgroup_mma(g, v.index(v_slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(rows.full, 0)
+    for t in range(walk.count):
+        k.wait(t)
+        scores = warpgroup_mma(q, k.tile(t).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        v.wait(t)
+        products = warpgroup_mma(g, v.tile(t).permute((1, 0)), zeros, use_acc=False, is_async=True)
         next_valid = valid
-        if HAS_SIZES:
-            next_valid = tile_valid(size_ptr, next_start, key_length, BLOCK_K, HAS_SIZES)
-            next_start = tile_start(list_ptr, t + 2, count, tile_k, SPLIT)
-        elif t == count - 1:
+        if walk.HAS_SIZES:
+            next_valid = walk.valid(next_start)
+            next_start = walk.start(t + 2)
+        elif t == walk.count - 1:
             valid = last_valid
         scores = warpgroup_mma_wait(1, deps=[scores])
-        p = gl.exp2(scores * scale_log2 - lse)
+        p = gl.exp2(scores * score.scale_log2 - lse)
         scheduling_fence(t)
         products, p = warpgroup_mma_wait(0, deps=[products, p])
-        mbarrier.arrive(v_empty.index(v_slot), count=1)
+        v.release(t)
         ds = p * (products - delta)
-        if TAIL:
-            ds = keep_tail(ds, uniform, 0.0)
+        if score.TAIL:
+            ds = keep_tail(ds, score.uniform, 0.0)
         else:
             if valid < tile_k:
                 ds = keep_columns(ds, valid, 0.0)
-                if HAS_SIZES:
+                if walk.HAS_SIZES:
+                    slot = t % k.SLOTS
                     if PLACE == "second":
-                        mbarrier.wait(cleared.index(k_slot), (clearings >> k_slot) & 1)
-                        clearings ^= 1 << k_slot
+                        mbarrier.wait(cleared.index(slot), (clearings >> slot) & 1)
+                        clearings ^= 1 << slot
                     else:
-                        clear_rows(k.index(k_slot), valid)
+                        clear_rows(k.tile(t), valid)
                     if PLACE == "first":
-                        mbarrier.arrive(cleared.index(k_slot), count=1)
+                        mbarrier.arrive(cleared.index(slot), count=1)
         ds = gl.convert_layout(ds.to(q.dtype), operand_layout)
-        sums = warpgroup_mma(ds, k.index(k_slot), grad_q, is_async=True)
+        sums = warpgroup_mma(ds, k.tile(t), grad_q, is_async=True)
         grad_q = warpgroup_mma_wait(0, deps=[sums])
-        mbarrier.arrive(k_empty.index(k_slot), count=1)
+        k.release(t)
         valid = next_valid
-    grad_q *= scale
+    grad_q *= score.scale
     if ADD:
-        copy_rows(grad_query, batch, head, start_q, added_full, g, True)
+        copy_rows(out.target, rows.batch, rows.head, rows.start, added_full, g, True)
         mbarrier.wait(added_full, 0)
         grad_q += g.load(acc_layout).to(gl.float32)
-    if video is not None:
+    if out.video is not None:
         return_gradient(
-            grad_q, q, grad_query, video_strides, video[0], video[1], video[2], batch, head, pair, start_q,
-            query_length, video_length, video_length, BLOCK_Q,
+            grad_q, q, out.target, out.strides, out.video[0], out.video[1], out.video[2], rows.batch, rows.head,
+            rows.pair, rows.start, rows.query_length, out.video_length, out.video_length, BLOCK_Q,
         )  # fmt: skip
     else:
-        store_rows(grad_query, batch, head, start_q, grad_q, q)
+        store_rows(out.target, rows.batch, rows.head, rows.start, grad_q, q)
         tma.store_wait(0)
 
 
@@ -148,7 +195,6 @@ def block_sparse_dq_kernel(
     head_dim: gl.constexpr = query.block_type.shape[3]
     tile_k: gl.constexpr = key.block_type.shape[2]
     dtype: gl.constexpr = query.dtype
-    SPLIT: gl.constexpr = BLOCK_K // tile_k
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
 
     start_q = gl.program_id(0) * 64 * CONSUMERS
@@ -159,12 +205,11 @@ def block_sparse_dq_kernel(
     statistics_ptr += (pair * num_query_blocks * BLOCK_Q + start_q) * 2
     q = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, head_dim], tile_layout)
     g = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, head_dim], tile_layout)
-    k = gl.allocate_shared_memory(dtype, [K_SLOTS, tile_k, head_dim], tile_layout)
-    v = gl.allocate_shared_memory(dtype, [V_SLOTS, tile_k, head_dim], tile_layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [K_SLOTS, tile_k, head_dim], tile_layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [V_SLOTS, tile_k, head_dim], tile_layout)
     q_full = barriers(1 + CONSUMERS, 1)  # one of Q and dO, and for ADD one a consumer
-    k_full, k_empty = barriers(K_SLOTS, 1), barriers(K_SLOTS, CONSUMERS)
-    v_full, v_empty = barriers(V_SLOTS, 1), barriers(V_SLOTS, CONSUMERS)
-    cleared = k_empty
+    k, v = ring(k_tiles, CONSUMERS), ring(v_tiles, CONSUMERS)
+    cleared = k.empty
     if HAS_SIZES and CONSUMERS == 2:
         cleared = barriers(K_SLOTS, 1)
     fence_async_shared()
@@ -178,47 +223,33 @@ def block_sparse_dq_kernel(
         size_ptr += batch * size_stride
     else:
         size_ptr = count_ptr
-    count = gl.load(count_ptr + row) * SPLIT
-    if SPLIT > 1 and not HAS_SIZES:
-        # The last key block may end before its second tile.
-        last_start = tile_start(list_ptr, count - 1, count, tile_k, SPLIT)
-        count = gl.where((count > 0) & (last_start >= key_length), count - 1, count)
+    walk = key_walk(list_ptr, size_ptr, gl.load(count_ptr + row), key_length, tile_k, BLOCK_K, HAS_SIZES)
+    score = Scores(scale, scale_log2, uniform, TAIL)
+    rows = QueryRows(q.index(0), g.index(0), q_full.index(0), statistics_ptr, batch, head, pair, start_q, query_length)
+    out = QueryGradient(grad_query, video, grad_query_strides, video_length)
     if CONSUMERS == 1:
-        gl.warp_specialize([
-            (sum_query_gradient, (
-                q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
-                cleared, q_full.index(1), grad_query, statistics_ptr, list_ptr, size_ptr, video, grad_query_strides,
-                video_length, pair, batch, head, start_q, query_length, key_length, count, scale, scale_log2, uniform,
-                BLOCK_Q, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD, "alone",
-            )),
-            (load_key_tiles, (
-                key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,
-                SPLIT, K_SLOTS, V_SLOTS,
-            )),
-        ], [1], [24])  # fmt: skip
+        gl.warp_specialize(
+            [
+                (sum_query_gradient, (rows, walk, k, v, cleared, q_full.index(1), out, score, BLOCK_Q, ADD, "alone")),
+                (load_key_tiles, (key, value, batch, head, walk, k, v)),
+            ],
+            [1],
+            [24],
+        )
     else:
-        gl.warp_specialize([
-            (sum_query_gradient, (
-                q.index(0), g.index(0), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
-                cleared, q_full.index(1), grad_query, statistics_ptr, list_ptr, size_ptr, video, grad_query_strides,
-                video_length, pair, batch, head, start_q, query_length, key_length, count, scale, scale_log2, uniform,
-                BLOCK_Q, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD, "first",
-            )),
-            (sum_query_gradient, (
-                q.index(1), g.index(1), q_full.index(0), k, v, k_full, k_empty, v_full, v_empty,
-                cleared, q_full.index(2), grad_query, statistics_ptr + 128, list_ptr, size_ptr, video,
-                grad_query_strides, video_length, pair, batch, head, start_q + 64, query_length, key_length, count,
-                scale, scale_log2, uniform, BLOCK_Q, BLOCK_K, HAS_SIZES, TAIL, K_SLOTS, V_SLOTS, ADD, "second",
-            )),
-            (load_key_tiles, (
-                key, value, batch, head, list_ptr, count, k, v, k_full, k_empty, v_full, v_empty,
-                SPLIT, K_SLOTS, V_SLOTS,
-            )),
-        ], [4, 1], [240, 24])  # fmt: skip
+        more_ptr, more_start = statistics_ptr + 128, start_q + 64
+        more = QueryRows(q.index(1), g.index(1), q_full.index(0), more_ptr, batch, head, pair, more_start, query_length)
+        gl.warp_specialize(
+            [
+                (sum_query_gradient, (rows, walk, k, v, cleared, q_full.index(1), out, score, BLOCK_Q, ADD, "first")),
+                (sum_query_gradient, (more, walk, k, v, cleared, q_full.index(2), out, score, BLOCK_Q, ADD, "second")),
+                (load_key_tiles, (key, value, batch, head, walk, k, v)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
     retire(q_full)
-    retire(k_full)
-    retire(k_empty)
-    retire(v_full)
-    retire(v_empty)
+    k.retire()
+    v.retire()
     if HAS_SIZES and CONSUMERS == 2:
         retire(cleared)
