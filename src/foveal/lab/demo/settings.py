@@ -80,7 +80,7 @@ class DemoSettings:
             fine_tune_steps=300,
             learning_rate=1e-3,
             fine_tune_learning_rate=5e-4,
-            new_learning_rate=6e-3,
+            new_learning_rate=5e-4,  # at 6e-3 SLA ended 1.1 % worse: docs/evidence.md
             sampling_steps=32,
             evaluations=10,
         )
