@@ -10,20 +10,56 @@ import torch
 from torch import Tensor
 
 
-def cached_constant(function):
-    """Compute once per set of arguments. `torch.compile` takes the result as a constant instead of tracing the cache.
+_constants: list[dict[tuple, Any]] = []
+MOST_CONSTANTS = 64  # of one function
 
-    Never runs in inference mode: autograd would refuse cached tensors from there if the caller trains later.
+
+def cached_constant(function):
+    """Computes once per arguments; `torch.compile` takes the result as it is, where it would trace through a cache.
+
+    Never in inference mode: whoever trains after a first call there would meet tensors that autograd refuses. While
+    tensors are traced as fakes or functional ones (`torch.export`, say), or a CUDA graph is captured, the cache is left
+    out: what is made then is of no use afterwards. `clear_constants` empties all caches.
     """
-    cached = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(function))
+    make = torch.inference_mode(False)(function)
+    known: dict[tuple, Any] = {}
+    _constants.append(known)
 
     @functools.wraps(function)
     def call(*arguments):
-        return cached(*arguments)
+        if _traced():
+            return make(*arguments)
+        result = known.get(arguments, known)
+        if result is known:
+            result = make(*arguments)
+            if not _capturing():
+                if len(known) >= MOST_CONSTANTS:
+                    known.clear()
+                known[arguments] = result
+        return result
 
-    # The same as torch.compiler.assume_constant_result, which would import torch._dynamo and with it Triton.
+    # All that torch.compiler.assume_constant_result does, which would import torch._dynamo, and Triton with it.
     call._dynamo_marked_constant = True
     return call
+
+
+def clear_constants() -> None:
+    """Forgets what every `cached_constant` has computed."""
+    for known in _constants:
+        known.clear()
+
+
+def _traced() -> bool:
+    """Whether tensors that are made now are fakes, functional ones or proxies."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return any(getattr(mode, "_mode_key", None) is not None for mode in _get_current_dispatch_mode_stack())
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def check_choice(name: str, value: Any, valid: tuple[str, ...]) -> None:

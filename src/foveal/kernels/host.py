@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.checks import clear_constants
+
 MOST = 1024  # entries of a cache before it starts anew
 
 # Launchers by their kernels' identities, and every other cache that `clear` empties.
@@ -304,8 +306,9 @@ class Launcher:
 
 
 def clear() -> None:
-    """Empties every cache of this file: compiled variants, descriptors, streams and facts about devices."""
+    """Empties every cache: compiled variants, descriptors, streams, facts about devices, and constant tensors."""
     for cache in _CACHES:
         cache.clear()
     for function in (capability, has_tma, starts_early, num_sms, side_stream):
         function.cache_clear()
+    clear_constants()
