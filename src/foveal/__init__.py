@@ -8,6 +8,7 @@ from foveal.blocks import BlockSelection
 from foveal.kernels.api import block_sparse_attention, select_blocks
 from foveal.layout import VideoGrid
 from foveal.methods.cost import attention_cost
+from foveal.methods.explain import Explanation, explain
 from foveal.methods.sla.attention import SparseLinearAttention, sla_attention
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.vsa.attention import VideoSparseAttention, vsa_attention
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockSelection",
+    "Explanation",
     "Policy",
     "SLAConfig",
     "SparseLinearAttention",
@@ -45,6 +47,7 @@ __all__ = [
     "context_parallel_attention",
     "dense",
     "densify",
+    "explain",
     "export_checkpoint",
     "get_policy",
     "load",

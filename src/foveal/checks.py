@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 _constants: list[dict[tuple, Any]] = []
 MOST_CONSTANTS = 64  # of one function
 

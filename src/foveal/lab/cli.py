@@ -71,7 +71,7 @@ class Bench:
     quick: bool = False
     """480p alone, fewer repetitions, no FlexAttention, forward and backward apart."""
     shapes: tuple[str, ...] = ()
-    """Some of 480p, 720p, paper and d64; all of them otherwise."""
+    """Some of 480p, 720p, paper, d64 (the default, together `long`), 4k, 8k, and 16k (together `short`)."""
     output: Path = Path("benchmarks/results")
     """The folder to write figures and plot into."""
     only: str | None = None

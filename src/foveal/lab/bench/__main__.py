@@ -9,14 +9,16 @@ from pathlib import Path
 from foveal.kernels.api import IMPLS
 from foveal.lab.bench.report import bench
 from foveal.lab.bench.run import BenchSettings
-from foveal.lab.bench.shapes import SHAPES
+from foveal.lab.bench.shapes import SHAPE_SETS, SHAPES
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0 if all went well, 1 if a candidate of ours failed, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m foveal.lab.bench", description="Check and time attention.")
     parser.add_argument("--quick", action="store_true", help="480p alone, fewer repetitions, no FlexAttention")
-    parser.add_argument("--shapes", nargs="+", default=[], metavar="NAME", help=f"some of {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--shapes", nargs="+", default=[], metavar="NAME", help=f"some of {', '.join((*SHAPES, *SHAPE_SETS))}"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="the folder to write into")
     parser.add_argument("--only", help="kernels or methods")
     parser.add_argument("--impl", nargs="+", default=[], metavar="NAME", help=f"some of {', '.join(IMPLS)}")

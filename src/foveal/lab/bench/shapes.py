@@ -41,8 +41,13 @@ SHAPES = {
         Shape("720p", 1, 12, VideoGrid(21, 45, 80), 128),
         Shape("paper", 2, 16, VideoGrid(21, 30, 52), 128),
         Shape("d64", 1, 24, VideoGrid(21, 30, 52), 64),
+        Shape("4k", 1, 12, VideoGrid(4, 32, 32), 128),
+        Shape("8k", 1, 12, VideoGrid(8, 32, 32), 128),
+        Shape("16k", 1, 12, VideoGrid(16, 32, 32), 128),
     )
 }
+# Names for several shapes. Short sequences show what a call costs the host, and where dense attention is faster.
+SHAPE_SETS = {"long": ("480p", "720p", "paper", "d64"), "short": ("4k", "8k", "16k")}
 
 
 def shape_of_length(length: int) -> Shape:

@@ -5,7 +5,7 @@ rested: a few calls at a time after a pause, with the L2 cache flushed before ea
     dropped. The device is kept busy until the host is ahead with its launches, as in the middle of a model. This is
     device time, including gaps between kernels.
 sustained: the mean time of calls back to back, with warm caches and launches included.
-host: the time until a call returns on an idle device, which is the cost of its launches.
+host: the time until a call returns, queued behind other work, which is the cost of its launches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Function = Callable[[], object]
 FLUSH_BYTES = 2**28
 # Writes before a burst, about 6 ms of them on an H100. While they run, the host gets ahead with its launches.
 FLUSHES_AHEAD = 64
-HOST_CALLS = 9
+# The host's clock counts so many calls, a few at a time behind the writes that keep the device busy meanwhile.
+HOST_CALLS, HOST_BATCH = 200, 8
 
 
 class Timer(Protocol):
@@ -80,9 +81,11 @@ class CudaTimer:
 
     def host(self, function: Function) -> float:
         times = []
-        for _ in range(HOST_CALLS):
+        for _ in range(HOST_CALLS // HOST_BATCH):
             torch.cuda.synchronize(self.device)
-            times.append(_host_milliseconds(function))
+            for _ in range(FLUSHES_AHEAD):
+                self._flush.zero_()
+            times += [_host_milliseconds(function) for _ in range(HOST_BATCH)]
         torch.cuda.synchronize(self.device)
         return statistics.median(times)
 

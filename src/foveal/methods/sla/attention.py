@@ -213,8 +213,8 @@ class Projection(nn.Module):
 
     They stay in float32 when the model around them is cast to lower precision: they take small steps from zero, which
     bfloat16 would round away. They are read by a call, so that offloading, which fetches a module's parameters when the
-    module is called, fetches these. The call gives copies: group offloading takes the data out of the parameters again
-    right after it, and with a stream of its own fills their memory while kernels may still read it.
+    module is called, fetches these. Where hooks wrap the call, it gives copies: group offloading takes the data out of
+    the parameters again right after it, and with a stream of its own fills their memory while kernels may still read.
     """
 
     def __init__(self, head_dim: int) -> None:
@@ -223,7 +223,17 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(head_dim, dtype=torch.float32))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        return self.weight.clone(), self.bias.clone()
+        if self._may_lose_its_memory():
+            return self.weight.clone(), self.bias.clone()
+        return self.weight, self.bias
+
+    def _may_lose_its_memory(self) -> bool:
+        """Whether someone wraps this module's calls, or the parameters are parts of a larger one (FSDP)."""
+        wrapped = "forward" in self.__dict__ or self._forward_hooks or self._forward_pre_hooks
+        if wrapped or torch.compiler.is_compiling():
+            return True
+        tensors = (self.weight, self.bias)
+        return any(type(x) is not nn.Parameter or x.untyped_storage().nbytes() != x.nbytes for x in tensors)
 
     def _apply(self, fn, recurse=True):
         def keep_float32(tensor: Tensor) -> Tensor:
@@ -250,6 +260,7 @@ class SparseLinearAttention(nn.Module):
         proj: weight [D, D] and bias [D], shared by the heads, float32, zero at the start, so that the module first
             equals block-sparse attention; None without a projection or linear branch. That its weight starts at zero
             is no bug: its gradient does not, and the linear branch grows in.
+        last_impl: the implementation that the last eager call ran; None before.
         feature_weight: [D, D], the identity at the start, for feature_map "hedgehog"; else None.
     """
 
@@ -260,6 +271,7 @@ class SparseLinearAttention(nn.Module):
             raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
         check_choice("impl", impl, IMPLS)
         self.head_dim, self.config, self.impl = head_dim, config, impl
+        self.last_impl: str | None = None
         linear = config.linear_scope != "none"
         self.proj = Projection(head_dim) if linear and config.projection else None
         hedgehog = linear and config.feature_map == "hedgehog"
@@ -284,11 +296,12 @@ class SparseLinearAttention(nn.Module):
         if query.shape[-1] != self.head_dim:
             raise ValueError(f"query must have head_dim {self.head_dim}, got {query.shape[-1]}")
         weight, bias = (None, None) if self.proj is None else self.proj()
-        return sla_attention(
+        config = self.config if config is None else config
+        output = sla_attention(
             query,
             key,
             value,
-            config=self.config if config is None else config,
+            config=config,
             selection=selection,
             proj_weight=weight,
             proj_bias=bias,
@@ -298,6 +311,14 @@ class SparseLinearAttention(nn.Module):
             kv_lengths=kv_lengths,
             impl=self.impl,
         )
+        if not torch.compiler.is_compiling():
+            self.last_impl = resolve_impl(self.impl, query, key, value, *self.kernel_blocks(config, grid))
+        return output
+
+    @staticmethod
+    def kernel_blocks(config: SLAConfig, grid: VideoGrid | None) -> tuple[int, int]:
+        """Tokens of the query and key blocks that kernels get."""
+        return config.block_q, config.block_k
 
     def select(
         self,

@@ -163,6 +163,7 @@ class VideoSparseAttention(nn.Module):
     Attributes:
         to_gate_coarse: Linear(hidden_dim, H * D), zero at the start, so that a retrofitted layer first equals its
             fine branch.
+        last_impl: the implementation that the last eager call ran; None before.
         to_gate_fine: the same for the fine branch, the constant 1 at the start; None unless config.fine_gate, and
             the gate is then fixed at 1.
     """
@@ -178,6 +179,7 @@ class VideoSparseAttention(nn.Module):
         check_choice("impl", impl, IMPLS)
         self.hidden_dim, self.num_heads, self.head_dim = hidden_dim, num_heads, head_dim
         self.config, self.impl = config, impl
+        self.last_impl: str | None = None
         self.to_gate_coarse = nn.Linear(hidden_dim, num_heads * head_dim)
         nn.init.zeros_(self.to_gate_coarse.weight)
         nn.init.zeros_(self.to_gate_coarse.bias)
@@ -229,11 +231,12 @@ class VideoSparseAttention(nn.Module):
             gates = self.gates(hidden_states)
         elif hidden_states is not None:
             raise ValueError("gates stand in for hidden_states; give one of them")
-        return vsa_attention(
+        config = self.config if config is None else config
+        output = vsa_attention(
             query,
             key,
             value,
-            config=self.config if config is None else config,
+            config=config,
             grid=grid,
             gate_coarse=gates[0],
             gate_fine=gates[1],
@@ -241,6 +244,17 @@ class VideoSparseAttention(nn.Module):
             kv_lengths=kv_lengths,
             impl=self.impl,
         )
+        if not torch.compiler.is_compiling():
+            self.last_impl = resolve_impl(self.impl, query, key, value, *self.kernel_blocks(config, grid))
+        return output
+
+    @staticmethod
+    def kernel_blocks(config: VSAConfig, grid: VideoGrid | None) -> tuple[int, int]:
+        """Tokens of the query and key blocks that kernels get: a cube's slot."""
+        if grid is None:
+            raise ValueError("layout is required for a VSAConfig: its cubes are the blocks, got None")
+        slot = slot_size(resolve_tile(config, grid))
+        return slot, slot
 
     def select(
         self,

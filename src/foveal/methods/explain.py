@@ -1,0 +1,53 @@
+"""`explain`: which implementation a call would run, and why not each faster one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from foveal.checks import validate_qkv
+from foveal.kernels.api import BACKENDS, resolve_impl, why_not
+from foveal.layout import VideoGrid
+from foveal.methods.base import Config, method_of
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; printed, one line per implementation.
+
+    Args:
+        impl: the implementation that `impl="auto"` runs.
+        blocks: tokens of a query block and of a key block.
+        refused: (name, reason) of each faster implementation, the fastest first.
+    """
+
+    impl: str
+    blocks: tuple[int, int]
+    refused: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.impl} runs, in blocks of {self.blocks[0]}x{self.blocks[1]} tokens"]
+        return "\n".join([*lines, *(f"not {name}: {reason}" for name, reason in self.refused)])
+
+
+def explain(query: Tensor, key: Tensor, value: Tensor, config: Config, layout: VideoGrid | None = None) -> Explanation:
+    """Says which implementation a method would run on these tensors, and why not each faster one; runs nothing.
+
+    Args:
+        query, key, value: as the method takes them, [B, H, L, D].
+        config: an `SLAConfig` or a `VSAConfig`.
+        layout: the video's grid, where the method needs it (VSA: its cubes are the blocks).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    method = method_of(config)
+    validate_qkv(query, key, value)
+    if layout is not None and not isinstance(layout, VideoGrid):
+        raise TypeError(f"layout must be a VideoGrid, got {layout!r}")
+    blocks = method.module_type.kernel_blocks(config, layout)
+    impl = resolve_impl("auto", query, key, value, *blocks)
+    faster = BACKENDS[: BACKENDS.index(impl)] if impl in BACKENDS else BACKENDS
+    reasons = ((name, why_not(name, query, key, value, *blocks)) for name in faster)
+    return Explanation(impl, blocks, tuple((name, reason) for name, reason in reasons if reason is not None))
