@@ -57,6 +57,8 @@ class Door:
 DOORS = {
     # A variant that was compiled is launched by its own C launcher; Triton would look at every argument anew.
     "launch": Door("triton", ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")),
+    # Its C launcher is called without the hooks of profilers, where none are set.
+    "run": Door("triton", ("3.6", "3.9")),
     # A descriptor of a tensor that lies like an earlier one takes over that one's fields without their checks.
     "descriptor": Door("triton", ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")),
     # Whether a mode or a transform is active, from the stacks that torch keeps.
@@ -297,12 +299,36 @@ class Launcher:
             others = self._others[names] = tuple(name for name in names if name not in self.run_time)
         arguments = self._take(named)
         variant = (device, others, *[named[name] for name in others], *_facts(arguments, self.specialized))
-        compiled = self._variants.get(variant)
-        if compiled is None:
+        run = self._variants.get(variant)
+        if run is None:
             early = {"launch_pdl": True} if starts_early(device) else {}
-            self._variants[variant] = self.kernel[grid](**named, **early)
+            self._variants[variant] = _runner(self.kernel[grid](**named, **early), device)
         else:
-            compiled[(*grid, 1, 1)[:3]](*arguments, *[named[name] for name in self.constants])
+            run((*grid, 1, 1)[:3], (*arguments, *[named[name] for name in self.constants]))
+
+
+def _runner(compiled: Any, device: int) -> Callable[[tuple[int, int, int], tuple], None]:
+    """What launches a compiled variant on the current stream of this device, from its grid and all its parameters."""
+    from triton import knobs
+    from triton.compiler import CompiledKernel
+
+    def through_variant(grid: tuple[int, int, int], arguments: tuple) -> None:
+        compiled[grid](*arguments)
+
+    if not (DOORS["run"].open and isinstance(compiled, CompiledKernel)):
+        return through_variant
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    hooks, stream_of = knobs.runtime, torch._C._cuda_getCurrentRawStream
+
+    def at_once(grid: tuple[int, int, int], arguments: tuple) -> None:
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        # A profiler's hooks want what Triton prepares for them. An empty chain of hooks is none.
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            compiled[grid](*arguments)
+        else:
+            run(*grid, stream_of(device), function, metadata, None, None, None, *arguments)
+
+    return at_once
 
 
 def clear() -> None:

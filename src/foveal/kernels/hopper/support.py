@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 
@@ -49,13 +50,20 @@ def _why_not_device(device: torch.device) -> str | None:
 
 def copyable(x: Tensor) -> bool:
     """Whether TMA can read x [B, H, L, D] with the strides that it has."""
-    itemsize = x.element_size()
-    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    aligned = all(step > 0 and step * itemsize % COPY_ALIGNMENT == 0 for step in steps)
-    if x.stride(-1) != 1 or not aligned:
-        return False
     # torch.compile cannot trace an offset; the launchers look again, and copy what turns out not to fit.
-    return torch.compiler.is_compiling() or x.storage_offset() * itemsize % COPY_ALIGNMENT == 0
+    if torch.compiler.is_compiling():
+        return _strides_fit(x.shape, x.stride(), x.element_size())
+    if x.storage_offset() * x.element_size() % COPY_ALIGNMENT:
+        return False
+    return _strides_known(x.shape, x.stride(), x.element_size())
+
+
+def _strides_fit(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    steps = [stride for size, stride in zip(shape[:-1], strides[:-1], strict=True) if size > 1]
+    return strides[-1] == 1 and all(step > 0 and step * itemsize % COPY_ALIGNMENT == 0 for step in steps)
+
+
+_strides_known = functools.lru_cache(maxsize=256)(_strides_fit)
 
 
 def why_not(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> str | None:

@@ -158,14 +158,20 @@ def _by_masks(
         side = side_stream(key.device)  # the next group is prepared while one attends
     prepare(parts[0])
     for group, following in itertools.zip_longest(parts, parts[1:]):
-        part, count = slice(group.start, group.stop), len(group)
+        group_mask, group_h, group_z, group_sums = mask_of_pairs, h, z, sums
+        group_state, group_norm = state, norm
+        if len(parts) > 1:  # views cost the host time
+            part, count = slice(group.start, group.stop), len(group)
+            group_mask, group_h, group_z = mask_of_pairs[part], h[:count], z[:count]
+            if keep_states:
+                group_state, group_norm = state[part], norm[part]
+            else:
+                group_sums = sums[:count]
         if keep_states:
-            group_state, group_norm = state[part], norm[part]
-            torch.bmm(mask_of_pairs[part], h[:count], out=group_state.flatten(2))
-            masked_sum(mask_of_pairs[part], z[:count], group_norm)
+            torch.bmm(group_mask, group_h, out=group_state.flatten(2))
+            masked_sum(group_mask, group_z, group_norm)
         else:
-            group_sums = sums[:count]
-            torch.bmm(mask_of_pairs[part], h[:count], out=group_sums)
+            torch.bmm(group_mask, group_h, out=group_sums)
             group_state, group_norm = group_sums[..., :area].unflatten(2, square), group_sums[..., area:]
         if side is not None:
             side.wait_stream(torch.cuda.current_stream())  # h and z are free again
