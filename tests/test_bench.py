@@ -401,7 +401,7 @@ def test_file_name():
     [
         (["--device", "cpu"], "device 'cpu' needs a length"),
         (["--device", "tpu"], "unknown device 'tpu'"),
-        (["--shapes", "8k"], "unknown shape '8k'"),
+        (["--shapes", "5k"], "unknown shape '5k'"),
         (["--only", "everything", "--device", "cpu"], "unknown only 'everything'"),
         (["--impl", "cuda"], "unknown impl 'cuda'"),
         (["--device", "cpu", "--length", "64", "--shapes", "480p"], "give shapes or length"),

@@ -55,7 +55,9 @@ def copyable(x: Tensor) -> bool:
         return _strides_fit(x.shape, x.stride(), x.element_size())
     if x.storage_offset() * x.element_size() % COPY_ALIGNMENT:
         return False
-    return _strides_known(x.shape, x.stride(), x.element_size())
+    # The sizes of other kinds of tensors may be symbols, which no cache can look up.
+    fit = _strides_known if type(x) is Tensor else _strides_fit
+    return fit(x.shape, x.stride(), x.element_size())
 
 
 def _strides_fit(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
