@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.kernels.hopper.raster import return_gradient
-from foveal.kernels.hopper.ring import aggregate, base_value, key_walk, ring
+from foveal.kernels.hopper.ring import aggregate, key_walk, ring
 from foveal.kernels.hopper.tiles import (
     barriers,
     clear_rows,
@@ -70,23 +70,6 @@ class Scores:
         self.scale, self.scale_log2, self.uniform, self.TAIL = scale, scale_log2, uniform, gl.constexpr(TAIL)
 
 
-@aggregate
-class QueryGradient:
-    """Where dQ goes. With a `video` (gradients of pooled queries, places, sizes) tensors stand in tile order and the
-    target, a pointer with strides then, in raster order, with so many tokens; else the target is a descriptor.
-    """
-
-    target: base_value
-    video: base_value
-    strides: base_value
-    video_length: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, target, video, strides, video_length):
-        self.target, self.video_length = target, video_length
-        self.video, self.strides = (gl.constexpr(x) if x is None else x for x in (video, strides))
-
-
 @gluon.jit
 def load_key_tiles(key, value, batch, head, walk, k, v):
     """The producer warp: tiles of K and V through their rings."""
@@ -98,9 +81,14 @@ def load_key_tiles(key, value, batch, head, walk, k, v):
 
 @gluon.jit
 def sum_query_gradient(
-    rows, walk, k, v, cleared, added_full, out, score, BLOCK_Q: gl.constexpr, ADD: gl.constexpr, PLACE: gl.constexpr
-):
+    rows, walk, k, v, cleared, added_full, target, video, strides, video_length, score, BLOCK_Q: gl.constexpr,
+    ADD: gl.constexpr, PLACE: gl.constexpr,
+):  # fmt: skip
     """One consumer warpgroup: dQ of 64 queries; ADD adds it to what stands there.
+
+    With a `video` (gradients of pooled queries, places, sizes) tensors stand in tile order and the target, a pointer
+    with strides, in raster order with `video_length` tokens. These travel outside of an aggregate, which would unwrap a
+    stride that is 1.
 
     PLACE is "alone", or of two that share tiles "first" or "second": the first clears padding keys, the second
     waits until they are clear, at `cleared`, a barrier a slot (anything where no one waits).
@@ -165,16 +153,16 @@ def sum_query_gradient(
         valid = next_valid
     grad_q *= score.scale
     if ADD:
-        copy_rows(out.target, rows.batch, rows.head, rows.start, added_full, g, True)
+        copy_rows(target, rows.batch, rows.head, rows.start, added_full, g, True)
         mbarrier.wait(added_full, 0)
         grad_q += g.load(acc_layout).to(gl.float32)
-    if out.video is not None:
+    if video is not None:
         return_gradient(
-            grad_q, q, out.target, out.strides, out.video[0], out.video[1], out.video[2], rows.batch, rows.head,
-            rows.pair, rows.start, rows.query_length, out.video_length, out.video_length, BLOCK_Q,
+            grad_q, q, target, strides, video[0], video[1], video[2], rows.batch, rows.head,
+            rows.pair, rows.start, rows.query_length, video_length, video_length, BLOCK_Q,
         )  # fmt: skip
     else:
-        store_rows(out.target, rows.batch, rows.head, rows.start, grad_q, q)
+        store_rows(target, rows.batch, rows.head, rows.start, grad_q, q)
         tma.store_wait(0)
 
 
@@ -226,28 +214,36 @@ def block_sparse_dq_kernel(
     walk = key_walk(list_ptr, size_ptr, gl.load(count_ptr + row), key_length, tile_k, BLOCK_K, HAS_SIZES)
     score = Scores(scale, scale_log2, uniform, TAIL)
     rows = QueryRows(q.index(0), g.index(0), q_full.index(0), statistics_ptr, batch, head, pair, start_q, query_length)
-    out = QueryGradient(grad_query, video, grad_query_strides, video_length)
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (sum_query_gradient, (rows, walk, k, v, cleared, q_full.index(1), out, score, BLOCK_Q, ADD, "alone")),
+                (sum_query_gradient, (
+                    rows, walk, k, v, cleared, q_full.index(1), grad_query, video, grad_query_strides, video_length,
+                    score, BLOCK_Q, ADD, "alone",
+                )),
                 (load_key_tiles, (key, value, batch, head, walk, k, v)),
             ],
             [1],
             [24],
-        )
+        )  # fmt: skip
     else:
         more_ptr, more_start = statistics_ptr + 128, start_q + 64
         more = QueryRows(q.index(1), g.index(1), q_full.index(0), more_ptr, batch, head, pair, more_start, query_length)
         gl.warp_specialize(
             [
-                (sum_query_gradient, (rows, walk, k, v, cleared, q_full.index(1), out, score, BLOCK_Q, ADD, "first")),
-                (sum_query_gradient, (more, walk, k, v, cleared, q_full.index(2), out, score, BLOCK_Q, ADD, "second")),
+                (sum_query_gradient, (
+                    rows, walk, k, v, cleared, q_full.index(1), grad_query, video, grad_query_strides, video_length,
+                    score, BLOCK_Q, ADD, "first",
+                )),
+                (sum_query_gradient, (
+                    more, walk, k, v, cleared, q_full.index(2), grad_query, video, grad_query_strides, video_length,
+                    score, BLOCK_Q, ADD, "second",
+                )),
                 (load_key_tiles, (key, value, batch, head, walk, k, v)),
             ],
             [4, 1],
             [240, 24],
-        )
+        )  # fmt: skip
     retire(q_full)
     k.retire()
     v.retire()
