@@ -61,6 +61,32 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def without_autocast(function):
+    """Runs a function of tensors in the dtypes that they have, also inside of `torch.autocast`."""
+
+    @functools.wraps(function)
+    def call(*arguments, **named):
+        device = next((x.device.type for x in (*arguments, *named.values()) if isinstance(x, Tensor)), None)
+        if device is None or not torch.is_autocast_enabled(device):
+            return function(*arguments, **named)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments, **named)
+
+    return call
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether tensors are inside of a transform of `torch.func`, or have a forward-mode derivative on them."""
+    if torch.compiler.is_compiling():
+        return False
+    given = [x for x in tensors if x is not None]
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):
+        return True
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    return any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given)
+
+
 def check_choice(name: str, value: Any, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise ValueError(f"unknown {name} {value!r}; expected one of {valid}")

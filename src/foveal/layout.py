@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveal.checks import cached_constant, check_positive_int, check_triple
+from foveal.checks import cached_constant, check_positive_int, check_triple, is_transformed
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class VideoGrid:
         """
         self.check_length(x.shape[dim])
         to_tile, to_raster = tile_indices(self.shape, tile, slot, x.device)
-        return _Gather.apply(x, to_tile, to_raster, dim)
+        return _permuted(x, to_tile, to_raster, dim)
 
     def to_raster_order(
         self, x: Tensor, tile: tuple[int, int, int], *, slot: int | None = None, dim: int = 2
@@ -90,7 +90,7 @@ class VideoGrid:
             raise ValueError(
                 f"x must have {to_tile.numel()} entries along dim {dim} in this tile order, got {x.shape[dim]}"
             )
-        return _Gather.apply(x, to_raster, to_tile, dim)
+        return _permuted(x, to_raster, to_tile, dim)
 
     def cube_sizes(self, tile: tuple[int, int, int], device: torch.device | str = "cpu") -> Tensor:
         """int32 [num_cubes], valid tokens of each cube, in tile order."""
@@ -174,6 +174,11 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         index, inverse = ctx.saved_tensors
         return _Gather.apply(grad, inverse, index, ctx.dim), None, None, None
+
+
+def _permuted(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
+    """`_Gather`; inside of a transform of `torch.func` the same in operations that it knows."""
+    return _gather(x, index, dim) if is_transformed(x) else _Gather.apply(x, index, inverse, dim)
 
 
 def _gather(x: Tensor, index: Tensor, dim: int) -> Tensor:

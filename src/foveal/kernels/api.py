@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal.blocks import BlockSelection, SelectionRule, limits_of, pick_blocks, pool_blocks, pooled_scores, rule_of
-from foveal.checks import check_choice, check_positive_int, check_ratio, check_scale, validate_qkv
+from foveal.checks import check_choice, check_positive_int, check_ratio, check_scale, validate_qkv, without_autocast
 
 IMPLS = ("auto", "reference", "torch", "triton", "gluon")
 BACKENDS = ("gluon", "triton")  # those with kernels, the fastest first
@@ -18,6 +18,7 @@ _KERNEL_MAX_BLOCKS = 16384
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+@without_autocast
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -121,6 +122,7 @@ def validate_selection(selection: BlockSelection, query: Tensor, key: Tensor) ->
         raise ValueError(f"selection is on {selection.critical.device}, but query is on {query.device}")
 
 
+@without_autocast
 def select_blocks(
     query: Tensor,
     key: Tensor,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.blocks import BlockSelection
+from foveal.checks import is_transformed, without_autocast
 
 # Scores in flight at a time. On a CPU a chunk should stay in the core's own cache: 2^19 float32 scores are 2 MiB
 # (measured at L = 8192, keep 5 %, D = 64: 2^17 ... 2^21 in docs/performance.md). Devices want larger launches.
@@ -27,6 +28,9 @@ def block_sparse_attention_torch(
     query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, Lq, D] and LSE [B, H, Lq] (float32, or float64 for float64 inputs), differentiable."""
+    if is_transformed(query, key, value):
+        lists = selection.critical, selection.critical_count, selection.key_block_sizes
+        return _composed(query, key, value, *lists, selection.block_q, selection.block_k, scale)
     return _forward_op(
         query,
         key,
@@ -203,20 +207,79 @@ def _(grad, query, key, value, delta, lse, critical, counts, sizes, block_q, blo
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
+@without_autocast
+def _composed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    critical: Tensor,
+    counts: Tensor,
+    sizes: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The same in operations that every transform of PyTorch knows: forward mode, `vmap`, derivatives of derivatives.
+
+    All rows at once: memory is that of the keys and scores of all kept blocks.
+    """
+    dtype, accumulate = work_dtype(query), torch.promote_types(query.dtype, torch.float32)
+    length, key_length, width = query.shape[2], key.shape[2], critical.shape[-1]
+    places = torch.arange(block_k, device=key.device)
+    starts = torch.arange(-(-key_length // block_k), device=key.device) * block_k
+    if sizes is None:
+        sizes = (key_length - starts).clamp(max=block_k)[None]
+    sizes = sizes[:, None].expand(*key.shape[:2], -1)
+    index = critical.long().flatten(2)
+
+    def kept(x: Tensor) -> Tensor:
+        """[B, H, Lk, D] to the kept blocks of each row, [B, H, Tq, W * bk, D]; 0 where nothing counts."""
+        blocks = F.pad(x.to(dtype), (0, 0, 0, -key_length % block_k)).unflatten(2, (-1, block_k))
+        blocks = torch.where((places < sizes[..., None])[..., None], blocks, 0).flatten(3)
+        rows = torch.take_along_dim(blocks, index[..., None], 2)
+        return rows.unflatten(-1, (block_k, -1)).unflatten(2, (-1, width)).flatten(3, 4)
+
+    listed = torch.arange(width, device=key.device) < counts[..., None]
+    valid = torch.take_along_dim(sizes, index, 2).unflatten(2, (-1, width)) * listed
+    counted = (places < valid[..., None]).flatten(3)[..., None, :]
+    rows = F.pad(query.to(dtype), (0, 0, 0, -length % block_q)).unflatten(2, (-1, block_q))
+    scores = ((rows * scale) @ kept(key).transpose(-1, -2)).to(accumulate)
+    scores = torch.where(counted, scores, -math.inf)
+    any_key = counted.any(-1, keepdim=True)
+    top = torch.where(any_key, scores.detach().amax(-1, keepdim=True), 0)
+    weights = torch.exp(scores - top)
+    total = torch.where(any_key, weights.sum(-1, keepdim=True), 1)
+    output = (weights / total).to(dtype) @ kept(value)
+    lse = torch.where(any_key, top + total.log(), -math.inf)
+    return output.flatten(2, 3)[:, :, :length].to(query.dtype), lse.flatten(2, 4)[:, :, :length]
+
+
 def _setup_context(ctx, inputs, output) -> None:
     query, key, value, critical, counts, sizes, ctx.block_q, ctx.block_k, ctx.scale = inputs
     ctx.save_for_backward(query, key, value, critical, counts, sizes, *output)
 
 
-def _backward(ctx, grad: Tensor, grad_lse: Tensor | None):
-    query, key, value, critical, counts, sizes, output, lse = ctx.saved_tensors
+@without_autocast
+def _gradients(grad: Tensor, grad_lse: Tensor | None, inputs, output: Tensor, lse: Tensor, options):
+    query, key, value, critical, counts, sizes = inputs
     delta = (grad.to(lse.dtype) * output.to(lse.dtype)).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
-    grads = _backward_op(
-        grad, query, key, value, delta, lse, critical, counts, sizes, ctx.block_q, ctx.block_k, ctx.scale
-    )
-    return *grads, None, None, None, None, None, None
+    return _backward_op(grad, query, key, value, delta, lse, critical, counts, sizes, *options)
+
+
+def _backward(ctx, grad: Tensor, grad_lse: Tensor | None):
+    *inputs, output, lse = ctx.saved_tensors
+    options = ctx.block_q, ctx.block_k, ctx.scale
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: it will be derived again
+        wanted = [x for x in inputs[:3] if x.requires_grad]
+        pairs = [(x, g) for x, g in zip(_composed(*inputs, *options), (grad, grad_lse), strict=True) if g is not None]
+        outputs, given = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True))
+        grads = tuple(next(found) if x.requires_grad else None for x in inputs[:3])
+    else:
+        grads = _gradients(grad, grad_lse, inputs, output, lse, options)
+    return *grads, *[None] * 6
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

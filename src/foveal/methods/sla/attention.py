@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveal.blocks import BlockSelection, selection_rule
-from foveal.checks import check_choice, check_positive_int, check_scale, validate_qkv
+from foveal.checks import check_choice, check_positive_int, check_scale, validate_qkv, without_autocast
 from foveal.kernels.api import (
     IMPLS,
     block_sparse_attention,
@@ -22,6 +22,7 @@ from foveal.methods.sla.feature_maps import apply_feature_map
 from foveal.methods.sla.linear import linear_branch
 
 
+@without_autocast
 def sla_attention(
     query: Tensor,
     key: Tensor,

@@ -12,8 +12,10 @@ Source: SLA (arXiv 2509.24006), eq. 5 and Algorithms 1 and 2, with the correctio
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from foveal.checks import is_transformed, without_autocast
 from foveal.kernels.cpu import blocked
 
 EPSILON = 1e-5
@@ -34,6 +36,8 @@ def linear_branch(
     Returns:
         [B, H, Lq, D] in the dtype of `phi_query`; 0 where a row sums over nothing. Differentiable.
     """
+    if is_transformed(phi_query, phi_key, value):
+        return _composed(phi_query, phi_key, value, mask, block_q, block_k)
     return _forward_op(phi_query, phi_key, value, mask, block_q, block_k)
 
 
@@ -111,13 +115,43 @@ def _(grad, phi_query, phi_key, value, mask, block_q, block_k):
     return tuple(torch.empty_like(x) for x in (phi_query, phi_key, value))
 
 
+@without_autocast
+def _composed(
+    phi_query: Tensor, phi_key: Tensor, value: Tensor, mask: Tensor | None, block_q: int, block_k: int
+) -> Tensor:
+    """The same in operations that every transform of PyTorch knows; all heads' states at once."""
+    length = phi_query.shape[2]
+    if mask is None:
+        block_q, block_k = length, phi_key.shape[2]
+
+    def blocks(x: Tensor, block: int) -> Tensor:
+        return F.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
+
+    rows, keys = blocks(phi_query, block_q), blocks(phi_key, block_k)
+    ones = torch.ones_like(value[..., :1])
+    states = keys.transpose(-1, -2) @ blocks(torch.cat((value, ones), -1), block_k)
+    if mask is not None:
+        states = ((mask != 0).to(states.dtype) @ states.flatten(3)).unflatten(3, states.shape[3:])
+    summed = rows @ states
+    output = summed[..., :-1] / (summed[..., -1:] + EPSILON)
+    return output.flatten(2, 3)[:, :, :length]
+
+
 def _setup_context(ctx, inputs, output) -> None:
     phi_query, phi_key, value, mask, ctx.block_q, ctx.block_k = inputs
     ctx.save_for_backward(phi_query, phi_key, value, mask)
 
 
 def _backward(ctx, grad: Tensor):
-    return *_backward_op(grad, *ctx.saved_tensors, ctx.block_q, ctx.block_k), None, None, None
+    inputs = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: it will be derived again
+        wanted = [x for x in inputs[:3] if x.requires_grad]
+        output = _composed(*inputs, ctx.block_q, ctx.block_k)
+        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+        grads = tuple(next(found) if x.requires_grad else None for x in inputs[:3])
+    else:
+        grads = without_autocast(_backward_op)(grad, *inputs, ctx.block_q, ctx.block_k)
+    return *grads, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.blocks import BlockSelection, pool_blocks, pooled_scores
-from foveal.checks import check_choice, check_positive_int, check_scale, validate_qkv
+from foveal.checks import check_choice, check_positive_int, check_scale, validate_qkv, without_autocast
 from foveal.kernels.api import IMPLS, resolve_impl
 from foveal.layout import VideoGrid, tile_indices
 from foveal.methods.vsa.config import VSAConfig
@@ -14,6 +14,7 @@ from foveal.methods.vsa.cpu import vsa_attention_torch
 from foveal.methods.vsa.layout import CubeLayout, resolve_tile, slot_size
 
 
+@without_autocast
 def select_cubes(
     query: Tensor,
     key: Tensor,
@@ -48,6 +49,7 @@ def select_cubes(
     return layout.pick(pooled_scores(*(pool_blocks(x, layout.slot, layout.cube_sizes) for x in cubes), scale))
 
 
+@without_autocast
 def vsa_attention(
     query: Tensor,
     key: Tensor,
@@ -151,6 +153,24 @@ def _validate_lengths(kv_lengths, key: Tensor, grid: VideoGrid) -> None:
         )
 
 
+def _constant_linear(inputs: int, outputs: int, value: float) -> nn.Linear:
+    """A linear layer that gives `value` at the start. nn.Linear's own start would draw from the global generator."""
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        layer = nn.Linear(inputs, outputs)
+    layer = layer.to_empty(device=device)
+    nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, value)
+    return layer
+
+
+def _gate(to_gate: nn.Module, hidden_states: Tensor) -> Tensor:
+    """The gate in the dtype of the hidden states, whatever that of its parameters (float32, if only they train)."""
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        return to_gate(hidden_states)
+    return to_gate(hidden_states.to(to_gate.weight.dtype)).to(hidden_states.dtype)
+
+
 class VideoSparseAttention(nn.Module):
     """Video sparse attention with its gates, which are linear in the layer's hidden states.
 
@@ -180,13 +200,8 @@ class VideoSparseAttention(nn.Module):
         self.hidden_dim, self.num_heads, self.head_dim = hidden_dim, num_heads, head_dim
         self.config, self.impl = config, impl
         self.last_impl: str | None = None
-        self.to_gate_coarse = nn.Linear(hidden_dim, num_heads * head_dim)
-        nn.init.zeros_(self.to_gate_coarse.weight)
-        nn.init.zeros_(self.to_gate_coarse.bias)
-        self.to_gate_fine = nn.Linear(hidden_dim, num_heads * head_dim) if config.fine_gate else None
-        if self.to_gate_fine is not None:
-            nn.init.zeros_(self.to_gate_fine.weight)
-            nn.init.ones_(self.to_gate_fine.bias)
+        self.to_gate_coarse = _constant_linear(hidden_dim, num_heads * head_dim, 0.0)
+        self.to_gate_fine = _constant_linear(hidden_dim, num_heads * head_dim, 1.0) if config.fine_gate else None
 
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gc and Gf, [B, H, L, D] each, from hidden_states [B, L, hidden_dim]; None for a fine gate fixed at 1."""
@@ -195,7 +210,7 @@ class VideoSparseAttention(nn.Module):
             raise ValueError(f"hidden_states must have shape [B, L, {self.hidden_dim}], got {got}")
         shape = (self.num_heads, self.head_dim)
         return tuple(
-            None if to_gate is None else to_gate(hidden_states).unflatten(-1, shape).transpose(1, 2)
+            None if to_gate is None else _gate(to_gate, hidden_states).unflatten(-1, shape).transpose(1, 2)
             for to_gate in (self.to_gate_coarse, self.to_gate_fine)
         )
 
