@@ -15,6 +15,11 @@ METHODS = pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_VSA], ids=["sla"
 DENSE_METHODS = pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=["sla", "vsa"])
 
 
+def replace_arguments(attn, *args, **kwargs) -> None:
+    """Calls of an attention module, as the forward of its model makes them, get these arguments from now on."""
+    attn.register_forward_pre_hook(lambda *_: (args, kwargs), with_kwargs=True)
+
+
 def attention_processors(model) -> dict:
     return {f"{name}.processor": part.processor for name, part in model.named_modules() if hasattr(part, "processor")}
 

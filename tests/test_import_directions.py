@@ -20,6 +20,7 @@ LAYERS = [
     {"testing", "kernels"},
     {"methods"},
     {"models"},
+    {"integrations"},
     {"lab"},
 ]
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

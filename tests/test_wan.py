@@ -53,23 +53,21 @@ def test_layer_runs_the_method(config):
     model = sparsify(tiny_transformer(), config, impl="torch")
     randomize(model)
     attn = model.blocks[0].attn1
-    grid, data = VideoGrid(3, 5, 7), inputs()
-    run(model, **data)
-    rotary = model.rope(data["hidden_states"])
-    x = torch.randn(2, grid.num_tokens, 32, generator=torch.Generator().manual_seed(3))
-
-    seen = {}
-    attend = attn.processor.attention.register_forward_hook(
+    grid, seen = VideoGrid(3, 5, 7), {}
+    method = attn.processor.attention.register_forward_hook(
         lambda module, args, output: seen.update(args=args, output=output)
     )
-    output = attn(x, None, None, rotary)
-    attend.remove()
+    attn.register_forward_hook(lambda module, args, output: seen.update(x=args[0], layer=output))
+    run(model)
+    method.remove()
+    x, output = seen["x"], seen["layer"]
     query, key, value = seen["args"][:3]
     dense_output = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     with dense(model):
-        torch.testing.assert_close(
-            attn.to_out[0](dense_output.transpose(1, 2).flatten(2)), attn(x, None, None, rotary), rtol=0, atol=1e-5
-        )
+        run(model)
+    torch.testing.assert_close(
+        attn.to_out[0](dense_output.transpose(1, 2).flatten(2)), seen["layer"], rtol=0, atol=1e-5
+    )
     module = attn.processor.attention
     if isinstance(config, SLAConfig):
         expected = foveal.sla_attention(

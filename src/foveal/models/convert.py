@@ -1,8 +1,8 @@
 """`sparsify`, `densify` and `dense`: sparse attention in the place of a model's self-attention, and back.
 
 Each converted layer gets a `SparseAttentionProcessor`, a module that owns the method's parameters and keeps the
-processor that it stands in for. All of a transformer's processors share one `ForwardState`, which hooks on the
-transformer and its blocks keep up to date.
+processor that it stands in for. All of a transformer's processors share one `ForwardState`, whose hooks on the
+transformer and its blocks tell each forward its grid and what is dense in it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from foveal.models.installation import build_processors, install, uninstall
 from foveal.models.layers import Layers, choose_configs
 from foveal.models.pretrained import become_dense, become_sparse, register_components
 from foveal.models.processor import state_of
+from foveal.models.state import dense_forwards
 
 Model = TypeVar("Model")
 
@@ -78,18 +79,13 @@ def densify(model: Model) -> Model:
 def dense(model: Model) -> Iterator[Model]:
     """`with dense(model): ...` runs dense attention inside; the sparse parameters stay where they are.
 
-    May be nested, and ends with the block however that ends. With gradient checkpointing, a forward made inside is
-    recomputed dense even if its backward runs outside.
+    It holds for the forwards of this thread, or of this task of `asyncio`, and not for those of others, nor for copies
+    of the model. It may be nested, and ends with the block however that ends. With gradient checkpointing, a forward
+    made inside is recomputed dense even if its backward runs outside.
 
     Args:
         model: what `sparsify` takes. One that is dense already stays so.
     """
     states = [state_of(transformer) for transformer in components_of(model).values()]
-    states = [(state, state.dense) for state in states if state is not None]
-    for state, _ in states:
-        state.dense = True
-    try:
+    with dense_forwards([state for state in states if state is not None]):
         yield model
-    finally:
-        for state, former in states:
-            state.dense = former

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -54,10 +56,13 @@ def install(transformer: nn.Module, processors: dict[str, SparseAttentionProcess
         layers[name].set_processor(processor)
         processor.held_dense = name in processor.state.held
         state, block = processor.state, name.rpartition(".")[0]
-        for owner, hook in (("", state.begin_forward), (block, state.begin_block)):
+        for owner, begin, end in (("", state.begin_forward, state.end_forward), (block, state.begin_block, None)):
             if owner not in state.handles:
                 module = transformer.get_submodule(owner)
-                state.handles[owner] = module.register_forward_pre_hook(hook, with_kwargs=True)
+                handles = [module.register_forward_pre_hook(begin, with_kwargs=True)]
+                if end is not None:
+                    handles.append(module.register_forward_hook(end, always_call=True))
+                state.handles[owner] = tuple(handles)
     _skip_casting(transformer, skip=True)
 
 
@@ -66,7 +71,7 @@ def uninstall(transformer: nn.Module) -> None:
     layers = family_of(transformer).self_attention_layers(transformer)
     for name, processor in sparse_processors(transformer).items():
         layers[name].set_processor(processor.original)
-        for handle in processor.state.handles.values():
+        for handle in itertools.chain(*processor.state.handles.values()):
             handle.remove()
         processor.state.handles.clear()
     _skip_casting(transformer, skip=False)

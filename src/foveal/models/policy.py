@@ -7,18 +7,22 @@ step this is; the layers then follow the `Phase` that comes out. Parameters are 
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from foveal.checks import check_ratio
 from foveal.methods.base import Config
 from foveal.models.families.table import components_of, family_of
 from foveal.models.layers import choose_layers
 from foveal.models.processor import sparse_processors, state_of
+from foveal.models.schedules import TIMESTEP_DIVISORS, calling_pipeline, highest_timestep, place_in, said_step
 from foveal.models.state import Phase
 
 Model = TypeVar("Model")
@@ -27,9 +31,11 @@ Table = tuple[tuple[float, float], ...]
 # A function of the timestep is tabulated here: the timesteps of diffusers' schedulers.
 TABULATED = range(1001)
 
-# Families whose pipelines divide the schedule's timesteps by this before they call the transformer.
-TIMESTEP_DIVISORS = {"flux": 1000.0}
-
+NOT_IN_SCHEDULE = (
+    "the policy counts denoising steps, and the schedule does not have the timestep of this forward: its layers run "
+    "sparse, as configured. Give set_policy the scheduler that the loop steps through, after its set_timesteps; or "
+    "say the step by transformer.cache_context(name, step_index=..., num_inference_steps=...)"
+)
 UNKNOWN_STEP = (
     "the policy counts denoising steps, and nothing says which one this is: give set_policy the pipeline, or the "
     "transformer with scheduler=...; or run the transformer inside "
@@ -47,7 +53,8 @@ class Policy:
 
     Args:
         dense_first_steps, dense_last_steps: so many denoising steps at the start and at the end of a generation are
-            dense. They mean nothing in training, and a model in train mode ignores them.
+            dense. A step of a second-order scheduler (Heun) is all its evaluations. They mean nothing in training: a
+            model in train mode ignores them, unless a pipeline calls it.
         dense_above, dense_below: forwards at timesteps above the one and below the other are dense; None for none.
         dense_layers: these layers are always dense, by index or name; their sparse parameters wait.
         keep_ratio, drop_ratio: instead of those of the layers' configurations, by timestep. Either a table, {0: 0.1,
@@ -150,10 +157,9 @@ class Policy:
 class PolicyClock:
     """A transformer's policy, and where the denoising step of each forward is read from.
 
-    In this order: what the pipeline says by `cache_context(..., step_index=, num_inference_steps=)`; the scheduler's
-    own index, a plain int; for schedulers without one (DDIM's), the place of the timestep in the schedule. The
-    timestep comes from the schedule where the index does, copied to the host once per generation, and else from the
-    transformer's argument: on a GPU that copy makes the host wait, once per forward.
+    In this order: the schedule of the pipeline that calls the transformer; what was said by `cache_context(...,
+    step_index=, num_inference_steps=)`; the scheduler that `set_policy` was given, or that of its pipeline. In a
+    schedule, the timestep of the forward tells the step.
 
     Copies and pickles of a model keep the policy, and forget the pipeline and the scheduler, which are not theirs.
 
@@ -161,17 +167,12 @@ class PolicyClock:
         policy: of one transformer.
         pipeline: the pipeline that has the transformer, for its `scheduler`, whichever it is at the time.
         scheduler: instead of the pipeline's.
-
-    Attributes:
-        context: (step, steps) as a pipeline says by `cache_context`; None outside.
     """
 
     def __init__(self, policy: Policy, *, pipeline: Any = None, scheduler: Any = None) -> None:
         self.policy = policy
-        self.context: tuple[int, int] | None = None
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._scheduler = scheduler
-        self._schedule: tuple[Tensor | None, list[float]] = (None, [])
 
     def __getstate__(self) -> dict[str, Any]:
         # Without what belongs to others: a copy's own copy of a scheduler would never move.
@@ -179,7 +180,7 @@ class PolicyClock:
 
     @property
     def scheduler(self) -> Any:
-        """The scheduler that is followed; None without one."""
+        """The scheduler that is followed where no pipeline calls the transformer; None without one."""
         if self._scheduler is not None:
             return self._scheduler
         return None if self._pipeline is None else getattr(self._pipeline(), "scheduler", None)
@@ -193,41 +194,42 @@ class PolicyClock:
         Raises:
             ValueError: the policy counts steps, and nothing tells the step.
         """
-        policy, scheduler = self.policy, self.scheduler
-        step, num_steps, known = *(self.context or (None, None)), None
-        if scheduler is not None and (step is None or policy.reads_timestep):
-            index, begin, timesteps = self._place_in(scheduler, transformer, timestep)
-            if index is not None:
-                known = timesteps[index] if policy.reads_timestep else None
-                if step is None:
-                    step, num_steps = index - begin, len(timesteps) - begin
-        if policy.counts_steps and step is None and scheduler is None and not transformer.training:
-            raise ValueError(UNKNOWN_STEP)
-        if transformer.training:
-            step = None
-        if policy.reads_timestep and known is None:
-            known = _read(transformer, timestep)
-        return policy.phase(step, num_steps, known)
+        if "torch._dynamo" in sys.modules:
+            # Not traced either where a graph breaks for this: it walks the stack.
+            return torch.compiler.disable(self._phase)(transformer, timestep)
+        return self._phase(transformer, timestep)
 
     # All that torch.compiler.disable does, which would import torch._dynamo: a whole model that is compiled leaves the
     # graph here, and comes back to one that knows the phase alone, not the step.
     phase._torchdynamo_disable = True
 
-    def _place_in(self, scheduler: Any, transformer: nn.Module, timestep: Any) -> tuple[int | None, int, list[float]]:
-        """(index of this forward, index of the first, timesteps) in the schedule; no index outside of a generation."""
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is None or getattr(scheduler, "num_inference_steps", None) is None:
-            return None, 0, []
-        if self._schedule[0] is not timesteps:
-            self._schedule = timesteps, [float(t) for t in timesteps.tolist()]
-        values = self._schedule[1]
-        begin = getattr(scheduler, "begin_index", None) or 0
-        if hasattr(scheduler, "step_index"):
-            index = begin if scheduler.step_index is None else scheduler.step_index
-        else:
-            now = _read(transformer, timestep)
-            index = values.index(now) if now in values else len(values)
-        return (index if index < len(values) else None), begin, values
+    def _phase(self, transformer: nn.Module, timestep: Any) -> Phase:
+        policy = self.policy
+        step = num_steps = None
+        if policy.counts_steps:
+            step, num_steps = self._step(transformer, timestep) or (None, None)
+        return policy.phase(step, num_steps, _read(transformer, timestep) if policy.reads_timestep else None)
+
+    def _step(self, transformer: nn.Module, timestep: Any) -> tuple[int, int] | None:
+        """(denoising step, how many) of this forward; None in training, and where the schedule does not have it."""
+        pipeline = calling_pipeline(transformer)
+        if pipeline is not None:
+            place = place_in(pipeline.scheduler, timestep, _divisor(transformer), pipeline=pipeline)
+            if place is not None:
+                return place
+        said = said_step()
+        if said is not None:
+            return said
+        if pipeline is None:
+            if transformer.training:  # at timesteps, not in steps
+                return None
+            if self.scheduler is None:
+                raise ValueError(UNKNOWN_STEP)
+            place = place_in(self.scheduler, timestep, _divisor(transformer))
+            if place is not None:
+                return place
+        warnings.warn(NOT_IN_SCHEDULE, stacklevel=2)
+        return None
 
 
 def set_policy(model: Model, policy: Policy | None, *, scheduler: Any = None) -> Model:
@@ -288,7 +290,6 @@ def attach_policy(
 ) -> None:
     """Gives one sparse transformer a policy that was checked."""
     state = state_of(transformer)
-    state.phase = Phase()
     state.clock = None if policy is None else PolicyClock(policy, pipeline=pipeline, scheduler=scheduler)
     state.held = _held_layers(transformer, policy)
     for name, processor in sparse_processors(transformer).items():
@@ -369,9 +370,9 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(part) for part in value] if isinstance(value, tuple) else value
 
 
+def _divisor(transformer: nn.Module) -> float:
+    return TIMESTEP_DIVISORS.get(family_of(transformer).name, 1.0)
+
+
 def _read(transformer: nn.Module, timestep: Any) -> float | None:
-    """The highest of the timesteps that a transformer was called with, on the host, as a schedule has it."""
-    if timestep is None:
-        return None
-    highest = timestep.max() if isinstance(timestep, Tensor) else timestep
-    return float(highest) * TIMESTEP_DIVISORS.get(family_of(transformer).name, 1.0)
+    return highest_timestep(timestep, _divisor(transformer))

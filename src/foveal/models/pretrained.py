@@ -9,16 +9,19 @@ A pipeline's `model_index.json` then names ["foveal.models", "WanTransformer3DMo
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from foveal.models.families.table import FAMILIES, components_of
 from foveal.models.files.manifest import build_described, describe
 from foveal.models.processor import sparse_processors, state_of
+from foveal.models.schedules import say_step
 
 MODULE = "foveal.models"
 CONFIG_KEY = "foveal"
@@ -73,20 +76,34 @@ class SparseModelMixin:
             processor.attention.to(dtype=model.dtype)
         return (model, info) if with_info else model
 
+    @property
+    def _gradient_checkpointing_func(self) -> Any:
+        # diffusers calls it with each block of a forward. What it gets instead knows that forward: checkpoints that
+        # copy or move a block's arguments have nothing else to tell them by.
+        function = vars(self).get("_gradient_checkpointing_func")
+        if function is None or torch.compiler.is_compiling():
+            return function
+        state = state_of(self)
+        return function if state is None else state.bind_checkpointing(function)
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Any) -> None:
+        vars(self)["_gradient_checkpointing_func"] = function
+
+    def add_adapter(self, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
+        """As diffusers does, and leaves our projections alone, which a target named "proj" would mean by chance."""
+        if getattr(adapter_config, "exclude_modules", False) is None:
+            ours = [f"{name}.{PROCESSOR}.attention.proj" for name in sparse_processors(self)]
+            adapter_config = copy.copy(adapter_config)
+            adapter_config.exclude_modules = ours
+        super().add_adapter(adapter_config, *args, **kwargs)
+
     @contextlib.contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """As diffusers does: pipelines say here which denoising step this is."""
-        clock = getattr(state_of(self), "clock", None)
-        step, num_steps = kwargs.get("step_index"), kwargs.get("num_inference_steps")
-        known = clock is not None and step is not None and num_steps is not None
-        if known:
-            clock.context = (step, num_steps)
-        try:
-            with super().cache_context(name, **kwargs):
-                yield
-        finally:
-            if known:
-                clock.context = None
+        said = say_step(kwargs.get("step_index"), kwargs.get("num_inference_steps"))
+        with said, super().cache_context(name, **kwargs):
+            yield
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from foveal.layout import VideoGrid
@@ -26,6 +27,29 @@ def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
 _PROCESSOR_ARGUMENTS = tuple(
     dict.fromkeys(name for family in FAMILIES.values() for name in parameters_of(family.self_attention)[2:])
 )
+
+
+class _Layer:
+    """The attention module that a processor runs in, as an argument that is no module.
+
+    accelerate's hooks move the arguments of a module to a device, modules among them, and this one may be offloaded.
+    """
+
+    def __init__(self, attn: nn.Module) -> None:
+        self.attn = attn
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """Its first argument, with gradients of zero for the others."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
 class SparseAttentionProcessor(nn.Module):
@@ -71,8 +95,8 @@ class SparseAttentionProcessor(nn.Module):
         check_parallel_config(self.state.family, config)
         self.original._parallel_config = config
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **kwargs)
+    def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(_Layer(attn), *args, **kwargs)
 
     # Some attention classes pass on those keyword arguments alone that they find in this signature.
     __call__.__signature__ = inspect.Signature(
@@ -80,17 +104,40 @@ class SparseAttentionProcessor(nn.Module):
         + [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in _PROCESSOR_ARGUMENTS]
     )
 
-    def forward(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, layer: _Layer, *args: Any, **kwargs: Any) -> Any:
         """The layer's output, from the arguments that the original processor takes."""
-        grid, phase = self.state.current()
+        attn = layer.attn
+        call = self.state.current()
+        if call is None and not self.held_dense:
+            raise ValueError(
+                "no grid is known for this call of a block: run the whole transformer, not only one of its blocks; and "
+                "checkpoint gradients by transformer.enable_gradient_checkpointing(), or without use_reentrant=True"
+            )
+        phase = Phase(dense=True)
+        if call is not None:
+            phase = Phase.from_text(call.phase_text) if torch.compiler.is_compiling() else call.phase
         if phase.dense or self.held_dense:
-            return self.original(attn, *args, **kwargs)
-        if grid is None:
-            raise ValueError("no grid is known yet: run the whole transformer, not one of its blocks alone")
+            output = self.original(attn, *args, **kwargs)
+            # The switch takes the method out of a forward; a policy makes it a part that does nothing this time.
+            by_policy = call is not None and call.grid is not None
+            return self._with_zero_gradients(output) if by_policy else output
+        grid = call.grid
         family = FAMILIES[self.state.family]
         shards = shards_of(self._parallel_config)
         sparse_attention = LayerAttention(functools.partial(self._run_method, grid, phase, shards), grid, shards)
         return family.self_attention(attn, sparse_attention, *args, **kwargs)
+
+    def _with_zero_gradients(self, output: Any) -> Any:
+        """The output, with gradients of zero for the parameters that had no part in it.
+
+        DistributedDataParallel waits for every parameter's gradient, and ranks may differ in what their policy skips.
+        """
+        parameters = [p for p in self.attention.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+        if not parameters:
+            return output
+        if isinstance(output, tuple):
+            return _ZeroGradients.apply(output[0], *parameters), *output[1:]
+        return _ZeroGradients.apply(output, *parameters)
 
     def _run_method(
         self,

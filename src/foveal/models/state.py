@@ -1,7 +1,17 @@
-"""What a transformer's sparse layers need to know of the forward in progress: its grid, and what is dense in it."""
+"""What a transformer's sparse layers need to know of the forward that they are part of: its grid, and what is dense.
+
+That belongs to the forward, not to the model: two threads may run one transformer on videos of two shapes, and a copy
+of a model is nobody's forward. So the hook that opens a forward puts a `Call` where only its own thread sees it, and
+the hook that closes it takes it away. Gradient checkpointing runs blocks again, after that: what it calls is bound to
+the `Call` of the first time.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +34,81 @@ class Phase(NamedTuple):
     keep_ratio: float | None = None
     drop_ratio: float | None = None
 
+    def as_text(self) -> tuple[str, str, str]:
+        """The fields as text, for `from_text`."""
+        return str(self.dense), str(self.keep_ratio), str(self.drop_ratio)
+
+    @classmethod
+    def from_text(cls, fields: tuple[str, str, str]) -> Phase:
+        """The inverse of `as_text`."""
+        ratios = (None if text == "None" else float(text) for text in fields[1:])
+        return cls(fields[0] == "True", *ratios)
+
     def apply(self, config: Config) -> Config:
         """A layer's configuration with these ratios."""
         return method_of(config).follow(config, keep_ratio=self.keep_ratio, drop_ratio=self.drop_ratio)
 
 
+class Call(NamedTuple):
+    """One forward of one transformer.
+
+    Args:
+        state: of the transformer.
+        grid: of this forward's tokens; None where all of it is dense.
+        phase: what its sparse layers do.
+        phase_text: the phase as text. A graph takes text from outside of a module as a constant, where a float might
+            become one of its inputs.
+        outer: the call that this one interrupts, of another transformer; None without one.
+    """
+
+    state: ForwardState
+    grid: VideoGrid | None
+    phase: Phase
+    phase_text: tuple[str, str, str]
+    outer: Call | None
+
+
+class _Running:
+    """What runs in one thread.
+
+    Attributes:
+        call: the innermost forward in progress.
+        recomputed: the call of the block that a checkpoint runs again, where the block's arguments told it.
+        dense: the value of `_DENSE`, for a whole model that is compiled: a graph cannot read a `ContextVar`.
+    """
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.recomputed: Call | None = None
+        self.dense: tuple[ForwardState, ...] = ()
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        # An object of its own: Dynamo (torch 2.13) forgets what it wrote to an attribute of a threading.local.
+        self.running = _Running()
+
+
+_THREAD = _Thread()
+_DENSE: contextvars.ContextVar[tuple[ForwardState, ...]] = contextvars.ContextVar("foveal_dense", default=())
+
+
+@contextlib.contextmanager
+def dense_forwards(states: Iterable[ForwardState]) -> Iterator[None]:
+    """Forwards of the transformers with these states are dense inside, in this context (thread or task) only."""
+    former = _DENSE.get(), _THREAD.running.dense
+    now = (*former[0], *states)
+    _DENSE.set(now)
+    _THREAD.running.dense = now
+    try:
+        yield
+    finally:
+        _DENSE.set(former[0])
+        _THREAD.running.dense = former[1]
+
+
 class ForwardState:
-    """What the sparse layers of one transformer share: the grid of the forward in progress, and what is dense in it.
+    """What the sparse layers of one transformer share.
 
     The hooks are bound methods, not closures, so that `copy.deepcopy` of a model gives the copy a state of its own.
 
@@ -39,12 +117,9 @@ class ForwardState:
         parameters: names of the parameters of the transformer's forward, in order.
 
     Attributes:
-        grid: the grid of the latest forward; None before the first.
-        dense: run the original processors for now.
-        phase: what the policy asks of the latest forward.
+        grid: the grid of the latest forward that had one, for reports; None before the first.
         held: names of the layers that the policy keeps dense.
         clock: the policy and where it reads the denoising step, a `PolicyClock`; None without a policy.
-        recomputed: (grid, phase) of the forward that gradient checkpointing runs again; None outside of that.
         handles: of the hooks, by the name of the module that has them.
     """
 
@@ -52,51 +127,96 @@ class ForwardState:
         self.family = family
         self.parameters = parameters
         self.grid: VideoGrid | None = None
-        self.dense = False
-        self.phase = Phase()
         self.held: frozenset[str] = frozenset()
         self.clock: Any = None
-        self.recomputed: tuple[VideoGrid | None, Phase] | None = None
-        self.handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self.handles: dict[str, tuple[torch.utils.hooks.RemovableHandle, ...]] = {}
+        self._latest = Phase()
+
+    @property
+    def phase(self) -> Phase:
+        """What the forward in progress asks of the layers, in this thread; without one the latest asked it."""
+        call = self.current()
+        return self._latest if call is None else call.phase
 
     def begin_forward(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook on the transformer."""
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self._go_first()
-        arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        self.grid = FAMILIES[self.family].read_grid(transformer, arguments)
-        if self.clock is not None and not self.dense:
-            self.phase = self.clock.phase(transformer, arguments.get("timestep"))
+        grid, phase = None, Phase(dense=True)
+        switched = _THREAD.running.dense if compiling else _DENSE.get()
+        if not any(state is self for state in switched):
+            arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+            self.grid = grid = FAMILIES[self.family].read_grid(transformer, arguments)
+            phase = Phase() if self.clock is None else self.clock.phase(transformer, arguments.get("timestep"))
+        self._latest = phase
+        _THREAD.running.call = Call(self, grid, phase, phase.as_text(), self._outside(_THREAD.running.call))
+
+    def end_forward(self, transformer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook on the transformer, called whether the forward succeeds or raises."""
+        _THREAD.running.call = self._outside(_THREAD.running.call)
 
     def begin_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook on a block of layers.
 
-        Gradient checkpointing runs a block again during the backward, maybe after a forward on another grid or past
-        the end of `with dense(model)`. The block's first argument, which it keeps for that, carries both.
+        A checkpoint that is not diffusers' own, which `bind_checkpointing` sees to, may run a block again during the
+        backward. The block's first argument, which most of them keep for that, carries the call.
         """
         if torch.compiler.is_compiling():
             return
         carrier = args[0] if args else kwargs["hidden_states"]
-        if _in_backward():
-            self.recomputed = getattr(carrier, "_foveal_forward", None)
-        else:
-            carrier._foveal_forward = (self.grid, self._phase())
+        call = self._running()
+        if call is not None:
+            carrier._foveal_call = call
+        elif _in_backward():
+            _THREAD.running.recomputed = getattr(carrier, "_foveal_call", None)
+
+    def bind_checkpointing(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A transformer's checkpointing function (block, *arguments) for the blocks of the forward in progress."""
+        call = self._running()
+        if call is None:
+            return function
+        return lambda block, *args, **kwargs: function(_BlockOfCall(block, call), *args, **kwargs)
+
+    def current(self) -> Call | None:
+        """The call that the block that runs belongs to; None outside of a forward."""
+        call = self._running()
+        if call is None and not torch.compiler.is_compiling() and _in_backward():
+            call = _THREAD.running.recomputed
+            return call if call is not None and call.state is self else None
+        return call
+
+    def _running(self) -> Call | None:
+        call = _THREAD.running.call
+        return call if call is not None and call.state is self else None
+
+    def _outside(self, call: Call | None) -> Call | None:
+        """`call`, or what it interrupts if it is this transformer's: no forward contains one of the same model."""
+        return call.outer if call is not None and call.state is self else call
 
     def _go_first(self) -> None:
         """Puts the hooks of the blocks before any that came later and replaces their arguments, as FSDP2's does."""
-        for handle in self.handles.values():
+        for handle, *_ in self.handles.values():
             hooks = handle.hooks_dict_ref()
             if next(iter(hooks)) != handle.id:
                 hooks.move_to_end(handle.id, last=False)
 
-    def current(self) -> tuple[VideoGrid | None, Phase]:
-        """(grid, phase) for the block that runs."""
-        if not torch.compiler.is_compiling() and self.recomputed is not None and _in_backward():
-            return self.recomputed
-        return self.grid, self._phase()
 
-    def _phase(self) -> Phase:
-        return Phase(dense=True) if self.dense else self.phase
+class _BlockOfCall:
+    """A block that belongs to one call, whenever it is called: what a checkpointing function gets in its place."""
+
+    def __init__(self, block: nn.Module, call: Call) -> None:
+        self._block, self._call = block, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        former, _THREAD.running.call = _THREAD.running.call, self._call
+        try:
+            return self._block(*args, **kwargs)
+        finally:
+            _THREAD.running.call = former
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
 
 
 def _in_backward() -> bool:
