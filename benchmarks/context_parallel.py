@@ -19,7 +19,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = ("size", "resolution", "backward", "rounds", "backend", "compile")
     results: dict[str, Any] = {
         "schema": 1,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": {name: getattr(options, name) for name in names}
         | {"ranks": ranks, "inductor": dict(options.inductor)},
         "machine": machine(device, options.commit),

@@ -17,7 +17,7 @@ import json
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> Path | None:
         run_candidate(options.run, options.shape)
         return None
     results = {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "shape": options.shape,
         "counters": COUNTERS,
         "kernels": {},

@@ -18,7 +18,7 @@ import argparse
 import copy
 import dataclasses
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         }
 
     results = {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(device, options.commit),
         "settings": settings.to_dict(),
         "tokens": settings.grid.num_tokens,

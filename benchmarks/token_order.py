@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import statistics
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -87,7 +87,7 @@ def main() -> None:
     write_json(
         options.json,
         {
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(device),
             "settings": DemoSettings.for_device(device.type).to_dict() | {"pretrain_steps": options.steps},
             "keep_ratios": KEEP_RATIOS,

@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> Path:
     names = ("size", "rounds", "backend", "compile", "generate")
     results: dict[str, Any] = {
         "schema": 1,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": {name: getattr(options, name) for name in names} | {"inductor": dict(options.inductor)},
         "machine": machine(device, options.commit),
         "arms": {arm: ARMS[arm].to_dict() for arm in options.arms},

@@ -12,7 +12,7 @@ import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ def run_bench(
     shapes = settings.chosen_shapes()
     results: dict[str, Any] = {
         "schema": SCHEMA,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": {"quick": settings.quick, "only": settings.only, "seed": settings.seed, "dtype": str(dtype)[6:]},
         "machine": machine(device, settings.commit),
         "shapes": {shape.name: shape.to_dict() for shape in shapes},
