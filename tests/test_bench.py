@@ -30,6 +30,7 @@ from foveal.lab.bench.run import BenchSettings, add_ratios, figures, run_bench
 from foveal.lab.bench.shapes import SHAPES, Inputs, shape_of_length
 from foveal.lab.bench.timing import CpuTimer, measure
 from foveal.layout import VideoGrid
+from foveal.output_folder import LIST_FILE
 
 SMALL_GRID = VideoGrid(5, 8, 9)
 CPU = torch.device("cpu")
@@ -384,11 +385,11 @@ def test_json_is_written_aside_and_renamed(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         report.write_json(path, {"value": float("nan")})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
         with pytest.raises(OSError, match="no space"):
             report.write_json(path, {"value": 2})
     assert json.loads(path.read_text()) == {"value": 1}
-    assert [file.name for file in path.parent.iterdir()] == ["file.json"]
+    assert {file.name for file in path.parent.iterdir()} == {"file.json", LIST_FILE}
 
 
 def test_file_name():
@@ -431,7 +432,7 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(main, tmp_path
     else:
         status = module_main.main(arguments)
     assert status == 2
-    assert f"cannot write into output {tmp_path}/file: " in capsys.readouterr().err
+    assert f"output {tmp_path}/file is a file; expected a folder" in capsys.readouterr().err
 
 
 def test_no_gpu_is_said(capsys, monkeypatch):
@@ -452,6 +453,7 @@ from foveal.lab.bench import report
 from foveal.lab.bench.candidates import candidates_for
 from foveal.lab.bench.run import BenchSettings, run_bench
 from foveal.layout import VideoGrid
+from foveal.output_folder import LIST_FILE
 chosen = [c for c in candidates_for("cpu") if c.name.startswith(("SDPA", "block-sparse 64x64 5 %"))]
 run = lambda settings, **rest: run_bench(settings, candidates=chosen, **rest)
 report.run_bench = run
@@ -462,7 +464,7 @@ raise SystemExit(report.bench(settings, __import__("pathlib").Path({str(tmp_path
     assert run.returncode == 0, run.stderr
     assert "no plot: matplotlib is missing" in run.stdout
     assert "block-sparse 64x64 5 %, torch  " in run.stdout
-    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".jsonl"]
 
 
 def test_problem_of_every_candidate_is_laid_out_like_its_gradient():

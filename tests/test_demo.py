@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from foveal.lab import cli
 from foveal.lab.demo import run as demo_run
 from foveal.lab.demo.run import run_demo
 from foveal.lab.demo.settings import DemoSettings
+from foveal.output_folder import LIST_FILE
 
 TINY = DemoSettings(
     height=16,
@@ -49,6 +51,7 @@ FILES = {
     "blocks-sla.png",
     "blocks-vsa.png",
     "model",
+    LIST_FILE,
 }
 
 
@@ -128,8 +131,8 @@ def test_same_seed_same_figures(report, tmp_path):
 
 def test_interrupted_run_leaves_the_former_report(report, tmp_path, monkeypatch):
     folder = tmp_path / "report"
-    folder.mkdir()
-    (folder / "results.json").write_text("{}")
+    shutil.copytree(report[0], folder)
+    former = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -137,11 +140,14 @@ def test_interrupted_run_leaves_the_former_report(report, tmp_path, monkeypatch)
     monkeypatch.setattr(demo_run, "write_report", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_demo(TINY, output=folder, device=torch.device("cpu"))
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(TINY, output=tmp_path / "new", device=torch.device("cpu"))
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
-    assert (folder / "results.json").read_text() == "{}"
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == former
     monkeypatch.undo()
-    run_demo(TINY, output=folder, device=torch.device("cpu"))
+    other = run_demo(dataclasses.replace(TINY, seed=1), output=folder, device=torch.device("cpu"))
     assert {path.name for path in folder.iterdir()} == FILES
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(other))
 
 
 def test_command_line_answers_mistakes_in_one_line(tmp_path, capsys):
@@ -149,11 +155,11 @@ def test_command_line_answers_mistakes_in_one_line(tmp_path, capsys):
     (tmp_path / "thesis" / "chapter.tex").write_text("x")
     (tmp_path / "notes.mp4").write_text("no video")
     for arguments, message in (
-        (["demo", "--output", str(tmp_path / "thesis")], "exists and is no demo report"),
+        (["demo", "--output", str(tmp_path / "thesis")], "holds something else (chapter.tex), nothing of foveal demo"),
         (["demo", "--video", str(tmp_path / "none.mp4")], "no such video file"),
         (["demo", "--video", str(tmp_path / "notes.mp4")], "cannot decode"),
         (["demo", "--clip", "bunny"], "unknown clip 'bunny'"),
-        (["demo", "--output", str(tmp_path / "notes.mp4" / "demo")], "notes.mp4: File exists"),
+        (["demo", "--output", str(tmp_path / "notes.mp4" / "demo")], "notes.mp4 is a file; expected a folder"),
         (["demo", "--device", "tpu"], "unknown device 'tpu'"),
         (["demo", "--pretrain-steps", "0"], "pretrain_steps must be at least 1"),
     ):

@@ -14,6 +14,7 @@ from foveal.lab.generate.outputs import output_name, read_media, write_exact, wr
 from foveal.lab.generate.run import read_prompts
 from foveal.lab.generate.sparse import SparseChoice, choose_sparse
 from foveal.methods.sla.config import SLAConfig
+from foveal.output_folder import LIST_FILE
 
 pytest.importorskip("tyro")
 
@@ -83,7 +84,8 @@ def test_every_prompt_seed_and_arm_has_its_files(outputs):
     }
     assert {path.stem for path in outputs.glob("*.mp4")} == names
     assert {path.stem for path in outputs.glob("*.json")} == {name for name in names if "beside" not in name}
-    assert len(list(outputs.iterdir())) == 28
+    assert len(list(outputs.iterdir())) == 28 + 1
+    assert (outputs / LIST_FILE).is_file()
 
 
 def test_videos_are_those_of_the_pipeline(wan, outputs):
@@ -148,21 +150,41 @@ def test_finished_outputs_are_skipped_and_the_others_made(wan, outputs, capsys):
     assert generate(wan, outputs, *arguments) == 0
     assert stats(outputs) == before
     assert "8 of 8 outputs are there already" in capsys.readouterr().err
-    # One was interrupted (no record), one is damaged, one was made otherwise.
-    names = [output_name("a cat", 0, LABEL), output_name("a cat", 1, "dense"), output_name("a cat", 1, LABEL)]
+    # One was interrupted (no record), one has lost its video.
+    names = [output_name("a cat", 0, LABEL), output_name("a cat", 1, "dense")]
     (outputs / f"{names[0]}.json").unlink()
-    (outputs / f"{names[1]}.mp4").write_bytes(b"half")
-    record = json.loads((outputs / f"{names[2]}.json").read_text())
-    record["settings"]["num_inference_steps"] = 50
-    (outputs / f"{names[2]}.json").write_text(json.dumps(record))
+    (outputs / f"{names[1]}.mp4").unlink()
     assert generate(wan, outputs, *arguments) == 0
     errors = " ".join(capsys.readouterr().err.split())
-    assert "5 of 8 outputs are there already" in errors
+    assert "6 of 8 outputs are there already" in errors
     assert f"{names[1]}: made again, {names[1]}.mp4 is missing or has another size" in errors
-    assert f"{names[2]}: made again, it was made with other num_inference_steps" in errors
     made = {name for name, time in stats(outputs).items() if time != before[name]}
     beside = {f"{output_name('a cat', seed, LABEL)}-beside-dense.mp4" for seed in (0, 1)}
-    assert made == {f"{name}.{suffix}" for name in names for suffix in ("mp4", "mkv", "json")} | beside
+    assert made == {f"{name}.{suffix}" for name in names for suffix in ("mp4", "mkv", "json")} | beside | {LIST_FILE}
+
+
+def test_outputs_that_were_made_otherwise_are_made_again(wan, tmp_path, capsys):
+    cat = ("--prompt", "a cat", "--seed", "0", "1")
+    assert generate(wan, tmp_path, *cat) == 0
+    before = stats(tmp_path)
+    assert generate(wan, tmp_path, *cat[:-1], "--steps", "3") == 0
+    name = output_name("a cat", 0, "dense")
+    assert f"{name}: made again, it was made with other num_inference_steps" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    made = {name for name, time in stats(tmp_path).items() if time != before[name]}
+    assert made == {f"{name}.{suffix}" for suffix in ("mp4", "mkv", "json")} | {LIST_FILE}
+
+
+def test_an_output_that_somebody_changed_is_not_made_again(wan, tmp_path, capsys):
+    cat = ("--prompt", "a cat", "--seed", "0")
+    assert generate(wan, tmp_path, *cat) == 0
+    video = tmp_path / f"{output_name('a cat', 0, 'dense')}.mp4"
+    video.write_bytes(b"cut")
+    before = stats(tmp_path)
+    assert generate(wan, tmp_path, *cat) == 2
+    assert f"foveal: {video} was changed after foveal generate wrote it" in capsys.readouterr().err
+    assert stats(tmp_path) == before
 
 
 def test_interrupted_runs_go_on(wan, tmp_path, monkeypatch, capsys):
@@ -179,10 +201,11 @@ def test_interrupted_runs_go_on(wan, tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 130
     assert "what is done is kept, run the same command again" in capsys.readouterr().err
     first = stats(tmp_path)
+    assert first.pop(LIST_FILE)
     assert set(first) == {f"{output_name('a cat', 0, 'dense')}.{suffix}" for suffix in ("mp4", "mkv", "json")}
     monkeypatch.undo()
     assert generate(wan, tmp_path, *arguments) == 0
-    assert len(stats(tmp_path)) == 9
+    assert len(stats(tmp_path)) == 9 + 1
     assert {name: stats(tmp_path)[name] for name in first} == first
 
 

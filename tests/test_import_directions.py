@@ -14,7 +14,7 @@ ROOT = Path(foveal.__file__).parent
 
 # A module imports from lower layers and from its own package, never from higher layers or from a sibling on its layer.
 LAYERS = [
-    {"checks"},
+    {"checks", "output_folder"},
     {"layout"},
     {"blocks"},
     {"testing", "kernels"},

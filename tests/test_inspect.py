@@ -16,6 +16,7 @@ from foveal.lab.inspect.probe import InspectSettings, LayerObservation, look_at,
 from foveal.lab.inspect.run import inspect_model
 from foveal.lab.inspect.statistics import reorder, selection_quality, weight_distribution
 from foveal.lab.terminal import Progress
+from foveal.output_folder import LIST_FILE
 
 TINY = InspectSettings(keep_ratios=(0.1, 0.3, 0.6), blocks=((16, 16), (32, 16)), query_blocks=None, rows=None)
 
@@ -232,7 +233,7 @@ def test_report(tmp_path):
     page, advice, observations = inspect_model(
         model, lambda: run(model, **inputs()), tmp_path / "out", settings=TINY, facts={"model": "<tiny> & random"}
     )
-    names = {"index.html", "inspect.json", "quality.png", "layers.png", "distribution.png"}
+    names = {"index.html", "inspect.json", "quality.png", "layers.png", "distribution.png", LIST_FILE}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 3
@@ -298,10 +299,10 @@ def test_mistakes_at_the_command_line(arguments, message, pipeline_folder, tmp_p
     assert not output.exists()
 
 
-@pytest.mark.parametrize(("name", "error"), [("file", ValueError), ("file/below", OSError)])
-def test_folders_that_cannot_be_made_cost_no_generation(tmp_path, name, error):
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_folders_that_cannot_be_made_cost_no_generation(tmp_path, name):
     (tmp_path / "file").write_text("x")
     model = tiny_transformer()
-    with pytest.raises(error, match="file"):
+    with pytest.raises(ValueError, match=r"file is a file; expected a folder"):
         inspect_model(model, lambda: pytest.fail("the model ran"), tmp_path / name)
     assert (tmp_path / "file").read_text() == "x"

@@ -24,9 +24,11 @@ from foveal.lab import cli
 from foveal.lab.data.clips import Bucket, MediaInfo, choose_bucket, clip_starts, probe, read_clip
 from foveal.lab.data.dataset import LatentDataset
 from foveal.lab.data.precompute import PrecomputeSettings, precompute
+from foveal.lab.data.shards import INDEX_FILE
 from foveal.lab.data.sources import read_sources
 from foveal.lab.data.windows import read_video, sample_clip, to_model_range
 from foveal.lab.pipelines import PIPELINES, LoadedPipeline, Sizes, encode_text, normalize_latents
+from foveal.output_folder import LIST_FILE, OutputFolder
 
 pytest.importorskip("tyro")
 
@@ -318,9 +320,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(clips, tmp_path):
     assert killed.returncode == -9
     with pytest.raises(ValueError, match="is not complete, it has 2 samples so far"):
         LatentDataset(tmp_path / "data")
-    # What a kill in the middle of writing leaves behind.
-    (tmp_path / "data" / ".new-shard-00001.safetensors").write_bytes(b"half")
-    (tmp_path / "data" / "shard-00001.safetensors").write_bytes(b"not in the index")
+    # A kill between a shard and the index leaves this behind.
+    with OutputFolder(tmp_path / "data", "precompute").writing("shard-00001.safetensors") as aside:
+        aside.write_bytes(b"not in the index")
     first = (tmp_path / "data" / "shard-00000.safetensors").stat()
     encoded = []
 
@@ -336,7 +338,8 @@ def test_a_killed_run_goes_on_and_ends_the_same(clips, tmp_path):
     assert (tmp_path / "data" / "shard-00000.safetensors").stat().st_mtime_ns == first.st_mtime_ns
     precompute(clips, tmp_path / "whole", settings)
     assert LatentDataset(tmp_path / "data", verify=True).fingerprint == LatentDataset(tmp_path / "whole").fingerprint
-    assert not list((tmp_path / "data").glob(".new*"))
+    shards = {f"shard-0000{number}.safetensors" for number in (0, 1)}
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {INDEX_FILE, LIST_FILE, *shards}
 
 
 def test_an_interrupt_keeps_what_is_done(clips, tmp_path, monkeypatch, capsys):

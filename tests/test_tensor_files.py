@@ -112,7 +112,7 @@ def test_reading_is_lazy_and_exact(tmp_path):
         "c": torch.ones(()).bfloat16(),
     }
     for name in ("all.safetensors", "all.pth"):
-        write_tensors(tmp_path / name, tensors, {"said": "here"})
+        write_tensors(tmp_path / name, tensors, "said", "here")
         with open_tensors(tmp_path / name) as file:
             assert file.shapes == {"a": (2, 3), "b": (4,), "c": ()}
             assert file.not_floating == {"b"}
@@ -127,7 +127,7 @@ def test_reading_is_lazy_and_exact(tmp_path):
 
 def test_a_slice_is_written_without_the_rest(tmp_path):
     whole = torch.zeros(1000, 100)
-    write_tensors(tmp_path / "slice.pth", {"a": whole[:1]}, {})
+    write_tensors(tmp_path / "slice.pth", {"a": whole[:1]}, "said", "here")
     assert (tmp_path / "slice.pth").stat().st_size < 5000
 
 

@@ -46,6 +46,7 @@ from foveal.lab.train.throughput import sample_flops
 from foveal.lab.train.trainer import Trainer, run_training
 from foveal.layout import VideoGrid
 from foveal.models.processor import sparse_processors
+from foveal.output_folder import LIST_FILE
 
 REPORTS = {"blocks.0.attn1": LayerReport(0.1, 0.9)}
 
@@ -98,7 +99,7 @@ def test_a_run_leaves_all_that_it_promises(finished):
     folder, _, result = finished
     assert (result.step, result.finished) == (6, True)
     run = folder / "run"
-    assert {path.name for path in run.iterdir()} == {"checkpoints", "export", "metrics.jsonl"}
+    assert {path.name for path in run.iterdir()} == {"checkpoints", "export", "metrics.jsonl", LIST_FILE}
     assert list(metrics(folder)) == [1, 2, 3, 4, 5, 6]
     assert list(metrics(folder, "held_out/sparse")) == [0, 3, 6]
     assert metrics(folder, "held_out/dense")[6] == result.evaluation.dense
@@ -788,7 +789,8 @@ def test_a_failed_export_keeps_the_checkpoint(folder, monkeypatch):
         run_training(config(folder, steps=2))
     monkeypatch.undo()
     assert run_training(config(folder, steps=2, resume=True)).export.is_dir()
-    assert {path.name for path in (folder / "run").iterdir()} == {"checkpoints", "export", "metrics.jsonl"}
+    names = {"checkpoints", "export", "metrics.jsonl", LIST_FILE}
+    assert {path.name for path in (folder / "run").iterdir()} == names
 
 
 def test_out_of_memory_says_what_to_change(folder, monkeypatch):
@@ -844,7 +846,7 @@ def test_the_command_answers_mistakes_in_one_line(tmp_path, capsys):
         ),
         (
             ["tiny", "--tracker", "none", "--output", str(tmp_path / "file" / "run")],
-            "file/run/clip-windows/train: Not a directory",
+            f"output {tmp_path}/file/run cannot be made: {tmp_path}/file is a file; expected a folder",
         ),
         (["tiny", "--tracker", "none", "--output", str(tmp_path / "file")], "is a file; expected a folder"),
     ):

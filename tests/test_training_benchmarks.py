@@ -13,6 +13,7 @@ import torch
 
 from foveal import SLAConfig
 from foveal.methods.sla.reference import sla_attention_reference
+from foveal.output_folder import LIST_FILE
 from foveal.testing import make_inputs, random_selection, relative_error
 
 pytest.importorskip("diffusers")
@@ -73,4 +74,4 @@ def test_train_scaling(tmp_path):
     assert found["losses"] == json.loads(one.read_text())["losses"]
     assert found["largest_relative_difference"] == 0.0
     assert found["scaling"] == found["tokens_per_second"] / found["one_process"]["tokens_per_second"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.json", "one.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"again.json", "one.json", LIST_FILE}

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
             commit=options.commit,
         )
         return min(1, bench(settings, options.output))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"foveal bench: {error}", file=sys.stderr)
         return 2
 

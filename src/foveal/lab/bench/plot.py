@@ -14,7 +14,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from foveal.lab.bench.run import baselines_of
+from foveal.lab.bench.run import COMMAND, baselines_of
+from foveal.output_folder import OutputFolder
 
 COLORS = {"forward": "#2a7f8e", "backward": "#d19a2e"}
 
@@ -60,5 +61,7 @@ def _bars(axis, entries: list[dict[str, Any]], baseline: str | None, ratio: str,
 
 if __name__ == "__main__":
     source = Path(sys.argv[1])
-    write_plot(source.with_suffix(".png"), json.loads(source.read_text(encoding="utf-8")))
-    print(source.with_suffix(".png"))
+    plot = source.with_suffix(".png")
+    with OutputFolder(plot.parent, COMMAND).writing(plot.name) as aside:
+        write_plot(aside, json.loads(source.read_text(encoding="utf-8")))
+    print(plot)

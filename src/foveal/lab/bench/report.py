@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from foveal.lab.bench.run import BenchSettings, baselines_of, run_bench
+from foveal.lab.bench.run import COMMAND, BenchSettings, baselines_of, run_bench
 from foveal.lab.terminal import PlainConsole, Progress
+from foveal.output_folder import OutputFolder
 
 SECOND = "vs {second}"
 HEADINGS = (
@@ -41,14 +40,12 @@ def bench(settings: BenchSettings, output: Path) -> int:
     Raises:
         ValueError: for an output folder that cannot be made or written to.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise ValueError(f"cannot write into output {output}: {error.strerror}") from error
+    OutputFolder(output, COMMAND).check()
 
     def keep(results: dict[str, Any]) -> None:
-        write_json(output / file_name(results), results)
+        path = output / file_name(results)
+        OutputFolder(output, COMMAND).check([path.name, path.with_suffix(".png").name])
+        write_json(path, results)
         print_table(results, results["results"][-1]["shape"])
 
     started = time.monotonic()
@@ -65,8 +62,10 @@ def bench(settings: BenchSettings, output: Path) -> int:
     try:
         from foveal.lab.bench.plot import write_plot
 
-        write_plot(path.with_suffix(".png"), results)
-        print(path.with_suffix(".png"))
+        plot = path.with_suffix(".png")
+        with OutputFolder(output, COMMAND).writing(plot.name) as aside:
+            write_plot(aside, results)
+        print(plot)
     except ImportError:
         print('no plot: matplotlib is missing (pip install "foveal[bench]")')
         print(f"later: python -m foveal.lab.bench.plot {path}")
@@ -81,20 +80,14 @@ def file_name(results: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Written aside and renamed: whoever looks finds the former file or the new one, whole."""
+    """Write a results file. A reader finds either the old file or the new one, complete.
+
+    Raises:
+        FileExistsError: the file exists, and no benchmark wrote it.
+    """
     text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+    with OutputFolder(path.parent, COMMAND).writing(path.name) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def table(results: dict[str, Any], shape: str) -> tuple[list[str], list[list[str]], list[str]]:

@@ -28,6 +28,8 @@ from foveal.lab.bench.shapes import SHAPE_SETS, SHAPES, Inputs, Shape, shape_of_
 from foveal.lab.bench.timing import CpuTimer, CudaTimer, Timer, measure, peak_memory
 from foveal.layout import VideoGrid
 
+# The name of the command in the lists of `OutputFolder`.
+COMMAND = "bench"
 SCHEMA = 2  # 2: rested times are the device's, with launches queued ahead; host_ms
 # Small, and no multiple of any block or cube.
 GATE_GRID = VideoGrid(5, 12, 25)

@@ -20,15 +20,19 @@ from torch.utils.data import Dataset
 from foveal.checks import check_positive_int
 from foveal.lab.data.shards import (
     EMPTY_CAPTION,
+    EMPTY_CAPTION_FILE,
+    INDEX_FILE,
     Index,
     check_shards,
     read_header,
     read_index,
     read_text,
     shape_name,
+    shard_name,
     write_empty_caption,
     write_shard,
 )
+from foveal.output_folder import OutputFolder
 
 # Open files at once: shards are many, and file descriptors are not.
 OPEN_SHARDS = 16
@@ -363,11 +367,26 @@ def write_latent_dataset(
 
     Raises:
         ValueError: for a folder with an index, or samples whose text tensors differ in name or shape.
+        FileExistsError: a name that is needed is taken by a file that foveal did not write.
     """
     folder = Path(folder)
-    if (folder / "index.json").exists():
+    if (folder / INDEX_FILE).exists():
         raise ValueError(f"{folder} holds a dataset already")
-    folder.mkdir(parents=True, exist_ok=True)
+    with OutputFolder(folder, "write_latent_dataset").renewing(last=INDEX_FILE) as new:
+        fill_with_samples(
+            new, samples, settings=settings, empty_prompt=empty_prompt, samples_per_shard=samples_per_shard
+        )
+
+
+def fill_with_samples(
+    folder: Path,
+    samples: Iterable[dict[str, Any]],
+    *,
+    settings: dict[str, Any] | None = None,
+    empty_prompt: dict[str, Tensor] | None = None,
+    samples_per_shard: int = 64,
+) -> None:
+    """Write samples as `write_latent_dataset` does into an empty folder."""
     samples = [{"source": sample["id"].split("#")[0], **sample} for sample in samples]
     index = Index(settings=settings or {})
     if samples:
@@ -375,14 +394,14 @@ def write_latent_dataset(
         index.text_shapes = {name: list(tensor.shape) for name, tensor in text.items()}
     for start in range(0, len(samples), samples_per_shard):
         part = samples[start : start + samples_per_shard]
-        index.shards.append(write_shard(folder, f"shard-{len(index.shards):05d}.safetensors", part, index.text_shapes))
+        index.shards.append(write_shard(folder / shard_name(len(index.shards)), part, index.text_shapes))
         for sample in part:
             name = shape_name(sample["latents"])
             index.latent_shapes[name] = index.latent_shapes.get(name, 0) + 1
     if empty_prompt is not None:
-        index.empty_caption = write_empty_caption(folder, empty_prompt, index.text_shapes)
+        index.empty_caption = write_empty_caption(folder / EMPTY_CAPTION_FILE, empty_prompt, index.text_shapes)
     index.complete = True
-    index.write(folder)
+    index.write(folder / INDEX_FILE)
 
 
 def _read_records(folder: Path, index: Index) -> list[dict[str, Any]]:

@@ -18,12 +18,14 @@ from torch import Tensor
 from foveal.checks import check_positive_int
 from foveal.lab.data.clips import Bucket, choose_bucket, clip_starts, probe, read_clip
 from foveal.lab.data.shards import (
+    EMPTY_CAPTION_FILE,
     INDEX_FILE,
     Index,
     check_shards,
     read_header,
     read_index,
     shape_name,
+    shard_name,
     to_dtype,
     write_empty_caption,
     write_shard,
@@ -31,6 +33,7 @@ from foveal.lab.data.shards import (
 from foveal.lab.data.sources import Source, read_sources
 from foveal.lab.data.windows import to_model_range
 from foveal.lab.pipelines import LoadedPipeline, default_size, encode_text, encode_video
+from foveal.output_folder import OutputFolder
 
 SHARD_BYTES = 512 * 2**20
 
@@ -76,7 +79,7 @@ class Progress:
 class _Run:
     """A run in progress: the index, and samples that are in no shard yet."""
 
-    folder: Path
+    output: OutputFolder
     index: Index
     pending: list[dict[str, Any]] = field(default_factory=list)
 
@@ -94,14 +97,15 @@ class _Run:
     def flush(self) -> None:
         """Puts the samples that are waiting into a shard, and the shard into the index."""
         if self.pending:
-            file = f"shard-{len(self.index.shards):05d}.safetensors"
-            shard = write_shard(self.folder, file, self.pending, self.index.text_shapes)
+            with self.output.writing(shard_name(len(self.index.shards))) as aside:
+                shard = write_shard(aside, self.pending, self.index.text_shapes)
             self.index.shards.append(shard)
             for sample in self.pending:
                 name = shape_name(sample["latents"])
                 self.index.latent_shapes[name] = self.index.latent_shapes.get(name, 0) + 1
             self.pending = []
-        self.index.write(self.folder)
+        with self.output.writing(INDEX_FILE) as aside:
+            self.index.write(aside)
 
 
 def precompute(
@@ -131,6 +135,7 @@ def precompute(
         FileNotFoundError: no such folder or list.
         ValueError: a list that cannot be read, sizes that do not fit the pipeline, an output folder that holds
             something else or samples made with other settings or captions, or no file that can be used.
+        FileExistsError: a name that is needed is taken by a file that foveal did not write.
     """
     sources, output = read_sources(videos), Path(output)
     buckets = _buckets(settings, loaded)
@@ -150,6 +155,9 @@ def precompute(
     run, done = _open_run(output, described)
     _check_captions(sources, done, output)
     left = [source for source in sources if source.name not in done]
+    names = [INDEX_FILE, *(shard_name(len(run.index.shards) + place) for place in range(len(left)))]
+    needs_empty_caption = loaded is not None and run.index.empty_caption is None
+    run.output.check([*names, EMPTY_CAPTION_FILE] if needs_empty_caption else names)
     run.index.complete, run.index.skipped = False, []
     progress = progress or Progress()
     progress.start(len(sources), len(sources) - len(left))
@@ -167,9 +175,10 @@ def precompute(
     if not run.index.samples:
         first = run.index.skipped[0]["reason"]
         raise ValueError(f"none of the {len(sources)} files of {videos} could be used; the first: {first}")
-    if loaded is not None and run.index.empty_caption is None:
+    if needs_empty_caption:
         text = {name: tensor[0] for name, tensor in to_dtype(encode_text(loaded, [""]), settings.dtype).items()}
-        run.index.empty_caption = write_empty_caption(output, text, run.index.text_shapes)
+        with run.output.writing(EMPTY_CAPTION_FILE) as aside:
+            run.index.empty_caption = write_empty_caption(aside, text, run.index.text_shapes)
     run.index.complete = True
     run.flush()
     return run.index
@@ -196,13 +205,11 @@ def _buckets(settings: PrecomputeSettings, loaded: LoadedPipeline | None) -> tup
 
 def _open_run(output: Path, settings: dict[str, Any]) -> tuple[_Run, dict[str, str]]:
     """The run to go on with, and the caption of every file that has its samples already."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file; expected a folder")
+    folder = OutputFolder(output, "precompute")
     if not (output / INDEX_FILE).exists():
-        if output.exists() and any(path for path in output.iterdir() if not path.name.startswith(".")):
-            raise ValueError(f"output {output} holds something else; choose a new or empty folder")
-        output.mkdir(parents=True, exist_ok=True)
-        return _Run(output, Index(settings)), {}
+        folder.check([INDEX_FILE])
+        folder.check_alone()
+        return _Run(folder, Index(settings)), {}
     index = read_index(output)
     for name, value in settings.items():
         if index.settings.get(name) != value:
@@ -214,7 +221,9 @@ def _open_run(output: Path, settings: dict[str, Any]) -> tuple[_Run, dict[str, s
     done = {}
     for shard in index.shards:
         done.update({record["source"]: record["caption"] for record in read_header(output / shard.file)[0]})
-    return _Run(output, index), done
+    # Older versions kept no list, but an index shows by itself that precompute wrote it.
+    folder.adopt(INDEX_FILE)
+    return _Run(folder, index), done
 
 
 def _check_captions(sources: list[Source], done: dict[str, str], output: Path) -> None:

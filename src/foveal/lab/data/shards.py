@@ -1,7 +1,7 @@
 """Precomputed samples on the disk: safetensors shards, and an index that says what should be in them.
 
-A folder holds `index.json` and `shard-00000.safetensors` and so on. A shard is complete before it gets its name, and
-the index names it after that, so that a run may be killed at any point. Within a shard, `latents/I` is the latent of
+A folder holds `index.json` and `shard-00000.safetensors` and so on. Shards are written before the index that names
+them. Within a shard, `latents/I` is the latent of
 its sample I, and `text/J/NAME` one tensor of its caption J; the header lists the samples:
 
     {"samples": [{"id": "cat.mp4#0", "source": "cat.mp4", "caption": "a cat", "text": 0}, ...]}
@@ -11,11 +11,8 @@ Rows of zeros at the end of a text tensor (Wan's padding, say) are not stored; t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from torch import Tensor
 
 FORMAT = 1
 INDEX_FILE = "index.json"
+EMPTY_CAPTION_FILE = "empty-caption.safetensors"
 HEADER_KEY = "foveal"
 EMPTY_CAPTION = "empty/"
 
@@ -72,11 +70,15 @@ class Index:
         content = [self.settings, [shard.sha256 for shard in shards]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def write(self, folder: Path) -> None:
-        """Replaces the folder's index, all at once."""
+    def write(self, file: Path) -> None:
+        """Write the index to a file."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
-        with replacing(folder / INDEX_FILE) as aside:
-            aside.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
+
+
+def shard_name(number: int) -> str:
+    """The file name of a shard, counted from 0."""
+    return f"shard-{number:05d}.safetensors"
 
 
 def read_index(folder: Path) -> Index:
@@ -120,7 +122,7 @@ def check_shards(folder: Path, index: Index, *, verify: bool) -> None:
             raise ValueError(f"{file} does not have the SHA-256 that the index says: it is damaged")
 
 
-def write_shard(folder: Path, file: str, samples: list[dict[str, Any]], text_shapes: dict[str, list[int]]) -> Shard:
+def write_shard(file: Path, samples: list[dict[str, Any]], text_shapes: dict[str, list[int]]) -> Shard:
     """Write samples ({"latents", one tensor for each name in text_shapes, "id", "source", "caption"}) as one file.
 
     Text that several samples share is stored once.
@@ -141,13 +143,13 @@ def write_shard(folder: Path, file: str, samples: list[dict[str, Any]], text_sha
                 texts.append(text)
                 tensors.update({f"text/{record['text']}/{name}": tensor for name, tensor in text.items()})
         records.append(record)
-    return _write_tensors(folder / file, tensors, {"samples": records}, len(samples))
+    return _write_tensors(file, tensors, {"samples": records}, len(samples))
 
 
-def write_empty_caption(folder: Path, text: dict[str, Tensor], text_shapes: dict[str, list[int]]) -> Shard:
-    """Write the text tensors of the empty caption."""
+def write_empty_caption(file: Path, text: dict[str, Tensor], text_shapes: dict[str, list[int]]) -> Shard:
+    """Write the text tensors of the empty caption as one file."""
     tensors = {EMPTY_CAPTION + name: tensor for name, tensor in _text_tensors(text, text_shapes).items()}
-    return _write_tensors(folder / "empty-caption.safetensors", tensors, {}, 0)
+    return _write_tensors(file, tensors, {}, 0)
 
 
 def read_header(file: Path) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
@@ -177,19 +179,6 @@ def read_text(opened: Any, prefix: str, text_shapes: dict[str, list[int]]) -> di
     return text
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path`, with its suffix, that takes its name when the block ends well and vanishes when not."""
-    aside = path.with_name(f".new-{path.name}")
-    try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _equal(text: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(tensor, other[name]) for name, tensor in text.items())
 
@@ -207,13 +196,12 @@ def _text_tensors(text: dict[str, Tensor], text_shapes: dict[str, list[int]]) ->
     return stored
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any], samples: int) -> Shard:
+def _write_tensors(file: Path, tensors: dict[str, Tensor], header: dict[str, Any], samples: int) -> Shard:
     from safetensors.torch import save_file
 
-    with replacing(path) as aside:
-        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-        save_file(tensors, aside, metadata={HEADER_KEY: json.dumps(header, ensure_ascii=False)})
-        return Shard(path.name, aside.stat().st_size, _sha256(aside), samples)
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    save_file(tensors, file, metadata={HEADER_KEY: json.dumps(header, ensure_ascii=False)})
+    return Shard(file.name, file.stat().st_size, _sha256(file), samples)
 
 
 def _sha256(path: Path) -> str:

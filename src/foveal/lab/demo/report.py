@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 from foveal.lab.data.windows import to_frames, upscale, write_video
-from foveal.lab.demo.settings import DemoSettings
+from foveal.lab.demo.settings import PICTURED, DemoSettings
 
 COLORS = {"dense": "#33415c", "sparse only": "#c1666b", "SLA": "#2a7f8e", "SLA hedgehog": "#6a4c93", "VSA": "#d19a2e"}
+PAGE, LOSS_FIGURE, SIDE_BY_SIDE = "index.html", "loss.png", "side-by-side.mp4"
 FPS = 6
 BRIGHTNESS = {1: 1.0, 0: 0.42, -1: 0.10}
+
+
+def report_files(settings: DemoSettings) -> list[str]:
+    """The names of all files that `write_report` writes."""
+    videos = [_video_file(name) for name in ("clip", *settings.arms())]
+    return [PAGE, LOSS_FIGURE, SIDE_BY_SIDE, *videos, *(_map_file(name) for name in PICTURED)]
 
 
 def write_report(folder: Path, results: dict[str, Any], media: dict[str, Any], settings: DemoSettings) -> None:
@@ -29,13 +36,21 @@ def write_report(folder: Path, results: dict[str, Any], media: dict[str, Any], s
     columns = []
     for name, video in videos.items():
         frames = upscale(to_frames(video), factor)
-        write_video(folder / f"{_slug(name)}.mp4", frames, fps=FPS)
+        write_video(folder / _video_file(name), frames, fps=FPS)
         columns.append(_with_title(frames, name))
-    write_video(folder / "side-by-side.mp4", torch.cat(columns, 3), fps=FPS)
-    _loss_figure(folder / "loss.png", results)
+    write_video(folder / SIDE_BY_SIDE, torch.cat(columns, 3), fps=FPS)
+    _loss_figure(folder / LOSS_FIGURE, results)
     for name, block_map in media["maps"].items():
-        _map_figure(folder / f"blocks-{_slug(name)}.png", name, block_map, media["clip"])
-    (folder / "index.html").write_text(_page(results, media), encoding="utf-8")
+        _map_figure(folder / _map_file(name), name, block_map, media["clip"])
+    (folder / PAGE).write_text(_page(results, media), encoding="utf-8")
+
+
+def _video_file(name: str) -> str:
+    return f"{_slug(name)}.mp4"
+
+
+def _map_file(name: str) -> str:
+    return f"blocks-{_slug(name)}.png"
 
 
 def _slug(name: str) -> str:

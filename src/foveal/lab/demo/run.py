@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import platform
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,7 @@ from torch import Tensor, nn
 
 import foveal
 from foveal.lab.data.windows import ClipWindows, read_video, sample_clip
-from foveal.lab.demo.report import write_report
+from foveal.lab.demo.report import report_files, write_report
 from foveal.lab.demo.settings import PICTURED, DemoSettings
 from foveal.lab.demo.task import Batches, HeldOut, build_model, generate, predict, psnr, training_loss
 from foveal.lab.inspect.capture import capture_selections, token_labels
@@ -31,6 +27,10 @@ from foveal.methods.base import Config, method_of
 from foveal.methods.cost import attention_cost
 from foveal.models import sparsify
 from foveal.models.processor import sparse_processors
+from foveal.output_folder import OutputFolder
+
+RESULTS_FILE, MODEL_FOLDER = "results.json", "model"
+MODEL_FILES = tuple(f"{MODEL_FOLDER}/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors"))
 
 
 def run_demo(
@@ -47,7 +47,7 @@ def run_demo(
     Args:
         settings: sizes, steps, seeds.
         output: the folder to write. A former report there is replaced once the new one is complete; an interrupted
-            run leaves it as it was.
+            run leaves it as it was. Other files in the folder stay.
         video: a video file of one's own; None takes the sample clip named `clip`.
         device: where to run.
         console: where progress goes, bars on a terminal and lines elsewhere; None for the standard error stream.
@@ -58,22 +58,26 @@ def run_demo(
     Raises:
         FileNotFoundError, ValueError: for a video that is missing, cannot be decoded or is too short, or an output
             folder that holds something else.
+        FileExistsError: a name that is needed is taken by a file that foveal did not write, or that was changed since.
     """
     check_torchvision()
+    folder = OutputFolder(output, "demo")
+    folder.check([RESULTS_FILE, *MODEL_FILES, *report_files(settings)])
+    folder.check_alone()
     source = Path(video) if video is not None else sample_clip(clip)
     work = _Work(settings)
     with Progress(console or Console(stderr=True), units=work.total) as progress:
         with progress.stage(f"read {source.name}", brief=True):
             frames = read_video(source, height=settings.height, width=settings.width)
         windows = ClipWindows(frames, frames=settings.frames, stride=settings.stride)
-        with _replacing(output) as folder:
+        with folder.renewing(last=RESULTS_FILE) as new:
             results, media = _measure(settings, windows, device, progress, work)
             results["clip"] = {"file": source.name, "frames": len(frames), "sample": video is None}
             results["environment"] = _environment(device)
             with progress.stage("report", 1, units=work.report) as stage:
-                write_report(folder, results, media, settings)
-                media["model"].save_pretrained(folder / "model")
-                (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+                write_report(new, results, media, settings)
+                media["model"].save_pretrained(new / MODEL_FOLDER)
+                (new / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
                 stage.advance()
     return results
 
@@ -260,25 +264,3 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "diffusers": diffusers.__version__,
         "foveal": foveal.__version__,
     }
-
-
-@contextlib.contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A scratch folder beside `output` that takes its place when the block ends well, and vanishes when it does not."""
-    output = Path(output).absolute()
-    if output.exists() and not (output.is_dir() and ((output / "results.json").exists() or not any(output.iterdir()))):
-        raise ValueError(f"output {output} exists and is no demo report; choose another folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        scratch.chmod(0o755)
-        yield scratch
-        if output.exists():
-            former = scratch.with_name(scratch.name + "-former")
-            output.rename(former)
-            scratch.rename(output)
-            shutil.rmtree(former)
-        else:
-            scratch.rename(output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

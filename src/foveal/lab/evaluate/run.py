@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from foveal.lab.data.shards import replacing
+from foveal.lab.evaluate import vbench
 from foveal.lab.evaluate.metrics import SMALLEST_SIDE, flicker, load_lpips, psnr, ssim
 from foveal.lab.evaluate.report import EvaluationReport, Row
 from foveal.lab.evaluate.statistics import Estimate
-from foveal.lab.evaluate.vbench import lay_out
-from foveal.lab.generate.run import DENSE, SPARSE, GenerationSettings, Job, Progress, frames_of, generate
+from foveal.lab.generate.run import DENSE, SPARSE, GenerationSettings, Job, Progress, frames_of, generate, plan
 from foveal.lab.generate.sparse import SparseChoice
 from foveal.lab.pipelines import LoadedPipeline
+from foveal.output_folder import OutputFolder
 
 RESULTS_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
 OF_A_PAIR = ("prompt", "seed", "arm")
@@ -48,13 +48,16 @@ def evaluate(
 
     Raises:
         ValueError: settings without `exact`, or frames too small for SSIM; and what `generate` raises.
+        FileExistsError: a name that is needed is taken by a file that foveal did not write, or that was changed since.
     """
     if not settings.exact:
         raise ValueError("settings.exact must be True: the metrics compare frames bit for bit")
     arguments = settings.call_arguments(loaded)
     if min(arguments["height"], arguments["width"]) < SMALLEST_SIDE:
         raise ValueError(f"height and width must be at least {SMALLEST_SIDE} for SSIM")
-    output = Path(output)
+    folder, output = OutputFolder(output, "eval"), Path(output)
+    jobs, _ = plan(loaded, prompts, seeds, sparse, compare_dense=True)
+    folder.check([RESULTS_FILE, TABLE_FILE, *([] if loaded.kind.is_image else vbench.names(jobs, loaded))])
     records = generate(loaded, prompts, seeds, output, settings, sparse=sparse, compare_dense=True, progress=progress)
     lpips, why_not = load_lpips(loaded.device)
     by_pair: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
@@ -77,12 +80,12 @@ def evaluate(
         environment=some["environment"],
     )
     if not loaded.kind.is_image:
-        lay_out(output, records)
+        vbench.lay_out(folder, records)
     for name, text in (
         (RESULTS_FILE, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"),
         (TABLE_FILE, report.markdown()),
     ):
-        with replacing(output / name) as aside:
+        with folder.writing(name) as aside:
             aside.write_text(text, encoding="utf-8")
     return report
 

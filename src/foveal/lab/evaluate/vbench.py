@@ -12,8 +12,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from foveal.lab.data.shards import replacing
 from foveal.lab.generate.run import Job
+from foveal.lab.pipelines import LoadedPipeline
+from foveal.output_folder import OutputFolder
+
+FOLDER, README_FILE = "vbench", "README.txt"
 
 DIMENSIONS = (
     "subject_consistency",
@@ -33,27 +36,30 @@ dense.json and sparse.json have the prompt of each video.
 """
 
 
-def lay_out(output: Path, records: dict[Job, dict[str, Any]]) -> Path:
+def names(jobs: list[Job], loaded: LoadedPipeline) -> list[str]:
+    """Every file that `lay_out` makes for the outputs of a run."""
+    videos = [f"{FOLDER}/{job.arm}/{job.media(loaded, exact=False)[0]}" for job in jobs]
+    lists = [f"{FOLDER}/{arm}.json" for arm in dict.fromkeys(job.arm for job in jobs)]
+    return [*videos, *lists, f"{FOLDER}/{README_FILE}"]
+
+
+def lay_out(output: OutputFolder, records: dict[Job, dict[str, Any]]) -> None:
     """Link the videos of a run as `vbench/ARM/NAME.mp4`, and write `vbench/ARM.json` with the prompt of each.
 
-    The names are readable and unique, not the prompts: prompts may be longer than file names.
-
-    Returns:
-        The folder `vbench`.
+    The names are readable and unique, not the prompts: prompts may be longer than file names. Videos of a former run
+    that are not part of this one are removed.
     """
-    folder = output / "vbench"
-    shutil.rmtree(folder, ignore_errors=True)
     prompts: dict[str, dict[str, str]] = {}
-    for job, record in records.items():
-        arm = folder / job.arm
-        arm.mkdir(parents=True, exist_ok=True)
-        file = record["outputs"][0]["file"]
-        _link(output / file, arm / file)
-        prompts.setdefault(job.arm, {})[file] = job.prompt
-    for arm, by_file in prompts.items():
-        _write(folder / f"{arm}.json", json.dumps(by_file, indent=2, ensure_ascii=False) + "\n")
-    _write(folder / "README.txt", README)
-    return folder
+    with output.renewing(below=FOLDER, last=README_FILE) as folder:
+        for job, record in records.items():
+            file = record["outputs"][0]["file"]
+            (folder / job.arm).mkdir(exist_ok=True)
+            _link(output.path / file, folder / job.arm / file)
+            prompts.setdefault(job.arm, {})[file] = job.prompt
+        for arm, by_file in prompts.items():
+            text = json.dumps(by_file, indent=2, ensure_ascii=False) + "\n"
+            (folder / f"{arm}.json").write_text(text, encoding="utf-8")
+        (folder / README_FILE).write_text(README, encoding="utf-8")
 
 
 def _link(source: Path, target: Path) -> None:
@@ -62,8 +68,3 @@ def _link(source: Path, target: Path) -> None:
     except OSError:
         # A file system without hard links.
         shutil.copy2(source, target)
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.lab.data.shards import replacing
 from foveal.lab.data.windows import read_video, write_video
 
 FORMAT = 1
@@ -37,21 +36,20 @@ def media_suffix(is_image: bool) -> str:
 
 
 def write_media(path: Path, frames: Tensor, *, fps: float) -> None:
-    """uint8 [frames, 3, height, width] as an MP4, or one frame as a PNG, by the suffix; all at once."""
-    with replacing(path) as aside:
-        if path.suffix == ".png":
-            from PIL import Image
+    """uint8 [frames, 3, height, width] as an MP4, or one frame as a PNG, by the suffix."""
+    if path.suffix == ".png":
+        from PIL import Image
 
-            Image.fromarray(frames[0].permute(1, 2, 0).contiguous().numpy()).save(aside)
-        else:
-            write_video(aside, frames, fps=round(fps))
+        Image.fromarray(frames[0].permute(1, 2, 0).contiguous().numpy()).save(path)
+    else:
+        write_video(path, frames, fps=round(fps))
 
 
 def write_exact(path: Path, frames: Tensor, *, fps: float) -> None:
-    """uint8 [frames, 3, height, width] as a Matroska video that decodes to the same bits; all at once."""
+    """uint8 [frames, 3, height, width] as a Matroska video that decodes to the same bits."""
     import av
 
-    with replacing(path) as aside, av.open(str(aside), "w") as container:
+    with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264rgb", rate=round(fps), options={"qp": "0", "preset": "veryfast"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "rgb24"
         for image in frames.permute(0, 2, 3, 1).contiguous().numpy():
@@ -71,11 +69,8 @@ def beside(left: Tensor, right: Tensor) -> Tensor:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """The record of an output, beside it."""
-    with replacing(path) as aside:
-        aside.write_text(
-            json.dumps({"format": FORMAT, **record}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+    """The record of an output, to go beside it."""
+    path.write_text(json.dumps({"format": FORMAT, **record}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def finished(folder: Path, name: str, settings: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
@@ -95,7 +90,7 @@ def finished(folder: Path, name: str, settings: dict[str, Any]) -> tuple[dict[st
             path = folder / output["file"]
             if not path.is_file() or path.stat().st_size != output["bytes"]:
                 return None, f"{output['file']} is missing or has another size"
-    except (ValueError, KeyError, TypeError):
+        differing = sorted(key for key in settings.keys() | former.keys() if settings.get(key) != former.get(key))
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None, "its record is malformed"
-    differing = sorted(key for key in settings.keys() | former.keys() if settings.get(key) != former.get(key))
     return (None, f"it was made with other {', '.join(differing)}") if differing else (record, None)

@@ -30,6 +30,7 @@ from foveal.lab.generate.outputs import (
 from foveal.lab.generate.sparse import SparseChoice, configs_of, fingerprint
 from foveal.lab.pipelines import TRANSFORMERS, LoadedPipeline, default_size
 from foveal.models import dense, summary
+from foveal.output_folder import OutputFolder
 
 DENSE, SPARSE = "dense", "sparse"
 
@@ -113,6 +114,15 @@ class Job:
     def name(self) -> str:
         return output_name(self.prompt, self.seed, self.label)
 
+    def media(self, loaded: LoadedPipeline, *, exact: bool) -> list[str]:
+        """The output's files: the one to watch, and with `exact` the lossless one."""
+        image = loaded.kind.is_image
+        return [self.name + media_suffix(image), *([f"{self.name}.mkv"] if exact and not image else [])]
+
+    def beside_dense(self, loaded: LoadedPipeline) -> str:
+        """The file that shows the output side by side with the dense one."""
+        return f"{self.name}-beside-dense{media_suffix(loaded.kind.is_image)}"
+
 
 class Progress:
     """What a run tells of itself; the command line's draws a bar."""
@@ -153,6 +163,35 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
+def plan(
+    loaded: LoadedPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    sparse: SparseChoice | None,
+    *,
+    compare_dense: bool,
+) -> tuple[list[Job], SparseChoice | None]:
+    """Return all outputs of a run, dense ones first, and what makes the pipeline sparse (None for a dense run).
+
+    Raises:
+        ValueError: there is no prompt or seed, one is given twice, or there is nothing to compare with dense.
+    """
+    for name, values in (("prompt", prompts), ("seed", seeds)):
+        if not values or len(set(values)) != len(values) or "" in values:
+            raise ValueError(f"give at least one {name}, none of them empty or twice, got {values}")
+    if configs_of(loaded.pipe):
+        if sparse is not None:
+            raise ValueError(
+                f"{loaded.source} is a sparse pipeline already; it takes no other sparse weights or method"
+            )
+        sparse = SparseChoice()
+    if compare_dense and sparse is None:
+        raise ValueError(f"{loaded.source} is dense, nothing to compare; give sparse weights or a method")
+    arms = [DENSE] if sparse is None else [DENSE, SPARSE] if compare_dense else [SPARSE]
+    labels = {DENSE: DENSE, SPARSE: None if sparse is None else sparse.label}
+    return [Job(prompt, seed, arm, labels[arm]) for arm in arms for prompt in prompts for seed in seeds], sparse
+
+
 def generate(
     loaded: LoadedPipeline,
     prompts: list[str],
@@ -186,20 +225,12 @@ def generate(
         ValueError: no prompt or seed, one that is given twice, nothing to compare with dense, a size that the pipeline
             cannot make or that is too small for sparse attention, or an output path that is a file;
             FileNotFoundError, TypeError and ValueError as `SparseChoice.check` and `install` do.
+        FileExistsError: a name that is needed is taken by a file that foveal did not write, or that was changed since.
         FloatingPointError: for an output that is not finite.
     """
-    output, progress = Path(output), progress or Progress()
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file; expected a folder")
-    for name, values in (("prompt", prompts), ("seed", seeds)):
-        if not values or len(set(values)) != len(values) or "" in values:
-            raise ValueError(f"give at least one {name}, none of them empty or twice, got {values}")
-    already = bool(configs_of(loaded.pipe))
-    if already and sparse is not None:
-        raise ValueError(f"{loaded.source} is a sparse pipeline already; it takes no other sparse weights or method")
-    sparse = SparseChoice() if already else sparse
-    if compare_dense and sparse is None:
-        raise ValueError(f"{loaded.source} is dense, nothing to compare; give sparse weights or a method")
+    folder, progress = OutputFolder(output, "generate"), progress or Progress()
+    folder.check()
+    jobs, sparse = plan(loaded, prompts, seeds, sparse, compare_dense=compare_dense)
     arguments = settings.call_arguments(loaded)
     grid = loaded.sizes.grid(arguments["num_frames"], arguments["height"], arguments["width"])
     if sparse is not None:
@@ -207,24 +238,23 @@ def generate(
         sparse.check()
     if sparse is not None and sparse.config is not None:
         sparse.check_grid(grid, [sparse.config])
-    arms = [DENSE] if sparse is None else [DENSE, SPARSE] if compare_dense else [SPARSE]
-    labels = {DENSE: DENSE, SPARSE: None if sparse is None else sparse.label}
-    jobs = [Job(prompt, seed, arm, labels[arm]) for arm in arms for prompt in prompts for seed in seeds]
-
     shared = _shared_settings(loaded, settings, arguments)
     described = {DENSE: None, SPARSE: None if sparse is None else sparse.describe()}
     wanted = {
         job: {**shared, "prompt": job.prompt, "seed": job.seed, "arm": job.arm, "sparse": described[job.arm]}
         for job in jobs
     }
-    states = {job: finished(output, job.name, wanted[job]) for job in jobs}
+    states = {job: finished(folder.path, job.name, wanted[job]) for job in jobs}
     records = {job: record for job, (record, _) in states.items() if record is not None}
+    pairs = list(zip(jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :], strict=True)) if compare_dense else []
+    left = [job for job in jobs if job not in records]
+    folder.check(name for job in left for name in (*job.media(loaded, exact=settings.exact), f"{job.name}.json"))
+    stale = [pair for pair in pairs if {*pair} & {*left} or not _is_beside(folder.path, *pair, loaded)]
+    folder.check(pair[1].beside_dense(loaded) for pair in stale)
     progress.start(len(jobs), len(records), arguments["num_inference_steps"])
-    output.mkdir(parents=True, exist_ok=True)
     reduction, installed = 1.0, False
-    for job in jobs:
-        if job in records:
-            continue
+    already = bool(configs_of(loaded.pipe))
+    for job in left:
         if job.arm == SPARSE and not installed:
             sparse.install(loaded.pipe)
             sparse.check_grid(grid, configs_of(loaded.pipe))
@@ -240,11 +270,9 @@ def generate(
             "tokens": list(grid.shape),
             "environment": environment(loaded.device),
         }
-        records[job] = _write(output, job, frames, record, loaded, settings)
-    if compare_dense:
-        half = len(jobs) // 2
-        for left, right in zip(jobs[:half], jobs[half:], strict=True):
-            _write_side_by_side(output, left, right, records, loaded)
+        records[job] = _write(folder, job, frames, record, loaded, settings)
+    for pair in stale:
+        _write_side_by_side(folder, *pair, records, loaded)
     return {job: records[job] for job in jobs}
 
 
@@ -333,32 +361,37 @@ def _generate_one(
 
 
 def _write(
-    output: Path,
+    folder: OutputFolder,
     job: Job,
     frames: Tensor,
     record: dict[str, Any],
     loaded: LoadedPipeline,
     settings: GenerationSettings,
 ) -> dict[str, Any]:
-    record_file = output / f"{job.name}.json"
     # A former record must not stay beside an output that it does not describe.
-    record_file.unlink(missing_ok=True)
-    files = [output / f"{job.name}{media_suffix(loaded.kind.is_image)}"]
-    write_media(files[0], frames, fps=settings.frame_rate(loaded))
-    if settings.exact and not loaded.kind.is_image:
-        files.append(output / f"{job.name}.mkv")
-        write_exact(files[1], frames, fps=settings.frame_rate(loaded))
-    record["outputs"] = [{"file": file.name, "bytes": file.stat().st_size} for file in files]
-    write_record(record_file, record)
+    folder.remove(f"{job.name}.json")
+    record["outputs"] = []
+    for name, write in zip(job.media(loaded, exact=settings.exact), (write_media, write_exact), strict=False):
+        with folder.writing(name) as aside:
+            write(aside, frames, fps=settings.frame_rate(loaded))
+            record["outputs"].append({"file": name, "bytes": aside.stat().st_size})
+    with folder.writing(f"{job.name}.json") as aside:
+        write_record(aside, record)
     return record
 
 
+def _is_beside(folder: Path, left: Job, right: Job, loaded: LoadedPipeline) -> bool:
+    """Whether there is a side-by-side file that is newer than both outputs."""
+    path = folder / right.beside_dense(loaded)
+    parts = [folder / f"{job.name}.json" for job in (left, right)]
+    if not all(file.is_file() for file in (path, *parts)):
+        return False
+    return path.stat().st_mtime_ns >= max(part.stat().st_mtime_ns for part in parts)
+
+
 def _write_side_by_side(
-    output: Path, left: Job, right: Job, records: dict[Job, dict[str, Any]], loaded: LoadedPipeline
+    folder: OutputFolder, left: Job, right: Job, records: dict[Job, dict[str, Any]], loaded: LoadedPipeline
 ) -> None:
-    path = output / f"{right.name}-beside-dense{media_suffix(loaded.kind.is_image)}"
-    parts = [output / f"{job.name}.json" for job in (left, right)]
-    if path.is_file() and path.stat().st_mtime_ns >= max(part.stat().st_mtime_ns for part in parts):
-        return
-    pair = [frames_of(output, records[job]) for job in (left, right)]
-    write_media(path, beside(*pair), fps=records[left]["settings"]["fps"])
+    pair = [frames_of(folder.path, records[job]) for job in (left, right)]
+    with folder.writing(right.beside_dense(loaded)) as aside:
+        write_media(aside, beside(*pair), fps=records[left]["settings"]["fps"])

@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from foveal.lab.inspect.probe import InspectSettings, LayerObservation
 
 COLORS = {"raster": "#c1666b", "tile": "#2a7f8e", "full": "#33415c", "rest": "#d19a2e"}
 STYLES = {"pooled": "-", "oracle": ":"}
+PAGE, FIGURES_FILE = "index.html", "inspect.json"
+FILES = (PAGE, FIGURES_FILE, "quality.png", "layers.png", "distribution.png")
 
 
 def write_report(
@@ -26,16 +27,12 @@ def write_report(
     settings: InspectSettings,
     advice: Advice,
     facts: dict[str, Any],
-) -> Path:
+) -> None:
     """Write `inspect.json`, the figures as PNG files, and `index.html`, which needs none of them, into `folder`.
 
     Args:
         facts: what was run (model, prompt, versions, seconds), JSON-ready, for the page and the JSON.
-
-    Returns:
-        The page.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     document = {
         "facts": facts,
         "settings": {name: getattr(settings, name) for name in settings.__dataclass_fields__},
@@ -59,16 +56,10 @@ def write_report(
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         pictures[name] = buffer.getvalue()
-        _write(folder / f"{name}.png", pictures[name])
-    _write(folder / "inspect.json", (json.dumps(document, indent=1, allow_nan=False, default=list) + "\n").encode())
-    _write(folder / "index.html", _page(observations, settings, advice, facts, pictures).encode())
-    return folder / "index.html"
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+        (folder / f"{name}.png").write_bytes(pictures[name])
+    text = json.dumps(document, indent=1, allow_nan=False, default=list) + "\n"
+    (folder / FIGURES_FILE).write_text(text, encoding="utf-8")
+    (folder / PAGE).write_text(_page(observations, settings, advice, facts, pictures), encoding="utf-8")
 
 
 def _figure(width: float, height: float):

@@ -14,8 +14,9 @@ from torch import nn
 import foveal
 from foveal.lab.inspect.advice import Advice, advise
 from foveal.lab.inspect.probe import InspectSettings, LayerObservation, observe
-from foveal.lab.inspect.report import write_report
+from foveal.lab.inspect.report import FILES, PAGE, write_report
 from foveal.models.families.table import components_of, family_of
+from foveal.output_folder import OutputFolder
 
 
 def head_shape(model: Any) -> tuple[int, int]:
@@ -27,9 +28,13 @@ def head_shape(model: Any) -> tuple[int, int]:
 
 
 def check_request(folder: Path, tolerance: float) -> None:
-    """Raises a ValueError for a folder that is a file, or a tolerance that no error can be within."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file; expected a folder")
+    """Check that a report can be written into a folder and that an error can be within the tolerance.
+
+    Raises:
+        ValueError: the folder is a file or cannot be created, or no error can be within the tolerance.
+        FileExistsError: a name that is needed is taken by a file that foveal did not write, or that was changed since.
+    """
+    OutputFolder(folder, "inspect").check(FILES)
     if not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance must be above 0, got {tolerance}")
 
@@ -59,24 +64,18 @@ def inspect_model(
         The page, the recommendation and the observations.
 
     Raises:
-        TypeError, ValueError: see `observe` and `check_request`.
+        FileExistsError, TypeError, ValueError: see `observe` and `check_request`.
     """
     settings = settings or InspectSettings()
     folder = Path(folder)
     check_request(folder, tolerance)
-
-    def run_once() -> None:
-        # Made before the model runs: a folder that cannot be made costs no generation.
-        folder.mkdir(parents=True, exist_ok=True)
-        run()
-
     device = next(next(iter(components_of(model).values())).parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     start = time.perf_counter()
     observations = observe(
-        model, run_once, calls=calls, steps=steps, layers=layers, settings=settings, on_observation=on_observation
+        model, run, calls=calls, steps=steps, layers=layers, settings=settings, on_observation=on_observation
     )
     known = {"seconds": round(time.perf_counter() - start, 2), "device": str(device)}
     if device.type == "cuda":
@@ -85,8 +84,9 @@ def inspect_model(
     known |= {"foveal": foveal.__version__, "torch": torch.__version__}
     heads, head_dim = head_shape(model)
     advice = advise(observations, settings, heads=heads, head_dim=head_dim, tolerance=tolerance)
-    page = write_report(folder, observations, settings, advice, (facts or {}) | known)
-    return page, advice, observations
+    with OutputFolder(folder, "inspect").renewing(last=PAGE) as new:
+        write_report(new, observations, settings, advice, (facts or {}) | known)
+    return folder / PAGE, advice, observations
 
 
 def inspect_pipeline(

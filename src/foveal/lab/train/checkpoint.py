@@ -22,7 +22,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,6 +30,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from foveal.output_folder import flush, scratch_folder
 
 # Format 1 has whole tensors. Format 2 has the rows of tensors in the files of several processes.
 FORMATS = (1, 2)
@@ -112,6 +113,8 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, *, keep: int = 3, report: Callable[[str], None] = print) -> None:
         self.folder, self.keep, self.report = Path(folder), keep, report
+        # Old checkpoints that stay because they hold files of a user.
+        self._left: set[Path] = set()
 
     def save(
         self,
@@ -159,22 +162,19 @@ class CheckpointStore:
     @contextlib.contextmanager
     def _aside(self, name: str) -> Iterator[Path]:
         """A folder for a checkpoint in the making. It is removed unless the block gives it another name."""
-        self._sweep()
-        aside = self.folder / f".{name}.partial"
-        aside.mkdir(parents=True)
-        try:
+        with scratch_folder(self.folder) as scratch:
+            aside = scratch / name
+            aside.mkdir()
             yield aside
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
     def _commit(self, aside: Path, final: Path, manifest: dict[str, Any]) -> None:
         """Gives a checkpoint whose tensors are written its manifest and its name."""
         _write_text(aside / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        _flush(aside)
+        flush(aside)
         if final.exists():
             self._remove(final)
         os.rename(aside, final)
-        _flush(self.folder)
+        flush(self.folder)
 
     def latest(self) -> Checkpoint | None:
         """The latest checkpoint that is whole; None if there is none. Says which ones it passed over, and why."""
@@ -195,12 +195,6 @@ class CheckpointStore:
             return []
         return sorted(path for path in self.folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
 
-    def _sweep(self) -> None:
-        """Removes what a killed process left half written or half removed."""
-        for pattern in (".step-*.partial", ".step-*.removed"):
-            for path in self.folder.glob(pattern):
-                shutil.rmtree(path)
-
     def _prune(self) -> None:
         folders = self._folders()
         losses = {}
@@ -212,15 +206,28 @@ class CheckpointStore:
         best = min(losses, key=losses.get) if losses else None
         for folder in folders[: -self.keep]:
             if folder != best:
-                with contextlib.suppress(OSError):
+                try:
                     self._remove(folder)
+                except FileExistsError as error:
+                    if folder not in self._left:
+                        self.report(f"an old checkpoint is kept: {error}")
+                    self._left.add(folder)
+                except OSError:
+                    pass
 
     def _remove(self, folder: Path) -> None:
+        """Remove a checkpoint.
+
+        Raises:
+            FileExistsError: the folder holds a file that its manifest does not list. Nothing is removed.
+        """
+        ours = {folder / MANIFEST, *(folder / name for name in _files_of(folder))}
+        for path in folder.rglob("*"):
+            if path not in ours:
+                raise FileExistsError(f"{path} is not a file of that checkpoint; move it away")
         # Renamed first: removing takes a while, and half a checkpoint must not bear a checkpoint's name.
-        doomed = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+        with scratch_folder(self.folder) as scratch:
+            os.rename(folder, scratch / folder.name)
 
     def _complaint(self, step: int, error: OSError) -> str:
         folders = self._folders()
@@ -230,6 +237,14 @@ class CheckpointStore:
         if error.errno == errno.ENOSPC:
             return f"the disk of {self.folder} is full: the checkpoint of step {step} was not written; {kept}"
         return f"the checkpoint of step {step} was not written to {self.folder} ({error}); {kept}"
+
+
+def _files_of(folder: Path) -> list[str]:
+    """The files that a checkpoint's manifest lists; none if it cannot be read."""
+    try:
+        return list(json.loads((folder / MANIFEST).read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -359,21 +374,12 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         # safetensors reports the system's errors as text.
         found = re.search(r"os error (\d+)", str(error))
         raise OSError(int(found[1]) if found else errno.EIO, str(error)) from error
-    _flush(path)
+    flush(path)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path)
 
 
 def _checksum(path: Path) -> int:

@@ -23,6 +23,7 @@ from foveal.lab.train.settings import (
     SparsitySettings,
 )
 from foveal.models.files.formats import FORMATS
+from foveal.output_folder import OutputFolder
 
 PRECISIONS = ("bf16", "no")
 PARALLEL = ("ddp", "fsdp")
@@ -109,6 +110,10 @@ class TrainingConfig:
     def replace(self, **changes: Any) -> TrainingConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
+
+    def output_folder(self) -> OutputFolder:
+        """The output folder, for files of `foveal train`."""
+        return OutputFolder(self.output, "train")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values, for people to read and to compare."""

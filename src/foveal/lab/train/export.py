@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,42 +12,56 @@ from foveal.lab.train.config import TrainingConfig
 from foveal.lab.train.model import anneal, build_model, trained_parameters
 from foveal.models import densify, save
 from foveal.models.files.checkpoints import export_checkpoint
+from foveal.models.files.persist import MANIFEST_FILE, WEIGHTS_FILE
 from foveal.models.processor import sparse_processors
 
+FOLDER = "export"
 
-def export(
-    config: TrainingConfig, checkpoint: Checkpoint, folder: Path, *, report: Callable[[str], None] = print
-) -> Path:
-    """Writes the model of a checkpoint, its average where there is one, replacing a former export as a whole.
+
+def export(config: TrainingConfig, checkpoint: Checkpoint, *, report: Callable[[str], None] = print) -> Path:
+    """Write the model of a checkpoint, or its average if there is one. It replaces an earlier export.
+
+    The folder `export` in the output gets `sparse`, for `foveal.load`; `lora`, for a pipeline's `load_lora_weights`,
+    where adapters were trained; `transformer`, for `from_pretrained`, unless the model's own weights are those that it
+    started from; and a file for each of `export_formats`.
 
     Args:
         config: of the run.
         checkpoint: of the run.
-        folder: gets `sparse`, for `foveal.load`; `lora`, for a pipeline's `load_lora_weights`, where adapters were
-            trained; `transformer`, for `from_pretrained`, unless the model's own weights are those it started from;
-            and a file for each of `export_formats`.
-        report: called with a line for each of those that cannot express this model.
+        report: called with a line for each format that cannot express this model.
 
     Returns:
         The folder.
+
+    Raises:
+        FileExistsError: a name that is needed is taken by a file that foveal did not write, or that was changed since.
     """
     model = build_model(config)
     average = checkpoint.state["average"] is not None
     restore(trained_parameters(model), checkpoint.tensors("ema" if average else "model"), str(checkpoint.folder))
     if config.sparsity.annealing is not None:
         anneal(model, config.sparsity.attention, config.sparsity.annealing, max(1, checkpoint.step))
-    folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        _write(config, model, aside, report)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
+    with config.output_folder().renewing(below=FOLDER, last=_names(config)[0]) as new:
+        _write(config, model, new, report)
+    return config.output / FOLDER
+
+
+def export_files(config: TrainingConfig) -> list[str]:
+    """The files that `export` writes into the output. A large model has several weight files instead of one."""
+    return [f"{FOLDER}/{name}" for name in _names(config)]
+
+
+def _names(config: TrainingConfig) -> list[str]:
+    """The files of an export, starting with the one that readers look for."""
+    trained = _has_own_weights(config)
+    sparse = [f"sparse/{name}" for name in (WEIGHTS_FILE, MANIFEST_FILE)] if config.sparsity.attention else []
+    model = ["transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"] if trained else []
+    lora = ["lora/pytorch_lora_weights.safetensors"] if config.optimizer.trainable == "lora" else []
+    return [*sparse, *model, *lora, *(f"{name}.safetensors" for name in config.export_formats)]
+
+
+def _has_own_weights(config: TrainingConfig) -> bool:
+    return config.optimizer.trainable in ("all", "attention") or config.model.path is None
 
 
 def _write(config: TrainingConfig, model: nn.Module, folder: Path, report: Callable[[str], None]) -> None:
@@ -62,7 +74,7 @@ def _write(config: TrainingConfig, model: nn.Module, folder: Path, report: Calla
             export_checkpoint(model, folder / f"{name}.safetensors", format=name)
         except ValueError as error:
             report(f"no export as {name}: {error}")
-    if config.optimizer.trainable in ("all", "attention") or config.model.path is None:
+    if _has_own_weights(config):
         # The sparse parameters have a file of their own; beside the model's they would be unknown weights.
         densify(model).save_pretrained(folder / "transformer")
 

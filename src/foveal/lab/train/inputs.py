@@ -11,27 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.lab.data.dataset import BatchStream, LatentDataset, thread_of_this_gpu, write_latent_dataset
-from foveal.lab.data.shards import INDEX_FILE, read_index
+from foveal.lab.data.dataset import BatchStream, LatentDataset, fill_with_samples, thread_of_this_gpu
+from foveal.lab.data.shards import INDEX_FILE
 from foveal.lab.data.windows import SAMPLE_CLIPS, ClipWindows, read_video, sample_clip
-from foveal.lab.train.log import METRICS_FILE
 from foveal.lab.train.objective import sample_noise
 from foveal.lab.train.settings import DataSettings, ModelSettings
+from foveal.output_folder import OutputFolder
 
 WINDOWS = "clip-windows"
-# What a run may leave before its first checkpoint; "export", which is replaced as a whole, comes later.
-BEFORE_CHECKPOINTS = {WINDOWS, METRICS_FILE, Path(METRICS_FILE).with_suffix(".new").name}
-BEFORE_CHECKPOINTS |= {"checkpoints", "samples", "tensorboard"}
-
-
-def check_output(output: Path) -> None:
-    """Raises a ValueError for an output without checkpoints that is a file, or holds what no run has written."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file; expected a folder")
-    found = sorted(path.name for path in output.iterdir()) if output.exists() else []
-    others = [name for name in found if name not in BEFORE_CHECKPOINTS and not name.startswith(".")]
-    if others:
-        raise ValueError(f"output {output} holds something else ({others[0]}); choose a new or empty folder")
 
 
 def check_sizes(data: DataSettings, model: ModelSettings) -> None:
@@ -45,11 +32,12 @@ def check_sizes(data: DataSettings, model: ModelSettings) -> None:
             raise ValueError(f"data.{name} must be a multiple of {patch} (model.architecture.patch), got {size}")
 
 
-def open_data(settings: DataSettings, output: Path, accelerator: Any) -> tuple[LatentDataset, LatentDataset]:
+def open_data(settings: DataSettings, output: OutputFolder, accelerator: Any) -> tuple[LatentDataset, LatentDataset]:
     """(training, held-out) samples; those of a clip are put into `output` first, by the main process.
 
     Raises:
         FileNotFoundError, ValueError: for data that is missing, damaged or too little, or none at all.
+        FileExistsError: a name that is needed is taken by a file that foveal did not write, or that was changed since.
     """
     if (settings.folder is None) == (settings.clip is None):
         raise ValueError(
@@ -58,14 +46,14 @@ def open_data(settings: DataSettings, output: Path, accelerator: Any) -> tuple[L
         )
     if settings.folder is not None:
         return LatentDataset(settings.folder).split(settings.held_out)
-    folders = output / WINDOWS / "train", output / WINDOWS / "held-out"
+    parts = f"{WINDOWS}/train", f"{WINDOWS}/held-out"
     if accelerator.is_main_process:
-        _write_windows(settings, *folders)
+        _write_windows(settings, output, *parts)
     accelerator.wait_for_everyone()
-    return tuple(LatentDataset(folder) for folder in folders)
+    return tuple(LatentDataset(output.path / part) for part in parts)
 
 
-def _write_windows(settings: DataSettings, train: Path, held_out: Path) -> None:
+def _write_windows(settings: DataSettings, output: OutputFolder, train: str, held_out: str) -> None:
     path = sample_clip(settings.clip) if settings.clip in SAMPLE_CLIPS else Path(settings.clip)
     clip = read_video(path, height=settings.height, width=settings.width)
     windows = ClipWindows(clip, frames=settings.frames, stride=settings.stride)
@@ -76,24 +64,8 @@ def _write_windows(settings: DataSettings, train: Path, held_out: Path) -> None:
             {"latents": windows.window(starts[pick]), "caption": "", "id": f"{path.name}#{starts[pick]}"}
             for pick in picks
         ]
-        _remove_windows(folder)
-        write_latent_dataset(folder, samples, settings={"space": "pixel", "clip": path.name, "fps": 12})
-
-
-def _remove_windows(folder: Path) -> None:
-    """Removes the windows that a former run wrote into a folder, and no other file.
-
-    Raises:
-        ValueError: for a folder with a data set from elsewhere.
-    """
-    if not (folder / INDEX_FILE).exists():
-        return
-    index = read_index(folder)
-    if "clip" not in index.settings:
-        raise ValueError(f"{folder} holds a data set that no run wrote; choose another output")
-    (folder / INDEX_FILE).unlink()
-    for shard in index.shards:
-        (folder / Path(shard.file).name).unlink(missing_ok=True)
+        with output.renewing(below=folder, last=INDEX_FILE) as new:
+            fill_with_samples(new, samples, settings={"space": "pixel", "clip": path.name, "fps": 12})
 
 
 def read_batch(stream: BatchStream) -> tuple[dict[str, Any] | None, str]:

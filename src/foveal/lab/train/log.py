@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -51,12 +50,10 @@ class RunLog:
     def start(self, step: int) -> None:
         """Begins after `step` steps: what a former process noted of later ones is forgotten."""
         if self.accelerator.is_main_process:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.is_file() else []
             kept = [line for line in lines if _step_of(line) <= step]
-            aside = self.path.with_suffix(".new")
-            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(aside, self.path)
+            with self.config.output_folder().writing(METRICS_FILE, grows=True) as aside:
+                aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
         if self.config.tracker != "none":
             tensorboard = self.config.tracker == "tensorboard"

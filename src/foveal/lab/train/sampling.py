@@ -92,9 +92,13 @@ def dense_and_sparse(
     return latents
 
 
+def sample_file(step: int) -> str:
+    """The file in a run's output that holds the videos of a step."""
+    return f"samples/step-{step:08d}.mp4"
+
+
 def write_samples(path: Path, videos: list[Tensor], *, fps: int) -> None:
     """Videos, uint8 [frames, 3, height, width], side by side as an MP4, enlarged if they are small."""
     frames = torch.cat(videos, dim=3)
     frames = upscale(frames, max(1, MIN_HEIGHT // frames.shape[2]))
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path, frames[..., : frames.shape[2] // 2 * 2, : frames.shape[3] // 2 * 2], fps=fps)

@@ -18,10 +18,10 @@ from foveal.lab.pipelines import check_torchvision
 from foveal.lab.train.checkpoint import MANIFEST, Checkpoint, CheckpointError, CheckpointStore
 from foveal.lab.train.config import TrainingConfig, differences
 from foveal.lab.train.evaluation import DivergenceAlarm, Evaluation, HeldOut
-from foveal.lab.train.export import export
+from foveal.lab.train.export import export, export_files
 from foveal.lab.train.faults import LossGuard, TrainingError, out_of_memory, stopping_on_signals
-from foveal.lab.train.inputs import NoiseAhead, check_output, check_sizes, micro_batches, open_data, read_batch
-from foveal.lab.train.log import RunLog
+from foveal.lab.train.inputs import NoiseAhead, check_sizes, micro_batches, open_data, read_batch
+from foveal.lab.train.log import METRICS_FILE, RunLog
 from foveal.lab.train.loop import Action, run_steps
 from foveal.lab.train.model import (
     anneal,
@@ -54,7 +54,7 @@ from foveal.lab.train.parallel import (
     place,
     starts_empty,
 )
-from foveal.lab.train.sampling import dense_and_sparse, visible, write_samples
+from foveal.lab.train.sampling import dense_and_sparse, sample_file, visible, write_samples
 from foveal.lab.train.state import RunState
 from foveal.lab.train.throughput import peak_flops, sample_flops
 from foveal.models import dense, sparse_parameters
@@ -82,6 +82,7 @@ def run_training(config: TrainingConfig) -> TrainingResult:
 
     Raises:
         FileNotFoundError, ImportError, TypeError, ValueError: for a configuration that cannot be run.
+        FileExistsError: a name that is needed is taken by a file that foveal did not write, or that was changed since.
         TrainingError: where it cannot go on: out of memory, or too many bad losses or batches in a row.
         CheckpointError: where the last checkpoint could not be written, or none could be read.
     """
@@ -113,13 +114,9 @@ class Trainer:
         self.accelerator = build_accelerator(config)
         self.log = RunLog(config, self.accelerator)
         self.store = CheckpointStore(config.output / "checkpoints", keep=config.checkpoint.keep, report=self.log.warn)
-        if not self.store.exists():
-            check_output(config.output)
-        elif not config.resume:
-            raise ValueError(
-                f"output {config.output} holds checkpoints: resume goes on from them, another output starts anew"
-            )
-        train_data, held_out_data = open_data(config.data, config.output, self.accelerator)
+        if self.accelerator.is_main_process:
+            self._check_output()
+        train_data, held_out_data = open_data(config.data, config.output_folder(), self.accelerator)
         self.data_settings = train_data.settings
         if config.evaluation.sample_every and self.data_settings["space"] == "latent" and not self._pipeline():
             raise ValueError("evaluation.sample_every needs a pipeline to decode latents with, and the data names none")
@@ -159,6 +156,19 @@ class Trainer:
         self.step = 0
         self.saved_at = self.evaluated_at = -1
         self.evaluation: Evaluation | None = None
+
+    def _check_output(self) -> None:
+        """Check that the run can write all of its files, before it does any work."""
+        config, output = self.config, self.config.output_folder()
+        if not self.store.exists():
+            output.check_alone()
+        elif not config.resume:
+            raise ValueError(
+                f"output {config.output} holds checkpoints: resume goes on from them, another output starts anew"
+            )
+        every = config.evaluation.sample_every
+        samples = [sample_file(step) for step in range(every, config.steps + 1, every)] if every else []
+        output.check([METRICS_FILE, *samples, *export_files(config)])
 
     def run(self) -> TrainingResult:
         """Trains to the last step and exports, or until SIGTERM or SIGINT, and saves.
@@ -341,13 +351,13 @@ class Trainer:
         with self.log.doing("sample"):
             latents = dense_and_sparse(self.transformer, predicted, noise, shift=self.shift, steps=steps)
         if self.accelerator.is_main_process:
-            path = self.config.output / "samples" / f"step-{self.step:08d}.mp4"
             device, fps = self.accelerator.device, self.data_settings["fps"]
             try:
                 videos = [
                     visible(x, self.data_settings["space"], pipeline=self._pipeline(), device=device) for x in latents
                 ]
-                write_samples(path, videos, fps=fps)
+                with self.config.output_folder().writing(sample_file(self.step)) as aside:
+                    write_samples(aside, videos, fps=fps)
             except OSError as error:
                 self.log.warn(f"no sample was written: {error}")
 
@@ -410,13 +420,13 @@ class Trainer:
     def _export(self) -> Path:
         from safetensors import SafetensorError
 
-        folder = self.config.output / "export"
         try:
             with self.log.doing("export"):
-                return export(self.config, self._checkpoint(self.step), folder, report=self.log.warn)
+                return export(self.config, self._checkpoint(self.step), report=self.log.warn)
         except (OSError, SafetensorError) as error:
             raise TrainingError(
-                f"the export to {folder} failed ({error}); the checkpoint is whole: the same run with resume exports it"
+                f"the export to {self.config.output} failed ({error}); "
+                "the checkpoint is whole: the same run with resume exports it"
             ) from error
 
     def _checkpoint(self, step: int) -> Checkpoint:

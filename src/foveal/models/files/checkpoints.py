@@ -156,7 +156,8 @@ def export_checkpoint(model: Any, path: str | os.PathLike, *, format: str) -> No
     """Writes a sparse model as another project reads it: the whole transformer, or for a LoRA format its one adapter.
 
     The file is written aside and renamed. A safetensors file carries the configuration in its header, for
-    `load_checkpoint`; a `.pth` file has no place for it. A policy (`set_policy`) is in neither.
+    `load_checkpoint`; a `.pth` file has no place for it. A policy (`set_policy`) is in neither. An existing
+    file is replaced only if its header says that this function wrote it.
 
     Args:
         model: a transformer, or a pipeline with one, all of whose layers are sparse with one configuration.
@@ -167,6 +168,7 @@ def export_checkpoint(model: Any, path: str | os.PathLike, *, format: str) -> No
         TypeError: an unsupported model.
         ValueError: an unknown format; a model that it cannot express: layers that are dense or differ, a field that the
             format fixes otherwise, weights that are offloaded, adapters that are not merged.
+        FileExistsError: the file exists and does not say that this function wrote it.
     """
     transformer = _only_transformer(model)
     target = format_named(format)
@@ -180,7 +182,7 @@ def export_checkpoint(model: Any, path: str | os.PathLike, *, format: str) -> No
     if offloaded:
         raise ValueError(f"{enumerated(offloaded)} are on the meta device; export before offloading the model")
     header = {"format": target.name, "method": method_of(config).name, "config": config.to_dict()}
-    write_tensors(path, tensors, {HEADER_KEY: json.dumps(header)})
+    write_tensors(path, tensors, HEADER_KEY, json.dumps(header))
 
 
 def _only_transformer(model: Any) -> nn.Module:

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from foveal.methods.base import Config
 from foveal.models.families.table import components_of, family_of
 from foveal.models.files.manifest import FORMAT, check_component, entry_of, parse_component
-from foveal.models.files.tensor_files import enumerated
+from foveal.models.files.tensor_files import check_replaceable, enumerated, header_entry
 from foveal.models.installation import build_attention, build_processors, install
 from foveal.models.parameters import own_tensors
 from foveal.models.policy import attach_policy, get_policy
 from foveal.models.pretrained import become_sparse, register_components
 from foveal.models.processor import SparseAttentionProcessor, sparse_processors
+from foveal.output_folder import flush, scratch_folder
 
 WEIGHTS_FILE = "foveal.safetensors"
 MANIFEST_FILE = "foveal.json"
@@ -44,7 +45,7 @@ def save(model: Any, folder: str | os.PathLike) -> None:
     A model sharded by FSDP2 is gathered: all ranks call this together, the first one writes, and all return after that.
 
     Both files are written aside and renamed. Interrupted at any point, the folder holds the former save or the new
-    one, complete; other files in it are left alone.
+    one, complete. Only files that `save` wrote are replaced.
 
     Args:
         model: a sparse transformer or pipeline.
@@ -54,6 +55,7 @@ def save(model: Any, folder: str | os.PathLike) -> None:
         TypeError: an unsupported model.
         ValueError: a model without a sparse layer, or with parameters that are offloaded ("meta") or not those that
             its configuration has.
+        FileExistsError: the folder has a `foveal.safetensors` or `foveal.json` that `save` did not write.
     """
     components, tensors, sharded = {}, {}, False
     for component, transformer in components_of(model).items():
@@ -158,20 +160,32 @@ def _expected(component: str, transformer: nn.Module, configs: dict[str, Config]
 def _write(folder: Path, manifest: str, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    weights_aside, manifest_aside = folder / f".{WEIGHTS_FILE}.new", folder / f".{MANIFEST_FILE}.new"
-    try:
-        save_file(tensors, weights_aside, metadata={HEADER_KEY: manifest})
-        manifest_aside.write_text(manifest, encoding="utf-8")
-        _flush(weights_aside)
-        _flush(manifest_aside)
+    _check_replaceable(folder)
+    with scratch_folder(folder) as scratch:
+        save_file(tensors, scratch / WEIGHTS_FILE, metadata={HEADER_KEY: manifest})
+        (scratch / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
+        flush(scratch / WEIGHTS_FILE)
+        flush(scratch / MANIFEST_FILE)
         # The readable copy goes first: at no moment does one lie beside parameters that it does not describe.
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
-        os.replace(weights_aside, folder / WEIGHTS_FILE)
-        os.replace(manifest_aside, folder / MANIFEST_FILE)
-    finally:
-        weights_aside.unlink(missing_ok=True)
-        manifest_aside.unlink(missing_ok=True)
+        os.replace(scratch / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+        os.replace(scratch / MANIFEST_FILE, folder / MANIFEST_FILE)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise a FileExistsError for files with our names that `save` did not write or that were edited since."""
+    weights, readable = folder / WEIGHTS_FILE, folder / MANIFEST_FILE
+    check_replaceable(weights, HEADER_KEY)
+    if not os.path.lexists(readable):
+        return
+    try:
+        agrees = json.loads(readable.read_bytes()) == json.loads(header_entry(weights, HEADER_KEY) or "null")
+    except (OSError, ValueError):
+        agrees = False
+    if not agrees:
+        raise FileExistsError(
+            f"{readable} is not what foveal.save wrote, and is left as it is; move it away or choose another folder"
+        )
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -252,9 +266,3 @@ def _check_not_offloaded(state: dict[str, Tensor]) -> None:
     offloaded = [name for name, tensor in state.items() if tensor.device.type == "meta"]
     if offloaded:
         raise ValueError(f"{enumerated(offloaded)} are on the meta device; save and load before offloading the model")
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file's bytes are on the disk, so that no rename gets there before them."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

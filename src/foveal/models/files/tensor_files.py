@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.output_folder import flush, scratch_folder
+
 SAFETENSORS = (".safetensors",)
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -140,30 +142,50 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     return dict(loaded)
 
 
-def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a `.safetensors` file with `metadata` in its header, or a `.pth` or `.pt` file, which has no place for it.
+def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], entry: str, text: str) -> None:
+    """Write a `.safetensors` file with an entry in its header, or a `.pth` or `.pt` file, which has no place for one.
 
     Raises:
-        ValueError: for another ending.
+        ValueError: the path has another ending.
+        FileExistsError: the file exists and has no such entry.
     """
     path = Path(path)
     if path.suffix not in (*SAFETENSORS, ".pth", ".pt"):
         raise ValueError(f"path must end in .safetensors, .pth or .pt, got {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(path, entry)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    aside = path.with_name(f".{path.name}.new")
-    try:
+    with scratch_folder(path.parent) as scratch:
+        aside = scratch / path.name
         if path.suffix in SAFETENSORS:
             from safetensors.torch import save_file
 
-            save_file(tensors, aside, metadata={"format": "pt", **metadata})
+            save_file(tensors, aside, metadata={"format": "pt", entry: text})
         else:
             torch.save({name: _alone(tensor) for name, tensor in tensors.items()}, aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
+        flush(aside)
         os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path, entry: str) -> None:
+    """Raise a FileExistsError for an existing file without this header entry, which foveal did not write."""
+    if os.path.lexists(path) and header_entry(path, entry) is None:
+        raise FileExistsError(
+            f"{path} was not written by foveal, or does not say so, and is left as it is; move it away, "
+            "or choose another path"
+        )
+
+
+def header_entry(path: Path, entry: str) -> str | None:
+    """An entry of a safetensors file's header; None if there is no such entry or no such file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return (file.metadata() or {}).get(entry)
+    except SafetensorError:
+        return None
 
 
 def _alone(tensor: Tensor) -> Tensor:
