@@ -155,21 +155,6 @@ def test_time_stamps_may_start_anywhere(tmp_path):
         assert torch.equal(read_clip(media, Bucket(8, 48, 64), fps=16, start=start), frames[start : start + 8])
 
 
-def test_phone_videos_are_turned_upright(tmp_path):
-    """The display matrix of an MP4 says how to turn it; written here by hand into the track header."""
-    path = write_clip(tmp_path / "v.mp4", frames=3, height=48, width=64)
-    content = path.read_bytes()
-    upright = b"".join(n.to_bytes(4, "big") for n in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
-    clockwise = b"".join(n.to_bytes(4, "big", signed=True) for n in (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30))
-    place = content.index(upright, content.index(b"tkhd"))
-    turned = tmp_path / "turned.mp4"
-    turned.write_bytes(content[:place] + clockwise + content[place + len(upright) :])
-    media = probe(turned)
-    assert (media.height, media.width) == (64, 48)
-    expected = torch.rot90(read_clip(probe(path), Bucket(3, 48, 64), fps=None, start=0), -1, (2, 3))
-    assert torch.equal(read_clip(media, Bucket(3, 64, 48), fps=None, start=0), expected)
-
-
 def test_buckets_by_shape_then_length_then_size():
     wide = MediaInfo(None, tuple(k / 16 for k in range(40)), 0.0, 480, 832)
     buckets = [

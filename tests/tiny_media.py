@@ -78,6 +78,30 @@ def write_clip(path: Path, frames: int = 12, height: int = 48, width: int = 64, 
     return path
 
 
+def write_turned(path: Path, source: Path) -> Path:
+    """An MP4 of ours as a phone that was held upright stores it: the display matrix says to turn it clockwise."""
+    content = source.read_bytes()
+    upright = b"".join(n.to_bytes(4, "big") for n in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
+    clockwise = b"".join(n.to_bytes(4, "big", signed=True) for n in (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30))
+    place = content.index(upright, content.index(b"tkhd"))
+    path.write_bytes(content[:place] + clockwise + content[place + len(upright) :])
+    return path
+
+
+def write_wide_pixels(path: Path, frames: torch.Tensor, *, fps: int, aspect: int) -> Path:
+    """uint8 [frames, 3, height, width] as an MP4 whose pixels are `aspect` times as wide as high."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "1"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "yuv420p"
+        stream.codec_context.sample_aspect_ratio = aspect
+        for image in frames.permute(0, 2, 3, 1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
 def write_sound(path: Path) -> Path:
     """An MP4 with sound and no picture."""
     import av

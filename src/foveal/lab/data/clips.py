@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from foveal.lab.data.decoding import open_video
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -86,29 +88,18 @@ def probe(path: str | Path) -> MediaInfo:
         FileNotFoundError: no such file.
         ValueError: the file has no video stream or cannot be decoded.
     """
-    import av
-
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such video file: {path}")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} has no video stream")
-            stream = container.streams.video[0]
-            frame = next(container.decode(stream), None)
-            if frame is None:
-                raise ValueError(f"{path} has a video stream, but no frame could be decoded")
-            turned = frame.rotation % 180 == 90
-            height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
-        with av.open(str(path)) as container:
-            # The time stamps of packets, not of decoded frames, so a long file is only read. A container's own count
-            # and duration are often wrong or missing.
-            stream = container.streams.video[0]
-            stamps = sorted(p.pts for p in container.demux(stream) if p.pts is not None and not p.is_discard)
-            base = float(stream.time_base or 0)
-    except av.FFmpegError as error:
-        raise ValueError(f"cannot decode {path} as a video: {error}") from error
+    with open_video(path) as video:
+        frame = next(video.frames(), None)
+        if frame is None:
+            raise ValueError(f"{path} has a video stream, but no frame could be decoded")
+        height, width = video.shown_size(frame)
+    with open_video(path) as video:
+        # The time stamps of packets, not of decoded frames, so a long file is only read. A container's own count and
+        # duration are often wrong or missing.
+        packets = video.container.demux(video.stream)
+        stamps = sorted(p.pts for p in packets if p.pts is not None and not p.is_discard)
+        base = float(video.stream.time_base or 0)
     stamps = stamps or [0]
     times = tuple((stamp - stamps[0]) * base for stamp in stamps)
     return MediaInfo(path, times, stamps[0] * base, height, width)
@@ -160,43 +151,22 @@ def read_clip(media: MediaInfo, bucket: Bucket, *, fps: float | None, start: int
     Raises:
         ValueError: the file cannot be decoded up to the clip's end.
     """
-    import av
-
     wanted = media.frame_indices(fps, start, bucket.frames)
     missing = set(wanted)
     images: dict[int, Tensor] = {}
-    try:
-        with av.open(str(media.path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            if media.times[wanted[0]] > 1.0:
-                # Seek a little early: the container's index of key frames is inexact.
-                target = media.first + media.times[wanted[0]] - 0.5
-                container.seek(int(target / float(stream.time_base)), stream=stream, backward=True)
-            for frame in container.decode(stream):
-                # Only an image has a frame without a time.
-                index = 0 if frame.time is None else media.nearest(frame.time - media.first)
-                if index in missing:
-                    missing.discard(index)
-                    images[index] = _fit(frame, bucket)
-                if not missing:
-                    break
-    except av.FFmpegError as error:
-        raise ValueError(f"cannot decode {media.path} as a video: {error}") from error
+    with open_video(media.path) as video:
+        if media.times[wanted[0]] > 1.0:
+            # Seek a little early: the container's index of key frames is inexact.
+            target = media.first + media.times[wanted[0]] - 0.5
+            video.container.seek(int(target / float(video.stream.time_base)), stream=video.stream, backward=True)
+        for frame in video.frames():
+            # Only an image has a frame without a time.
+            index = 0 if frame.time is None else media.nearest(frame.time - media.first)
+            if index in missing:
+                missing.discard(index)
+                images[index] = video.picture(frame, height=bucket.height, width=bucket.width)
+            if not missing:
+                break
     if missing:
         raise ValueError(f"{len(missing)} of {len(set(wanted))} frames of {media.path} could not be decoded")
     return torch.stack([images[index] for index in wanted])
-
-
-def _fit(frame, bucket: Bucket) -> Tensor:
-    """A decoded frame as uint8 [3, height, width]: upright, scaled to cover the bucket, and cropped at its center."""
-    turns = round(frame.rotation / 90) % 4
-    height, width = (bucket.width, bucket.height) if turns % 2 else (bucket.height, bucket.width)
-    scale = max(height / frame.height, width / frame.width)
-    scaled = (max(height, round(frame.height * scale)), max(width, round(frame.width * scale)))
-    # Average when shrinking, so that nothing flickers; use a cubic when enlarging.
-    interpolation = "AREA" if scale < 1 else "BICUBIC"
-    image = frame.to_ndarray(format="rgb24", height=scaled[0], width=scaled[1], interpolation=interpolation)
-    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    picture = torch.from_numpy(image[top : top + height, left : left + width].copy()).permute(2, 0, 1)
-    return torch.rot90(picture, turns, (1, 2)).contiguous()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from foveal.lab.data.decoding import open_video
 
 SAMPLE_CLIPS = {"bigbuckbunny": "bigbuckbunny.mp4", "bikes": "bikes.mp4"}
 
@@ -31,7 +34,7 @@ def sample_clip(name: str) -> Path:
 
 
 def read_video(path: str | Path, *, height: int, width: int, max_frames: int | None = None) -> Tensor:
-    """Decode a video, scaled to cover height x width and cropped at its center.
+    """Decode a video, upright, scaled to cover height x width, and cropped at its center.
 
     Args:
         path: any file that FFmpeg decodes.
@@ -45,31 +48,13 @@ def read_video(path: str | Path, *, height: int, width: int, max_frames: int | N
         FileNotFoundError: no such file.
         ValueError: the file has no video stream, no frame, or cannot be decoded; the message says which.
     """
-    import av
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no such video file: {path}")
-    frames = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} has no video stream")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            for frame in container.decode(stream):
-                scale = max(height / frame.height, width / frame.width)
-                scaled = (max(height, math.ceil(frame.height * scale)), max(width, math.ceil(frame.width * scale)))
-                image = frame.to_ndarray(format="rgb24", height=scaled[0], width=scaled[1], interpolation="AREA")
-                top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-                frames.append(torch.from_numpy(image[top : top + height, left : left + width].copy()))
-                if max_frames is not None and len(frames) >= max_frames:
-                    break
-    except av.FFmpegError as error:
-        raise ValueError(f"cannot decode {path} as a video: {error}") from error
+    with open_video(path) as video:
+        frames = [
+            video.picture(frame, height=height, width=width) for frame in itertools.islice(video.frames(), max_frames)
+        ]
     if not frames:
         raise ValueError(f"{path} has a video stream, but no frame could be decoded")
-    return torch.stack(frames).permute(0, 3, 1, 2).contiguous()
+    return torch.stack(frames)
 
 
 def write_video(path: str | Path, frames: Tensor, *, fps: int) -> None:
