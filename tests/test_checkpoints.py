@@ -369,6 +369,16 @@ def test_what_a_format_cannot_express_is_refused(tmp_path, make, format, match):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_file_of_ours_says_which_model_it_is_for(tmp_path):
+    """The same widths with other heads: no shape tells them apart."""
+    source = sparsify(tiny_transformer(), VSAConfig(keep_ratio=0.3))
+    export_checkpoint(source, tmp_path / "vsa.safetensors", format="fastvideo-vsa")
+    other = tiny_transformer(num_attention_heads=4, attention_head_dim=8)
+    with pytest.raises(ValueError, match=r"was saved from .* 2 heads of 16, but the model is .* 4 heads of 8"):
+        load_checkpoint(other, tmp_path / "vsa.safetensors")
+    assert not sparse_processors(other)
+
+
 def test_reports_are_for_people(tmp_path):
     source = sparsify(tiny_transformer(num_layers=LAYERS), TURBO.replace(keep_ratio=0.15))
     export_checkpoint(source, tmp_path / "turbo.safetensors", format="turbodiffusion-sla")

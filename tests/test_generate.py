@@ -227,6 +227,16 @@ def test_saved_sparse_weights_and_when_they_change(wan, tmp_path, capsys):
     assert "made again, it was made with other sparse" in " ".join(capsys.readouterr().err.split())
 
 
+def test_sparse_weights_of_another_model_are_refused(wan, tmp_path, capsys):
+    from tiny_wan import tiny_transformer
+
+    foveal.save(foveal.sparsify(tiny_transformer(num_layers=1), SLAConfig(keep_ratio=0.4)), tmp_path / "sparse")
+    assert generate(wan, tmp_path / "out", "--prompt", "a cat", "--sparse", tmp_path / "sparse") == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith(f"foveal: transformer in {tmp_path}/sparse was saved from a WanTransformer3DModel with 1 ")
+    assert "but the model is a WanTransformer3DModel with 2 self-attention layers" in error
+
+
 def test_what_train_exports_brings_its_own_weights(wan, tmp_path):
     pipe = diffusers.WanPipeline.from_pretrained(wan)
     for parameter in pipe.transformer.parameters():

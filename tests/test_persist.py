@@ -69,6 +69,11 @@ def test_saved_files(tmp_path):
     assert manifest["format"] == 1
     component = manifest["components"]["transformer"]
     assert component["family"] == "wan"
+    sizes = {"width": 32, "heads": 2, "head_dim": 16}
+    assert component["model"] == {
+        "class": "WanTransformer3DModel",
+        "self_attention": {f"blocks.{layer}.attn1": sizes for layer in range(3)},
+    }
     assert component["layers"]["blocks.0.attn1"] == {"method": "sla", "config": SPARSE_SLA.to_dict()}
     assert set(component["layers"]) == {"blocks.0.attn1", "blocks.1.attn1"}
     tensors = safetensors_torch.load_file(tmp_path / WEIGHTS)
@@ -327,12 +332,81 @@ def test_configurations_must_agree_with_a_sparse_model(tmp_path):
     assert other.blocks[0].attn1.processor.config == SPARSE_SLA
 
 
-def test_wrong_width(tmp_path):
-    save(sparsify(tiny_transformer(), SPARSE_SLA), tmp_path)
-    other = tiny_transformer(attention_head_dim=8)
+SMALL = (
+    r"WanTransformer3DModel with 2 self-attention layers \(blocks\.0\.attn1 to blocks\.1\.attn1\) "
+    r"of width 32, 2 heads of 16"
+)
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (
+            {"num_layers": 3},
+            r"with 3 self-attention layers \(blocks\.0\.attn1 to blocks\.2\.attn1\) of width 32, 2 heads",
+        ),
+        (
+            {"num_layers": 1},
+            r"with 1 self-attention layers \(blocks\.0\.attn1 to blocks\.0\.attn1\) of width 32, 2 heads",
+        ),
+        ({"num_attention_heads": 4}, r"of width 64, 4 heads of 16"),
+        ({"num_attention_heads": 4, "attention_head_dim": 8}, r"of width 32, 4 heads of 8"),
+    ],
+)
+@pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_VSA, SPARSE_SLA.replace(linear_scope="none", drop_ratio=0.0)])
+def test_weights_of_another_model_are_refused(tmp_path, other, what, config):
+    """Even if the shapes agree: SLA's projection has head_dim alone, and some configurations have no parameters."""
+    save(sparsify(tiny_transformer(), config, layers=[0]), tmp_path)
+    model = tiny_transformer(**other)
+    with pytest.raises(ValueError, match=f"transformer in .* was saved from a {SMALL}, but the model is a .*{what}"):
+        load(model, tmp_path)
+    assert not sparse_processors(model)
+    load(tiny_transformer(), tmp_path)
+
+
+def test_a_model_with_other_layers_is_told_by_their_names(tmp_path):
+    save(sparsify(tiny_transformer(num_layers=3), SPARSE_SLA), tmp_path)
+
+    def rename(manifest):
+        model = manifest["components"]["transformer"]["model"]
+        names = {"blocks.1.attn1": "blocks.9.attn1"}
+        model["self_attention"] = {names.get(name, name): sizes for name, sizes in model["self_attention"].items()}
+
+    rewrite(tmp_path, rename)
+    with pytest.raises(ValueError, match=r"only one of them has blocks\.1\.attn1, blocks\.9\.attn1"):
+        load(tiny_transformer(num_layers=3), tmp_path)
+    rewrite(tmp_path, lambda m: m["components"]["transformer"].update(model={"class": "WanTransformer3DModel"}))
+    with pytest.raises(ValueError, match=r"the model entry of transformer in .* is malformed"):
+        load(tiny_transformer(num_layers=3), tmp_path)
+
+
+def forget_the_model(folder):
+    """Makes a file of what `save` writes now what it wrote before it saved which model it is for."""
+    rewrite(folder, lambda manifest: [entry.pop("model") for entry in manifest["components"].values()])
+
+
+def test_files_that_do_not_say_their_model_still_load(tmp_path, recwarn):
+    model = sparse_transformer()
+    save(model, tmp_path)
+    forget_the_model(tmp_path)
+    other = load(tiny_transformer(num_layers=3), tmp_path)
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    every = sparsify(tiny_transformer(), SPARSE_SLA)
+    save(every, tmp_path / "every")
+    forget_the_model(tmp_path / "every")
+    recwarn.clear()
+    load(tiny_transformer(), tmp_path / "every")
+    assert not [warning for warning in recwarn if "foveal" in str(warning.filename) or "sparse layers" in str(warning)]
+    # A smaller model's, or some layers of this one: it cannot be told, and is said.
+    with pytest.warns(
+        UserWarning, match=r"has 2 sparse layers, up to blocks\.1\.attn1, and the model has 3.*right one"
+    ):
+        load(tiny_transformer(num_layers=3), tmp_path / "every")
+    # What can be told from names and shapes is an error.
+    with pytest.raises(ValueError, match=r"has no layers blocks\.1\.attn1; it has 1"):
+        load(tiny_transformer(num_layers=1), tmp_path / "every")
     with pytest.raises(ValueError, match=r"proj\.\w+ has shape"):
-        load(other, tmp_path)
-    assert not sparse_processors(other)
+        load(tiny_transformer(attention_head_dim=8), tmp_path / "every")
 
 
 def test_load_names_the_implementation(tmp_path):

@@ -32,6 +32,7 @@ from foveal.models.files.formats import (
     without_prefix,
 )
 from foveal.models.files.lora import export_adapter, load_adapter, read_adapter
+from foveal.models.files.manifest import check_model, model_entry
 from foveal.models.files.tensor_files import TensorFile, enumerated, open_tensors, write_tensors
 from foveal.models.processor import sparse_processors
 
@@ -122,6 +123,8 @@ def load_checkpoint(
             raise ValueError(
                 f"{path} is for models of family {found.family!r}, got one of {family_of(transformer).name!r}"
             )
+        if header is not None and header["model"] is not None:
+            check_model(str(path), transformer, header["model"])
         config = _configuration(found, header, transformer, changes)
         load = _load_lora if found.lora else _load_weights
         sparse_tensors, base_tensors, notes = load(transformer, file, names, found, config, impl)
@@ -181,7 +184,12 @@ def export_checkpoint(model: Any, path: str | os.PathLike, *, format: str) -> No
     offloaded = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
     if offloaded:
         raise ValueError(f"{enumerated(offloaded)} are on the meta device; export before offloading the model")
-    header = {"format": target.name, "method": method_of(config).name, "config": config.to_dict()}
+    header = {
+        "format": target.name,
+        "method": method_of(config).name,
+        "config": config.to_dict(),
+        "model": model_entry(transformer),
+    }
     write_tensors(path, tensors, HEADER_KEY, json.dumps(header))
 
 
@@ -198,7 +206,9 @@ def _header(file: TensorFile) -> dict[str, Any] | None:
         return None
     try:
         header = json.loads(text)
-        return {"format": header["format"], "config": config_from_dict(header["method"], header["config"])}
+        config = config_from_dict(header["method"], header["config"])
+        # Older files do not say which model they are for.
+        return {"format": header["format"], "config": config, "model": header.get("model")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the header of {file.path} is malformed: {error!r}") from None
 

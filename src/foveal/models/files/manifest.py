@@ -53,6 +53,35 @@ def entry_of(transformer: nn.Module) -> dict[str, Any]:
     }
 
 
+def model_entry(transformer: nn.Module) -> dict[str, Any]:
+    """What identifies a model: its class, and the name and sizes of every self-attention layer, sparse or dense."""
+    family = family_of(transformer)
+    sizes = {name: family.dimensions(layer) for name, layer in family.self_attention_layers(transformer).items()}
+    layers = {name: dict(zip(("width", "heads", "head_dim"), size, strict=True)) for name, size in sizes.items()}
+    return {"class": family.transformer, "self_attention": layers}
+
+
+def check_model(source: str, transformer: nn.Module, saved: Any) -> None:
+    """Raise a ValueError unless a transformer is the model that a `model_entry` identifies."""
+    current = model_entry(transformer)
+    if saved == current:
+        return
+    try:
+        was, names = _summary(saved), list(saved["self_attention"])
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"the model entry of {source} is malformed: {error!r}") from None
+    odd = sorted(set(names) ^ set(current["self_attention"]))
+    where = f"; only one of them has {enumerated(odd)}" if was == _summary(current) else ""
+    raise ValueError(f"{source} was saved from a {was}, but the model is a {_summary(current)}{where}")
+
+
+def _summary(entry: dict[str, Any]) -> str:
+    layers = entry["self_attention"]
+    names, sizes = list(layers), dict.fromkeys((s["width"], s["heads"], s["head_dim"]) for s in layers.values())
+    shapes = " and ".join(f"width {width}, {heads} heads of {head_dim}" for width, heads, head_dim in sizes)
+    return f"{entry['class']} with {len(names)} self-attention layers ({names[0]} to {names[-1]}) of {shapes}"
+
+
 def parse_component(component: str, entry: Any) -> tuple[str, dict[str, Config], Policy | None]:
     """(family name, configuration by layer, policy) of one component of the manifest."""
     try:

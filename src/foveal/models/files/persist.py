@@ -3,17 +3,21 @@
 A folder holds `foveal.safetensors`, the parameters, and `foveal.json`, the configurations for people to read:
 
     {"format": 1, "components": {"transformer": {"family": "wan", "policy": {"dense_first_steps": 2}, "layers": {
-        "blocks.0.attn1": {"method": "sla", "config": {"keep_ratio": 0.05, ...}}, ...}}}}
+        "blocks.0.attn1": {"method": "sla", "config": {"keep_ratio": 0.05, ...}}, ...}, "model": {
+            "class": "WanTransformer3DModel", "self_attention": {
+                "blocks.0.attn1": {"width": 1536, "heads": 12, "head_dim": 128}, ...}}}}}
 
-A component without a policy has no such entry. What `save_pretrained` of diffusers writes is in `pretrained.py`.
-The header of `foveal.safetensors` carries the same text, so that one rename commits a save. The parameters are named
-component.layer.parameter, "transformer.blocks.0.attn1.proj.weight"; a bare transformer is the component "transformer".
+A component without a policy has no such entry, and files of older versions have no "model". What `save_pretrained` of
+diffusers writes is in `pretrained.py`. The header of `foveal.safetensors` carries the same text, so that one rename
+commits a save. The parameters are named component.layer.parameter, "transformer.blocks.0.attn1.proj.weight"; a bare
+transformer is the component "transformer".
 """
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +27,14 @@ from torch import Tensor, nn
 
 from foveal.methods.base import Config
 from foveal.models.families.table import components_of, family_of
-from foveal.models.files.manifest import FORMAT, check_component, entry_of, parse_component
+from foveal.models.files.manifest import (
+    FORMAT,
+    check_component,
+    check_model,
+    entry_of,
+    model_entry,
+    parse_component,
+)
 from foveal.models.files.tensor_files import check_replaceable, enumerated, header_entry
 from foveal.models.installation import build_attention, build_processors, install
 from foveal.models.parameters import own_tensors
@@ -68,7 +79,7 @@ def save(model: Any, folder: str | os.PathLike) -> None:
         _check_not_offloaded(state)
         sharded = sharded or any(_is_sharded(tensor) for tensor in state.values())
         tensors.update({name: _gathered(tensor.detach()).cpu().contiguous() for name, tensor in state.items()})
-        components[component] = entry_of(transformer)
+        components[component] = {**entry_of(transformer), "model": model_entry(transformer)}
     if not components:
         raise ValueError("model has no sparse layer, there is nothing to save; call sparsify first")
 
@@ -99,9 +110,9 @@ def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Mode
     Raises:
         FileNotFoundError: no such folder, or no `foveal.safetensors` in it.
         TypeError: an unsupported model.
-        ValueError: a file that is corrupt or of another format version, a `foveal.json` that was edited, components
-            or layers that the model lacks, configurations other than the model's, and missing, extra or misshapen
-            parameters, each by name.
+        ValueError: a file that is corrupt or of another format version, a `foveal.json` that was edited, a model of
+            another class or size than the saved one, components or layers that the model lacks, configurations other
+            than the model's, and missing, extra or misshapen parameters, each by name.
     """
     components = components_of(model)
     manifest, tensors = _read(Path(folder))
@@ -112,6 +123,8 @@ def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Mode
 
     expected = {}
     for component, transformer in components.items():
+        if component in saved:
+            _check_model(folder, component, transformer, manifest["components"][component])
         family, configs, policy = saved.get(component, (family_of(transformer).name, {}, None))
         check_component(component, transformer, family, configs, policy)
         expected.update(_expected(component, transformer, configs))
@@ -136,6 +149,23 @@ def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Mode
             attach_policy(transformer, policy, pipeline=pipeline)
     register_components(model)
     return model
+
+
+def _check_model(folder: str | os.PathLike, component: str, transformer: nn.Module, entry: dict[str, Any]) -> None:
+    """Raise a ValueError unless a model is the one that was saved; of files that do not say, warn of what is odd."""
+    if entry["family"] != family_of(transformer).name:
+        return  # `check_component` says that.
+    if "model" in entry:
+        check_model(f"{component} in {folder}", transformer, entry["model"])
+        return
+    layers, saved = list(family_of(transformer).self_attention_layers(transformer)), list(entry["layers"])
+    if saved == layers[: len(saved)] and len(saved) < len(layers):
+        warnings.warn(
+            f"{component} in {folder} has {len(saved)} sparse layers, up to {saved[-1]}, and the model has "
+            f"{len(layers)} layers, up to {layers[-1]}. An older version wrote the file, which does not say its model. "
+            "Check that this is the right one; its other layers stay dense",
+            stacklevel=3,
+        )
 
 
 def _state(component: str, processors: dict[str, SparseAttentionProcessor]) -> dict[str, Tensor]:
