@@ -248,6 +248,12 @@ def test_samples_are_the_pipeline_s_own_encodings(wan, clips, tmp_path, capsys):
         "space": "latent",
         "pipeline": "WanPipeline",
         "model": str(wan),
+        "vae": {
+            "class": "AutoencoderKLWan",
+            "z_dim": 4,
+            "latents_mean": LATENTS_MEAN,
+            "latents_std": LATENTS_STD,
+        },
         "buckets": ["9x32x48", "9x48x32"],
         "fps": 16,
         "clips_per_video": 1,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from foveal.layout import VideoGrid
 
 TRANSFORMERS = ("transformer", "transformer_2")
+# Fields of a VAE's configuration that tell one latent space from another.
+VAE_FIELDS = ("z_dim", "latent_channels", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -29,6 +32,7 @@ class PipelineKind:
 
     Args:
         name: the class name.
+        family: the family of its transformer, in `FAMILIES`.
         text: names for what `encode_prompt` returns without guidance; None for what a sample need not keep.
         fps: frames per second that its models were trained at; None for images.
         packed: latent pixels per side of a token that the pipeline packs, on top of the transformer's patch.
@@ -36,6 +40,7 @@ class PipelineKind:
     """
 
     name: str
+    family: str
     text: tuple[str | None, ...]
     fps: int | None
     packed: int = 1
@@ -49,13 +54,16 @@ class PipelineKind:
 PIPELINES = {
     kind.name: kind
     for kind in (
-        PipelineKind("WanPipeline", ("prompt_embeds", None), fps=16, vae_float32=True),
+        PipelineKind("WanPipeline", "wan", ("prompt_embeds", None), fps=16, vae_float32=True),
         PipelineKind(
-            "HunyuanVideoPipeline", ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"), fps=24
+            "HunyuanVideoPipeline",
+            "hunyuan_video",
+            ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
+            fps=24,
         ),
-        PipelineKind("CogVideoXPipeline", ("prompt_embeds", None), fps=8),
-        PipelineKind("LTXPipeline", ("prompt_embeds", "prompt_attention_mask", None, None), fps=25),
-        PipelineKind("FluxPipeline", ("prompt_embeds", "pooled_prompt_embeds", None), fps=None, packed=2),
+        PipelineKind("CogVideoXPipeline", "cogvideox", ("prompt_embeds", None), fps=8),
+        PipelineKind("LTXPipeline", "ltx_video", ("prompt_embeds", "prompt_attention_mask", None, None), fps=25),
+        PipelineKind("FluxPipeline", "flux", ("prompt_embeds", "pooled_prompt_embeds", None), fps=None, packed=2),
     )
 }
 
@@ -229,6 +237,17 @@ def normalize_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     else:
         latents = latents - (getattr(vae.config, "shift_factor", None) or 0.0)
     return latents * (1.0 if scale is None else scale)
+
+
+def vae_facts(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the class and the configuration of a VAE say about its latent space, JSON-ready."""
+    known = {name: config[name] for name in VAE_FIELDS if config.get(name) is not None}
+    return {"class": class_name, **json.loads(json.dumps(known))}
+
+
+def different_vae(facts: dict[str, Any], others: dict[str, Any]) -> str | None:
+    """The first fact in which two VAEs differ; None if they agree in all facts that both have."""
+    return next((name for name in facts if name in others and facts[name] != others[name]), None)
 
 
 def default_size(pipe: Any) -> tuple[int | None, int | None, int | None]:

@@ -94,6 +94,11 @@ class LatentDataset(Dataset):
         return hashlib.sha256("\n".join([self._index.fingerprint, *ids]).encode()).hexdigest()
 
     @property
+    def text_shapes(self) -> dict[str, list[int]]:
+        """The shape of each text tensor of a sample, by name."""
+        return self._index.text_shapes
+
+    @property
     def buckets(self) -> dict[tuple[int, ...], list[int]]:
         found: dict[tuple[int, ...], list[int]] = {}
         for index, place in enumerate(self._chosen):

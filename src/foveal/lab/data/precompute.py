@@ -32,7 +32,7 @@ from foveal.lab.data.shards import (
 )
 from foveal.lab.data.sources import Source, read_sources
 from foveal.lab.data.windows import to_model_range
-from foveal.lab.pipelines import LoadedPipeline, default_size, encode_text, encode_video
+from foveal.lab.pipelines import LoadedPipeline, default_size, encode_text, encode_video, vae_facts
 from foveal.output_folder import OutputFolder
 
 SHARD_BYTES = 512 * 2**20
@@ -146,6 +146,7 @@ def precompute(
         "space": "pixel" if loaded is None else "latent",
         "pipeline": None if loaded is None else loaded.kind.name,
         "model": None if loaded is None else loaded.source,
+        "vae": None if loaded is None else vae_facts(type(loaded.pipe.vae).__name__, loaded.pipe.vae.config),
         "buckets": [str(bucket) for bucket in buckets],
         "fps": fps,
         "clips_per_video": settings.clips_per_video,
@@ -212,7 +213,8 @@ def _open_run(output: Path, settings: dict[str, Any]) -> tuple[_Run, dict[str, s
         return _Run(folder, Index(settings)), {}
     index = read_index(output)
     for name, value in settings.items():
-        if index.settings.get(name) != value:
+        # Older versions did not record the VAE.
+        if index.settings.get(name) != value and not (name == "vae" and name not in index.settings):
             raise ValueError(
                 f"output {output} was made with {name} {index.settings.get(name)!r}, this run has {value!r}; "
                 "choose another folder"

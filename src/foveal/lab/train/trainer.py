@@ -20,6 +20,7 @@ from foveal.lab.train.config import TrainingConfig, differences
 from foveal.lab.train.evaluation import DivergenceAlarm, Evaluation, HeldOut
 from foveal.lab.train.export import export, export_files
 from foveal.lab.train.faults import LossGuard, TrainingError, out_of_memory, stopping_on_signals
+from foveal.lab.train.fit import check_fit
 from foveal.lab.train.inputs import NoiseAhead, check_sizes, micro_batches, open_data, read_batch
 from foveal.lab.train.log import METRICS_FILE, RunLog
 from foveal.lab.train.loop import Action, run_steps
@@ -117,6 +118,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._check_output()
         train_data, held_out_data = open_data(config.data, config.output_folder(), self.accelerator)
+        check_fit(train_data, config.data, config.model)
         self.data_settings = train_data.settings
         if config.evaluation.sample_every and self.data_settings["space"] == "latent" and not self._pipeline():
             raise ValueError("evaluation.sample_every needs a pipeline to decode latents with, and the data names none")
