@@ -28,7 +28,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +117,7 @@ def described_training(trained: Trained) -> dict:
 
 def provenance(options) -> dict:
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(torch.device(options.device), options.commit),
         "argv": sys.argv,
     }
