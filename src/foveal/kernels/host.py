@@ -302,7 +302,9 @@ class Launcher:
         run = self._variants.get(variant)
         if run is None:
             early = {"launch_pdl": True} if starts_early(device) else {}
-            self._variants[variant] = _runner(self.kernel[grid](**named, **early), device)
+            compiled = self.kernel[grid](**named, **early)
+            if compiled is not None:  # Triton's compile hooks may keep it from launching
+                self._variants[variant] = _runner(compiled, device)
         else:
             run((*grid, 1, 1)[:3], (*arguments, *[named[name] for name in self.constants]))
 
