@@ -96,6 +96,20 @@ def test_vmap_and_per_sample_gradients(name):
 
 
 @EACH
+def test_func_grad_of_one_argument(name):
+    """The others are plain tensors, and no autograd function may run on them either."""
+    function, inputs = FUNCTIONS[name]("torch"), tensors(0)
+    for place in range(3):
+
+        def loss(x, place=place):
+            return function(*inputs[:place], x, *inputs[place + 1 :]).square().sum()
+
+        x = inputs[place].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(x), x)
+        torch.testing.assert_close(torch.func.grad(loss)(inputs[place]), expected)
+
+
+@EACH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(name, dtype):
     function = FUNCTIONS[name]("torch")

@@ -76,12 +76,12 @@ def without_autocast(function):
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether tensors are inside of a transform of `torch.func`, or have a forward-mode derivative on them."""
+    """Whether a transform of `torch.func` is active, or one of the tensors has a forward-mode derivative on it."""
     if torch.compiler.is_compiling():
         return False
-    given = [x for x in tensors if x is not None]
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):
+    if torch._C._are_functorch_transforms_active():  # which autograd functions refuse, whatever their tensors are
         return True
+    given = [x for x in tensors if x is not None]
     if torch.autograd.forward_ad._current_level < 0:
         return False
     return any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given)
