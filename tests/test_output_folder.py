@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -318,3 +319,43 @@ def test_a_lock_is_one_process_s(tmp_path):
         assert hold(second) is False
     with open(tmp_path / "lock", "w") as third:
         assert hold(third) is True
+
+
+def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
+    folder = OutputFolder(tmp_path / "new" / "run", "train")
+    with folder.locked():
+        write(folder, page="1")
+        message = rf"output {tmp_path}/new/run is in use by process {os.getpid()} on {socket.gethostname()}; wait"
+        with pytest.raises(FileExistsError, match=message), OutputFolder(folder.path, "train").locked():
+            pytest.fail("two at a time")
+        # What need not be alone may write there.
+        write(OutputFolder(folder.path, "generate"), video="1")
+    with OutputFolder(folder.path, "train").locked():
+        pass
+    assert sorted(os.listdir(folder.path)) == [LIST_FILE, "page", "video"]
+
+
+def test_a_lock_leaves_nothing_behind(tmp_path):
+    with OutputFolder(tmp_path / "new" / "run", "train").locked():
+        assert os.listdir(tmp_path / "new" / "run") == [".foveal-in-use"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_lock_of_a_process_that_died_is_taken_over(tmp_path):
+    lock = "lock = OutputFolder(sys.argv[1], 'train').locked()\nlock.__enter__()\n"
+    script = KILLED.replace("with OutputFolder", f"{lock}with OutputFolder")
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    with (
+        pytest.raises(FileExistsError, match=f"is in use by process {process.pid} on "),
+        OutputFolder(tmp_path, "train").locked(),
+    ):
+        pytest.fail("two at a time")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / ".foveal-in-use").is_file()
+    with OutputFolder(tmp_path, "train").locked():
+        assert f"process {os.getpid()} on" in (tmp_path / ".foveal-in-use").read_text()
+    assert not (tmp_path / ".foveal-in-use").exists()

@@ -886,6 +886,26 @@ def test_files_beside_the_windows_of_a_clip_stay(tmp_path):
     assert (tmp_path / "log.txt").read_text() == theirs.read_text() == "theirs"
 
 
+def test_two_runs_do_not_share_an_output(tmp_path, capsys):
+    """The second one ends at once and names the first; after a kill the lock is free."""
+    pytest.importorskip("skvideo")
+    options = ("--output", tmp_path / "run", "--checkpoint.every", 1)
+    first = start(*options, "--steps", 10_000)
+    try:
+        while not list((tmp_path / "run").glob("checkpoints/step-*")):
+            assert first.poll() is None, first.stdout.read()
+            time.sleep(0.1)
+        assert cli.main(["train", *small_tiny(*options, "--resume", "--steps", 2)]) == 2
+        assert f"output {tmp_path}/run is in use by process {first.pid} on " in capsys.readouterr().err
+    finally:
+        first.kill()
+        first.wait()
+    steps = max(int(path.name[-8:]) for path in (tmp_path / "run").glob("checkpoints/step-*")) + 1
+    run_here(*options, "--resume", "--steps", steps)
+    assert (tmp_path / "run" / "export").is_dir()
+    assert not (tmp_path / "run" / ".foveal-in-use").exists()
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch):
     pytest.importorskip("skvideo")
     arguments = ("--output", tmp_path / "run", "--steps", 1)

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ except (
 LIST_FILE = "foveal-files.jsonl"
 # Larger files are recognized by their size only.
 HASHED_BYTES = 64 * 2**20
+USE_FILE = ".foveal-in-use"
 SCRATCH_PREFIX = ".foveal-"
 LINE_START = b'{"foveal": '
 LOCK_FILE, LOCK_TEXT = "lock", "scratch folder of foveal, process {}\n"
@@ -140,6 +142,36 @@ class OutputFolder:
             for name in former:
                 self.remove(name)
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes that lock this folder out of it during the block. A lock ends with its process.
+
+        Raises:
+            FileExistsError: another process has locked the folder. The message says which one.
+        """
+        new = _make(self.path)
+        path, mine = self.path / USE_FILE, f"process {os.getpid()} on {socket.gethostname()}"
+        with contextlib.ExitStack() as stack:
+            while True:
+                file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+                if hold(file) is False:
+                    file.seek(0)
+                    raise FileExistsError(
+                        f"output {self.path} is in use by {file.read().strip() or 'another process'}; "
+                        "wait until it ends, or choose another output"
+                    )
+                # The process that had it before may just have removed the file.
+                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+            file.truncate(0)
+            file.write(mine)
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                _unmake(new)
+
     def remove(self, name: str) -> None:
         """Remove a file if the command owns it, and then the folders that are empty."""
         if not self.owns(name):
@@ -232,8 +264,7 @@ def check_folder(path: Path) -> None:
 @contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder inside `path`, and remove it at the end. If `path` is new and ends up empty, it goes too."""
-    new = [place for place in (path, *path.parents) if not place.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    new = _make(path)
     _sweep(path)
     place = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=path))
     try:
@@ -246,9 +277,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
             yield inside
     finally:
         shutil.rmtree(place, ignore_errors=True)
-        for made in new:
-            with contextlib.suppress(OSError):
-                made.rmdir()
+        _unmake(new)
 
 
 def hold(file: Any) -> bool | None:
@@ -275,6 +304,20 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _make(path: Path) -> list[Path]:
+    """Create a folder with its parents; return those that are new, the innermost first."""
+    new = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return new
+
+
+def _unmake(new: list[Path]) -> None:
+    """Remove the folders that `_make` created, as far as they are empty."""
+    for place in new:
+        with contextlib.suppress(OSError):
+            place.rmdir()
 
 
 def _sweep(path: Path) -> None:

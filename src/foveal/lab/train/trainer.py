@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -115,8 +116,18 @@ class Trainer:
         self.accelerator = build_accelerator(config)
         self.log = RunLog(config, self.accelerator)
         self.store = CheckpointStore(config.output / "checkpoints", keep=config.checkpoint.keep, report=self.log.warn)
-        if self.accelerator.is_main_process:
-            self._check_output()
+        self._in_use = contextlib.ExitStack()
+        try:
+            if self.accelerator.is_main_process:
+                self._take_output()
+            self._set_up()
+        except BaseException:
+            self._in_use.close()
+            raise
+
+    def _set_up(self) -> None:
+        """Open the data, build the model, and put together what the run changes."""
+        config = self.config
         train_data, held_out_data = open_data(config.data, config.output_folder(), self.accelerator)
         check_fit(train_data, config.data, config.model)
         self.data_settings = train_data.settings
@@ -159,9 +170,11 @@ class Trainer:
         self.saved_at = self.evaluated_at = -1
         self.evaluation: Evaluation | None = None
 
-    def _check_output(self) -> None:
-        """Check that the run can write all of its files, before it does any work."""
+    def _take_output(self) -> None:
+        """Lock the output, and check that the run can write all of its files, before it does any work."""
         config, output = self.config, self.config.output_folder()
+        output.check()
+        self._in_use.enter_context(output.locked())
         if not self.store.exists():
             output.check_alone()
         elif not config.resume:
@@ -188,6 +201,7 @@ class Trainer:
             finally:
                 self.stream.close()
                 self.noise.close()
+                self._in_use.close()
 
     def _run(self, stop: threading.Event) -> TrainingResult:
         config = self.config
