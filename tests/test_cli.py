@@ -1,11 +1,13 @@
 """The `foveal` command as a whole: how it ends when it is interrupted, and what it says of models it cannot train."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("tyro")
 
@@ -27,6 +29,32 @@ def test_errors_of_the_system_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli.Doctor, "run", lambda self: (tmp_path / "file" / "run").mkdir())
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err == f"foveal: {tmp_path}/file/run: Not a directory\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"),
+            r"out of memory \(CUDA out of memory\): take fewer frames, a smaller size, or a smaller dtype",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:98] DefaultCPUAllocator: can't allocate memory: you\nat 2"),
+            r"out of memory \(.*can't allocate memory: you\): take fewer frames.*",
+        ),
+        (
+            RuntimeError("The size of tensor a (3) must match\nmore"),
+            r"RuntimeError in test_cli\.py, line \d+: The size of tensor a \(3\) must match",
+        ),
+    ],
+)
+def test_errors_of_pytorch_are_one_line(monkeypatch, capsys, error, message):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(cli.Doctor, "run", fail)
+    assert cli.main(["doctor"]) == 1
+    assert re.fullmatch(f"foveal: {message}\n", capsys.readouterr().err)
 
 
 def test_a_reader_that_leaves_early_hears_nothing():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -331,6 +333,43 @@ def test_a_killed_run_goes_on_and_ends_the_same(clips, tmp_path):
     assert LatentDataset(tmp_path / "data", verify=True).fingerprint == LatentDataset(tmp_path / "whole").fingerprint
     shards = {f"shard-0000{number}.safetensors" for number in (0, 1)}
     assert {path.name for path in (tmp_path / "data").iterdir()} == {INDEX_FILE, LIST_FILE, *shards}
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare")
+def test_a_full_disk_is_named_and_the_same_command_goes_on(clips, tmp_path):
+    """A sample takes 74 kB. The first two are in a shard when the disk is full; then it grows."""
+    (tmp_path / "disk").mkdir()
+    data = tmp_path / "disk" / "data"
+    python = """
+import sys
+from foveal.lab import cli
+from foveal.lab.data.precompute import PrecomputeSettings
+PrecomputeSettings.__init__.__defaults__ = (*PrecomputeSettings.__init__.__defaults__[:-1], 2)
+sys.exit(cli.main())
+"""
+    command = [sys.executable, "-c", python, "precompute", "--videos", clips, "--output", data, "--pixels"]
+    run = shlex.join(map(str, [*command, "--bucket", "2x48x64"]))
+    script = f"""
+mount -t tmpfs -o size=250k none {tmp_path}/disk
+{run}
+echo $? $(ls -A {data})
+mount -o remount,size=2m {tmp_path}/disk
+{run}
+echo $?
+cp -r {data} {tmp_path}/data
+"""
+    done = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", script], capture_output=True, text=True, timeout=300
+    )
+    if "unshare:" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("may not mount here")
+    full = f"foveal: {data}: the disk is full; 2 samples are kept, and the same command continues when there is room\n"
+    assert full in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == f"2 {LIST_FILE} {INDEX_FILE} shard-00000.safetensors\n{data}\n0\n"
+    settings = PrecomputeSettings(buckets=(Bucket(2, 48, 64),), dtype=torch.float32, shard_samples=2)
+    precompute(clips, tmp_path / "whole", settings)
+    assert LatentDataset(tmp_path / "data", verify=True).fingerprint == LatentDataset(tmp_path / "whole").fingerprint
 
 
 def test_an_interrupt_keeps_what_is_done(clips, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 
 import pytest
@@ -103,6 +104,21 @@ def test_bad_shards_are_refused(tmp_path, damage, error, match):
     folder = fastvideo_folder(tmp_path / "fast", tiny_transformer(num_layers=LAYERS).state_dict() | gates())
     damage(folder)
     refused(tiny_transformer(num_layers=LAYERS), folder, error, match, **SMALL_VSA)
+
+
+def test_junk_is_refused_in_one_line(tmp_path, recwarn):
+    """Bytes of pickles in any order, and what people have instead of a download."""
+    path = tmp_path / "junk.pth"
+    generator = random.Random(0)
+    opcodes = b"\x80\x02}q.()lcbitJKMXUV]aesuR0N\x88\x89\x8a\n hello"
+    junk = [bytes(generator.choices(opcodes, k=generator.randint(1, 60))) for _ in range(400)]
+    junk += [b"\x80\x02" + data for data in junk]
+    for data in (b"", b"hello world", b"<html>404</html>", b"PK\x03\x04junk", *junk):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"junk\.pth (is corrupt|must hold)") as error, open_tensors(path):
+            pass
+        assert "\n" not in str(error.value)
+    assert not recwarn.list
 
 
 def test_reading_is_lazy_and_exact(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -370,6 +371,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"foveal: {_reason(error)}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        print(f"foveal: {_failure(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -378,3 +382,12 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def _failure(error: RuntimeError) -> str:
+    """What PyTorch says in many lines, in one; of memory, with what to do about it."""
+    text = " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())
+    if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
+        return f"out of memory ({text.split('. ')[0]}): take fewer frames, a smaller size, or a smaller dtype"
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(where.filename).name}, line {where.lineno}: {text}"

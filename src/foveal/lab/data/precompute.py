@@ -6,6 +6,8 @@ whole files are gathered into shards, and a shard that is in the index is never 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -135,6 +137,7 @@ def precompute(
         FileNotFoundError: no such folder or list.
         ValueError: a list that cannot be read, sizes that do not fit the pipeline, an output folder that holds
             something else or samples made with other settings or captions, or no file that can be used.
+        OSError: the disk is full. The message says how many samples are kept.
         FileExistsError: a name that is needed is taken by a file that foveal did not write.
     """
     sources, output = read_sources(videos), Path(output)
@@ -162,27 +165,45 @@ def precompute(
     run.index.complete, run.index.skipped = False, []
     progress = progress or Progress()
     progress.start(len(sources), len(sources) - len(left))
-    try:
-        for source, clips, reason in _read_ahead(left, buckets, fps, settings.clips_per_video):
-            if reason is not None:
-                run.index.skipped.append({"file": source.name, "reason": reason})
-            else:
-                run.add(_encode(source, clips, loaded, settings.dtype))
-            if len(run.pending) >= settings.shard_samples or run.pending_bytes >= SHARD_BYTES:
-                run.flush()
-            progress.advance(source, reason)
-    finally:
+    with _saying_what_is_kept(output):
+        try:
+            for source, clips, reason in _read_ahead(left, buckets, fps, settings.clips_per_video):
+                if reason is not None:
+                    run.index.skipped.append({"file": source.name, "reason": reason})
+                else:
+                    run.add(_encode(source, clips, loaded, settings.dtype))
+                if len(run.pending) >= settings.shard_samples or run.pending_bytes >= SHARD_BYTES:
+                    run.flush()
+                progress.advance(source, reason)
+        except OSError:
+            raise  # What is pending could not be written either.
+        except BaseException:
+            run.flush()
+            raise
         run.flush()
-    if not run.index.samples:
-        first = run.index.skipped[0]["reason"]
-        raise ValueError(f"none of the {len(sources)} files of {videos} could be used; the first: {first}")
-    if needs_empty_caption:
-        text = {name: tensor[0] for name, tensor in to_dtype(encode_text(loaded, [""]), settings.dtype).items()}
-        with run.output.writing(EMPTY_CAPTION_FILE) as aside:
-            run.index.empty_caption = write_empty_caption(aside, text, run.index.text_shapes)
-    run.index.complete = True
-    run.flush()
+        if not run.index.samples:
+            first = run.index.skipped[0]["reason"]
+            raise ValueError(f"none of the {len(sources)} files of {videos} could be used; the first: {first}")
+        if needs_empty_caption:
+            text = {name: tensor[0] for name, tensor in to_dtype(encode_text(loaded, [""]), settings.dtype).items()}
+            with run.output.writing(EMPTY_CAPTION_FILE) as aside:
+                run.index.empty_caption = write_empty_caption(aside, text, run.index.text_shapes)
+        run.index.complete = True
+        run.flush()
     return run.index
+
+
+@contextlib.contextmanager
+def _saying_what_is_kept(output: Path) -> Iterator[None]:
+    """Raise an OSError about a full disk again, with what became of the run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        kept = read_index(output).samples if (output / INDEX_FILE).is_file() else 0
+        message = f"the disk is full; {kept} samples are kept, and the same command continues when there is room"
+        raise OSError(errno.ENOSPC, message, str(output)) from error
 
 
 def _buckets(settings: PrecomputeSettings, loaded: LoadedPipeline | None) -> tuple[Bucket, ...]:

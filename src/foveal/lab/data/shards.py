@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.models.files.tensor_files import save_tensors
+
 FORMAT = 1
 INDEX_FILE = "index.json"
 EMPTY_CAPTION_FILE = "empty-caption.safetensors"
@@ -197,10 +199,8 @@ def _text_tensors(text: dict[str, Tensor], text_shapes: dict[str, list[int]]) ->
 
 
 def _write_tensors(file: Path, tensors: dict[str, Tensor], header: dict[str, Any], samples: int) -> Shard:
-    from safetensors.torch import save_file
-
     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
-    save_file(tensors, file, metadata={HEADER_KEY: json.dumps(header, ensure_ascii=False)})
+    save_tensors(tensors, file, {HEADER_KEY: json.dumps(header, ensure_ascii=False)})
     return Shard(file.name, file.stat().st_size, _sha256(file), samples)
 
 

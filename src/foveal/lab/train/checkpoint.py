@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.models.files.tensor_files import save_tensors
 from foveal.output_folder import flush, scratch_folder
 
 # Format 1 has whole tensors. Format 2 has the rows of tensors in the files of several processes.
@@ -329,7 +330,8 @@ def _write_groups(folder: Path, groups: dict[str, Iterable[tuple[str, Tensor]]],
         stem = group if rank == 0 else f"{group}.rank-{rank:03d}"
         for number, shard in enumerate(_shards(_own(tensors, rank)), 1):
             path = folder / f"{stem}-{number:05d}.safetensors"
-            _write_tensors(path, shard)
+            save_tensors(shard, path)
+            flush(path)
             files[path.name] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
     return files
 
@@ -362,19 +364,6 @@ def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
         size += tensor.nbytes
     if shard:
         yield shard
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        # safetensors reports the system's errors as text.
-        found = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(found[1]) if found else errno.EIO, str(error)) from error
-    flush(path)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -35,7 +35,7 @@ from foveal.models.files.manifest import (
     model_entry,
     parse_component,
 )
-from foveal.models.files.tensor_files import check_replaceable, enumerated, header_entry
+from foveal.models.files.tensor_files import check_replaceable, enumerated, header_entry, save_tensors
 from foveal.models.installation import build_attention, build_processors, install
 from foveal.models.parameters import own_tensors
 from foveal.models.policy import attach_policy, get_policy
@@ -188,11 +188,9 @@ def _expected(component: str, transformer: nn.Module, configs: dict[str, Config]
 
 
 def _write(folder: Path, manifest: str, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
     _check_replaceable(folder)
     with scratch_folder(folder) as scratch:
-        save_file(tensors, scratch / WEIGHTS_FILE, metadata={HEADER_KEY: manifest})
+        save_tensors(tensors, scratch / WEIGHTS_FILE, {HEADER_KEY: manifest})
         (scratch / MANIFEST_FILE).write_text(manifest, encoding="utf-8")
         flush(scratch / WEIGHTS_FILE)
         flush(scratch / MANIFEST_FILE)

@@ -6,10 +6,12 @@ Names and shapes are known as soon as a file is open; values are read one by one
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,13 +127,16 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     with open(path, "rb") as file:
         mapped = file.read(4) == b"PK\x03\x04"
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            # Of a file that is no pickle at all, torch warns that its version of pickle is unusual.
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is corrupt, or holds more than tensors, which is not loaded{_what_more(error)}"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, IndexError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is corrupt or cut short: {_first_line(error)}") from None
+    except Exception as error:  # Junk can raise anything: KeyError, struct.error, and so on.
+        raise ValueError(f"{path} is corrupt or cut short ({type(error).__name__}: {_first_line(error)})") from None
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
@@ -157,13 +162,28 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], entry: st
     with scratch_folder(path.parent) as scratch:
         aside = scratch / path.name
         if path.suffix in SAFETENSORS:
-            from safetensors.torch import save_file
-
-            save_file(tensors, aside, metadata={"format": "pt", entry: text})
+            save_tensors(tensors, aside, {"format": "pt", entry: text})
         else:
             torch.save({name: _alone(tensor) for name, tensor in tensors.items()}, aside)
         flush(aside)
         os.replace(aside, path)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """`save_file` of safetensors, which reports the system's errors as text, with errors that are the system's.
+
+    Raises:
+        OSError: the file could not be written, for example because the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, os.strerror(code) if found else str(error), str(path)) from error
 
 
 def check_replaceable(path: Path, entry: str) -> None:
