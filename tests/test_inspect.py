@@ -1,21 +1,24 @@
 """`foveal.lab.inspect`: figures against brute force, the model left as it was, the report."""
 
 import dataclasses
+import html
 import json
 import re
 
 import pytest
 import torch
-from tiny_wan import SPARSE_SLA, inputs, run, tiny_transformer
+from tiny_wan import SPARSE_SLA, inputs, run, tiny_pipeline, tiny_transformer
 
-from foveal import VideoGrid, sparsify
+import foveal
+from foveal import SLAConfig, VideoGrid, sparsify
 from foveal.blocks import count
 from foveal.lab import cli
-from foveal.lab.inspect.advice import advise
+from foveal.lab.inspect.advice import Advice, advise
 from foveal.lab.inspect.probe import InspectSettings, LayerObservation, look_at, observe
 from foveal.lab.inspect.run import inspect_model
 from foveal.lab.inspect.statistics import reorder, selection_quality, weight_distribution
 from foveal.lab.terminal import Progress
+from foveal.models.processor import sparse_processors
 from foveal.output_folder import LIST_FILE
 
 TINY = InspectSettings(keep_ratios=(0.1, 0.3, 0.6), blocks=((16, 16), (32, 16)), query_blocks=None, rows=None)
@@ -227,6 +230,62 @@ def test_advice_takes_the_fewest_blocks_within_the_tolerance():
     assert advice.error > 0.2
 
 
+def advice_with(dense, *, components=("transformer",), reached=True):
+    config = SLAConfig(keep_ratio=0.3, drop_ratio=0.1, block_q=16, block_k=16, token_order="tile")
+    layers = tuple((component, f"blocks.{index}.attn1") for component in components for index in (0, 1))
+    return Advice(
+        config=config,
+        layers=layers,
+        dense_layers=tuple(dense),
+        tolerance=0.1,
+        error=0.123,
+        recall=0.8,
+        flops_ratio=0.4,
+        reached=reached,
+    )
+
+
+@pytest.mark.parametrize(
+    ("components", "dense"),
+    [
+        (("transformer",), []),
+        (("transformer",), [("transformer", "blocks.1.attn1")]),
+        (("transformer", "transformer_2"), [("transformer_2", "blocks.0.attn1")]),
+        (
+            ("transformer", "transformer_2"),
+            [("transformer", "blocks.0.attn1"), ("transformer_2", "blocks.0.attn1")],
+        ),
+    ],
+)
+def test_the_line_to_paste_does_what_the_words_say(components, dense):
+    advice = advice_with(dense, components=components)
+    pipe = tiny_pipeline()
+    if len(components) == 1:
+        pipe = type("OneTransformer", (), {"transformer": pipe.transformer})()
+    exec(advice.code(), {"foveal": foveal, "pipe": pipe})
+    converted = {
+        (component, layer): processor.config
+        for component in components
+        for layer, processor in sparse_processors(getattr(pipe, component)).items()
+    }
+    assert converted == dict.fromkeys((layer for layer in advice.layers if layer not in dense), advice.config)
+    for _, layer in dense:
+        assert layer in advice.verdict()
+    total = len(advice.layers)
+    assert (f"{len(dense)} of {total} layers stay dense" if dense else f"In all {total} layers") in advice.verdict()
+    assert "within the tolerance" not in advice.verdict()
+
+
+def test_no_line_to_paste_where_no_layer_is_to_be_converted():
+    both = [("transformer", "blocks.0.attn1"), ("transformer", "blocks.1.attn1")]
+    advice = advice_with(both, reached=False)
+    assert advice.code() == "# Leave attention dense, or allow a larger tolerance."
+    assert advice.verdict().startswith(
+        "No ratio that was tried keeps the median layer's error within the tolerance of 0.1. "
+        "All 2 layers change by more than twice the tolerance, so none is converted: output error 12.3 %"
+    )
+
+
 def test_report(tmp_path):
     pytest.importorskip("matplotlib")
     model = tiny_transformer()
@@ -270,6 +329,11 @@ def test_command(pipeline_folder, tmp_path, capsys, monkeypatch):
     assert said.out.strip() == str(output / "index.html")
     assert re.search(r"^inspect: [123] of 3 steps, 0:\d\d so far", said.err, re.MULTILINE)
     document = json.loads((output / "inspect.json").read_text())
+    # The terminal and the page say the same.
+    assert f"to try first:\n{document['advice']['code']}\n" in said.err
+    assert html.escape(document["advice"]["code"]) in (output / "index.html").read_text()
+    missed = "keeps the median layer's error within the tolerance of 0.1" in said.err
+    assert missed == (not document["advice"]["within_tolerance"])
     assert document["facts"]["prompt"] == "a bar"
     assert sorted({observation["step"] for observation in document["observations"]}) == [0, 2]
     assert {observation["component"] for observation in document["observations"]} == {"transformer"}

@@ -201,7 +201,7 @@ class Inspect:
                 on_observation=lambda seen: progress.say(f"step {seen.step}: {seen.layer}", style="dim"),
                 on_step=stage.advance,
             )
-        console.print(f"to try first: {advice.config}; output error {advice.error:.3f}, recall {advice.recall:.3f}")
+        console.print(f"to try first:\n{advice.code()}\n{advice.verdict()}", highlight=False, soft_wrap=True)
         print(page)
 
 

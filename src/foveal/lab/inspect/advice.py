@@ -24,7 +24,9 @@ class Advice:
 
     Attributes:
         config: an `SLAConfig` for the layers that are converted.
-        dense_layers: (component, layer) of the layers whose output changes by more than twice the tolerance.
+        layers: (component, layer) of all layers that were looked at.
+        dense_layers: the ones among them whose output changes by more than twice the tolerance.
+        tolerance: the error that was allowed.
         error: mean output error of the sparse branch in the converted layers (in all layers if none is left to
             convert), before any fine-tuning.
         recall: mean attention mass in the kept blocks of these layers.
@@ -33,11 +35,47 @@ class Advice:
     """
 
     config: SLAConfig
+    layers: tuple[tuple[str, str], ...]
     dense_layers: tuple[tuple[str, str], ...]
+    tolerance: float
     error: float
     recall: float
     flops_ratio: float
     reached: bool
+
+    def code(self) -> str:
+        """The Python that converts a pipeline `pipe` as recommended; a comment if no layer is to be converted."""
+        if set(self.dense_layers) == set(self.layers):
+            return "# Leave attention dense, or allow a larger tolerance."
+        fields = ("keep_ratio", "drop_ratio", "block_q", "block_k", "token_order")
+        config = ", ".join(f"{name}={getattr(self.config, name)!r}" for name in fields)
+        dense: dict[str, list[str]] = {component: [] for component, _ in self.layers}
+        for component, layer in self.dense_layers:
+            dense[component].append(layer)
+        lists = list(dense.values())
+        targets = {"pipe": lists[0]} if all(names == lists[0] for names in lists) else None
+        targets = targets or {f"pipe.{component}": names for component, names in dense.items()}
+        lines = []
+        for target, names in targets.items():
+            table = "{" + ", ".join(f'"{name}": None' for name in names) + "}"
+            lines.append(f"foveal.sparsify({target}, foveal.SLAConfig({config}){f', layers={table}' if names else ''})")
+        return "\n".join(lines)
+
+    def verdict(self) -> str:
+        """In words: whether the tolerance was kept, what the conversion costs and keeps, and what stays dense."""
+        missed = f"No ratio that was tried keeps the median layer's error within the tolerance of {self.tolerance:g}. "
+        total, dense = len(self.layers), [layer for _, layer in self.dense_layers]
+        figures = (
+            f"output error {100 * self.error:.1f} % before fine-tuning, {100 * self.recall:.1f} % of the attention "
+            f"mass kept, {100 * self.flops_ratio:.1f} % of dense attention's arithmetic"
+        )
+        if len(dense) == total:
+            left = f"All {total} layers change by more than twice the tolerance, so none is converted: {figures}."
+        elif dense:
+            left = f"In the converted layers: {figures}. {len(dense)} of {total} layers stay dense: {', '.join(dense)}."
+        else:
+            left = f"In all {total} layers: {figures}."
+        return ("" if self.reached else missed) + left
 
 
 def advise(
@@ -96,7 +134,9 @@ def advise(
     counted = [o.quality[best] for o in converted or observations]
     return Advice(
         config=config,
+        layers=tuple(by_layer),
         dense_layers=dense,
+        tolerance=tolerance,
         error=float(torch.stack([quality.error["pooled"][:, index] for quality in counted]).mean()),
         recall=float(torch.stack([quality.recall["pooled"][:, index] for quality in counted]).mean()),
         flops_ratio=cost.flops_ratio,

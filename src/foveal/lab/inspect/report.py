@@ -38,7 +38,9 @@ def write_report(
         "settings": {name: getattr(settings, name) for name in settings.__dataclass_fields__},
         "advice": {
             "config": advice.config.to_dict(),
+            "code": advice.code(),
             "dense_layers": [list(layer) for layer in advice.dense_layers],
+            "tolerance": advice.tolerance,
             "error": advice.error,
             "recall": advice.recall,
             "flops_ratio": advice.flops_ratio,
@@ -150,26 +152,6 @@ def _page(
         data = base64.b64encode(pictures[name]).decode()
         return f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(text)}"></figure>'
 
-    config = advice.config
-    fields = ", ".join(
-        f"{name}={getattr(config, name)!r}"
-        for name in ("keep_ratio", "drop_ratio", "block_q", "block_k", "token_order")
-    )
-    layers = {(o.component, o.layer) for o in observations}
-    if advice.dense_layers:
-        names = [layer for _, layer in advice.dense_layers]
-        dense = f"Leave {len(names)} of {len(layers)} layers dense: {html.escape(', '.join(names))}."
-    else:
-        dense = f"None of the {len(layers)} layers needs to stay dense."
-    verdict = (
-        f"Output error {100 * advice.error:.1f} % before fine-tuning, {100 * advice.recall:.1f} % of the attention "
-        f"mass kept, {100 * advice.flops_ratio:.1f} % of dense attention's arithmetic."
-    )
-    if not advice.reached:
-        verdict = (
-            f"No ratio up to {100 * settings.keep_ratios[-1]:g} % keeps the median layer within the tolerance: expect "
-            "to fine-tune, or leave attention dense. " + verdict
-        )
     rows = "".join(
         f"<tr><td>{order}</td><td>{bq} x {bk}</td>"
         + "".join(
@@ -204,11 +186,11 @@ dt {{ color: #4a5866; }} dd {{ margin: 0; }}
 </head>
 <body>
 <h1>Where this model's attention looks</h1>
-<p class="lead">{len(observations)} observations of {len(layers)} layers, on a grid of
+<p class="lead">{len(observations)} observations of {len(advice.layers)} layers, on a grid of
 {" x ".join(map(str, observations[0].grid.shape))} tokens.</p>
 <h2>To try first</h2>
-<pre>foveal.sparsify(pipe, foveal.SLAConfig({html.escape(fields)}))</pre>
-<p>{html.escape(verdict)} {dense}</p>
+<pre>{html.escape(advice.code())}</pre>
+<p>{html.escape(advice.verdict())}</p>
 <h2>What is kept, and what that costs</h2>
 {picture("quality", "recall and output error against the share of kept blocks")}
 <p>Dotted: the blocks with the most attention mass, known in hindsight. Solid: the blocks that pooled scores choose, as
