@@ -4,13 +4,20 @@ Triton decides when it is imported whether kernels are interpreted, so the cases
 file, started as a script.
 """
 
-import os
-import subprocess
 import sys
 
 import pytest
+from interpreted import (
+    all_strided,
+    mend_interpreter,
+    run_interpreted,
+    strided,
+    with_strided_gradients,
+    with_strided_lists,
+)
 
-# name: (batch, heads, Lq, Lk, D, block_q, block_k, descriptors, layout, kv_lengths)
+# name: (batch, heads, Lq, Lk, D, block_q, block_k, descriptors, layout, kv_lengths); layout "each" gives every tensor
+# strides of its own. 63 keys of 64 are next to a full tile, and must not pass for one.
 CASES = {
     "one token": (1, 1, 1, 1, 64, 64, 128, False, "BHLD", None),
     "partial blocks": (1, 2, 200, 150, 64, 64, 64, True, "BHLD", None),
@@ -19,6 +26,11 @@ CASES = {
     "an empty half of a block, pointers": (2, 1, 70, 193, 64, 64, 128, False, "BLHD", None),
     "padding keys": (2, 1, 130, 192, 128, 128, 64, True, "BHLD", (131, 10)),
     "padding keys, two tiles": (2, 1, 130, 300, 64, 64, 128, False, "BLHD", (300, 70)),
+    "63 keys": (1, 2, 63, 127, 64, 64, 64, True, "BLHD", None),
+    "63 keys, two tiles": (1, 2, 65, 191, 64, 64, 128, False, "BLHD", None),
+    "63 padding keys": (2, 2, 70, 128, 64, 64, 64, False, "BLHD", (127, 63)),
+    "strides": (2, 2, 70, 130, 64, 64, 64, True, "each", None),
+    "strides, pointers": (2, 2, 70, 130, 64, 64, 64, False, "each", None),
 }
 
 
@@ -35,14 +47,19 @@ def run_case(name: str) -> None:
     sizes = {"batch": batch, "heads": heads, "query_length": query_length, "key_length": key_length}
     kv_lengths = None if kv_lengths is None else torch.tensor(kv_lengths)
     selection = random_selection(**sizes, block_q=block_q, block_k=block_k, critical=0.7, kv_lengths=kv_lengths)
-    query, key, value = make_inputs(**sizes, head_dim=head_dim, dtype=torch.float16, layout=layout)
+    made = make_inputs(**sizes, head_dim=head_dim, dtype=torch.float16, layout="BHLD" if layout == "each" else layout)
+    query, key, value = made
+    if layout == "each":
+        query, key, value, selection = *all_strided(*made), with_strided_lists(selection)
     valid = selection.key_valid()[:, None, :, None]
-    poisoned = (query, *(torch.where(valid, x, float("nan")) for x in (key, value)))
+    poisoned = (query, key, value)
+    if kv_lengths is not None:
+        poisoned = (query, *(torch.where(valid, x, float("nan")) for x in (key, value)))
 
     def run(attention, inputs):
         return output_and_gradients(lambda *qkv: attention(*qkv, selection, head_dim**-0.5), inputs)
 
-    ours = run(lambda *arguments: block_sparse_attention_gpu(*arguments, "triton"), poisoned)
+    ours = run(with_strided_gradients(lambda *inputs: block_sparse_attention_gpu(*inputs, "triton")), poisoned)
     exact = run(block_sparse_attention_reference, [x.double() for x in (query, key, value)])
     plain = run(block_sparse_attention_reference, (query, key, value))
     names = ("output", "lse", "grad_query", "grad_key", "grad_value")
@@ -112,13 +129,60 @@ def run_selection() -> None:
                 assert padded.sum() == ours.marginal.sum()
 
 
-# name: (feature_map, linear_scope, projection, block_q, block_k, D, kv_lengths)
+def run_states() -> None:
+    """Pooled blocks and key states of strided tensors whose blocks have 63 valid tokens, 64, or none."""
+    import torch
+
+    from foveal.kernels import host
+    from foveal.kernels.triton.linear import key_state_sums, key_states, masked_sum
+    from foveal.kernels.triton.select import pool
+    from foveal.testing import make_inputs, relative_error
+
+    made = make_inputs(batch=2, heads=2, query_length=127, head_dim=64, dtype=torch.bfloat16)
+    lengths = {"length": ((64, 63), (64, 63)), "sizes": ((64, 63), (63, 0)), "two tiles": ((127,), (127,))}
+    for name, rows in lengths.items():
+        _, key, value = all_strided(*made)
+        block, counts = 128 if name == "two tiles" else 64, torch.tensor(rows, dtype=torch.int32)
+        sizes = counts if name == "sizes" else None
+        valid = (torch.arange(127) % block < counts.repeat_interleave(block, 1)[:, :127])[:, None, :, None]
+        sums = torch.zeros(2, 127, counts.shape[1]).double()
+        sums[:, torch.arange(127), torch.arange(127) // block] = 1
+        if sizes is not None:
+            key, value = (torch.where(valid, x, float("nan")) for x in (key, value))
+            key, value = strided(key, "LBH", 16), strided(value, "HBL", 24)
+        k, v = (torch.where(valid, x, 0).double() for x in (key, value))
+        phi = torch.where(valid, torch.nn.functional.elu(k) + 1, 0)
+        blocks = (sums[:, None, ..., None] * phi[:, :, :, None]).permute(0, 1, 3, 4, 2)
+        expected = (blocks @ v[:, :, None]).flatten(0, 1)
+        means = sums.transpose(1, 2)[:, None] @ k / counts.clamp(min=1)[:, None, :, None]
+        norms = blocks.sum(-1).flatten(0, 1)
+        for descriptors in (True, False):
+            host.has_tma = lambda device, descriptors=descriptors: descriptors
+            state, norm = torch.empty_like(expected, dtype=torch.bfloat16), torch.empty_like(norms, dtype=torch.float32)
+            pooled = torch.empty_like(norm)
+            key_states(key, value, sizes, block, "elu", range(4), pooled, state, norm)
+            apart = pool(key, block, sizes)
+            assert torch.equal(pooled.unflatten(0, (2, 2)), apart), name
+            assert relative_error(apart, means) < 1e-6, name
+            assert relative_error(state, expected) < 4e-3, name
+            assert relative_error(norm, norms) < 1e-3, name
+            state, norm = key_state_sums(key, value, sizes, block, "elu", pooled)
+            assert torch.equal(pooled.unflatten(0, (2, 2)), apart), name
+            assert relative_error(state, expected.sum(1, keepdim=True)) < 4e-3, name
+            assert relative_error(norm, norms.sum(1, keepdim=True)) < 1e-3, name
+    mask = (torch.rand(2, 64, 64) < 0.5).bfloat16().transpose(1, 2)
+    terms = torch.rand(2, 64, 64)
+    assert relative_error(masked_sum(mask, terms), mask.double() @ terms.double()) < 1e-5
+
+
+# name: (feature_map, linear_scope, projection, block_q, block_k, D, heads, Lq, Lk, kv_lengths). In groups of one head
+# both ways; 14B models at 720p need eight groups.
 SLA_CASES = {
-    "sla softmax": ("softmax", "marginal", True, 64, 64, 64, None),
-    "sla elu, no projection": ("elu", "noncritical", False, 128, 64, 64, None),
-    "sla relu, all": ("relu", "all", True, 64, 128, 64, None),
-    "sla padding keys": ("softmax", "marginal", True, 64, 64, 64, (150, 70)),
-    "sla D 128": ("elu", "marginal", True, 64, 128, 128, None),
+    "sla softmax": ("softmax", "marginal", True, 64, 64, 64, 2, 200, 127, None),
+    "sla elu, no projection": ("elu", "noncritical", False, 128, 64, 64, 2, 130, 150, None),
+    "sla relu, all": ("relu", "all", True, 64, 128, 64, 2, 130, 191, None),
+    "sla padding keys": ("softmax", "marginal", True, 64, 64, 64, 2, 130, 150, (127, 63)),
+    "sla D 128": ("elu", "marginal", True, 64, 128, 128, 1, 70, 150, None),
 }
 
 
@@ -127,21 +191,29 @@ def run_sla(name: str) -> None:
 
     from foveal import SLAConfig
     from foveal.kernels import host
+    from foveal.methods.sla import gpu_backward, gpu_forward
     from foveal.methods.sla.gpu import sla_attention_gpu
     from foveal.methods.sla.reference import sla_attention_reference
-    from foveal.testing import assert_close_to_reference, make_inputs, output_and_gradients, random_selection
+    from foveal.testing import (
+        assert_close_to_reference,
+        make_inputs,
+        output_and_gradients,
+        random_selection,
+        relative_error,
+    )
 
-    feature_map, scope, projection, block_q, block_k, head_dim, kv_lengths = SLA_CASES[name]
-    descriptors = head_dim == 64
-    host.has_tma = lambda device: descriptors
+    feature_map, scope, projection, block_q, block_k, head_dim, heads, *lengths, kv_lengths = SLA_CASES[name]
+    host.has_tma = lambda device: head_dim == 64
+    gpu_forward.GROUP_BYTES = gpu_backward.GROUP_BYTES = 1
     kv_lengths = None if kv_lengths is None else torch.tensor(kv_lengths)
-    sizes = {"batch": 1 if kv_lengths is None else 2, "heads": 1, "query_length": 200, "key_length": 150}
-    selection = random_selection(**sizes, block_q=block_q, block_k=block_k, kv_lengths=kv_lengths)
+    sizes = {"batch": 1 if kv_lengths is None else 2, "heads": heads}
+    sizes |= {"query_length": lengths[0], "key_length": lengths[1]}
+    selection = with_strided_lists(random_selection(**sizes, block_q=block_q, block_k=block_k, kv_lengths=kv_lengths))
     config = SLAConfig(
         keep_ratio=0.3, drop_ratio=0.3, feature_map=feature_map, linear_scope=scope, projection=projection
     )
     dtype = torch.bfloat16
-    inputs = make_inputs(**sizes, head_dim=head_dim, dtype=dtype)
+    inputs = all_strided(*make_inputs(**sizes, head_dim=head_dim, dtype=dtype))
     generator = torch.Generator().manual_seed(2)
     weights = ()
     if projection:
@@ -159,13 +231,15 @@ def run_sla(name: str) -> None:
             query, key, value, config=config, selection=selection, scale=scale, proj_weight_DD=weight, proj_bias_D=bias
         )
 
-    results = output_and_gradients(ours, inputs + weights)
+    results = output_and_gradients(with_strided_gradients(ours), inputs + weights)
     exact = output_and_gradients(reference, [x.double() for x in inputs + weights])
     plain = output_and_gradients(reference, inputs + weights)
     names = ("output", "grad_query", "grad_key", "grad_value", "grad_weight", "grad_bias")
     for label, x, y, z in zip(names, results, exact, plain, strict=False):
-        # Plain PyTorch runs the linear branch in float32, ours has bfloat16 states, and here few keys to average over.
-        assert_close_to_reference(x, y, z, name=f"{name}: {label}", factor=4.0)
+        assert_close_to_reference(x, y, z, name=f"{name}: {label}")
+        # Without the floor of two units in the last place, ten times plain PyTorch's error in the Euclidean norm.
+        errors = relative_error(x, y), relative_error(z, y)
+        assert errors[0] <= 2 * errors[1], f"{name}: {label}: relative errors of ours and plain PyTorch: {errors}"
 
 
 # name: (linear_scope, block_k, heads, GROUP_BYTES, options of the selection)
@@ -183,6 +257,7 @@ def run_selecting(name: str) -> None:
     import torch
 
     from foveal import SLAConfig, select_blocks
+    from foveal.blocks import selection_rule
     from foveal.kernels import api as module
     from foveal.methods.sla import gpu_forward
     from foveal.methods.sla.gpu import sla_attention_gpu
@@ -197,7 +272,7 @@ def run_selecting(name: str) -> None:
     inputs = make_inputs(batch=batch, heads=heads, query_length=70, key_length=201, head_dim=64, dtype=torch.bfloat16)
     weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(2)).div(8), torch.ones(64)
     given = select_blocks(*inputs[:2], **ratios, **options)
-    rule = module.selection_rule(*inputs[:2], **ratios, **options)
+    rule = selection_rule(*inputs[:2], **ratios, **options)
 
     def run(selection, group_bytes):
         gpu_forward.GROUP_BYTES = group_bytes
@@ -261,10 +336,20 @@ def run_ways(name: str) -> None:
         "checkpointed": partial(checkpoint, attention, use_reentrant=False),
         "compiled": torch.compile(attention, backend="aot_eager", fullgraph=True),
     }
+
+    def first_of(outputs):
+        return outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+
     expected = output_and_gradients(attention, tensors)
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
         results = {"hooked": output_and_gradients(attention, tensors)}
     results |= {way: output_and_gradients(function, tensors) for way, function in ways.items()}
+    # The gradient of a sum is one number, expanded.
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    total, ones = (first_of(attention(*leaves)) for _ in range(2))
+    grads = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
+    for x, y in zip(grads, torch.autograd.grad(ones, leaves, torch.ones_like(ones), allow_unused=True), strict=True):
+        assert x is y or torch.equal(x, y), "expanded gradient"
     for module in (sparse, sla, vsa):
         module.is_plain = lambda *_: False
     results["custom ops"] = output_and_gradients(attention, tensors)
@@ -278,33 +363,14 @@ def run_ways(name: str) -> None:
 
 
 def main(names) -> None:
-    from triton import language
-    from triton.runtime import interpreter
-
-    # NumPy 2.4 refuses int() of an array with one entry and one axis, which is what the interpreter's scalars are.
-    patch = interpreter._patch_lang_tensor
-
-    def patch_index(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_index
-
-    # It also multiplies the bits of bfloat16 numbers as if they were integers.
-    multiply = interpreter.InterpreterBuilder.create_dot
-
-    def float32(x):
-        if x.dtype.scalar != language.bfloat16:
-            return x
-        bits = interpreter._convert_float(x.data, language.bfloat16, language.float32, None)
-        return interpreter.TensorHandle(bits.view("float32"), language.float32)
-
-    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: multiply(self, float32(a), float32(b), *rest)
+    mend_interpreter()
     for name in names:
         if name == "lists":
             run_lists()
         elif name == "selection":
             run_selection()
+        elif name == "states":
+            run_states()
         elif name in SLA_CASES:
             run_sla(name)
         elif name in SELECTING_CASES:
@@ -318,18 +384,20 @@ def main(names) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(list(CASES), id="attention"),
-        pytest.param(["lists", "selection"], id="lists"),
-        pytest.param(list(SLA_CASES), id="sla", marks=pytest.mark.slow),
-        pytest.param(list(SELECTING_CASES), id="selecting", marks=pytest.mark.slow),
+        pytest.param([name for name in CASES if "63" not in name and "strides" not in name], id="attention"),
+        pytest.param([name for name in CASES if "63" in name], id="63 keys"),
+        pytest.param([name for name in CASES if "strides" in name], id="strides"),
+        pytest.param(["lists"], id="lists"),
+        pytest.param(["selection"], id="selection"),
+        pytest.param(["states"], id="states"),
+        *(pytest.param([name], id=name) for name in SLA_CASES),
+        *(pytest.param([name], id=name, marks=pytest.mark.slow) for name in SELECTING_CASES),
         pytest.param(WAYS, id="ways"),
     ],
 )
 def test_interpreted(names):
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run([sys.executable, __file__, *names], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_interpreted(__file__, names)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,9 @@
-"""The numerics of VSA's Triton kernels on small odd grids, without a GPU.
+"""The numerics of VSA's Triton kernels on small odd grids, without a GPU: interpreted, see `interpreted`."""
 
-Triton decides when it is imported whether kernels are interpreted, so the numerics run in a process of their own: this
-file, started as a script.
-"""
-
-import os
-import subprocess
 import sys
 
 import pytest
+from interpreted import all_strided, mend_interpreter, run_interpreted, with_strided_gradients, with_strided_lists
 
 # name: (grid, tile, topk, heads, D, text keys of each sample or None, gates)
 CASES = {
@@ -22,11 +17,17 @@ CASES = {
     "wide with text": ((2, 9, 8), (2, 8, 8), 1, 1, 64, (70, 3), "both"),
     "text": ((2, 5, 7), (4, 4, 4), 2, 1, 64, (70, 70), "coarse"),
     "text with padding": ((2, 5, 7), (4, 4, 4), 2, 1, 64, (68, 3), "both"),
+    "63 tokens of 64": ((3, 3, 14), (3, 3, 7), 1, 2, 64, None, "both"),
+    "strides": ((2, 5, 7), (4, 4, 4), 2, 2, 64, (70, 3), "both"),
+    "strides, one gate": ((2, 5, 7), (4, 4, 4), 2, 2, 64, None, "coarse"),
 }
 
 
 def make_case(name, dtype, device):
-    """(query, key, value, gates), grid, config and kv_lengths; layouts as transformers hold them."""
+    """(query, key, value), gates, grid, config and kv_lengths.
+
+    They lie as transformers hold them; in cases of "strides" each tensor lies in its own way.
+    """
     import torch
 
     from foveal import VideoGrid, VSAConfig
@@ -39,6 +40,9 @@ def make_case(name, dtype, device):
     length = grid.num_tokens
     qkv = make_inputs(query_length=length, key_length=length + (70 if text else 0), layout="BLHD", **sizes)
     both = make_inputs(query_length=length, seed=5, layout="BLHD", **sizes)[:2]
+    if name.startswith("strides"):
+        *qkv, coarse, fine = all_strided(*qkv, *both)
+        both = (coarse, fine)
     expanded = (both[0][:, :, :, :1].expand_as(both[0]), both[1][:, :1, :1].expand_as(both[1]))
     gates = {
         "both": both,
@@ -63,6 +67,8 @@ def check_case(name, dtype, device, attend):
 
     qkv, gates, grid, config, lengths = make_case(name, dtype, device)
     selection = select_cubes(*qkv[:2], config=config, grid=grid, kv_lengths=lengths)
+    if name.startswith("strides"):
+        selection = with_strided_lists(selection)
     named = [f"gate_{kind}" for kind, gate in zip(("coarse", "fine"), gates, strict=True) if gate is not None]
     inputs = (*qkv, *(gate for gate in gates if gate is not None))
 
@@ -89,7 +95,7 @@ def check_case(name, dtype, device, attend):
         padding = torch.arange(qkv[1].shape[2], device=device) >= lengths[:, None]
         poisoned = (inputs[0], *(x.masked_fill(padding[:, None, :, None], float("nan")) for x in qkv[1:]), *inputs[3:])
     with poison_empty():
-        results = output_and_gradients(ours, poisoned)
+        results = output_and_gradients(with_strided_gradients(ours), poisoned)
     exact = output_and_gradients(reference, [x.double() for x in inputs])
     plain = output_and_gradients(reference, inputs)
     labels = ("output", "grad_query", "grad_key", "grad_value", *named)
@@ -134,9 +140,7 @@ def run_selection(name: str) -> None:
 
 
 def main(names) -> None:
-    import test_triton_interpreter
-
-    test_triton_interpreter.main([])  # mends what the interpreter of this release gets wrong
+    mend_interpreter()
     for name in names:
         if name.startswith("selection: "):
             run_selection(name.removeprefix("selection: "))
@@ -150,14 +154,14 @@ def main(names) -> None:
         pytest.param(["partial cubes", "whole cubes in slots", "full slots"], id="cubes"),
         pytest.param(["image, expanded gates", "wide slots"], id="gates"),
         pytest.param(["text", "text with padding"], id="text"),
+        pytest.param(["63 tokens of 64"], id="63 tokens"),
+        pytest.param(["strides", "strides, one gate"], id="strides"),
         pytest.param(["selection: partial cubes", "selection: text with padding"], id="selection"),
     ],
 )
 def test_interpreted(names):
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run([sys.executable, __file__, *names], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_interpreted(__file__, names)
 
 
 if __name__ == "__main__":
