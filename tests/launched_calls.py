@@ -98,6 +98,15 @@ def vsa(head_dim, dtype, cubes, gated_coarse, gated_fine, train=True, backend="t
         select_cubes_gpu(*inputs[:2], layout, 0.125)
 
 
+def select_blocks(head_dim, dtype, padded):
+    """Lists and mask from queries and keys."""
+    query, key = _inputs(head_dim, dtype)[:2]
+    rule = selection_rule(
+        query, key, block_q=64, block_k=64, keep_ratio=0.2, drop_ratio=0.2, kv_lengths=_lengths(padded)
+    )
+    select.select_blocks_gpu(query, key, rule, 0.125, with_marginal=True)
+
+
 def pool(head_dim, dtype, padded):
     sizes = torch.ones(1, 4, dtype=torch.int32) if padded else None
     select.pool(torch.zeros(1, 2, 256, head_dim, dtype=dtype), 64, sizes)
@@ -123,6 +132,7 @@ FEW = [
     partial(sparse, 128, 128, 128, BF16, True),
     partial(sparse, 64, 64, 64, FP16, False, with_lse=False),
     partial(state_sums, 128, BF16),
+    partial(select_blocks, 128, BF16, True),
     partial(vsa, 128, BF16, "text", True, True),
     partial(vsa, 64, FP16, "wide slots", False, False),
     partial(vsa, 64, FP16, "wide slots", True, False, train=False),

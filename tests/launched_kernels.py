@@ -135,6 +135,25 @@ def checked_launches(monkeypatch, arch: int):
         yield calls
 
 
+@contextlib.contextmanager
+def guarded_launches(monkeypatch, arch: int):
+    """A list that fills with launches, ("kernel", the tensor whose device was made the current one or None)."""
+    guards, calls = [None], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        guards.append(tensor)
+        yield
+        guards.pop()
+
+    def run(kernel, *arguments, grid, warmup, **named):
+        calls.append((kernel.__name__, guards[-1]))
+
+    with _instead_of_launches(monkeypatch, arch, run), monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_of", device_of)
+        yield calls
+
+
 def first_to_memory(binary) -> str:
     """The first instruction that touches global memory, or that waits for the kernel before this one to end."""
     return re.search(r"\b(?:griddepcontrol\.wait|(?:ld|st|red|atom)\.global|cp\.async)\b", binary.asm["ptx"]).group()

@@ -1,7 +1,6 @@
 """What `Launcher` tells variants of a kernel by is at least what Triton compiles variants for."""
 
 import ast
-import contextlib
 import importlib
 import inspect
 import itertools
@@ -14,16 +13,17 @@ import torch
 triton = pytest.importorskip("triton")
 
 from launched_calls import FEW, on_hopper  # noqa: E402
-from launched_kernels import checked_launches  # noqa: E402
+from launched_kernels import checked_launches, guarded_launches  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from foveal.kernels import host  # noqa: E402
+from foveal.kernels import host, sparse  # noqa: E402
 from foveal.kernels.hopper.support import missing_gluon  # noqa: E402
 from foveal.kernels.host import Descriptors  # noqa: E402
 from foveal.methods.sla import gpu as sla  # noqa: E402
+from foveal.methods.vsa import gpu as vsa  # noqa: E402
 
 PACKAGES = ("triton", "hopper") if missing_gluon() is None else ("triton",)
 
@@ -88,6 +88,12 @@ def test_a_launcher_tells_apart_what_triton_does(name):
 CALLS = [(call, arch) for call in FEW for arch in (80, 90)]
 if missing_gluon() is None:
     CALLS += [(call, 90) for call in on_hopper(FEW)]
+
+
+# What users call; the others are parts of it.
+GUARDED = [
+    call for call, arch in CALLS if arch == 90 and call.func.__name__ in ("sparse", "sla", "vsa", "select_blocks")
+]
 
 
 @pytest.mark.parametrize("case", range(len(CALLS)))
@@ -206,34 +212,16 @@ def test_descriptors_do_not_pile_up(monkeypatch):
     assert all(attributes["base"] is None for _, attributes in describe._known.values())
 
 
-def test_sla_launches_where_its_tensors_are(monkeypatch):
-    current = []
-
-    @contextlib.contextmanager
-    def on_device_of(tensor):
-        current.append(tensor.data_ptr())
-        yield
-        current.pop()
-
-    def forward_in_groups(query, *_):
-        assert current == [query.data_ptr()]
-        return sla.Results(query.clone(), query[..., 0].float(), torch.zeros(1, 1, 64), torch.zeros(1, 1, 64, 64))
-
-    def gradients(grad, query, key, value, *_):
-        assert current == [query.data_ptr()]
-        return *(torch.zeros_like(x) for x in (query, key, value)), None, None
-
-    monkeypatch.setattr(sla, "on_device_of", on_device_of)
-    monkeypatch.setattr(sla, "forward_in_groups", forward_in_groups)
-    monkeypatch.setattr(sla, "gradients", gradients)
-    inputs = [torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    config = sla.SLAConfig(linear_scope="all", projection=False)
-    rule = sla.SelectionRule(64, 64, width=1, critical=1)
-    selection = sla.BlockSelection.from_labels(
-        torch.ones(1, 1, 1, 1, dtype=torch.int8), block_q=64, block_k=64, query_length=64, key_length=64
-    )
-    for chosen in (rule, selection):
-        for plain in (True, False):
-            monkeypatch.setattr(sla, "is_plain", lambda *_, plain=plain: plain)
-            sla.sla_attention_gpu(*inputs, config, chosen, 0.125, None, None, "triton").sum().backward()
-    assert not current
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "custom ops"])
+@pytest.mark.parametrize("call", GUARDED, ids=lambda call: call.func.__name__)
+def test_launches_are_where_their_tensors_are(call, plain, monkeypatch):
+    """Triton launches on the current device, which may be another one than the tensors'."""
+    if not isinstance(next(iter(KERNELS.values())), JITFunction):
+        pytest.skip("kernels are interpreted")
+    if not plain:
+        for module in (sparse, sla, vsa):
+            monkeypatch.setattr(module, "is_plain", lambda *_: False)
+    with guarded_launches(monkeypatch, 90) as calls:
+        call()
+    assert calls
+    assert {name for name, tensor in calls if tensor is None} == set()
