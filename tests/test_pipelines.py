@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import socket
 import sys
 
 import pytest
 import torch
-from tiny_media import diffusers, write_clip
+from tiny_media import diffusers, save_tiny_wan, write_clip
 from tiny_pipelines import tiny_cogvideox, tiny_flux, tiny_hunyuan, tiny_ltx
 
 from foveal.lab import cli
@@ -21,8 +22,10 @@ from foveal.lab.pipelines import (
     Sizes,
     choose_device,
     choose_dtype,
+    default_size,
     load_pipeline,
     normalize_latents,
+    sizes_of,
 )
 
 pytest.importorskip("tyro")
@@ -198,3 +201,73 @@ def test_devices_and_dtypes_by_name():
     for name in ("gpu", "cuda:x", "CPU"):
         with pytest.raises(ValueError, match="unknown device"):
             choose_device(name)
+
+
+# What is said before weights are loaded
+
+
+@pytest.fixture(scope="module")
+def saved_wan(tmp_path_factory):
+    return save_tiny_wan(tmp_path_factory.mktemp("saved") / "wan")
+
+
+CLIP = ("--videos", "CLIPS", "--output", "OUT")
+CAT = ("--prompt", "a cat", "--output", "OUT")
+SIZE = ("--frames", "9", "--height", "96", "--width", "96")
+SLA = ("--method", "sla")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("precompute", "--videos", "NOWHERE", "--output", "OUT"), "no such folder or list of videos: NOWHERE"),
+        (("precompute", *CLIP, "--bucket", "9x50x48"), "bucket 9x50x48: height must be a positive multiple of 16"),
+        (("precompute", "--videos", "CLIPS", "--output", "FILE"), "output FILE is a file; expected a folder"),
+        (("precompute", "--videos", "CLIPS", "--output", "THEIRS"), "output THEIRS holds something else (notes.txt)"),
+        (("generate", *CAT, *SIZE[:2], "--height", "50"), "height must be a positive multiple of 16"),
+        (("generate", *CAT, "--frames", "8"), "frames must be 1 more than a multiple of 4, got 8"),
+        (("generate", *CAT, *SIZE, "--steps", "0"), "steps must be at least 1, got 0"),
+        (("generate", *CAT[:-1], "FILE", *SIZE), "output FILE is a file; expected a folder"),
+        (("generate", *CAT, *SLA, "--frames", "1", *SIZE[2:]), "too small for sparse attention"),
+        (("eval", *CAT, *SLA, "--height", "50"), "height must be a positive multiple of 16"),
+        (("eval", *CAT[:-1], "FILE", *SLA, *SIZE), "output FILE is a file; expected a folder"),
+        (("eval", *CAT[:-1], "TABLE", *SLA, *SIZE), "TABLE/evaluation.md was not written by foveal eval"),
+        (("inspect", *CAT, *SIZE[:2], "--height", "50", "--width", "64"), "height must be a positive multiple of 16"),
+        (("inspect", *CAT, *SIZE, "--sparse", "NOWHERE"), "no such folder: NOWHERE"),
+        (("inspect", *CAT, *SIZE, "--sparse", "THEIRS"), "THEIRS has no foveal.safetensors"),
+        (("inspect", *CAT[:-1], "TABLE", *SIZE), "TABLE/index.html was not written by foveal inspect"),
+        (("ui", "--port", "PORT", *SIZE[:2], "--height", "50", "--width", "64"), "height must be a positive multiple"),
+        (("ui", "--port", "PORT", *SIZE, "--steps", "5", "--look-at", "5"), "step must be in [0, 5), got 5"),
+    ],
+)
+def test_mistakes_are_found_before_weights_are_loaded(saved_wan, tmp_path, monkeypatch, capsys, arguments, message):
+    pytest.importorskip("torchmetrics")
+    if arguments[0] == "ui":
+        pytest.importorskip("gradio")
+    write_clip(tmp_path / "CLIPS" / "a.mp4")
+    for name in ("FILE", "THEIRS/notes.txt", "TABLE/evaluation.md", "TABLE/index.html"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("theirs")
+    monkeypatch.setattr(diffusers.WanPipeline, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded first"))
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    arguments = [port if argument == "PORT" else argument for argument in arguments]
+    assert cli.main([*arguments, "--model", str(saved_wan)]) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith("foveal: ")
+    assert message in error
+    assert not (tmp_path / "OUT").exists()
+
+
+def test_an_outline_has_the_sizes_of_the_pipeline(tmp_path):
+    for make in (tiny_ltx, tiny_cogvideox, tiny_hunyuan, tiny_flux):
+        make().save_pretrained(tmp_path / make.__name__)
+        outlines = []
+        loaded = load_pipeline(
+            tmp_path / make.__name__, device=torch.device("cpu"), dtype=torch.float32, check=outlines.append
+        )
+        (outline,) = outlines
+        assert outline.sizes == sizes_of(loaded.pipe, loaded.kind, loaded.pipe.transformer.config)
+        assert default_size(outline.pipe) == default_size(loaded.pipe)
+        assert {parameter.device.type for parameter in outline.pipe.vae.parameters()} == {"meta"}

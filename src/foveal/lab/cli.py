@@ -283,7 +283,7 @@ class Ui:
             raise ValueError('the page needs gradio: pip install "foveal[ui]"') from error
         from foveal.lab.ui.address import check_address
         from foveal.lab.ui.page import build_page
-        from foveal.lab.ui.scene import pipeline_scene
+        from foveal.lab.ui.scene import check_request, pipeline_scene
 
         # At once: a pipeline's video takes long.
         check_address(self.host, self.port)
@@ -294,20 +294,19 @@ class Ui:
             from foveal.lab.pipelines import choose_device, choose_dtype, load_pipeline
             from foveal.lab.terminal import Progress
 
-            device = choose_device(self.device)
+            device, dtype = choose_device(self.device), choose_dtype("auto", choose_device(self.device))
+            size = (self.frames, self.height, self.width)
+            asked = {"step": self.look_at, "size": size, "num_inference_steps": self.steps}
             with Progress(Console(stderr=True)) as progress:
                 with progress.stage(f"load {self.model}", brief=True):
-                    loaded = load_pipeline(self.model, device=device, dtype=choose_dtype("auto", device))
-                with progress.stage("generate", self.steps, brief=True) as stage:
-                    scene = pipeline_scene(
-                        loaded,
-                        self.prompt,
-                        step=self.look_at,
-                        size=(self.frames, self.height, self.width),
-                        num_inference_steps=self.steps,
-                        seed=self.seed,
-                        on_step=stage.advance,
+                    loaded = load_pipeline(
+                        self.model,
+                        device=device,
+                        dtype=dtype,
+                        check=lambda outline: check_request(outline, **asked),
                     )
+                with progress.stage("generate", self.steps, brief=True) as stage:
+                    scene = pipeline_scene(loaded, self.prompt, **asked, seed=self.seed, on_step=stage.advance)
         page = build_page(self.demo, scene)
         try:
             _, address, _ = page.launch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Precompute:
         from rich.console import Console
 
         from foveal.lab.data.clips import Bucket
-        from foveal.lab.data.precompute import PrecomputeSettings, precompute
+        from foveal.lab.data.precompute import PrecomputeSettings, check_request, precompute
         from foveal.lab.pipelines import DTYPES, choose_device, choose_dtype, load_pipeline
         from foveal.lab.terminal import FileProgress, Progress
 
@@ -73,7 +74,12 @@ class Precompute:
                     dtype = choose_dtype(self.dtype, device)
                     with progress.stage(f"load {self.model}", brief=True):
                         loaded = load_pipeline(
-                            self.model, device=device, dtype=dtype, revision=self.revision, without_transformer=True
+                            self.model,
+                            device=device,
+                            dtype=dtype,
+                            revision=self.revision,
+                            without_transformer=True,
+                            check=lambda outline: check_request(self.videos, self.output, settings, outline),
                         )
                     if self.tiling:
                         loaded.pipe.vae.enable_tiling()
@@ -128,8 +134,8 @@ class _Generation:
     revision: str | None = None
     """Of the hub repository."""
 
-    def prepare(self, progress: Any, *, exact: bool) -> dict[str, Any]:
-        """The arguments that `generate` and `evaluate` share; what costs nothing is checked first."""
+    def prepare(self, progress: Any, *, exact: bool, check: Callable[..., object]) -> dict[str, Any]:
+        """The arguments that `generate` and `evaluate` share; `check`, the command's own, comes before any weights."""
         _need("generate", "rich", "safetensors", "av", "diffusers", "transformers")
         from foveal.lab.generate.run import GenerationSettings, read_prompts
         from foveal.lab.generate.sparse import choose_sparse
@@ -154,7 +160,13 @@ class _Generation:
             exact=exact,
         )
         with progress.stage(f"load {self.model}", brief=True):
-            loaded = load_pipeline(self.model, device=device, dtype=dtype, revision=self.revision)
+            loaded = load_pipeline(
+                self.model,
+                device=device,
+                dtype=dtype,
+                revision=self.revision,
+                check=lambda outline: check(outline, self.output, settings, sparse),
+            )
         return {
             "loaded": loaded,
             "prompts": prompts,
@@ -179,14 +191,14 @@ class Generate(_Generation):
         _need("generate", "rich")
         from rich.console import Console
 
-        from foveal.lab.generate.run import generate
+        from foveal.lab.generate.run import check_request, generate
         from foveal.lab.terminal import Progress, StepProgress
 
         if self.compare not in (None, "dense"):
             raise ValueError(f"unknown comparison {self.compare!r}; expected dense")
         try:
             with Progress(Console(stderr=True)) as progress:
-                prepared = self.prepare(progress, exact=self.exact)
+                prepared = self.prepare(progress, exact=self.exact, check=check_request)
                 dense_too = self.compare == "dense"
                 generate(**prepared, output=self.output, compare_dense=dense_too, progress=StepProgress(progress))
         except KeyboardInterrupt:
@@ -206,13 +218,13 @@ class Eval(_Generation):
         _need("eval", "rich", "torchmetrics")
         from rich.console import Console
 
-        from foveal.lab.evaluate.run import TABLE_FILE, evaluate
+        from foveal.lab.evaluate.run import TABLE_FILE, check_request, evaluate
         from foveal.lab.terminal import Progress, StepProgress
 
         console = Console(stderr=True)
         try:
             with Progress(console) as progress:
-                prepared = self.prepare(progress, exact=True)
+                prepared = self.prepare(progress, exact=True, check=check_request)
                 report = evaluate(**prepared, output=self.output, progress=StepProgress(progress))
         except KeyboardInterrupt:
             print("foveal: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)

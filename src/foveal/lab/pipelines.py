@@ -129,6 +129,7 @@ def load_pipeline(
     dtype: torch.dtype,
     revision: str | None = None,
     without_transformer: bool = False,
+    check: Callable[[LoadedPipeline], object] = lambda outline: None,
 ) -> LoadedPipeline:
     """Load a pipeline from a folder that `save_pretrained` wrote, or from the Hugging Face hub.
 
@@ -138,6 +139,8 @@ def load_pipeline(
         dtype: for everything except a VAE that needs float32; without transformers the VAE stays in float32.
         revision: the hub revision.
         without_transformer: skip the transformers' weights and read only their configuration.
+        check: called before any weights are read, with an outline of the pipeline: its kind, its sizes, and a pipe that
+            has a VAE without weights and no other component. What it raises ends the load.
 
     Raises:
         FileNotFoundError: source is neither a folder nor a hub id.
@@ -163,6 +166,12 @@ def load_pipeline(
         if library is None:
             raise ValueError(f"pipeline {source} has no transformer")
         config = getattr(diffusers, class_name).load_config(source, subfolder="transformer", **keyword)
+        pipe = _outline(kind, parts, source, keyword)
+    except (OSError, ImportError) as error:
+        raise ValueError(f"cannot load pipeline {source}: {_one_line(error)}") from error
+    sizes = sizes_of(pipe, kind, config)
+    check(LoadedPipeline(pipe, kind, sizes, device, dtype, source, revision))
+    try:
         float32 = kind.vae_float32 or without_transformer
         dtypes = {"vae": torch.float32, "default": dtype} if float32 else dtype
         with _without_progress_bars():
@@ -170,7 +179,19 @@ def load_pipeline(
     except (OSError, ImportError) as error:
         raise ValueError(f"cannot load pipeline {source}: {_one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
-    return LoadedPipeline(pipe.to(device), kind, sizes_of(pipe, kind, config), device, dtype, source, revision)
+    return LoadedPipeline(pipe.to(device), kind, sizes, device, dtype, source, revision)
+
+
+def _outline(kind: PipelineKind, parts: Mapping[str, Any], source: str, keyword: dict[str, Any]) -> Any:
+    """The pipeline with a VAE on the meta device and no other component: its configurations are all that is read."""
+    import diffusers
+
+    cls, vae_class = getattr(diffusers, kind.name), getattr(diffusers, parts["vae"][1])
+    with torch.device("meta"):
+        vae = vae_class.from_config(vae_class.load_config(source, subfolder="vae", **keyword))
+    components = {name: None for name, part in parts.items() if isinstance(part, list | tuple)}
+    settings = {name: part for name, part in parts.items() if name not in components and not name.startswith("_")}
+    return cls(**components | settings | {"vae": vae})
 
 
 def sizes_of(pipe: Any, kind: PipelineKind, transformer_config: Mapping[str, Any]) -> Sizes:

@@ -79,10 +79,23 @@ class Progress:
 
 @dataclass
 class _Run:
-    """A run in progress: the index, and samples that are in no shard yet."""
+    """A run in progress.
+
+    Args:
+        output: the folder.
+        index: what is in it.
+        buckets, fps: the sizes and the rate of the clips.
+        left: the files that are not in the index yet.
+        total: all files.
+        pending: samples that are in no shard yet.
+    """
 
     output: OutputFolder
     index: Index
+    buckets: tuple[Bucket, ...]
+    fps: float | None
+    left: list[Source]
+    total: int
     pending: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, samples: list[dict[str, Any]]) -> None:
@@ -140,34 +153,14 @@ def precompute(
         OSError: the disk is full. The message says how many samples are kept.
         FileExistsError: a name that is needed is taken by a file that foveal did not write.
     """
-    sources, output = read_sources(videos), Path(output)
-    buckets = _buckets(settings, loaded)
-    fps = settings.fps if settings.fps is not None or loaded is None else loaded.kind.fps
-    if loaded is not None and loaded.kind.is_image:
-        fps = None
-    described = {
-        "space": "pixel" if loaded is None else "latent",
-        "pipeline": None if loaded is None else loaded.kind.name,
-        "model": None if loaded is None else loaded.source,
-        "vae": None if loaded is None else vae_facts(type(loaded.pipe.vae).__name__, loaded.pipe.vae.config),
-        "buckets": [str(bucket) for bucket in buckets],
-        "fps": fps,
-        "clips_per_video": settings.clips_per_video,
-        "dtype": str(settings.dtype).removeprefix("torch."),
-        "text": [] if loaded is None else [name for name in loaded.kind.text if name is not None],
-    }
-    run, done = _open_run(output, described)
-    _check_captions(sources, done, output)
-    left = [source for source in sources if source.name not in done]
-    names = [INDEX_FILE, *(shard_name(len(run.index.shards) + place) for place in range(len(left)))]
-    needs_empty_caption = loaded is not None and run.index.empty_caption is None
-    run.output.check([*names, EMPTY_CAPTION_FILE] if needs_empty_caption else names)
+    output = Path(output)
+    run = _plan(videos, output, settings, loaded)
     run.index.complete, run.index.skipped = False, []
     progress = progress or Progress()
-    progress.start(len(sources), len(sources) - len(left))
+    progress.start(run.total, run.total - len(run.left))
     with _saying_what_is_kept(output):
         try:
-            for source, clips, reason in _read_ahead(left, buckets, fps, settings.clips_per_video):
+            for source, clips, reason in _read_ahead(run.left, run.buckets, run.fps, settings.clips_per_video):
                 if reason is not None:
                     run.index.skipped.append({"file": source.name, "reason": reason})
                 else:
@@ -183,14 +176,57 @@ def precompute(
         run.flush()
         if not run.index.samples:
             first = run.index.skipped[0]["reason"]
-            raise ValueError(f"none of the {len(sources)} files of {videos} could be used; the first: {first}")
-        if needs_empty_caption:
+            raise ValueError(f"none of the {run.total} files of {videos} could be used; the first: {first}")
+        if loaded is not None and run.index.empty_caption is None:
             text = {name: tensor[0] for name, tensor in to_dtype(encode_text(loaded, [""]), settings.dtype).items()}
             with run.output.writing(EMPTY_CAPTION_FILE) as aside:
                 run.index.empty_caption = write_empty_caption(aside, text, run.index.text_shapes)
         run.index.complete = True
         run.flush()
     return run.index
+
+
+def check_request(
+    videos: str | Path, output: str | Path, settings: PrecomputeSettings, loaded: LoadedPipeline | None
+) -> None:
+    """Check what can be checked before a file is decoded, and before weights are loaded.
+
+    Args:
+        videos, output, settings: as in `precompute`.
+        loaded: the pipeline, or its outline.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: as in `precompute`.
+    """
+    _plan(videos, Path(output), settings, loaded)
+
+
+def _plan(videos: str | Path, output: Path, settings: PrecomputeSettings, loaded: LoadedPipeline | None) -> _Run:
+    """The run to start or to continue, checked."""
+    sources = read_sources(videos)
+    buckets = _buckets(settings, loaded)
+    fps = settings.fps if settings.fps is not None or loaded is None else loaded.kind.fps
+    if loaded is not None and loaded.kind.is_image:
+        fps = None
+    described = {
+        "space": "pixel" if loaded is None else "latent",
+        "pipeline": None if loaded is None else loaded.kind.name,
+        "model": None if loaded is None else loaded.source,
+        "vae": None if loaded is None else vae_facts(type(loaded.pipe.vae).__name__, loaded.pipe.vae.config),
+        "buckets": [str(bucket) for bucket in buckets],
+        "fps": fps,
+        "clips_per_video": settings.clips_per_video,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "text": [] if loaded is None else [name for name in loaded.kind.text if name is not None],
+    }
+    index, done = _open_index(output, described)
+    _check_captions(sources, done, output)
+    left = [source for source in sources if source.name not in done]
+    folder = OutputFolder(output, "precompute")
+    names = [INDEX_FILE, *(shard_name(len(index.shards) + place) for place in range(len(left)))]
+    needs_empty_caption = loaded is not None and index.empty_caption is None
+    folder.check([*names, EMPTY_CAPTION_FILE] if needs_empty_caption else names)
+    return _Run(folder, index, buckets, fps, left, len(sources))
 
 
 @contextlib.contextmanager
@@ -225,13 +261,13 @@ def _buckets(settings: PrecomputeSettings, loaded: LoadedPipeline | None) -> tup
     return buckets
 
 
-def _open_run(output: Path, settings: dict[str, Any]) -> tuple[_Run, dict[str, str]]:
-    """The run to go on with, and the caption of every file that has its samples already."""
+def _open_index(output: Path, settings: dict[str, Any]) -> tuple[Index, dict[str, str]]:
+    """The index to go on with, and the caption of every file that has its samples already."""
     folder = OutputFolder(output, "precompute")
     if not (output / INDEX_FILE).exists():
         folder.check([INDEX_FILE])
         folder.check_alone()
-        return _Run(folder, Index(settings)), {}
+        return Index(settings), {}
     index = read_index(output)
     for name, value in settings.items():
         # Older versions did not record the VAE.
@@ -246,7 +282,7 @@ def _open_run(output: Path, settings: dict[str, Any]) -> tuple[_Run, dict[str, s
         done.update({record["source"]: record["caption"] for record in read_header(output / shard.file)[0]})
     # Older versions kept no list, but an index shows by itself that precompute wrote it.
     folder.adopt(INDEX_FILE)
-    return _Run(folder, index), done
+    return index, done
 
 
 def _check_captions(sources: list[Source], done: dict[str, str], output: Path) -> None:

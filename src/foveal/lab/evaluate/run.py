@@ -14,6 +14,7 @@ from foveal.lab.evaluate import vbench
 from foveal.lab.evaluate.metrics import SMALLEST_SIDE, flicker, load_lpips, psnr, ssim
 from foveal.lab.evaluate.report import EvaluationReport, Row
 from foveal.lab.evaluate.statistics import Estimate
+from foveal.lab.generate import run
 from foveal.lab.generate.run import DENSE, SPARSE, GenerationSettings, Job, Progress, frames_of, generate, plan
 from foveal.lab.generate.sparse import SparseChoice
 from foveal.lab.pipelines import LoadedPipeline
@@ -21,6 +22,22 @@ from foveal.output_folder import OutputFolder
 
 RESULTS_FILE, TABLE_FILE = "evaluation.json", "evaluation.md"
 OF_A_PAIR = ("prompt", "seed", "arm")
+
+
+def check_request(
+    loaded: LoadedPipeline, output: str | Path, settings: GenerationSettings, sparse: SparseChoice | None
+) -> None:
+    """Check what can be checked before a video is made, as `foveal.lab.generate.run.check_request` does.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: as in `evaluate`.
+    """
+    if not settings.exact:
+        raise ValueError("settings.exact must be True: the metrics compare frames bit for bit")
+    arguments, _ = run.check_request(loaded, output, settings, sparse)
+    if min(arguments["height"], arguments["width"]) < SMALLEST_SIDE:
+        raise ValueError(f"height and width must be at least {SMALLEST_SIDE} for SSIM")
+    OutputFolder(output, "eval").check([RESULTS_FILE, TABLE_FILE])
 
 
 def evaluate(
@@ -50,11 +67,7 @@ def evaluate(
         ValueError: settings without `exact`, or frames too small for SSIM; and what `generate` raises.
         FileExistsError: a name that is needed is taken by a file that foveal did not write, or that was changed since.
     """
-    if not settings.exact:
-        raise ValueError("settings.exact must be True: the metrics compare frames bit for bit")
-    arguments = settings.call_arguments(loaded)
-    if min(arguments["height"], arguments["width"]) < SMALLEST_SIDE:
-        raise ValueError(f"height and width must be at least {SMALLEST_SIDE} for SSIM")
+    check_request(loaded, output, settings, sparse)
     folder, output = OutputFolder(output, "eval"), Path(output)
     jobs, _ = plan(loaded, prompts, seeds, sparse, compare_dense=True)
     folder.check([RESULTS_FILE, TABLE_FILE, *([] if loaded.kind.is_image else vbench.names(jobs, loaded))])

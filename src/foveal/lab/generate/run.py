@@ -29,6 +29,7 @@ from foveal.lab.generate.outputs import (
 )
 from foveal.lab.generate.sparse import SparseChoice, configs_of, fingerprint
 from foveal.lab.pipelines import TRANSFORMERS, LoadedPipeline, default_size
+from foveal.layout import VideoGrid
 from foveal.models import dense, summary
 from foveal.output_folder import OutputFolder
 
@@ -192,6 +193,31 @@ def plan(
     return [Job(prompt, seed, arm, labels[arm]) for arm in arms for prompt in prompts for seed in seeds], sparse
 
 
+def check_request(
+    loaded: LoadedPipeline, output: str | Path, settings: GenerationSettings, sparse: SparseChoice | None
+) -> tuple[dict[str, Any], VideoGrid]:
+    """Check what can be checked before a video is made, and before weights are loaded.
+
+    Args:
+        loaded: the pipeline, or its outline.
+        output, settings, sparse: as in `generate`.
+
+    Returns:
+        The arguments of the pipeline's call, and the token grid.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: as in `generate`.
+    """
+    OutputFolder(output, "generate").check()
+    arguments = settings.call_arguments(loaded)
+    grid = loaded.sizes.grid(arguments["num_frames"], arguments["height"], arguments["width"])
+    if sparse is not None:
+        sparse.check()
+    if sparse is not None and sparse.config is not None:
+        sparse.check_grid(grid, [sparse.config])
+    return arguments, grid
+
+
 def generate(
     loaded: LoadedPipeline,
     prompts: list[str],
@@ -229,15 +255,8 @@ def generate(
         FloatingPointError: for an output that is not finite.
     """
     folder, progress = OutputFolder(output, "generate"), progress or Progress()
-    folder.check()
     jobs, sparse = plan(loaded, prompts, seeds, sparse, compare_dense=compare_dense)
-    arguments = settings.call_arguments(loaded)
-    grid = loaded.sizes.grid(arguments["num_frames"], arguments["height"], arguments["width"])
-    if sparse is not None:
-        # Now: dense outputs may take hours.
-        sparse.check()
-    if sparse is not None and sparse.config is not None:
-        sparse.check_grid(grid, [sparse.config])
+    arguments, grid = check_request(loaded, output, settings, sparse)
     shared = _shared_settings(loaded, settings, arguments)
     described = {DENSE: None, SPARSE: None if sparse is None else sparse.describe()}
     wanted = {

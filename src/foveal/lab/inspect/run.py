@@ -16,6 +16,7 @@ from foveal.lab.inspect.advice import Advice, advise
 from foveal.lab.inspect.probe import InspectSettings, LayerObservation, observe
 from foveal.lab.inspect.report import FILES, PAGE, write_report
 from foveal.models.families.table import components_of, family_of
+from foveal.models.files.persist import check_saved
 from foveal.output_folder import OutputFolder
 
 
@@ -129,7 +130,14 @@ def inspect_pipeline(
         FileNotFoundError, TypeError, ValueError: for a pipeline that cannot be loaded, a size that it does not take,
             or steps that its schedule has not; and what `check_request` raises.
     """
-    from foveal.lab.pipelines import choose_device, choose_dtype, default_size, load_pipeline, step_callback
+    from foveal.lab.pipelines import (
+        LoadedPipeline,
+        choose_device,
+        choose_dtype,
+        default_size,
+        load_pipeline,
+        step_callback,
+    )
 
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
@@ -139,18 +147,24 @@ def inspect_pipeline(
     if wrong or not steps:
         raise ValueError(f"steps must be in [0, {num_inference_steps}), got {wrong or list(steps)}")
     check_request(Path(folder), tolerance)
+    if sparse is not None:
+        check_saved(sparse)
     chosen = choose_device(device)
-    loaded = load_pipeline(source, device=chosen, dtype=choose_dtype(dtype, chosen))
+
+    def size_of(outline: LoadedPipeline) -> tuple[int, int, int]:
+        frames, height, width = size or default_size(outline.pipe)
+        if None in (frames, height, width):
+            raise ValueError(f"{outline.kind.name} has no size of its own; give frames, height and width")
+        outline.sizes.check(frames, height, width)
+        return frames, height, width
+
+    loaded = load_pipeline(source, device=chosen, dtype=choose_dtype(dtype, chosen), check=size_of)
     if sparse is not None:
         foveal.load(loaded.pipe, sparse)
-    size = size or default_size(loaded.pipe)
     arguments: dict[str, Any] = {"prompt": prompt, "num_inference_steps": num_inference_steps, "output_type": "latent"}
-    if size is not None:
-        loaded.sizes.check(*size)
-        named = dict(zip(("num_frames", "height", "width"), size, strict=True))
-        if loaded.kind.is_image:
-            del named["num_frames"]
-        arguments |= named
+    arguments |= dict(zip(("num_frames", "height", "width"), size_of(loaded), strict=True))
+    if loaded.kind.is_image:
+        del arguments["num_frames"]
     if guidance_scale is not None:
         arguments["guidance_scale"] = guidance_scale
 

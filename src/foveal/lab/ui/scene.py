@@ -110,6 +110,17 @@ def demo_scene(folder: Path, video: Path, *, noise_level: float, window: float =
     return Scene(f"{Path(video).name}, noise level {noise_level:g}", shown, settings.grid, layers)
 
 
+def check_request(loaded: Any, *, step: int, size: tuple[int, int, int], num_inference_steps: int) -> None:
+    """Check the request for a scene against a pipeline or its outline.
+
+    Raises:
+        ValueError: as in `pipeline_scene`.
+    """
+    if not 0 <= step < num_inference_steps:
+        raise ValueError(f"step must be in [0, {num_inference_steps}), got {step}")
+    loaded.sizes.check(*size)
+
+
 def pipeline_scene(
     loaded: Any,
     prompt: str,
@@ -134,9 +145,7 @@ def pipeline_scene(
     Raises:
         ValueError: the pipeline does not take this size, or the schedule does not have this step.
     """
-    if not 0 <= step < num_inference_steps:
-        raise ValueError(f"step must be in [0, {num_inference_steps}), got {step}")
-    loaded.sizes.check(*size)
+    check_request(loaded, step=step, size=size, num_inference_steps=num_inference_steps)
     arguments = dict(zip(("num_frames", "height", "width"), size, strict=True))
     if loaded.kind.is_image:
         del arguments["num_frames"]

@@ -151,6 +151,15 @@ def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Mode
     return model
 
 
+def check_saved(folder: str | os.PathLike) -> None:
+    """Check what `save` wrote as far as that goes without a model.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `load`.
+    """
+    _read(Path(folder))
+
+
 def _check_model(folder: str | os.PathLike, component: str, transformer: nn.Module, entry: dict[str, Any]) -> None:
     """Raise a ValueError unless a model is the one that was saved; of files that do not say, warn of what is odd."""
     if entry["family"] != family_of(transformer).name:
