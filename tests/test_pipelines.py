@@ -12,9 +12,9 @@ import torch
 from tiny_media import diffusers, save_tiny_wan, write_clip
 from tiny_pipelines import tiny_cogvideox, tiny_flux, tiny_hunyuan, tiny_ltx
 
-from foveal.lab import cli
+from foveal.lab import cli, pipelines
 from foveal.lab.data.clips import Bucket, probe, read_clip
-from foveal.lab.data.dataset import LatentDataset
+from foveal.lab.data.dataset import LatentDataset, write_latent_dataset
 from foveal.lab.data.windows import to_model_range
 from foveal.lab.generate.outputs import output_name, read_media
 from foveal.lab.pipelines import (
@@ -23,6 +23,8 @@ from foveal.lab.pipelines import (
     choose_device,
     choose_dtype,
     default_size,
+    hub_options,
+    hub_unreachable,
     load_pipeline,
     normalize_latents,
     sizes_of,
@@ -271,3 +273,62 @@ def test_an_outline_has_the_sizes_of_the_pipeline(tmp_path):
         assert outline.sizes == sizes_of(loaded.pipe, loaded.kind, loaded.pipe.transformer.config)
         assert default_size(outline.pipe) == default_size(loaded.pipe)
         assert {parameter.device.type for parameter in outline.pipe.vae.parameters()} == {"meta"}
+
+
+# The hub
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """How often the hub was asked for; it is never reached."""
+    from huggingface_hub import utils
+
+    asked = []
+
+    class Session:
+        def head(self, *args, **kwargs):
+            asked.append(args)
+            raise OSError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(utils, "get_session", Session)
+    hub_unreachable.cache_clear()
+    yield asked
+    hub_unreachable.cache_clear()
+
+
+def test_without_a_network_that_is_the_reason_and_it_is_said_at_once(offline, tmp_path, capsys, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", lambda *a, **k: pytest.fail("tried"))
+    name = "someone/something"
+    reason = (
+        f"foveal: {name} cannot be downloaded: {constants.ENDPOINT} cannot be reached ([Errno -2] Name or service not "
+        "known). Nor is it a local folder or in the local cache\n"
+    )
+    assert cli.main(["generate", "--model", name, "--prompt", "a cat", "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.endswith(reason)
+    pytest.importorskip("accelerate")
+    write_latent_dataset(
+        tmp_path / "data", [{"id": f"{n}#0", "caption": "", "latents": torch.zeros(16, 1, 2, 2)} for n in range(9)]
+    )
+    arguments = ("--data.folder", tmp_path / "data", "--model.path", name, "--output", tmp_path / "run")
+    options = ("--device", "cpu", "--tracker", "none")
+    assert cli.main(["train", "wan-1.3b-sla", *map(str, (*arguments, *options))]) == 2
+    assert capsys.readouterr().err.endswith(reason)
+    assert len(offline) == 1
+
+
+def test_without_a_network_the_cache_is_read(offline, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--someone--something").mkdir()
+    assert hub_options("someone/something") == {"local_files_only": True}
+    assert hub_options(str(tmp_path)) == {}
+    assert len(offline) == 1
+
+
+def test_with_a_network_nothing_is_kept_from_the_hub(monkeypatch):
+    monkeypatch.setattr(pipelines, "hub_unreachable", lambda: None)
+    assert hub_options("someone/something") == {}

@@ -8,6 +8,7 @@ Shape legend: B batch, F frames, H x W pixels, C latent channels, L text tokens.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -144,8 +145,9 @@ def load_pipeline(
 
     Raises:
         FileNotFoundError: source is neither a folder nor a hub id.
-        ValueError: source has no pipeline, or one that cannot be loaded; or the installed torchvision does not match
-            this torch, so that diffusers does not import.
+        ValueError: source has no pipeline, or one that cannot be loaded; the hub cannot be reached, and the pipeline is
+            not in the local cache; or the installed torchvision does not match this torch, so that diffusers does not
+            import.
         TypeError: the pipeline's class is not in the table.
     """
     check_torchvision()
@@ -155,9 +157,9 @@ def load_pipeline(
     if Path(source).is_dir():
         if not Path(source, "model_index.json").is_file():
             raise ValueError(f"{source} has no model_index.json; expected a folder that a pipeline was saved to")
-    elif Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
+    elif not is_hub_id(source):
         raise FileNotFoundError(f"no such pipeline folder: {source} (nor does it look like a hub id, OWNER/NAME)")
-    keyword = {} if revision is None else {"revision": revision}
+    keyword = hub_options(source) | ({} if revision is None else {"revision": revision})
     try:
         parts = diffusers.DiffusionPipeline.load_config(source, **keyword)
         kind = _kind(parts.get("_class_name", ""), source)
@@ -192,6 +194,46 @@ def _outline(kind: PipelineKind, parts: Mapping[str, Any], source: str, keyword:
     components = {name: None for name, part in parts.items() if isinstance(part, list | tuple)}
     settings = {name: part for name, part in parts.items() if name not in components and not name.startswith("_")}
     return cls(**components | settings | {"vae": vae})
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether this looks like OWNER/NAME and is no local path."""
+    return not Path(source).exists() and source.count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
+def hub_options(source: str) -> dict[str, bool]:
+    """Options for whatever loads a folder or a hub id: only from the local cache if the hub cannot be reached.
+
+    Without them, every file is tried again and again, and the message at the end is about something else.
+
+    Raises:
+        ValueError: a hub id that cannot be downloaded and of which the local cache has nothing.
+    """
+    why = hub_unreachable() if is_hub_id(source) else None
+    if why is None:
+        return {}
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if not Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=source, repo_type="model")).is_dir():
+        raise ValueError(
+            f"{source} cannot be downloaded: {constants.ENDPOINT} cannot be reached ({why}). Nor is it a local folder "
+            "or in the local cache"
+        )
+    return {"local_files_only": True}
+
+
+@functools.cache
+def hub_unreachable() -> str | None:
+    """Why the Hugging Face hub cannot be reached; None if it can. Each process asks once, and not again."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # Of the HTTP library, which is not always the same one.
+        return _one_line(error)
+    return None
 
 
 def sizes_of(pipe: Any, kind: PipelineKind, transformer_config: Mapping[str, Any]) -> Sizes:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from foveal.lab.data.dataset import LatentDataset
-from foveal.lab.pipelines import PIPELINES, different_vae, vae_facts
+from foveal.lab.pipelines import PIPELINES, different_vae, hub_options, vae_facts
 from foveal.lab.train.model import transformer_fields
 from foveal.lab.train.settings import DataSettings, ModelSettings
 from foveal.models.families.table import FAMILIES
@@ -65,7 +65,7 @@ def _check_vae(settings: dict[str, Any], path: str, source: str, target: str) ->
 
     try:
         # Works for any VAE, because this call only reads the file.
-        config = AutoencoderKLWan.load_config(path, subfolder="vae")
+        config = AutoencoderKLWan.load_config(path, subfolder="vae", **hub_options(path))
     except OSError:
         return  # A transformer without a VAE beside it.
     own = vae_facts(config["_class_name"], config)

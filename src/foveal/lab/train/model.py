@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from foveal.lab.pipelines import hub_options
 from foveal.lab.train.config import TrainingConfig
 from foveal.lab.train.objective import NUM_TRAIN_TIMESTEPS, scheduler_shift
 from foveal.lab.train.settings import Annealing, ModelSettings, WanArchitecture
@@ -128,7 +129,8 @@ def load_transformer(settings: ModelSettings, *, empty: bool = False) -> nn.Modu
         cls = getattr(diffusers, fields["_class_name"])
         if empty:
             return cls.from_config(fields)
-        return cls.from_pretrained(settings.path, subfolder=settings.subfolder, torch_dtype=torch.float32)
+        options = hub_options(settings.path)
+        return cls.from_pretrained(settings.path, subfolder=settings.subfolder, torch_dtype=torch.float32, **options)
 
 
 def transformer_fields(settings: ModelSettings) -> dict[str, Any]:
@@ -145,7 +147,9 @@ def transformer_fields(settings: ModelSettings) -> dict[str, Any]:
         place, alone = settings.path, True
     try:
         # Works for any model, because this call only reads the file.
-        fields = WanTransformer3DModel.load_config(settings.path, subfolder=None if alone else settings.subfolder)
+        fields = WanTransformer3DModel.load_config(
+            settings.path, subfolder=None if alone else settings.subfolder, **hub_options(settings.path)
+        )
     except OSError as error:
         raise FileNotFoundError(f"model.path: no config.json of {place} ({str(error).splitlines()[0]})") from error
     name = fields.get("_class_name")
@@ -183,7 +187,11 @@ def noise_shift(config: TrainingConfig) -> float:
     # This check comes first, because another family's scheduler would be refused for a misleading reason.
     transformer_fields(config.model)
     # This class reads the file of any scheduler.
-    return scheduler_shift(FlowMatchEulerDiscreteScheduler.load_config(config.model.path, subfolder="scheduler"))
+    return scheduler_shift(
+        FlowMatchEulerDiscreteScheduler.load_config(
+            config.model.path, subfolder="scheduler", **hub_options(config.model.path)
+        )
+    )
 
 
 def build_wan(sizes: WanArchitecture, *, given_channels: int = 0) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.lab.data.windows import to_frames, upscale, write_video
+from foveal.lab.pipelines import hub_options
 from foveal.models import dense
 from foveal.models.processor import sparse_processors
 
@@ -61,7 +62,9 @@ def visible(latents: Tensor, space: str, *, pipeline: str | None, device: torch.
         return to_frames(latents.cpu())
     from diffusers import AutoModel
 
-    vae: nn.Module = AutoModel.from_pretrained(pipeline, subfolder="vae", torch_dtype=torch.float32).to(device)
+    options = hub_options(pipeline)
+    vae: nn.Module = AutoModel.from_pretrained(pipeline, subfolder="vae", torch_dtype=torch.float32, **options)
+    vae = vae.to(device)
     mean, std = (
         torch.tensor(values, device=device).view(-1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
