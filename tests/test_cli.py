@@ -1,9 +1,13 @@
 """The `foveal` command as a whole: how it ends when it is interrupted, and what it says of models it cannot train."""
 
+import importlib
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,6 +26,28 @@ def test_an_interrupted_command_claims_nothing_of_its_files(monkeypatch, capsys)
     monkeypatch.setattr(cli.Doctor, "run", interrupt)
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "foveal: interrupted\n"
+
+
+def test_an_interrupt_while_pytorch_loads_is_one_line():
+    """As the command is installed: before anything of the package is imported."""
+    script = "import sys, foveal_command; print('ready', flush=True); sys.exit(foveal_command.main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=60)
+    assert (process.returncode, output, error) == (130, "", "foveal: interrupted\n")
+
+
+def test_the_installed_command_is_the_command_line(monkeypatch):
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    module, function = project["project"]["scripts"]["foveal"].split(":")
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "main", lambda: 7)
+    assert getattr(importlib.import_module(module), function)() == 7
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_errors_of_the_system_are_one_line(tmp_path, monkeypatch, capsys):
