@@ -357,6 +357,7 @@ def test_another_family_is_named_before_its_scheduler_is_read(folder, monkeypatc
         return {"_class_name": "CogVideoXTransformer3DModel"}
 
     monkeypatch.setattr(WanTransformer3DModel, "load_config", load_config)
+    monkeypatch.setattr("foveal.lab.pipelines.hub_unreachable", lambda: None)
     settings = config(folder, model=ModelSettings("some/CogVideoX"), objective__shift=None)
     with pytest.raises(ValueError, match=r"some/CogVideoX/transformer has a CogVideoX.*, of family 'cogvideox'"):
         Trainer(settings)
