@@ -208,12 +208,19 @@ def run_sla(name: str) -> None:
     kv_lengths = None if kv_lengths is None else torch.tensor(kv_lengths)
     sizes = {"batch": 1 if kv_lengths is None else 2, "heads": heads}
     sizes |= {"query_length": lengths[0], "key_length": lengths[1]}
-    selection = with_strided_lists(random_selection(**sizes, block_q=block_q, block_k=block_k, kv_lengths=kv_lengths))
+    selection = random_selection(
+        **sizes, block_q=block_q, block_k=block_k, critical=0.5, negligible=0.1, kv_lengths=kv_lengths
+    )
+    labels = selection.labels()
+    assert ((labels == 1).any(-1) & (labels == 0).any(-1)).any(), "no row has both branches"
+    selection = with_strided_lists(selection)
     config = SLAConfig(
         keep_ratio=0.3, drop_ratio=0.3, feature_map=feature_map, linear_scope=scope, projection=projection
     )
     dtype = torch.bfloat16
-    inputs = all_strided(*make_inputs(**sizes, head_dim=head_dim, dtype=dtype))
+    query, key, value = make_inputs(**sizes, head_dim=head_dim, dtype=dtype)
+    # With a mean, or averages over many keys would be next to nothing, and errors in them too.
+    inputs = all_strided(query, key, value + 1)
     generator = torch.Generator().manual_seed(2)
     weights = ()
     if projection:
