@@ -40,7 +40,7 @@ def save(store: CheckpointStore, step: int, loss: float | None = None, seed: int
 
 
 def steps(store: CheckpointStore) -> list[int]:
-    return [int(path.name[-8:]) for path in sorted(store.folder.iterdir())]
+    return [int(path.name[-8:]) for path in sorted(store.folder.glob("step-*"))]
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path, monkeypatch):
