@@ -1,10 +1,12 @@
-"""What a call of SLA or VSA costs the host, without a GPU: production code on CPU tensors, with launches left out.
+"""What a call of SLA or VSA costs the host, and where the time goes.
 
-    PYTHONPATH=src python benchmarks/host_cost.py [--profile]
+    PYTHONPATH=src python benchmarks/host_cost.py [--profile] [--gpu]
 
-Everything up to a compiled kernel's own launch runs and is timed: validation, the choice of the implementation,
-autograd, views, memory, descriptors, and the search for the variant. The launch itself is left out: `foveal bench`
-reports the whole cost on a GPU ("host ms"). Gluon's kernels need Triton 3.6.
+Without a GPU this is production code on CPU tensors, with launches left out. Everything up to a compiled kernel's own
+launch runs and is timed: validation, the choice of the implementation, autograd, views, memory, descriptors, and the
+search for the variant. Gluon's kernels need Triton 3.6.
+
+With `--gpu`, calls at 4,096 tokens run whole, back to back and behind other work, and every launch is timed by itself.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
+import functools
 import pstats
 import statistics
 import sys
@@ -21,6 +24,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -28,7 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from launched_kernels import as_if_on
 
 from foveal import SLAConfig, VideoGrid, VSAConfig, sla_attention, vsa_attention
+from foveal.kernels import host
 from foveal.kernels.hopper import support
+from foveal.lab.bench.timing import HOST_CALLS, CudaTimer
 from foveal.methods.sla import attention as sla
 
 CALLS = 200
@@ -87,6 +94,95 @@ def milliseconds(function: Callable[[], object]) -> float:
     return statistics.median(times[20:])
 
 
+def gpu_cases() -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]]:
+    grid, heads, head_dim = VideoGrid(16, 16, 16), 12, 128
+    make = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    query, key, value, gate = (make(1, grid.num_tokens, heads, head_dim).transpose(1, 2) for _ in range(4))
+    weight, bias = make(head_dim, head_dim).float(), make(head_dim).float()
+
+    def sla_of(scope: str) -> Callable[..., torch.Tensor]:
+        config = SLAConfig(linear_scope=scope)
+
+        def run(query, key, value, weight, bias):
+            return sla_attention(query, key, value, config=config, proj_weight=weight, proj_bias=bias)
+
+        return run
+
+    def vsa(query, key, value, gate):
+        return vsa_attention(query, key, value, config=VSAConfig(), grid=grid, gate_coarse=gate)
+
+    def dense(query, key, value):
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            return scaled_dot_product_attention(query, key, value)
+
+    return {
+        "SLA marginal": (sla_of("marginal"), [query, key, value, weight, bias]),
+        "SLA all": (sla_of("all"), [query, key, value, weight, bias]),
+        "VSA": (vsa, [query, key, value, gate]),
+        "cuDNN": (dense, [query, key, value]),
+    }
+
+
+class Launches:
+    """Times the launches of compiled variants, by kernel."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def runner(self, compiled, device: int) -> Callable[..., None]:
+        run, times = _RUNNER(compiled, device), self.seconds.setdefault(compiled.name, [])
+
+        def timed(*arguments) -> None:
+            start = time.perf_counter()
+            run(*arguments)
+            times.append(time.perf_counter() - start)
+
+        return timed
+
+    def report(self, calls: int) -> str:
+        lines = []
+        for name, times in self.seconds.items():
+            if times:
+                share = len(times) / calls
+                lines.append(f"    {name:28} {share:.1f} a call, {1e6 * statistics.median(times):.1f} us each")
+                times.clear()
+        return "\n".join(lines)
+
+
+_RUNNER = host._runner
+
+
+def on_gpu(profiled: bool) -> None:
+    """Prints the host's milliseconds of calls, back to back and behind other work, and of each launch."""
+    launches, timer = Launches(), CudaTimer(torch.device("cuda"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "_runner", launches.runner)
+        for name, (run, tensors) in gpu_cases().items():
+            for label, function in passes(run, tensors).items():
+                for _ in range(10):
+                    function()
+                launches.report(1)
+                queued = timer.host(function)
+                per_launch, times = launches.report(HOST_CALLS), []
+                for _ in range(CALLS // 10):
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    for _ in range(10):
+                        function()
+                    times.append(100 * (time.perf_counter() - start))
+                print(f"{name:14} {label:22} {statistics.median(times):.3f} ms back to back, {queued:.3f} ms queued")
+                print(per_launch, flush=True)
+                if profiled:
+                    torch.cuda.synchronize()
+                    show_profile(function)
+
+
+def show_profile(function: Callable[[], object]) -> None:
+    profile = cProfile.Profile()
+    profile.runcall(lambda: [function() for _ in range(CALLS)])
+    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+
+
 def passes(run, tensors) -> dict[str, Callable[[], object]]:
     leaves = [x.detach().requires_grad_() for x in tensors]
     grad = torch.empty_like(tensors[0])
@@ -105,16 +201,18 @@ def passes(run, tensors) -> dict[str, Callable[[], object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true", help="also say where the time goes")
+    parser.add_argument("--gpu", action="store_true", help="whole calls on this machine's GPU")
     options = parser.parse_args()
+    if options.gpu:
+        on_gpu(options.profile)
+        return
     torch.set_num_threads(1)
     with without_launches():
         for name, (run, tensors) in cases().items():
             for label, function in passes(run, tensors).items():
                 print(f"{name:14} {label:22} {milliseconds(function):.3f} ms")
                 if options.profile:
-                    profile = cProfile.Profile()
-                    profile.runcall(lambda function=function: [function() for _ in range(CALLS)])
-                    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+                    show_profile(function)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,10 @@ def mixed(layer: nn.Module) -> nn.Module:
     return MixedAttention(layer.heads)
 
 
+def mixed_with_relu(layer: nn.Module) -> nn.Module:
+    return MixedAttention(layer.heads, feature_map="relu", head_dim=layer.inner_dim // layer.heads)
+
+
 def centered(layer: nn.Module) -> nn.Module:
     return CenteredAttention(layer.inner_dim // layer.heads)
 
@@ -85,6 +89,8 @@ def arms(block: int) -> dict[str, Arm]:
         "sla5-tile": Arm(sla.replace(token_order="tile")),
         "sla5-relu": Arm(sla.replace(feature_map="relu")),
         "sla5-relu-tile": Arm(sla.replace(feature_map="relu", token_order="tile")),
+        "merge5-tile": Arm(sparse.replace(token_order="tile"), build=merged),
+        "sla2-5-relu-tile": Arm(sparse.replace(token_order="tile"), build=mixed_with_relu),
         "merge5-variance": Arm(sparse, build=partial(merged, variance=True, bias=True)),
         "sla2-5-lr6e-3": Arm(sparse, FAST, build=mixed),
         "sla5-centered": Arm(sla, build=centered),

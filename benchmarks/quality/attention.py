@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveal import SLAConfig, block_sparse_attention, select_blocks, sparsify
+from foveal import SLAConfig, VideoGrid, block_sparse_attention, select_blocks, sparsify
 from foveal.blocks import pool_blocks, pooled_scores
 from foveal.lab.demo.task import predict
 from foveal.methods.sla.attention import Projection
@@ -66,7 +66,23 @@ def pooled_tail_scores(query: Tensor, key: Tensor, block: int, *, variance: bool
     return scores
 
 
-class MergedAttention(nn.Module):
+class _InBlockOrder(nn.Module):
+    """Attention whose `attend` gets tokens in the order that its `config` cuts blocks from."""
+
+    config: SLAConfig
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, grid: VideoGrid | None = None, **unused: object
+    ) -> Tensor:
+        tile = self.config.tile_for(grid)
+        with torch.autocast(query.device.type, enabled=False):
+            if tile is None:
+                return self.attend(query, key, value)
+            output = self.attend(*(grid.to_tile_order(x, tile) for x in (query, key, value)))
+            return grid.to_raster_order(output, tile)
+
+
+class MergedAttention(_InBlockOrder):
     """Sparse attention, and attention to the mean key and value of every block that was not read, in one softmax.
 
     Args:
@@ -79,47 +95,55 @@ class MergedAttention(nn.Module):
         self.variance = variance
         self.bias = nn.Parameter(torch.zeros(heads, 1)) if bias else None
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **unused: object) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         block, length = self.config.block_k, query.shape[2]
-        with torch.autocast(query.device.type, enabled=False):
-            selection = _select(query, key, self.config)
-            sparse, sparse_mass = block_sparse_attention(query, key, value, selection, return_lse=True)
-            scores = pooled_tail_scores(query, key, block, variance=self.variance)
-            scores = scores.masked_fill(token_mask(selection.critical_mask(), block, length), -math.inf)
-            mass = scores.logsumexp(-1)
-            tail = (scores - mass[..., None]).exp() @ pool_blocks(value, block)
-            if self.bias is not None:
-                mass = mass + self.bias
-            share = (sparse_mass - mass).sigmoid()[..., None]
-            return (share * sparse + (1 - share) * tail).to(query.dtype)
+        selection = _select(query, key, self.config)
+        sparse, sparse_mass = block_sparse_attention(query, key, value, selection, return_lse=True)
+        scores = pooled_tail_scores(query, key, block, variance=self.variance)
+        scores = scores.masked_fill(token_mask(selection.critical_mask(), block, length), -math.inf)
+        mass = scores.logsumexp(-1)
+        tail = (scores - mass[..., None]).exp() @ pool_blocks(value, block)
+        if self.bias is not None:
+            mass = mass + self.bias
+        share = (sparse_mass - mass).sigmoid()[..., None]
+        return (share * sparse + (1 - share) * tail).to(query.dtype)
 
 
-class MixedAttention(nn.Module):
-    """O = a O^s + (1 - a) O^l, the linear branch over all that is not critical, without a projection.
+class MixedAttention(_InBlockOrder):
+    """O = a O^s + (1 - a) O^l, the linear branch over all that is not critical.
 
     a is the sigmoid of one learned scalar a head, zero at the start, plus the log-ratio of the masses inside and
     outside of the critical blocks that the pooled scores of the query's block predict.
+
+    Args:
+        head_dim: D, for a projection of O^l, the identity at the start; None for none.
     """
 
-    def __init__(self, heads: int, *, feature_map: str = "softmax") -> None:
+    def __init__(self, heads: int, *, feature_map: str = "softmax", head_dim: int | None = None) -> None:
         super().__init__()
         self.feature_map = feature_map
         self.bias = nn.Parameter(torch.zeros(heads, 1))
+        self.proj = None
+        if head_dim is not None:
+            self.proj = nn.Linear(head_dim, head_dim)
+            nn.init.eye_(self.proj.weight)
+            nn.init.zeros_(self.proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **unused: object) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         block, length = self.config.block_k, query.shape[2]
-        with torch.autocast(query.device.type, enabled=False):
-            selection = _select(query, key, self.config)
-            sparse = block_sparse_attention(query, key, value, selection)
-            critical = selection.critical_mask()
-            phi_query, phi_key = (apply_feature_map(x, self.feature_map) for x in (query, key))
-            linear = linear_branch(phi_query, phi_key, value.to(phi_key.dtype), ~critical, block, block)
-            pooled = pool_blocks(query, block), pool_blocks(key, block)
-            scores = pooled_scores(*pooled, query.shape[-1] ** -0.5)
-            scores = scores + block_sizes(key.shape[2], block, scores).log()
-            inside, outside = (scores.masked_fill(mask, -math.inf).logsumexp(-1) for mask in (~critical, critical))
-            share = (token_mask(inside - outside, block, length) + self.bias).sigmoid()[..., None]
-            return (share * sparse + (1 - share) * linear).to(query.dtype)
+        selection = _select(query, key, self.config)
+        sparse = block_sparse_attention(query, key, value, selection)
+        critical = selection.critical_mask()
+        phi_query, phi_key = (apply_feature_map(x, self.feature_map) for x in (query, key))
+        linear = linear_branch(phi_query, phi_key, value.to(phi_key.dtype), ~critical, block, block)
+        if self.proj is not None:
+            linear = self.proj(linear.to(self.proj.weight.dtype))
+        pooled = pool_blocks(query, block), pool_blocks(key, block)
+        scores = pooled_scores(*pooled, query.shape[-1] ** -0.5)
+        scores = scores + block_sizes(key.shape[2], block, scores).log()
+        inside, outside = (scores.masked_fill(mask, -math.inf).logsumexp(-1) for mask in (~critical, critical))
+        share = (token_mask(inside - outside, block, length) + self.bias).sigmoid()[..., None]
+        return (share * sparse + (1 - share) * linear).to(query.dtype)
 
 
 class CenteredAttention(nn.Module):
