@@ -6,7 +6,7 @@ It needs only torch. diffusers and the rest load when a function that uses them 
 from foveal import models as models  # diffusers loads a saved sparse model from this module if it was imported
 from foveal.blocks import BlockSelection
 from foveal.kernels.api import block_sparse_attention, select_blocks
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.cost import attention_cost
 from foveal.methods.explain import Explanation, explain
 from foveal.methods.sla.attention import SparseLinearAttention, sla_attention
@@ -39,6 +39,7 @@ __all__ = [
     "Policy",
     "SLAConfig",
     "SparseLinearAttention",
+    "TokenLayout",
     "VSAConfig",
     "VideoGrid",
     "VideoSparseAttention",

@@ -1,4 +1,4 @@
-"""The only place that knows how a video's tokens are ordered: raster order, tile order, and the way between them.
+"""The only place that knows where tokens stand: raster order, tile order, the way between them, and packed sequences.
 
 Raster order flattens (t, h, w). Tile order goes cube by cube, with the cubes and the tokens inside each cube in
 (t, h, w) order. Cubes at the edges of the grid may be partial. Tile order has two layouts: *compact* (a permutation of
@@ -156,6 +156,101 @@ def _cube_sizes(shape: tuple[int, int, int], tile: tuple[int, int, int], device:
     ]
     sizes = edges[0][:, None, None] * edges[1][:, None] * edges[2]
     return sizes.flatten().to(device=device, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What a packed sequence is made of: protected segments, then the video, then more protected segments.
+
+    A protected segment is text, audio, or condition frames. Every query reads its keys, and its queries read every key.
+    A `VideoGrid` stands for a layout without protected segments.
+
+    Args:
+        grid: the video's shape in tokens.
+        before, after: the lengths in tokens of the protected segments before and after the video, in order.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    grid: VideoGrid
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.grid, VideoGrid):
+            raise TypeError(f"grid must be a VideoGrid, got {self.grid!r}")
+        for name in ("before", "after"):
+            lengths = getattr(self, name)
+            if not isinstance(lengths, tuple):
+                raise TypeError(f"{name} must be a tuple of lengths in tokens, got {lengths!r}")
+            for index, length in enumerate(lengths):
+                check_positive_int(f"{name}[{index}]", length)
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        """The tokens before the video, of the video, and after it."""
+        # index() for the reason in `VideoGrid.shape`.
+        return operator.index(sum(self.before)), self.grid.num_tokens, operator.index(sum(self.after))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def num_protected(self) -> int:
+        """The tokens of all protected segments."""
+        before, _, after = self.lengths
+        return before + after
+
+    @property
+    def video(self) -> slice:
+        """Where the video's tokens stand in the sequence."""
+        before, video, _ = self.lengths
+        return slice(before, before + video)
+
+    def check_length(self, length: int) -> None:
+        """Raise a ValueError unless the sequence has `length` tokens."""
+        if length != self.num_tokens:
+            raise ValueError(f"{self} has {self.num_tokens} tokens, but the tensors have {length}")
+
+    def split(self, x: Tensor, dim: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of the tokens before the video, of the video, and after it, along `dim`."""
+        return x.split(self.lengths, dim)
+
+    def num_chunks(self, size: int) -> int:
+        """How many chunks of at most `size` tokens the protected segments are cut into; no chunk has tokens of two."""
+        return sum(-(-length // size) for length in (*self.before, *self.after))
+
+    def __str__(self) -> str:
+        grid = "x".join(map(str, self.grid.shape))
+        return f"layout {grid} with before={self.before}, after={self.after}"
+
+
+def resolve_layout(
+    grid: VideoGrid | None, layout: TokenLayout | VideoGrid | None
+) -> tuple[VideoGrid | None, TokenLayout | None]:
+    """What a call's arguments `grid` and `layout` mean, of which it gives one at most.
+
+    Returns:
+        The video's grid, None if neither is given; and the layout, None if it has no protected segments.
+
+    Raises:
+        TypeError: for anything else than a `VideoGrid` or a `TokenLayout`.
+        ValueError: if both are given.
+    """
+    if grid is not None and not isinstance(grid, VideoGrid):
+        hint = "; a TokenLayout goes to layout" if isinstance(grid, TokenLayout) else ""
+        raise TypeError(f"grid must be a VideoGrid, got {grid!r}{hint}")
+    if layout is None:
+        return grid, None
+    if not isinstance(layout, VideoGrid | TokenLayout):
+        raise TypeError(f"layout must be a VideoGrid or a TokenLayout, got {layout!r}")
+    if grid is not None:
+        raise ValueError(f"give grid or layout, not both, got {grid} and {layout}")
+    if isinstance(layout, VideoGrid):
+        return layout, None
+    return layout.grid, layout if layout.num_protected else None
 
 
 class _Gather(torch.autograd.Function):

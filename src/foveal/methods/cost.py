@@ -16,7 +16,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from foveal.checks import check_positive_int
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.base import Config, method_of
 
 INDEX_BYTES = 4
@@ -45,9 +45,10 @@ class AttentionShape:
 
     Args:
         batch, heads, head_dim: B, H and D.
-        query_length, key_length: in tokens; with a grid both are its number of tokens.
+        query_length, key_length: in tokens; with a grid both are its number of tokens, and protected tokens are keys.
         grid: the video's shape in tokens; None where only lengths are known, never for a method with `needs_grid`.
         dtype_bytes: bytes per element of query, key, value, output and block states.
+        layout: of a packed sequence; None without protected segments. What their queries cost is no part of a method.
     """
 
     batch: int
@@ -57,6 +58,7 @@ class AttentionShape:
     key_length: int
     grid: VideoGrid | None
     dtype_bytes: int
+    layout: TokenLayout | None = None
 
     @property
     def pairs(self) -> int:
@@ -129,6 +131,7 @@ def attention_cost(
     config: Config | None,
     *,
     grid: VideoGrid | None = None,
+    layout: TokenLayout | VideoGrid | None = None,
     query_length: int | None = None,
     key_length: int | None = None,
     heads: int,
@@ -140,11 +143,13 @@ def attention_cost(
 
     What the parts of a method are, see `foveal.methods.sla.cost.cost_parts` and `foveal.methods.vsa.cost.cost_parts`;
     those that a configuration lacks are absent. Each has the FLOPs of its backward, as a multiple of its forward's; for
-    dense attention these are 2.5 (five products for two, since the scores are recomputed).
+    dense attention these are 2.5 (five products for two, since the scores are recomputed). With protected segments
+    there is a part `protected`: dense attention of their queries.
 
     Args:
         config: of any method, such as `SLAConfig` or `VSAConfig`; None for dense attention.
         grid: the video's shape in tokens; VSA needs it; SLA and dense attention also take lengths instead.
+        layout: of a packed sequence, instead of a grid.
         query_length, key_length: tokens, instead of a grid; key_length defaults to query_length.
         heads, head_dim, batch: H, D and B.
         dtype_bytes: bytes per element of query, key, value, output and block states; indices, pooled tensors,
@@ -154,30 +159,38 @@ def attention_cost(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     method = None if config is None else method_of(config)
-    query_length, key_length = _lengths(config, grid, query_length, key_length)
+    grid, packed = resolve_layout(grid, layout)
+    query_length, key_length = _lengths(config, grid, packed, query_length, key_length)
     sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "dtype_bytes": dtype_bytes}
     for name, value in sizes.items():
         check_positive_int(name, value)
 
-    dense = CostPart(
-        "dense",
+    dense = _dense("dense", query_length, key_length, **sizes)
+    if method is None:
+        return AttentionCost((dataclasses.replace(dense, name="attention"),), dense)
+    if packed is None:
+        shape = AttentionShape(query_length=query_length, key_length=key_length, grid=grid, **sizes)
+        return AttentionCost(method.cost(config, shape), dense)
+    shape = AttentionShape(query_length=grid.num_tokens, key_length=key_length, grid=grid, layout=packed, **sizes)
+    protected = _dense("protected", packed.num_protected, key_length, **sizes)
+    return AttentionCost((*method.cost(config, shape), protected), dense)
+
+
+def _dense(name, query_length, key_length, *, batch, heads, head_dim, dtype_bytes) -> CostPart:
+    return CostPart(
+        name,
         4 * batch * heads * query_length * key_length * head_dim,
         2 * batch * heads * (query_length + key_length) * head_dim * dtype_bytes,
         backward=DENSE_BACKWARD,
     )
-    if method is None:
-        return AttentionCost((dataclasses.replace(dense, name="attention"),), dense)
-    shape = AttentionShape(query_length=query_length, key_length=key_length, grid=grid, **sizes)
-    return AttentionCost(method.cost(config, shape), dense)
 
 
-def _lengths(config, grid, query_length, key_length) -> tuple[int, int]:
+def _lengths(config, grid, packed, query_length, key_length) -> tuple[int, int]:
     if grid is not None:
-        if not isinstance(grid, VideoGrid):
-            raise TypeError(f"grid must be a VideoGrid, got {grid!r}")
         if query_length is not None or key_length is not None:
             raise ValueError(f"give grid or lengths, not both, got {grid}, {query_length=}, {key_length=}")
-        return grid.num_tokens, grid.num_tokens
+        length = grid.num_tokens if packed is None else packed.num_tokens
+        return length, length
     if config is not None and method_of(config).needs_grid:
         raise ValueError(f"grid is required for a {type(config).__name__}: VideoGrid(frames, height, width) in tokens")
     if query_length is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foveal.checks import validate_qkv
 from foveal.kernels.api import BACKENDS, resolve_impl, why_not
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.base import Config, method_of
 
 
@@ -31,22 +31,23 @@ class Explanation:
         return "\n".join([*lines, *(f"not {name}: {reason}" for name, reason in self.refused)])
 
 
-def explain(query: Tensor, key: Tensor, value: Tensor, config: Config, layout: VideoGrid | None = None) -> Explanation:
+def explain(
+    query: Tensor, key: Tensor, value: Tensor, config: Config, layout: TokenLayout | VideoGrid | None = None
+) -> Explanation:
     """Says which implementation a method would run on these tensors, and why not each faster one; runs nothing.
 
     Args:
         query, key, value: as the method takes them, [B, H, L, D].
         config: an `SLAConfig` or a `VSAConfig`.
-        layout: the video's grid, where the method needs it (VSA: its cubes are the blocks).
+        layout: of the sequence, or only the video's grid, where the method needs it (VSA: its cubes are the blocks).
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     method = method_of(config)
     validate_qkv(query, key, value)
-    if layout is not None and not isinstance(layout, VideoGrid):
-        raise TypeError(f"layout must be a VideoGrid, got {layout!r}")
-    blocks = method.module_type.kernel_blocks(config, layout)
+    grid, _ = resolve_layout(None, layout)
+    blocks = method.module_type.kernel_blocks(config, grid)
     impl = resolve_impl("auto", query, key, value, *blocks)
     faster = BACKENDS[: BACKENDS.index(impl)] if impl in BACKENDS else BACKENDS
     reasons = ((name, why_not(name, query, key, value, *blocks)) for name in faster)

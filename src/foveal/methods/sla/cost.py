@@ -11,7 +11,7 @@ from foveal.methods.sla.feature_maps import feature_dim
 def cost_parts(config: SLAConfig, shape: AttentionShape) -> tuple[CostPart, ...]:
     """The parts of a forward pass; those that a configuration lacks are absent.
 
-    - `reorder`: to tile order and back (token_order "tile").
+    - `reorder`: to tile order and back (token_order "tile"), and protected keys to behind the video's.
     - `selection`: pooling and pooled scores. It has no backward.
     - `sparse`: softmax attention on the critical blocks.
     - `feature map`: the products of "hedgehog".
@@ -27,9 +27,12 @@ def cost_parts(config: SLAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
     pairs, head_dim, dtype_bytes = shape.pairs, shape.head_dim, shape.dtype_bytes
     query_length, key_length = shape.query_length, shape.key_length
     features = feature_dim(config.feature_map, head_dim)
-    rows, columns = -(-query_length // config.block_q), -(-key_length // config.block_k)
+    protected_length = 0 if shape.layout is None else shape.layout.num_protected
+    protected = -(-protected_length // config.block_k)
+    rows, ranked = -(-query_length // config.block_q), -(-(key_length - protected_length) // config.block_k)
+    columns = ranked + protected
     padded_queries, padded_keys = rows * config.block_q, columns * config.block_k
-    critical = max(1, count(config.keep_ratio, columns)) if config.keep_ratio else 0
+    critical = (max(1, count(config.keep_ratio, ranked)) if config.keep_ratio else 0) + protected
     masked = config.linear_scope in ("marginal", "noncritical")
 
     query_bytes = pairs * query_length * head_dim * dtype_bytes
@@ -40,8 +43,10 @@ def cost_parts(config: SLAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
     parts = []
     if config.token_order == "tile":
         parts.append(CostPart("reorder", 0, 2 * (query_bytes + 2 * key_bytes + query_bytes)))
-    pooling = pairs * (query_length + key_length) * head_dim
-    scores = 2 * pairs * rows * columns * head_dim
+    elif shape.layout is not None:
+        parts.append(CostPart("reorder", 0, 2 * 2 * key_bytes))
+    pooling = pairs * (query_length + key_length - protected_length) * head_dim
+    scores = 2 * pairs * rows * ranked * head_dim
     parts.append(CostPart("selection", pooling + scores, query_bytes + key_bytes + list_bytes + mask_bytes, backward=0))
     if critical:
         lse_bytes = pairs * query_length * FLOAT32_BYTES

@@ -1,11 +1,12 @@
-"""What VSA costs, part by part. A cube counts as its whole slot."""
+"""What VSA costs, part by part. A cube, and a chunk of a protected segment, counts as its whole slot."""
 
 from __future__ import annotations
 
-from foveal.blocks import count
+import math
+
 from foveal.methods.cost import FLOAT32_BYTES, INDEX_BYTES, AttentionShape, CostPart
 from foveal.methods.vsa.config import VSAConfig
-from foveal.methods.vsa.layout import resolve_tile, slot_size
+from foveal.methods.vsa.layout import kept_cubes, kept_video_cubes, resolve_tile, slot_size
 
 
 def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]:
@@ -14,48 +15,52 @@ def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
     - `reorder`: to the slotted tile order and back.
     - `coarse`: pooling and pooled attention.
     - `selection`: only the ranking, so no FLOPs.
-    - `fine`: softmax attention on the chosen cubes.
+    - `fine`: softmax attention on the chosen cubes, and on the protected chunks of a packed sequence.
     - `gates`: their linear projections, from hidden states of width heads * head_dim.
     - `combine`: Gc * Oc + Gf * Of.
 
     The backward takes 2.5 times the forward's FLOPs for `fine` (five products for two, the scores recomputed), and 2
     for the others.
     """
-    grid, pairs, head_dim, dtype_bytes = shape.grid, shape.pairs, shape.head_dim, shape.dtype_bytes
-    tile = resolve_tile(config, grid)
-    cubes, slot = grid.num_cubes(tile), slot_size(tile)
-    slots = cubes * slot
-    critical = min(config.topk, cubes) if config.topk is not None else max(1, count(config.keep_ratio, cubes))
+    pairs, head_dim, dtype_bytes = shape.pairs, shape.head_dim, shape.dtype_bytes
+    tile = resolve_tile(config, shape.grid)
+    cubes, slot = shape.grid.num_cubes(tile), slot_size(tile)
+    tokens, chunks, kept = shape.key_length, 0, kept_cubes(config, cubes)
+    if shape.layout is not None:
+        chunks, kept = shape.layout.num_chunks(math.prod(tile)), kept_video_cubes(config, cubes)
+    tiles = cubes + chunks
+    critical = kept + chunks
+    query_slots, slots = cubes * slot, tiles * slot
 
-    token_bytes = pairs * grid.num_tokens * head_dim * dtype_bytes
+    token_bytes = pairs * tokens * head_dim * dtype_bytes
     slot_bytes = pairs * slots * head_dim * dtype_bytes
-    pooled_bytes = pairs * cubes * head_dim * FLOAT32_BYTES
-    score_bytes = pairs * cubes * cubes * FLOAT32_BYTES
+    pooled_bytes = pairs * tiles * head_dim * FLOAT32_BYTES
+    score_bytes = pairs * tiles * tiles * FLOAT32_BYTES
     list_bytes = pairs * cubes * (critical + 1) * INDEX_BYTES
     lse_bytes = pairs * slots * FLOAT32_BYTES
 
     hidden_dim = shape.heads * head_dim
     gates = 2 if config.fine_gate else 1
-    hidden_bytes = shape.batch * grid.num_tokens * hidden_dim * dtype_bytes
+    hidden_bytes = shape.batch * tokens * hidden_dim * dtype_bytes
     weight_bytes = hidden_dim * (hidden_dim + 1) * FLOAT32_BYTES
-    elements = pairs * grid.num_tokens * head_dim
+    elements = pairs * tokens * head_dim
     return (
         CostPart("reorder", 0, 4 * (token_bytes + slot_bytes)),
         CostPart(
             "coarse",
-            3 * pairs * slots * head_dim + 4 * pairs * cubes * cubes * head_dim,
+            3 * pairs * slots * head_dim + 4 * pairs * tiles * tiles * head_dim,
             3 * slot_bytes + score_bytes + pooled_bytes,
         ),
         CostPart("selection", 0, score_bytes + list_bytes),
         CostPart(
             "fine",
-            4 * pairs * slots * critical * slot * head_dim,
+            4 * pairs * query_slots * critical * slot * head_dim,
             4 * slot_bytes + list_bytes + lse_bytes,
             backward=2.5,
         ),
         CostPart(
             "gates",
-            gates * 2 * shape.batch * grid.num_tokens * hidden_dim * hidden_dim,
+            gates * 2 * shape.batch * tokens * hidden_dim * hidden_dim,
             hidden_bytes + gates * (weight_bytes + token_bytes),
         ),
         CostPart("combine", (gates + 1) * elements, (gates + 2) * token_bytes + pooled_bytes),

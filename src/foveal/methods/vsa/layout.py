@@ -31,6 +31,18 @@ def slot_size(tile: tuple[int, int, int]) -> int:
     return max(16, 1 << (math.prod(tile) - 1).bit_length())
 
 
+def kept_cubes(config: VSAConfig, cubes: int) -> int:
+    """How many of a video's cubes each cube attends to."""
+    return min(config.topk, cubes) if config.topk is not None else max(1, count(config.keep_ratio, cubes))
+
+
+def kept_video_cubes(config: VSAConfig, cubes: int) -> int:
+    """The same in a packed sequence, where a ratio rounds up, as in the released checkpoints for MiniMax-H3."""
+    if config.topk is not None:
+        return min(config.topk, cubes)
+    return max(1, min(math.ceil(config.keep_ratio * cubes - 1e-6), cubes))
+
+
 class CubeLayout:
     """The blocks of one call.
 
@@ -71,8 +83,7 @@ class CubeLayout:
     @property
     def kept(self) -> int:
         """Cubes that each cube attends to."""
-        config, total = self.config, self.num_cubes
-        return min(config.topk, total) if config.topk is not None else max(1, count(config.keep_ratio, total))
+        return kept_cubes(self.config, self.num_cubes)
 
     @property
     def uniform_size(self) -> int | None:
