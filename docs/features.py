@@ -30,6 +30,7 @@ ROWS = {
     "CogVideoX": ("test_cogvideox", "TestCogVideoX"),
     "LTX-Video": ("test_ltx_video", "TestLTXVideo"),
     "LTX-2": ("test_ltx2", "TestLTX2"),
+    "MiniMax-H3": ("test_minimax_h3", "TestMiniMaxH3"),
     "Flux": ("test_flux", "TestFlux"),
 }
 # A column: the tests that stand for it, by the beginnings of their names.
@@ -56,6 +57,7 @@ WITHOUT = {
     ("pipeline", "FramePack"): "transformer only",
     ("pipeline", "HunyuanVideo 1.5"): "transformer only",
     ("pipeline", "LTX-2"): "transformer only",
+    ("pipeline", "MiniMax-H3"): "its loop",
 }
 COMBINATIONS = {
     "compiled blocks of several kinds, checkpointed": ("test_combinations", "test_compiled_blocks"),

@@ -30,8 +30,11 @@ CALLS = {
 }
 
 MODELS = {
-    "a name": (lambda: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "with a transformer or transformer_2, got str"),
-    "a class": (lambda: type(tiny_transformer()), "with a transformer or transformer_2, got type"),
+    "a name": (
+        lambda: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "transformer_2 or transformer_ref, got str",
+    ),
+    "a class": (lambda: type(tiny_transformer()), "transformer_2 or transformer_ref, got type"),
     "nothing": (lambda: None, "got NoneType"),
     "another model": (lambda: torch.nn.Linear(2, 2), "must be one of WanTransformer3DModel.*, got Linear"),
     "a block": (lambda: tiny_transformer().blocks[0], "must be one of .*, got WanTransformerBlock"),

@@ -406,7 +406,7 @@ def test_set_policy_refuses():
         set_policy(sparsify(pipeline, SPARSE_SLA), Policy(dense_first_steps=1))
     with pytest.raises(ValueError, match="no sparse layer for a policy; call sparsify first"):
         set_policy(tiny_transformer(), Policy(dense_above=900))
-    with pytest.raises(TypeError, match="transformer or transformer_2, got str"):
+    with pytest.raises(TypeError, match="transformer, transformer_2 or transformer_ref, got str"):
         set_policy("wan", Policy())
     with pytest.raises(ValueError, match="keep_ratio must be above 0 for VSA"):
         set_policy(sparse(SPARSE_VSA), Policy(keep_ratio={0: 0.0}))

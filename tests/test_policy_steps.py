@@ -10,7 +10,7 @@ from tiny_wan import SPARSE_SLA, inputs, run, tiny_transformer
 
 from foveal import Policy, set_policy, sparsify
 from foveal.models.processor import state_of
-from foveal.models.schedules import place_in
+from foveal.models.schedules import TimestepScale, place_in
 
 
 def letters(model, log):
@@ -111,7 +111,7 @@ def test_second_order_steps_have_two_evaluations(dtype):
 def test_a_last_sigma_of_zero_is_no_step():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.0])
-    places = [place_in(scheduler, timestep.expand(2), 1.0) for timestep in scheduler.timesteps[:-1]]
+    places = [place_in(scheduler, timestep.expand(2), TimestepScale()) for timestep in scheduler.timesteps[:-1]]
     assert places == [(0, 3), (1, 3), (2, 3)]
 
 
@@ -123,7 +123,9 @@ def test_a_pipeline_that_leaves_out_the_last_timestep():
         _num_timesteps = 5
 
     sliding = LTXI2VLongMultiPromptPipeline()
-    places = [place_in(scheduler, timestep[None], 1.0, pipeline=sliding) for timestep in scheduler.timesteps[:-1]]
+    places = [
+        place_in(scheduler, timestep[None], TimestepScale(), pipeline=sliding) for timestep in scheduler.timesteps[:-1]
+    ]
     assert places == [(step, 4) for step in range(4)]
 
 
@@ -144,4 +146,4 @@ def test_timesteps_that_were_cast_and_divided(dtype, divisor):
     scheduler.set_timesteps(8)
     for step, timestep in enumerate(scheduler.timesteps):
         scheduler._step_index = step
-        assert place_in(scheduler, (timestep.expand(2).to(dtype) / divisor), divisor) == (step, 8)
+        assert place_in(scheduler, (timestep.expand(2).to(dtype) / divisor), TimestepScale(divisor)) == (step, 8)

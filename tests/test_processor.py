@@ -217,7 +217,7 @@ def test_wrong_arguments(arguments, error, match):
 def test_unsupported_models(use):
     with pytest.raises(TypeError, match=r"one of WanTransformer3DModel, .*, or a pipeline with one, got Linear"):
         use(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="transformer or transformer_2, got str"):
+    with pytest.raises(TypeError, match="transformer, transformer_2 or transformer_ref, got str"):
         use("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
 
 

@@ -26,10 +26,13 @@ USUAL_VAE_STRIDES = {
     "cogvideox": (4, 8, 8),
     "ltx_video": (8, 32, 32),
     "ltx2": (8, 32, 32),
+    "minimax_h3": (4, 16, 16),
     "flux": (1, 8, 8),
 }
 # Its pipeline folds squares of latents into tokens, which no configuration says. It makes images.
 _PACKED_IMAGES = {"flux": (1, 2, 2)}
+# Their VAEs take frames in chunks: (frames and latents of a chunk, frames and latents of the end).
+_CHUNKS = {"minimax_h3": ((17, 5), (5, 2))}
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,11 @@ class ModelSize:
             check_positive_int(name, side)
         if self.family in _PACKED_IMAGES and frames != 1:
             raise ValueError(f"frames must be 1 for {self.name}, which makes images, got {frames}")
-        stride = self.vae_strides[0]
-        # Video VAEs keep the first frame separate. An odd latent frame at the end is padded.
-        if (frames - 1) % stride:
-            raise ValueError(f"frames must be 1 more than a multiple of {stride} for {self.name}, got {frames}")
-        cells = [-(-((frames - 1) // stride + 1) // self.patch_size[0])]
+        # Most video VAEs keep the first frame separate. An odd latent frame at the end is padded.
+        (chunk, latents), (end, end_latents) = _CHUNKS.get(self.family, ((self.vae_strides[0], 1), (1, 1)))
+        if frames < end or (frames - end) % chunk:
+            raise ValueError(f"frames must be {end} more than a multiple of {chunk} for {self.name}, got {frames}")
+        cells = [-(-((frames - end) // chunk * latents + end_latents) // self.patch_size[0])]
         for axis, (name, side) in enumerate((("height", height), ("width", width)), start=1):
             pixels = self.vae_strides[axis] * self.patch_size[axis]
             if side % pixels:
@@ -97,6 +100,7 @@ MODEL_SIZES = {
         ModelSize("cogvideox-5b", "cogvideox", 42, 48, 64, (4, 8, 8), (1, 2, 2)),
         ModelSize("ltx-video", "ltx_video", 28, 32, 64, (8, 32, 32), (1, 1, 1)),
         ModelSize("ltx-2", "ltx2", 48, 32, 128, (8, 32, 32), (1, 1, 1)),
+        ModelSize("minimax-h3", "minimax_h3", 50, 56, 128, (4, 16, 16), (1, 2, 2)),
         ModelSize("flux", "flux", 57, 24, 128, (1, 8, 8), (1, 2, 2)),
     )
 }

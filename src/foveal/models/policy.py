@@ -22,7 +22,7 @@ from foveal.methods.base import Config
 from foveal.models.families.table import components_of, family_of
 from foveal.models.layers import choose_layers
 from foveal.models.processor import sparse_processors, state_of
-from foveal.models.schedules import TIMESTEP_DIVISORS, calling_pipeline, highest_timestep, place_in, said_step
+from foveal.models.schedules import TIMESTEP_SCALES, TimestepScale, calling_pipeline, place_in, said_step
 from foveal.models.state import Phase
 
 Model = TypeVar("Model")
@@ -208,13 +208,13 @@ class PolicyClock:
         step = num_steps = None
         if policy.counts_steps:
             step, num_steps = self._step(transformer, timestep) or (None, None)
-        return policy.phase(step, num_steps, _read(transformer, timestep) if policy.reads_timestep else None)
+        return policy.phase(step, num_steps, _scale(transformer).in_policy(timestep) if policy.reads_timestep else None)
 
     def _step(self, transformer: nn.Module, timestep: Any) -> tuple[int, int] | None:
         """(denoising step, how many) of this forward; None in training, and where the schedule does not have it."""
         pipeline = calling_pipeline(transformer)
         if pipeline is not None:
-            place = place_in(pipeline.scheduler, timestep, _divisor(transformer), pipeline=pipeline)
+            place = place_in(pipeline.scheduler, timestep, _scale(transformer), pipeline=pipeline)
             if place is not None:
                 return place
         said = said_step()
@@ -225,7 +225,7 @@ class PolicyClock:
                 return None
             if self.scheduler is None:
                 raise ValueError(UNKNOWN_STEP)
-            place = place_in(self.scheduler, timestep, _divisor(transformer))
+            place = place_in(self.scheduler, timestep, _scale(transformer))
             if place is not None:
                 return place
         warnings.warn(NOT_IN_SCHEDULE, stacklevel=2)
@@ -370,9 +370,5 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(part) for part in value] if isinstance(value, tuple) else value
 
 
-def _divisor(transformer: nn.Module) -> float:
-    return TIMESTEP_DIVISORS.get(family_of(transformer).name, 1.0)
-
-
-def _read(transformer: nn.Module, timestep: Any) -> float | None:
-    return highest_timestep(timestep, _divisor(transformer))
+def _scale(transformer: nn.Module) -> TimestepScale:
+    return TIMESTEP_SCALES.get(family_of(transformer).name, TimestepScale())

@@ -7,7 +7,7 @@ import contextvars
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,33 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from foveal.models.families.table import PIPELINE_COMPONENTS
 
-# Families whose pipelines divide the schedule's timesteps by this before they call the transformer.
-TIMESTEP_DIVISORS = {"flux": 1000.0}
+
+class TimestepScale(NamedTuple):
+    """How the timesteps that a transformer is called with relate to those of its schedule and of a policy.
+
+    Args:
+        divisor: what the pipeline divides the schedule's timesteps by before it calls the transformer.
+        rising: the schedule goes from 0, pure noise, up to 1; otherwise from 1000 down to 0.
+    """
+
+    divisor: float = 1.0
+    rising: bool = False
+
+    def in_schedule(self, timestep: Any) -> float:
+        """That of the most noise among a transformer's timesteps, on the host, as the schedule has it."""
+        if isinstance(timestep, Tensor):
+            timestep = timestep.min() if self.rising else timestep.max()
+        return float(timestep) * self.divisor
+
+    def in_policy(self, timestep: Any) -> float | None:
+        """The same as policies have it, 1000 for pure noise; None for None."""
+        if timestep is None:
+            return None
+        return 1000.0 * (1.0 - self.in_schedule(timestep)) if self.rising else self.in_schedule(timestep)
+
+
+# Those of the other families are the schedule's, from 1000 down.
+TIMESTEP_SCALES = {"flux": TimestepScale(divisor=1000.0), "minimax_h3": TimestepScale(rising=True)}
 
 # What a method of a pipeline calls the pipeline; blocks of a modular one get it as an argument.
 _PIPELINE_NAMES = ("self", "components")
@@ -96,7 +121,7 @@ def _unwrapped(part: Any) -> Any:
     return part
 
 
-def place_in(scheduler: Any, timestep: Any, divisor: float, *, pipeline: Any = None) -> tuple[int, int] | None:
+def place_in(scheduler: Any, timestep: Any, scale: TimestepScale, *, pipeline: Any = None) -> tuple[int, int] | None:
     """(denoising step, how many) of a forward, from 0; None if the schedule does not have its timestep.
 
     The generation may begin after the schedule does (video to video) and end before it (sliding windows leave out the
@@ -106,7 +131,7 @@ def place_in(scheduler: Any, timestep: Any, divisor: float, *, pipeline: Any = N
     Args:
         scheduler: of diffusers.
         timestep: what the transformer was called with; None if it was not given.
-        divisor: see `TIMESTEP_DIVISORS`.
+        scale: of the transformer's family.
         pipeline: the one that calls; None for a loop of one's own.
     """
     timesteps = getattr(scheduler, "timesteps", None)
@@ -115,7 +140,7 @@ def place_in(scheduler: Any, timestep: Any, divisor: float, *, pipeline: Any = N
     schedule = _SCHEDULES.get(timesteps)
     if schedule is None:
         schedule = _SCHEDULES[timesteps] = _Schedule(*_read_schedule(scheduler, timesteps))
-    index = _index_in(scheduler, schedule.values, timesteps, timestep, divisor)
+    index = _index_in(scheduler, schedule.values, timesteps, timestep, scale)
     if index is None:
         return None
     begin, end = schedule.begin, schedule.end
@@ -138,13 +163,6 @@ def place_in(scheduler: Any, timestep: Any, divisor: float, *, pipeline: Any = N
     return max(0, index - begin) // order, -(-(end - begin) // order)
 
 
-def highest_timestep(timestep: Any, divisor: float) -> float | None:
-    """The highest of the timesteps that a transformer was called with, on the host, as a schedule has it."""
-    if timestep is None:
-        return None
-    return float(timestep.max() if isinstance(timestep, Tensor) else timestep) * divisor
-
-
 def _read_schedule(scheduler: Any, timesteps: Any) -> tuple[list[float], int]:
     values = [float(t) for t in timesteps.tolist()]
     sigmas, end = getattr(scheduler, "sigmas", None), len(values)
@@ -155,7 +173,7 @@ def _read_schedule(scheduler: Any, timesteps: Any) -> tuple[list[float], int]:
     return values, end
 
 
-def _index_in(scheduler: Any, values: list[float], timesteps: Any, timestep: Any, divisor: float) -> int | None:
+def _index_in(scheduler: Any, values: list[float], timesteps: Any, timestep: Any, scale: TimestepScale) -> int | None:
     """Which of the schedule's timesteps a forward has; None if none."""
     expected = getattr(scheduler, "step_index", None)
     if expected is None:
@@ -166,7 +184,7 @@ def _index_in(scheduler: Any, values: list[float], timesteps: Any, timestep: Any
         index = _index_of_view(timesteps, timestep)
         if index is not None:
             return index
-    now = highest_timestep(timestep, divisor)
+    now = scale.in_schedule(timestep)
     tolerance = 1e-6 * (1 + abs(now))
     if isinstance(timestep, Tensor):
         # Pipelines cast it to the latents' dtype, or cut off its fraction.

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from foveal.layout import VideoGrid
-from foveal.models.families import cogvideox, flux, hunyuan_video, hunyuan_video15, ltx2, ltx_video, wan
+from foveal.models.families import cogvideox, flux, hunyuan_video, hunyuan_video15, ltx2, ltx_video, minimax_h3, wan
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,13 @@ FAMILIES = {
             ("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
             ltx2,
         ),
+        _family("minimax_h3", "MiniMaxH3Transformer3DModel", ("MiniMaxH3AttnProcessor",), minimax_h3),
         _family("flux", "FluxTransformer2DModel", ("FluxAttnProcessor",), flux),
     )
 }
 
-PIPELINE_COMPONENTS = ("transformer", "transformer_2")
+# Wan 2.2 has one transformer for high and one for low noise; MiniMax-H3 one for references.
+PIPELINE_COMPONENTS = ("transformer", "transformer_2", "transformer_ref")
 
 
 def family_of(transformer: nn.Module) -> Family:
@@ -110,10 +112,8 @@ def components_of(model: Any) -> dict[str, nn.Module]:
         components = {name: getattr(model, name, None) for name in PIPELINE_COMPONENTS}
         components = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
         if not components:
-            raise TypeError(
-                f"model must be a transformer or a pipeline with a {' or '.join(PIPELINE_COMPONENTS)}, "
-                f"got {type(model).__name__}"
-            )
+            names = f"{', '.join(PIPELINE_COMPONENTS[:-1])} or {PIPELINE_COMPONENTS[-1]}"
+            raise TypeError(f"model must be a transformer or a pipeline with a {names}, got {type(model).__name__}")
     for part in components.values():
         family_of(part)
     return components

@@ -1,0 +1,111 @@
+"""MiniMax-H3 (`MiniMaxH3Transformer3DModel` of diffusers): joint attention over one packed sequence.
+
+A request is one sequence of rows: text, the frames of conditions or references, audio, and at the end the video that
+is made. The rows before that video are protected, like text elsewhere: every query sees them, and their queries see
+everything. The token refiner's blocks attend to text only and stay dense, though their attention is of the same class.
+
+The batch repeats one layout. The heads together are wider (7,168) than the hidden states (5,376).
+
+Shape legend: B batch, N rows of the sequence, C hidden width, H heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from foveal.layout import VideoGrid
+from foveal.models.readers import layers_of_blocks
+from foveal.models.self_attention import LayerAttention, check_absent, dimensions, grid_of_coordinates, joint_attention
+
+__all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
+
+
+class _Read(NamedTuple):
+    """What was read of a request: the grid, from these versions of its positions and of the indices of its video."""
+
+    version: tuple[int, int]
+    video_indices: weakref.ref
+    grid: VideoGrid
+
+
+# By the request's `position_ids`, which every step of it passes again.
+_REQUESTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
+    """The attention modules of the blocks by qualified name, without those of `token_refiner`."""
+    return layers_of_blocks(transformer, ("transformer_blocks",), "attn")
+
+
+def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
+    """The grid of the video that is made: the rows at the end with one timestep, by their `position_ids` [N, 3].
+
+    Reading them makes the host wait for the device, once per request.
+
+    Raises:
+        ValueError: the sequence does not end with the rows of one video in raster order.
+    """
+    positions, video_indices = arguments["position_ids"], arguments["video_indices"]
+    # Tensors made in inference mode have no version, and nothing but inference changes them.
+    version = tuple(0 if x.is_inference() else x._version for x in (positions, video_indices))
+    known = _REQUESTS.get(positions)
+    if known is not None and known.version == version and known.video_indices() is video_indices:
+        return known.grid
+    length = positions.shape[0]
+    # Condition frames stand directly before the video if there is no audio; they have a timestep of their own.
+    rows, timesteps = video_indices.cpu(), arguments["timestep_indices"].cpu()
+    made = torch.zeros(length, dtype=torch.bool)
+    made[rows] = timesteps[rows] == timesteps[-1]
+    first = length - int(made.flip(0).long().cumprod(0).sum())
+    if first == length:
+        raise ValueError(
+            "video_indices must hold the last row of the sequence: the video that is made comes last, after text, "
+            f"conditions, and audio; got {length} rows"
+        )
+    grid = grid_of_coordinates("position_ids", positions[first:].T)
+    _REQUESTS[positions] = _Read(version, weakref.ref(video_indices), grid)
+    return grid
+
+
+def self_attention(
+    attn: nn.Module,
+    sparse_attention: LayerAttention,
+    hidden_states: Tensor,
+    rotary_emb: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """What diffusers' `MiniMaxH3AttnProcessor` does, with `sparse_attention` in the middle.
+
+    Args:
+        attn: the layer's `MiniMaxH3Attention`.
+        sparse_attention: the method's attention.
+        hidden_states: [B, N, C], the video last.
+        rotary_emb: cosines and sines, [N, rotated dimensions] each.
+        attention_mask: must be None.
+
+    Raises:
+        ValueError: a mask came, which the model never passes.
+    """
+    from diffusers.models.transformers.transformer_minimax_h3 import _apply_rotary_emb
+
+    check_absent(attention_mask=attention_mask)
+    if attn.fused_projections:
+        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+    else:
+        query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
+    query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    if rotary_emb is not None:
+        query, key = (_apply_rotary_emb(x, *rotary_emb) for x in (query, key))
+    first = hidden_states.shape[1] - sparse_attention.video_tokens
+    query, key, value = (torch.cat((x[:, first:], x[:, :first]), 1) for x in (query, key, value))
+    output, protected = joint_attention(sparse_attention, query, key, value, hidden_states[:, first:])
+    output = torch.cat((protected, output), 1)
+    for layer in attn.to_out:
+        output = layer(output)
+    return output
