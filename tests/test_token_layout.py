@@ -23,13 +23,17 @@ def test_what_a_layout_says():
         LAYOUT.before = ()
 
 
-def test_split_gives_views_in_order():
-    x = torch.arange(118).view(1, 1, 118, 1)
-    before, video, after = LAYOUT.split(x)
-    assert torch.equal(torch.cat((before, video, after), 2), x)
-    assert torch.equal(video, x[:, :, LAYOUT.video])
+@pytest.mark.parametrize("layout", [LAYOUT, TokenLayout(GRID, (7, 1)), TokenLayout(GRID, (), (20,)), TokenLayout(GRID)])
+def test_split_and_join(layout):
+    x = torch.arange(layout.num_tokens).view(1, 1, -1, 1)
+    video, protected = layout.split(x)
+    assert torch.equal(video, x[:, :, layout.video])
     assert video.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    assert [part.shape[1] for part in LAYOUT.split(x[0, 0].T, 1)] == [8, 90, 20]
+    assert protected.flatten().tolist() == [i for i in range(layout.num_tokens) if i not in video]
+    assert torch.equal(layout.join(video, protected), x)
+    by_rows = layout.split(x[0, 0].T, 1)
+    assert torch.equal(by_rows[1][0], protected.flatten())
+    assert torch.equal(layout.join(*by_rows, 1)[0], x.flatten())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveal.checks import cached_constant, check_positive_int
+from foveal.checks import cached_constant, check_kv_lengths, check_positive_int
 
 
 def count(ratio: float, total: int) -> int:
@@ -161,6 +161,17 @@ def lists_from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     ordered = torch.where(mask, index, total).sort(-1).values
     counts = mask.sum(-1, dtype=torch.int32)
     return torch.where(ordered < total, ordered, 0), counts
+
+
+def append_blocks(critical: Tensor, counts: Tensor, blocks: range, valid: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Lists without gaps, int32 [B, H, Tq, W] and their counts, with `blocks` behind each row's entries.
+
+    Args:
+        valid: how many of `blocks` count, the first ones: int32 [B or 1], or one number for all samples.
+    """
+    more = torch.arange(blocks.start, blocks.stop, dtype=torch.int32, device=critical.device)
+    critical = torch.cat([critical, more.expand(*critical.shape[:3], -1)], -1)
+    return critical, counts + (valid if isinstance(valid, int) else valid[:, None, None])
 
 
 def pool_blocks(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
@@ -364,13 +375,7 @@ def _count_table(total: int, ratio: float | None, topk: int | None, device: torc
 def _sizes_from_lengths(
     kv_lengths: Tensor, batch: int, key_length: int, block_k: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    if not isinstance(kv_lengths, Tensor) or kv_lengths.is_floating_point():
-        raise TypeError(f"kv_lengths must be an integer tensor, got {getattr(kv_lengths, 'dtype', type(kv_lengths))}")
-    if tuple(kv_lengths.shape) != (batch,):
-        raise ValueError(f"kv_lengths must have shape [{batch}], got {list(kv_lengths.shape)}")
-    readable = kv_lengths.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and ((kv_lengths < 0) | (kv_lengths > key_length)).any():
-        raise ValueError(f"kv_lengths must be in [0, {key_length}], got {kv_lengths.tolist()}")
+    check_kv_lengths(kv_lengths, batch, 0, key_length)
     lengths = kv_lengths.to(device).clamp(0, key_length)
     starts = torch.arange(-(-key_length // block_k), device=device) * block_k
     sizes = (lengths[:, None] - starts).clamp(0, block_k).to(torch.int32)

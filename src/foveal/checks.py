@@ -124,6 +124,18 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
+def check_kv_lengths(kv_lengths: Any, batch: int, shortest: int, longest: int, limits: str = "in [{}, {}]") -> None:
+    """Raise a TypeError or ValueError unless these are numbers of valid keys, int [batch], within both limits."""
+    if not isinstance(kv_lengths, Tensor) or kv_lengths.is_floating_point():
+        raise TypeError(f"kv_lengths must be an integer tensor, got {getattr(kv_lengths, 'dtype', type(kv_lengths))}")
+    if tuple(kv_lengths.shape) != (batch,):
+        raise ValueError(f"kv_lengths must have shape [{batch}], got {list(kv_lengths.shape)}")
+    # Elsewhere a look at the values would make the host wait for the device.
+    readable = kv_lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and ((kv_lengths < shortest) | (kv_lengths > longest)).any():
+        raise ValueError(f"kv_lengths must be {limits.format(shortest, longest)}, got {kv_lengths.tolist()}")
+
+
 def validate_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise a TypeError or ValueError unless query, key, and value fit together."""
     for name, x in (("query", query), ("key", key), ("value", value)):

@@ -214,9 +214,18 @@ class TokenLayout:
         if length != self.num_tokens:
             raise ValueError(f"{self} has {self.num_tokens} tokens, but the tensors have {length}")
 
-    def split(self, x: Tensor, dim: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of the tokens before the video, of the video, and after it, along `dim`."""
-        return x.split(self.lengths, dim)
+    def split(self, x: Tensor, dim: int = 2) -> tuple[Tensor, Tensor]:
+        """The video's tokens, which are a view, and the protected ones, those before the video first, along `dim`."""
+        before, video, after = x.split(self.lengths, dim)
+        if not (self.before and self.after):
+            return video, before if self.before else after
+        return video, torch.cat((before, after), dim)
+
+    def join(self, video: Tensor, protected: Tensor, dim: int = 2) -> Tensor:
+        """The inverse of `split`."""
+        before, _, after = self.lengths
+        before, after = protected.split((before, after), dim)
+        return torch.cat((before, video, after), dim)
 
     def num_chunks(self, size: int) -> int:
         """How many chunks of at most `size` tokens the protected segments are cut into; no chunk has tokens of two."""

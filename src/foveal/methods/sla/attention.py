@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveal.blocks import BlockSelection, selection_rule
-from foveal.checks import check_choice, check_positive_int, check_scale, validate_qkv, without_autocast
+from foveal.blocks import BlockSelection, count, selection_rule
+from foveal.checks import (
+    check_choice,
+    check_kv_lengths,
+    check_positive_int,
+    check_scale,
+    validate_qkv,
+    without_autocast,
+)
 from foveal.kernels.api import (
     IMPLS,
     block_sparse_attention,
@@ -16,10 +25,12 @@ from foveal.kernels.api import (
     select_blocks,
     validate_selection,
 )
-from foveal.layout import VideoGrid, tile_indices
+from foveal.kernels.dense import dense_attention
+from foveal.layout import TokenLayout, VideoGrid, resolve_layout, tile_indices
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.feature_maps import apply_feature_map
 from foveal.methods.sla.linear import linear_branch
+from foveal.methods.sla.packed import PackedKeys
 
 
 @without_autocast
@@ -34,6 +45,7 @@ def sla_attention(
     proj_bias: Tensor | None = None,
     feature_weight: Tensor | None = None,
     grid: VideoGrid | None = None,
+    layout: TokenLayout | VideoGrid | None = None,
     protected_keys: tuple[int, int] | None = None,
     kv_lengths: Tensor | None = None,
     scale: float | None = None,
@@ -51,10 +63,16 @@ def sla_attention(
         feature_weight: [D, D], for feature_map "hedgehog" alone.
         grid: the video's shape in tokens, needed for token_order "tile". Lq is its number of tokens; in tile order so
             is Lk, but for keys after the video's (text), which stay where they are.
+        layout: of a packed sequence, instead of `grid`. With protected segments query, key, value, and the output are
+            the whole sequence in order, [B, H, layout.num_tokens, D]. Protected queries get exact dense attention. The
+            video's queries read all protected keys exactly, beside the video's blocks that `config` picks: its ratios
+            count blocks of the video, and no block holds keys of the video and of a protected segment. The linear
+            branch sums over the video's keys, with linear_scope "all" over the protected ones too. A `selection` is
+            then one of `SparseLinearAttention.select` with this layout.
         protected_keys: token range [start, stop) whose key blocks every query attends to, text say. In tile order it
             must be all keys after the video's, and there have to be none without it.
         kv_lengths: int [B], valid keys at the front of each sample; the rest is padding. In tile order at least the
-            grid's number of tokens.
+            grid's number of tokens, and with a layout's protected segments all up to the end of the video.
         scale: softmax scale; None for 1 / sqrt(D).
         impl: "auto", "reference", "torch", "triton" or "gluon"; see `block_sparse_attention`.
 
@@ -71,8 +89,11 @@ def sla_attention(
     impl = resolve_impl(impl, query, key, value, config.block_q, config.block_k)
     scale = check_scale(scale, query.shape[-1])
 
-    if grid is not None and not isinstance(grid, VideoGrid):
-        raise TypeError(f"grid must be a VideoGrid, got {grid!r}")
+    grid, packed = resolve_layout(grid, layout)
+    if packed is not None:
+        weights = {"proj_weight": proj_weight, "proj_bias": proj_bias, "feature_weight": feature_weight}
+        keys = _packed_keys(query, key, packed, config, protected_keys, kv_lengths)
+        return _packed_attention(query, key, value, keys, config, selection, kv_lengths, scale, impl, weights)
     tile = None
     if config.token_order == "tile":
         if grid is None:
@@ -139,6 +160,53 @@ def sla_attention(
                 linear = F.linear(linear, proj_weight.to(linear.dtype), bias)
             output = (output + linear).to(query.dtype)
     return output if tile is None else grid.to_raster_order(output, tile)
+
+
+def _packed_keys(query, key, layout, config, protected_keys, kv_lengths) -> PackedKeys:
+    """The key blocks of a call with a layout's protected segments; a ValueError unless its arguments fit together."""
+    layout.check_length(query.shape[2])
+    layout.check_length(key.shape[2])
+    if protected_keys is not None:
+        raise ValueError("a layout names the protected keys; give protected_keys or a layout with segments, not both")
+    if kv_lengths is not None:
+        check_kv_lengths(kv_lengths, key.shape[0], layout.video.stop, layout.num_tokens)
+    return PackedKeys(layout, config.tile_for(layout.grid), config.block_k, kv_lengths, key.device)
+
+
+def _packed_attention(query, key, value, keys, config, selection, kv_lengths, scale, impl, weights) -> Tensor:
+    """SLA for the video's queries and dense attention for the protected ones, in sequence order."""
+    layout = keys.layout
+    video, protected = layout.split(query)
+    video = keys.video(video)
+    if selection is None:
+        # Without "marginal", what is negligible makes no difference.
+        drop_ratio = config.drop_ratio if config.linear_scope == "marginal" else 0.0
+        selection = _packed_selection(video, key, keys, config, drop_ratio, scale)
+    else:
+        validate_selection(selection, video, key[:, :, :1].expand(-1, -1, keys.length, -1))
+        selection = dataclasses.replace(selection, key_block_sizes=keys.sizes)
+    protected = dense_attention(protected, key, value, kv_lengths, scale)
+    key, value = keys.in_blocks(key), keys.in_blocks(value)
+    # They are in the order that blocks are cut from.
+    config = config if keys.tile is None else config.replace(token_order="raster")
+    video = sla_attention(video, key, value, config=config, selection=selection, scale=scale, impl=impl, **weights)
+    video = video if keys.tile is None else layout.grid.to_raster_order(video, keys.tile)
+    return layout.join(video, protected)
+
+
+def _packed_selection(video, key, keys, config, drop_ratio, scale=None) -> BlockSelection:
+    """The blocks that each block of the video's queries reads; `video` is in the order that blocks are cut from."""
+    selection = select_blocks(
+        video,
+        keys.video(key[:, :, keys.layout.video]),
+        block_q=config.block_q,
+        block_k=config.block_k,
+        keep_ratio=config.keep_ratio,
+        drop_ratio=drop_ratio,
+        scale=scale,
+    )
+    kept = max(1, count(config.keep_ratio, keys.video_blocks)) if config.keep_ratio else 0
+    return keys.with_protected(selection, kept)
 
 
 def _linear_output(query, key, value, config, selection, feature_weight) -> Tensor:
@@ -285,6 +353,7 @@ class SparseLinearAttention(nn.Module):
         value: Tensor,
         *,
         grid: VideoGrid | None = None,
+        layout: TokenLayout | VideoGrid | None = None,
         protected_keys: tuple[int, int] | None = None,
         kv_lengths: Tensor | None = None,
         selection: BlockSelection | None = None,
@@ -308,6 +377,7 @@ class SparseLinearAttention(nn.Module):
             proj_bias=bias,
             feature_weight=self.feature_weight,
             grid=grid,
+            layout=layout,
             protected_keys=protected_keys,
             kv_lengths=kv_lengths,
             impl=self.impl,
@@ -327,12 +397,21 @@ class SparseLinearAttention(nn.Module):
         key: Tensor,
         *,
         grid: VideoGrid | None = None,
+        layout: TokenLayout | VideoGrid | None = None,
         protected_keys: tuple[int, int] | None = None,
         kv_lengths: Tensor | None = None,
         config: SLAConfig | None = None,
     ) -> BlockSelection:
-        """The selection that `forward` makes for the same arguments, to look at."""
+        """The selection that `forward` makes for the same arguments, to look at.
+
+        With a layout's protected segments it has rows for blocks of the video, and columns for those of the video, then
+        for the protected keys.
+        """
         config = self.config if config is None else config
+        grid, packed = resolve_layout(grid, layout)
+        if packed is not None:
+            keys = _packed_keys(query, key, packed, config, protected_keys, kv_lengths)
+            return _packed_selection(keys.video(packed.split(query)[0]), key, keys, config, config.drop_ratio)
         tile = config.tile_for(grid)
         if tile is not None:
             query, key = (_to_tile_order(x, grid, tile) for x in (query, key))

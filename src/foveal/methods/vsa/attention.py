@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from foveal.blocks import BlockSelection, pool_blocks, pooled_scores
-from foveal.checks import check_choice, check_positive_int, check_scale, validate_qkv, without_autocast
+from foveal.checks import (
+    check_choice,
+    check_kv_lengths,
+    check_positive_int,
+    check_scale,
+    validate_qkv,
+    without_autocast,
+)
 from foveal.kernels.api import IMPLS, resolve_impl
 from foveal.layout import VideoGrid, tile_indices
 from foveal.methods.vsa.config import VSAConfig
@@ -139,18 +146,8 @@ def _validate(query, key, value, config, grid) -> None:
 
 
 def _validate_lengths(kv_lengths, key: Tensor, grid: VideoGrid) -> None:
-    batch, shortest, longest = key.shape[0], grid.num_tokens, key.shape[2]
-    if not isinstance(kv_lengths, Tensor) or kv_lengths.is_floating_point():
-        raise TypeError(f"kv_lengths must be an integer tensor, got {getattr(kv_lengths, 'dtype', type(kv_lengths))}")
-    if tuple(kv_lengths.shape) != (batch,):
-        raise ValueError(f"kv_lengths must have shape [{batch}], got {list(kv_lengths.shape)}")
-    # Elsewhere a look at the values would make the host wait for the device.
-    readable = kv_lengths.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and ((kv_lengths < shortest) | (kv_lengths > longest)).any():
-        raise ValueError(
-            f"kv_lengths must be between the video's {shortest} tokens and all {longest} keys, "
-            f"got {kv_lengths.tolist()}"
-        )
+    limits = "between the video's {} tokens and all {} keys"
+    check_kv_lengths(kv_lengths, key.shape[0], grid.num_tokens, key.shape[2], limits)
 
 
 def _constant_linear(inputs: int, outputs: int, value: float) -> nn.Linear:

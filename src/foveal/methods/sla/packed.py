@@ -1,0 +1,91 @@
+"""Where the keys of SLA stand in a packed sequence: the video's in blocks of their own, then the protected ones.
+
+The video's last block may be partial. The places behind it stay empty, so that no block holds keys of both. The
+protected keys follow without gaps: all of their blocks are critical, so it does not matter where one of them ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveal.blocks import BlockSelection, append_blocks
+from foveal.checks import cached_constant
+from foveal.layout import TokenLayout
+
+
+class PackedKeys:
+    """The key blocks of one call.
+
+    Args:
+        layout: of the sequence.
+        tile: the cube that the video's keys are sorted by; None for raster order.
+        block_k: tokens per block.
+        kv_lengths: int [B], valid keys at the front of each sample, in sequence order; None for all.
+
+    Attributes:
+        sizes: int32 [B or 1, T], valid keys of each block; None where all are full but the last.
+    """
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        tile: tuple[int, int, int] | None,
+        block_k: int,
+        kv_lengths: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self.layout, self.tile, self.block_k = layout, tile, block_k
+        video, protected = layout.grid.num_tokens, layout.num_protected
+        self.padding = -video % block_k
+        self.video_blocks, self.protected_blocks = -(-video // block_k), -(-protected // block_k)
+        self.sizes, self._protected_counts = None, self.protected_blocks
+        if self.padding or kv_lengths is not None:
+            self.sizes = _block_sizes(video, protected, block_k, device)
+        if kv_lengths is not None:
+            # Padding is at the end of the sequence, and so at the end of the protected keys.
+            starts = video + torch.arange(self.protected_blocks, device=device) * block_k
+            sizes = (kv_lengths.to(device)[:, None] - starts).clamp(min=0).minimum(self.sizes[:, self.video_blocks :])
+            self.sizes = torch.cat((self.sizes[:, : self.video_blocks].expand(sizes.shape[0], -1), sizes.int()), 1)
+            self._protected_counts = (sizes > 0).sum(1, dtype=torch.int32)
+
+    @property
+    def length(self) -> int:
+        """Places for keys, the empty ones included."""
+        return self.video_blocks * self.block_k + self.layout.num_protected
+
+    def video(self, x: Tensor) -> Tensor:
+        """The video's [B, H, Lv, D] in raster order, in the order that blocks are cut from."""
+        return x if self.tile is None else self.layout.grid.to_tile_order(x, self.tile)
+
+    def in_blocks(self, x: Tensor) -> Tensor:
+        """Keys or values [B, H, L, D] in sequence order to [B, H, length, D], zeros in the empty places."""
+        if self.tile is None and not self.layout.before and not self.padding:
+            return x
+        video, protected = self.layout.split(x)
+        return torch.cat((self.video(video), x.new_zeros((*x.shape[:2], self.padding, x.shape[3])), protected), 2)
+
+    def with_protected(self, selection: BlockSelection, kept: int) -> BlockSelection:
+        """A selection over the video's keys, of which each row keeps `kept` blocks, with the protected ones beside."""
+        blocks = range(self.video_blocks, self.video_blocks + self.protected_blocks)
+        lists = selection.critical[..., :kept], selection.critical_count
+        critical, counts = append_blocks(*lists, blocks, self._protected_counts)
+        marginal = selection.marginal
+        return dataclasses.replace(
+            selection,
+            critical=critical,
+            critical_count=counts,
+            marginal=None if marginal is None else F.pad(marginal, (0, self.protected_blocks)),
+            key_length=self.length,
+            key_block_sizes=self.sizes,
+        )
+
+
+@cached_constant
+def _block_sizes(video: int, protected: int, block: int, device: torch.device) -> Tensor:
+    """int32 [1, T]: the keys of each block, if all of them are valid."""
+    sizes = [min(block, length - start) for length in (video, protected) for start in range(0, length, block)]
+    return torch.tensor(sizes, dtype=torch.int32, device=device)[None]
