@@ -308,6 +308,28 @@ def test_summary():
         summary(model, (8, 16, 16))
 
 
+def test_summary_says_which_implementation_ran():
+    model = tiny_transformer(num_layers=3)
+    sparsify(model, SPARSE_SLA, layers=[0])
+    sparsify(model, VSAConfig(topk=3, tile="auto"), layers=[1], impl="reference")
+    assert " ran " not in str(summary(model)).splitlines()[2]
+    with torch.no_grad(), dense(model):
+        run(model)
+    assert [row.ran for row in summary(model).rows] == [None] * 3
+    with torch.no_grad():
+        run(model)
+    table = summary(model)
+    assert [row.ran for row in table.rows] == ["torch", "reference", None]
+    titles, _, *rows = str(table).splitlines()[2:]
+    place = titles.index("ran")
+    assert [row[place:].split()[0] for row in rows] == ["torch", "reference", "0"]
+    console = pytest.importorskip("rich.console").Console(width=160, record=True, file=io.StringIO())
+    console.print(table)
+    text = console.export_text()
+    assert "ran" in text
+    assert "reference" in text
+
+
 def test_summary_as_a_rich_table():
     console = pytest.importorskip("rich.console").Console(width=160, record=True, file=io.StringIO())
     console.print(summary(sparsify(tiny_transformer(), SLAConfig())))

@@ -95,7 +95,8 @@ class Method:
         module_type: the `nn.Module` that owns its parameters, with its configuration as the attribute `config`. Beside
             `forward` it has `select`, which takes the query, the key and the keyword arguments of `forward` and returns
             the `BlockSelection` that `forward` makes; and `token_places`, which takes a grid and returns, as int64 [L],
-            where each token in raster order stands in the order that blocks are cut from.
+            where each token in raster order stands in the order that blocks are cut from. It may have `last_impl`, the
+            implementation that its latest eager call ran, which `summary` then shows.
         build: (config, hidden_dim, num_heads, head_dim, impl) to that module.
         cost: (config, `AttentionShape`) to the forward pass's `CostPart`s, in the order in which they run.
         cells: (config, grid or None) to its `SummaryCells`.

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import nn
 
-from foveal.methods.base import METHODS, Config, method_of
+from foveal.methods.base import Config, method_of
 from foveal.models.context_parallel import check_parallel_config
 from foveal.models.families.table import Family, family_of
 from foveal.models.processor import SparseAttentionProcessor, parameters_of, sparse_processors, state_of
@@ -45,7 +45,7 @@ def build_attention(
 ) -> nn.Module:
     """The method's module for one attention layer, in its initial dtypes."""
     with torch.device(device):
-        return METHODS[method_of(config).name].build(config, *family.dimensions(attn), impl)
+        return method_of(config).build(config, *family.dimensions(attn), impl)
 
 
 def install(transformer: nn.Module, processors: dict[str, SparseAttentionProcessor]) -> None:

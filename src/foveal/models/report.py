@@ -14,7 +14,8 @@ from foveal.models.families.table import components_of, family_of
 from foveal.models.policy import Policy, get_policy
 from foveal.models.processor import sparse_processors, state_of
 
-COLUMNS = ("layer", "method", *(cell.name for cell in fields(SummaryCells)), "added", "fewer FLOPs")
+TEXTS = ("layer", "method", *(cell.name for cell in fields(SummaryCells)))
+NUMBERS = ("added", "fewer FLOPs")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class LayerSummary:
         grid: what the costs are for; None if none was given or seen.
         heads, head_dim: of the layer.
         held_dense: the policy keeps the layer dense, and its configuration waits.
+        ran: the implementation that the layer's latest eager sparse call ran, such as "triton"; None before the first
+            one, and where the method's module does not say.
     """
 
     layer: str
@@ -37,6 +40,7 @@ class LayerSummary:
     heads: int
     head_dim: int
     held_dense: bool = False
+    ran: str | None = None
 
     @property
     def method(self) -> str:
@@ -56,12 +60,13 @@ class LayerSummary:
         """Dense FLOPs of the attention over ours (see `attention_cost`); None without a grid."""
         return None if self.cost is None else self.cost.reduction
 
-    def cells(self) -> tuple[str, ...]:
-        """The texts of the table's columns."""
+    def cells(self, *, ran: bool = False) -> tuple[str, ...]:
+        """The texts of the table's columns, the one of `ran` only on request."""
         reduction = "" if self.reduction is None else f"{self.reduction:.1f}x"
         method = f"({self.method})" if self.held_dense else self.method
         settings = SummaryCells() if self.config is None else method_of(self.config).cells(self.config, self.grid)
-        return (self.layer, method, *astuple(settings), f"{self.parameters:,}", reduction)
+        implementation = (self.ran or "",) if ran else ()
+        return (self.layer, method, *astuple(settings), *implementation, f"{self.parameters:,}", reduction)
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Summary:
 
     Args:
         rows: one per self-attention layer, sparse or dense, in order of depth. A method in parentheses waits: the
-            policy keeps the layer dense.
+            policy keeps the layer dense. The column "ran" appears once a layer has run.
         policies: by component, of those that have one. Costs are those of a forward where they ask nothing but their
             `dense_layers`.
     """
@@ -106,26 +111,39 @@ class Summary:
             lines.extend(f"policy of {component}: {policy}" for component, policy in self.policies.items())
         return "\n".join(lines)
 
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]], int]:
+        """(titles of the columns, cells of each row, how many columns at the left are text and not numbers)."""
+        ran = any(row.ran is not None for row in self.rows)
+        texts = (*TEXTS, "ran") if ran else TEXTS
+        return (*texts, *NUMBERS), [row.cells(ran=ran) for row in self.rows], len(texts)
+
     def __str__(self) -> str:
-        table = [COLUMNS, *(row.cells() for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(_justify, row, widths, range(len(COLUMNS)))).rstrip() for row in table]
+        titles, rows, texts = self.table()
+        widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+        justify = [str.ljust] * texts + [str.rjust] * (len(titles) - texts)
+        lines = [
+            "  ".join(place(cell, width) for place, cell, width in zip(justify, row, widths, strict=True)).rstrip()
+            for row in (titles, *rows)
+        ]
         return "\n".join([self.title(), "", lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
     def __rich__(self) -> Any:
         from rich import box
         from rich.table import Table
 
+        titles, rows, texts = self.table()
         table = Table(title=self.title(), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-        for index, column in enumerate(COLUMNS):
-            table.add_column(column, justify="right" if index >= _FIRST_NUMBER else "left", no_wrap=index == 0)
-        for row in self.rows:
-            table.add_row(*row.cells(), style="dim" if row.config is None else None)
+        for index, title in enumerate(titles):
+            table.add_column(title, justify="left" if index < texts else "right", no_wrap=index == 0)
+        for row, cells in zip(self.rows, rows, strict=True):
+            table.add_row(*cells, style="dim" if row.config is None else None)
         return table
 
 
 def summary(model: Any, grid: VideoGrid | None = None) -> Summary:
     """What each self-attention layer of a model or pipeline runs, what it added, and how much arithmetic it saves.
+
+    After a forward, it also says which implementation ran in each layer.
 
     Args:
         model: what `sparsify` takes, sparse or dense.
@@ -157,13 +175,7 @@ def summary(model: Any, grid: VideoGrid | None = None) -> Summary:
                     heads=heads,
                     head_dim=head_dim,
                     held_dense=processor is not None and processor.held_dense,
+                    ran=None if processor is None else getattr(processor.attention, "last_impl", None),
                 )
             )
     return Summary(tuple(rows), policies)
-
-
-_FIRST_NUMBER = COLUMNS.index("added")
-
-
-def _justify(text: str, width: int, column: int) -> str:
-    return text.rjust(width) if column >= _FIRST_NUMBER else text.ljust(width)
