@@ -171,53 +171,126 @@ def test_addresses_that_cannot_be_served_at(tmp_path, capsys):
 
 def test_controls_stand_for_configurations():
     pytest.importorskip("gradio")
-    from foveal.lab.ui.page import configuration
+    from foveal.lab.ui.page import configuration, drop_limit
 
     assert configuration("VSA", 25, 50) == VSAConfig(keep_ratio=0.25)
-    assert configuration("SLA, tile order", 95, 10) == SLAConfig(keep_ratio=0.95, drop_ratio=0.05, token_order="tile")
+    assert configuration("SLA, tile order", 95, 5) == SLAConfig(keep_ratio=0.95, drop_ratio=0.05, token_order="tile")
+    assert drop_limit("SLA, tile order", 95) == 5
+    assert drop_limit("VSA", 25) is None
     with pytest.raises(ValueError, match="unknown method"):
         configuration("dense", 1, 1)
 
 
-def test_in_a_browser(folder, tmp_path):
-    """Loads the page in headless Chromium, clicks a token, moves a slider with the keyboard, changes the method."""
-    gradio = pytest.importorskip("gradio")
+@pytest.fixture
+def address(folder):
+    """Where the page is served."""
+    pytest.importorskip("gradio")
+    from foveal.lab.ui.page import build_page
+
+    page = build_page(folder)
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False)
+    yield address
+    page.close()
+
+
+def test_controls_follow_what_is_drawn(address):
+    """Over HTTP, as the page asks: what cannot be dropped is not, and the control is told so."""
+    client = pytest.importorskip("gradio_client").Client(address, verbose=False)
+
+    def draw(method, keep, drop, head=0):
+        _, facts, control = client.predict(method, keep, drop, "blocks.1.attn1", head, api_name="/draw")
+        return facts, control
+
+    facts, control = draw("SLA, tile order", 50, 10)
+    assert "| blocks read exactly | 3 of 6 |" in facts
+    assert control["interactive"]
+    assert "value" not in control
+    facts, control = draw("SLA, tile order", 50, 90)
+    assert control["value"] == 50
+    assert not draw("VSA", 50, 90)[1]["interactive"]
+    # Numbers out of range, as a number field sends them while they are typed.
+    assert "| blocks read exactly | 6 of 6 |" in draw("VSA", 500, 0)[0]
+    assert "mean over head 1 of blocks.1.attn1" in draw("VSA", 50, 0, head=7)[0]
+
+
+def test_the_open_video_is_what_the_controls_say(address, tmp_path):
+    client = pytest.importorskip("gradio_client").Client(address, verbose=False)
+    handle_file = pytest.importorskip("gradio_client").handle_file
+    mine, junk = tmp_path / "mine.mp4", tmp_path / "junk.mp4"
+    shutil.copyfile(sample_clip("bikes"), mine)
+    junk.write_text("no video")
+
+    def title():
+        return client.predict("VSA", 50, 0, "blocks.1.attn1", 0, api_name="/draw")[1].splitlines()[0]
+
+    clip, upload = client.predict(handle_file(mine), 0.5, 50, api_name="/open_upload")
+    assert (clip, upload.endswith("mine.mp4")) == (None, True)
+    assert title() == "**mine.mp4, noise level 0.5**"
+    client.predict(0.25, 10, api_name="/move")
+    assert title() == "**mine.mp4, noise level 0.25**"
+    assert client.predict("bikes", 0.5, 50, api_name="/open_clip") == ("bikes", None)
+    assert title() == "**bikes.mp4, noise level 0.5**"
+    # A file that is no video leaves everything as it was.
+    assert client.predict(handle_file(junk), 0.5, 50, api_name="/open_upload") == ("bikes", None)
+    assert title() == "**bikes.mp4, noise level 0.5**"
+    client.predict(handle_file(mine), 0.5, 50, api_name="/open_upload")
+    assert client.predict(0.5, 50, api_name="/close_upload") == ("bigbuckbunny", None)
+    assert title() == "**bigbuckbunny.mp4, noise level 0.5**"
+
+
+def test_in_a_browser(address, tmp_path):
+    """Loads the page in headless Chromium, clicks a token, and moves the controls in every way there is."""
     playwright = pytest.importorskip("playwright.sync_api")
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     if browser_path is None:
         pytest.skip("needs Chromium")
-    from foveal.lab.ui.page import build_page
-
-    assert gradio.__version__
-    page = build_page(folder)
-    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False)
-    try:
-        with playwright.sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-            tab = browser.new_page(viewport={"width": 1400, "height": 1000})
-            # On busy cores the server and the browser wait for each other for long.
-            tab.set_default_timeout(180000)
-            tab.goto(address)
-            facts = tab.locator("#facts")
-            facts.get_by_text("frame 2, row 4, column 6").wait_for()
-            facts.get_by_text("1 of 6").wait_for()
-            picture = tab.locator("#sheet img")
-            size = picture.bounding_box()
-            # Forced: whether the picture stands still and uncovered is no concern of this test.
-            picture.click(force=True, position={"x": size["width"] * 0.03, "y": size["height"] * 0.03})
-            facts.get_by_text("frame 0, row 0, column 0").wait_for()
-            first = picture.get_attribute("src")
-            slider = tab.locator("#keep input[type=range]")
-            slider.focus()
-            for _ in range(40):
-                slider.press("ArrowRight")
-            slider.dispatch_event("pointerup")
-            facts.get_by_text("3 of 6").wait_for()
-            assert picture.get_attribute("src") != first
-            tab.get_by_label("VSA").check()
-            facts.get_by_text("3 of 6").wait_for()
-            tab.screenshot(path=tmp_path / "page.png")
-            browser.close()
-        assert (tmp_path / "page.png").stat().st_size > 20000
-    finally:
-        page.close()
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1400, "height": 1000})
+        # On busy cores the server and the browser wait for each other for long.
+        tab.set_default_timeout(180000)
+        tab.goto(address)
+        facts = tab.locator("#facts")
+        facts.get_by_text("frame 2, row 4, column 6").wait_for()
+        facts.get_by_text("1 of 6").wait_for()
+        picture = tab.locator("#sheet img")
+        size = picture.bounding_box()
+        # Forced: whether the picture stands still and uncovered is no concern of this test.
+        picture.click(force=True, position={"x": size["width"] * 0.03, "y": size["height"] * 0.03})
+        facts.get_by_text("frame 0, row 0, column 0").wait_for()
+        first = picture.get_attribute("src")
+        keep, drop = tab.locator("#keep input[type=number]"), tab.locator("#drop input[type=number]")
+        # Arrow keys, without a pointer.
+        slider = tab.locator("#keep input[type=range]")
+        slider.focus()
+        for _ in range(40):
+            slider.press("ArrowRight")
+        facts.get_by_text("3 of 6").wait_for()
+        assert picture.get_attribute("src") != first
+        # Enter. What can no longer be dropped leaves the other control too.
+        keep.fill("95")
+        keep.press("Enter")
+        facts.get_by_text("5 of 6").wait_for()
+        tab.wait_for_function("document.querySelector('#drop input[type=number]').value === '5'")
+        # A number out of range becomes the nearest one, in the picture and in the field.
+        keep.fill("500")
+        keep.press("Enter")
+        facts.get_by_text("6 of 6").wait_for()
+        assert keep.input_value() == "100"
+        keep.fill("20")
+        keep.press("Tab")
+        facts.get_by_text("1 of 6").wait_for()
+        tab.get_by_label("VSA").check()
+        tab.wait_for_function("document.querySelector('#drop input[type=number]').disabled")
+        assert drop.is_disabled()
+        clip = tab.locator("#clip input")
+        tab.locator("#upload input[type=file]").set_input_files(sample_clip("bikes"))
+        facts.get_by_text("bikes.mp4").wait_for()
+        tab.wait_for_function("document.querySelector('#clip input').value === ''")
+        clip.click()
+        tab.get_by_role("option", name="bigbuckbunny").click()
+        facts.get_by_text("bigbuckbunny.mp4").wait_for()
+        tab.locator("#upload").get_by_text("Drop File Here").wait_for()
+        tab.screenshot(path=tmp_path / "page.png")
+        browser.close()
+    assert (tmp_path / "page.png").stat().st_size > 20000

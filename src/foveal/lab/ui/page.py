@@ -16,19 +16,38 @@ EXPLANATION = (
     "VSA's coarse stage), **dark** ones not at all. The red frame is the token itself."
 )
 
+# A number field is clamped to its range when it loses the focus; Enter is to do the same.
+ENTER_ENDS_TYPING = """() => document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && event.target.matches("input[type=number]")) event.target.blur();
+})"""
+
 
 @dataclass(frozen=True)
 class State:
-    """What one visitor looks at: a scene, its sheet of frames, and the token that was clicked last."""
+    """What one visitor looks at.
+
+    Attributes:
+        scene: the video and its attention.
+        sheet: the scene's frames, arranged in one picture.
+        token: the token that was clicked last.
+        clip: the name of the sample clip that is open; None for a video of the visitor's, or a pipeline's.
+        video: the file that is open; None for a pipeline's scene.
+    """
 
     scene: Scene
     sheet: Sheet
     token: tuple[int, int, int]
+    clip: str | None = None
+    video: Path | None = None
 
 
-def new_state(scene: Scene) -> State:
-    """A scene with the token in the middle chosen."""
-    return State(scene, Sheet(scene), tuple(side // 2 for side in scene.grid.shape))
+def new_state(
+    scene: Scene, former: State | None = None, *, clip: str | None = None, video: Path | None = None
+) -> State:
+    """A scene with the former state's token if the grid is the same, otherwise with the token in the middle."""
+    same = former is not None and former.scene.grid == scene.grid
+    token = former.token if same else tuple(side // 2 for side in scene.grid.shape)
+    return State(scene, Sheet(scene), token, clip, video)
 
 
 def presets() -> dict[str, Config]:
@@ -36,17 +55,26 @@ def presets() -> dict[str, Config]:
     return {label: config for method in METHODS.values() for label, config in method.presets.items()}
 
 
+def drop_limit(preset: str, keep: float) -> int | None:
+    """The largest share in percent that can be dropped beside `keep`; None for a method that drops nothing."""
+    return int(100 - keep) if "drop_ratio" in method_of(_preset(preset)).schedule.ratios else None
+
+
 def configuration(preset: str, keep: float, drop: float) -> Config:
-    """The configuration that the controls stand for; shares in percent.
+    """The configuration that the controls stand for; shares in percent. A method that drops nothing ignores `drop`.
 
     Raises:
         ValueError: for an unknown preset, or shares that do not fit together.
     """
+    config = _preset(preset)
+    return method_of(config).follow(config, keep_ratio=keep / 100, drop_ratio=drop / 100)
+
+
+def _preset(name: str) -> Config:
     offered = presets()
-    if preset not in offered:
-        raise ValueError(f"unknown method {preset!r}; expected one of {tuple(offered)}")
-    config = offered[preset]
-    return method_of(config).follow(config, keep_ratio=keep / 100, drop_ratio=min(drop, 100 - keep) / 100)
+    if name not in offered:
+        raise ValueError(f"unknown method {name!r}; expected one of {tuple(offered)}")
+    return offered[name]
 
 
 def facts(seen: View, state: State, layer: str, head: int) -> str:
@@ -77,27 +105,59 @@ def build_page(folder: Path, scene: Scene | None = None) -> Any:
     import gradio as gr
 
     clips, offered = list(SAMPLE_CLIPS), list(presets())
-    first = new_state(scene or demo_scene(folder, sample_clip(clips[0]), noise_level=0.5))
+    if scene is not None:
+        first = new_state(scene)
+    else:
+        video = sample_clip(clips[0])
+        first = new_state(demo_scene(folder, video, noise_level=0.5), clip=clips[0], video=video)
+
+    def slider(low: float, high: float, **options: Any) -> Any:
+        """A slider whose number may be outside of the range while it is typed, where gradio's shows an error."""
+        made = gr.Slider(low, high, **options)
+        made.preprocess = lambda value: low if value is None else min(max(value, low), high)
+        return made
 
     # gradio reads the annotations of its callbacks, so this module does not postpone their evaluation.
     def draw(state: State, method: str, keep: float, drop: float, layer: str, head: float):
+        limit = drop_limit(method, keep)
+        # What does not fit beside `keep` is not dropped, and the control says so.
+        used = drop if limit is None else min(drop, limit)
+        control = gr.update(interactive=limit is not None, **({} if used == drop else {"value": used}))
         try:
-            config = configuration(method, keep, drop)
+            config = configuration(method, keep, used)
             seen = view(state.scene, config, layer=layer, head=int(head), token=state.token)
         except ValueError as error:
             raise gr.Error(str(error)) from error
-        return state.sheet.draw(seen.labels, state.token).numpy(), facts(seen, state, layer, int(head))
+        return state.sheet.draw(seen.labels, state.token).numpy(), facts(seen, state, layer, int(head)), control
 
     def choose(state: State, event: gr.SelectData):
         token = state.sheet.token_at(int(event.index[0]), int(event.index[1]))
         return state if token is None else replace(state, token=token)
 
-    def open_clip(clip: str, upload: str | None, noise: float, window: float):
+    def opened(state: State, clip: str | None, video: Path, noise: float, window: float) -> State:
+        """The state with this video; with a warning, the state as it was where the video cannot be read."""
         try:
-            video = Path(upload) if upload else sample_clip(clip)
-            return new_state(demo_scene(folder, video, noise_level=noise, window=window / 100))
+            scene = demo_scene(folder, video, noise_level=noise, window=window / 100)
         except (ValueError, FileNotFoundError) as error:
-            raise gr.Error(str(error)) from error
+            gr.Warning(str(error))
+            return state
+        return new_state(scene, state, clip=clip, video=video)
+
+    def sources(state: State):
+        """The state, and what the two controls that choose a video say of it."""
+        return state, state.clip, None if state.clip is not None else str(state.video)
+
+    def open_clip(state: State, clip: str, noise: float, window: float):
+        return sources(opened(state, clip, sample_clip(clip), noise, window))
+
+    def open_upload(state: State, upload: str, noise: float, window: float):
+        return sources(opened(state, None, Path(upload), noise, window))
+
+    def close_upload(state: State, noise: float, window: float):
+        return sources(opened(state, clips[0], sample_clip(clips[0]), noise, window))
+
+    def move(state: State, noise: float, window: float):
+        return opened(state, state.clip, state.video, noise, window)
 
     with gr.Blocks(title="foveal", analytics_enabled=False) as page:
         gr.Markdown(f"# Where one token looks\n{EXPLANATION}")
@@ -108,27 +168,30 @@ def build_page(folder: Path, scene: Scene | None = None) -> Any:
                 table = gr.Markdown(elem_id="facts")
             with gr.Column(scale=1, min_width=260):
                 method = gr.Radio(offered, value=offered[1], label="Method", elem_id="method")
-                keep = gr.Slider(1, 100, value=10, step=1, label="Keep, % of the key blocks", elem_id="keep")
-                drop = gr.Slider(0, 100, value=10, step=1, label="Drop, % (SLA)", elem_id="drop")
+                keep = slider(1, 100, value=10, step=1, label="Keep, % of the key blocks", elem_id="keep")
+                drop = slider(0, 99, value=10, step=1, label="Drop, % of the key blocks", elem_id="drop")
                 layers = list(first.scene.layers)
                 layer = gr.Dropdown(layers, value=layers[len(layers) // 2], label="Layer", elem_id="layer")
                 heads = first.scene.layers[layers[0]][0].shape[1]
-                head = gr.Slider(0, heads - 1, value=0, step=1, label="Head", elem_id="head")
+                head = slider(0, heads - 1, value=0, step=1, label="Head", elem_id="head")
                 if scene is None:
                     clip = gr.Dropdown(clips, value=clips[0], label="Clip", elem_id="clip")
-                    upload = gr.File(label="or a video of yours", file_types=["video"], height=150)
-                    noise = gr.Slider(0.05, 0.95, value=0.5, step=0.05, label="Noise level", elem_id="noise")
-                    window = gr.Slider(0, 100, value=50, step=1, label="Where in the clip, %")
-                    opened = [clip, upload, noise, window]
+                    upload = gr.File(label="or a video of yours", file_types=["video"], height=150, elem_id="upload")
+                    noise = slider(0.05, 0.95, value=0.5, step=0.05, label="Noise level", elem_id="noise")
+                    window = slider(0, 100, value=50, step=1, label="Where in the clip, %", elem_id="window")
         controls = [state, method, keep, drop, layer, head]
-        shown = {"inputs": controls, "outputs": [picture, table], "show_progress": "hidden"}
+        shown = {"inputs": controls, "outputs": [picture, table, drop], "show_progress": "hidden"}
         page.load(draw, **shown)
-        for control in (method, layer):
+        page.load(None, js=ENTER_ENDS_TYPING)
+        # A slider changes by its handle, by its arrow keys, by its number field, and when its value is clamped.
+        for control in (method, layer, keep, drop, head):
             control.change(draw, **shown)
-        for slider in (keep, drop, head):
-            slider.release(draw, **shown)
         picture.select(choose, [state], [state], show_progress="hidden").then(draw, **shown)
         if scene is None:
-            for event in (clip.change, upload.change, noise.release, window.release):
-                event(open_clip, opened, [state]).then(draw, **shown)
+            places, chosen = [noise, window], [state, clip, upload]
+            clip.input(open_clip, [state, clip, *places], chosen).then(draw, **shown)
+            upload.upload(open_upload, [state, upload, *places], chosen).then(draw, **shown)
+            upload.clear(close_upload, [state, *places], chosen).then(draw, **shown)
+            for place in places:
+                place.change(move, [state, *places], [state]).then(draw, **shown)
     return page
