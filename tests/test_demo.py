@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import io
 import json
 import re
@@ -119,6 +120,52 @@ def test_results_compare_like_with_like(report):
         assert all(loss > 0 for _, loss in arm["held_out_loss"])
     for expectation in results["expectations"]:
         assert isinstance(expectation["met"], bool)
+
+
+def test_letters_are_readable_at_the_width_of_the_page(report):
+    from matplotlib.text import Text
+
+    from foveal.lab.demo.report import PAGE_WIDTH, loss_figure, map_figure
+
+    _, results = report
+    grid = TINY.grid
+    block_map = {
+        "token": (0, 0, 0),
+        "token_labels": [torch.zeros(grid.shape, dtype=torch.int8)] * 2,
+        "labels": torch.zeros(2, 2),
+        "kept": "1 of 2",
+    }
+    clip = torch.zeros(3, TINY.frames, TINY.height, TINY.width)
+    for figure in (loss_figure(results), map_figure("SLA", block_map, clip)):
+        figure.canvas.draw()
+        texts = [text for text in figure.findobj(Text) if text.get_text()]
+        pixels = PAGE_WIDTH / figure.get_figwidth() / 72
+        assert len(texts) > 10
+        assert min(text.get_fontsize() for text in texts) * pixels >= 12
+
+
+def test_the_page_says_what_to_conclude(report):
+    from foveal.lab.demo.report import conclusions
+
+    folder, results = report
+    page = html.unescape((folder / "index.html").read_text())
+    assert all(line in page for line in conclusions(results))
+    arms = {name: {**arm, "held_out_loss_converted": 0.3} for name, arm in results["arms"].items()}
+    for name, loss in (("dense", 0.2), ("SLA", 0.21), ("SLA hedgehog", 0.22), ("VSA", 0.205), ("sparse only", 0.23)):
+        arms[name]["held_out_loss_fine_tuned"] = loss
+    arms["dense"]["held_out_loss_converted"] = 0.25
+    made = {**results, "arms": arms, "expectations": demo_run._expectations(arms)}
+    price, repaired, ranked, verdict = conclusions(made)
+    assert "from 0.2500 to 0.3000 (+20.0 %)" in price
+    assert "After 2 steps it is 0.2100, against 0.2000 for the dense model after the same steps (+5.0 %)" in repaired
+    assert ranked.endswith(
+        "VSA 0.2050 (+2.5 %), SLA 0.2100 (+5.0 %), SLA hedgehog 0.2200 (+10.0 %), sparse only 0.2300 (+15.0 %)."
+    )
+    assert verdict.startswith("So most of the attention can go")
+    arms["SLA"]["held_out_loss_fine_tuned"] = 0.31
+    made["expectations"] = demo_run._expectations(arms)
+    verdict = conclusions(made)[-1]
+    assert verdict.startswith("This run does not show that fine-tuning lowers SLA's held-out loss or that after equal")
 
 
 def test_same_seed_same_figures(report, tmp_path):

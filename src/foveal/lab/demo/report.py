@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,16 @@ from torch import Tensor
 from foveal.lab.data.windows import to_frames, upscale, write_video
 from foveal.lab.demo.settings import PICTURED, DemoSettings
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 COLORS = {"dense": "#33415c", "sparse only": "#c1666b", "SLA": "#2a7f8e", "SLA hedgehog": "#6a4c93", "VSA": "#d19a2e"}
 PAGE, LOSS_FIGURE, SIDE_BY_SIDE = "index.html", "loss.png", "side-by-side.mp4"
 FPS = 6
 BRIGHTNESS = {1: 1.0, 0: 0.42, -1: 0.10}
+# The page is this many pixels wide at most: what is drawn for it keeps its letters readable at that width.
+PAGE_WIDTH = 1080
+VIDEO_COLUMNS, FRAME_COLUMNS = 3, 4
 
 
 def report_files(settings: DemoSettings) -> list[str]:
@@ -32,16 +38,16 @@ def write_report(folder: Path, results: dict[str, Any], media: dict[str, Any], s
         media: "clip" [3, F, H, W] in [-1, 1], "videos" by arm, "maps" by arm (see `run_demo`).
     """
     videos = {"clip": media["clip"], **media["videos"]}
-    factor = max(1, round(300 / settings.width))
-    columns = []
+    factor = max(1, round(PAGE_WIDTH / VIDEO_COLUMNS / settings.width))
+    titled = []
     for name, video in videos.items():
         frames = upscale(to_frames(video), factor)
         write_video(folder / _video_file(name), frames, fps=FPS)
-        columns.append(_with_title(frames, name))
-    write_video(folder / SIDE_BY_SIDE, torch.cat(columns, 3), fps=FPS)
-    _loss_figure(folder / LOSS_FIGURE, results)
+        titled.append(_with_title(frames, name))
+    write_video(folder / SIDE_BY_SIDE, _in_rows(titled), fps=FPS)
+    loss_figure(results).savefig(folder / LOSS_FIGURE)
     for name, block_map in media["maps"].items():
-        _map_figure(folder / _map_file(name), name, block_map, media["clip"])
+        map_figure(name, block_map, media["clip"]).savefig(folder / _map_file(name))
     (folder / PAGE).write_text(_page(results, media), encoding="utf-8")
 
 
@@ -68,23 +74,33 @@ def _with_title(frames: Tensor, title: str) -> Tensor:
     return torch.cat((bar.expand(len(frames), -1, -1, -1), frames), 2)
 
 
-def _figure(width: float, height: float):
+def _in_rows(videos: list[Tensor]) -> Tensor:
+    """The videos, each [F, 3, H, W], as one with `VIDEO_COLUMNS` of them in a row."""
+    blank = torch.zeros_like(videos[0])
+    videos = videos + [blank] * (-len(videos) % VIDEO_COLUMNS)
+    rows = [videos[start : start + VIDEO_COLUMNS] for start in range(0, len(videos), VIDEO_COLUMNS)]
+    return torch.cat([torch.cat(row, 3) for row in rows], 2)
+
+
+def _figure(height: float) -> Figure:
+    """A figure as wide as the page, where a point is 1.4 pixels."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
+    return Figure(figsize=(PAGE_WIDTH / 100, height), dpi=150, layout="constrained", facecolor="white")
 
 
-def _loss_figure(path: Path, results: dict[str, Any]) -> None:
+def loss_figure(results: dict[str, Any]) -> Figure:
+    """Held-out loss against steps, of pretraining and of each arm."""
     from matplotlib.ticker import FormatStrFormatter
 
-    figure = _figure(10, 3.8)
+    figure = _figure(4.2)
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.5]})
     steps, losses = zip(*results["pretraining"]["held_out_loss"], strict=True)
     left.plot(steps, losses, color=COLORS["dense"], marker="o", markersize=3)
     left.set(title="Pretraining, dense attention", xlabel="steps", ylabel="held-out loss", yscale="log")
     left.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     left.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
-    left.tick_params(which="minor", labelsize=7)
+    left.tick_params(which="minor", labelsize=9)
     for name, arm in results["arms"].items():
         steps, losses = zip(*arm["held_out_loss"], strict=True)
         right.plot(steps, losses, color=COLORS[name], marker="o", markersize=3, label=name)
@@ -93,47 +109,85 @@ def _loss_figure(path: Path, results: dict[str, Any]) -> None:
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, which="both")
-    figure.savefig(path)
+    return figure
 
 
-def _map_figure(path: Path, name: str, block_map: dict[str, Any], clip: Tensor) -> None:
-    """The frames as one query token sees them, a row a head, beside the whole selection of the first head."""
+def map_figure(name: str, block_map: dict[str, Any], clip: Tensor) -> Figure:
+    """The frames as one query token sees them, for each head, beside the whole selection of the first head."""
     frames = to_frames(clip).permute(0, 2, 3, 1).float() / 255
     time, row, column = block_map["token"]
     heads = block_map["token_labels"]
-    count = len(frames)
+    lines = -(-len(frames) // FRAME_COLUMNS)
     patch = frames.shape[1] // heads[0].shape[1]
-    frame_height = 1.5 * frames.shape[1] / frames.shape[2]
-    figure = _figure(1.55 * count + 2.2, (frame_height + 0.18) * len(heads) + 0.55)
-    pictures, matrix = figure.subfigures(1, 2, width_ratios=[1.55 * count, 2.2])
-    axes = pictures.subplots(len(heads), count, squeeze=False)
-    for head, labels in enumerate(heads):
-        brightness = torch.zeros(labels.shape)
+    square = 2.6
+    frame_height = (PAGE_WIDTH / 100 - square) / FRAME_COLUMNS * frames.shape[1] / frames.shape[2]
+    figure = _figure((frame_height + 0.3) * lines * len(heads) + 0.5 * len(heads) + 0.6)
+    pictures, matrix = figure.subfigures(1, 2, width_ratios=[PAGE_WIDTH / 100 - square, square])
+    for head, part in enumerate(pictures.subfigures(len(heads), 1, squeeze=False)[:, 0]):
+        part.suptitle(f"head {head}", fontsize=11)
+        brightness = torch.zeros(heads[head].shape)
         for label, level in BRIGHTNESS.items():
-            brightness[labels == label] = level
+            brightness[heads[head] == label] = level
         brightness = brightness.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-        for index, axis in enumerate(axes[head]):
+        for index, axis in enumerate(part.subplots(lines, FRAME_COLUMNS, squeeze=False).flat):
+            axis.set_axis_off()
+            if index >= len(frames):
+                continue
             axis.imshow((frames[index] * brightness[index, ..., None]).numpy(), interpolation="nearest")
+            axis.set_title(f"frame {index}", fontsize=10)
             if index == time:
                 center = ((column + 0.5) * patch - 0.5, (row + 0.5) * patch - 0.5)
-                axis.plot(*center, marker="s", markersize=6, markerfacecolor="none", markeredgecolor="red")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if head == 0:
-                axis.set_title(f"frame {index}", fontsize=8)
-        axes[head][0].set_ylabel(f"head {head}", fontsize=8)
+                axis.plot(*center, marker="s", markersize=9, markerfacecolor="none", markeredgecolor="red")
     axis = matrix.subplots()
     axis.imshow(block_map["labels"].float().numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-    axis.set_title("all blocks, head 0", fontsize=8)
-    axis.set_xlabel("key block", fontsize=7)
-    axis.set_ylabel("query block", fontsize=7)
-    axis.tick_params(labelsize=6)
+    axis.set_title("all blocks, head 0", fontsize=11)
+    axis.set_xlabel("key block", fontsize=10)
+    axis.set_ylabel("query block", fontsize=10)
+    axis.tick_params(labelsize=10)
     figure.suptitle(
-        f"{name}: what the marked token sees. Bright: exactly ({block_map['kept']} blocks); dim: through the global "
-        "branch; dark: not at all",
-        fontsize=9,
+        f"{name}: what the marked token sees. Bright: read exactly ({block_map['kept']} blocks); "
+        "dim: through the global branch; dark: not at all",
+        fontsize=11,
     )
-    figure.savefig(path)
+    return figure
+
+
+def conclusions(results: dict[str, Any]) -> list[str]:
+    """What the figures of a run say, in sentences: what conversion costs, what fine-tuning repairs, who comes closest.
+
+    Args:
+        results: as in results.json.
+    """
+    arms, steps = results["arms"], results["settings"]["fine_tune_steps"]
+    dense, sla = arms["dense"]["held_out_loss_fine_tuned"], arms["SLA"]
+    before, after = sla["held_out_loss_converted"], sla["held_out_loss_fine_tuned"]
+    start = arms["dense"]["held_out_loss_converted"]
+    lines = [
+        f"Leaving blocks out has a price at first: conversion to SLA takes the held-out loss from {start:.4f} to "
+        f"{before:.4f} ({_percent(before, start)}), before any training.",
+        f"After {steps} steps it is {after:.4f}, against {dense:.4f} for the dense model after the same steps "
+        f"({_percent(after, dense)}), with {100 / sla['attention_flops_reduction']:.0f} % of the attention arithmetic.",
+    ]
+    losses = {name: arm["held_out_loss_fine_tuned"] for name, arm in arms.items() if name != "dense"}
+    order = sorted(losses, key=losses.get)
+    ranked = ", ".join(f"{name} {losses[name]:.4f} ({_percent(losses[name], dense)})" for name in order)
+    lines.append(f"The sparse arms by held-out loss, the best first: {ranked}.")
+    missed = [verdict["expected"] for verdict in results["expectations"] if not verdict["met"]]
+    if missed:
+        lines.append(
+            f"This run does not show that {' or that '.join(missed)}. Train for more steps before you conclude "
+            "anything about the methods from it."
+        )
+    else:
+        lines.append(
+            "So most of the attention can go if the model is fine-tuned afterwards, and SLA's linear branch is worth "
+            "having on top of the blocks that are read exactly."
+        )
+    return lines
+
+
+def _percent(value: float, reference: float) -> str:
+    return f"{100 * (value / reference - 1):+.1f} %"
 
 
 def _page(results: dict[str, Any], media: dict[str, Any]) -> str:
@@ -160,9 +214,10 @@ def _page(results: dict[str, Any], media: dict[str, Any]) -> str:
         for e in results["expectations"]
     )
     maps = "".join(
-        f'<figure><img src="blocks-{_slug(name)}.png" alt="blocks that {name} selects"></figure>'
-        for name in media["maps"]
+        f'<figure><a href="{file}"><img src="{file}" alt="blocks that {name} selects"></a></figure>'
+        for name, file in ((name, _map_file(name)) for name in media["maps"])
     )
+    concluded = "".join(f"<li>{html.escape(line)}</li>" for line in conclusions(results))
     settings = results["settings"]
     kept = 100 * settings["keep_ratio"]
     seconds = results["pretraining"]["seconds"]
@@ -173,7 +228,7 @@ def _page(results: dict[str, Any], media: dict[str, Any]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>foveal demo</title>
 <style>
-body {{ font: 16px/1.55 system-ui, sans-serif; color: #1c2733; background: #fff; max-width: 1120px;
+body {{ font: 16px/1.55 system-ui, sans-serif; color: #1c2733; background: #fff; max-width: {PAGE_WIDTH}px;
        margin: 2.5rem auto; padding: 0 1.25rem; }}
 h1 {{ font-size: 1.9rem; margin-bottom: .2rem; }} h2 {{ margin-top: 2.4rem; font-size: 1.25rem; }}
 video, img {{ width: 100%; height: auto; border-radius: 6px; }}
@@ -192,15 +247,21 @@ dt {{ color: #4a5866; }} dd {{ margin: 0; }}
 fine-tuned for {settings["fine_tune_steps"]} steps. All videos below continue the same held-out frame from the same
 noise; every arm, dense too, was fine-tuned on the same batches.</p>
 <video src="side-by-side.mp4" autoplay loop muted playsinline controls></video>
+<h2>What to conclude</h2>
+<ul>{concluded}</ul>
+<p>What not to conclude: anything about speed, since attention is a small part of the work at
+{results["tokens"]:,} tokens, or about quality at scale, since the model is tiny and knows one clip. To look around in
+this model, run <code>foveal ui --demo</code> with this folder. On a pretrained model, begin with
+<code>foveal inspect</code>.</p>
 <h2>Measured</h2>
 <div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 <ul>{verdicts}</ul>
 <p>Attention work counts every FLOP of the method, its global branch and its selection included. Output error is
 |v - v_dense| / |v_dense| over the held-out windows: after conversion against the pretrained model, after fine-tuning
-against the dense model fine-tuned alike. PSNR leaves the given first frame out; one window, so read it as an
+against the dense model after the same fine-tuning. PSNR leaves the given first frame out; one window, so read it as an
 illustration. Dense held-out loss before fine-tuning: {dense["held_out_loss_converted"]:.4f}.</p>
 <h2>Held-out loss</h2>
-<figure><img src="loss.png" alt="held-out loss against steps"></figure>
+<figure><a href="loss.png"><img src="loss.png" alt="held-out loss against steps"></a></figure>
 <h2>Where one token looks</h2>
 {maps}
 <p>SLA cuts the tokens into blocks in raster order, so that its blocks are strips of a frame; VSA cuts them into cubes
