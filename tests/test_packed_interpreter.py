@@ -8,12 +8,19 @@ import sys
 import pytest
 import torch
 from interpreted import all_strided, mend_interpreter, run_interpreted, with_strided_gradients
-from packed_loops import sla_loops
+from packed_loops import sla_loops, vsa_loops
 
 # name: (linear_scope, token_order, frames, before, after)
 SLA_CASES = {
     "sla": ("marginal", "tile", 2, (7, 1), (20,)),
     "sla, all keys": ("all", "raster", 2, (1,), ()),
+}
+
+
+# name: (grid, tile, before, after, gates); in the first the cubes are partial.
+VSA_CASES = {
+    "vsa": ((4, 5, 5), (4, 4, 4), (7, 1), (70,), 1),
+    "vsa, both gates": ((4, 4, 8), (4, 4, 4), (), (64, 3), 2),
 }
 
 
@@ -49,16 +56,47 @@ def run_sla(name: str) -> None:
         assert_close_to_reference(x, y, z, name=f"{name}: {label}")
 
 
+def run_vsa(name: str) -> None:
+    from foveal import TokenLayout, VideoGrid, VSAConfig, vsa_attention
+    from foveal.methods.vsa import attention as module
+    from foveal.testing import assert_close_to_reference, make_inputs, output_and_gradients
+
+    grid, tile, before, after, gates = VSA_CASES[name]
+    layout, config = TokenLayout(VideoGrid(*grid), before, after), VSAConfig(topk=1, tile=tile)
+    sizes = {"heads": 1, "query_length": layout.num_tokens, "dtype": torch.bfloat16}
+    query, key, value = make_inputs(**sizes)
+    inputs = all_strided(query, key, value + 1, *make_inputs(**sizes, seed=3)[:gates])
+
+    def run(impl):
+        module.resolve_impl = lambda *_: impl
+
+        def attention(query, key, value, coarse, fine=None):
+            return vsa_attention(query, key, value, config=config, layout=layout, gate_coarse=coarse, gate_fine=fine)
+
+        return output_and_gradients(with_strided_gradients(attention) if impl == "triton" else attention, inputs)
+
+    def loops(query, key, value, *gates):
+        return vsa_loops(query, key, value, layout, tile, 1, *gates)
+
+    exact = output_and_gradients(loops, [x.double() for x in inputs])
+    names = ("output", "grad_query", "grad_key", "grad_value", "grad_coarse", "grad_fine")
+    for label, x, y, z in zip(names, run("triton"), exact, run("reference"), strict=False):
+        assert_close_to_reference(x, y, z, name=f"{name}: {label}")
+
+
 def main(names) -> None:
     mend_interpreter()
     for name in names:
-        run_sla(name)
+        if name in SLA_CASES:
+            run_sla(name)
+        else:
+            run_vsa(name)
 
 
-@pytest.mark.parametrize("name", SLA_CASES)
-def test_interpreted(name):
+@pytest.mark.parametrize("names", [list(SLA_CASES), list(VSA_CASES)], ids=["sla", "vsa"])
+def test_interpreted(names):
     pytest.importorskip("triton")
-    run_interpreted(__file__, [name])
+    run_interpreted(__file__, names)
 
 
 if __name__ == "__main__":

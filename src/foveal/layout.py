@@ -227,6 +227,30 @@ class TokenLayout:
         before, after = protected.split((before, after), dim)
         return torch.cat((before, video, after), dim)
 
+    def to_tile_order(self, x: Tensor, tile: tuple[int, int, int], slot: int) -> Tensor:
+        """[B, H, num_tokens, D] to [B, H, tiles * slot, D]: each tile at the front of a slot, the rest zero.
+
+        Tiles are the video's cubes, then chunks of at most as many tokens of each protected segment, in order.
+        """
+        to_tile, to_sequence, _ = self.tile_indices(tile, slot, x.device)
+        return _permuted(x, to_tile, to_sequence, 2)
+
+    def to_sequence_order(self, x: Tensor, tile: tuple[int, int, int], slot: int) -> Tensor:
+        """The inverse of `to_tile_order`."""
+        to_tile, to_sequence, _ = self.tile_indices(tile, slot, x.device)
+        return _permuted(x, to_sequence, to_tile, 2)
+
+    def tile_indices(
+        self, tile: tuple[int, int, int], slot: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Where tokens stand in `to_tile_order`.
+
+        Returns:
+            The token at each place, int64 [tiles * slot], -1 for none; the place of each token, int64 [num_tokens]; and
+            the tokens of each tile, int32 [tiles].
+        """
+        return _packed_indices(self.grid.shape, self.before, self.after, tile, slot, device)
+
     def num_chunks(self, size: int) -> int:
         """How many chunks of at most `size` tokens the protected segments are cut into; no chunk has tokens of two."""
         return sum(-(-length // size) for length in (*self.before, *self.after))
@@ -260,6 +284,35 @@ def resolve_layout(
     if isinstance(layout, VideoGrid):
         return layout, None
     return layout.grid, layout if layout.num_protected else None
+
+
+@cached_constant
+def _packed_indices(
+    shape: tuple[int, int, int],
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    tile: tuple[int, int, int],
+    slot: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    cpu, start, size = torch.device("cpu"), 0, math.prod(tile)
+    chunks, video = [], None
+    for index, length in enumerate((*before, math.prod(shape), *after)):
+        if index == len(before):
+            cubes = tile_indices(shape, tile, slot, cpu)[0]
+            video = torch.where(cubes < 0, -1, cubes + start)
+        else:
+            chunks.extend((first, min(first + size, start + length)) for first in range(start, start + length, size))
+        start += length
+    places = torch.full((len(chunks), slot), -1)
+    for row, (first, stop) in zip(places, chunks, strict=True):
+        row[: stop - first] = torch.arange(first, stop)
+    to_tile = torch.cat((video, places.flatten()))
+    taken = (to_tile >= 0).nonzero().flatten()
+    to_sequence = torch.empty(start, dtype=torch.int64)
+    to_sequence[to_tile[taken]] = taken
+    sizes = (to_tile.view(-1, slot) >= 0).sum(1, dtype=torch.int32)
+    return to_tile.to(device), to_sequence.to(device), sizes.to(device)
 
 
 class _Gather(torch.autograd.Function):

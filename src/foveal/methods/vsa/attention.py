@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,10 +18,12 @@ from foveal.checks import (
     without_autocast,
 )
 from foveal.kernels.api import IMPLS, resolve_impl
-from foveal.layout import VideoGrid, tile_indices
+from foveal.kernels.dense import dense_attention
+from foveal.layout import TokenLayout, VideoGrid, resolve_layout, tile_indices
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cpu import vsa_attention_torch
-from foveal.methods.vsa.layout import CubeLayout, resolve_tile, slot_size
+from foveal.methods.vsa.layout import CubeLayout, kept_video_cubes, resolve_tile, slot_size
+from foveal.methods.vsa.packed import PackedTiles
 
 
 @without_autocast
@@ -27,25 +32,29 @@ def select_cubes(
     key: Tensor,
     *,
     config: VSAConfig,
-    grid: VideoGrid,
+    grid: VideoGrid | None = None,
+    layout: TokenLayout | VideoGrid | None = None,
     scale: float | None = None,
     kv_lengths: Tensor | None = None,
 ) -> BlockSelection:
     """The cubes that each cube attends to, as `vsa_attention` picks them: for reuse, or to look at.
 
     Args:
-        query: [B, H, L, D], raster order.
-        key: [B, H, L + text, D].
-        kv_lengths: as in `vsa_attention`.
+        query: [B, H, L, D], raster order, or a packed sequence.
+        key: [B, H, L + text, D], or a packed sequence.
+        layout, kv_lengths: as in `vsa_attention`.
 
     Returns:
-        A selection over the slotted tile order: one row per cube, one column per cube and per block of text. Every
-        row lists all of the text.
+        A selection over the slotted tile order: one row per cube, one column per cube and per block of text or chunk of
+        a protected segment. Every row lists all of these.
     """
-    _validate(query, key, key, config, grid)
-    if kv_lengths is not None:
-        _validate_lengths(kv_lengths, key, grid)
+    grid, packed = _validate(query, key, key, config, grid, layout, kv_lengths)
     scale = check_scale(scale, query.shape[-1])
+    if packed is not None:
+        tiles = PackedTiles(config, packed, key.device)
+        video_config = config.replace(topk=kept_video_cubes(config, tiles.video_cubes))
+        video = query[:, :, packed.video], key[:, :, packed.video]
+        return tiles.with_protected(select_cubes(*video, config=video_config, grid=grid, scale=scale))
     layout = CubeLayout(config, grid, key, kv_lengths)
     query, key = query.detach(), key.detach()
     if resolve_impl("auto", query, key, key, layout.slot, layout.slot) in ("triton", "gluon"):
@@ -63,7 +72,8 @@ def vsa_attention(
     value: Tensor,
     *,
     config: VSAConfig,
-    grid: VideoGrid,
+    grid: VideoGrid | None = None,
+    layout: TokenLayout | VideoGrid | None = None,
     gate_coarse: Tensor | None = None,
     gate_fine: Tensor | None = None,
     selection: BlockSelection | None = None,
@@ -79,75 +89,103 @@ def vsa_attention(
             softmax with the chosen cubes; the coarse stage neither pools nor ranks them.
         config: how many cubes, and which.
         grid: the video's shape in tokens.
-        gate_coarse, gate_fine: [B, H, L, D], raster order; a missing gate is 1.
+        layout: of a packed sequence, instead of `grid`. With protected segments query, key, value, gates, and output
+            are the whole sequence in order, [B, H, layout.num_tokens, D]. The segments are cut into chunks of at most
+            as many tokens as a cube. The coarse stage pools and attends over cubes and chunks alike, and its output
+            goes to all tokens. In the fine stage cubes read the cubes that they pick and all chunks, and protected
+            queries read everything. `keep_ratio` then counts cubes of the video and rounds up, as in the sparse
+            checkpoints for MiniMax-H3.
+        gate_coarse, gate_fine: [B, H, L, D], like `query`; a missing gate is 1.
         selection: a fixed selection (see `select_cubes`) instead of the top of the coarse stage.
-        kv_lengths: int [B], valid keys of each sample, video and text, between L and L + text; the rest is padding.
+        kv_lengths: int [B], valid keys of each sample, video and text, between L and L + text; the rest is padding. Not
+            with a layout's protected segments.
         scale: softmax scale of both stages; None for 1 / sqrt(D).
         impl: "auto", "reference", "torch", "triton" or "gluon"; see `block_sparse_attention`.
 
     Returns:
-        [B, H, L, D] in the dtype of `query`, raster order. Gradients flow through the pooling and the gates, not
+        [B, H, L, D] in the dtype and order of `query`. Gradients flow through the pooling and the gates, not
         through the choice of cubes.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    _validate(query, key, value, config, grid)
+    grid, packed = _validate(query, key, value, config, grid, layout, kv_lengths)
     for name, gate in (("gate_coarse", gate_coarse), ("gate_fine", gate_fine)):
         if gate is not None and (not isinstance(gate, Tensor) or gate.shape != query.shape):
             got = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
             raise ValueError(f"{name} must have the shape of query, {tuple(query.shape)}, got {got}")
         if gate is not None and gate.device != query.device:
             raise ValueError(f"{name} is on {gate.device}, but query is on {query.device}")
-    if kv_lengths is not None:
-        _validate_lengths(kv_lengths, key, grid)
     scale = check_scale(scale, query.shape[-1])
-    layout = CubeLayout(config, grid, key, kv_lengths)
-    impl = resolve_impl(impl, query, key, value, layout.slot, layout.slot)
+    tiles = CubeLayout(config, grid, key, kv_lengths) if packed is None else PackedTiles(config, packed, key.device)
+    impl = resolve_impl(impl, query, key, value, tiles.slot, tiles.slot)
     if selection is not None:
-        selection = layout.checked(selection, query)
-    match impl:
-        case "reference":
-            from foveal.methods.vsa.reference import vsa_attention_reference
+        selection = tiles.checked(selection, query)
+    elif impl == "reference" or packed is not None:
+        selection = select_cubes(
+            query, key, config=config, layout=grid if packed is None else packed, scale=scale, kv_lengths=kv_lengths
+        )
+    if impl == "reference":
+        from foveal.methods.vsa.reference import vsa_attention_reference
 
-            if selection is None:
-                selection = select_cubes(query, key, config=config, grid=grid, scale=scale, kv_lengths=kv_lengths)
-            return vsa_attention_reference(
-                query,
-                key,
-                value,
-                grid=grid,
-                tile=layout.tile,
-                selection=selection,
-                scale=scale,
-                gate_coarse_BHLD=gate_coarse,
-                gate_fine_BHLD=gate_fine,
-                kv_lengths_B=kv_lengths,
-            )
-        case "torch":
-            return vsa_attention_torch(query, key, value, layout, selection, scale, gate_coarse, gate_fine)
-        case "triton" | "gluon":
-            from foveal.methods.vsa.gpu import vsa_attention_gpu
+        return vsa_attention_reference(
+            query,
+            key,
+            value,
+            layout=TokenLayout(grid) if packed is None else packed,
+            tile=tiles.tile,
+            selection=selection,
+            scale=scale,
+            gate_coarse_BHLD=gate_coarse,
+            gate_fine_BHLD=gate_fine,
+            kv_lengths_B=kv_lengths,
+        )
+    run = _run_with(impl)
+    if packed is None:
+        return run(query, key, value, tiles, selection, scale, gate_coarse, gate_fine)
+    output = run(query, key, value, tiles, tiles.with_all_rows(selection), scale, gate_coarse, gate_fine)
+    # Of the protected tokens that is only the coarse branch: their chunks have no lists.
+    video, coarse = packed.split(output)
+    fine = dense_attention(packed.split(query)[1], key, value, scale=scale)
+    if gate_fine is not None:
+        fine = fine * packed.split(gate_fine)[1]
+    return packed.join(video, (coarse + fine).to(output.dtype))
 
-            return vsa_attention_gpu(query, key, value, layout, selection, scale, gate_coarse, gate_fine, impl)
+
+def _run_with(impl: str) -> Callable[..., Tensor]:
+    """The method over the tiles of a `CubeLayout`, by an implementation other than the reference."""
+    if impl == "torch":
+        return vsa_attention_torch
+    from foveal.methods.vsa.gpu import vsa_attention_gpu
+
+    return functools.partial(vsa_attention_gpu, backend=impl)
 
 
-def _validate(query, key, value, config, grid) -> None:
+def _validate(query, key, value, config, grid, layout, kv_lengths) -> tuple[VideoGrid, TokenLayout | None]:
+    """The grid, and the layout if it has protected segments; a TypeError or ValueError unless all fit together."""
     if not isinstance(config, VSAConfig):
         raise TypeError(f"config must be a VSAConfig, got {type(config).__name__}")
-    if not isinstance(grid, VideoGrid):
-        raise TypeError(f"grid must be a VideoGrid, got {grid!r}")
+    grid, packed = resolve_layout(grid, layout)
+    if grid is None:
+        raise ValueError("grid is required for VSA: VideoGrid(frames, height, width) in tokens, or a layout")
     validate_qkv(query, key, value)
+    if packed is not None:
+        packed.check_length(query.shape[2])
+        packed.check_length(key.shape[2])
+        if kv_lengths is not None:
+            raise ValueError(
+                "kv_lengths must be None with a layout's protected segments: VSA's coarse stage pools all their tokens"
+            )
+        return grid, packed
     grid.check_length(query.shape[2])
     if key.shape[2] < grid.num_tokens:
         raise ValueError(
             f"key must hold the {grid.num_tokens} tokens of the video, and text after them, got {key.shape[2]} tokens"
         )
-
-
-def _validate_lengths(kv_lengths, key: Tensor, grid: VideoGrid) -> None:
-    limits = "between the video's {} tokens and all {} keys"
-    check_kv_lengths(kv_lengths, key.shape[0], grid.num_tokens, key.shape[2], limits)
+    if kv_lengths is not None:
+        limits = "between the video's {} tokens and all {} keys"
+        check_kv_lengths(kv_lengths, key.shape[0], grid.num_tokens, key.shape[2], limits)
+    return grid, None
 
 
 def _constant_linear(inputs: int, outputs: int, value: float) -> nn.Linear:
@@ -219,13 +257,15 @@ class VideoSparseAttention(nn.Module):
         hidden_states: Tensor | None,
         gates: tuple[Tensor, Tensor | None] | None = None,
         *,
-        grid: VideoGrid,
+        grid: VideoGrid | None = None,
+        layout: TokenLayout | VideoGrid | None = None,
         selection: BlockSelection | None = None,
         kv_lengths: Tensor | None = None,
         config: VSAConfig | None = None,
     ) -> Tensor:
         """[B, H, L, D], [B, H, L + text, D] twice and hidden_states [B, L, hidden_dim], the video's, to [B, H, L, D].
 
+        With a layout's protected segments all of them are the whole sequence, hidden_states [B, L, hidden_dim] too.
         See `vsa_attention`. A `config` stands in for the module's own; it must need the same parameters. `gates`, as
         `self.gates` returns them, stand in for `hidden_states`, which must then be None; all tensors may then hold
         some of the layer's heads alone.
@@ -250,6 +290,7 @@ class VideoSparseAttention(nn.Module):
             value,
             config=config,
             grid=grid,
+            layout=layout,
             gate_coarse=gates[0],
             gate_fine=gates[1],
             selection=selection,
@@ -257,7 +298,8 @@ class VideoSparseAttention(nn.Module):
             impl=self.impl,
         )
         if not torch.compiler.is_compiling():
-            self.last_impl = resolve_impl(self.impl, query, key, value, *self.kernel_blocks(config, grid))
+            blocks = self.kernel_blocks(config, resolve_layout(grid, layout)[0])
+            self.last_impl = resolve_impl(self.impl, query, key, value, *blocks)
         return output
 
     @staticmethod
@@ -273,14 +315,14 @@ class VideoSparseAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         *,
-        grid: VideoGrid,
+        grid: VideoGrid | None = None,
+        layout: TokenLayout | VideoGrid | None = None,
         kv_lengths: Tensor | None = None,
         config: VSAConfig | None = None,
     ) -> BlockSelection:
         """The selection that `forward` makes for the same arguments, to look at; see `select_cubes`."""
-        return select_cubes(
-            query, key, config=self.config if config is None else config, grid=grid, kv_lengths=kv_lengths
-        )
+        config = self.config if config is None else config
+        return select_cubes(query, key, config=config, grid=grid, layout=layout, kv_lengths=kv_lengths)
 
     def token_places(self, grid: VideoGrid) -> Tensor:
         """int64 [L]: where each token, in raster order, stands in the slotted tile order."""

@@ -16,6 +16,7 @@ class VSAConfig(MethodConfig):
     Args:
         topk: cubes that each cube attends to, capped at the number of cubes; None takes `keep_ratio` instead.
         keep_ratio: fraction of cubes kept, when `topk` is None. Left at its default beside a `topk`, it becomes None.
+            It rounds down, but over a layout with protected segments up.
         tile: cube of tokens (frames, height, width); "auto" takes the compact cube of at most 64 tokens that wastes
             least at the grid it meets, "wide" the one of at most 128: a coarser choice, at half the memory traffic.
         fine_gate: learn the fine branch's gate too (pretraining from scratch). False fixes it to 1 (retrofit).

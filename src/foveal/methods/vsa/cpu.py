@@ -20,7 +20,7 @@ def vsa_attention_torch(
     gate_fine: Tensor | None,
 ) -> Tensor:
     """O = Gc * Oc + Gf * Of, [B, H, L, D] in raster order, differentiated by autograd."""
-    length = layout.grid.num_tokens
+    length = query.shape[2]
     cubes = [layout.to_cubes(x) for x in (query, key[:, :, :length], value[:, :, :length])]
     query_c, key_c, value_c = (pool_blocks(x, layout.slot, layout.cube_sizes) for x in cubes)
     scores = pooled_scores(query_c, key_c, scale)

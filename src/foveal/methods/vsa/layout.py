@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, count, pick_blocks
+from foveal.blocks import BlockSelection, append_blocks, count, pick_blocks
 from foveal.kernels.api import validate_selection
 from foveal.kernels.backend import Cubes
 from foveal.layout import VideoGrid, tile_indices
@@ -119,9 +119,8 @@ class CubeLayout:
     def selection(self, critical: Tensor, counts: Tensor) -> BlockSelection:
         """Lists of cubes, int32 [B, H, C, W] and their counts [B, H, C], to a selection that names all text as well."""
         if self.text_counts is not None:
-            text = torch.arange(self.num_cubes, self.key_sizes.shape[1], dtype=torch.int32, device=critical.device)
-            critical = torch.cat([critical, text.expand(*critical.shape[:3], -1)], -1)
-            counts = counts + self.text_counts[:, None, None]
+            text = range(self.num_cubes, self.key_sizes.shape[1])
+            critical, counts = append_blocks(critical, counts, text, self.text_counts)
         query_length = self.num_cubes * self.slot
         return BlockSelection(
             critical=critical,
@@ -139,9 +138,13 @@ class CubeLayout:
         length = self.num_cubes * self.slot
         shapes = (query[:, :, :1].expand(-1, -1, size, -1) for size in (length, length + self.text_length))
         validate_selection(selection, *shapes)
+        self.check_blocks(selection)
+        return dataclasses.replace(selection, key_block_sizes=self.key_sizes)
+
+    def check_blocks(self, selection: BlockSelection) -> None:
+        """Raise a ValueError unless the selection's blocks are slots of this tile."""
         if (selection.block_q, selection.block_k) != (self.slot, self.slot):
             raise ValueError(
                 f"selection must have blocks of {self.slot}x{self.slot} for tile {self.tile}, "
                 f"got {selection.block_q}x{selection.block_k}"
             )
-        return dataclasses.replace(selection, key_block_sizes=self.key_sizes)

@@ -4,8 +4,12 @@
     fine    softmax over the tokens of the cubes that A's top-k names, and over the text keys
     O = Gc * Oc + Gf * Of
 
-It works in raster order throughout: cubes are sets of tokens, not places in memory. Suffixes give shapes: B, H, L
-video tokens, N keys (video, then text), D, C cubes, T blocks of keys (cubes, then blocks of text).
+In a packed sequence chunks of protected segments are tiles beside the cubes: the coarse stage has all of them, the fine
+stage of each cube reads all chunks, and that of a chunk reads everything.
+
+It works in the order that tokens come in: tiles are sets of tokens, not places in memory. Suffixes give shapes: B, H, L
+tokens of tiles (the video's, or the packed sequence's), N keys (these, then text), D, C tiles, T blocks of keys (tiles,
+then blocks of text).
 """
 
 from __future__ import annotations
@@ -13,10 +17,11 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.blocks import BlockSelection
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout
 
 
 def vsa_attention_reference(
@@ -24,7 +29,7 @@ def vsa_attention_reference(
     key_BHND: Tensor,
     value_BHND: Tensor,
     *,
-    grid: VideoGrid,
+    layout: TokenLayout,
     tile: tuple[int, int, int],
     selection: BlockSelection,
     scale: float,
@@ -32,26 +37,25 @@ def vsa_attention_reference(
     gate_fine_BHLD: Tensor | None = None,
     kv_lengths_B: Tensor | None = None,
 ) -> Tensor:
-    """The output [B, H, L, D] in raster order; `selection` has a row per cube and a column per cube and text block."""
-    t, h, w = torch.meshgrid(*(torch.arange(side) for side in grid.shape), indexing="ij")
-    cubes = [-(-side // edge) for side, edge in zip(grid.shape, tile, strict=True)]
-    cube_L = ((t // tile[0]) * cubes[1] + h // tile[1]) * cubes[2] + w // tile[2]
-    cube_L = cube_L.flatten().to(query_BHLD.device)
-    num_cubes, length = math.prod(cubes), cube_L.numel()
-    text_block = num_cubes + torch.arange(key_BHND.shape[2] - length, device=cube_L.device) // selection.block_k
-    block_N = torch.cat([cube_L, text_block])
+    """The output [B, H, L, D]; `selection` has a row per cube, and a column per tile and block of text."""
+    tile_L, num_tiles = _tiles(layout, tile)
+    tile_L, length = tile_L.to(query_BHLD.device), tile_L.numel()
+    text_block = num_tiles + torch.arange(key_BHND.shape[2] - length, device=tile_L.device) // selection.block_k
+    block_N = torch.cat([tile_L, text_block])
 
     dtype = torch.promote_types(query_BHLD.dtype, torch.float32)
-    member_CL = (torch.arange(num_cubes, device=cube_L.device)[:, None] == cube_L).to(dtype)
+    member_CL = (torch.arange(num_tiles, device=tile_L.device)[:, None] == tile_L).to(dtype)
     mean_CL = member_CL / member_CL.sum(1, keepdim=True)
-    video_BHLD = query_BHLD, key_BHND[:, :, :length], value_BHND[:, :, :length]
-    query_BHCD, key_BHCD, value_BHCD = (mean_CL @ x.to(dtype) for x in video_BHLD)
+    tokens_BHLD = query_BHLD, key_BHND[:, :, :length], value_BHND[:, :, :length]
+    query_BHCD, key_BHCD, value_BHCD = (mean_CL @ x.to(dtype) for x in tokens_BHLD)
     attention_BHCC = torch.softmax(query_BHCD @ key_BHCD.transpose(-1, -2) * scale, -1)
-    coarse_BHLD = (attention_BHCC @ value_BHCD)[:, :, cube_L]
+    coarse_BHLD = (attention_BHCC @ value_BHCD)[:, :, tile_L]
 
-    kept_BHLN = selection.critical_mask()[:, :, cube_L][..., block_N]
+    kept_BHCT = selection.critical_mask()
+    kept_BHCT = F.pad(kept_BHCT, (0, 0, 0, num_tiles - kept_BHCT.shape[2]), value=True)
+    kept_BHLN = kept_BHCT[:, :, tile_L][..., block_N]
     if kv_lengths_B is not None:
-        valid_BN = torch.arange(block_N.numel(), device=cube_L.device) < kv_lengths_B[:, None].to(cube_L.device)
+        valid_BN = torch.arange(block_N.numel(), device=tile_L.device) < kv_lengths_B[:, None].to(tile_L.device)
         kept_BHLN = kept_BHLN & valid_BN[:, None, None]
         # Padding may hold anything, including NaN, and 0 * NaN would spread it, also in the backward.
         key_BHND, value_BHND = (torch.where(valid_BN[:, None, :, None], x, 0) for x in (key_BHND, value_BHND))
@@ -63,3 +67,16 @@ def vsa_attention_reference(
     if gate_fine_BHLD is not None:
         fine_BHLD = fine_BHLD * gate_fine_BHLD
     return (coarse_BHLD + fine_BHLD).to(query_BHLD.dtype)
+
+
+def _tiles(layout: TokenLayout, tile: tuple[int, int, int]) -> tuple[Tensor, int]:
+    """The tile of each token, int64 [L], and how many tiles there are: first the video's cubes, then the chunks."""
+    t, h, w = torch.meshgrid(*(torch.arange(side) for side in layout.grid.shape), indexing="ij")
+    cubes = [-(-side // edge) for side, edge in zip(layout.grid.shape, tile, strict=True)]
+    cube = ((t // tile[0]) * cubes[1] + h // tile[1]) * cubes[2] + w // tile[2]
+    first, segments = math.prod(cubes), []
+    for length in (*layout.before, *layout.after):
+        segments.append(first + torch.arange(length) // math.prod(tile))
+        first += -(-length // math.prod(tile))
+    before = len(layout.before)
+    return torch.cat([*segments[:before], cube.flatten(), *segments[before:]]), first
