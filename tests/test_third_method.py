@@ -17,7 +17,7 @@ from window_method import WINDOW, WindowConfig
 
 import foveal
 from foveal import Policy, SLAConfig, VideoGrid, attention_cost
-from foveal.lab import doctor
+from foveal.lab import cli, doctor
 from foveal.lab.bench import __main__ as bench
 from foveal.lab.bench import report
 from foveal.lab.bench.run import BenchSettings, run_bench
@@ -173,6 +173,13 @@ def test_command_lines():
     with pytest.raises(ValueError, match="method window has no keep_ratio"):
         choose_sparse(None, "window", keep_ratio=0.5, drop_ratio=None, impl="auto")
     assert set(doctor.examine(method="window", measured=False)["estimate"]["parts"]) == {"window"}
+
+
+@pytest.mark.parametrize("command", ["doctor", "generate"])
+def test_named_in_the_help(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert "sla or vsa or window" in " ".join(capsys.readouterr().out.split())
 
 
 def test_one_registration_a_method():

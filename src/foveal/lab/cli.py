@@ -8,13 +8,18 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from typing_extensions import Doc
 
 import foveal
+from foveal.lab.config_file import OPTION, Command, arguments_of, take_config
 from foveal.lab.media_commands import Eval, Generate, Precompute
+from foveal.methods.base import METHODS
 
 
 @dataclass
-class Demo:
+class Demo(Command):
     """Train a small Wan on a real clip, convert it to SLA and VSA, fine-tune, generate, and write a report."""
 
     video: Path | None = None
@@ -66,7 +71,7 @@ class Demo:
 
 
 @dataclass
-class Bench:
+class Bench(Command):
     """Check attention against the reference, then time it against dense and block-sparse peers on this GPU."""
 
     quick: bool = False
@@ -135,7 +140,7 @@ class Train:
 
 
 @dataclass
-class Inspect:
+class Inspect(Command):
     """Look at a pipeline's attention while it generates: what few blocks keep, what that costs, what to try first."""
 
     model: str
@@ -206,7 +211,7 @@ class Inspect:
 
 
 @dataclass
-class Doctor:
+class Doctor(Command):
     """Say what is installed, which kernels run here, and what sparse attention gains for a model and a video size."""
 
     model: str = "wan-1.3b"
@@ -217,8 +222,7 @@ class Doctor:
     """In pixels."""
     width: int = 832
     """In pixels."""
-    method: str = "sla"
-    """sla or vsa."""
+    method: Annotated[str, Doc(f"{' or '.join(METHODS)}.")] = "sla"
     keep_ratio: float | None = None
     """The fraction of blocks or cubes kept, instead of the method's default."""
     measure: bool = True
@@ -246,7 +250,7 @@ class Doctor:
 
 
 @dataclass
-class Ui:
+class Ui(Command):
     """Open a page that shows where a token looks: click it, move the sliders, see what that keeps and costs."""
 
     demo: Path = Path("foveal-demo")
@@ -355,6 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
             description = (
                 "Trainable sparse attention for video transformers. foveal --version says which release this is."
             )
+            arguments = _with_config(arguments)
             command = tyro.extras.subcommand_cli_from_dict(
                 COMMANDS, prog="foveal", description=description, args=arguments
             )
@@ -381,6 +386,15 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def _with_config(arguments: list[str]) -> list[str]:
+    """The arguments with those of a config file in front, right after the name of the command."""
+    if not arguments or arguments[0] not in COMMANDS:
+        return arguments
+    name, *rest = arguments
+    entries, rest, file = take_config(rest)
+    return [name, *([f"{OPTION}={file}"] if file else []), *arguments_of(entries, file, COMMANDS[name]), *rest]
 
 
 def _failure(error: RuntimeError) -> str:

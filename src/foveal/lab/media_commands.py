@@ -7,7 +7,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from typing_extensions import Doc
+
+from foveal.lab.config_file import Command
+from foveal.methods.base import METHODS
 
 
 def _need(extra: str, *packages: str) -> None:
@@ -17,7 +22,7 @@ def _need(extra: str, *packages: str) -> None:
 
 
 @dataclass
-class Precompute:
+class Precompute(Command):
     """Encode videos and captions with a pipeline's VAE and text encoder, once, for foveal train."""
 
     videos: Path
@@ -94,7 +99,7 @@ class Precompute:
 
 
 @dataclass
-class _Generation:
+class _Generation(Command):
     model: str
     """The pipeline: a folder or a hub id."""
     prompt: tuple[str, ...] = ()
@@ -105,12 +110,11 @@ class _Generation:
     """One or several; each prompt is generated with each."""
     sparse: Path | None = None
     """Trained sparse weights: what foveal.save or foveal train wrote, or a released checkpoint."""
-    method: str | None = None
-    """Without trained weights: sla or vsa."""
+    method: Annotated[str | None, Doc(f"Without trained weights: {' or '.join(METHODS)}.")] = None
     keep_ratio: float | None = None
     """Of --method: the share of key blocks that are read exactly."""
     drop_ratio: float | None = None
-    """Of --method sla: the share that is not read at all."""
+    """Of a --method that drops blocks: the share that is not read at all."""
     impl: str = "auto"
     """Implementation of the sparse attention."""
     frames: int | None = None

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from foveal.lab.config_file import arguments_of, take_config
 from foveal.lab.train.config import TrainingConfig
 from foveal.lab.train.settings import (
     Annealing,
@@ -177,19 +178,21 @@ def usage() -> str:
     width = max(map(len, RECIPES))
     return "\n".join(
         [
-            "usage: foveal train RECIPE [OPTIONS]",
+            "usage: foveal train RECIPE [--config FILE] [OPTIONS]",
             "",
             "Train or fine-tune. RECIPE is path/to/file.py:function, or one of",
             "",
             *(f"  {name.ljust(width)}  {recipe.__doc__.splitlines()[0]}" for name, recipe in RECIPES.items()),
             "",
             "`foveal train RECIPE --help` lists the recipe's settings, each of which is an option.",
+            "FILE is TOML, YAML, or JSON with settings by the same names, and may name the recipe too, as recipe.",
+            "Options on the command line win.",
         ]
     )
 
 
 def parse(arguments: list[str]) -> TrainingConfig:
-    """Parse the arguments of `foveal train`: a recipe, and settings that override it.
+    """Parse the arguments of `foveal train`: a recipe, a config file, and settings that override both.
 
     Raises:
         SystemExit: for --help, and for settings that do not exist.
@@ -200,7 +203,14 @@ def parse(arguments: list[str]) -> TrainingConfig:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         raise SystemExit(0 if arguments else 2)
-    first = arguments[0]
+    entries, arguments, file = take_config(arguments)
+    in_file = entries.pop("recipe", None)
+    if arguments and not arguments[0].startswith("-"):
+        first, *arguments = arguments
+    elif in_file is not None:
+        first = str(in_file)
+    else:
+        raise ValueError(f"name a recipe, one of {tuple(RECIPES)}, on the command line or as recipe in the config file")
     recipe = find_recipe(first)
     config = recipe()
     if not isinstance(config, TrainingConfig):
@@ -210,6 +220,6 @@ def parse(arguments: list[str]) -> TrainingConfig:
         prog=f"foveal train {first}",
         description=recipe.__doc__,
         default=config,
-        args=arguments[1:],
+        args=[*arguments_of(entries, file, config), *arguments],
         config=(tyro.conf.AvoidSubcommands,),
     )
