@@ -12,7 +12,7 @@ method; `foveal/methods/__init__.py` imports those of this package.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,9 @@ class Method:
             grid, kv_lengths, and config by name.
         gates: (module, hidden_states [B, L, C]) to what the module makes of these token by token, a tuple of
             [B, H, L, D] or None; None for a method that makes nothing.
+        idle: (module, hidden_states [B, L, C]) to tensors in which each parameter has a part, made by calling the
+            module's parts in the order of `forward`. A layer that a policy keeps dense gives them zero gradients, for
+            DDP and FSDP. The default returns the parameters.
         needs_grid: whether it costs what it costs because of the video's shape, not only because of its length.
         schedule: what policies and annealing may change.
         presets: configurations to try, by the name that `foveal ui` shows.
@@ -124,6 +127,7 @@ class Method:
     key_blocks: Callable[[Config, VideoGrid], tuple[int, str]]
     run: Callable[..., Tensor] = _run
     gates: Callable[[nn.Module, Tensor], tuple[Tensor | None, ...] | None] = lambda module, hidden_states: None
+    idle: Callable[[nn.Module, Tensor], Iterable[Tensor | None]] = lambda module, hidden_states: module.parameters()
     needs_grid: bool = False
     schedule: Schedule = Schedule()
     presets: dict[str, Config] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from foveal.layout import VideoGrid
@@ -120,24 +121,30 @@ class SparseAttentionProcessor(nn.Module):
             output = self.original(attn, *args, **kwargs)
             # The switch takes the method out of a forward; a policy makes it a part that does nothing this time.
             by_policy = call is not None and call.grid is not None
-            return self._with_zero_gradients(output) if by_policy else output
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            return self._with_zero_gradients(output, hidden_states) if by_policy else output
         grid = call.grid
         family = FAMILIES[self.state.family]
         shards = shards_of(self._parallel_config)
         sparse_attention = LayerAttention(functools.partial(self._run_method, grid, phase, shards), grid, shards)
         return family.self_attention(attn, sparse_attention, *args, **kwargs)
 
-    def _with_zero_gradients(self, output: Any) -> Any:
+    def _with_zero_gradients(self, output: Any, hidden_states: Tensor) -> Any:
         """The output, with gradients of zero for the parameters that had no part in it.
 
-        DistributedDataParallel waits for every parameter's gradient, and ranks may differ in what their policy skips.
+        DistributedDataParallel waits for every parameter's gradient, FSDP for the calls of all of its units, and ranks
+        may differ in what their policy skips.
         """
-        parameters = [p for p in self.attention.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-        if not parameters:
+        # FSDP gathers a part's parameters when it is called, and waits for the other ranks, also without gradients.
+        if not (torch.is_grad_enabled() or (dist.is_available() and dist.is_initialized())):
             return output
-        if isinstance(output, tuple):
-            return _ZeroGradients.apply(output[0], *parameters), *output[1:]
-        return _ZeroGradients.apply(output, *parameters)
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        idle = method_of(self.config).idle(self.attention, hidden_states)
+        idle = [x for x in idle if x is not None and x.requires_grad]
+        if not idle:
+            return output
+        first = _ZeroGradients.apply(first, *idle)
+        return (first, *rest) if isinstance(output, tuple) else first
 
     def _run_method(
         self,

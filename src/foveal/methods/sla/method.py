@@ -31,6 +31,10 @@ def _run(
     return module(query, key, value, grid=grid, protected_keys=text, kv_lengths=kv_lengths, config=config)
 
 
+def _idle(module: SparseLinearAttention, hidden_states: Tensor) -> tuple[Tensor | None, ...]:
+    return (*(module.proj() if module.proj is not None else ()), module.feature_weight)
+
+
 def _cells(config: SLAConfig, grid: VideoGrid | None) -> SummaryCells:
     blocks = f"{config.block_q}x{config.block_k}" + (" tile" if config.token_order == "tile" else "")
     return SummaryCells(f"{config.keep_ratio:g}", f"{config.drop_ratio:g}", config.linear_scope, blocks)
@@ -51,6 +55,7 @@ SLA = Method(
     module_type=SparseLinearAttention,
     build=_build,
     run=_run,
+    idle=_idle,
     cost=cost_parts,
     cells=_cells,
     key_blocks=_key_blocks,

@@ -35,6 +35,10 @@ def _run(
     return module(query, key, value, hidden_states, gates, grid=grid, kv_lengths=kv_lengths, config=config)
 
 
+def _idle(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor | None, ...]:
+    return module.gates(hidden_states[:, :0])  # of no token
+
+
 def _cells(config: VSAConfig, grid: VideoGrid | None) -> SummaryCells:
     tile = config.tile if grid is None else resolve_tile(config, grid)
     return SummaryCells(
@@ -66,6 +70,7 @@ VSA = Method(
     module_type=VideoSparseAttention,
     build=_build,
     run=_run,
+    idle=_idle,
     cost=cost_parts,
     cells=_cells,
     key_blocks=_key_blocks,
