@@ -74,7 +74,7 @@ COMBINATIONS = {
     "moving averages of weights": ("test_combinations", "test_an_average"),
     "policies by step and timestep": ("test_policy", "test_"),
     "`save_pretrained`, `from_pretrained`": ("test_pretrained", "test_"),
-    "FSDP2": ("test_fsdp", "test_"),
+    "FSDP2 and FSDP1": ("test_fsdp", "test_"),
     "context parallelism": ("test_context_parallel", "test_"),
 }
 

@@ -25,10 +25,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_wan import SPARSE_SLA, inputs, randomize, tiny_transformer
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import foveal
 from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
+from foveal.methods.sla.attention import Projection
 from foveal.models.context_parallel import Shards, context_parallel_attention
 from foveal.testing import make_inputs
 
@@ -389,21 +390,15 @@ def fsdp_recomputes_dense():
 def fsdp_saves_and_loads():
     single, model = wan_pair(CONFIGS["vsa"])
     sharded(model)
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(folder)
-    foveal.save(model, folder[0])
-    expected = foveal.sparse_parameters(single)
-    loaded = foveal.load(tiny_transformer(), folder[0])
-    for name, parameter in foveal.sparse_parameters(loaded).items():
-        assert torch.equal(parameter, expected[name])
+    folder, expected = shared_folder(), foveal.sparse_parameters(single)
+    foveal.save(model, folder)
+    check_saved_of(single, folder)
     for parameter in foveal.sparse_parameters(model).values():
         parameter.data.zero_()
-    foveal.load(model, folder[0])
+    foveal.load(model, folder)
     for name, parameter in foveal.sparse_parameters(model).items():
         assert torch.equal(parameter.full_tensor(), expected[name])
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder[0])
+    removed(folder)
 
 
 def fsdp_checkpoints():
@@ -477,6 +472,139 @@ def fsdp_and_context_parallel(name):
         close(gradient.full_tensor() * RANKS, theirs[key])
 
 
+def policy_of_one_rank(name, wrap, dtype=torch.float32):
+    """A policy makes the layers of one rank dense: their parameters get zero gradients there, and no rank waits."""
+    _, model = wan_pair(CONFIGS[name], dtype)
+    for parameter in foveal.sparse_parameters(model).values():
+        parameter.data = parameter.data.float()
+    foveal.set_policy(model, foveal.Policy(dense_above=900))
+    wrapped, fed = wrap(model), samples(dtype)[dist.get_rank()]
+    for timestep in (500, 950 if dist.get_rank() else 500, 950, 500):
+        run(wrapped, **fed | {"timestep": torch.tensor([timestep])}).float().square().mean().backward()
+    with torch.no_grad():
+        run(wrapped, **fed | {"timestep": torch.tensor([950 if dist.get_rank() else 500])})
+
+
+def with_units_of_their_own(model):
+    """FSDP2 of blocks whose sparse parameters have another dtype."""
+    for block in model.blocks:
+        for module in block.attn1.processor.attention.modules():
+            if list(module.parameters(recurse=False)):
+                fully_shard(module)
+    return sharded(model)
+
+
+# FSDP1
+
+
+def fsdp1_wrapped(model, policy="blocks", **settings):
+    """FSDP of the first version as accelerate applies it: a unit for each block, and one for the rest."""
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy, transformer_auto_wrap_policy
+
+    block = type(model.blocks[0])
+    policies = {
+        "blocks": functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={block}),
+        "classes": ModuleWrapPolicy({block, Projection}),
+        "whole": None,
+    }
+    settings = {"use_orig_params": True, "device_id": torch.device("cpu")} | settings
+    return FullyShardedDataParallel(model, auto_wrap_policy=policies[policy], **settings)
+
+
+def fsdp1(name, dtype=torch.float32, policy="blocks", **settings):
+    """Each rank has a sample of its own: its output, and the mean over ranks of all gradients, as without FSDP."""
+    single, model = wan_pair(CONFIGS[name], dtype)
+    fed, rank = samples(dtype), dist.get_rank()
+    wrapped = fsdp1_wrapped(model, policy, **settings)
+    for _ in range(2):
+        single.zero_grad()
+        wrapped.zero_grad()
+        results = [backward(single, sample) for sample in fed]
+        output, _ = backward(wrapped, fed[rank])
+        loose = {} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+        close(output, results[rank][0], **loose)
+        theirs = results[-1][1]  # of both samples
+        with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+            ours = {key.replace("_fsdp_wrapped_module.", ""): p.grad for key, p in wrapped.named_parameters()}
+            assert {key for key, gradient in ours.items() if gradient is not None} == theirs.keys()
+            assert any(".processor." in key for key in theirs)
+            for key, expected in theirs.items():
+                if dtype != torch.float32:
+                    loose["atol"] = 0.02 * expected.abs().max().item()
+                close(ours[key], expected / RANKS, **loose)
+    return wrapped
+
+
+def fsdp1_saves_and_loads(name, dtype, **settings):
+    single, model = wan_pair(CONFIGS[name], dtype)
+    wrapped = fsdp1_wrapped(model, **settings)
+    folder = shared_folder()
+    # Only the outermost wrapper knows before a forward that it is one.
+    raises("FSDP has not run the model yet; .*summon_full_params", lambda: foveal.save(wrapped.module, folder))
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        foveal.save(wrapped.module, folder)
+    check_saved_of(single, folder)
+    foveal.save(wrapped.module, folder)
+    check_saved_of(single, folder)
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        for key, parameter in wrapped.named_parameters():
+            if ".processor." in key:
+                parameter.data.zero_()
+    foveal.load(wrapped.module, folder)
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        for key, expected in single.named_parameters():
+            found = dict(wrapped.named_parameters())
+            close({k.replace("_fsdp_wrapped_module.", ""): p for k, p in found.items()}[key], expected, rtol=0, atol=0)
+    removed(folder)
+
+
+def fsdp1_whole():
+    """One unit for the whole model: the wrapper around it has the parameters, and the error says so."""
+    folder = shared_folder()
+    for use_orig_params in (True, False):
+        single, model = wan_pair(CONFIGS["vsa"])
+        wrapped = fsdp1_wrapped(model, "whole", use_orig_params=use_orig_params)
+        refused = r"FSDP has the parameters of transformer.blocks.0.attn1 in pieces, .*summon_full_params.*FSDP2"
+        raises(refused, lambda wrapped=wrapped: foveal.save(wrapped.module, folder))
+        with FullyShardedDataParallel.summon_full_params(wrapped):
+            foveal.save(wrapped.module, folder)
+        check_saved_of(single, folder)
+        raises(refused, lambda wrapped=wrapped: foveal.load(wrapped.module, folder))
+        with FullyShardedDataParallel.summon_full_params(wrapped):
+            foveal.load(wrapped.module, folder)
+    removed(folder)
+
+
+def fsdp1_comes_after_sparsify():
+    for use_orig_params in (True, False):
+        wrapped = fsdp1_wrapped(tiny_transformer(), use_orig_params=use_orig_params)
+        raises(
+            r"sharded \(FSDP\), .*sparsify the model before FullyShardedDataParallel",
+            lambda wrapped=wrapped: foveal.sparsify(wrapped.module, SPARSE_SLA),
+        )
+
+
+def shared_folder():
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    return folder[0]
+
+
+def removed(folder):
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+
+
+def check_saved_of(model, folder):
+    """A save has the parameters of this model."""
+    expected = foveal.sparse_parameters(model)
+    loaded = foveal.load(tiny_transformer().to(model.dtype), folder)
+    assert foveal.sparse_parameters(loaded).keys() == expected.keys()
+    for name, parameter in foveal.sparse_parameters(loaded).items():
+        assert torch.equal(parameter, expected[name])
+
+
 CONTEXT_PARALLEL = {
     "exchange": exchange_is_a_permutation,
     **{f"own modules, {name}": lambda name=name: own_modules(name) for name in CONFIGS},
@@ -499,10 +627,32 @@ FSDP = {
     "fsdp, save and load": fsdp_saves_and_loads,
     "fsdp, checkpoints": fsdp_checkpoints,
     "fsdp, after sparsify": fsdp_comes_after_sparsify,
+    **{f"fsdp, policy, {name}": lambda name=name: policy_of_one_rank(name, sharded) for name in ("sla", "vsa")},
+    **{
+        f"fsdp, policy, own units, {name}": lambda name=name: policy_of_one_rank(
+            name, with_units_of_their_own, torch.bfloat16
+        )
+        for name in ("sla", "vsa")
+    },
     "fsdp, context parallel, sla": lambda: fsdp_and_context_parallel("sla"),
     "fsdp, context parallel, vsa": lambda: fsdp_and_context_parallel("vsa"),
 }
-CASES = CONTEXT_PARALLEL | FSDP
+FSDP1 = {
+    **{f"fsdp1, {name}": lambda name=name: fsdp1(name) for name in ("sla", "vsa")},
+    "fsdp1, sla, bfloat16": lambda: fsdp1("sla", torch.bfloat16),
+    "fsdp1, sla, bfloat16, by classes": lambda: fsdp1("sla", torch.bfloat16, "classes"),
+    "fsdp1, vsa, whole": lambda: fsdp1("vsa", policy="whole"),
+    **{
+        f"fsdp1, policy, {name}": lambda name=name: policy_of_one_rank(name, fsdp1_wrapped, torch.bfloat16)
+        for name in ("sla", "vsa")
+    },
+    "fsdp1, save and load, sla": lambda: fsdp1_saves_and_loads("sla", torch.bfloat16),
+    "fsdp1, save and load, vsa": lambda: fsdp1_saves_and_loads("vsa", torch.float32),
+    "fsdp1, save and load, flat": lambda: fsdp1_saves_and_loads("sla", torch.float32, use_orig_params=False),
+    "fsdp1, one unit": fsdp1_whole,
+    "fsdp1, after sparsify": fsdp1_comes_after_sparsify,
+}
+CASES = CONTEXT_PARALLEL | FSDP | FSDP1
 
 
 def check_case(case, request):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -11,6 +12,7 @@ from foveal.methods.base import Config, method_of
 from foveal.models.context_parallel import check_parallel_config
 from foveal.models.families.table import Family, family_of
 from foveal.models.processor import SparseAttentionProcessor, parameters_of, sparse_processors, state_of
+from foveal.models.sharding import in_flat_parameters, is_dtensor, own_unit
 from foveal.models.state import ForwardState
 
 # A regular expression on module paths, as layerwise casting takes them. Our parameters are few, and the projection's
@@ -56,6 +58,9 @@ def install(transformer: nn.Module, processors: dict[str, SparseAttentionProcess
         layers[name].set_processor(processor)
         processor.held_dense = name in processor.state.held
         state, block = processor.state, name.rpartition(".")[0]
+        # FSDP1 (torch 2.13) looks this up in the modules that it wraps, if a function tells it which ones these are.
+        overrides = {"auto_wrap_policy": functools.partial(own_unit, layers[name])}
+        transformer.get_submodule(block)._wrap_overrides = overrides
         for owner, begin, end in (("", state.begin_forward, state.end_forward), (block, state.begin_block, None)):
             if owner not in state.handles:
                 module = transformer.get_submodule(owner)
@@ -71,6 +76,7 @@ def uninstall(transformer: nn.Module) -> None:
     layers = family_of(transformer).self_attention_layers(transformer)
     for name, processor in sparse_processors(transformer).items():
         layers[name].set_processor(processor.original)
+        vars(transformer.get_submodule(name.rpartition(".")[0])).pop("_wrap_overrides", None)
         for handle in itertools.chain(*processor.state.handles.values()):
             handle.remove()
         processor.state.handles.clear()
@@ -88,11 +94,15 @@ def _check_replaceable(name: str, attn: nn.Module, family: Family) -> None:
             f"layer {name} has a {type(processor).__name__}, which sparse attention cannot stand in for; "
             f"expected {' or '.join(family.processors)}"
         )
-    if any(hasattr(parameter, "full_tensor") for parameter in attn.parameters()):
-        raise ValueError(
-            f"layer {name} is sharded (DTensor), and parameters added now would not be; sparsify the model before "
-            "fully_shard"
-        )
+    for sharded, how, wrap in (
+        (any(is_dtensor(parameter) for parameter in attn.parameters()), "DTensor", "fully_shard"),
+        (in_flat_parameters(attn), "FSDP", "FullyShardedDataParallel"),
+    ):
+        if sharded:
+            raise ValueError(
+                f"layer {name} is sharded ({how}), and parameters added now would not be; sparsify the model before "
+                f"{wrap}"
+            )
     offloaded = any(hasattr(module, "_hf_hook") for module in attn.modules())
     if offloaded and next(attn.parameters()).device.type == "meta":
         raise ValueError(f"layer {name} is offloaded, its parameters are elsewhere; sparsify the model before that")

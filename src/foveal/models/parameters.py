@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from foveal.models.families.table import components_of
 from foveal.models.processor import sparse_processors
+from foveal.models.sharding import FSDP1_PREFIX
 
 Model = TypeVar("Model")
 
@@ -44,7 +45,7 @@ def own_tensors(attention: nn.Module) -> dict[str, Tensor]:
     if isinstance(copies, nn.ModuleDict):
         active = [name for name in attention.active_adapters if name in copies]
         attention = copies[active[0]] if active else attention.original_module
-    tensors = attention.state_dict(keep_vars=True)
+    tensors = _tensors(attention)
     # An adapter keeps its own parameters next to the layer that it adapts.
     adapted = {name.partition(".base_layer.")[0] + "." for name in tensors if ".base_layer." in name}
     return {
@@ -52,6 +53,17 @@ def own_tensors(attention: nn.Module) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if ".base_layer." in name or not any(name.startswith(prefix) for prefix in adapted)
     }
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What `state_dict(keep_vars=True)` returns, but without the hooks by which FSDP1 gathers parameters there."""
+    found = {}
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        kept = {name: x for name, x in part._buffers.items() if name not in part._non_persistent_buffers_set}
+        for name, tensor in (part._parameters | kept).items():
+            if tensor is not None:
+                found[f"{prefix}.{name}".lstrip(".").replace(FSDP1_PREFIX, "")] = tensor
+    return found
 
 
 def unfreeze(model: Model) -> Model:

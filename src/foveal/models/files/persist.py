@@ -41,6 +41,7 @@ from foveal.models.parameters import own_tensors
 from foveal.models.policy import attach_policy, get_policy
 from foveal.models.pretrained import become_sparse, register_components
 from foveal.models.processor import SparseAttentionProcessor, sparse_processors
+from foveal.models.sharding import REMEDY, copy_into, gathered, is_dtensor, whole_parameters
 from foveal.output_folder import flush, scratch_folder
 
 WEIGHTS_FILE = "foveal.safetensors"
@@ -53,7 +54,8 @@ Model = TypeVar("Model")
 def save(model: Any, folder: str | os.PathLike) -> None:
     """Writes what `sparsify` added to a model: parameters bit for bit, each layer's configuration, and the policy.
 
-    A model sharded by FSDP2 is gathered: all ranks call this together, the first one writes, and all return after that.
+    A model sharded by FSDP2 or FSDP1 is gathered: all ranks call this together, the first one writes, and all return
+    after that. Where FSDP1's outermost wrapper alone has the parameters, call this inside of `summon_full_params`.
 
     Both files are written aside and renamed. Interrupted at any point, the folder holds the former save or the new
     one, complete. Only files that `save` wrote are replaced.
@@ -64,8 +66,8 @@ def save(model: Any, folder: str | os.PathLike) -> None:
 
     Raises:
         TypeError: an unsupported model.
-        ValueError: a model without a sparse layer, or with parameters that are offloaded ("meta") or not those that
-            its configuration has.
+        ValueError: a model without a sparse layer, or with parameters that are offloaded ("meta"), not those that
+            its configuration has, or out of reach in a wrapper of FSDP1.
         FileExistsError: the folder has a `foveal.safetensors` or `foveal.json` that `save` did not write.
     """
     components, tensors, sharded = {}, {}, False
@@ -74,11 +76,19 @@ def save(model: Any, folder: str | os.PathLike) -> None:
         if not processors:
             continue
         configs = {name: processor.config for name, processor in processors.items()}
-        state = _state(component, processors)
-        _check_tensors(state, _expected(component, transformer, configs), "the model")
+        expected, state = _expected(component, transformer, configs), {}
+        for layer, processor in processors.items():
+            with whole_parameters(transformer, processor) as flat:
+                part = _state(component, {layer: processor})
+                if flat:
+                    _check_whole(part, expected, f"{component}.{layer}")
+                    part = {name: tensor.detach().clone() for name, tensor in part.items()}
+                state |= part
+            sharded = sharded or flat
+        _check_tensors(state, expected, "the model")
         _check_not_offloaded(state)
-        sharded = sharded or any(_is_sharded(tensor) for tensor in state.values())
-        tensors.update({name: _gathered(tensor.detach()).cpu().contiguous() for name, tensor in state.items()})
+        sharded = sharded or any(is_dtensor(tensor) for tensor in state.values())
+        tensors.update({name: gathered(tensor.detach()).cpu().contiguous() for name, tensor in state.items()})
         components[component] = {**entry_of(transformer), "model": model_entry(transformer)}
     if not components:
         raise ValueError("model has no sparse layer, there is nothing to save; call sparsify first")
@@ -135,14 +145,18 @@ def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Mode
         transformer = components[component]
         processors = sparse_processors(transformer)
         fresh = {} if processors else build_processors(transformer, configs, impl=impl)
-        state = _state(component, processors or fresh)
-        _check_not_offloaded(state)
-        plans.append((transformer, fresh, state, policy))
+        _check_not_offloaded(_state(component, processors or fresh))
+        for layer, processor in processors.items():
+            with whole_parameters(transformer, processor) as flat:
+                if flat:
+                    _check_whole(_state(component, {layer: processor}), expected, f"{component}.{layer}")
+        plans.append((component, transformer, processors or fresh, fresh, policy))
     pipeline = None if isinstance(model, nn.Module) else model
-    for transformer, fresh, state, policy in plans:
-        with torch.no_grad():
-            for name, parameter in state.items():
-                _copy(tensors[name], parameter)
+    for component, transformer, processors, fresh, policy in plans:
+        for layer, processor in processors.items():
+            with whole_parameters(transformer, processor, write=True), torch.no_grad():
+                for name, parameter in _state(component, {layer: processor}).items():
+                    copy_into(parameter, tensors[name])
         install(transformer, fresh)
         become_sparse(transformer)
         if policy is not None or get_policy(transformer) is not None:
@@ -225,25 +239,6 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor, which need not be imported for that."""
-    return hasattr(tensor, "full_tensor")
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
-
-
-def _copy(tensor: Tensor, target: Tensor) -> None:
-    """Into a parameter, or into this rank's part of a sharded one."""
-    if _is_sharded(target):
-        from torch.distributed.tensor import distribute_tensor
-
-        # Every rank has read the file: nothing to send.
-        tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(tensor)
-
-
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The manifest and the tensors of a folder, each checked as far as that goes without a model."""
     from safetensors import SafetensorError, safe_open
@@ -297,6 +292,15 @@ def _check_tensors(given: dict[str, Tensor], expected: dict[str, Tensor], source
     for name, tensor in expected.items():
         if given[name].shape != tensor.shape:
             raise ValueError(f"{source}: {name} has shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}")
+
+
+def _check_whole(state: dict[str, Tensor], expected: dict[str, Tensor], layer: str) -> None:
+    """Raises a ValueError unless a layer that FSDP1 has cut has all of its parameters, whole."""
+    shapes = {name: tensor.shape for name, tensor in expected.items() if name.startswith(f"{layer}.")}
+    if {name: tensor.shape for name, tensor in state.items()} != shapes:
+        raise ValueError(
+            f"FSDP has the parameters of {layer} in pieces, and only its outermost wrapper can join them; {REMEDY}"
+        )
 
 
 def _check_not_offloaded(state: dict[str, Tensor]) -> None:
