@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foveal.kernels.dense import dense_attention
 from foveal.layout import VideoGrid
 from foveal.models.context_parallel import Shards
 
@@ -100,31 +100,41 @@ def joint_attention(
     value: Tensor,
     hidden_states: Tensor,
     kv_lengths: Tensor | None = None,
+    before: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention over video and text in one sequence: sparse for the video's queries, dense for those of the text.
 
     Args:
         sparse_attention: the method's attention.
-        query, key, value: [B, Lv + Lt, H, D], the video first. Under context parallelism, this rank's part of both.
+        query, key, value: [B, Lv + Lt, H, D], in sequence order. Under context parallelism, this rank's part of both.
         hidden_states: [B, Lv, C], the video's.
-        kv_lengths: int [B], valid keys at the front of each sample, at least Lv; None when all are.
+        kv_lengths: int [B], valid keys at the front of each sample, up to the end of the video at least; None when all
+            are.
+        before: how many of the Lt tokens stand before the video, with the others after it.
 
     Returns:
-        [B, Lv, H * D] and [B, Lt, H * D].
+        [B, Lv, H * D] and [B, Lt, H * D], the text from before the video first.
     """
-    text = query.shape[1] - hidden_states.shape[1]
+    video = hidden_states.shape[1]
+    text = query.shape[1] - video
+    query, key, value = (_video_first(x, before, video) for x in (query, key, value))
     query, key, value = sparse_attention.to_heads(tuple(x.transpose(1, 2) for x in (query, key, value)), text)
     video = query.shape[2] - (text if sparse_attention.shards is None else sparse_attention.shards.ranks * text)
-    # index() changes nothing in plain Python. Under torch.compile it makes the length a constant of the graph, like the
+    # It changes nothing in plain Python. Under torch.compile it makes the length a constant of the graph, like the
     # grid's sides, because the number of kept blocks cannot be computed from a symbol.
-    length = operator.index(key.shape[2])
+    operator.index(key.shape[2])
     video_output = sparse_attention.method(query[:, :, :video], key, value, hidden_states, kv_lengths)
-    mask = None
-    if kv_lengths is not None:
-        mask = (torch.arange(length, device=key.device) < kv_lengths[:, None])[:, None, None]
-    text_output = F.scaled_dot_product_attention(query[:, :, video:], key, value, attn_mask=mask)
+    text_output = dense_attention(query[:, :, video:], key, value, kv_lengths)
     outputs = sparse_attention.to_tokens(video_output), sparse_attention.to_tokens(text_output, text)
     return tuple(x.transpose(1, 2).flatten(2) for x in outputs)
+
+
+def _video_first(x: Tensor, before: int, video: int) -> Tensor:
+    """[B, L, H, D] with the tokens before the video moved behind it, where the method expects keys of text."""
+    if not before:
+        return x
+    first, middle, last = x.split((before, video, x.shape[1] - before - video), 1)
+    return torch.cat((middle, first, last), 1)
 
 
 def grid_of_coordinates(name: str, coordinates: Tensor) -> VideoGrid:

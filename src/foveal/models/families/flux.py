@@ -1,8 +1,8 @@
 """Flux.1 (`FluxTransformer2DModel` of diffusers): joint attention over text and one image.
 
 There are two kinds of blocks. In the first ("dual stream") text has its own projections. In the second ("single
-stream") text and image come as one sequence. diffusers puts the text first; here it goes after the image, which does
-not affect attention. No text token is masked, because this model was trained to see its padding.
+stream") text and image come as one sequence. The text is first. No text token is masked, because this model was trained
+to see its padding.
 
 Shape legend: B batch, Li and Lt tokens of image and text, C hidden width, D head dimension.
 """
@@ -63,7 +63,6 @@ def self_attention(
     if single:
         text = hidden_states.shape[1] - sparse_attention.video_tokens
         image_states = hidden_states[:, text:]
-        hidden_states = torch.cat((image_states, hidden_states[:, :text]), 1)
     else:
         text, image_states = encoder_hidden_states.shape[1], hidden_states
 
@@ -72,14 +71,13 @@ def self_attention(
     query, key = attn.norm_q(query), attn.norm_k(key)
     if not single:
         text_query, text_key, text_value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projected[3:])
-        query = torch.cat((query, attn.norm_added_q(text_query)), 1)
-        key = torch.cat((key, attn.norm_added_k(text_key)), 1)
-        value = torch.cat((value, text_value), 1)
+        query = torch.cat((attn.norm_added_q(text_query), query), 1)
+        key = torch.cat((attn.norm_added_k(text_key), key), 1)
+        value = torch.cat((text_value, value), 1)
     if image_rotary_emb is not None:
-        rotary = tuple(torch.cat((table[text:], table[:text])) for table in image_rotary_emb)
-        query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
+        query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
 
-    output, text_output = joint_attention(sparse_attention, query, key, value, image_states)
+    output, text_output = joint_attention(sparse_attention, query, key, value, image_states, before=text)
     if single:
         return torch.cat((text_output, output), 1)
     return attn.to_out[1](attn.to_out[0](output)), attn.to_add_out(text_output)

@@ -109,12 +109,10 @@ def video_and_text_attention(
         text = project(encoder_hidden_states, names, norms)
         query, key, value = (torch.cat(x, 1) for x in zip((rotate(query), rotate(key), value), text, strict=True))
 
-    end = hidden_states.shape[1]
-    history = end - sparse_attention.grid.num_tokens
-    if history:
-        parts = slice(history, end), slice(history), slice(end, None)
-        query, key, value = (torch.cat([x[:, part] for part in parts], 1) for x in (query, key, value))
-    output, text_output = joint_attention(sparse_attention, query, key, value, hidden_states[:, history:], kv_lengths)
+    history = hidden_states.shape[1] - sparse_attention.grid.num_tokens
+    output, text_output = joint_attention(
+        sparse_attention, query, key, value, hidden_states[:, history:], kv_lengths, before=history
+    )
     if history:
         output, text_output = torch.cat((text_output[:, :history], output), 1), text_output[:, history:]
     for layer in getattr(attn, "to_out", None) or ():

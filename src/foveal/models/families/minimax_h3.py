@@ -103,8 +103,7 @@ def self_attention(
     if rotary_emb is not None:
         query, key = (_apply_rotary_emb(x, *rotary_emb) for x in (query, key))
     first = hidden_states.shape[1] - sparse_attention.video_tokens
-    query, key, value = (torch.cat((x[:, first:], x[:, :first]), 1) for x in (query, key, value))
-    output, protected = joint_attention(sparse_attention, query, key, value, hidden_states[:, first:])
+    output, protected = joint_attention(sparse_attention, query, key, value, hidden_states[:, first:], before=first)
     output = torch.cat((protected, output), 1)
     for layer in attn.to_out:
         output = layer(output)
