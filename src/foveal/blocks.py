@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveal.checks import cached_constant, check_kv_lengths, check_positive_int
+from foveal.checks import cached_constant, check_kv_lengths, check_positive_int, product
 
 
 def count(ratio: float, total: int) -> int:
@@ -204,7 +204,7 @@ def pool_blocks(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
 
 def pooled_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """[B, H, Tq, D] and [B, H, Tk, D], pooled, to the scores [B, H, Tq, Tk]."""
-    return (query * scale) @ key.transpose(-1, -2)
+    return product(query * scale, key.transpose(-1, -2))
 
 
 @torch.no_grad()

@@ -87,6 +87,27 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     return any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given)
 
 
+@without_autocast
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`, with equal batch dimensions, in their dtype even where the backward runs inside of autocast."""
+    if torch.compiler.is_compiling() or is_transformed(left, right):
+        return left @ right
+    return _Product.apply(left, right)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return left @ right
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        left, right = ctx.saved_tensors
+        grad_left = product(grad, right.mT) if ctx.needs_input_grad[0] else None
+        return grad_left, product(left.mT, grad) if ctx.needs_input_grad[1] else None
+
+
 def check_choice(name: str, value: Any, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise ValueError(f"unknown {name} {value!r}; expected one of {valid}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveal.blocks import BlockSelection, count, selection_rule
@@ -28,7 +27,7 @@ from foveal.kernels.api import (
 from foveal.kernels.dense import dense_attention
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout, tile_indices
 from foveal.methods.sla.config import SLAConfig
-from foveal.methods.sla.feature_maps import apply_feature_map
+from foveal.methods.sla.feature_maps import apply_feature_map, linear_layer
 from foveal.methods.sla.linear import linear_branch
 from foveal.methods.sla.packed import PackedKeys
 
@@ -156,8 +155,7 @@ def sla_attention(
         if config.linear_scope != "none":
             linear = _linear_output(query, key, value, config, selection, feature_weight)
             if proj_weight is not None:
-                bias = None if proj_bias is None else proj_bias.to(linear.dtype)
-                linear = F.linear(linear, proj_weight.to(linear.dtype), bias)
+                linear = linear_layer(linear, proj_weight, proj_bias)
             output = (output + linear).to(query.dtype)
     return output if tile is None else grid.to_raster_order(output, tile)
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveal.checks import product
+
 
 def apply_feature_map(x: Tensor, feature_map: str, weight: Tensor | None = None) -> Tensor:
     """phi(x) in float32 or better.
@@ -27,9 +29,15 @@ def apply_feature_map(x: Tensor, feature_map: str, weight: Tensor | None = None)
         case "relu":
             return F.relu(x)
         case "hedgehog":
-            wx = F.linear(x, weight.to(x.dtype))
+            wx = linear_layer(x, weight)
             return torch.cat((wx, -wx), -1).softmax(-1)
     raise AssertionError(feature_map)
+
+
+def linear_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` in the dtype of x, also where the backward runs inside of autocast."""
+    output = product(x.flatten(0, -2), weight.to(x.dtype).t()).unflatten(0, x.shape[:-1])
+    return output if bias is None else output + bias.to(x.dtype)
 
 
 def feature_dim(feature_map: str, head_dim: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from foveal.blocks import BlockSelection, pool_blocks, pooled_scores
+from foveal.checks import product
 from foveal.kernels.api import block_sparse_attention
 from foveal.methods.vsa.layout import CubeLayout
 
@@ -26,7 +27,7 @@ def vsa_attention_torch(
     scores = pooled_scores(query_c, key_c, scale)
     if selection is None:
         selection = layout.pick(scores)
-    coarse = scores.softmax(-1) @ value_c
+    coarse = product(scores.softmax(-1), value_c)
     coarse = coarse.unsqueeze(3).expand(-1, -1, -1, layout.slot, -1).flatten(2, 3)
     fine_key, fine_value = layout.add_text(cubes[1], key), layout.add_text(cubes[2], value)
     fine = block_sparse_attention(cubes[0], fine_key, fine_value, selection, scale=scale, impl="torch")
