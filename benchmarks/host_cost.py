@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime.jit import JITFunction
@@ -48,6 +49,15 @@ class Launched:
         return lambda *arguments: None
 
 
+def unlaunched(compiled, device, names, named) -> host.DirectKernel:
+    """The compiled kernel for a replay: its C launcher does nothing, and a TMA map is an address."""
+    parameters = [(name, hasattr(named[name], "base") or None) for name in names]
+    direct = host.DirectKernel(compiled, device, None, parameters)
+    direct.launch_with = lambda grid: lambda arguments: None
+    direct.tensor_map = lambda descriptor, known: (lambda address: address, [*descriptor.shape, *descriptor.strides])
+    return direct
+
+
 @contextlib.contextmanager
 def without_launches():
     """Tensors count as a Hopper GPU's, and neither Triton's kernels nor the large products run."""
@@ -56,6 +66,10 @@ def without_launches():
         patch.setattr(sla, "fits_kernel", lambda *_: True)
         patch.setattr(support, "_why_not_device", lambda device: None)
         patch.setattr(torch, "bmm", lambda a, b, out: out)
+        patch.setattr(host.DOORS["replay"], "on", True)
+        patch.setattr(host.DirectKernel, "of", unlaunched)
+        patch.setattr(host.DOORS["direct"], "releases", (".".join(triton.__version__.split(".")[:2]),))
+        patch.delattr(host.DOORS["direct"], "fits", raising=False)
         yield
 
 

@@ -56,8 +56,12 @@ def _bind(kernel, backend, arguments, named):
 
 @contextlib.contextmanager
 def as_if_on(monkeypatch, arch: int):
-    """Production code takes CPU tensors for those of a GPU of this architecture, and has launched nothing yet."""
+    """Production code takes CPU tensors for those of a GPU of this architecture, and has launched nothing yet.
+
+    It replays no call: each works out its launches.
+    """
     with monkeypatch.context() as patch:
+        patch.setattr(host.DOORS["replay"], "on", False)
         patch.setattr(host, "_launchers", {})
         patch.setattr(host, "has_tma", lambda device: arch >= 90)
         patch.setattr(host, "starts_early", lambda device: arch >= 90)

@@ -8,12 +8,14 @@ was written for: with another release, or with `DOORS[name].on = False`, the pub
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +26,16 @@ MOST = 1024  # entries of a cache before it starts anew
 
 # Launchers by their kernels' identities, and every other cache that `clear` empties.
 _launchers: dict[int, Any] = {}
-_CACHES: list[dict] = [_launchers]
+CACHES: list[dict] = [_launchers]
+
+
+class _Recording(threading.local):
+    """Who records the launches of this thread (see `foveal.kernels.replay`); None for nobody."""
+
+    recorder: Any = None
+
+
+RECORDING = _Recording()
 
 
 @dataclass
@@ -59,6 +70,10 @@ DOORS = {
     "launch": Door("triton", ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")),
     # Its C launcher is called without the hooks of profilers, where none are set.
     "run": Door("triton", ("3.6", "3.9")),
+    # That launcher takes addresses for tensors and ready-made TMA maps; Triton would look each of them up again.
+    "direct": Door("triton", ("3.6",)),
+    # Calls after the second of a kind go through a record of its operators and launches.
+    "replay": Door("torch", ("2.8", "2.9", "2.10", "2.11", "2.12", "2.13")),
     # A descriptor of a tensor that lies like an earlier one takes over that one's fields without their checks.
     "descriptor": Door("triton", ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")),
     # Whether a mode or a transform is active, from the stacks that torch keeps.
@@ -110,10 +125,24 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device_of(x)
 
 
-@functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream of higher priority, for kernels that fit beside those of the current stream."""
+    if RECORDING.recorder is not None:
+        RECORDING.recorder.why_not = "it uses a second stream"
+    return _side_stream(device)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)
+
+
+def current_device_of(x: Tensor) -> int | None:
+    """The index of the device of `x` if it is the current one, -1 for a CPU; None for any other."""
+    device = x.device
+    if device.type == "cpu":
+        return -1
+    return device.index if device.type == "cuda" and torch.cuda.current_device() == device.index else None
 
 
 # --- How a call comes in ----------------------------------------------------------------------------------------------
@@ -172,7 +201,7 @@ class Descriptors:
     def __init__(self, make: Callable[..., Any]) -> None:
         self._make = make
         self._known: dict[tuple, tuple[type, dict[str, Any]]] = {}
-        _CACHES.append(self._known)
+        CACHES.append(self._known)
 
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
         key = (x.shape, x.stride(), x.dtype, *arguments)
@@ -227,6 +256,8 @@ def launch(kernel: Any, grid: tuple[int, ...], **named: Any) -> None:
     if launcher is None:
         launcher = _launchers[id(kernel)] = _launcher_of(kernel)
     launcher(grid, named)
+    if RECORDING.recorder is not None:
+        RECORDING.recorder.launched(launcher, grid, named)
 
 
 def _launcher_of(kernel: Any) -> Callable[[tuple[int, ...], dict[str, Any]], None]:
@@ -293,20 +324,115 @@ class Launcher:
     def __call__(self, grid: tuple[int, ...], named: dict[str, Any]) -> None:
         """As `launch` has it."""
         device = torch.cuda.current_device()
+        arguments = self._take(named)
+        variant = self._variant(device, named, arguments)
+        known = self._variants.get(variant)
+        if known is None:
+            early = {"launch_pdl": True} if starts_early(device) else {}
+            compiled = self.kernel[grid](**named, **early)
+            if compiled is not None:  # Triton's compile hooks may keep it from launching
+                self._variants[variant] = compiled, _runner(compiled, device)
+        else:
+            known[1]((*grid, 1, 1)[:3], (*arguments, *[named[name] for name in self.constants]))
+
+    def _variant(self, device: int, named: dict[str, Any], arguments: tuple) -> tuple:
         names = tuple(named)
         others = self._others.get(names)
         if others is None:
             others = self._others[names] = tuple(name for name in names if name not in self.run_time)
-        arguments = self._take(named)
-        variant = (device, others, *[named[name] for name in others], *_facts(arguments, self.specialized))
-        run = self._variants.get(variant)
-        if run is None:
-            early = {"launch_pdl": True} if starts_early(device) else {}
-            compiled = self.kernel[grid](**named, **early)
-            if compiled is not None:  # Triton's compile hooks may keep it from launching
-                self._variants[variant] = _runner(compiled, device)
-        else:
-            run((*grid, 1, 1)[:3], (*arguments, *[named[name] for name in self.constants]))
+        return device, others, *[named[name] for name in others], *_facts(arguments, self.specialized)
+
+    def direct(self, named: dict[str, Any]) -> DirectKernel | None:
+        """The variant that these parameters take, for its C launcher; None where there is no way to that."""
+        device = torch.cuda.current_device()
+        known = self._variants.get(self._variant(device, named, self._take(named)))
+        if known is None or not DOORS["direct"].open:
+            return None
+        return DirectKernel.of(known[0], device, (*self.run_time, *self.constants), named)
+
+
+class DirectKernel:
+    """A compiled variant as its C launcher takes it.
+
+    Args:
+        compiled: the variant.
+        device: of its tensors.
+        launcher: Triton's function in C.
+        parameters: names, in order, with what Triton knows of the descriptor that each one is; None for another.
+    """
+
+    def __init__(
+        self, compiled: Any, device: int, launcher: Callable[..., None], parameters: Sequence[tuple[str, Any]]
+    ) -> None:
+        self.parameters = tuple(parameters)
+        self._compiled, self._device, self._launcher = compiled, device, launcher
+
+    @classmethod
+    def of(cls, compiled: Any, device: int, names: Sequence[str], named: dict[str, Any]) -> DirectKernel | None:
+        """None for a variant that wants scratch memory, or descriptors that are no TMA maps."""
+        from triton.compiler import CompiledKernel
+
+        run = getattr(compiled, "run", None)
+        if not isinstance(compiled, CompiledKernel) or run.global_scratch_size or run.profile_scratch_size:
+            return None
+        launcher, known = run.launch, []
+        if getattr(launcher, "__closure__", None):
+            cells = (cell.cell_contents for cell in launcher.__closure__)
+            inside = dict(zip(launcher.__code__.co_freevars, cells, strict=True))
+            launcher, known = inside["launcher"], list(inside["tensordesc_meta"])
+        parameters = []
+        for name in names:
+            described = isinstance(getattr(named[name], "base", None), Tensor)
+            if described and (not known or known[0] is None):
+                return None
+            parameters.append((name, known.pop(0) if described else None))
+        return cls(compiled, device, launcher, parameters)
+
+    def launch_with(self, grid: tuple[int, ...]) -> Callable[[list], None]:
+        """What launches it over a grid, on the current stream, from its arguments."""
+        launcher, run, device = self._launcher, self._compiled.run, self._device
+        function, metadata = self._compiled.function, self._compiled.packed_metadata
+        options = run.launch_cooperative_grid, run.launch_pdl, None, None, metadata, None, None, None
+        stream_of, size = torch._C._cuda_getCurrentRawStream, (*grid, 1, 1)[:3]
+
+        def launch(arguments: list) -> None:
+            launcher(*size, stream_of(device), function, *options, *arguments)
+
+        return launch
+
+    @staticmethod
+    def tensor_map(descriptor: Any, known: Any) -> tuple[Callable[[int], Any], list[int]]:
+        """What makes the TMA map of a tensor at an address that lies as the descriptor says; the arguments after it."""
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        there = copy.copy(descriptor)
+
+        def make(address: int) -> Any:
+            here = copy.copy(there)
+            here.base = _Address(address)
+            return make_tensordesc_arg(here, known)[0]
+
+        there.base = None
+        return make, [*descriptor.shape, *descriptor.strides]
+
+
+class _Address(NamedTuple):
+    """In a tensor's place."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def observed() -> bool:
+    """Whether a profiler has set hooks that are to see Triton's launches."""
+    if not DOORS["run"].open:
+        return False
+    from triton import knobs
+
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _runner(compiled: Any, device: int) -> Callable[[tuple[int, int, int], tuple], None]:
@@ -335,8 +461,8 @@ def _runner(compiled: Any, device: int) -> Callable[[tuple[int, int, int], tuple
 
 def clear() -> None:
     """Empties every cache: compiled variants, descriptors, streams, facts about devices, and constant tensors."""
-    for cache in _CACHES:
+    for cache in CACHES:
         cache.clear()
-    for function in (capability, has_tma, starts_early, num_sms, side_stream):
+    for function in (capability, has_tma, starts_early, num_sms, _side_stream):
         function.cache_clear()
     clear_constants()

@@ -6,6 +6,8 @@ of custom ops: opaque, capturable, with fakes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -13,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from foveal.blocks import BlockSelection
 from foveal.kernels.backend import backend_named
 from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
+from foveal.kernels.replay import replayed
 from foveal.kernels.values import flatten, unflatten
 
 
@@ -22,7 +25,8 @@ def block_sparse_attention_gpu(
     """The output [B, H, Lq, D] and LSE [B, H, Lq] (float32), differentiable, with the kernels of a backend."""
     refuse_forward_mode(query, key, value)
     if is_plain(query, key, value):
-        return _Attention.apply(query, key, value, selection, scale, backend)
+        tensors, numbers = flatten(selection)
+        return _Attention.apply((tuple(numbers), scale, backend), query, key, value, *tensors)
     return _forward_op(query, key, value, *flatten(selection), scale, backend)
 
 
@@ -43,24 +47,34 @@ def _backward(grad, grad_lse, query, key, value, output, lse, selection, scale, 
         return run(grad, query, key, value, delta, lse, selection, column_lists(selection), scale)
 
 
+def _flat_forward(tensors: Sequence[Tensor], given: tuple) -> tuple[tuple[Tensor, Tensor], None]:
+    """`_forward` for `replayed`, of the inputs and a flat selection."""
+    numbers, scale, backend = given
+    return _forward(*tensors[:3], unflatten(tensors[3:], numbers), scale, backend), None
+
+
+def _flat_backward(tensors: Sequence[Tensor | None], given: tuple) -> tuple[tuple[Tensor, Tensor, Tensor], None]:
+    """`_backward` for `replayed`, of the gradients, the inputs, the results, and a flat selection."""
+    numbers, scale, backend = given
+    return _backward(*tensors[:7], unflatten(tensors[7:], numbers), scale, backend), None
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, selection, scale, backend):
-        output, lse = _forward(query, key, value, selection, scale, backend)
-        tensors, ctx.numbers = flatten(selection)
-        ctx.options = scale, backend
-        ctx.save_for_backward(query, key, value, output, lse, *tensors)
+    def forward(ctx, given, *tensors):
+        (output, lse), _ = replayed(_flat_forward, tensors, given)
+        ctx.given = given
+        ctx.save_for_backward(*tensors[:3], output, lse, *tensors[3:])
         ctx.set_materialize_grads(False)
         return output, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_lse):
-        query, key, value, output, lse, *tensors = ctx.saved_tensors
-        grad = torch.zeros_like(output) if grad is None else grad
-        selection = unflatten(tensors, ctx.numbers)
-        grads = _backward(grad, grad_lse, query, key, value, output, lse, selection, *ctx.options)
-        return *grads, None, None, None
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them for one look
+        grad = torch.zeros_like(saved[3]) if grad is None else grad
+        grads, _ = replayed(_flat_backward, (grad, grad_lse, *saved), ctx.given)
+        return None, *grads, *[None] * (len(saved) - 5)
 
 
 @torch.library.custom_op("foveal::block_sparse_gpu_fwd", mutates_args=())

@@ -7,6 +7,7 @@ ascending order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.blocks import SelectionRule
-from foveal.kernels.host import launch, on_device_of, register_limit
+from foveal.kernels.host import is_plain, launch, on_device_of, register_limit
+from foveal.kernels.replay import replayed
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.lists import padded_blocks
 from foveal.kernels.triton.tiles import row_strides
@@ -358,14 +360,21 @@ def select(query: Tensor, key: Tensor, scale: float, rule: SelectionRule, with_m
     return lists
 
 
+def _select(tensors: Sequence[Tensor], given: tuple) -> tuple[Lists, None]:
+    """The choice over query and key, of a flat rule; for `replayed`."""
+    query, key, *rule_tensors = tensors
+    numbers, scale, with_marginal = given
+    rule = unflatten(rule_tensors, numbers)
+    with on_device_of(query):  # Triton launches on the current device
+        pooled_key = pool(key, rule.block_k, rule.key_block_sizes)
+        return select(pool(query, rule.block_q), pooled_key, scale, rule, with_marginal), None
+
+
 @torch.library.custom_op("foveal::select_blocks_gpu", mutates_args=())
 def _select_op(
     query: Tensor, key: Tensor, rule_tensors: list[Tensor], rule_numbers: list[int], scale: float, with_marginal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rule = unflatten(rule_tensors, rule_numbers)
-    with on_device_of(query):  # Triton launches on the current device
-        pooled_key = pool(key, rule.block_k, rule.key_block_sizes)
-        critical, counts, marginal = select(pool(query, rule.block_q), pooled_key, scale, rule, with_marginal)
+    (critical, counts, marginal), _ = _select((query, key, *rule_tensors), (rule_numbers, scale, with_marginal))
     return critical, counts, query.new_empty(0, dtype=torch.bfloat16) if marginal is None else marginal
 
 
@@ -377,5 +386,9 @@ def _(query, key, rule_tensors, rule_numbers, scale, with_marginal):
 
 def select_blocks_gpu(query: Tensor, key: Tensor, rule: SelectionRule, scale: float, with_marginal: bool) -> Lists:
     """The choice of a rule over query and key, [B, H, L, D]; its mask is padded."""
-    critical, counts, marginal = _select_op(query.detach(), key.detach(), *flatten(rule), scale, with_marginal)
+    query, key, (tensors, numbers) = query.detach(), key.detach(), flatten(rule)
+    if is_plain(query, key):
+        lists, _ = replayed(_select, (query, key, *tensors), (tuple(numbers), scale, with_marginal))
+        return Lists(*lists)
+    critical, counts, marginal = _select_op(query, key, tensors, numbers, scale, with_marginal)
     return Lists(critical, counts, marginal if with_marginal else None)

@@ -9,6 +9,7 @@ There is one forward and one backward. Plain eager calls reach them through one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from foveal.blocks import BlockSelection, SelectionRule
 from foveal.kernels.backend import backend_named
 from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
+from foveal.kernels.replay import replayed
 from foveal.kernels.triton.lists import noncritical_mask, padded_blocks
 from foveal.kernels.triton.select import new_lists
 from foveal.kernels.values import flatten, linear_term, unflatten
@@ -59,9 +61,11 @@ def sla_attention_gpu(
     if isinstance(choice, BlockSelection) and options.scope != "marginal" and choice.marginal is not None:
         choice = _with_marginal(choice, None)
     if is_plain(*inputs):
+        tensors, numbers = flatten(choice)
+        given = tuple(numbers), options, train
         if train:
-            return _Attention.apply(*inputs, choice, options)
-        return _forward(*inputs, choice, options, keep_states=False)[0].output
+            return _Attention.apply(given, *inputs, *tensors)
+        return replayed(_flat_forward, (*inputs, *tensors), given)[0][0]
     return _forward_op(*inputs, *flatten(choice), *options, train)[0]
 
 
@@ -155,22 +159,34 @@ def _backward(
     return *grads, grad_weight, None if bias is None else grad_bias.to(bias.dtype)
 
 
+def _flat_forward(tensors: Sequence[Tensor | None], given: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """`_forward` for `replayed`: `Results` and a flat selection, and the selection's numbers."""
+    numbers, options, keep_states = given
+    results, selection = _forward(*tensors[:5], unflatten(tensors[5:], numbers), options, keep_states)
+    tensors, numbers = flatten(selection)
+    return (*results, *tensors), tuple(numbers)
+
+
+def _flat_backward(tensors: Sequence[Tensor | None], given: tuple) -> tuple[tuple[Tensor | None, ...], None]:
+    """`_backward` for `replayed`, of the gradient, the inputs, and what `_flat_forward` returned."""
+    numbers, options = given
+    return _backward(*tensors[:6], Results(*tensors[6:10]), unflatten(tensors[10:], numbers), options), None
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, weight, bias, choice, options):
-        results, selection = _forward(query, key, value, weight, bias, choice, options, keep_states=True)
-        tensors, ctx.numbers = flatten(selection)
-        ctx.options = options
-        ctx.save_for_backward(query, key, value, weight, bias, *results, *tensors)
-        return results.output
+    def forward(ctx, given, *tensors):
+        results, numbers = replayed(_flat_forward, tensors, given)
+        ctx.num_inputs, ctx.given = len(tensors), (numbers, given[1])
+        ctx.save_for_backward(*tensors[:5], *results)
+        return results[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         saved = ctx.saved_tensors  # once: checkpointing recomputes them for one look
-        selection = unflatten(saved[9:], ctx.numbers)
-        grads = _backward(grad, *saved[:5], Results(*saved[5:9]), selection, ctx.options)
-        return *grads, None, None
+        grads, _ = replayed(_flat_backward, (grad, *saved), ctx.given)
+        return None, *grads, *[None] * (ctx.num_inputs - 5)
 
 
 @torch.library.custom_op("foveal::sla_gpu_fwd", mutates_args=())

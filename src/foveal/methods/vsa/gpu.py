@@ -8,6 +8,7 @@ its own. There is one forward and one backward. Plain eager calls reach them thr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from foveal.blocks import BlockSelection, SelectionRule
 from foveal.kernels.backend import Cubes, Gates, RasterGradients, backend_named
 from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
+from foveal.kernels.replay import replayed
 from foveal.kernels.triton.cubes import pool_cubes, return_gradients, split_gradient
 from foveal.kernels.triton.lists import column_lists
 from foveal.kernels.triton.pooled import pooled_attention, pooled_attention_backward
@@ -81,9 +83,11 @@ def vsa_attention_gpu(
     if selection is not None:
         choice = choice._replace(critical=selection.critical, counts=selection.critical_count)
     if is_plain(*inputs):
+        (cube_tensors, cube_numbers), (choice_tensors, choice_numbers) = flatten(cubes), flatten(choice)
+        given = tuple(cube_numbers), tuple(choice_numbers), len(cube_tensors), scale, backend, train
         if train:
-            return _Attention.apply(*inputs, cubes, choice, scale, backend)
-        return _forward(*inputs, cubes, choice, scale, backend, save=False)[0]
+            return _Attention.apply(given, *inputs, *cube_tensors, *choice_tensors)
+        return replayed(_flat_forward, (*inputs, *cube_tensors, *choice_tensors), given)[0][0]
     return _forward_op(*inputs, *flatten(cubes), *flatten(choice), scale, backend, train)[0]
 
 
@@ -186,23 +190,37 @@ def _backward(
     return *grads, *grad_gates
 
 
+def _flat_forward(tensors: Sequence[Tensor | None], given: tuple) -> tuple[tuple[Tensor, ...], None]:
+    """`_forward` for `replayed`: the output, and `Saved`."""
+    cube_numbers, choice_numbers, num_cube_tensors, scale, backend, save = given
+    cubes = unflatten(tensors[5 : 5 + num_cube_tensors], cube_numbers)
+    choice = unflatten(tensors[5 + num_cube_tensors :], choice_numbers)
+    output, saved = _forward(*tensors[:5], cubes, choice, scale, backend, save)
+    return (output, *saved), None
+
+
+def _flat_backward(tensors: Sequence[Tensor | None], given: tuple) -> tuple[tuple[Tensor | None, ...], None]:
+    """`_backward` for `replayed`, of the gradient, the inputs, `Saved`, and flat cubes."""
+    cube_numbers, scale, backend = given
+    cubes = unflatten(tensors[15:], cube_numbers)
+    return _backward(*tensors[:6], Saved(*tensors[6:15]), cubes, scale, backend), None
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, gate_coarse, gate_fine, cubes, choice, scale, backend):
-        inputs = query, key, value, gate_coarse, gate_fine
-        output, saved = _forward(*inputs, cubes, choice, scale, backend, save=True)
-        tensors, ctx.numbers = flatten(cubes)
-        ctx.options = scale, backend
-        ctx.save_for_backward(*inputs, *saved, *tensors)
+    def forward(ctx, given, *tensors):
+        (output, *saved), _ = replayed(_flat_forward, tensors, given)
+        cube_numbers, _, num_cube_tensors, scale, backend, _ = given
+        ctx.num_inputs, ctx.given = len(tensors), (cube_numbers, scale, backend)
+        ctx.save_for_backward(*tensors[:5], *saved, *tensors[5 : 5 + num_cube_tensors])
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        tensors = ctx.saved_tensors
-        cubes = unflatten(tensors[14:], ctx.numbers)
-        grads = _backward(grad, *tensors[:5], Saved(*tensors[5:14]), cubes, *ctx.options)
-        return *grads, None, None, None, None
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them for one look
+        grads, _ = replayed(_flat_backward, (grad, *saved), ctx.given)
+        return None, *grads, *[None] * (ctx.num_inputs - 5)
 
 
 @torch.library.custom_op("foveal::vsa_gpu_fwd", mutates_args=())

@@ -1,0 +1,271 @@
+"""A replayed call gives the same bits as one that works everything out, wherever its tensors lie."""
+
+import sys
+import threading
+
+import pytest
+import torch
+from interpreted import all_strided, mend_interpreter, run_interpreted
+
+from foveal.kernels import host, replay
+from foveal.kernels.replay import Record, replayed
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    host.clear()
+    yield
+    host.clear()
+
+
+def inputs(seed: int, *shapes) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def kinds_of_steps(tensors, options):
+    """Memory, views of it and of an input, products into it, an in-place step, and results whole or as views."""
+    x, y, none = tensors
+    assert none is None
+    product = torch.empty(4, 6, 5)
+    torch.bmm(x.view(4, 6, 3)[:, ::2], y.transpose(1, 2), out=product[:, :3])
+    torch.bmm(x.view(4, 6, 3)[:, 1::2], y.transpose(1, 2), out=product[:, 3:])
+    total = product.sum(1)
+    total += CONSTANT
+    lower, upper = product.add(options).chunk(2, 1)
+    return (total, upper, lower.contiguous(), x, None), ("the rest", options)
+
+
+CONSTANT = torch.arange(5.0)
+
+
+def runs_of(monkeypatch) -> list[Record]:
+    runs, run = [], Record.run
+    monkeypatch.setattr(Record, "run", lambda self, tensors: runs.append(self) or run(self, tensors))
+    return runs
+
+
+def check(found, expected) -> None:
+    assert found[1] == expected[1]
+    for x, y in zip(found[0], expected[0], strict=True):
+        assert x is y or (torch.equal(x, y) and x.stride() == y.stride() and x.dtype == y.dtype)
+
+
+def test_the_third_call_is_replayed(monkeypatch):
+    runs, kept = runs_of(monkeypatch), []
+    monkeypatch.setattr(torch, "empty_strided", lambda *x, **named: torch.full(x[0], torch.nan, **named))
+    for seed in range(5):
+        tensors = *inputs(seed, (4, 18), (4, 5, 3)), None
+        found = replayed(kinds_of_steps, tensors, 2.0)
+        check(found, kinds_of_steps(tensors, 2.0))
+        assert found[0][3] is tensors[0]
+        kept.append(found)
+        assert len(runs) == max(0, seed - 1)
+    assert not any(torch.equal(kept[3][0][0], other[0][0]) for other in kept[:3])  # results are not shared
+
+
+def unaligned(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (lambda x: x, 3.0),
+        (lambda x: x.flip(0)[:, :9].contiguous(), 2.0),
+        (lambda x: x.double(), 2.0),
+        (lambda x: x.T.contiguous().T, 2.0),
+        (unaligned, 2.0),
+    ],
+    ids=["options", "shape", "dtype", "strides", "alignment"],
+)
+def test_another_kind_of_call_is_another_record(monkeypatch, change, options):
+    runs = runs_of(monkeypatch)
+    for seed in range(3):
+        replayed(scaled, inputs(seed, (4, 18)), 2.0)
+    assert len(runs) == 1
+    tensors = [change(inputs(7, (4, 18))[0])]
+    for _ in range(2):
+        check(replayed(scaled, tensors, options), scaled(tensors, options))
+    assert len(runs) == 1
+
+
+def scaled(tensors, options):
+    return (tensors[0] * options,), None
+
+
+def added(tensors, options):
+    return (tensors[0] + tensors[1],), None
+
+
+def test_a_tensor_passed_twice(monkeypatch):
+    runs = runs_of(monkeypatch)
+    for seed in range(4):
+        (x,) = inputs(seed, (8,))
+        assert torch.equal(replayed(added, (x, x), None)[0][0], 2 * x)
+    assert len(runs) == 2
+    x, y = inputs(9, (8,), (8,))
+    assert torch.equal(replayed(added, (x, y), None)[0][0], x + y)
+    assert len(runs) == 2
+
+
+def test_parts_of_one_tensor(monkeypatch):
+    """Query, key and value of a fused projection share memory in one call and not in the next."""
+    runs = runs_of(monkeypatch)
+    for seed in range(4):
+        x, y = inputs(seed, (2, 8))[0] if seed % 2 else inputs(seed, (8,), (8,))
+        assert torch.equal(replayed(added, (x, y), None)[0][0], x + y)
+    assert len(runs) == 2
+
+
+def reads(tensors, options):
+    return (tensors[0] * tensors[0].sum().item(),), None
+
+
+def second_stream(tensors, options):
+    host.RECORDING.recorder is None or setattr(host.RECORDING.recorder, "why_not", "it uses a second stream")
+    return (tensors[0] + 1,), None
+
+
+@pytest.mark.parametrize("function", [reads, second_stream])
+def test_what_is_not_recorded_goes_on(monkeypatch, function):
+    runs = runs_of(monkeypatch)
+    for seed in range(4):
+        tensors = inputs(seed, (8,))
+        check(replayed(function, tensors, None), function(tensors, None))
+    assert not runs
+
+
+def test_off_switch_and_clear(monkeypatch):
+    runs = runs_of(monkeypatch)
+    for _ in range(3):
+        replayed(added, inputs(0, (8,), (8,)), None)
+    monkeypatch.setattr(host.DOORS["replay"], "on", False)
+    replayed(added, inputs(0, (8,), (8,)), None)
+    assert len(runs) == 1
+    assert replay._RECORDS
+    host.clear()
+    assert not replay._RECORDS
+
+
+def test_an_error_leaves_no_recorder():
+    def fails(tensors, options):
+        if host.RECORDING.recorder is not None:
+            raise ValueError("while it is recorded")
+        return (), None
+
+    replayed(fails, inputs(0, (8,)), None)
+    with pytest.raises(ValueError, match="while it is recorded"):
+        replayed(fails, inputs(0, (8,)), None)
+    assert host.RECORDING.recorder is None
+
+
+def test_threads():
+    """Records are made and replayed by several threads at once."""
+    failures = []
+
+    def work(seed: int) -> None:
+        for index in range(40):
+            x, y = inputs(100 * seed + index, (8,), (8,))
+            if not torch.equal(replayed(added, (x, y), None)[0][0], x + y):
+                failures.append((seed, index))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_temporary_memory_is_given_back():
+    """A replay holds a tensor no longer than the call that was recorded did."""
+
+    def two_sums(tensors, options):
+        large = tensors[0] * 2
+        total = large.sum()
+        del large
+        return (total + (tensors[0] * 3).sum(),), None
+
+    for seed in range(2):
+        replayed(two_sums, inputs(seed, (64,)), None)
+    (record,) = (x for x in replay._RECORDS.values() if isinstance(x, Record))
+    held, most = 0, 0
+    for step in record.steps:
+        held += sum(slot is not None for slot in step.made)
+        most = max(most, held)
+        held -= len(step.done)
+    assert most == 3  # a sum, a product, and the product's sum
+    assert held == 1
+
+
+INTERPRETED = ["sla, marginal", "sla, all, strides", "sla, selection", "vsa", "vsa, both gates, text"]
+
+
+def run_replays(name: str) -> None:
+    """SLA and VSA through Triton's interpreter: replays against calls that work everything out, with all gradients."""
+    from foveal import SLAConfig, VideoGrid, VSAConfig, select_blocks
+    from foveal.blocks import selection_rule
+    from foveal.methods.sla import gpu as sla
+    from foveal.methods.vsa import gpu as vsa
+    from foveal.methods.vsa.layout import CubeLayout
+    from foveal.testing import make_inputs, output_and_gradients
+
+    blocks = {"block_q": 64, "block_k": 64}
+
+    def case(seed: int):
+        sizes = {"batch": 1, "heads": 1, "head_dim": 64, "dtype": torch.bfloat16, "seed": seed}
+        query, key, value = make_inputs(query_length=100, key_length=100, **sizes)
+        generator = torch.Generator().manual_seed(seed)
+        weight, bias = (torch.randn(shape, generator=generator) / 8 for shape in ((64, 64), (64,)))
+        if name.startswith("sla"):
+            config = SLAConfig(
+                keep_ratio=0.5, drop_ratio=0.0, feature_map="relu", linear_scope="all" if "all" in name else "marginal"
+            )
+            if "strides" in name:
+                query, key, value = all_strided(query, key, value)
+            if "selection" in name:
+                choice = select_blocks(query, key, **blocks, keep_ratio=0.5)
+            else:
+                choice = selection_rule(query, key, **blocks, keep_ratio=0.5, drop_ratio=0.0)
+            return (query, key, value, weight, bias), lambda query, key, value, weight, bias: sla.sla_attention_gpu(
+                query, key, value, config, choice, 0.125, weight, bias, "triton"
+            )
+        grid, text = VideoGrid(4, 5, 5), 30 if "text" in name else 0
+        key, value = (torch.cat((x, x[:, :, :text].flip(2)), 2) for x in (key, value))
+        gates = make_inputs(query_length=100, key_length=100, **sizes | {"seed": seed + 50})[:2]
+        gates = gates if "both" in name else gates[:1]
+
+        def attend(query, key, value, coarse, fine=None):
+            layout = CubeLayout(VSAConfig(topk=1), grid, key, None)
+            return vsa.vsa_attention_gpu(query, key, value, layout, None, 0.125, coarse, fine, "triton")
+
+        return (query, key, value, *gates), attend
+
+    runs, run = [], Record.run
+    Record.run = lambda self, tensors: runs.append(self) or run(self, tensors)
+    for seed in range(3):
+        tensors, attend = case(seed)
+        found = output_and_gradients(attend, tensors)
+        with torch.no_grad():
+            output = attend(*tensors)
+        host.DOORS["replay"].on = False
+        expected = output_and_gradients(attend, tensors)
+        with torch.no_grad():
+            assert torch.equal(output, attend(*tensors)), f"{name}: output without gradients, call {seed}"
+        host.DOORS["replay"].on = True
+        for label, x, y in zip(("output", "dQ", "dK", "dV", "4", "5"), found, expected, strict=False):
+            assert torch.equal(x, y), f"{name}: {label}, call {seed}"
+    assert len(runs) == 3, f"{name}: forward, backward, and inference, got {len(runs)} replays"
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted(name):
+    pytest.importorskip("triton")
+    run_interpreted(__file__, [name])
+
+
+if __name__ == "__main__":
+    mend_interpreter()
+    for name in sys.argv[1:]:
+        run_replays(name)
