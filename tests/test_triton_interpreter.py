@@ -311,6 +311,7 @@ def run_ways(name: str) -> None:
     from foveal import SLAConfig, VideoGrid, VSAConfig
     from foveal.blocks import selection_rule
     from foveal.kernels import sparse
+    from foveal.kernels.triton import select
     from foveal.methods.sla import gpu as sla
     from foveal.methods.vsa import gpu as vsa
     from foveal.methods.vsa.layout import CubeLayout
@@ -357,7 +358,7 @@ def run_ways(name: str) -> None:
     grads = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
     for x, y in zip(grads, torch.autograd.grad(ones, leaves, torch.ones_like(ones), allow_unused=True), strict=True):
         assert x is y or torch.equal(x, y), "expanded gradient"
-    for module in (sparse, sla, vsa):
+    for module in (sparse, select, sla, vsa):
         module.is_plain = lambda *_: False
     results["custom ops"] = output_and_gradients(attention, tensors)
     results["custom ops, checkpointed"] = output_and_gradients(ways["checkpointed"], tensors)

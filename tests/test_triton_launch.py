@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 from foveal.kernels import host, sparse  # noqa: E402
 from foveal.kernels.hopper.support import missing_gluon  # noqa: E402
 from foveal.kernels.host import Descriptors  # noqa: E402
+from foveal.kernels.triton import select  # noqa: E402
 from foveal.methods.sla import gpu as sla  # noqa: E402
 from foveal.methods.vsa import gpu as vsa  # noqa: E402
 
@@ -219,7 +220,7 @@ def test_launches_are_where_their_tensors_are(call, plain, monkeypatch):
     if not isinstance(next(iter(KERNELS.values())), JITFunction):
         pytest.skip("kernels are interpreted")
     if not plain:
-        for module in (sparse, sla, vsa):
+        for module in (sparse, select, sla, vsa):
             monkeypatch.setattr(module, "is_plain", lambda *_: False)
     with guarded_launches(monkeypatch, 90) as calls:
         call()
