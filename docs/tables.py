@@ -308,9 +308,11 @@ def order() -> str:
     return "\n".join([*lines, "", caption])
 
 
-def quality(file: str = "quality-arms-nvidia-h200-2026-11-28.json", base: str = "sparse5") -> str:
-    """Held-out losses of the arms of benchmarks/quality, against dense attention and against `base`."""
-    run = json.loads((RESULTS / file).read_text())
+def quality(pattern: str = "quality-arms-*.json", base: str = "sparse5", seed: int = 0) -> str:
+    """Held-out losses of the arms of benchmarks/quality, of one seed, against dense attention and against `base`."""
+    run = {}
+    for path in sorted(RESULTS.glob(pattern)):
+        run |= {name: arm for name, arm in json.loads(path.read_text()).items() if arm["seed"] == seed}
     losses = {arm["name"]: _window_means(arm) for arm in run.values()}
     heads = ("arm", "loss before", "after", "against dense", f"against {base}", f"windows worse than {base}")
     lines = [_row(*heads), _row(*["---"] * len(heads))]
@@ -322,8 +324,9 @@ def quality(file: str = "quality-arms-nvidia-h200-2026-11-28.json", base: str = 
             cells.append("" if same else "{:+.2f} ± {:.2f} %".format(*_relative(mine, losses[other])))
         worse = sum(x > y for x, y in zip(mine, losses[base], strict=True))
         lines.append(_row(*cells, "" if arm["name"] == base else f"{worse} of {len(mine)}"))
-    arm = next(iter(run.values()))
-    caption = f"{_machine(arm)}; {arm['steps']} steps, seed {arm['seed']}, {arm['started'][:10]}."
+    days = " and ".join(dict.fromkeys(arm["started"][:10] for arm in run.values()))
+    steps = next(iter(run.values()))["steps"]
+    caption = f"{_machines(list(run.values()))}; {steps} steps, seed {seed}, {days}."
     return "\n".join([*lines, "", caption])
 
 
@@ -420,7 +423,9 @@ TABLES = {
     "cpu": cpu,
     "order": order,
     "quality": quality,
-    "quality_scratch": lambda: quality("quality-scratch-nvidia-h200-2026-11-28.json", "sparse5-tile"),
+    "quality_long": lambda: quality("quality-long-*.json", "sparse5-tile"),
+    "quality_scratch": lambda: quality("quality-scratch-*.json", "sparse5-tile"),
+    "quality_scratch_1": lambda: quality("quality-scratch-*.json", "sparse5-tile", seed=1),
     "attention_mass": attention_mass,
     "branches": branches,
 }
