@@ -5,7 +5,7 @@ import torch
 
 from foveal import SLAConfig, VideoGrid, VSAConfig, sla_attention, vsa_attention
 from foveal.kernels import host
-from foveal.kernels.replay import Record
+from foveal.kernels.replay import POOL_BYTES, Record
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -170,4 +170,4 @@ def test_memory_of_a_replay_is_that_of_the_call():
 
     for _ in range(3):
         replayed = peak()
-    assert replayed <= plainly(peak)
+    assert replayed <= plainly(peak) + POOL_BYTES

@@ -1,5 +1,6 @@
 """A replayed call gives the same bits as one that works everything out, wherever its tensors lie."""
 
+import ctypes
 import sys
 import threading
 
@@ -8,7 +9,7 @@ import torch
 from interpreted import all_strided, mend_interpreter, run_interpreted
 
 from foveal.kernels import host, replay
-from foveal.kernels.replay import Record, replayed
+from foveal.kernels.replay import Place, Record, replayed
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +198,40 @@ def test_temporary_memory_is_given_back():
         held -= len(step.done)
     assert most == 3  # a sum, a product, and the product's sum
     assert held == 1
+
+
+def test_small_memory_is_taken_at_once():
+    """Steps that go by addresses: an input through two temporaries into a result, which is no part of the pool."""
+
+    def move(arguments: list) -> None:
+        target, source, size = arguments
+        ctypes.memmove(target, source, size)
+
+    def allocation(slot: int, length: int) -> replay._Allocation:
+        return replay._Allocation(slot, torch.Size([length]), (1,), torch.float32, torch.device("cpu"))
+
+    def launch(target: Place, source: Place, size: int) -> replay._DirectLaunch:
+        return replay._DirectLaunch(move, [None, None, size], ((0, target), (1, source)), (), ())
+
+    large = replay.POOL_BYTES // 4
+    whole = {slot: Place(slot, 0, None) for slot in range(5)}
+    steps = [
+        allocation(1, 100),
+        launch(whole[1], whole[0], 400),
+        allocation(2, 100),
+        launch(whole[2], Place(1, 200, None), 200),
+        launch(Place(2, 200, None), whole[1], 200)._replace(done=(1,)),
+        allocation(3, large),
+        launch(Place(3, 40, None), whole[2], 400)._replace(done=(2,)),
+        allocation(4, 100),
+        launch(whole[4], Place(3, 40, None), 400)._replace(done=(3,)),
+    ]
+    steps, values = replay._pooled(steps, [None] * 5, {4})
+    sizes = [step.size[0] for step in steps if isinstance(step, replay._Allocation)]
+    assert sizes == [1024, large, 100]  # two temporaries at multiples of 512 bytes
+    (x,) = inputs(0, (100,))
+    ((result,), _) = Record(steps, values, [whole[4]], None).run([x])
+    assert torch.equal(result, torch.cat((x[50:], x[:50])))
 
 
 INTERPRETED = ["sla, marginal", "sla, all, strides", "sla, selection", "vsa", "vsa, both gates, text"]

@@ -31,6 +31,8 @@ ALLOCATIONS = (
     aten.new_empty.default,
     aten.new_empty_strided.default,
 )
+# Small memory is taken at once: no more than so many bytes, each part at a multiple of what PyTorch's own are at.
+POOL_BYTES, ALIGNMENT = 4 * 2**20, 512
 # What reads a tensor's values on the host.
 READS = (aten._local_scalar_dense.default, aten.item.default, aten.nonzero.default, aten.equal.default)
 
@@ -289,7 +291,8 @@ class Recorder(TorchDispatchMode):
                 done.setdefault(index, []).append(slot)
         steps = [step._replace(done=tuple(done.get(index, ()))) for index, step in enumerate(self._steps)]
         values = [None] * self._inputs + self._values[self._inputs :]
-        return Record(steps, values, places, rest)
+        returned = {place.slot for place in places if place is not None}
+        return Record(*_pooled(steps, values, returned), places, rest)
 
     def _new_slot(self, x: Tensor) -> int:
         slot = len(self._values)
@@ -313,6 +316,47 @@ class Recorder(TorchDispatchMode):
         if isinstance(getattr(x, "base", None), Tensor):
             return _Tiles(x, self._place(x.base))
         return x
+
+
+def _pooled(steps: list[Any], values: list, returned: set[int]) -> tuple[list[Any], list]:
+    """The steps and values with one allocation for all small memory that only kernels see, by its address.
+
+    It is taken as long as the call runs, which is what `POOL_BYTES` bounds.
+    """
+    seen = {slot for step in steps if not isinstance(step, _Allocation | _DirectLaunch) for slot in _slots(step)}
+    offsets, total, device = {}, 0, None
+    for step in steps:
+        if isinstance(step, _Allocation) and step.slot not in seen | returned:
+            size = -(-_bytes(step) // ALIGNMENT) * ALIGNMENT
+            if total + size <= POOL_BYTES and device in (None, step.device):
+                offsets[step.slot], total, device = total, total + size, step.device
+    if len(offsets) < 2:
+        return steps, values
+    pool = len(values)
+
+    def moved(x: Any) -> Any:
+        if type(x) is Place:
+            return Place(pool, offsets[x.slot] + x.offset, None) if x.slot in offsets else x
+        return tuple([moved(y) for y in x]) if type(x) is tuple else x
+
+    kept = [_Allocation(pool, torch.Size([total]), (1,), torch.uint8, device)]
+    for step in steps:
+        if isinstance(step, _Allocation) and step.slot in offsets:
+            continue
+        step = step._replace(done=tuple(slot for slot in step.done if slot not in offsets))
+        if isinstance(step, _DirectLaunch):
+            maps = tuple((position, moved(place), *rest) for position, place, *rest in step.maps)
+            step = step._replace(addresses=moved(step.addresses), tuples=moved(step.tuples), maps=maps)
+        kept.append(step)
+    return kept, [*values, None]
+
+
+def _bytes(step: _Allocation) -> int:
+    """What the memory of an allocation spans."""
+    if 0 in step.size:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(step.size, step.stride, strict=True))
+    return (last + 1) * step.dtype.itemsize
 
 
 def _tensors(arguments: Any) -> list[Tensor]:
