@@ -1,6 +1,6 @@
 """What a call of SLA or VSA costs the host, and where the time goes.
 
-    PYTHONPATH=src python benchmarks/host_cost.py [--profile] [--gpu]
+    PYTHONPATH=src python benchmarks/host_cost.py [--profile] [--gpu [--out FILE]]
 
 Without a GPU this is production code on CPU tensors, with launches left out. Everything up to a compiled kernel's own
 launch runs and is timed: validation, the choice of the implementation, autograd, views, memory, descriptors, and the
@@ -15,6 +15,8 @@ import argparse
 import contextlib
 import cProfile
 import functools
+import itertools
+import json
 import pstats
 import statistics
 import sys
@@ -36,6 +38,7 @@ from launched_kernels import as_if_on
 from foveal import SLAConfig, VideoGrid, VSAConfig, sla_attention, vsa_attention
 from foveal.kernels import host
 from foveal.kernels.hopper import support
+from foveal.lab.bench.machine import machine
 from foveal.lab.bench.timing import HOST_CALLS, CudaTimer
 from foveal.methods.sla import attention as sla
 
@@ -166,12 +169,16 @@ class Launches:
 _RUNNER = host._runner
 
 
-def on_gpu(profiled: bool) -> None:
+def on_gpu(profiled: bool, out: Path | None, commit: str | None) -> None:
     """Prints the host's milliseconds of calls, back to back and behind other work, and of each launch."""
-    launches, timer = Launches(), CudaTimer(torch.device("cuda"))
+    device = torch.device("cuda")
+    launches, timer, found = Launches(), CudaTimer(device), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "_runner", launches.runner)
-        for name, (run, tensors) in gpu_cases().items():
+        for (name, (run, tensors)), replays in itertools.product(gpu_cases().items(), (True, False)):
+            if name == "cuDNN" and not replays:
+                continue
+            patch.setattr(host.DOORS["replay"], "on", replays)
             for label, function in passes(run, tensors).items():
                 for _ in range(10):
                     function()
@@ -184,11 +191,17 @@ def on_gpu(profiled: bool) -> None:
                     for _ in range(10):
                         function()
                     times.append(100 * (time.perf_counter() - start))
-                print(f"{name:14} {label:22} {statistics.median(times):.3f} ms back to back, {queued:.3f} ms queued")
+                figures = {"back_to_back_ms": statistics.median(times), "queued_ms": queued}
+                way = "as it is" if name == "cuDNN" else "replayed" if replays else "worked out"
+                found.setdefault(name, {}).setdefault(label, {})[way] = figures
+                print(f"{name:14} {label:22} {way:10} " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
                 print(per_launch, flush=True)
                 if profiled:
                     torch.cuda.synchronize()
                     show_profile(function)
+    if out is not None:
+        settings = {"tokens": 4096, "heads": 12, "head_dim": 128, "calls": CALLS}
+        out.write_text(json.dumps({"machine": machine(device, commit), "settings": settings, "calls": found}, indent=1))
 
 
 def show_profile(function: Callable[[], object]) -> None:
@@ -216,9 +229,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", action="store_true", help="also say where the time goes")
     parser.add_argument("--gpu", action="store_true", help="whole calls on this machine's GPU")
+    parser.add_argument("--out", type=Path, help="with --gpu, a file for the figures, as JSON")
+    parser.add_argument("--commit", help="of this tree, where git cannot say")
     options = parser.parse_args()
     if options.gpu:
-        on_gpu(options.profile)
+        on_gpu(options.profile, options.out, options.commit)
         return
     torch.set_num_threads(1)
     with without_launches():
