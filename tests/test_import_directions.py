@@ -14,7 +14,8 @@ ROOT = Path(foveal.__file__).parent
 
 # A module imports from lower layers and from its own package, never from higher layers or from a sibling on its layer.
 LAYERS = [
-    {"checks", "output_folder"},
+    {"checks", "output_folder", "symbols"},
+    {"token_order"},
     {"layout"},
     {"blocks"},
     {"testing", "kernels"},

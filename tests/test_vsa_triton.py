@@ -132,7 +132,7 @@ def run_selection(name: str) -> None:
     assert torch.equal(ours.labels(), expected.labels())
     assert torch.equal(ours.critical_count, expected.critical_count)
     assert torch.equal(ours.key_block_sizes, expected.key_block_sizes)
-    cubes, choice = layout.cubes(query.device), Choice(layout.kept, layout.text_counts)
+    cubes, choice = layout.cubes(), Choice(layout.kept, layout.width, layout.text_counts)
     options = query.shape[-1] ** -0.5, "triton"
     _, saved = _forward(query, key, value, None, None, cubes, choice, *options, save=False)
     assert torch.equal(saved.critical, ours.critical)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from foveal.checks import cached_constant, check_kv_lengths, check_positive_int, product
+from foveal.symbols import ceil_div, larger, smaller
 
 
 def count(ratio: float, total: int) -> int:
@@ -79,7 +81,7 @@ class BlockSelection:
             ("key_length", key_length),
         ):
             check_positive_int(name, value)
-        expected = (-(-query_length // block_q), -(-key_length // block_k))
+        expected = (ceil_div(query_length, block_q), ceil_div(key_length, block_k))
         if labels.dim() != 4 or tuple(labels.shape[2:]) != expected:
             raise ValueError(
                 f"labels must have shape [B, H, {expected[0]}, {expected[1]}] for lengths ({query_length}, "
@@ -103,11 +105,11 @@ class BlockSelection:
 
     @property
     def num_query_blocks(self) -> int:
-        return -(-self.query_length // self.block_q)
+        return ceil_div(self.query_length, self.block_q)
 
     @property
     def num_key_blocks(self) -> int:
-        return -(-self.key_length // self.block_k)
+        return ceil_div(self.key_length, self.block_k)
 
     def with_contiguous_lists(self) -> BlockSelection:
         """This selection with its critical lists contiguous, as kernels read them."""
@@ -163,13 +165,15 @@ def lists_from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(ordered < total, ordered, 0), counts
 
 
-def append_blocks(critical: Tensor, counts: Tensor, blocks: range, valid: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Lists without gaps, int32 [B, H, Tq, W] and their counts, with `blocks` behind each row's entries.
+def append_blocks(
+    critical: Tensor, counts: Tensor, start: int, stop: int, valid: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """Lists without gaps, int32 [B, H, Tq, W] and their counts, with [start, stop) behind each row's entries.
 
     Args:
-        valid: how many of `blocks` count, the first ones: int32 [B or 1], or one number for all samples.
+        valid: how many of these blocks count, the first ones: int32 [B or 1], or one number for all samples.
     """
-    more = torch.arange(blocks.start, blocks.stop, dtype=torch.int32, device=critical.device)
+    more = torch.arange(start, stop, dtype=torch.int32, device=critical.device)
     critical = torch.cat([critical, more.expand(*critical.shape[:3], -1)], -1)
     return critical, counts + (valid if isinstance(valid, int) else valid[:, None, None])
 
@@ -237,33 +241,29 @@ def pick_blocks(
     index = torch.arange(total, device=scores.device)
     if valid_blocks is None:
         blocks = torch.full((1, 1, 1, 1), total, device=scores.device)
-        n_critical = _num_critical(total, keep_ratio, topk)
-        n_negligible = count(drop_ratio, total)
+        n_critical, n_negligible = num_critical(total, keep_ratio, topk), count(drop_ratio, total)
     else:
         blocks = valid_blocks.to(scores.device).long().view(-1, 1, 1, 1)
-        n_critical = _count_table(total, keep_ratio, topk, scores.device)[blocks]
-        n_negligible = _count_table(total, drop_ratio, None, scores.device, 0)[blocks]
+        table = _count_table(total, keep_ratio, topk, drop_ratio, scores.device)
+        n_critical, n_negligible = table[blocks].unbind(-1)
         scores = scores.masked_fill(index >= blocks, -math.inf)
 
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    width = _num_critical(total, keep_ratio, topk)
     plain = valid_blocks is None and protected_keys is None and protected_queries is None
-    if plain and drop_ratio == 0.0 and width:
-        critical = order[..., :width].sort(-1).values.to(torch.int32)
-        return critical, torch.full(critical.shape[:-1], width, dtype=torch.int32, device=scores.device), None
+    if plain and drop_ratio == 0.0 and n_critical:
+        critical = order[..., :n_critical].sort(-1).values.to(torch.int32)
+        return critical, torch.full(critical.shape[:-1], n_critical, dtype=torch.int32, device=scores.device), None
 
     in_order = (index < n_critical).expand(order.shape)
     critical = torch.zeros_like(in_order, dtype=torch.bool).scatter(-1, order, in_order)
     if protected_keys is not None:
         critical[..., protected_keys[0] : protected_keys[1]] = True
-        width += protected_keys[1] - protected_keys[0]
     if protected_queries is not None:
         critical[:, :, protected_queries[0] : protected_queries[1]] = True
-        width = total
     if not plain:
         critical &= index < blocks
     lists, counts = lists_from_mask(critical)
-    lists = lists[..., : max(1, min(width, total))].contiguous()
+    lists = lists[..., : list_width(total, keep_ratio, topk, protected_keys, protected_queries)].contiguous()
     if drop_ratio == 0.0:
         return lists, counts, None
 
@@ -327,21 +327,18 @@ def limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protecte
 
 def rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits) -> SelectionRule:
     sizes, valid_blocks, key_range, query_range = limits
-    columns = -(-key.shape[2] // block_k)
-    critical = width = _num_critical(columns, keep_ratio, None)
-    if key_range is not None:
-        width += key_range[1] - key_range[0]
-    if query_range is not None:
-        width = columns
+    columns = ceil_div(key.shape[2], block_k)
+    width = list_width(columns, keep_ratio, None, key_range, query_range)
     table = None
     if valid_blocks is not None:
         valid_blocks = valid_blocks.to(torch.int32)
-        table = _wanted_table(columns, keep_ratio, drop_ratio, key.device)
+        counted = columns, keep_ratio, None, drop_ratio, key.device
+        table = _table_op(*counted) if torch.compiler.is_compiling() else _count_table(*counted)
     return SelectionRule(
         block_q=block_q,
         block_k=block_k,
-        width=max(1, min(width, columns)),
-        critical=critical,
+        width=roomy(width, columns) if torch.compiler.is_compiling() else width,
+        critical=num_critical(columns, keep_ratio, None),
         negligible=count(drop_ratio, columns),
         key_block_sizes=sizes,
         valid_blocks=valid_blocks,
@@ -351,25 +348,55 @@ def rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits) -> Sel
     )
 
 
-@cached_constant
-def _wanted_table(total: int, keep_ratio: float, drop_ratio: float, device: torch.device) -> Tensor:
-    """int32 [total + 1, 2]: how many blocks are critical and negligible for every number of valid ones."""
-    table = [(_num_critical(n, keep_ratio, None), count(drop_ratio, n)) for n in range(total + 1)]
-    return torch.tensor(table, dtype=torch.int32, device=device)
-
-
-def _num_critical(total: int, keep_ratio: float | None, topk: int | None, floor: int = 1) -> int:
-    if total == 0:
-        return 0
+def num_critical(total: int, keep_ratio: float | None, topk: int | None) -> int:
+    """How many of `total` blocks, one at least, are critical."""
     if topk is not None:
-        return min(topk, total)
-    return max(floor, count(keep_ratio, total)) if keep_ratio else 0
+        return smaller(topk, total)
+    return larger(1, count(keep_ratio, total)) if keep_ratio else 0
+
+
+def list_width(
+    total: int,
+    keep_ratio: float | None,
+    topk: int | None,
+    protected_keys: Sequence[int] | None = None,
+    protected_queries: Sequence[int] | None = None,
+) -> int:
+    """How long a row's list of critical blocks may be, from protected ranges in blocks."""
+    if protected_queries is not None:
+        return total
+    protected = 0 if protected_keys is None else protected_keys[1] - protected_keys[0]
+    return larger(1, smaller(num_critical(total, keep_ratio, topk) + protected, total))
+
+
+def roomy(width: int, total: int) -> int:
+    """A width for lists in a compiled graph, which PyTorch compiles once more for any size of 1: 2 does as well."""
+    return smaller(width + 1, total)
 
 
 @cached_constant
-def _count_table(total: int, ratio: float | None, topk: int | None, device: torch.device, floor: int = 1) -> Tensor:
-    """int64 [total + 1]: the count for every number of valid blocks, so that no device rounds a ratio itself."""
-    return torch.tensor([_num_critical(n, ratio, topk, floor) for n in range(total + 1)], device=device)
+def _count_table(
+    total: int, keep_ratio: float | None, topk: int | None, drop_ratio: float, device: torch.device
+) -> Tensor:
+    """int32 [total + 1, 2]: how many blocks are critical and negligible for every number of valid ones.
+
+    So that no device rounds a ratio itself.
+    """
+    table = [(num_critical(n, keep_ratio, topk), count(drop_ratio, n)) for n in range(1, total + 1)]
+    return torch.tensor([(0, 0), *table], dtype=torch.int32, device=device)
+
+
+@torch.library.custom_op("foveal::count_table", mutates_args=())
+def _table_op(
+    total: int, keep_ratio: float | None, topk: int | None, drop_ratio: float, device: torch.device
+) -> Tensor:
+    """`_count_table` in a compiled graph, where a constant would hold it to one `total`."""
+    return _count_table(total, keep_ratio, topk, drop_ratio, device).clone()
+
+
+@_table_op.register_fake
+def _(total, keep_ratio, topk, drop_ratio, device):
+    return torch.empty((total + 1, 2), dtype=torch.int32, device=device)
 
 
 def _sizes_from_lengths(
@@ -377,7 +404,7 @@ def _sizes_from_lengths(
 ) -> tuple[Tensor, Tensor]:
     check_kv_lengths(kv_lengths, batch, 0, key_length)
     lengths = kv_lengths.to(device).clamp(0, key_length)
-    starts = torch.arange(-(-key_length // block_k), device=device) * block_k
+    starts = torch.arange(ceil_div(key_length, block_k), device=device) * block_k
     sizes = (lengths[:, None] - starts).clamp(0, block_k).to(torch.int32)
     return sizes, (lengths + block_k - 1) // block_k
 
@@ -392,4 +419,4 @@ def _token_to_block_range(name: str, tokens: tuple[int, int] | None, length: int
         raise ValueError(f"{name} must satisfy 0 <= start <= stop <= {length}, got ({start}, {stop})")
     if start == stop:
         return None
-    return start // block, -(-stop // block)
+    return start // block, ceil_div(stop, block)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from foveal.checks import cached_constant, check_positive_int, check_triple, is_transformed
+from foveal.checks import cached_constant, check_positive_int, check_triple
+from foveal.symbols import ceil_div
+from foveal.token_order import TileOrder, cube_sizes, of_any_size, tile_order
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class VideoGrid:
 
     @property
     def num_tokens(self) -> int:
-        return math.prod(self.shape)
+        return self.frames * self.height * self.width
 
     def check_length(self, length: int) -> None:
         """Raise a ValueError unless the grid has `length` tokens."""
@@ -53,7 +56,7 @@ class VideoGrid:
     def num_cubes(self, tile: tuple[int, int, int]) -> int:
         """How many cubes, full and partial, cover the grid."""
         check_triple("tile", tile)
-        return math.prod(-(-side // edge) for side, edge in zip(self.shape, tile, strict=True))
+        return math.prod(ceil_div(side, edge) for side, edge in zip(self.shape, tile, strict=True))
 
     def auto_tile(
         self, max_tokens: int = 64, max_aspect: int = 2, *, prefer_whole: bool = False
@@ -78,23 +81,68 @@ class VideoGrid:
             dim: the token dimension; 2 in [B, H, L, D].
         """
         self.check_length(x.shape[dim])
-        to_tile, to_raster = tile_indices(self.shape, tile, slot, x.device)
-        return _permuted(x, to_tile, to_raster, dim)
+        return self.tile_order(tile, slot, x.device).sort(x, dim)
 
     def to_raster_order(
         self, x: Tensor, tile: tuple[int, int, int], *, slot: int | None = None, dim: int = 2
     ) -> Tensor:
         """Invert `to_tile_order` with the same `tile` and `slot`, and drop padding."""
-        to_tile, to_raster = tile_indices(self.shape, tile, slot, x.device)
-        if x.shape[dim] != to_tile.numel():
+        order = self.tile_order(tile, slot, x.device)
+        if x.shape[dim] != order.to_tile.shape[0]:
             raise ValueError(
-                f"x must have {to_tile.numel()} entries along dim {dim} in this tile order, got {x.shape[dim]}"
+                f"x must have {order.to_tile.shape[0]} entries along dim {dim} in this tile order, got {x.shape[dim]}"
             )
-        return _permuted(x, to_raster, to_tile, dim)
+        return order.unsort(x, dim)
+
+    def tile_order(self, tile: tuple[int, int, int], slot: int | None, device: torch.device) -> TileOrder:
+        """The tensors behind `to_tile_order` and `to_raster_order`."""
+        return tile_order((self.frames, self.height, self.width), (), (), tile, slot, device)
+
+    def answer(self, question: tuple, find: Callable[[], TileOrder]) -> TileOrder:
+        """`find()`, which a `PlannedGrid` keeps for whoever has the same question."""
+        return find()
 
     def cube_sizes(self, tile: tuple[int, int, int], device: torch.device | str = "cpu") -> Tensor:
         """int32 [num_cubes], valid tokens of each cube, in tile order."""
-        return _cube_sizes(self.shape, tile, torch.device(device))
+        return cube_sizes(self.shape, tile, torch.device(device))
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedGrid(VideoGrid):
+    """A grid with the answers that the layers of one forward will want, found beforehand.
+
+    A compiled block that has a question finds tensors and their sizes here, and no side of the grid: it runs as it is
+    at any other. A question that it is the first to ask would make the sides a part of its graph.
+
+    Args:
+        tokens: int8 [L], for its size.
+    """
+
+    tokens: Tensor = field(repr=False)
+    _answers: dict[tuple, TileOrder] = field(default_factory=dict, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        return self.shape == other.shape if isinstance(other, VideoGrid) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.shape)
+
+    @classmethod
+    def of(cls, grid: VideoGrid, device: torch.device) -> PlannedGrid:
+        """The same grid, with tensors on this device, and no answer yet."""
+        sides = grid.frames, grid.height, grid.width
+        if torch.compiler.is_compiling():
+            return cls(*sides, torch.empty(math.prod(sides), dtype=torch.int8, device=device))
+        return cls(*sides, of_any_size(math.prod(sides), device))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.shape[0]
+
+    def answer(self, question: tuple, find: Callable[[], TileOrder]) -> TileOrder:
+        if question not in self._answers:
+            self._answers[question] = find()
+        return self._answers[question]
 
 
 @cached_constant
@@ -117,45 +165,6 @@ def _auto_tile(
                 if best is None or rank < best[0]:
                     best = (rank, edges)
     return best[1]
-
-
-@cached_constant
-def tile_indices(
-    shape: tuple[int, int, int], tile: tuple[int, int, int], slot: int | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Gather indices (int64) raster -> tile order and back; -1 marks a slot's padding."""
-    check_triple("tile", tile)
-    if slot is not None and slot < math.prod(tile):
-        raise ValueError(f"slot must hold the {math.prod(tile)} tokens of a {tile} cube, got {slot}")
-    position = [torch.arange(side) for side in shape]
-    cubes = [-(-side // edge) for side, edge in zip(shape, tile, strict=True)]
-    cube = [p // edge for p, edge in zip(position, tile, strict=True)]
-    inside = [p % edge for p, edge in zip(position, tile, strict=True)]
-    extent = [
-        torch.minimum(torch.tensor(edge), side - c * edge) for c, edge, side in zip(cube, tile, shape, strict=True)
-    ]
-    cube_id = (cube[0][:, None, None] * cubes[1] + cube[1][:, None]) * cubes[2] + cube[2]
-    inside_id = (inside[0][:, None, None] * extent[1][:, None] + inside[1][:, None]) * extent[2] + inside[2]
-    if slot is None:
-        key = cube_id.flatten() * math.prod(tile) + inside_id.flatten()
-        to_tile = key.argsort()
-        to_raster = torch.empty_like(to_tile)
-        to_raster[to_tile] = torch.arange(to_tile.numel())
-    else:
-        to_raster = (cube_id * slot + inside_id).flatten()
-        to_tile = torch.full((math.prod(cubes) * slot,), -1)
-        to_tile[to_raster] = torch.arange(to_raster.numel())
-    return to_tile.to(device), to_raster.to(device)
-
-
-@cached_constant
-def _cube_sizes(shape: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device) -> Tensor:
-    check_triple("tile", tile)
-    edges = [
-        (side - torch.arange(-(-side // edge)) * edge).clamp(max=edge) for side, edge in zip(shape, tile, strict=True)
-    ]
-    sizes = edges[0][:, None, None] * edges[1][:, None] * edges[2]
-    return sizes.flatten().to(device=device, dtype=torch.int32)
 
 
 @dataclass(frozen=True)
@@ -190,8 +199,7 @@ class TokenLayout:
     @property
     def lengths(self) -> tuple[int, int, int]:
         """The tokens before the video, of the video, and after it."""
-        # index() for the reason in `VideoGrid.shape`.
-        return operator.index(sum(self.before)), self.grid.num_tokens, operator.index(sum(self.after))
+        return sum(self.before), self.grid.num_tokens, sum(self.after)
 
     @property
     def num_tokens(self) -> int:
@@ -227,33 +235,14 @@ class TokenLayout:
         before, after = protected.split((before, after), dim)
         return torch.cat((before, video, after), dim)
 
-    def to_tile_order(self, x: Tensor, tile: tuple[int, int, int], slot: int) -> Tensor:
-        """[B, H, num_tokens, D] to [B, H, tiles * slot, D]: each tile at the front of a slot, the rest zero.
-
-        Tiles are the video's cubes, then chunks of at most as many tokens of each protected segment, in order.
-        """
-        to_tile, to_sequence, _ = self.tile_indices(tile, slot, x.device)
-        return _permuted(x, to_tile, to_sequence, 2)
-
-    def to_sequence_order(self, x: Tensor, tile: tuple[int, int, int], slot: int) -> Tensor:
-        """The inverse of `to_tile_order`."""
-        to_tile, to_sequence, _ = self.tile_indices(tile, slot, x.device)
-        return _permuted(x, to_sequence, to_tile, 2)
-
-    def tile_indices(
-        self, tile: tuple[int, int, int], slot: int, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Where tokens stand in `to_tile_order`.
-
-        Returns:
-            The token at each place, int64 [tiles * slot], -1 for none; the place of each token, int64 [num_tokens]; and
-            the tokens of each tile, int32 [tiles].
-        """
-        return _packed_indices(self.grid.shape, self.before, self.after, tile, slot, device)
+    def tile_order(self, tile: tuple[int, int, int], slot: int, device: torch.device) -> TileOrder:
+        """Tiles in slots: the video's cubes, then chunks of at most as many tokens of each segment, in order."""
+        sides = self.grid.frames, self.grid.height, self.grid.width
+        return tile_order(sides, self.before, self.after, tile, slot, device)
 
     def num_chunks(self, size: int) -> int:
         """How many chunks of at most `size` tokens the protected segments are cut into; no chunk has tokens of two."""
-        return sum(-(-length // size) for length in (*self.before, *self.after))
+        return sum(ceil_div(length, size) for length in (*self.before, *self.after))
 
     def __str__(self) -> str:
         grid = "x".join(map(str, self.grid.shape))
@@ -284,65 +273,3 @@ def resolve_layout(
     if isinstance(layout, VideoGrid):
         return layout, None
     return layout.grid, layout if layout.num_protected else None
-
-
-@cached_constant
-def _packed_indices(
-    shape: tuple[int, int, int],
-    before: tuple[int, ...],
-    after: tuple[int, ...],
-    tile: tuple[int, int, int],
-    slot: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:
-    cpu, start, size = torch.device("cpu"), 0, math.prod(tile)
-    chunks, video = [], None
-    for index, length in enumerate((*before, math.prod(shape), *after)):
-        if index == len(before):
-            cubes = tile_indices(shape, tile, slot, cpu)[0]
-            video = torch.where(cubes < 0, -1, cubes + start)
-        else:
-            chunks.extend((first, min(first + size, start + length)) for first in range(start, start + length, size))
-        start += length
-    places = torch.full((len(chunks), slot), -1)
-    for row, (first, stop) in zip(places, chunks, strict=True):
-        row[: stop - first] = torch.arange(first, stop)
-    to_tile = torch.cat((video, places.flatten()))
-    taken = (to_tile >= 0).nonzero().flatten()
-    to_sequence = torch.empty(start, dtype=torch.int64)
-    to_sequence[to_tile[taken]] = taken
-    sizes = (to_tile.view(-1, slot) >= 0).sum(1, dtype=torch.int32)
-    return to_tile.to(device), to_sequence.to(device), sizes.to(device)
-
-
-class _Gather(torch.autograd.Function):
-    """out = x[index] along `dim`, zero where index is -1.
-
-    Each entry is used at most once, so the backward is a deterministic gather too. index_select's own backward adds
-    with atomics."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(index, inverse)
-        ctx.dim = dim
-        return _gather(x, index, dim)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        index, inverse = ctx.saved_tensors
-        return _Gather.apply(grad, inverse, index, ctx.dim), None, None, None
-
-
-def _permuted(x: Tensor, index: Tensor, inverse: Tensor, dim: int) -> Tensor:
-    """`_Gather`; inside of a transform of `torch.func` the same in operations that it knows."""
-    return _gather(x, index, dim) if is_transformed(x) else _Gather.apply(x, index, inverse, dim)
-
-
-def _gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    if index.numel() == x.shape[dim]:
-        return x.index_select(dim, index)
-    out = x.index_select(dim, index.clamp(min=0))
-    if index.numel() > x.shape[dim]:
-        padding = (index < 0).view([-1 if d == dim % x.dim() else 1 for d in range(x.dim())])
-        out = out.masked_fill(padding, 0)
-    return out

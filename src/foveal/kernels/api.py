@@ -8,8 +8,10 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, SelectionRule, limits_of, pick_blocks, pool_blocks, pooled_scores, rule_of
+from foveal.blocks import BlockSelection, SelectionRule, limits_of, rule_of
 from foveal.checks import check_choice, check_positive_int, check_ratio, check_scale, validate_qkv, without_autocast
+from foveal.kernels.choice import choose_blocks
+from foveal.symbols import ceil_div
 
 IMPLS = ("auto", "reference", "torch", "triton", "gluon")
 BACKENDS = ("gluon", "triton")  # those with kernels, the fastest first
@@ -183,15 +185,8 @@ def select_blocks(
         rule = rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits)
         critical, counts, marginal = _select_on_device(query, key, scale, rule, drop_ratio > 0.0)
     else:
-        with torch.no_grad():
-            scores = pooled_scores(pool_blocks(query, block_q), pool_blocks(key, block_k, sizes), scale)
-        critical, counts, marginal = pick_blocks(
-            scores,
-            keep_ratio=keep_ratio,
-            drop_ratio=drop_ratio,
-            valid_blocks=valid_blocks,
-            protected_keys=key_range,
-            protected_queries=query_range,
+        critical, counts, marginal = choose_blocks(
+            query, key, scale, block_q, block_k, keep_ratio, drop_ratio, sizes, valid_blocks, key_range, query_range
         )
     return BlockSelection(
         critical=critical,
@@ -214,7 +209,7 @@ def fits_kernel(query: Tensor, key: Tensor, block_k: int) -> bool:
         and query.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and query.shape[-1] in (64, 128)
         and query.stride(-1) == key.stride(-1) == 1
-        and -(-key.shape[2] // block_k) <= _KERNEL_MAX_BLOCKS
+        and ceil_div(key.shape[2], block_k) <= _KERNEL_MAX_BLOCKS
     )
 
 
@@ -223,6 +218,6 @@ def _select_on_device(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     from foveal.kernels.triton.select import select_blocks_gpu
 
-    rows, columns = -(-query.shape[2] // rule.block_q), -(-key.shape[2] // rule.block_k)
+    rows, columns = ceil_div(query.shape[2], rule.block_q), ceil_div(key.shape[2], rule.block_k)
     critical, counts, marginal = select_blocks_gpu(query, key, rule, scale, with_marginal)
     return critical, counts, marginal[:, :, :rows, :columns] if with_marginal else None

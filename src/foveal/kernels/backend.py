@@ -41,18 +41,26 @@ class Cubes(NamedTuple):
     cube_sizes: int32 [1, C], tokens of each cube.
     key_sizes: int32 [B or 1, C + text blocks], valid keys of each block.
     slot: tokens that a block takes up, 64 or 128.
-    uniform: the size of every block; 0 where they differ.
+    whole: tokens of a whole cube.
+    length: tokens of the video.
     """
 
     places: Tensor
     cube_sizes: Tensor
     key_sizes: Tensor
     slot: int
-    uniform: int
+    whole: int
+    length: int
 
     @property
     def num_cubes(self) -> int:
         return self.cube_sizes.shape[1]
+
+    @property
+    def uniform(self) -> int:
+        """The size of every block; 0 where they differ: some cube is partial, or there is text."""
+        blocks = self.key_sizes.shape[1]
+        return self.whole if blocks == self.num_cubes and blocks * self.whole == self.length else 0
 
     def selection(self, critical: Tensor, counts: Tensor) -> BlockSelection:
         """Lists of blocks, [B, H, C, W] and [B, H, C], over tensors in tile order; without sizes if blocks are full."""

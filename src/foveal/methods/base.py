@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from foveal.checks import check_choice
@@ -112,6 +113,9 @@ class Method:
         idle: (module, hidden_states [B, L, C]) to tensors in which each parameter has a part, made by calling the
             module's parts in the order of `forward`. A layer that a policy keeps dense gives them zero gradients, for
             DDP and FSDP. The default returns the parameters.
+        plan: (config, grid, device) asks a grid for the tile orders that layers of this configuration will ask for. It
+            runs at the start of a model's forward, so that blocks compiled on their own take any grid. The default asks
+            for nothing.
         needs_grid: whether it costs what it costs because of the video's shape, not only because of its length.
         schedule: what policies and annealing may change.
         presets: configurations to try, by the name that `foveal ui` shows.
@@ -128,6 +132,7 @@ class Method:
     run: Callable[..., Tensor] = _run
     gates: Callable[[nn.Module, Tensor], tuple[Tensor | None, ...] | None] = lambda module, hidden_states: None
     idle: Callable[[nn.Module, Tensor], Iterable[Tensor | None]] = lambda module, hidden_states: module.parameters()
+    plan: Callable[[Config, VideoGrid, torch.device], Any] = lambda config, grid, device: None
     needs_grid: bool = False
     schedule: Schedule = Schedule()
     presets: dict[str, Config] = field(default_factory=dict)

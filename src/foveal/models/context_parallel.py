@@ -110,7 +110,7 @@ class Shards:
         ranks = self.ranks
         if length % ranks and not self.uneven:
             raise ValueError(f"the video's {length} tokens do not divide among {ranks} ranks")
-        return [length // ranks + (rank < length % ranks) for rank in range(ranks)]
+        return [(length + ranks - 1 - rank) // ranks for rank in range(ranks)]
 
     def send(self, x: Tensor, length: int, text: int = 0) -> Tensor:
         """Start sending this rank's tokens of all heads. Only `receive` may read what this returns.

@@ -11,7 +11,7 @@ from torch import nn
 from foveal.methods.base import Config, method_of
 from foveal.models.context_parallel import check_parallel_config
 from foveal.models.families.table import Family, family_of
-from foveal.models.processor import SparseAttentionProcessor, parameters_of, sparse_processors, state_of
+from foveal.models.processor import SparseAttentionProcessor, note_configs, parameters_of, sparse_processors, state_of
 from foveal.models.sharding import in_flat_parameters, is_dtensor, own_unit
 from foveal.models.state import ForwardState
 
@@ -68,6 +68,7 @@ def install(transformer: nn.Module, processors: dict[str, SparseAttentionProcess
                 if end is not None:
                     handles.append(module.register_forward_hook(end, always_call=True))
                 state.handles[owner] = tuple(handles)
+    note_configs(transformer)
     _skip_casting(transformer, skip=True)
 
 

@@ -181,3 +181,10 @@ def sparse_processors(transformer: nn.Module) -> dict[str, SparseAttentionProces
 def state_of(transformer: nn.Module) -> ForwardState | None:
     """The state that a transformer's sparse layers share; None for a dense one."""
     return next((processor.state for processor in sparse_processors(transformer).values()), None)
+
+
+def note_configs(transformer: nn.Module) -> None:
+    """Tells the state of a transformer which configurations its sparse layers have now."""
+    state = state_of(transformer)
+    if state is not None:
+        state.configs = tuple(dict.fromkeys(x.config for x in sparse_processors(transformer).values()))

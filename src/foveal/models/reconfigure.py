@@ -13,7 +13,7 @@ from foveal.models.installation import build_attention
 from foveal.models.layers import Layers, choose_configs
 from foveal.models.parameters import own_tensors
 from foveal.models.policy import check_ratios, get_policy
-from foveal.models.processor import sparse_processors
+from foveal.models.processor import note_configs, sparse_processors
 
 Model = TypeVar("Model")
 
@@ -57,6 +57,8 @@ def reconfigure(model: Model, config: Config | None = None, *, layers: Layers = 
             plans.append((processors[name].attention, new))
     for attention, new in plans:
         attention.config = new
+    for transformer in components_of(model).values():
+        note_configs(transformer)
     return model
 
 

@@ -5,7 +5,6 @@ Shape legend: B batch, H heads, D head dimension, C hidden width, L tokens, Lv o
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -120,9 +119,6 @@ def joint_attention(
     query, key, value = (_video_first(x, before, video) for x in (query, key, value))
     query, key, value = sparse_attention.to_heads(tuple(x.transpose(1, 2) for x in (query, key, value)), text)
     video = query.shape[2] - (text if sparse_attention.shards is None else sparse_attention.shards.ranks * text)
-    # It changes nothing in plain Python. Under torch.compile it makes the length a constant of the graph, like the
-    # grid's sides, because the number of kept blocks cannot be computed from a symbol.
-    operator.index(key.shape[2])
     video_output = sparse_attention.method(query[:, :, :video], key, value, hidden_states, kv_lengths)
     text_output = dense_attention(query[:, :, video:], key, value, kv_lengths)
     outputs = sparse_attention.to_tokens(video_output), sparse_attention.to_tokens(text_output, text)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from foveal.layout import VideoGrid
+from foveal.layout import PlannedGrid, VideoGrid
 from foveal.methods.base import Config, method_of
 from foveal.models.families.table import FAMILIES
 
@@ -54,7 +54,7 @@ class Call(NamedTuple):
 
     Args:
         state: of the transformer.
-        grid: of this forward's tokens; None where all of it is dense.
+        grid: of this forward's tokens, with what compiled blocks need of it; None where all of it is dense.
         phase: what its sparse layers do.
         phase_text: the phase as text. A graph takes text from outside of a module as a constant, where a float might
             become one of its inputs.
@@ -62,7 +62,7 @@ class Call(NamedTuple):
     """
 
     state: ForwardState
-    grid: VideoGrid | None
+    grid: PlannedGrid | None
     phase: Phase
     phase_text: tuple[str, str, str]
     outer: Call | None
@@ -118,6 +118,7 @@ class ForwardState:
 
     Attributes:
         grid: the grid of the latest forward that had one, for reports; None before the first.
+        configs: the different configurations of the sparse layers, see `note_configs`.
         held: names of the layers that the policy keeps dense.
         clock: the policy and where it reads the denoising step, a `PolicyClock`; None without a policy.
         handles: of the hooks, by the name of the module that has them.
@@ -127,6 +128,7 @@ class ForwardState:
         self.family = family
         self.parameters = parameters
         self.grid: VideoGrid | None = None
+        self.configs: tuple[Config, ...] = ()
         self.held: frozenset[str] = frozenset()
         self.clock: Any = None
         self.handles: dict[str, tuple[torch.utils.hooks.RemovableHandle, ...]] = {}
@@ -147,10 +149,18 @@ class ForwardState:
         switched = _THREAD.running.dense if compiling else _DENSE.get()
         if not any(state is self for state in switched):
             arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-            self.grid = grid = FAMILIES[self.family].read_grid(transformer, arguments)
+            self.grid = seen = FAMILIES[self.family].read_grid(transformer, arguments)
+            grid = self._plan(seen, arguments["hidden_states"].device)
             phase = Phase() if self.clock is None else self.clock.phase(transformer, arguments.get("timestep"))
         self._latest = phase
         _THREAD.running.call = Call(self, grid, phase, phase.as_text(), self._outside(_THREAD.running.call))
+
+    def _plan(self, seen: VideoGrid, device: torch.device) -> PlannedGrid:
+        """A forward's grid, with all that its layers will ask of it."""
+        grid = PlannedGrid.of(seen, device)
+        for config in self.configs:
+            method_of(config).plan(config, grid, device)
+        return grid
 
     def end_forward(self, transformer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook on the transformer, called whether the forward succeeds or raises."""

@@ -17,6 +17,7 @@ from foveal.kernels.backend import ColumnLists
 from foveal.kernels.host import launch
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.values import size_stride
+from foveal.symbols import ceil_div
 
 CHUNK = 1024
 
@@ -204,7 +205,7 @@ def _noncritical_kernel(
 
 def padded_blocks(blocks: int) -> int:
     """Block counts are padded to a multiple of 64 in the operands of mask products, so that rows are aligned."""
-    return -(-blocks // 64) * 64
+    return ceil_div(blocks, 64) * 64
 
 
 def noncritical_mask(selection: BlockSelection) -> Tensor:

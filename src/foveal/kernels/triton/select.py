@@ -22,6 +22,7 @@ from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.lists import padded_blocks
 from foveal.kernels.triton.tiles import row_strides
 from foveal.kernels.values import flatten, size_stride, unflatten
+from foveal.symbols import ceil_div
 
 # Scores that one warp of a program holds in its registers.
 SCORES_PER_WARP = 512
@@ -272,7 +273,7 @@ class Lists(NamedTuple):
 
 def new_lists(query: Tensor, key: Tensor, rule: SelectionRule, with_marginal: bool) -> Lists:
     """Memory for the choice of a rule over query and key, [B, H, L, D]."""
-    rows, columns = -(-query.shape[2] // rule.block_q), -(-key.shape[2] // rule.block_k)
+    rows, columns = ceil_div(query.shape[2], rule.block_q), ceil_div(key.shape[2], rule.block_k)
     return _lists(*query.shape[:2], rows, columns, rule.width, with_marginal, query.device)
 
 

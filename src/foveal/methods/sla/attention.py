@@ -25,11 +25,12 @@ from foveal.kernels.api import (
     validate_selection,
 )
 from foveal.kernels.dense import dense_attention
-from foveal.layout import TokenLayout, VideoGrid, resolve_layout, tile_indices
+from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.feature_maps import apply_feature_map, linear_layer
 from foveal.methods.sla.linear import linear_branch
 from foveal.methods.sla.packed import PackedKeys
+from foveal.token_order import TileOrder, tile_indices
 
 
 @without_autocast
@@ -93,15 +94,15 @@ def sla_attention(
         weights = {"proj_weight": proj_weight, "proj_bias": proj_bias, "feature_weight": feature_weight}
         keys = _packed_keys(query, key, packed, config, protected_keys, kv_lengths)
         return _packed_attention(query, key, value, keys, config, selection, kv_lengths, scale, impl, weights)
-    tile = None
+    order = None
     if config.token_order == "tile":
         if grid is None:
             raise ValueError('grid is required for token_order="tile": VideoGrid(frames, height, width) in tokens')
         grid.check_length(query.shape[2])
         if selection is None:
             _validate_tile_order(grid, key, protected_keys, kv_lengths)
-        tile = config.tile_for(grid)
-        query, key, value = (_to_tile_order(x, grid, tile) for x in (query, key, value))
+        order = token_order(config, grid, query.device)
+        query, key, value = (_video_sorted(x, order) for x in (query, key, value))
     elif grid is not None:
         grid.check_length(query.shape[2])
 
@@ -157,7 +158,7 @@ def sla_attention(
             if proj_weight is not None:
                 linear = linear_layer(linear, proj_weight, proj_bias)
             output = (output + linear).to(query.dtype)
-    return output if tile is None else grid.to_raster_order(output, tile)
+    return output if order is None else order.unsort(output)
 
 
 def _packed_keys(query, key, layout, config, protected_keys, kv_lengths) -> PackedKeys:
@@ -221,12 +222,19 @@ def _linear_output(query, key, value, config, selection, feature_weight) -> Tens
     return linear_branch(phi_query, phi_key, value, mask, config.block_q, config.block_k)
 
 
-def _to_tile_order(x: Tensor, grid: VideoGrid, tile: tuple[int, int, int]) -> Tensor:
+def token_order(config: SLAConfig, grid: VideoGrid | None, device: torch.device) -> TileOrder | None:
+    """The order that blocks are cut from; None for raster order."""
+    if config.token_order == "raster":
+        return None
+    return grid.answer(("sla", device), lambda: grid.tile_order(config.tile_for(grid), None, device))
+
+
+def _video_sorted(x: Tensor, order: TileOrder) -> Tensor:
     """[B, H, L, D], the video's tokens to tile order; those after them (text) stay."""
-    video = grid.num_tokens
+    video = order.to_raster.shape[0]
     if x.shape[2] == video:
-        return grid.to_tile_order(x, tile)
-    return torch.cat((grid.to_tile_order(x[:, :, :video], tile), x[:, :, video:]), 2)
+        return order.sort(x)
+    return torch.cat((order.sort(x[:, :, :video]), x[:, :, video:]), 2)
 
 
 def _validate_tile_order(grid, key, protected_keys, kv_lengths) -> None:
@@ -410,9 +418,9 @@ class SparseLinearAttention(nn.Module):
         if packed is not None:
             keys = _packed_keys(query, key, packed, config, protected_keys, kv_lengths)
             return _packed_selection(keys.video(packed.split(query)[0]), key, keys, config, config.drop_ratio)
-        tile = config.tile_for(grid)
-        if tile is not None:
-            query, key = (_to_tile_order(x, grid, tile) for x in (query, key))
+        order = token_order(config, grid, query.device)
+        if order is not None:
+            query, key = (_video_sorted(x, order) for x in (query, key))
         return select_blocks(
             query,
             key,

@@ -27,6 +27,7 @@ from foveal.kernels.values import flatten, linear_term, unflatten
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.gpu_backward import gradients
 from foveal.methods.sla.gpu_forward import Results, forward_in_groups
+from foveal.symbols import ceil_div
 
 
 class Options(NamedTuple):
@@ -226,7 +227,7 @@ def _made(query: Tensor, selection: BlockSelection | None) -> tuple[Tensor, Tens
 def _(query, key, value, weight, bias, choice_tensors, choice_numbers, scale, feature_map, scope, backend, keep_states):
     choice = unflatten(choice_tensors, choice_numbers)
     batch, heads, length, head_dim = query.shape
-    rows = 1 if scope == "all" else padded_blocks(-(-length // choice.block_q))
+    rows = 1 if scope == "all" else padded_blocks(ceil_div(length, choice.block_q))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     kept = batch * heads if scope == "all" or keep_states else 0
     norm = lse.new_empty((kept, rows, head_dim))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from foveal.layout import VideoGrid
 from foveal.methods.base import Method, Schedule, SummaryCells
-from foveal.methods.sla.attention import SparseLinearAttention
+from foveal.methods.sla.attention import SparseLinearAttention, token_order
 from foveal.methods.sla.bench import CASES
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.cost import cost_parts
@@ -59,6 +59,7 @@ SLA = Method(
     cost=cost_parts,
     cells=_cells,
     key_blocks=_key_blocks,
+    plan=token_order,
     schedule=Schedule(ratios=("keep_ratio", "drop_ratio"), keep=_keep),
     presets={"SLA, raster order": SLAConfig(), "SLA, tile order": SLAConfig(token_order="tile")},
     bench_cases=CASES,

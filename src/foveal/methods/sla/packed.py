@@ -70,9 +70,9 @@ class PackedKeys:
 
     def with_protected(self, selection: BlockSelection, kept: int) -> BlockSelection:
         """A selection over the video's keys, of which each row keeps `kept` blocks, with the protected ones beside."""
-        blocks = range(self.video_blocks, self.video_blocks + self.protected_blocks)
+        ends = self.video_blocks, self.video_blocks + self.protected_blocks
         lists = selection.critical[..., :kept], selection.critical_count
-        critical, counts = append_blocks(*lists, blocks, self._protected_counts)
+        critical, counts = append_blocks(*lists, *ends, self._protected_counts)
         marginal = selection.marginal
         return dataclasses.replace(
             selection,

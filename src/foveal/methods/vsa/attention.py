@@ -19,11 +19,12 @@ from foveal.checks import (
 )
 from foveal.kernels.api import IMPLS, resolve_impl
 from foveal.kernels.dense import dense_attention
-from foveal.layout import TokenLayout, VideoGrid, resolve_layout, tile_indices
+from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cpu import vsa_attention_torch
 from foveal.methods.vsa.layout import CubeLayout, kept_video_cubes, resolve_tile, slot_size
 from foveal.methods.vsa.packed import PackedTiles
+from foveal.token_order import tile_indices
 
 
 @without_autocast

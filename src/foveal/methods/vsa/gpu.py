@@ -32,11 +32,13 @@ class Choice(NamedTuple):
     """Which blocks to attend to.
 
     kept: how many cubes each cube attends to, by the coarse scores, where no lists are given.
+    width: of the lists of cubes then.
     text_counts: int32 [B or 1], blocks of text that hold a valid key; None without text.
     critical, counts: given lists, int32 [B, H, C, W] and [B, H, C], or None.
     """
 
     kept: int
+    width: int
     text_counts: Tensor | None = None
     critical: Tensor | None = None
     counts: Tensor | None = None
@@ -78,8 +80,8 @@ def vsa_attention_gpu(
     inputs = query, key, value, gate_coarse, gate_fine
     refuse_forward_mode(*inputs)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    cubes = layout.cubes(query.device)
-    choice = Choice(layout.kept, layout.text_counts)
+    cubes = layout.cubes()
+    choice = Choice(layout.kept, layout.width, layout.text_counts)
     if selection is not None:
         choice = choice._replace(critical=selection.critical, counts=selection.critical_count)
     if is_plain(*inputs):
@@ -93,28 +95,34 @@ def vsa_attention_gpu(
 
 def select_cubes_gpu(query: Tensor, key: Tensor, layout: CubeLayout, scale: float) -> BlockSelection:
     """The selection that `vsa_attention_gpu` makes, from [B, H, L, D] and [B, H, L + text, D] in raster order."""
-    return layout.selection(*_select_op(query, key, *flatten(layout.cubes(query.device)), layout.kept, scale))
+    return layout.selection(*_select_op(query, key, *flatten(layout.cubes()), layout.kept, layout.width, scale))
 
 
 @torch.library.custom_op("foveal::vsa_select_gpu", mutates_args=())
 def _select_op(
-    query: Tensor, key: Tensor, cube_tensors: list[Tensor], cube_numbers: list[int], kept: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    cube_tensors: list[Tensor],
+    cube_numbers: list[int],
+    kept: int,
+    width: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     cubes = unflatten(cube_tensors, cube_numbers)
     with on_device_of(query):  # Triton launches on the current device
         _, pooled = pool_cubes(query, key, None, cubes)
-        return _pick(*pooled, cubes, kept, scale)
+        return _pick(*pooled, cubes, kept, width, scale)
 
 
 @_select_op.register_fake
-def _(query, key, cube_tensors, cube_numbers, kept, scale):
+def _(query, key, cube_tensors, cube_numbers, kept, width, scale):
     rows = (*query.shape[:2], unflatten(cube_tensors, cube_numbers).num_cubes)
-    return query.new_empty((*rows, kept), dtype=torch.int32), query.new_empty(rows, dtype=torch.int32)
+    return query.new_empty((*rows, width), dtype=torch.int32), query.new_empty(rows, dtype=torch.int32)
 
 
-def _pick(query_c: Tensor, key_c: Tensor, cubes: Cubes, kept: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The `kept` highest-scoring cubes of each cube, int32 [B, H, C, kept], ascending, and their counts."""
-    rule = SelectionRule(cubes.slot, cubes.slot, width=kept, critical=kept)
+def _pick(query_c: Tensor, key_c: Tensor, cubes: Cubes, kept: int, width: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The `kept` highest-scoring cubes of each cube, int32 [B, H, C, width], ascending, and their counts."""
+    rule = SelectionRule(cubes.slot, cubes.slot, width=width, critical=kept)
     return select(query_c, key_c, scale, rule, with_marginal=False)[:2]
 
 
@@ -144,7 +152,7 @@ def _forward(
     with on_device_of(query):  # Triton launches on the current device
         copies, pooled = pool_cubes(query, key, value, cubes, gather=backend.cube_copies)
         if choice.critical is None:
-            critical, counts = _pick(*pooled[:2], cubes, choice.kept, scale)
+            critical, counts = _pick(*pooled[:2], cubes, choice.kept, choice.width, scale)
             critical, counts = _with_text(critical, counts, choice.text_counts, cubes.key_sizes.shape[1])
         else:
             critical, counts = choice.critical.contiguous(), choice.counts.contiguous()
@@ -263,7 +271,7 @@ def _(query, key, value, gate_coarse, gate_fine, cube_tensors, cube_numbers, cho
     batch, heads, _, head_dim = query.shape
     num_cubes = cubes.num_cubes
     text_blocks = cubes.key_sizes.shape[1] - num_cubes
-    width = choice.kept + text_blocks if choice.critical is None else choice.critical.shape[-1]
+    width = choice.width + text_blocks if choice.critical is None else choice.critical.shape[-1]
     rows = (batch, heads, num_cubes)
     fine = (batch, heads, num_cubes * cubes.slot, head_dim)
     shapes = fine[:3], *((*rows, head_dim) for _ in range(4)), rows

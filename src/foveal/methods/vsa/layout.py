@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, append_blocks, count, pick_blocks
+from foveal.blocks import BlockSelection, append_blocks, num_critical, roomy
 from foveal.kernels.api import validate_selection
 from foveal.kernels.backend import Cubes
-from foveal.layout import VideoGrid, tile_indices
+from foveal.kernels.choice import choose_cubes
+from foveal.layout import VideoGrid
 from foveal.methods.vsa.config import VSAConfig
+from foveal.symbols import ceil_div, larger, smaller
+from foveal.token_order import TileOrder
 
 
 def resolve_tile(config: VSAConfig, grid: VideoGrid) -> tuple[int, int, int]:
@@ -33,14 +37,24 @@ def slot_size(tile: tuple[int, int, int]) -> int:
 
 def kept_cubes(config: VSAConfig, cubes: int) -> int:
     """How many of a video's cubes each cube attends to."""
-    return min(config.topk, cubes) if config.topk is not None else max(1, count(config.keep_ratio, cubes))
+    return num_critical(cubes, config.keep_ratio, config.topk)
 
 
 def kept_video_cubes(config: VSAConfig, cubes: int) -> int:
     """The same in a packed sequence, where a ratio rounds up, as in the released checkpoints for MiniMax-H3."""
     if config.topk is not None:
-        return min(config.topk, cubes)
-    return max(1, min(math.ceil(config.keep_ratio * cubes - 1e-6), cubes))
+        return smaller(config.topk, cubes)
+    return larger(1, smaller(math.ceil(config.keep_ratio * cubes - 1e-6), cubes))
+
+
+def cube_order(config: VSAConfig, grid: VideoGrid, device: torch.device) -> TileOrder:
+    """Where the video's tokens stand, each cube in a slot."""
+
+    def find() -> TileOrder:
+        tile = resolve_tile(config, grid)
+        return grid.tile_order(tile, slot_size(tile), device)
+
+    return grid.answer(("vsa", config.tile, device), find)
 
 
 class CubeLayout:
@@ -51,7 +65,8 @@ class CubeLayout:
         kv_lengths: int [B], valid keys of each sample; None for all.
 
     Attributes:
-        grid, tile, slot: the video, the cube, and the tokens that each cube takes up.
+        config, grid: of the call.
+        order, slot: where the video's tokens stand, and how many each cube takes up.
         text_length: keys past the video's; their blocks are as long as a slot, the last may be partial.
         cube_sizes: int32 [1, C], valid tokens of each cube.
         key_sizes: int32 [B or 1, C + text blocks], valid keys of each block.
@@ -59,9 +74,10 @@ class CubeLayout:
     """
 
     def __init__(self, config: VSAConfig, grid: VideoGrid, key: Tensor, kv_lengths: Tensor | None) -> None:
-        self.config, self.grid, self.tile = config, grid, resolve_tile(config, grid)
-        self.slot = slot_size(self.tile)
-        self.cube_sizes = self.key_sizes = grid.cube_sizes(self.tile, key.device)[None]
+        self.config, self.grid, self.order = config, grid, cube_order(config, grid, key.device)
+        # index() changes nothing in plain Python. Under torch.compile it makes the slot a constant of the graph.
+        self.slot = operator.index(self.order.slot)
+        self.cube_sizes = self.key_sizes = self.order.cube_sizes[None]
         self.text_length, self.text_counts = key.shape[2] - grid.num_tokens, None
         if not self.text_length:
             return
@@ -73,12 +89,16 @@ class CubeLayout:
         self.text_counts = (text_sizes > 0).sum(1, dtype=torch.int32)
 
     @property
+    def tile(self) -> tuple[int, int, int]:
+        return resolve_tile(self.config, self.grid)
+
+    @property
     def num_cubes(self) -> int:
         return self.cube_sizes.shape[1]
 
     @property
     def text_blocks(self) -> int:
-        return -(-self.text_length // self.slot)
+        return ceil_div(self.text_length, self.slot)
 
     @property
     def kept(self) -> int:
@@ -86,26 +106,23 @@ class CubeLayout:
         return kept_cubes(self.config, self.num_cubes)
 
     @property
-    def uniform_size(self) -> int | None:
-        """The tokens of every block, where all blocks are cubes and no cube is partial; else None."""
-        whole = all(side % edge == 0 for side, edge in zip(self.grid.shape, self.tile, strict=True))
-        return self.tile[0] * self.tile[1] * self.tile[2] if whole and not self.text_length else None
+    def width(self) -> int:
+        """Of the lists that kernels write, to which they append text: room for `kept`."""
+        alone = self.text_counts is None and torch.compiler.is_compiling()
+        return roomy(self.kept, self.num_cubes) if alone else self.kept
 
-    def cubes(self, device: torch.device) -> Cubes:
+    def cubes(self) -> Cubes:
         """The same for the kernels."""
-        return Cubes(self.places(device), self.cube_sizes, self.key_sizes, self.slot, self.uniform_size or 0)
-
-    def places(self, device: torch.device) -> Tensor:
-        """int64 [C * slot]: the token, in raster order, that stands at each place; -1 where none does."""
-        return tile_indices(self.grid.shape, self.tile, self.slot, device)[0]
+        whole, length = self.order.whole.shape[0], self.order.to_raster.shape[0]
+        return Cubes(self.order.to_tile, self.cube_sizes, self.key_sizes, self.slot, whole, length)
 
     def to_cubes(self, x: Tensor) -> Tensor:
         """[B, H, L, D] in raster order to [B, H, C * slot, D]."""
-        return self.grid.to_tile_order(x, self.tile, slot=self.slot)
+        return self.order.sort(x)
 
     def to_raster(self, x: Tensor) -> Tensor:
         """The inverse of `to_cubes`."""
-        return self.grid.to_raster_order(x, self.tile, slot=self.slot)
+        return self.order.unsort(x)
 
     def add_text(self, cubes: Tensor, raster: Tensor) -> Tensor:
         """[B, H, C * slot, D] and [B, H, L + text, D] to [B, H, C * slot + text, D]."""
@@ -113,14 +130,14 @@ class CubeLayout:
 
     def pick(self, scores: Tensor) -> BlockSelection:
         """Scores of cubes [B, H, C, C] to the selection."""
-        critical, counts, _ = pick_blocks(scores, keep_ratio=self.config.keep_ratio, topk=self.config.topk)
+        critical, counts, _ = choose_cubes(scores, self.config.keep_ratio, self.config.topk)
         return self.selection(critical, counts)
 
     def selection(self, critical: Tensor, counts: Tensor) -> BlockSelection:
         """Lists of cubes, int32 [B, H, C, W] and their counts [B, H, C], to a selection that names all text as well."""
         if self.text_counts is not None:
-            text = range(self.num_cubes, self.key_sizes.shape[1])
-            critical, counts = append_blocks(critical, counts, text, self.text_counts)
+            ends = self.num_cubes, self.key_sizes.shape[1]
+            critical, counts = append_blocks(critical[..., : self.kept], counts, *ends, self.text_counts)
         query_length = self.num_cubes * self.slot
         return BlockSelection(
             critical=critical,

@@ -10,7 +10,7 @@ from foveal.methods.vsa.attention import VideoSparseAttention
 from foveal.methods.vsa.bench import CASES
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cost import cost_parts
-from foveal.methods.vsa.layout import resolve_tile
+from foveal.methods.vsa.layout import cube_order, resolve_tile
 
 
 def _build(config: VSAConfig, hidden_dim: int, num_heads: int, head_dim: int, impl: str) -> VideoSparseAttention:
@@ -75,6 +75,7 @@ VSA = Method(
     cells=_cells,
     key_blocks=_key_blocks,
     gates=_gates,
+    plan=cube_order,
     needs_grid=True,
     schedule=Schedule(kept=_kept, keep=_keep),
     presets={"VSA": VSAConfig()},

@@ -17,7 +17,7 @@ from foveal.blocks import BlockSelection, append_blocks
 from foveal.kernels.api import validate_selection
 from foveal.layout import TokenLayout
 from foveal.methods.vsa.config import VSAConfig
-from foveal.methods.vsa.layout import CubeLayout, resolve_tile, slot_size
+from foveal.methods.vsa.layout import CubeLayout, kept_video_cubes, slot_size
 
 
 class PackedTiles(CubeLayout):
@@ -30,34 +30,18 @@ class PackedTiles(CubeLayout):
 
     def __init__(self, config: VSAConfig, layout: TokenLayout, device: torch.device) -> None:
         self.config, self.layout, self.grid = config, layout, layout.grid
-        self.tile = resolve_tile(config, layout.grid)
         self.slot = slot_size(self.tile)
-        self.cube_sizes = self.key_sizes = layout.tile_indices(self.tile, self.slot, device)[2][None]
+        self.order = layout.tile_order(self.tile, self.slot, device)
+        self.cube_sizes = self.key_sizes = self.order.cube_sizes[None]
         self.video_cubes = self.num_cubes - layout.num_chunks(math.prod(self.tile))
         self.text_length, self.text_counts = 0, None
 
-    @property
-    def uniform_size(self) -> int | None:
-        size = math.prod(self.tile)
-        whole = all(length % size == 0 for length in (*self.layout.before, *self.layout.after))
-        return super().uniform_size if whole else None
-
-    def places(self, device: torch.device) -> Tensor:
-        """int64 [tiles * slot]: the token of the sequence that stands at each place; -1 where none does."""
-        return self.layout.tile_indices(self.tile, self.slot, device)[0]
-
-    def to_cubes(self, x: Tensor) -> Tensor:
-        """[B, H, L, D] in sequence order to [B, H, tiles * slot, D]."""
-        return self.layout.to_tile_order(x, self.tile, self.slot)
-
-    def to_raster(self, x: Tensor) -> Tensor:
-        """The inverse of `to_cubes`."""
-        return self.layout.to_sequence_order(x, self.tile, self.slot)
-
     def with_protected(self, selection: BlockSelection) -> BlockSelection:
         """A selection of the video's cubes among each other, with all protected chunks beside those picked."""
-        chunks = range(self.video_cubes, self.num_cubes)
-        critical, counts = append_blocks(selection.critical, selection.critical_count, chunks, len(chunks))
+        critical = selection.critical[..., : kept_video_cubes(self.config, self.video_cubes)]
+        critical, counts = append_blocks(
+            critical, selection.critical_count, self.video_cubes, self.num_cubes, self.num_cubes - self.video_cubes
+        )
         return dataclasses.replace(
             selection,
             critical=critical,
