@@ -67,7 +67,7 @@ def without_autocast(function):
     @functools.wraps(function)
     def call(*arguments, **named):
         device = next((x.device.type for x in (*arguments, *named.values()) if isinstance(x, Tensor)), None)
-        if device is None or not torch.is_autocast_enabled(device):
+        if device is None or device == "meta" or not torch.is_autocast_enabled(device):
             return function(*arguments, **named)
         with torch.autocast(device, enabled=False):
             return function(*arguments, **named)

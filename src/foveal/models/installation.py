@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import torch
@@ -12,7 +11,7 @@ from foveal.methods.base import Config, method_of
 from foveal.models.context_parallel import check_parallel_config
 from foveal.models.families.table import Family, family_of
 from foveal.models.processor import SparseAttentionProcessor, note_configs, parameters_of, sparse_processors, state_of
-from foveal.models.sharding import in_flat_parameters, is_dtensor, own_unit
+from foveal.models.sharding import Overrides, in_flat_parameters, is_dtensor
 from foveal.models.state import ForwardState
 
 # A regular expression on module paths, as layerwise casting takes them. Our parameters are few, and the projection's
@@ -58,9 +57,7 @@ def install(transformer: nn.Module, processors: dict[str, SparseAttentionProcess
         layers[name].set_processor(processor)
         processor.held_dense = name in processor.state.held
         state, block = processor.state, name.rpartition(".")[0]
-        # FSDP1 (torch 2.13) looks this up in the modules that it wraps, if a function tells it which ones these are.
-        overrides = {"auto_wrap_policy": functools.partial(own_unit, layers[name])}
-        transformer.get_submodule(block)._wrap_overrides = overrides
+        transformer.get_submodule(block)._wrap_overrides = Overrides(layers[name])
         for owner, begin, end in (("", state.begin_forward, state.end_forward), (block, state.begin_block, None)):
             if owner not in state.handles:
                 module = transformer.get_submodule(owner)

@@ -7,8 +7,9 @@ parts must have one dtype; whole ones exist only while the unit runs, or inside 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -97,6 +98,35 @@ def own_unit(attn: nn.Module, module: nn.Module, recurse: bool, nonwrapped_numel
         return recurse
     dtype = next(attn.parameters()).dtype
     return any(parameter.dtype != dtype for parameter in module.parameters(recurse=False))
+
+
+class Overrides(Mapping):
+    """What FSDP1 (torch 2.13) looks up as `_wrap_overrides` in a module that a function tells it to wrap.
+
+    PyTorch's other wrappers, of checkpointing for one, look it up in the same place and take no such argument. The
+    caller's `wrapper_cls` says which of them it is.
+
+    Args:
+        attn: the sparse layer in the module.
+    """
+
+    def __init__(self, attn: nn.Module) -> None:
+        self.attn = attn
+
+    def __getitem__(self, name: str) -> Callable[..., bool]:
+        if name != "auto_wrap_policy":
+            raise KeyError(name)
+        return functools.partial(own_unit, self.attn)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("auto_wrap_policy",))
+
+    def __len__(self) -> int:
+        return 1
+
+    def keys(self) -> tuple[str, ...]:
+        wrapper = sys._getframe(1).f_locals.get("wrapper_cls")
+        return ("auto_wrap_policy",) if wrapper is not None and wrapper is _fsdp1() else ()
 
 
 def _units(transformer: nn.Module) -> list[nn.Module]:
