@@ -17,6 +17,7 @@ from foveal.lab.evaluate.lpips import LPIPS, alexnet_features, alexnet_file
 from foveal.lab.evaluate.metrics import flicker, load_lpips, psnr, ssim
 from foveal.lab.evaluate.report import EvaluationReport, Row
 from foveal.lab.evaluate.statistics import Estimate, t_quantile
+from foveal.lab.extras import how_to_install
 from foveal.lab.generate.outputs import output_name, read_media
 from foveal.lab.generate.sparse import SparseChoice
 from foveal.methods.sla.config import SLAConfig
@@ -155,7 +156,7 @@ def test_tables_say_the_same_everywhere():
 
     row = Row("seconds a step", Estimate.of([2.0, 2.0]), Estimate.of([1.0, 1.0]), Estimate.of([2.0, 2.0]), 1, "x")
     settings = {"num_frames": 9, "height": 32, "width": 48, "num_inference_steps": 4, "dtype": "float32"}
-    note = 'LPIPS is left out: pip install "foveal[eval]"'
+    note = 'LPIPS is left out: pip install -e ".[eval]"'
     report = EvaluationReport((row,), 2, (note,), settings, [], {"device": "a machine"})
     assert "| seconds a step | 2.0 [2.0, 2.0] | 1.0 [1.0, 1.0] | 2.0x [2.0, 2.0] |" in report.markdown()
     assert "2 pairs of 9x32x48, 4 steps, float32, on a machine, mean and 95% confidence interval" in report.markdown()
@@ -292,11 +293,8 @@ def test_missing_packages_are_named(wan, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in ("av", "torchmetrics") else found(name)
     )
-    for command, message in (
-        ("eval", 'needs torchmetrics: pip install "foveal[eval]"'),
-        ("generate", 'needs av: pip install "foveal[generate]"'),
-    ):
+    for command, package in (("eval", "torchmetrics"), ("generate", "av")):
         assert cli.main([command, "--model", str(wan), "--prompt", "a cat"]) == 2
-        assert capsys.readouterr().err == f"foveal: this command {message}\n"
+        assert capsys.readouterr().err == f"foveal: this command needs {package}: {how_to_install(command)}\n"
     assert cli.main(["precompute", "--videos", str(tmp_path), "--output", str(tmp_path / "out"), "--pixels"]) == 2
-    assert capsys.readouterr().err == 'foveal: this command needs av: pip install "foveal[train]"\n'
+    assert capsys.readouterr().err == f"foveal: this command needs av: {how_to_install('train')}\n"

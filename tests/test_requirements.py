@@ -2,12 +2,17 @@
 
 import importlib.metadata
 import re
+import shlex
+import sys
 import tomllib
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+
+import foveal
+from foveal.lab.extras import how_to_install
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -44,6 +49,25 @@ def test_the_packages_that_are_required_run_on_the_python_that_is_promised():
             needed = found.metadata["Requires-Python"] or ""
             assert SpecifierSet(needed).contains(PROMISED), f"{name} {found.version} needs Python {needed}"
     assert read
+
+
+def test_hints_name_extras_that_there_are_and_where_to_find_them(monkeypatch, tmp_path):
+    """pip does not find foveal by name: the source folder is named, or that one is needed."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    used = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "foveal[" not in text, path
+        used |= set(re.findall(r"how_to_install\('(\w+)'\)|_need\(\"(\w+)\"", text))
+    assert {name for pair in used for name in pair if name} <= set(extras)
+    assert len(used) > 5
+    asked = shlex.split(how_to_install("demo"))
+    assert asked == [sys.executable, "-m", "pip", "install", "-e", f"{ROOT}[demo]"]
+    monkeypatch.setattr(foveal, "__file__", str(tmp_path / "site-packages" / "foveal" / "__init__.py"))
+    assert how_to_install("demo") == f'in the source folder of foveal, {sys.executable} -m pip install -e ".[demo]"'
+    pages = (ROOT / "docs").rglob("*.md")
+    for name in re.findall(r"pip install -e \"\.\[(\w+)\]\"", "".join(page.read_text("utf-8") for page in pages)):
+        assert name in extras
 
 
 def test_every_page_names_the_python_that_is_promised():

@@ -14,6 +14,7 @@ from typing_extensions import Doc
 
 import foveal
 from foveal.lab.config_file import OPTION, Command, arguments_of, take_config
+from foveal.lab.extras import how_to_install
 from foveal.lab.media_commands import Eval, Generate, Precompute
 from foveal.methods.base import METHODS
 
@@ -284,7 +285,7 @@ class Ui(Command):
         try:
             import gradio  # noqa: F401
         except ImportError as error:
-            raise ValueError('the page needs gradio: pip install "foveal[ui]"') from error
+            raise ValueError(f"the page needs gradio: {how_to_install('ui')}") from error
         from foveal.lab.ui.address import check_address
         from foveal.lab.ui.page import build_page
         from foveal.lab.ui.scene import check_request, pipeline_scene
@@ -349,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         import tyro
     except ImportError:
-        print('foveal: the command line needs more packages: pip install "foveal[demo]"', file=sys.stderr)
+        print(f"foveal: the command line needs more packages: {how_to_install('demo')}", file=sys.stderr)
         return 2
     try:
         if arguments[:1] == ["train"]:

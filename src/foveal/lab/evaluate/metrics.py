@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveal.lab.evaluate.lpips import LPIPS, alexnet_file, linear_file
+from foveal.lab.extras import how_to_install
 
 # Means "identical to the bit": the PSNR of 8-bit videos that differ ends near 48 dB + 10 log10(pixels).
 IDENTICAL_DB = 100.0
@@ -65,7 +66,7 @@ def load_lpips(device: torch.device) -> tuple[Callable[[Tensor, Tensor], float] 
     try:
         files = [alexnet_file(), linear_file()]
     except ImportError as error:
-        return None, f'{error.name} is not installed: pip install "foveal[eval]"'
+        return None, f"{error.name} is not installed: {how_to_install('eval')}"
     for file in files:
         if not file.is_file():
             return None, f"AlexNet's weights are not at {file}"

@@ -87,7 +87,7 @@ class EvaluationReport:
         from rich.table import Table
         from rich.text import Text
 
-        # As Text, because rich would read the brackets of "foveal[eval]" as a style.
+        # As Text, because rich would read the brackets of ".[eval]" as a style.
         caption = Text("\n".join([self.caption(), *self.notes]))
         table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
         for place, heading in enumerate(HEADINGS):
