@@ -33,6 +33,8 @@ TILE = (4, 4, 4)
 TOKEN = (3, 11, 17)
 KEEP_RATIO = 0.1
 DROP_RATIO = 0.3
+# Inches, of about 100 pixels of the page each, so that letters of 9 points are 12 pixels high or more.
+PAGE_WIDTH = 9.4
 BRIGHTNESS = {1: 1.0, 0: 0.42, -1: 0.10}
 WAN_480P = {"grid": VideoGrid(21, 30, 52), "heads": 12, "head_dim": 128}
 
@@ -66,13 +68,13 @@ def shade(frames: Tensor, labels: Tensor) -> Tensor:
     return frames.permute(0, 2, 3, 1).float() / 255 * brightness[..., None]
 
 
-def figure_of(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
+def figure_of(height: float, width: float = PAGE_WIDTH) -> Figure:
+    return Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
 
 
-def draw_frames(row, pictures: Tensor, title: str, *, count: int = 6, mark: bool = True, **options) -> None:
+def draw_frames(row, pictures: Tensor, title: str, *, count: int = 5, mark: bool = True, **options) -> None:
     """Draw the first frames side by side in one subfigure, with the query token marked in its frame."""
-    row.suptitle(title, fontsize=9, x=0.01, ha="left")
+    row.suptitle(title, fontsize=11, x=0.01, ha="left")
     for index, axis in enumerate(row.subplots(1, count)):
         axis.imshow(pictures[index].numpy(), interpolation="nearest", **options)
         axis.set(xticks=[], yticks=[])
@@ -80,12 +82,12 @@ def draw_frames(row, pictures: Tensor, title: str, *, count: int = 6, mark: bool
             scale = pictures.shape[1] // GRID.height
             center = ((TOKEN[2] + 0.5) * scale - 0.5, (TOKEN[1] + 0.5) * scale - 0.5)
             axis.plot(*center, marker="s", markersize=6, markerfacecolor="none", markeredgecolor="red")
-        axis.set_xlabel(f"frame {index}", fontsize=7)
+        axis.set_xlabel(f"frame {index}", fontsize=9)
 
 
 def draw_token_orders(path: Path) -> None:
     """Which tokens share a block: raster order against tile order."""
-    figure = figure_of(11, 3.6)
+    figure = figure_of(3.6)
     rows = figure.subfigures(2, 1)
     colors = matplotlib.colormaps["tab20"]
     titles = (
@@ -99,7 +101,7 @@ def draw_token_orders(path: Path) -> None:
         # Steps of seven through the palette: neighbors differ.
         block = (places // 64 * 7 % 20).view(GRID.shape)
         pictures = torch.tensor([colors(i)[:3] for i in range(20)])[block]
-        draw_frames(row, pictures, title, count=5, mark=False)
+        draw_frames(row, pictures, title, mark=False)
     figure.savefig(path)
 
 
@@ -107,8 +109,8 @@ def draw_selection(path: Path) -> None:
     """What one token sees under SLA, in raster and in tile order, and the whole selection."""
     frames = clip_frames()
     tokens = pixel_tokens(frames)
-    figure = figure_of(13, 3.5)
-    pictures, matrices = figure.subfigures(1, 2, width_ratios=[10.4, 2.6])
+    figure = figure_of(4.2)
+    pictures, matrices = figure.subfigures(1, 2, width_ratios=[7.2, 2.2])
     rows, squares = pictures.subfigures(2, 1), matrices.subplots(2, 1)
     for row, square, order in zip(rows, squares, ("raster", "tile"), strict=True):
         config = SLAConfig(keep_ratio=KEEP_RATIO, drop_ratio=DROP_RATIO, token_order=order)
@@ -119,13 +121,13 @@ def draw_selection(path: Path) -> None:
         selection = select_blocks(
             ordered, ordered, block_q=64, block_k=64, keep_ratio=KEEP_RATIO, drop_ratio=DROP_RATIO
         )
-        draw_frames(row, shade(frames, token_labels(selection, places)), f"{order} order")
+        draw_frames(row, shade(frames, token_labels(selection, places)), f"{order} order", count=4)
         labels = selection.labels()[0, 0]
         square.imshow(labels.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-        square.set_title(f"labels, {labels.shape[0]} x {labels.shape[1]} blocks", fontsize=8)
-        square.set_xlabel("key block", fontsize=7)
-        square.set_ylabel("query block", fontsize=7)
-        square.tick_params(labelsize=6)
+        square.set_title(f"labels, {labels.shape[0]} x {labels.shape[1]} blocks", fontsize=9)
+        square.set_xlabel("key block", fontsize=9)
+        square.set_ylabel("query block", fontsize=9)
+        square.tick_params(labelsize=9)
     figure.savefig(path)
 
 
@@ -145,7 +147,7 @@ def draw_stages(path: Path) -> None:
     heat = coarse[places // slot].view(GRID.shape)
     labels = token_labels(selection, places)
 
-    figure = figure_of(11, 4.7)
+    figure = figure_of(4.9)
     rows = figure.subfigures(3, 1)
     draw_frames(rows[0], frames.permute(0, 2, 3, 1), "the clip, and the query token")
     draw_frames(
@@ -173,7 +175,7 @@ def draw_cost(path: Path) -> None:
         "VSA 5 %, 4x4x4": VSAConfig(keep_ratio=0.05),
         "VSA 5 %, auto": VSAConfig(keep_ratio=0.05, tile="auto"),
     }
-    figure = figure_of(10, 3.6)
+    figure = figure_of(3.8)
     axis = figure.subplots()
     colors: dict[str, tuple] = {}
     for position, config in enumerate(configs.values()):
@@ -186,13 +188,13 @@ def draw_cost(path: Path) -> None:
             color = colors.setdefault(name, matplotlib.colormaps["tab10"](len(colors)))
             axis.barh(position, share, left=left, color=color, label=label, height=0.7)
             left += share
-        axis.text(left + 0.08, position, f"{left:.1f} %", va="center", fontsize=8)
+        axis.text(left + 0.08, position, f"{left:.1f} %", va="center", fontsize=9)
     axis.axvline(5, color="#888", linewidth=1, linestyle=":")
     axis.set_yticks(range(len(configs)), configs)
     axis.invert_yaxis()
     axis.set_xlabel("forward FLOPs, % of dense attention, at 21 x 30 x 52 tokens (all configurations keep 5 %)")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     axis.set_xlim(0, 11.5)
     figure.savefig(path)
 
@@ -200,7 +202,7 @@ def draw_cost(path: Path) -> None:
 def draw_fine_tune(path: Path) -> None:
     """Held-out losses of the fine-tune at 16K tokens, as `benchmarks/fine_tune.py` measured them."""
     run = latest("fine_tune.json")
-    figure = figure_of(12, 3.6)
+    figure = figure_of(3.6)
     before, after, above = figure.subplots(1, 3, width_ratios=[1, 1.4, 1.4])
     steps, losses = zip(*run["pretraining"]["held_out_loss"][1:], strict=True)
     before.plot(steps, losses, color="#444")
@@ -213,11 +215,12 @@ def draw_fine_tune(path: Path) -> None:
             gaps = [100 * (loss / base - 1) for loss, base in zip(losses, dense, strict=True)]
             above.plot(steps, gaps, color=line.get_color(), marker="o", markersize=3)
     after.set(title=f"fine-tuning at {run['tokens']:,} tokens", xlabel="steps")
-    after.legend(frameon=False, fontsize=8)
+    after.legend(frameon=False, fontsize=9)
     above.set(title="above dense, %, without linear only", xlabel="steps")
     above.axhline(0, color="#888", linewidth=1, linestyle=":")
     for axis in (before, after, above):
         axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_fontsize(10)
     figure.savefig(path)
 
 
@@ -230,7 +233,7 @@ def draw_speed(path: Path) -> None:
     """A whole Wan transformer call against its number of tokens, as `benchmarks/wan_transformer.py` measured it."""
     run = latest("wan-1.3b-*.json", lambda run: len(run["calls"]) > 1)
     tokens = {"480p": WAN_480P["grid"].num_tokens, "720p": VideoGrid(21, 45, 80).num_tokens}
-    figure = figure_of(7, 3.6)
+    figure = figure_of(3.8, 8)
     axis = figure.subplots()
     for arm in run["calls"]["480p"]:
         style = {"color": "#888", "linestyle": ":"} if arm.startswith("no ") else {}
@@ -241,7 +244,7 @@ def draw_speed(path: Path) -> None:
     axis.set(xlabel="tokens", ylabel="times faster than dense", ylim=(0, None))
     axis.set_title(f"Wan2.1-1.3B transformer call, {run['machine']['device']}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
 
 
@@ -249,7 +252,7 @@ def draw_error(path: Path) -> None:
     """Output error against the share of blocks that is kept, from the runs of `benchmarks/token_order.py`."""
     run = latest("token_order.json")
     ratios = [100 * ratio for ratio in run["keep_ratios"]]
-    figure = figure_of(7, 3.4)
+    figure = figure_of(3.6, 8)
     axis = figure.subplots()
     for order, color in (("raster", "#2a7f8e"), ("tile", "#d19a2e")):
         for ranking, style in (("pooled", "-"), ("oracle", "--")):
@@ -258,7 +261,7 @@ def draw_error(path: Path) -> None:
     axis.set(xlabel="blocks kept, %", ylabel="output error, %", ylim=(0, None))
     axis.set_title("the demo's model, sparse part only, before fine-tuning", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=9)
     figure.savefig(path)
 
 

@@ -165,6 +165,13 @@ def test_internal_links_lead_somewhere(page):
             assert anchor in anchors_of(file), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.name)
+def test_figures_lead_to_themselves_at_full_size(page):
+    text = page.read_text(encoding="utf-8")
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+        assert re.search(rf"\[!\[[^\]]*\]\({re.escape(picture)}\)\]\({re.escape(picture)}\)", text), picture
+
+
 def nav_files(entry) -> list[str]:
     if isinstance(entry, str):
         return [entry]
@@ -250,10 +257,22 @@ def load_figures():
     return module
 
 
-def test_figures_are_drawn_by_their_script(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_figures_are_drawn_by_their_script(tmp_path, monkeypatch):
+    """And with letters that can be read on a page, where a figure is at most 940 pixels wide."""
+    matplotlib_figure = pytest.importorskip("matplotlib.figure")
+    matplotlib_text = pytest.importorskip("matplotlib.text")
     pytest.importorskip("av")
     image = pytest.importorskip("PIL.Image")
+    save = matplotlib_figure.Figure.savefig
+
+    def save_readable(figure, path):
+        save(figure, path)
+        width = figure.get_figwidth()
+        pixels = min(100, 940 / width) / 72
+        smallest = min(text.get_fontsize() for text in figure.findobj(matplotlib_text.Text) if text.get_text())
+        assert smallest * pixels >= 12, f"{path.name} has letters of {smallest * pixels:.1f} pixels"
+
+    monkeypatch.setattr(matplotlib_figure.Figure, "savefig", save_readable)
     for name, draw in load_figures().FIGURES.items():
         draw(tmp_path / name)
         drawn, committed = image.open(tmp_path / name), image.open(DOCS / "assets" / name)

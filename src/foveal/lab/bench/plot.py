@@ -21,16 +21,18 @@ COLORS = {"forward": "#2a7f8e", "backward": "#d19a2e"}
 
 
 def write_plot(path: Path, results: dict[str, Any]) -> None:
-    """One row a shape: kernels on the left, methods on the right; one column if the run had either alone."""
+    """For each shape the kernels and below them the methods, as far as the run had them."""
     shapes, ran = list(results["shapes"]), [entry for entry in results["results"] if entry["status"] == "ok"]
     drawn = {
         "kernel": ("share_of_rate", "executed TFLOP/s over those of"),
         "method": ("speedup", "times faster than"),
     }
     kinds = [kind for kind in drawn if any(entry["kind"] == kind for entry in ran)] or ["method"]
-    size = (7 * len(kinds), 1.2 + 4.2 * len(shapes))
-    figure = Figure(figsize=size, dpi=130, layout="constrained", facecolor="white")
-    axes = figure.subplots(len(shapes), len(kinds), squeeze=False)
+    counts = [max(1, sum((e["shape"], e["kind"]) == (shape, kind) for e in ran)) for shape in shapes for kind in kinds]
+    # About as wide as a page shows it, so that the letters keep their size there.
+    figure = Figure(figsize=(9.4, 1 + sum(0.8 + 0.32 * n for n in counts)), dpi=160, layout="constrained")
+    axes = figure.subplots(len(counts), 1, squeeze=False, gridspec_kw={"height_ratios": [2.5 + n for n in counts]})
+    axes = axes.reshape(len(shapes), len(kinds))
     for row, shape in zip(axes, shapes, strict=True):
         entries = [entry for entry in ran if entry["shape"] == shape]
         baseline = (*baselines_of(entries), None)[0]
@@ -50,13 +52,13 @@ def _bars(axis, entries: list[dict[str, Any]], baseline: str | None, ratio: str,
     for offset, (name, color) in zip((-0.2, 0.2), COLORS.items(), strict=True):
         values = [entry["passes"].get(name, {}).get("ratios", {}).get(baseline, {}).get(ratio, 0) for entry in entries]
         bars = axis.barh([y + offset for y in range(len(entries))], values, height=0.38, color=color, label=name)
-        axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+        axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
     axis.axvline(1, color="#33415c", linewidth=1, linestyle="--")
-    axis.set_yticks(range(len(entries)), [entry["name"] for entry in entries], fontsize=7)
+    axis.set_yticks(range(len(entries)), [entry["name"] for entry in entries], fontsize=9)
     axis.set_title(title, loc="left", fontsize=10)
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=9)
 
 
 if __name__ == "__main__":
