@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -84,8 +86,65 @@ def test_every_prompt_seed_and_arm_has_its_files(outputs):
     }
     assert {path.stem for path in outputs.glob("*.mp4")} == names
     assert {path.stem for path in outputs.glob("*.json")} == {name for name in names if "beside" not in name}
-    assert len(list(outputs.iterdir())) == 28 + 1
+    assert len(list(outputs.iterdir())) == 28 + 2
     assert (outputs / LIST_FILE).is_file()
+
+
+class Page(HTMLParser):
+    """What a page shows: the source of each player or picture and its caption, its links, its headings."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.shown, self.links, self.headings, self.inside = [], [], [], None
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        if "src" in values:
+            self.shown.append([values["src"], ""])
+        if tag == "a":
+            self.links.append(values["href"])
+        self.inside = tag
+
+    def handle_data(self, data):
+        if self.inside == "figcaption" and data.strip():
+            self.shown[-1][1] += data
+            self.inside = None
+        if self.inside == "h2" and data.strip():
+            self.headings.append(data.strip())
+            self.inside = None
+
+
+def test_the_page_shows_every_output_and_each_pair_side_by_side(wan, outputs, tmp_path):
+    page = Page(outputs / "index.html")
+    assert {source for source, _ in page.shown} == {path.name for path in outputs.glob("*.mp4")}
+    assert set(page.links) == {path.name for path in outputs.glob("*.json")}
+    assert page.headings == ["A dog, running: fast!"] * 2 + ["a cat"] * 2
+    captions = dict(page.shown)
+    name = output_name("a cat", 1, LABEL)
+    assert captions[f"{name}-beside-dense.mp4"] == f"dense on the left, {LABEL} on the right"
+    assert re.fullmatch(
+        rf"{LABEL}: [\d.]+ s, [\d.]+ s a step, \d+ % of dense attention's FLOPs", captions[f"{name}.mp4"]
+    )
+    assert re.fullmatch(r"dense: [\d.]+ s, [\d.]+ s a step", captions[f"{output_name('a cat', 1, 'dense')}.mp4"])
+    text = (outputs / "index.html").read_text()
+    for shown in ("<th>keep_ratio</th><td>0.4</td>", "<th>height</th><td>96</td>", "<small>seed 1</small>"):
+        assert shown in text
+    assert "http" not in text
+    # Of former runs too, and what another program wrote is none of ours.
+    folder = tmp_path / "again"
+    assert generate(wan, folder, "--prompt", "<b>x & y</b>") == 0
+    (folder / "notes.json").write_text("{}")
+    assert generate(wan, folder, "--prompt", "another") == 0
+    page = Page(folder / "index.html")
+    assert page.headings == ["<b>x & y</b>", "another"]
+    assert len(page.shown) == 2
+    assert "<b>" not in (folder / "index.html").read_text()
+    # A page that somebody changed stays, and is named before anything is generated.
+    (folder / "index.html").write_text("mine")
+    assert generate(wan, folder, "--prompt", "a third") == 2
+    assert (folder / "index.html").read_text() == "mine"
+    assert len(list(folder.glob("*.mp4"))) == 2
 
 
 def test_videos_are_those_of_the_pipeline(wan, outputs):
@@ -160,7 +219,10 @@ def test_finished_outputs_are_skipped_and_the_others_made(wan, outputs, capsys):
     assert f"{names[1]}: made again, {names[1]}.mp4 is missing or has another size" in errors
     made = {name for name, time in stats(outputs).items() if time != before[name]}
     beside = {f"{output_name('a cat', seed, LABEL)}-beside-dense.mp4" for seed in (0, 1)}
-    assert made == {f"{name}.{suffix}" for name in names for suffix in ("mp4", "mkv", "json")} | beside | {LIST_FILE}
+    assert made == {f"{name}.{suffix}" for name in names for suffix in ("mp4", "mkv", "json")} | beside | {
+        LIST_FILE,
+        "index.html",
+    }
 
 
 def test_outputs_that_were_made_otherwise_are_made_again(wan, tmp_path, capsys):
@@ -173,7 +235,7 @@ def test_outputs_that_were_made_otherwise_are_made_again(wan, tmp_path, capsys):
         capsys.readouterr().err.split()
     )
     made = {name for name, time in stats(tmp_path).items() if time != before[name]}
-    assert made == {f"{name}.{suffix}" for suffix in ("mp4", "mkv", "json")} | {LIST_FILE}
+    assert made == {f"{name}.{suffix}" for suffix in ("mp4", "mkv", "json")} | {LIST_FILE, "index.html"}
 
 
 def test_an_output_that_somebody_changed_is_not_made_again(wan, tmp_path, capsys):
@@ -202,10 +264,11 @@ def test_interrupted_runs_go_on(wan, tmp_path, monkeypatch, capsys):
     assert "what is done is kept, run the same command again" in capsys.readouterr().err
     first = stats(tmp_path)
     assert first.pop(LIST_FILE)
+    assert first.pop("index.html")
     assert set(first) == {f"{output_name('a cat', 0, 'dense')}.{suffix}" for suffix in ("mp4", "mkv", "json")}
     monkeypatch.undo()
     assert generate(wan, tmp_path, *arguments) == 0
-    assert len(stats(tmp_path)) == 9 + 1
+    assert len(stats(tmp_path)) == 9 + 2
     assert {name: stats(tmp_path)[name] for name in first} == first
 
 

@@ -35,6 +35,11 @@ def media_suffix(is_image: bool) -> str:
     return ".png" if is_image else ".mp4"
 
 
+def beside_name(name: str, *, is_image: bool) -> str:
+    """The file that shows the output of this name side by side with the dense one."""
+    return f"{name}-beside-dense{media_suffix(is_image)}"
+
+
 def write_media(path: Path, frames: Tensor, *, fps: float) -> None:
     """uint8 [frames, 3, height, width] as an MP4, or one frame as a PNG, by the suffix."""
     if path.suffix == ".png":
@@ -63,7 +68,7 @@ def read_media(path: Path, *, height: int, width: int) -> Tensor:
 
 
 def beside(left: Tensor, right: Tensor) -> Tensor:
-    """Two videos of one size next to each other, a strip of grey between them."""
+    """Two videos of one size next to each other, a strip of gray between them."""
     strip = torch.full((*left.shape[:3], 4), 128, dtype=torch.uint8)
     return torch.cat((left, strip, right), dim=3)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from foveal.lab.generate.outputs import (
     beside,
+    beside_name,
     finished,
     media_suffix,
     output_name,
@@ -27,6 +28,7 @@ from foveal.lab.generate.outputs import (
     write_media,
     write_record,
 )
+from foveal.lab.generate.page import PAGE, write_page
 from foveal.lab.generate.sparse import SparseChoice, configs_of, fingerprint
 from foveal.lab.pipelines import TRANSFORMERS, LoadedPipeline, default_size
 from foveal.layout import VideoGrid
@@ -122,7 +124,7 @@ class Job:
 
     def beside_dense(self, loaded: LoadedPipeline) -> str:
         """The file that shows the output side by side with the dense one."""
-        return f"{self.name}-beside-dense{media_suffix(loaded.kind.is_image)}"
+        return beside_name(self.name, is_image=loaded.kind.is_image)
 
 
 class Progress:
@@ -231,6 +233,8 @@ def generate(
 ) -> dict[Job, dict[str, Any]]:
     """Make every output that is not finished yet: a video or image, and a JSON record of how it was made.
 
+    `index.html` shows all outputs in the folder, and is renewed after each.
+
     Dense outputs come first, from the pipeline as it was loaded; then it is made sparse, and stays so. With
     `compare_dense`, each pair is also written side by side, dense on the left. The seed's noise is drawn on the CPU, so
     that it is the same on every device.
@@ -269,7 +273,7 @@ def generate(
     left = [job for job in jobs if job not in records]
     folder.check(name for job in left for name in (*job.media(loaded, exact=settings.exact), f"{job.name}.json"))
     stale = [pair for pair in pairs if {*pair} & {*left} or not _is_beside(folder.path, *pair, loaded)]
-    folder.check(pair[1].beside_dense(loaded) for pair in stale)
+    folder.check((PAGE, *(pair[1].beside_dense(loaded) for pair in stale)))
     progress.start(len(jobs), len(records), arguments["num_inference_steps"])
     reduction, installed = 1.0, False
     already = bool(configs_of(loaded.pipe))
@@ -290,8 +294,10 @@ def generate(
             "environment": environment(loaded.device),
         }
         records[job] = _write(folder, job, frames, record, loaded, settings)
+        write_page(folder)
     for pair in stale:
         _write_side_by_side(folder, *pair, records, loaded)
+    write_page(folder)
     return {job: records[job] for job in jobs}
 
 
