@@ -25,7 +25,7 @@ from foveal.kernels import host
 from foveal.kernels.hopper import cubes, launch_linear
 from foveal.kernels.hopper import launch as gluon_launch
 
-# SMs that the launch code counts on; it decides about run-time integers alone.
+# SMs that the launch code counts on; it decides only about run-time integers.
 NUM_SMS = 132
 
 

@@ -445,7 +445,7 @@ def test_no_gpu_is_said(capsys, monkeypatch):
 
 
 def test_runs_without_rich_matplotlib_and_tyro(tmp_path):
-    """As a module on a machine that has torch alone: a plain table, a word about the plot, and the figures."""
+    """As a module on a machine that has only torch: a plain table, a word about the plot, and the figures."""
     script = f"""
 import sys
 from pathlib import Path

@@ -249,7 +249,7 @@ def test_the_names_of_the_wan_repository_go_both_ways():
         ),
         (
             lambda f: turbo(f, lambda s: s.update({"blocks.1.ffn.0.weight": torch.ones(32, 32, dtype=torch.int8)})),
-            r"quantised, or damaged: blocks\.1\.ffn\.0\.weight",
+            r"quantized, or damaged: blocks\.1\.ffn\.0\.weight",
         ),
         (
             lambda f: turbo(f, lambda s: s.update({"blocks.1.ffn.0.int8_weight": torch.ones(1, dtype=torch.int8)})),

@@ -1,4 +1,4 @@
-"""Sparse attention beside what diffusers, PEFT and quantisers do to a model; `test_wan`, `test_processor` have more."""
+"""Sparse attention beside what diffusers, PEFT and quantizers do to a model; `test_wan`, `test_processor` have more."""
 
 import contextlib
 import copy

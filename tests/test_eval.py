@@ -216,7 +216,7 @@ def test_figures_are_those_of_the_files(evaluated):
     ratios = [pair["dense"]["step_seconds"] / pair["sparse"]["step_seconds"] for pair in results["pairs"]]
     assert results["table"]["seconds a step"]["paired"]["mean"] == pytest.approx(sum(ratios) / 2)
     assert results["settings"]["sparse"]["config"]["keep_ratio"] == 0.4
-    assert "Memory is measured on GPUs alone" in results["notes"]
+    assert "Memory is measured only on GPUs" in results["notes"]
     table = (folder / "evaluation.md").read_text()
     for name in results["table"]:
         assert f"| {name} |" in table

@@ -1,4 +1,4 @@
-"""The Hopper kernels compile without a GPU: no spills, shared memory that fits, no serialised tensor-core products."""
+"""The Hopper kernels compile without a GPU: no spills, shared memory that fits, no serialized tensor-core products."""
 
 import importlib.metadata
 import itertools
@@ -73,7 +73,7 @@ def compile_for_hopper(kernel, signature, plan):
 
 
 def assembled(compiled, folder):
-    """(registers a thread, bytes of spills, warnings about serialised products) from the assembler."""
+    """(registers a thread, bytes of spills, warnings about serialized products) from the assembler."""
     ptx = folder / "kernel.ptx"
     ptx.write_text(compiled.asm["ptx"])
     command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", ptx, "-o", folder / "kernel.cubin"]
@@ -84,7 +84,7 @@ def assembled(compiled, folder):
 
 
 def assert_fits(compiled, folder, programs, threads, spill_limit=0):
-    """No spills, no serialised products, as many programs a multiprocessor as the plan counts on, barriers retired."""
+    """No spills, no serialized products, as many programs an SM as the plan counts on, barriers retired."""
     made, retired = (len(re.findall(rf"mbarrier\.{word}\.", compiled.asm["ptx"])) for word in ("init", "inval"))
     assert made == retired, "shared memory of a live barrier goes to others"
     assert first_to_memory(compiled) == "griddepcontrol.wait"

@@ -97,7 +97,7 @@ def test_chunks_change_nothing():
 
 
 def test_overlap_of_known_choices():
-    """Keys that only their own place likes: with one block kept, neighbours share none; with all kept, all."""
+    """Keys that only their own place likes: with one block kept, neighbors share none; with all kept, all."""
     eye = torch.eye(8).repeat_interleave(16, 0)[None, None] * 20
     found = selection_quality(eye, eye, eye, block_q=16, block_k=16, keep_ratios=(0.125, 1.0))
     assert found.overlap.tolist() == [[0.0, 1.0]]

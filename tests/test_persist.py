@@ -355,7 +355,7 @@ SMALL = (
 )
 @pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_VSA, SPARSE_SLA.replace(linear_scope="none", drop_ratio=0.0)])
 def test_weights_of_another_model_are_refused(tmp_path, other, what, config):
-    """Even if the shapes agree: SLA's projection has head_dim alone, and some configurations have no parameters."""
+    """Even if the shapes agree: SLA's projection has only head_dim, and some configurations have no parameters."""
     save(sparsify(tiny_transformer(), config, layers=[0]), tmp_path)
     model = tiny_transformer(**other)
     with pytest.raises(ValueError, match=f"transformer in .* was saved from a {SMALL}, but the model is a .*{what}"):

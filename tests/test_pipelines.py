@@ -101,7 +101,7 @@ def test_samples_are_the_pipeline_s_own_encodings(folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_latents_are_normalised_as_the_pipeline_undoes_it(folder, name):
+def test_latents_are_normalized_as_the_pipeline_undoes_it(folder, name):
     """Against the arithmetic that each family's pipeline has in front of its decoder."""
     vae = pipeline_of(folder, name).vae
     if name == "ltx":

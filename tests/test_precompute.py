@@ -192,7 +192,7 @@ def test_clips_of_a_file_do_not_overlap():
 
 
 def test_latents_are_what_the_pipeline_decodes(wan, monkeypatch):
-    """With a transformer that predicts no change, `WanPipeline` hands its VAE what our normalisation was given."""
+    """With a transformer that predicts no change, `WanPipeline` hands its VAE what our normalization was given."""
     pipe = diffusers.WanPipeline.from_pretrained(wan)
     z = torch.randn(1, 4, 2, 4, 6, generator=torch.Generator().manual_seed(0))
     decoded = []

@@ -152,7 +152,7 @@ def test_annealing_goes_down_step_by_step():
         ({"sparsity": SparsitySettings(), "optimizer__trainable": "new"}, "'new' needs sparsity.attention"),
         ({"optimizer__trainable": "lora"}, "needs model.path"),
         ({"objective__distillation": 1.0, "objective__teacher": "same"}, "needs frozen weights"),
-        ({"parallel": "fsdp", "optimizer__name": "adamw8bit"}, 'works with parallel="ddp" alone'),
+        ({"parallel": "fsdp", "optimizer__name": "adamw8bit"}, 'works only with parallel="ddp"'),
         ({"parallel": "fsdp", "model__frozen_dtype": "bfloat16"}, "weights of one dtype"),
         ({"objective__sigma_range": (0.5, 0.5)}, "two levels in"),
         ({"evaluation__sigmas": (0.5, 1.0)}, "levels between 0 and 1"),

@@ -318,7 +318,7 @@ def test_lora_learns_from_the_model_itself(folder):
     assert all(".processor." in name or ".lora_" in name for name in trainer.parameters)
     assert {p.dtype for name, p in frozen.items() if "time_embedder" in name} == {torch.float32}
     assert {p.dtype for name, p in frozen.items() if "ffn" in name} == {torch.bfloat16}
-    # bfloat16 weights compute under autocast alone.
+    # bfloat16 weights compute only under autocast.
     trainer.accelerator.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
     result = trainer.run()
     assert {path.name for path in result.export.iterdir()} == {"lora", "sparse"}

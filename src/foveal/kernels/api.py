@@ -142,7 +142,7 @@ def select_blocks(
 
     Per row of the pooled score matrix, the `max(1, floor(keep_ratio * Tk))` largest are critical (none if keep_ratio is
     0), the `floor(drop_ratio * Tk)` smallest negligible, the others marginal (SLA, arXiv 2509.24006, eq. 4-6, with
-    the bottom labelled -1). Not differentiated through.
+    the bottom labeled -1). Not differentiated through.
 
     Args:
         query: [B, H, Lq, D], floating point, any strides.

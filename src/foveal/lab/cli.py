@@ -30,13 +30,13 @@ class Demo(Command):
     output: Path = Path("foveal-demo")
     """The folder to write."""
     device: str = "auto"
-    """cpu, cuda or auto (a GPU where there is one)."""
+    """cpu, cuda, or auto, which takes a GPU if there is one."""
     seed: int = 0
-    """Of weights, batches and noise."""
+    """The seed of weights, batches, and noise."""
     pretrain_steps: int | None = None
-    """Dense optimiser steps; the device's default otherwise."""
+    """Dense optimizer steps. The default depends on the device."""
     fine_tune_steps: int | None = None
-    """Optimiser steps after conversion; the device's default otherwise."""
+    """Optimizer steps after conversion. The default depends on the device."""
 
     def run(self) -> None:
         import torch
@@ -76,23 +76,23 @@ class Bench(Command):
     """Check attention against the reference, then time it against dense and block-sparse peers on this GPU."""
 
     quick: bool = False
-    """480p alone, fewer repetitions, no FlexAttention, forward and backward apart."""
+    """Only 480p, fewer repetitions, no FlexAttention, forward and backward apart."""
     shapes: tuple[str, ...] = ()
-    """Some of 480p, 720p, paper, d64 (the default, together `long`), 4k, 8k, and 16k (together `short`)."""
+    """Some of 480p, 720p, paper, and d64 (the default, together `long`), and 4k, 8k, and 16k (together `short`)."""
     output: Path = Path("benchmarks/results")
     """The folder to write figures and plot into."""
     only: str | None = None
-    """kernels or methods."""
+    """Run only kernels or only methods."""
     impl: tuple[str, ...] = ()
-    """Implementations of ours to run instead of the default ones."""
+    """foveal's implementations to run instead of the default ones."""
     seed: int = 0
-    """Of tensors and random selections."""
+    """The seed of tensors and random selections."""
     device: str = "cuda"
-    """cuda, or cpu with a length."""
+    """cuda, or cpu together with a length."""
     length: int | None = None
-    """One small shape of so many tokens instead of the named ones."""
+    """Run one small shape with this many tokens instead of the named ones."""
     commit: str | None = None
-    """Of this tree, for the record, where git cannot say."""
+    """The commit of this tree, for the record, if git cannot say."""
 
     def run(self) -> None:
         from foveal.lab.bench.report import bench
@@ -114,7 +114,7 @@ class Bench(Command):
 
 @dataclass
 class Train:
-    """Train or fine-tune by a recipe, with checkpoints to go on from: foveal train --help."""
+    """Train or fine-tune from a recipe, with checkpoints to resume from: foveal train --help."""
 
     arguments: tuple[str, ...] = ()
     """The recipe and its settings."""
@@ -142,16 +142,16 @@ class Train:
 
 @dataclass
 class Inspect(Command):
-    """Look at a pipeline's attention while it generates: what few blocks keep, what that costs, what to try first."""
+    """Look at a pipeline's attention while it generates: what a few blocks keep and cost, and what to try first."""
 
     model: str
-    """The pipeline: a folder or a hub id."""
+    """The pipeline, a folder or a hub id."""
     prompt: str
     """The text to generate from."""
     sparse: Path | None = None
-    """A folder that `foveal.save` wrote, to look at the converted model; dense otherwise."""
+    """A folder that `foveal.save` wrote, to look at the converted model. The default is the dense model."""
     frames: int | None = None
-    """Pixel frames; frames, height and width together, or none for the pipeline's own size."""
+    """Frames of the video. Give frames, height, and width together, or none of them for the pipeline's own size."""
     height: int | None = None
     """In pixels."""
     width: int | None = None
@@ -159,23 +159,23 @@ class Inspect(Command):
     steps: int = 20
     """Denoising steps."""
     look_at: tuple[int, ...] = ()
-    """Which of them to look at, from 0; the first, the middle and the last otherwise."""
+    """Which steps to look at, from 0. The default is the first, the middle, and the last."""
     guidance_scale: float | None = None
-    """The pipeline's own otherwise."""
+    """The guidance scale. The default is the pipeline's own."""
     layers: tuple[str, ...] = ()
-    """Names of the layers to look at (blocks.0.attn1); all of them otherwise."""
+    """Names of the layers to look at, such as blocks.0.attn1. The default is all of them."""
     tolerance: float = 0.1
-    """Output error before fine-tuning that the recommendation allows the median layer."""
+    """The output error before fine-tuning that the recommendation allows the median layer."""
     query_blocks: int = 16
-    """Query blocks to sample in every head."""
+    """How many query blocks to sample in each head."""
     output: Path = Path("foveal-inspect")
     """The folder to write the report into."""
     device: str = "auto"
-    """cpu, cuda, cuda:NUMBER or auto (a GPU where there is one)."""
+    """cpu, cuda, cuda:NUMBER, or auto, which takes a GPU if there is one."""
     dtype: str = "auto"
-    """bfloat16, float16, float32 or auto."""
+    """bfloat16, float16, float32, or auto."""
     seed: int = 0
-    """Of the noise."""
+    """The seed of the noise."""
 
     def run(self) -> None:
         from rich.console import Console
@@ -216,9 +216,9 @@ class Doctor(Command):
     """Say what is installed, which kernels run here, and what sparse attention gains for a model and a video size."""
 
     model: str = "wan-1.3b"
-    """wan-1.3b, wan-14b, hunyuan-video, ltx-video and so on, or a local folder of diffusers with a config.json."""
+    """wan-1.3b, wan-14b, hunyuan-video, ltx-video, or another known name, or a diffusers folder with a config.json."""
     frames: int = 81
-    """Of the video."""
+    """Frames of the video."""
     height: int = 480
     """In pixels."""
     width: int = 832
@@ -227,7 +227,7 @@ class Doctor(Command):
     keep_ratio: float | None = None
     """The fraction of blocks or cubes kept, instead of the method's default."""
     measure: bool = True
-    """Time attention where there is a GPU."""
+    """Time attention if there is a GPU."""
     json: bool = False
     """Print JSON instead of tables."""
 
@@ -255,13 +255,13 @@ class Ui(Command):
     """Open a page that shows where a token looks: click it, move the sliders, see what that keeps and costs."""
 
     demo: Path = Path("foveal-demo")
-    """What `foveal demo` wrote: its model looks at the clips."""
+    """What `foveal demo` wrote. Its model looks at the clips."""
     model: str | None = None
-    """A pipeline instead, a folder or a hub id, that generates a video once and shows one step of it."""
+    """A pipeline to look at instead, a folder or a hub id. It generates one video, and the page shows one step."""
     prompt: str = ""
-    """Of --model."""
+    """The text that --model generates from."""
     frames: int = 17
-    """Of --model's video."""
+    """Frames of --model's video."""
     height: int = 240
     """In pixels."""
     width: int = 416
@@ -269,15 +269,15 @@ class Ui(Command):
     steps: int = 20
     """Denoising steps of --model."""
     look_at: int = 10
-    """Which of them to show, from 0."""
+    """Which of these steps to show, from 0."""
     seed: int = 0
-    """Of --model's noise."""
+    """The seed of --model's noise."""
     device: str = "auto"
-    """Of --model: cpu, cuda, cuda:1, or auto (a GPU where there is one)."""
+    """Where --model runs: cpu, cuda, cuda:1, or auto, which takes a GPU if there is one."""
     host: str = "127.0.0.1"
-    """Address to serve at; 0.0.0.0 lets other machines in."""
+    """The address to serve at. 0.0.0.0 lets other machines in."""
     port: int = 7860
-    """To serve at."""
+    """The port to serve at."""
     open_browser: bool = True
     """Open the page in the browser of this machine."""
 

@@ -29,25 +29,25 @@ class Precompute(Command):
     videos: Path
     """A folder of videos (captions in .txt files of the same names), one video, or a CSV, JSON lines or JSON list."""
     output: Path
-    """The folder to write; a run that was interrupted there goes on."""
+    """The folder to write. An interrupted run there continues."""
     model: str | None = None
-    """The pipeline: a folder or a hub id."""
+    """The pipeline, a folder or a hub id."""
     pixels: bool = False
     """Store pixels instead, without a pipeline and without text."""
     bucket: tuple[str, ...] = ()
-    """FRAMESxHEIGHTxWIDTH, like 81x480x832; each file goes to the nearest in shape that it is long enough for."""
+    """FRAMESxHEIGHTxWIDTH, such as 81x480x832. A file goes to the nearest in shape that it is long enough for."""
     fps: float | None = None
-    """Frames a second; the pipeline's otherwise, or in pixel space each file's own frames."""
+    """Frames per second. The default is the pipeline's rate, or in pixel space each file's own."""
     clips_per_video: int = 1
-    """Clips of a file at most; they do not overlap."""
+    """At most this many clips of a file, which do not overlap."""
     store: str = "auto"
-    """Dtype on the disk: bfloat16, float16, float32, or auto (bfloat16; float32 for pixels)."""
+    """The dtype on disk: bfloat16, float16, float32, or auto (bfloat16, or float32 for pixels)."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, or auto (a GPU where there is one)."""
+    """cpu, cuda, cuda:1, or auto, which takes a GPU if there is one."""
     dtype: str = "auto"
-    """Of the text encoder: bfloat16, float16, float32, or auto (bfloat16 on a GPU). The VAE runs in float32."""
+    """The dtype of the text encoder: bfloat16, float16, float32, or auto (bfloat16 on a GPU). The VAE is float32."""
     revision: str | None = None
-    """Of the hub repository."""
+    """The revision of the hub repository."""
     tiling: bool = False
     """Encode in tiles, which takes less memory."""
 
@@ -102,24 +102,24 @@ class Precompute(Command):
 @dataclass
 class _Generation(Command):
     model: str
-    """The pipeline: a folder or a hub id."""
+    """The pipeline, a folder or a hub id."""
     prompt: tuple[str, ...] = ()
-    """One or several."""
+    """One or several prompts."""
     prompt_file: Path | None = None
     """A text file with a prompt on each line."""
     seed: tuple[int, ...] = (0,)
-    """One or several; each prompt is generated with each."""
+    """One or several seeds. Each prompt is generated with each seed."""
     sparse: Path | None = None
     """Trained sparse weights: what foveal.save or foveal train wrote, or a released checkpoint."""
     method: Annotated[str | None, Doc(f"Without trained weights: {' or '.join(METHODS)}.")] = None
     keep_ratio: float | None = None
-    """Of --method: the share of key blocks that are read exactly."""
+    """The share of key blocks that --method reads exactly."""
     drop_ratio: float | None = None
-    """Of a --method that drops blocks: the share that is not read at all."""
+    """The share of key blocks that --method does not read at all, if it drops any."""
     impl: str = "auto"
-    """Implementation of the sparse attention."""
+    """The implementation of the sparse attention."""
     frames: int | None = None
-    """Of the video; the pipeline's own otherwise, as below."""
+    """Frames of the video. This and the following default to the pipeline's own."""
     height: int | None = None
     """In pixels."""
     width: int | None = None
@@ -127,17 +127,17 @@ class _Generation(Command):
     steps: int | None = None
     """Denoising steps."""
     guidance_scale: float | None = None
-    """Of classifier-free guidance, or as the model's embedding."""
+    """The scale of classifier-free guidance, or the guidance that the model embeds."""
     negative_prompt: str | None = None
-    """What guidance leads away from."""
+    """The text that guidance leads away from."""
     fps: float | None = None
-    """Of the MP4."""
+    """Frames per second of the MP4."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, or auto (a GPU where there is one)."""
+    """cpu, cuda, cuda:1, or auto, which takes a GPU if there is one."""
     dtype: str = "auto"
-    """bfloat16, float16, float32, or auto (bfloat16 on a GPU)."""
+    """The dtype: bfloat16, float16, float32, or auto (bfloat16 on a GPU)."""
     revision: str | None = None
-    """Of the hub repository."""
+    """The revision of the hub repository."""
 
     def prepare(self, progress: Any, *, exact: bool, check: Callable[..., object]) -> dict[str, Any]:
         """The arguments that `generate` and `evaluate` share; `check`, the command's own, comes before any weights."""
@@ -186,11 +186,11 @@ class Generate(_Generation):
     """Generate videos or images with a pipeline, dense or sparse, and record how each was made."""
 
     compare: str | None = None
-    """dense: generate dense too, and write each pair side by side."""
+    """With dense, also generate dense, and write each pair side by side."""
     exact: bool = False
-    """Keep each video bit for bit too, as a Matroska file beside the MP4."""
+    """Also keep each video bit for bit, as a Matroska file beside the MP4."""
     output: Path = Path("foveal-generate")
-    """The folder to write; outputs that are there and match are left as they are."""
+    """The folder to write. Outputs there that match are kept."""
 
     def run(self) -> None:
         _need("generate", "rich")
@@ -217,7 +217,7 @@ class Eval(_Generation):
     """Compare sparse with dense on the same prompts and seeds: likeness, flicker, speed and memory, with intervals."""
 
     output: Path = Path("foveal-eval")
-    """The folder to write; outputs that are there and match are used."""
+    """The folder to write. Outputs there that match are used."""
 
     def run(self) -> None:
         _need("eval", "rich", "torchmetrics")

@@ -200,7 +200,7 @@ class PolicyClock:
         return self._phase(transformer, timestep)
 
     # All that torch.compiler.disable does, which would import torch._dynamo: a whole model that is compiled leaves the
-    # graph here, and comes back to one that knows the phase alone, not the step.
+    # graph here, and comes back to one that knows only the phase, not the step.
     phase._torchdynamo_disable = True
 
     def _phase(self, transformer: nn.Module, timestep: Any) -> Phase:
@@ -261,7 +261,7 @@ def set_policy(model: Model, policy: Policy | None, *, scheduler: Any = None) ->
         if policy.counts_steps and scheduler is None and getattr(pipeline, "scheduler", None) is None:
             raise ValueError(
                 "dense_first_steps and dense_last_steps need a schedule: pass the pipeline, or scheduler=...; for a "
-                "transformer alone, give timesteps, dense_above and dense_below"
+                "transformer without one, give timesteps, dense_above and dense_below"
             )
         for transformer in transformers:
             configs = {name: processor.config for name, processor in sparse_processors(transformer).items()}

@@ -109,7 +109,7 @@ class SparseModelMixin:
 @functools.cache
 def sparse_class(base: type) -> type:
     """The class that a transformer of a diffusers class gets from `sparsify`."""
-    # By the name `processor`, our parameters are left out of half precision and of quantisation while they are read.
+    # By the name `processor`, our parameters are left out of half precision and of quantization while they are read.
     kept = [*(base._keep_in_fp32_modules or ()), PROCESSOR]
     members = {"__module__": MODULE, "__doc__": base.__doc__, "_keep_in_fp32_modules": kept}
     return type(base.__name__, (SparseModelMixin, base), members)

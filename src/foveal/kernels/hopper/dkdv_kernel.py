@@ -6,7 +6,7 @@ With P = exp(S - LSE), dP = dO V^T and dS = P * (dP - delta), delta = rowsum(dO 
 
 Every output tile belongs to one program that adds in list order: no atomics, the same bits each time. Everything is cut
 into tiles of 64 rows, whatever the block sizes. A product whose result ordinary code reads starts and is waited for in
-the same iteration: with one in flight over the back edge ptxas serialises them all.
+the same iteration: with one in flight over the back edge ptxas serializes them all.
 """
 
 from triton.experimental import gluon
@@ -143,7 +143,7 @@ def add_key_branch(
     """Adds dV = phi(K) G and dK through dphi(K) = V G^T + z, and starts the copies of both sums to memory.
 
     state_0 and state_1 hold the first and last 64 rows of G (the same at head_dim 64). One after the other, for the
-    registers. Padding keys spoil their own rows alone, which are zeroed.
+    registers. Padding keys spoil only their own rows, which are zeroed.
     """
     rows: gl.constexpr = k.shape[0]
     head_dim: gl.constexpr = k.shape[1]

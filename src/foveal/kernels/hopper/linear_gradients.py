@@ -149,10 +149,10 @@ def row_gradients(
 
     mbarrier.wait(q_full, phase)
     left, right = features(q, half, FEATURE_MAP)
-    normaliser = gl.sum(left * load_row(norm_ptr, HALF_WIDTH, half), 1)
+    normalizer = gl.sum(left * load_row(norm_ptr, HALF_WIDTH, half), 1)
     if head_dim == 128:
-        normaliser += gl.sum(right * load_row(norm_ptr + 64, HALF_WIDTH, half), 1)
-    inverse = 1.0 / (normaliser + 1e-5)
+        normalizer += gl.sum(right * load_row(norm_ptr + 64, HALF_WIDTH, half), 1)
+    inverse = 1.0 / (normalizer + 1e-5)
     by_row = gl.expand_dims(inverse, 1)
     store_halves(scaled, left * by_row, right * by_row)
     if h_full is not None:

@@ -15,7 +15,7 @@ from foveal.lab.bench.shapes import SHAPE_SETS, SHAPES
 def main(arguments: list[str] | None = None) -> int:
     """0 if all went well, 1 if a candidate of ours failed, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m foveal.lab.bench", description="Check and time attention.")
-    parser.add_argument("--quick", action="store_true", help="480p alone, fewer repetitions, no FlexAttention")
+    parser.add_argument("--quick", action="store_true", help="only 480p, fewer repetitions, no FlexAttention")
     parser.add_argument(
         "--shapes", nargs="+", default=[], metavar="NAME", help=f"some of {', '.join((*SHAPES, *SHAPE_SETS))}"
     )

@@ -3,7 +3,7 @@
 Every shape runs by itself: all candidates are built, checked and warmed up, and those that pass are timed in turns.
 Rates come in two kinds, never mixed: *executed* TFLOP/s count the work that a candidate does, *dense-equivalent* ones
 what exact attention would have done in its stead. Time ratios are to the dense baselines of the same run.
-The backward is timed alone, over a graph built once; "both" is a forward that builds the graph and its backward.
+The backward is timed by itself, over a graph built once; "both" is a forward that builds the graph and its backward.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class BenchSettings:
 
     Args:
         shapes: names out of `SHAPES` or `SHAPE_SETS`; the long ones by default.
-        quick: 480p alone unless `shapes` says otherwise, fewer repetitions, no FlexAttention, no "both" pass.
+        quick: only 480p unless `shapes` says otherwise, fewer repetitions, no FlexAttention, no "both" pass.
         only: "kernels" or "methods"; None for both.
         impls: implementations of ours to run instead of the default ones.
         seed: of all tensors and random selections.
@@ -137,7 +137,7 @@ def run_bench(
 
 def _run_shape(shape, candidates, settings, timer, device, dtype, log) -> list[dict[str, Any]]:
     if any(candidate.impl == "FlexAttention" for candidate in candidates):
-        # Compiled code is specialised to its shape; too many specialisations of one function fall back to eager.
+        # Compiled code is specialized to its shape; too many specializations of one function fall back to eager.
         torch.compiler.reset()
     gate_shape = Shape("gate", 1, 2, settings.gate_grid, shape.head_dim)
     if device.type == "cuda":
@@ -170,7 +170,7 @@ def _run_shape(shape, candidates, settings, timer, device, dtype, log) -> list[d
 
     log(f"{shape.name}: timing {len(functions)} passes in turns")
     repeats = {"rounds": 3, "calls": 3, "seconds": 0.1} if settings.quick else {"rounds": 6, "calls": 4, "seconds": 0.2}
-    # All forwards, then all backwards: a pass has its like as neighbours.
+    # All forwards, then all backwards: a pass has its like as neighbors.
     order = sorted(functions, key=lambda key: (PASSES.index(key[1]), key[0]))
     times = measure(timer, {key: functions[key] for key in order}, **repeats)
     for (index, name), measured in times.items():

@@ -46,7 +46,7 @@ class LatentDataset(Dataset):
 
     A sample is a dict:
 
-    - "latents": [C, F, H, W], normalised as the family's transformer sees it; an image has F = 1. In pixel space
+    - "latents": [C, F, H, W], normalized as the family's transformer sees it; an image has F = 1. In pixel space
       [3, F, H, W] in [-1, 1].
     - text tensors, under the names of the pipeline's arguments, without a batch dimension: "prompt_embeds" [L, C] and
       what else the family has. None in pixel space without a text encoder.
@@ -125,7 +125,7 @@ class LatentDataset(Dataset):
     def split(self, held_out: int) -> tuple[LatentDataset, LatentDataset]:
         """(training, held-out) datasets; no file has samples in both.
 
-        Which files are held out depends on the names of the files alone.
+        Which files are held out depends only on their names.
 
         Args:
             held_out: samples to hold out, at least; 0 for none.
@@ -179,10 +179,10 @@ class LatentDataset(Dataset):
 class BatchStream:
     """Batches without end, the same ones for the same arguments, from any position.
 
-    Batch k of a rank depends on the dataset, the seed, k, and the global batch of batch_size * world_size samples
-    alone. All ranks get samples of one shape at a time: rank r has places r * batch_size to (r + 1) * batch_size of the
-    global batch. An epoch sees every sample at least once: the last global batch of a shape is filled up with samples
-    from the front of that shape's order.
+    Batch k of a rank depends only on the dataset, the seed, k, and the global batch of batch_size * world_size
+    samples. All ranks get samples of one shape at a time: rank r has places r * batch_size to (r + 1) * batch_size of
+    the global batch. An epoch sees every sample at least once: the last global batch of a shape is filled up with
+    samples from the front of that shape's order.
 
     A batch is a dict: each tensor of a sample stacked along a new first dimension, on the CPU, and "caption" and "id"
     as lists.
@@ -333,7 +333,7 @@ class BatchStream:
 
     def _order(self, epoch: int) -> list[list[tuple[int, bool]]]:
         # A generator of its own for each epoch: position k is reached without drawing all before it. Seeds that are
-        # neighbours in both numbers must not meet, hence the hash.
+        # neighbors in both numbers must not meet, hence the hash.
         digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         batches = []

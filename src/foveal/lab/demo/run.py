@@ -48,7 +48,7 @@ def run_demo(
         settings: sizes, steps, seeds.
         output: the folder to write. A former report there is replaced once the new one is complete; an interrupted
             run leaves it as it was. Other files in the folder stay.
-        video: a video file of one's own; None takes the sample clip named `clip`.
+        video: a video file; None takes the sample clip named `clip`.
         device: where to run.
         console: where progress goes, bars on a terminal and lines elsewhere; None for the standard error stream.
 

@@ -163,5 +163,5 @@ def _notes(records: dict[Job, dict[str, Any]], why_no_lpips: str | None) -> tupl
     if len(places) > 1:
         notes.append("The outputs were made in different environments: do not compare their seconds")
     if next(iter(records.values()))["peak_memory_bytes"] is None:
-        notes.append("Memory is measured on GPUs alone")
+        notes.append("Memory is measured only on GPUs")
     return tuple(notes)

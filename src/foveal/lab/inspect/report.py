@@ -90,7 +90,7 @@ def _quality_figure(observations: Sequence[LayerObservation], settings: InspectS
                 values = [getattr(o.quality[order, block_q, block_k], name)[ranking].mean(0) for o in observations]
                 axis.plot(ratios, torch.stack(values).mean(0).tolist(), **drawn)
     left.set(title="Attention mass in the kept blocks", xlabel="key blocks kept, %", ylabel="recall", ylim=(None, 1.02))
-    right.set(title="Output error of the kept blocks alone", xlabel="key blocks kept, %", ylabel="relative error")
+    right.set(title="Output error with only the kept blocks", xlabel="key blocks kept, %", ylabel="relative error")
     right.set_ylim(bottom=0)
     left.legend(frameon=False, fontsize=8)
     _plain(left, right)
@@ -194,10 +194,10 @@ dt {{ color: #4a5866; }} dd {{ margin: 0; }}
 <h2>What is kept, and what that costs</h2>
 {picture("quality", "recall and output error against the share of kept blocks")}
 <p>Dotted: the blocks with the most attention mass, known in hindsight. Solid: the blocks that pooled scores choose, as
-SLA and VSA do. The distance between them is the price of choosing cheaply; what lies between the two colours is the
+SLA and VSA do. The distance between them is the price of choosing cheaply; what lies between the two colors is the
 gain of sorting tokens by cubes.</p>
 <div class="table"><table><thead>
-<tr><th>order</th><th>blocks</th>{heads}<th>neighbours</th></tr>
+<tr><th>order</th><th>blocks</th>{heads}<th>neighbors</th></tr>
 <tr><th></th><th></th>{"<th>recall</th><th>error</th>" * len(settings.keep_ratios)}<th>overlap</th></tr>
 </thead><tbody>{rows}</tbody></table></div>
 <p>Pooled choice; means over layers, heads and calls. Overlap: the share of a query block's kept blocks that the next

@@ -73,7 +73,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Optimiser steps taken."""
+        """Optimizer steps taken."""
         return self.manifest["step"]
 
     @property
@@ -129,7 +129,7 @@ class CheckpointStore:
         """Writes a checkpoint, then removes those that are no longer kept. Every process calls it.
 
         Args:
-            step: optimiser steps taken.
+            step: optimizer steps taken.
             groups: names and tensors, by group. Each process writes its rows of a DTensor; the main process writes all
                 other tensors.
             state: anything that JSON can hold; the main process's counts.
@@ -349,7 +349,7 @@ def _own(tensors: Iterable[tuple[str, Tensor]], rank: int) -> Iterator[tuple[str
                 continue
         elif rank:
             continue
-        # A copy of each, since safetensors refuses tensors that share memory, as tables of eight-bit optimisers do.
+        # A copy of each, since safetensors refuses tensors that share memory, as tables of eight-bit optimizers do.
         yield name, part.to("cpu", copy=True).contiguous()
 
 

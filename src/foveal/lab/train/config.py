@@ -36,20 +36,20 @@ class TrainingConfig:
 
     Args:
         output: the folder of checkpoints, logs, samples and the export.
-        resume: go on from the latest checkpoint in `output`; without one, start.
-        steps: optimiser steps.
-        batch_size: samples in a step, over all devices.
-        micro_batch_size: samples in one forward on one device; gradients accumulate to `batch_size`.
+        resume: continue from the latest checkpoint in `output`, or start if there is none.
+        steps: optimizer steps.
+        batch_size: samples per step, over all devices.
+        micro_batch_size: samples per forward on one device. Gradients accumulate to `batch_size`.
         precision: "bf16" computes in bfloat16 by autocast; weights and moments are float32 either way.
         parallel: what several processes do: "ddp" copies the model, "fsdp" shards it (FSDP2).
-        context_parallel: so many processes, neighbours, divide the tokens of each sample among them (Ulysses), and the
-            samples are divided among such groups. It must divide the processes, the model's heads and the tokens.
-        device: "auto" (a GPU where there is one) or "cpu".
-        seed: of new weights, batches, noise and noise levels.
-        deterministic: have torch take deterministic kernels, so that a resumed run repeats to the last bit on a GPU
-            as well; needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment there.
-        tracker: where the curves go, beside `metrics.jsonl`.
-        export_formats: other projects' formats to export to as well, by `export_checkpoint`.
+        context_parallel: how many neighboring processes share the tokens of each sample (Ulysses). The samples are
+            divided among such groups. It must divide the number of processes, the model's heads, and the tokens.
+        device: "auto", which takes a GPU if there is one, or "cpu".
+        seed: the seed of new weights, batches, noise, and noise levels.
+        deterministic: make torch take deterministic kernels, so that a resumed run repeats to the last bit on a GPU
+            too. That needs CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment.
+        tracker: where the curves go besides `metrics.jsonl`.
+        export_formats: other projects' formats that `export_checkpoint` also writes.
     """
 
     model: ModelSettings
@@ -105,7 +105,7 @@ class TrainingConfig:
         if self.parallel == "fsdp" and self.model.frozen_dtype != "float32":
             raise ValueError('parallel="fsdp" shards weights of one dtype: set model.frozen_dtype to "float32"')
         if self.parallel == "fsdp" and self.optimizer.name == "adamw8bit":
-            raise ValueError('optimizer.name="adamw8bit" works with parallel="ddp" alone')
+            raise ValueError('optimizer.name="adamw8bit" works only with parallel="ddp"')
 
     def replace(self, **changes: Any) -> TrainingConfig:
         """A copy with some fields changed, validated again."""

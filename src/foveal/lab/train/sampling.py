@@ -76,7 +76,7 @@ def visible(latents: Tensor, space: str, *, pipeline: str | None, device: torch.
 def dense_and_sparse(
     model: nn.Module, velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, *, shift: float, steps: int
 ) -> list[Tensor]:
-    """What a model makes of the same noise with dense and with sparse attention; with dense alone if it has no other.
+    """What a model makes of the same noise with dense and with sparse attention; only with dense if it has no other.
 
     Args:
         model: the transformer that `velocity` calls.

@@ -67,7 +67,7 @@ class TrainingResult:
     """How a run ended.
 
     Args:
-        step: optimiser steps taken in all.
+        step: optimizer steps taken in all.
         finished: False where it was told to stop before its last step.
         evaluation: the last one of this process; None if there was none.
         export: the folder of the exported model, in the process that wrote it; None where it did not finish.
@@ -233,7 +233,7 @@ class Trainer:
         self.step += 1
 
     def _train_step(self, started: float) -> None:
-        """One optimiser step, or one that is refused, and a note of it."""
+        """One optimizer step, or one that is refused, and a note of it."""
         config, step = self.config, self.step + 1
         batch = self._read()
         annealing, kept, dense_now = config.sparsity.annealing, None, False
@@ -340,8 +340,8 @@ class Trainer:
                 "mfu": used,
             },
         )
-        utilisation = "" if used is None else f", MFU {used:.0%}"
-        self.log.show(step, f"loss {report.loss:.4f}, {tokens:,.0f} tokens/s{utilisation}")
+        utilization = "" if used is None else f", MFU {used:.0%}"
+        self.log.show(step, f"loss {report.loss:.4f}, {tokens:,.0f} tokens/s{utilization}")
 
     def _evaluate(self) -> None:
         with self.log.doing("held-out loss"):

@@ -27,7 +27,7 @@ from foveal.models.files.formats import (
     CheckpointFormat,
     format_named,
     from_diffusers,
-    recognised,
+    recognized,
     to_diffusers,
     without_prefix,
 )
@@ -88,7 +88,7 @@ def load_checkpoint(
 ) -> CheckpointReport:
     """Loads a released sparse checkpoint into a dense model: makes it sparse as trained, and loads every weight.
 
-    A file with the whole model replaces the base weights too; one with the sparse parameters alone leaves them. A LoRA
+    A file with the whole model replaces the base weights too; one with only the sparse parameters leaves them. A LoRA
     is loaded by diffusers as an adapter (`fuse_lora` merges it). Values take the model's dtype, but for SLA's
     projection, which stays float32.
 
@@ -96,7 +96,7 @@ def load_checkpoint(
         model: a dense transformer of the size that the file is for, or a pipeline with one transformer.
         path: a safetensors file, a `.pth` state dict, or a folder of safetensors, with an index if in shards; of a
             pipeline's folder, its transformer's.
-        format: a name in `FORMATS`; None recognises it. Needed for a LoRA, which does not say what it was trained for.
+        format: a name in `FORMATS`; None recognizes it. Needed for a LoRA, which does not say what it was trained for.
         impl: see `block_sparse_attention`.
         changes: fields of the configuration to change, as in `keep_ratio=0.15`, or in `topk=125` instead of a ratio;
             those that the format stands for (its `fixed`) are not among them.
@@ -145,7 +145,7 @@ def load_checkpoint(
 
 
 def check_checkpoint(path: str | os.PathLike) -> None:
-    """Whether `load_checkpoint` recognises a file or folder, from its names alone, without a model.
+    """Whether `load_checkpoint` recognizes a file or folder, only from its names, without a model.
 
     Raises:
         FileNotFoundError: no such file, or missing shards.
@@ -219,7 +219,7 @@ def _choose_format(
     if "foveal" in file.metadata:
         raise ValueError(f"{file.path} was written by foveal.save; foveal.load reads it, with its folder")
     if asked is None:
-        return recognised(names, str(file.path)) if header is None else format_named(header["format"])
+        return recognized(names, str(file.path)) if header is None else format_named(header["format"])
     found = format_named(asked)
     if not found.matches(names):
         what = "low-rank updates" if found.lora else next(iter(found.sparse_keys.values())).format(index=0)
@@ -273,7 +273,7 @@ def _load_weights(
     base = to_diffusers([name for name in names if name not in sparse_names], found.layout)
     former = transformer.state_dict()
     missing = [key for key in sparse_names if key not in names]
-    # A file with the sparse parameters alone is whole too.
+    # A file with only the sparse parameters is whole too.
     missing += [name for name in former if name not in base] if base else []
     extra = [file_name for name, file_name in base.items() if name not in former]
     _check_names(file, sorted(missing), extra)
@@ -327,7 +327,7 @@ def _check_tensors(file: TensorFile, targets: dict[str, Tensor], patches: str | 
         raise ValueError(f"{file.path} does not fit the model, of another size maybe: {wrong[0]}{more}")
     integers = [name for name in targets if name in file.not_floating]
     if integers:
-        raise ValueError(f"{file.path} is quantised, or damaged: {enumerated(integers)} are integers")
+        raise ValueError(f"{file.path} is quantized, or damaged: {enumerated(integers)} are integers")
     offloaded = [name for name, target in targets.items() if target.device.type == "meta"]
     if offloaded:
         raise ValueError(f"the model's {enumerated(offloaded)} are on the meta device; load before offloading it")
@@ -372,7 +372,7 @@ def _exportable_config(transformer: nn.Module, target: CheckpointFormat) -> Conf
 def _whole_model(transformer: nn.Module, target: CheckpointFormat) -> dict[str, Tensor]:
     state, processors = transformer.state_dict(), sparse_processors(transformer)
     if any(".lora_" in name for name in state):
-        raise ValueError("model has LoRA adapters; merge them with fuse_lora and unload_lora, or export them alone")
+        raise ValueError("model has LoRA adapters; merge them with fuse_lora and unload_lora, or export only them")
     ours = tuple(f"{layer}.processor." for layer in processors)
     names = from_diffusers([name for name in state if not name.startswith(ours)], target.layout, len(processors))
     tensors = {file_name: state[name] for name, file_name in names.items()}

@@ -131,7 +131,7 @@ def format_named(name: str) -> CheckpointFormat:
     return FORMATS[name]
 
 
-def recognised(names: Iterable[str], source: str) -> CheckpointFormat:
+def recognized(names: Iterable[str], source: str) -> CheckpointFormat:
     """The format of a file with these names, without prefixes.
 
     Raises:

@@ -129,7 +129,7 @@ def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Mode
     saved = {name: parse_component(name, entry) for name, entry in manifest["components"].items()}
     missing = sorted(set(saved) - set(components))
     if missing:
-        raise ValueError(f"{folder} has parameters for {missing}, but the model has {sorted(components)} alone")
+        raise ValueError(f"{folder} has parameters for {missing}, but the model has only {sorted(components)}")
 
     expected = {}
     for component, transformer in components.items():

@@ -1,4 +1,4 @@
-"""Files of named tensors: safetensors, alone or as a folder of shards, and PyTorch's own.
+"""Files of named tensors: safetensors, one file or a folder of shards, and PyTorch's own.
 
 Names and shapes are known as soon as a file is open; values are read one by one. Files are written aside and renamed.
 """
@@ -143,7 +143,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} must hold a dict of named tensors, got {type(loaded).__name__}")
     others = [name for name, value in loaded.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(f"{path} must hold named tensors alone, but {enumerated(others)} are of other types")
+        raise ValueError(f"{path} must hold only named tensors, but {enumerated(others)} are of other types")
     return dict(loaded)
 
 
