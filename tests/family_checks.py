@@ -51,6 +51,7 @@ class FamilyChecks:
         LATENTS: two shapes (frames, height, width) of the latent, with as many tokens.
         GRID: of tokens of the first of them.
         TEXT: tokens past the video that every query sees; 0 for a family without text in its self-attention.
+        PACKED: whether the method gets the whole sequence, with a `TokenLayout`.
         PADDING: how many of the first sample's text tokens are masked, in all.
         MASKED: how many of them stand at the end of `encoder_hidden_states`.
     """
@@ -59,6 +60,7 @@ class FamilyChecks:
     LATENTS: tuple[tuple[int, int, int], tuple[int, int, int]]
     GRID = None
     TEXT = 0
+    PACKED = False
     PADDING = 0
     MASKED = 0
 
@@ -129,14 +131,19 @@ class FamilyChecks:
         with capture_selections(model) as selections:
             self.run(model)
         assert len(calls) == len(selections) == len(self.LAYERS)
+        queries = self.GRID.num_tokens + (self.TEXT if self.PACKED else 0)
         for query, key, value, *hidden_states in calls:
-            assert query.shape[2] == self.GRID.num_tokens
+            assert query.shape[2] == queries
             assert key.shape == value.shape
             assert key.shape[2] == self.GRID.num_tokens + self.TEXT
-            assert all(x.shape[1] == self.GRID.num_tokens for x in hidden_states if x is not None)
+            assert all(x.shape[1] == queries for x in hidden_states if x is not None)
         for selection in selections.values():
             valid = selection.key_valid().sum(1).tolist()
             assert valid[0] == self.GRID.num_tokens + self.TEXT - self.PADDING
+            if self.PACKED:  # the last blocks are those of the protected segments, and every row sees all of them
+                last = selection.key_block_sizes[0].flip(0).cumsum(0).tolist().index(self.TEXT) + 1
+                assert selection.critical_mask()[..., -last:].all()
+                continue
             # Every row sees all of the text that is valid.
             seen = selection.expand(selection.critical_mask())[0, 0, :, -self.TEXT :].any(0) if self.TEXT else None
             assert seen is None or seen.sum() == self.TEXT - self.PADDING

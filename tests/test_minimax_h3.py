@@ -5,7 +5,7 @@ import torch
 from family_checks import DENSE_METHODS, METHODS, FamilyChecks
 from tiny_wan import DENSE_SLA, SPARSE_SLA
 
-from foveal import Policy, VideoGrid, set_policy
+from foveal import Policy, TokenLayout, VideoGrid, VSAConfig, set_policy
 from foveal.models import sparsify, summary
 from foveal.models.families import minimax_h3
 from foveal.models.model_sizes import MODEL_SIZES
@@ -40,6 +40,7 @@ class TestMiniMaxH3(FamilyChecks):
     LATENTS = ((3, 10, 12), (3, 12, 10))
     GRID = VideoGrid(3, 5, 6)
     WORDS = 7
+    PACKED = True
     TEXT = WORDS + 30 + AUDIO * CHANNELS  # with one condition frame
 
     def model(self, seed=0, **overrides):
@@ -111,6 +112,27 @@ class TestMiniMaxH3(FamilyChecks):
         conditions = self.GRID.height * self.GRID.width
         torch.testing.assert_close(output[0][:, :conditions], expected[0][:, :conditions], rtol=0, atol=1e-12)
         assert (output[0][:, conditions:] - expected[0][:, conditions:]).abs().max() > 1e-4
+
+    @pytest.mark.parametrize(
+        ("keyframes", "audio", "before"),
+        [(("first",), AUDIO, (7, 30, 6)), ((), AUDIO, (7, 6)), (("first", "last"), 0, (7, 60)), ((), 0, (7,))],
+    )
+    def test_segments(self, keyframes, audio, before):
+        layout = minimax_h3.read_grid(self.model(), self.inputs(keyframes=keyframes, audio=audio))
+        assert layout == TokenLayout(self.GRID, before=before)
+
+    @torch.no_grad()
+    def test_gates_of_all_rows(self):
+        """VSA as FastH3 was trained: text, conditions, and audio have the coarse branch too, by gates of their own."""
+        model = self.sparse(VSAConfig(keep_ratio=1.0, tile=(2, 2, 2)), layers=[0])
+        data, outputs = self.inputs(), []
+        for processor in sparse_processors(model).values():
+            processor.attention.to_gate_coarse.weight.zero_()
+            for gate in (0.0, 1.0):
+                processor.attention.to_gate_coarse.bias.fill_(gate)
+                outputs.append(model(**data, return_dict=False))
+        assert (outputs[0][1] - outputs[1][1]).abs().max() > 1e-3
+        torch.testing.assert_close(outputs[0], self.model()(**data, return_dict=False), rtol=0, atol=1e-5)
 
     @torch.no_grad()
     def test_one_reading_a_request(self, monkeypatch):

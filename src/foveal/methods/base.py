@@ -105,9 +105,10 @@ class Method:
         run: (module, query, key, value, hidden_states, grid, kv_lengths=None, config=None, gates=None) to the
             output, [B, H, L, D] like query. hidden_states is [B, L, C]. Every query reads the keys past the grid's
             tokens, such as text. kv_lengths, int [B], counts each sample's valid keys. A config stands in for the
-            module's own, with other ratios. Gates stand in for the hidden states, which are then None, and the tensors
-            may then hold only some of the heads. The default calls the module with query, key, and value, and with
-            grid, kv_lengths, and config by name.
+            module's own, with other ratios. The grid may be a `TokenLayout` (MiniMax-H3); then all tensors are the
+            whole sequence. Gates stand in for the hidden states, which are then None, and the tensors may then hold
+            only some of the heads. The default calls the module with query, key, and value, and with grid,
+            kv_lengths, and config by name.
         gates: (module, hidden_states [B, L, C]) to what the module makes of these token by token, a tuple of
             [B, H, L, D] or None; None for a method that makes nothing.
         idle: (module, hidden_states [B, L, C]) to tensors in which each parameter has a part, made by calling the

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Config, method_of
 from foveal.models.context_parallel import Shards, check_parallel_config, receive_gates, send_gates, shards_of
 from foveal.models.families.table import FAMILIES, family_of
@@ -126,7 +126,8 @@ class SparseAttentionProcessor(nn.Module):
         grid = call.grid
         family = FAMILIES[self.state.family]
         shards = shards_of(self._parallel_config)
-        sparse_attention = LayerAttention(functools.partial(self._run_method, grid, phase, shards), grid, shards)
+        tokens = grid if call.layout is None else call.layout
+        sparse_attention = LayerAttention(functools.partial(self._run_method, tokens, phase, shards), grid, shards)
         return family.self_attention(attn, sparse_attention, *args, **kwargs)
 
     def _with_zero_gradients(self, output: Any, hidden_states: Tensor) -> Any:
@@ -148,7 +149,7 @@ class SparseAttentionProcessor(nn.Module):
 
     def _run_method(
         self,
-        grid: VideoGrid,
+        tokens: VideoGrid | TokenLayout,
         phase: Phase,
         shards: Shards | None,
         query: Tensor,
@@ -161,11 +162,11 @@ class SparseAttentionProcessor(nn.Module):
         method, config = method_of(self.config), phase.apply(self.config)
         gates = None
         if shards is not None:
-            gates, hidden_states = send_gates(self.attention, hidden_states, grid, shards), None
+            gates, hidden_states = send_gates(self.attention, hidden_states, tokens, shards), None
         query, key, value = map(receive, (query, key, value))
         if shards is not None:
-            gates = receive_gates(gates, grid, shards)
-        return method.run(self.attention, query, key, value, hidden_states, grid, kv_lengths, config, gates)
+            gates = receive_gates(gates, tokens, shards)
+        return method.run(self.attention, query, key, value, hidden_states, tokens, kv_lengths, config, gates)
 
     def extra_repr(self) -> str:
         return f"method={method_of(self.config).name!r}"

@@ -25,7 +25,8 @@ class LayerAttention:
         method: (query [B, H, Lv, D], key, value [B, H, Lv + Lt, D], hidden_states [B, Lv, C], kv_lengths [B] or None,
             and `receive` where those three are still on their way) to [B, H, Lv, D]. Every query sees the last Lt
             keys, which are text, as far as they are valid. Under context parallelism the hidden states are this rank's
-            tokens, and the rest is all tokens of this rank's heads.
+            tokens, and the rest is all tokens of this rank's heads. In a family that reads a `TokenLayout`, all of them
+            are the whole sequence.
         grid: the grid of the video's Lv tokens, which are in raster order.
         shards: how the tokens are spread over ranks; None outside of context parallelism.
     """

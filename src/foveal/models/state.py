@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from foveal.layout import PlannedGrid, VideoGrid
+from foveal.layout import PlannedGrid, TokenLayout, VideoGrid
 from foveal.methods.base import Config, method_of
 from foveal.models.families.table import FAMILIES
 
@@ -55,6 +56,7 @@ class Call(NamedTuple):
     Args:
         state: of the transformer.
         grid: of this forward's tokens, with what compiled blocks need of it; None where all of it is dense.
+        layout: of its packed sequence, around this grid; None where the method gets the video alone, or text as keys.
         phase: what its sparse layers do.
         phase_text: the phase as text. A graph takes text from outside of a module as a constant, where a float might
             become one of its inputs.
@@ -63,6 +65,7 @@ class Call(NamedTuple):
 
     state: ForwardState
     grid: PlannedGrid | None
+    layout: TokenLayout | None
     phase: Phase
     phase_text: tuple[str, str, str]
     outer: Call | None
@@ -145,15 +148,18 @@ class ForwardState:
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._go_first()
-        grid, phase = None, Phase(dense=True)
+        grid, layout, phase = None, None, Phase(dense=True)
         switched = _THREAD.running.dense if compiling else _DENSE.get()
         if not any(state is self for state in switched):
             arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-            self.grid = seen = FAMILIES[self.family].read_grid(transformer, arguments)
-            grid = self._plan(seen, arguments["hidden_states"].device)
+            seen = FAMILIES[self.family].read_grid(transformer, arguments)
+            packed = isinstance(seen, TokenLayout)
+            self.grid = seen.grid if packed else seen
+            grid = self._plan(self.grid, arguments["hidden_states"].device)
+            layout = dataclasses.replace(seen, grid=grid) if packed else None
             phase = Phase() if self.clock is None else self.clock.phase(transformer, arguments.get("timestep"))
         self._latest = phase
-        _THREAD.running.call = Call(self, grid, phase, phase.as_text(), self._outside(_THREAD.running.call))
+        _THREAD.running.call = Call(self, grid, layout, phase, phase.as_text(), self._outside(_THREAD.running.call))
 
     def _plan(self, seen: VideoGrid, device: torch.device) -> PlannedGrid:
         """A forward's grid, with all that its layers will ask of it."""

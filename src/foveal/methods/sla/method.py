@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Method, Schedule, SummaryCells
 from foveal.methods.sla.attention import SparseLinearAttention, token_order
 from foveal.methods.sla.bench import CASES
@@ -22,11 +22,13 @@ def _run(
     key: Tensor,
     value: Tensor,
     hidden_states: Tensor | None,
-    grid: VideoGrid,
+    grid: VideoGrid | TokenLayout,
     kv_lengths: Tensor | None = None,
     config: SLAConfig | None = None,
     gates: None = None,
 ) -> Tensor:
+    if isinstance(grid, TokenLayout):
+        return module(query, key, value, layout=grid, kv_lengths=kv_lengths, config=config)
     text = (query.shape[2], key.shape[2]) if key.shape[2] > query.shape[2] else None
     return module(query, key, value, grid=grid, protected_keys=text, kv_lengths=kv_lengths, config=config)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Method, Schedule, SummaryCells
 from foveal.methods.vsa.attention import VideoSparseAttention
 from foveal.methods.vsa.bench import CASES
@@ -27,12 +27,12 @@ def _run(
     key: Tensor,
     value: Tensor,
     hidden_states: Tensor | None,
-    grid: VideoGrid,
+    grid: VideoGrid | TokenLayout,
     kv_lengths: Tensor | None = None,
     config: VSAConfig | None = None,
     gates: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    return module(query, key, value, hidden_states, gates, grid=grid, kv_lengths=kv_lengths, config=config)
+    return module(query, key, value, hidden_states, gates, layout=grid, kv_lengths=kv_lengths, config=config)
 
 
 def _idle(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,8 +1,9 @@
 """MiniMax-H3 (`MiniMaxH3Transformer3DModel` of diffusers): joint attention over one packed sequence.
 
 A request is one sequence of rows: text, the frames of conditions or references, audio, and at the end the video that
-is made. The rows before that video are protected, like text elsewhere: every query sees them, and their queries see
-everything. The token refiner's blocks attend to text only and stay dense, though their attention is of the same class.
+is made. The rows before that video are protected segments of a `TokenLayout`: every query sees them, and their queries
+see everything. VSA's coarse stage and its gates take them in, as the public sparse checkpoints were trained. The token
+refiner's blocks attend to text only and stay dense, though their attention is of the same class.
 
 The batch repeats one layout. The heads together are wider (7,168) than the hidden states (5,376).
 
@@ -18,19 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout
 from foveal.models.readers import layers_of_blocks
-from foveal.models.self_attention import LayerAttention, check_absent, dimensions, grid_of_coordinates, joint_attention
+from foveal.models.self_attention import LayerAttention, check_absent, dimensions, grid_of_coordinates
 
 __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
 
 class _Read(NamedTuple):
-    """What was read of a request: the grid, from these versions of its positions and of the indices of its video."""
+    """What was read of a request: its layout, from these versions of its positions and of the indices of its video."""
 
     version: tuple[int, int]
     video_indices: weakref.ref
-    grid: VideoGrid
+    layout: TokenLayout
 
 
 # By the request's `position_ids`, which every step of it passes again.
@@ -42,10 +43,11 @@ def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
     return layers_of_blocks(transformer, ("transformer_blocks",), "attn")
 
 
-def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
-    """The grid of the video that is made: the rows at the end with one timestep, by their `position_ids` [N, 3].
+def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> TokenLayout:
+    """The layout: the video that is made, which is the rows at the end with one timestep, and what stands before it.
 
-    Reading them makes the host wait for the device, once per request.
+    Its segments are the runs of text, of condition or reference frames, and of audio. The grid comes from the video's
+    `position_ids` [N, 3]. Reading all that makes the host wait for the device, once per request.
 
     Raises:
         ValueError: the sequence does not end with the rows of one video in raster order.
@@ -55,7 +57,7 @@ def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
     version = tuple(0 if x.is_inference() else x._version for x in (positions, video_indices))
     known = _REQUESTS.get(positions)
     if known is not None and known.version == version and known.video_indices() is video_indices:
-        return known.grid
+        return known.layout
     length = positions.shape[0]
     # Condition frames stand directly before the video if there is no audio; they have a timestep of their own.
     rows, timesteps = video_indices.cpu(), arguments["timestep_indices"].cpu()
@@ -67,9 +69,13 @@ def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
             "video_indices must hold the last row of the sequence: the video that is made comes last, after text, "
             f"conditions, and audio; got {length} rows"
         )
+    kinds = torch.zeros(length, dtype=torch.int8)
+    kinds[rows], kinds[arguments["audio_indices"].cpu()] = 1, 2
+    _, segments = torch.unique_consecutive(kinds[:first], return_counts=True)
     grid = grid_of_coordinates("position_ids", positions[first:].T)
-    _REQUESTS[positions] = _Read(version, weakref.ref(video_indices), grid)
-    return grid
+    layout = TokenLayout(grid, before=tuple(segments.tolist()))
+    _REQUESTS[positions] = _Read(version, weakref.ref(video_indices), layout)
+    return layout
 
 
 def self_attention(
@@ -102,9 +108,8 @@ def self_attention(
     query, key = attn.norm_q(query), attn.norm_k(key)
     if rotary_emb is not None:
         query, key = (_apply_rotary_emb(x, *rotary_emb) for x in (query, key))
-    first = hidden_states.shape[1] - sparse_attention.video_tokens
-    output, protected = joint_attention(sparse_attention, query, key, value, hidden_states[:, first:], before=first)
-    output = torch.cat((protected, output), 1)
+    output = sparse_attention(*(x.transpose(1, 2) for x in (query, key, value)), hidden_states)
+    output = output.transpose(1, 2).flatten(2)
     for layer in attn.to_out:
         output = layer(output)
     return output

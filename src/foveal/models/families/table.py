@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout, VideoGrid
 from foveal.models.families import cogvideox, flux, hunyuan_video, hunyuan_video15, ltx2, ltx_video, minimax_h3, wan
 
 
@@ -26,7 +26,8 @@ class Family:
         processors: class names of the attention processors that foveal's replaces.
         self_attention_layers: transformer to its self-attention modules by qualified name, in order of depth.
         dimensions: attention module to (hidden_dim, num_heads, head_dim).
-        read_grid: (transformer, the arguments of its forward by name) to the token grid.
+        read_grid: (transformer, the arguments of its forward by name) to the token grid; to the layout of a family that
+            runs the method over a packed sequence, protected segments included.
         self_attention: (attention module, the method's attention as a `LayerAttention`, *the processor's arguments) to
             the layer's output.
     """
@@ -36,7 +37,7 @@ class Family:
     processors: tuple[str, ...]
     self_attention_layers: Callable[[nn.Module], dict[str, nn.Module]]
     dimensions: Callable[[nn.Module], tuple[int, int, int]]
-    read_grid: Callable[[nn.Module, dict[str, Any]], VideoGrid]
+    read_grid: Callable[[nn.Module, dict[str, Any]], VideoGrid | TokenLayout]
     self_attention: Callable[..., Any]
 
 
