@@ -15,6 +15,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from foveal.methods.base import Config, config_from_dict, method_of
 from foveal.models.convert import densify, sparsify
 from foveal.models.families.table import components_of, family_of
+from foveal.models.files.contracts import Contract, read_contract
 from foveal.models.files.formats import (
     CheckpointFormat,
     format_named,
@@ -34,6 +36,7 @@ from foveal.models.files.formats import (
 from foveal.models.files.lora import export_adapter, load_adapter, read_adapter
 from foveal.models.files.manifest import check_model, model_entry
 from foveal.models.files.tensor_files import TensorFile, enumerated, open_tensors, write_tensors
+from foveal.models.files.updates import FORMAT, is_update, read_updates
 from foveal.models.processor import sparse_processors
 
 HEADER_KEY = "foveal_checkpoint"
@@ -125,9 +128,12 @@ def load_checkpoint(
             )
         if header is not None and header["model"] is not None:
             check_model(str(path), transformer, header["model"])
-        config = _configuration(found, header, transformer, changes)
-        load = _load_lora if found.lora else _load_weights
+        contract = read_contract(Path(path)) if found.contract and header is None else None
+        config = _configuration(found, header, contract, transformer, changes)
+        load = _load_lora if found.lora else _load_updates if found.updates else _load_weights
         sparse_tensors, base_tensors, notes = load(transformer, file, names, found, config, impl)
+    if contract is not None:
+        notes = (*notes, *contract.notes)
     if found.rounding and header is None and config.keep_ratio is not None:
         notes = (*notes, found.rounding)
     return CheckpointReport(
@@ -138,7 +144,7 @@ def load_checkpoint(
         layers=len(sparse_processors(transformer)),
         sparse_tensors=sparse_tensors,
         base_tensors=base_tensors,
-        from_file=header is not None,
+        from_file=header is not None or contract is not None,
         changes=changes,
         notes=notes,
     )
@@ -177,6 +183,8 @@ def export_checkpoint(model: Any, path: str | os.PathLike, *, format: str) -> No
     target = format_named(format)
     config = _exportable_config(transformer, target)
     layers = family_of(transformer).self_attention_layers(transformer)
+    if target.updates:
+        raise ValueError(f'format {target.name!r} needs the base weights that it updates; export "fasth3-vsa"')
     if target.lora:
         tensors = export_adapter(transformer, target, len(layers))
     else:
@@ -228,12 +236,18 @@ def _choose_format(
 
 
 def _configuration(
-    found: CheckpointFormat, header: dict[str, Any] | None, transformer: nn.Module, changes: dict[str, Any]
+    found: CheckpointFormat,
+    header: dict[str, Any] | None,
+    contract: Contract | None,
+    transformer: nn.Module,
+    changes: dict[str, Any],
 ) -> Config:
     family = family_of(transformer)
     hidden_dim, _, _ = family.dimensions(next(iter(family.self_attention_layers(transformer).values())))
     expected = found.config_for(hidden_dim)
     config = expected if header is None else header["config"]
+    if contract is not None:
+        config = config.replace(**contract.fields)
     known = [field.name for field in dataclasses.fields(config)]
     unknown = [name for name in changes if name not in known]
     if unknown:
@@ -302,7 +316,8 @@ def _load_weights(
 
 
 def _check_depth(file: TensorFile, names: dict[str, str], num_layers: int) -> None:
-    indices = [int(found.group(1)) for found in (re.match(r"blocks\.(\d+)\.", name) for name in names) if found]
+    found = (re.match(r"(?:transformer_)?blocks\.(\d+)\.", name) for name in names)
+    indices = [int(match.group(1)) for match in found if match]
     if indices and max(indices) + 1 != num_layers:
         raise ValueError(
             f"{file.path} is for a model of {max(indices) + 1} layers, got one of {num_layers}: another model size"
@@ -351,6 +366,38 @@ def _load_lora(
     return 0, len(adapter), (f"a LoRA, loaded as adapter {found.name!r}: fuse_lora() merges it",)
 
 
+def _load_updates(
+    transformer: nn.Module,
+    file: TensorFile,
+    names: dict[str, str],
+    found: CheckpointFormat,
+    config: Config,
+    impl: str,
+) -> tuple[int, int, tuple[str, ...]]:
+    if not is_update(file):
+        raise ValueError(f"{file.path} must say format {FORMAT!r} in its header, got {file.metadata.get('format')!r}")
+    layers = list(family_of(transformer).self_attention_layers(transformer))
+    _check_depth(file, names, len(layers))
+    ((parameter, key),) = found.sparse_keys.items()
+    wanted = {key.format(index=index): layer for index, layer in enumerate(layers)}
+    base, gates = transformer.state_dict(), [name for name in names if name.endswith(".set_weight")]
+    _check_names(file, sorted(set(wanted) - set(gates)), sorted(set(gates) - set(wanted)))
+    updates = read_updates(file, {name: given for name, given in names.items() if name not in wanted}, base)
+    sparsify(transformer, config, impl=impl)
+    try:
+        sparse = sparse_processors(transformer)
+        targets = {names[name]: sparse[layer].attention.state_dict()[parameter] for name, layer in wanted.items()}
+        _check_tensors(file, targets, None)
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(file.read(name))
+        merged = updates.apply(base, file)
+    except BaseException:
+        densify(transformer)
+        raise
+    return len(wanted), merged, ("the updates were merged into the base weights",)
+
+
 def _exportable_config(transformer: nn.Module, target: CheckpointFormat) -> Config:
     family = family_of(transformer)
     if family.name != target.family:
@@ -378,8 +425,11 @@ def _whole_model(transformer: nn.Module, target: CheckpointFormat) -> dict[str, 
     tensors = {file_name: state[name] for name, file_name in names.items()}
     if target.flat_patches:
         tensors[PATCH_EMBEDDING] = tensors[PATCH_EMBEDDING].flatten(1)
-    for index, processor in enumerate(processors.values()):
+    for index, (layer, processor) in enumerate(processors.items()):
         parameters = processor.attention.state_dict()
+        lost = [name for name in parameters if name not in target.sparse_keys and parameters[name].count_nonzero()]
+        if lost:
+            raise ValueError(f"format {target.name!r} has no place for {', '.join(lost)} of {layer}, which is not zero")
         tensors |= {key.format(index=index): parameters[name] for name, key in target.sparse_keys.items()}
     return tensors
 

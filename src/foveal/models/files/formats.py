@@ -37,6 +37,8 @@ class CheckpointFormat:
         flat_patches: patches are embedded by a linear layer: [C, channels * t * h * w] where diffusers has the
             convolution's [C, channels, t, h, w].
         lora: the file holds low-rank updates of the base weights instead of weights.
+        updates: it holds FastVideo's updates of them, and the gates, under `sparse_keys` of another ending.
+        contract: whether a `fastvideo_inference.json` beside the file may say the configuration.
         rounding: how the project rounds a ratio where foveal does not, for the report; "" if both agree.
     """
 
@@ -49,6 +51,8 @@ class CheckpointFormat:
     layout: str
     flat_patches: bool = False
     lora: bool = False
+    updates: bool = False
+    contract: bool = False
     rounding: str = ""
 
     def matches(self, names: Iterable[str]) -> bool:
@@ -64,6 +68,7 @@ _TURBODIFFUSION = SLAConfig(keep_ratio=0.1, drop_ratio=0.0, block_q=64, block_k=
 _TURBODIFFUSION_FIXED = ("feature_map", "linear_scope", "projection", "token_order")
 # Wan's widths: 1536 is 1.3B, run at VSA sparsity 0.8; 5120 is 14B, run at 0.9.
 _FASTVIDEO_KEEP = {1536: 0.2, 5120: 0.1}
+_FASTH3 = VSAConfig(keep_ratio=0.1, tile=(4, 4, 4))
 
 FORMATS = {
     made.name: made
@@ -105,6 +110,28 @@ FORMATS = {
             layout="diffusers",
             # No ratio rounded down equals another rounded up on every grid. A topk is right on one grid.
             rounding="FastVideo keeps ceil(keep_ratio * cubes) cubes, foveal the floor: topk=N keeps N at one size",
+        ),
+        # FastH3 for MiniMax-H3: v1 at 90% sparsity, the 8-step V2 at 80%, which its contract says.
+        CheckpointFormat(
+            name="fasth3-vsa",
+            family="minimax_h3",
+            source="FastVideo (FastH3)",
+            config_for=lambda width: _FASTH3,
+            fixed=("fine_gate",),
+            sparse_keys={"to_gate_coarse.weight": "transformer_blocks.{index}.attn.to_gate_compress.weight"},
+            layout="diffusers",
+            contract=True,
+        ),
+        CheckpointFormat(
+            name="fasth3-vsa-adapter",
+            family="minimax_h3",
+            source="FastVideo (FastH3), as an adapter",
+            config_for=lambda width: _FASTH3,
+            fixed=("fine_gate",),
+            sparse_keys={"to_gate_coarse.weight": "transformer_blocks.{index}.attn.to_gate_compress.set_weight"},
+            layout="diffusers",
+            updates=True,
+            contract=True,
         ),
         # Distilled at 85% sparsity, run as plain block-sparse: the files have no projection, and none is applied.
         CheckpointFormat(
@@ -151,7 +178,7 @@ def recognized(names: Iterable[str], source: str) -> CheckpointFormat:
             f"{source} is a LoRA, and nothing in one says that it was trained with sparse attention; if it was, give "
             f"format={' or '.join(map(repr, lora))}, else load it with diffusers"
         )
-    if any(re.match(r"blocks\.\d+\.(self_attn|attn1)\.", name) for name in names):
+    if any(re.match(r"(transformer_)?blocks\.\d+\.(self_attn|attn1|attn)\.", name) for name in names):
         raise ValueError(
             f"{source} is a dense checkpoint: it has no parameters of a sparse attention ({valid}); load it with "
             "diffusers, then call sparsify"
