@@ -19,8 +19,8 @@ from foveal import BlockSelection, SLAConfig, VideoGrid, VSAConfig, attention_co
 from foveal.blocks import pool_blocks, pooled_scores
 from foveal.lab.bench.plot import write_plot
 from foveal.lab.data.windows import read_video, sample_clip
-from foveal.layout import tile_indices
 from foveal.methods.vsa.attention import select_cubes, slot_size
+from foveal.token_order import tile_indices
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tables import bench_run, latest
