@@ -1,5 +1,7 @@
 """SLA over packed sequences, against plain loops in float64 whose blocks never hold tokens of two segments."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -148,15 +150,20 @@ def test_a_layout_without_segments_is_its_grid(token_order):
 
 
 @RASTER_AND_TILE
-def test_compiles_without_a_break(token_order):
-    layout, config = LAYOUTS["both sides"], CONFIG.replace(token_order=token_order)
+def test_one_compiled_function_takes_several_layouts(token_order):
+    config = CONFIG.replace(token_order=token_order)
+
+    def attention(layout):
+        return lambda *inputs: sla_attention(*inputs, config=config, layout=layout)
+
+    compiled = torch.compile(lambda *x, layout: attention(layout)(*x), backend="aot_eager", fullgraph=True)
+    layout = LAYOUTS["both sides"]
     inputs = packed_inputs(layout)
-
-    def attention(*inputs):
-        return sla_attention(*inputs, config=config, layout=layout)
-
-    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
-    same(output_and_gradients(compiled, inputs), output_and_gradients(attention, inputs))
+    ours = output_and_gradients(functools.partial(compiled, layout=layout), inputs)
+    same(ours, output_and_gradients(attention(layout), inputs))
+    layout = TokenLayout(VideoGrid(3, 5, 7), (9, 2), (31, 1))  # its lengths are symbols of another graph
+    inputs = packed_inputs(layout)
+    torch.testing.assert_close(compiled(*inputs, layout=layout), attention(layout)(*inputs))
 
 
 def test_transforms():

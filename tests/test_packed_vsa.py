@@ -1,5 +1,6 @@
 """VSA over packed sequences, against plain loops in float64 whose tiles never hold tokens of two segments."""
 
+import functools
 import math
 
 import pytest
@@ -142,16 +143,22 @@ def test_the_module_gates_all_tokens():
         module(*inputs, hidden[:, layout.video], layout=layout)
 
 
-def test_compiles_without_a_break():
+def test_one_compiled_function_takes_several_layouts():
+    def attention(layout):
+        def call(query, key, value, coarse, fine):
+            gates = {"gate_coarse": coarse, "gate_fine": fine}
+            return vsa_attention(query, key, value, config=CONFIG, layout=layout, **gates)
+
+        return call
+
+    compiled = torch.compile(lambda *x, layout: attention(layout)(*x), backend="aot_eager", fullgraph=True)
     layout = LAYOUTS["both sides"]
     inputs = packed_inputs(layout, 5)
-
-    def attention(query, key, value, coarse, fine):
-        gates = {"gate_coarse": coarse, "gate_fine": fine}
-        return vsa_attention(query, key, value, config=CONFIG, layout=layout, **gates)
-
-    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
-    same(output_and_gradients(compiled, inputs), output_and_gradients(attention, inputs))
+    ours = output_and_gradients(functools.partial(compiled, layout=layout), inputs)
+    same(ours, output_and_gradients(attention(layout), inputs))
+    layout = TokenLayout(VideoGrid(3, 5, 7), (9, 2), (31, 1))  # its lengths are symbols of another graph
+    inputs = packed_inputs(layout, 5)
+    torch.testing.assert_close(compiled(*inputs, layout=layout), attention(layout)(*inputs))
 
 
 def test_forward_mode():

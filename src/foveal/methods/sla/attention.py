@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from foveal.blocks import BlockSelection, count, selection_rule
+from foveal.blocks import BlockSelection, num_critical, selection_rule
 from foveal.checks import (
     check_choice,
     check_kv_lengths,
@@ -204,8 +204,7 @@ def _packed_selection(video, key, keys, config, drop_ratio, scale=None) -> Block
         drop_ratio=drop_ratio,
         scale=scale,
     )
-    kept = max(1, count(config.keep_ratio, keys.video_blocks)) if config.keep_ratio else 0
-    return keys.with_protected(selection, kept)
+    return keys.with_protected(selection, num_critical(keys.video_blocks, config.keep_ratio, None))
 
 
 def _linear_output(query, key, value, config, selection, feature_weight) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from foveal.blocks import BlockSelection, append_blocks
 from foveal.checks import cached_constant
 from foveal.layout import TokenLayout
+from foveal.symbols import ceil_div
 
 
 class PackedKeys:
@@ -40,11 +41,12 @@ class PackedKeys:
     ) -> None:
         self.layout, self.tile, self.block_k = layout, tile, block_k
         video, protected = layout.grid.num_tokens, layout.num_protected
-        self.padding = -video % block_k
-        self.video_blocks, self.protected_blocks = -(-video // block_k), -(-protected // block_k)
+        self.video_blocks, self.protected_blocks = ceil_div(video, block_k), ceil_div(protected, block_k)
+        self.padding = self.video_blocks * block_k - video
         self.sizes, self._protected_counts = None, self.protected_blocks
         if self.padding or kv_lengths is not None:
-            self.sizes = _block_sizes(video, protected, block_k, device)
+            make_sizes = _block_sizes if torch.compiler.is_compiling() else _kept_block_sizes
+            self.sizes = make_sizes(video, protected, block_k, device)
         if kv_lengths is not None:
             # Padding is at the end of the sequence, and so at the end of the protected keys.
             starts = video + torch.arange(self.protected_blocks, device=device) * block_k
@@ -84,8 +86,13 @@ class PackedKeys:
         )
 
 
-@cached_constant
 def _block_sizes(video: int, protected: int, block: int, device: torch.device) -> Tensor:
     """int32 [1, T]: the keys of each block, if all of them are valid."""
-    sizes = [min(block, length - start) for length in (video, protected) for start in range(0, length, block)]
-    return torch.tensor(sizes, dtype=torch.int32, device=device)[None]
+    sizes = [
+        (length - torch.arange(ceil_div(length, block), device=device) * block).clamp(max=block)
+        for length in (video, protected)
+    ]
+    return torch.cat(sizes).to(torch.int32)[None]
+
+
+_kept_block_sizes = cached_constant(_block_sizes)
