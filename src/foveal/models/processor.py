@@ -99,7 +99,7 @@ class SparseAttentionProcessor(nn.Module):
     def __call__(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(_Layer(attn), *args, **kwargs)
 
-    # Some attention classes pass on those keyword arguments alone that they find in this signature.
+    # Some attention classes pass on only those keyword arguments that they find in this signature.
     __call__.__signature__ = inspect.Signature(
         [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
         + [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in _PROCESSOR_ARGUMENTS]

@@ -56,7 +56,7 @@ class Call(NamedTuple):
     Args:
         state: of the transformer.
         grid: of this forward's tokens, with what compiled blocks need of it; None where all of it is dense.
-        layout: of its packed sequence, around this grid; None where the method gets the video alone, or text as keys.
+        layout: of its packed sequence, around this grid; None where the method gets only the video, or text as keys.
         phase: what its sparse layers do.
         phase_text: the phase as text. A graph takes text from outside of a module as a constant, where a float might
             become one of its inputs.

@@ -60,7 +60,7 @@ def sla_attention(
         selection: a fixed selection instead of the one `config` makes; its blocks are cut from the tokens in
             `config.token_order`, and it knows its protected and its valid keys.
         proj_weight, proj_bias: [D, D] and [D], float32 or the dtype of `query`. No weight adds O^l as it is.
-        feature_weight: [D, D], for feature_map "hedgehog" alone.
+        feature_weight: [D, D], only for feature_map "hedgehog".
         grid: the video's shape in tokens, needed for token_order "tile". Lq is its number of tokens; in tile order so
             is Lk, but for keys after the video's (text), which stay where they are.
         layout: of a packed sequence, instead of `grid`. With protected segments query, key, value, and the output are

@@ -269,7 +269,7 @@ class VideoSparseAttention(nn.Module):
         With a layout's protected segments all of them are the whole sequence, hidden_states [B, L, hidden_dim] too.
         See `vsa_attention`. A `config` stands in for the module's own; it must need the same parameters. `gates`, as
         `self.gates` returns them, stand in for `hidden_states`, which must then be None; all tensors may then hold
-        some of the layer's heads alone.
+        only some of the layer's heads.
         """
         expected = (self.num_heads, self.head_dim)
         if gates is None:
