@@ -584,6 +584,47 @@ def fsdp1_comes_after_sparsify():
         )
 
 
+# DeepSpeed
+
+
+def zero(stage, name):
+    """Each rank has a sample of its own; after three steps, one of them dense, the save is that of one process."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(dist.get_rank())}
+    import deepspeed
+
+    single, model = wan_pair(CONFIGS[name])
+    fed, rank, optimizers = samples(), dist.get_rank(), []
+    for each in (single, model):
+        foveal.set_policy(each, foveal.Policy(dense_above=900))
+        optimizers.append(torch.optim.SGD(each.parameters(), lr=0.1))
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 1e6,  # 1 by default
+    }
+    with mock.patch("deepspeed.comm.torch.build_shm_op", return_value=None):  # compiles for minutes
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizers[1], config=settings)
+    for timestep in (500, 950, 500):
+        losses = [run(single, **x | {"timestep": torch.tensor([timestep])}).square().mean() for x in fed]
+        optimizers[0].zero_grad()
+        (sum(losses) / RANKS).backward()
+        optimizers[0].step()
+        loss = run(engine, **fed[rank] | {"timestep": torch.tensor([timestep])}).square().mean()
+        close(loss.detach(), losses[rank].detach())
+        engine.backward(loss)
+        engine.step()
+    folder = shared_folder()
+    foveal.save(model, folder)
+    dist.barrier()
+    expected = foveal.sparse_parameters(single)
+    for key, parameter in foveal.sparse_parameters(foveal.load(tiny_transformer(), folder)).items():
+        close(parameter, expected[key])
+    foveal.load(model, folder)
+    close(run(engine, **fed[rank]).detach(), run(single, **fed[rank]).detach())
+    removed(folder)
+
+
 def shared_folder():
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
@@ -652,7 +693,12 @@ FSDP1 = {
     "fsdp1, one unit": fsdp1_whole,
     "fsdp1, after sparsify": fsdp1_comes_after_sparsify,
 }
-CASES = CONTEXT_PARALLEL | FSDP | FSDP1
+ZERO = {
+    f"zero-{stage}, {name}": lambda stage=stage, name=name: zero(stage, name)
+    for stage in (1, 2, 3)
+    for name in ("sla", "vsa")
+}
+CASES = CONTEXT_PARALLEL | FSDP | FSDP1 | ZERO
 
 
 def check_case(case, request):
@@ -664,12 +710,12 @@ def check_case(case, request):
     cases = [item for item in items if item.originalname == "test_two_ranks"]
     skipped = [item for item in cases if any(mark.args[0] for mark in item.iter_markers("skipif"))]
     names = [item.callspec.params["case"] for item in cases if item not in skipped]
-    for rank, outcome in enumerate(_run(tuple(names))):
+    for rank, outcome in enumerate(outcomes_of(tuple(names))):
         assert outcome[case] is None, f"rank {rank}: {outcome[case]}"
 
 
 @functools.cache
-def _run(names):
+def outcomes_of(names):
     """Of each rank, {case: a traceback or None}."""
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder, f"{rank}.json") for rank in range(RANKS)]

@@ -59,8 +59,8 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """What `state_dict(keep_vars=True)` returns, but without the hooks by which FSDP1 gathers parameters there."""
     found = {}
     for prefix, part in module.named_modules(remove_duplicate=False):
-        kept = {name: x for name, x in part._buffers.items() if name not in part._non_persistent_buffers_set}
-        for name, tensor in (part._parameters | kept).items():
+        kept = [(name, x) for name, x in part._buffers.items() if name not in part._non_persistent_buffers_set]
+        for name, tensor in (*part._parameters.items(), *kept):
             if tensor is not None:
                 found[f"{prefix}.{name}".lstrip(".").replace(FSDP1_PREFIX, "")] = tensor
     return found

@@ -1,4 +1,4 @@
-"""Sparse parameters in models whose parameters are sharded: by FSDP2 (DTensors) or FSDP1 (flat parameters).
+"""Sparse parameters in models whose parameters are sharded: by FSDP2 (DTensors), FSDP1 (flat parameters), or ZeRO-3.
 
 FSDP2 leaves every parameter under its name. FSDP1 cuts those of a unit, a block say, out of one flat parameter, whose
 parts must have one dtype; whole ones exist only while the unit runs, or inside of `summon_full_params`.
@@ -57,7 +57,7 @@ def in_flat_parameters(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def whole_parameters(transformer: nn.Module, part: nn.Module, *, write: bool = False) -> Iterator[bool]:
-    """Inside, the parameters of a part of a transformer are whole on every rank, where FSDP1 has cut them.
+    """Inside, the parameters of a part of a transformer are whole on every rank, where FSDP1 or ZeRO-3 has cut them.
 
     All ranks enter this together.
 
@@ -67,12 +67,18 @@ def whole_parameters(transformer: nn.Module, part: nn.Module, *, write: bool = F
         write: keep what is written to the parameters inside.
 
     Yields:
-        Whether FSDP1 has them: after this they are gone. If that is so and they are not whole, the outermost wrapper
-        has them.
+        Whether one of them has: the parameters are then gone after this. If that is so and they are not whole, FSDP1's
+        outermost wrapper has them.
 
     Raises:
         ValueError: FSDP1 has them and did not run yet.
     """
+    partitioned = [parameter for parameter in part.parameters() if hasattr(parameter, "ds_id")]
+    if partitioned:
+        zero = sys.modules["deepspeed"].zero
+        with zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
+            yield True
+        return
     units = [unit for unit in _units(transformer) if _holds(unit, part) or _holds(part, unit)]
     if not units and not in_flat_parameters(part):
         yield False

@@ -54,8 +54,9 @@ Model = TypeVar("Model")
 def save(model: Any, folder: str | os.PathLike) -> None:
     """Writes what `sparsify` added to a model: parameters bit for bit, each layer's configuration, and the policy.
 
-    A model sharded by FSDP2 or FSDP1 is gathered: all ranks call this together, the first one writes, and all return
-    after that. Where only FSDP1's outermost wrapper has the parameters, call this inside of `summon_full_params`.
+    A model sharded by FSDP2, FSDP1, or ZeRO-3 is gathered: all ranks call this together, the first one writes, and all
+    return after that. Where only FSDP1's outermost wrapper has the parameters, call this inside of
+    `summon_full_params`.
 
     Both files are written aside and renamed. Interrupted at any point, the folder holds the former save or the new
     one, complete. Only files that `save` wrote are replaced.
