@@ -330,6 +330,19 @@ def quality(pattern: str = "quality-arms-*.json", base: str = "sparse5", seed: i
     return "\n".join([*lines, "", caption])
 
 
+def host() -> str:
+    """The host's milliseconds of calls at 4,096 tokens, queued behind other work."""
+    run = latest("host-cost-*.json")
+    passes = ("forward, inference", "forward, training", "forward and backward")
+    lines = [_row("ms", *passes), "|---" * (len(passes) + 1) + "|"]
+    for name, found in run["calls"].items():
+        for way in found[passes[0]]:
+            lines.append(_row(f"{name}, {way}", *(f"{found[label][way]['queued_ms']:.2f}" for label in passes)))
+    settings = run["settings"]
+    size = f"{settings['tokens']:,} tokens, {settings['heads']} heads of {settings['head_dim']}"
+    return "\n".join([*lines, "", f"{_machine(run)}; {size}; medians of {settings['calls']} calls."])
+
+
 def _window_means(arm: dict) -> list[float]:
     """The loss of each held-out window after the last step, over the noise levels."""
     return [statistics.mean(levels) for levels in arm["held_out"][-1]["windows"]]
@@ -422,6 +435,7 @@ TABLES = {
     "fine_tune_2k": lambda: fine_tune("fine_tune_2k.json"),
     "cpu": cpu,
     "order": order,
+    "host": host,
     "quality": quality,
     "quality_long": lambda: quality("quality-long-*.json", "sparse5-tile"),
     "quality_scratch": lambda: quality("quality-scratch-*.json", "sparse5-tile"),
