@@ -179,9 +179,11 @@ def conclusions(results: dict[str, Any]) -> list[str]:
             "anything about the methods from it."
         )
     else:
+        gap = losses["sparse only"] - dense
+        closed = 100 * (losses["sparse only"] - after) / gap if gap else 0.0
         lines.append(
-            "So most of the attention can go if the model is fine-tuned afterwards, and SLA's linear branch is worth "
-            "having on top of the blocks that are read exactly."
+            f"SLA's linear branch closes {closed:.0f} % of the gap that sparse only leaves to dense. What longer "
+            f"training makes of the rest, {steps} steps do not tell."
         )
     return lines
 
