@@ -296,5 +296,16 @@ def test_missing_packages_are_named(wan, tmp_path, monkeypatch, capsys):
     for command, package in (("eval", "torchmetrics"), ("generate", "av")):
         assert cli.main([command, "--model", str(wan), "--prompt", "a cat"]) == 2
         assert capsys.readouterr().err == f"foveal: this command needs {package}: {how_to_install(command)}\n"
+    # At once, before anything is read.
+    hidden = ("accelerate", "transformers", "gradio", "matplotlib")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("av", *hidden) else found(name))
+    for arguments, extra, missing in (
+        (["train", "tiny"], "train", "accelerate"),
+        (["inspect", "--model", str(wan), "--prompt", "a cat"], "generate", "transformers"),
+        (["ui"], "ui", "gradio, av"),
+        (["demo"], "demo", "av, matplotlib"),
+    ):
+        assert cli.main(arguments) == 2
+        assert capsys.readouterr().err == f"foveal: this command needs {missing}: {how_to_install(extra)}\n"
     assert cli.main(["precompute", "--videos", str(tmp_path), "--output", str(tmp_path / "out"), "--pixels"]) == 2
     assert capsys.readouterr().err == f"foveal: this command needs av: {how_to_install('train')}\n"

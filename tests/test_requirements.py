@@ -58,7 +58,7 @@ def test_hints_name_extras_that_there_are_and_where_to_find_them(monkeypatch, tm
     for path in (ROOT / "src").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert "foveal[" not in text, path
-        used |= set(re.findall(r"how_to_install\('(\w+)'\)|_need\(\"(\w+)\"", text))
+        used |= set(re.findall(r"how_to_install\('(\w+)'\)|\bneed\(\"(\w+)\"", text))
     assert {name for pair in used for name in pair if name} <= set(extras)
     assert len(used) > 5
     asked = shlex.split(how_to_install("demo"))

@@ -14,7 +14,7 @@ from typing_extensions import Doc
 
 import foveal
 from foveal.lab.config_file import OPTION, Command, arguments_of, take_config
-from foveal.lab.extras import how_to_install
+from foveal.lab.extras import how_to_install, need
 from foveal.lab.media_commands import Eval, Generate, Precompute
 from foveal.methods.base import METHODS
 
@@ -39,6 +39,7 @@ class Demo(Command):
     """Optimizer steps after conversion. The default depends on the device."""
 
     def run(self) -> None:
+        need("demo", "rich", "diffusers", "safetensors", "av", "matplotlib")
         import torch
         from rich.console import Console
 
@@ -120,6 +121,7 @@ class Train:
     """The recipe and its settings."""
 
     def run(self) -> None:
+        need("train", "rich", "safetensors", "accelerate", "diffusers")
         from foveal.lab.train.recipes import parse
 
         config = parse(list(self.arguments))
@@ -178,6 +180,7 @@ class Inspect(Command):
     """The seed of the noise."""
 
     def run(self) -> None:
+        need("generate", "rich", "safetensors", "diffusers", "transformers")
         from rich.console import Console
 
         from foveal.lab.inspect.probe import InspectSettings
@@ -282,10 +285,7 @@ class Ui(Command):
     """Open the page in the browser of this machine."""
 
     def run(self) -> None:
-        try:
-            import gradio  # noqa: F401
-        except ImportError as error:
-            raise ValueError(f"the page needs gradio: {how_to_install('ui')}") from error
+        need("ui", "gradio", "rich", "diffusers", "safetensors", "av")
         from foveal.lab.ui.address import check_address
         from foveal.lab.ui.page import build_page
         from foveal.lab.ui.scene import check_request, pipeline_scene

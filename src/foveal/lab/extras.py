@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -16,3 +17,10 @@ def how_to_install(extra: str) -> str:
     if (source / "pyproject.toml").is_file():
         return f"{pip} {shlex.quote(f'{source}[{extra}]')}"
     return f'in the source folder of foveal, {pip} ".[{extra}]"'
+
+
+def need(extra: str, *packages: str) -> None:
+    """Raise a ValueError that names the packages of a command that are missing, and the extra that brings them."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(f"this command needs {', '.join(missing)}: {how_to_install(extra)}")

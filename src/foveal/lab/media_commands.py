@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +11,8 @@ from typing import Annotated, Any
 from typing_extensions import Doc
 
 from foveal.lab.config_file import Command
-from foveal.lab.extras import how_to_install
+from foveal.lab.extras import need
 from foveal.methods.base import METHODS
-
-
-def _need(extra: str, *packages: str) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ValueError(f"this command needs {', '.join(missing)}: {how_to_install(extra)}")
 
 
 @dataclass
@@ -52,7 +45,7 @@ class Precompute(Command):
     """Encode in tiles, which takes less memory."""
 
     def run(self) -> None:
-        _need("train", "rich", "safetensors", "av", *(() if self.pixels else ("diffusers", "transformers")))
+        need("train", "rich", "safetensors", "av", *(() if self.pixels else ("diffusers", "transformers")))
         from rich.console import Console
 
         from foveal.lab.data.clips import Bucket
@@ -141,7 +134,7 @@ class _Generation(Command):
 
     def prepare(self, progress: Any, *, exact: bool, check: Callable[..., object]) -> dict[str, Any]:
         """The arguments that `generate` and `evaluate` share; `check`, the command's own, comes before any weights."""
-        _need("generate", "rich", "safetensors", "av", "diffusers", "transformers")
+        need("generate", "rich", "safetensors", "av", "diffusers", "transformers")
         from foveal.lab.generate.run import GenerationSettings, read_prompts
         from foveal.lab.generate.sparse import choose_sparse
         from foveal.lab.pipelines import choose_device, choose_dtype, load_pipeline
@@ -193,7 +186,7 @@ class Generate(_Generation):
     """The folder to write. Outputs there that match are kept."""
 
     def run(self) -> None:
-        _need("generate", "rich")
+        need("generate", "rich")
         from rich.console import Console
 
         from foveal.lab.generate.run import check_request, generate
@@ -220,7 +213,7 @@ class Eval(_Generation):
     """The folder to write. Outputs there that match are used."""
 
     def run(self) -> None:
-        _need("eval", "rich", "torchmetrics")
+        need("eval", "rich", "torchmetrics")
         from rich.console import Console
 
         from foveal.lab.evaluate.run import TABLE_FILE, check_request, evaluate
