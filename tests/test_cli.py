@@ -111,6 +111,22 @@ def test_an_interrupted_training_says_where_its_checkpoints_are(tmp_path, monkey
     assert capsys.readouterr().err == f"foveal: interrupted; {tmp_path} has what was saved before\n"
 
 
+def test_a_tracker_that_is_not_installed_is_one_line(tmp_path):
+    """accelerate has warnings of its own about that, so it is said before."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("diffusers")
+    script = (
+        "import importlib.util, sys; found = importlib.util.find_spec; "
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'wandb' else found(name, *rest); "
+        "from foveal.lab import cli; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    arguments = ["train", "tiny", "--tracker", "wandb", "--output", str(tmp_path / "run")]
+    run = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert run.stderr == f"foveal: tracker='wandb' is not installed: {sys.executable} -m pip install wandb\n"
+    assert not (tmp_path / "run").exists()
+
+
 NOT_TRAINED = ", of family {!r}, which converts but is not trained yet"
 
 

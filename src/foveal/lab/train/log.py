@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,6 +22,13 @@ METRICS_FILE = "metrics.jsonl"
 LINES = 50
 
 
+def check_tracker(tracker: str) -> None:
+    """Raise an ImportError for a tracker that is not installed."""
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        pip = f"{shlex.quote(sys.executable)} -m pip"
+        raise ImportError(f"tracker={tracker!r} is not installed: {pip} install {tracker}")
+
+
 class RunLog:
     """Where a run's figures and messages go; a context while the run lasts. All but the main process keep silent.
 
@@ -29,14 +38,9 @@ class RunLog:
     Args:
         config: the run.
         accelerator: of the run.
-
-    Raises:
-        ImportError: for a tracker that is not installed.
     """
 
     def __init__(self, config: TrainingConfig, accelerator: Any) -> None:
-        if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
-            raise ImportError(f"tracker={config.tracker!r} is not installed: pip install {config.tracker}")
         self.config, self.accelerator = config, accelerator
         self.path = Path(config.output) / METRICS_FILE
         self.progress = Progress(Console(stderr=True), quiet=not accelerator.is_main_process)

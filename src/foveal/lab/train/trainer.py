@@ -23,7 +23,7 @@ from foveal.lab.train.export import export, export_files
 from foveal.lab.train.faults import LossGuard, TrainingError, out_of_memory, stopping_on_signals
 from foveal.lab.train.fit import check_fit
 from foveal.lab.train.inputs import NoiseAhead, check_sizes, micro_batches, open_data, read_batch
-from foveal.lab.train.log import METRICS_FILE, RunLog
+from foveal.lab.train.log import METRICS_FILE, RunLog, check_tracker
 from foveal.lab.train.loop import Action, run_steps
 from foveal.lab.train.model import (
     anneal,
@@ -111,6 +111,7 @@ class Trainer:
         if config.model.path is not None and Path(config.model.path).is_dir():
             transformer_fields(config.model)
         check_sizes(config.data, config.model)
+        check_tracker(config.tracker)
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
         self.accelerator = build_accelerator(config)
