@@ -167,7 +167,14 @@ def gradients(config, checkpointer, policy=None):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and name.startswith("blocks")}
 
 
-@pytest.mark.parametrize("checkpointer", CHECKPOINTERS)
+@pytest.mark.parametrize(
+    "checkpointer",
+    [
+        pytest.param("non-reentrant", marks=pytest.mark.wrapper("checkpointing, non-reentrant")),
+        pytest.param("reentrant", marks=pytest.mark.wrapper("checkpointing, reentrant")),
+        "offloaded",
+    ],
+)
 @pytest.mark.parametrize(
     ("config", "policy"), [(SPARSE_VSA, None), (SPARSE_SLA, Policy(dense_above=900))], ids=["grid", "policy"]
 )

@@ -27,6 +27,7 @@ def sparse(config, **kwargs):
     return model
 
 
+@pytest.mark.wrapper("group offloading")
 @CONFIGS
 @pytest.mark.parametrize("offload", ["block", "leaf", "leaf to disk"])
 @torch.no_grad()
@@ -56,6 +57,7 @@ def test_the_projection_outlives_the_call_that_reads_it(tmp_path):
         assert torch.equal(given, former)
 
 
+@pytest.mark.wrapper("model and sequential offloading")
 @CONFIGS
 @torch.no_grad()
 def test_model_offload_of_a_pipeline(config):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from tiny_wan import SPARSE_SLA, diffusers, run, tiny_transformer
-from two_rank_cases import CONTEXT_PARALLEL, INDUCTOR, check_case
+from two_rank_cases import CONTEXT_PARALLEL, INDUCTOR, check_case, marked
 
 from foveal import (
     SparseLinearAttention,
@@ -24,7 +24,11 @@ needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) i
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=needs_compiler if case in INDUCTOR else ()) for case in CONTEXT_PARALLEL]
+    "case",
+    [
+        pytest.param(*case.values, marks=(*case.marks, *([needs_compiler] if case.values[0] in INDUCTOR else [])))
+        for case in marked(CONTEXT_PARALLEL, "context parallelism (Ulysses)")
+    ],
 )
 def test_two_ranks(case, request):
     check_case(case, request)

@@ -4,7 +4,13 @@ import pytest
 import two_rank_cases
 
 
-@pytest.mark.parametrize("case", two_rank_cases.ZERO)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.wrapper(f"DeepSpeed ZeRO-{case.partition(', ')[0][-1]}"))
+        for case in two_rank_cases.ZERO
+    ],
+)
 def test_zero(case):
     pytest.importorskip("deepspeed")
     for rank, outcome in enumerate(two_rank_cases.outcomes_of(tuple(two_rank_cases.ZERO))):

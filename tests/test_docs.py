@@ -303,6 +303,13 @@ def test_tables_of_features_name_tests_that_exist():
     assert "fail |" not in page
 
 
+def test_table_of_wrappers_is_that_of_the_tests():
+    spec = importlib.util.spec_from_file_location("docs_wrappers", DOCS / "wrappers.py")
+    wrappers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wrappers)
+    assert wrappers.PAGE.read_text(encoding="utf-8") == wrappers.page(), "run python docs/wrappers.py"
+
+
 def test_site_builds_without_a_warning(tmp_path):
     for name in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
         if importlib.util.find_spec(name) is None:

@@ -235,7 +235,16 @@ def test_multistep_schedulers_and_two_generations_in_turn(scheduler):
 
 
 @CONFIGS
-@pytest.mark.parametrize("how", ["saved on cpu", "wrapper", "reentrant wrapper", "selective", "without rng"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "saved on cpu",
+        pytest.param("wrapper", marks=pytest.mark.wrapper("checkpointing, non-reentrant")),
+        "reentrant wrapper",
+        pytest.param("selective", marks=pytest.mark.wrapper("checkpointing, non-reentrant")),
+        pytest.param("without rng", marks=pytest.mark.wrapper("checkpointing, reentrant")),
+    ],
+)
 def test_activations_kept_or_made_elsewhere(config, how):
     """Without an error, or with one where nothing that a checkpoint keeps tells which forward it was."""
     model = sparse(config).train()
@@ -363,6 +372,20 @@ def test_training_after_a_generation_in_inference_mode(config):
     same(found, gradients(run(fresh).square().mean(), fresh))
 
 
+@pytest.mark.wrapper("torch.export")
+@CONFIGS
+@pytest.mark.parametrize("strict", [False, True])
+@torch.no_grad()
+def test_export(config, strict):
+    """A whole transformer, as the first thing that the process does with these shapes."""
+    clear_constants()
+    model = sparse(config)
+    exported = torch.export.export(model, (), kwargs=inputs(), strict=strict).module()
+    assert torch.equal(exported(**inputs()).sample, run(model))
+    with torch.enable_grad():
+        assert gradients(run(model).square().mean(), model)
+
+
 # Mixed precision.
 
 
@@ -426,6 +449,7 @@ def test_layerwise_casting_trains_and_generates(config):
 # Sharding and offloading.
 
 
+@pytest.mark.wrapper("accelerate offloading")
 @CONFIGS
 @pytest.mark.parametrize("how", ["cpu_offload", "cpu_offload_with_hook", "disk_offload", "dispatch"])
 @torch.no_grad()

@@ -251,6 +251,7 @@ def test_offloaded_models_are_refused():
     assert is_dense(model)
 
 
+@pytest.mark.wrapper("model and sequential offloading")
 @pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_SLA.replace(feature_map="hedgehog"), SPARSE_VSA], ids=str)
 def test_sequential_offloading_fetches_our_parameters(config):
     accelerate = pytest.importorskip("accelerate")

@@ -194,6 +194,7 @@ def test_gradient_checkpointing_of_a_dense_forward():
     assert all(p.grad is None for name, p in model.named_parameters() if ".processor." in name)
 
 
+@pytest.mark.wrapper("torch.compile, static shapes")
 @pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_VSA], ids=["sla", "vsa"])
 @torch.no_grad()
 def test_compiled_blocks(config):

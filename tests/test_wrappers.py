@@ -14,6 +14,7 @@ CONFIGS = pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_VSA], ids=["sla"
 PLACES = dict.fromkeys(("patch_embedding", "condition_embedder", "rope", "norm_out", "proj_out", "blocks.0"), "cpu")
 
 
+@pytest.mark.wrapper("accelerate offloading")
 @CONFIGS
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 @torch.no_grad()
@@ -38,6 +39,7 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.mark.wrapper("DDP")
 @CONFIGS
 @pytest.mark.parametrize("policy", [Policy(dense_layers=(0,)), Policy(dense_above=900)], ids=["layers", "timesteps"])
 def test_ddp_with_a_policy(config, policy, one_rank):

@@ -663,9 +663,9 @@ CONTEXT_PARALLEL = {
 INDUCTOR = ("wan, travels compiled",)  # of these, what compiles C++
 FSDP = {
     **{f"fsdp, {name}": lambda name=name: fsdp(name) for name in CONFIGS},
-    "fsdp, bfloat16": fsdp_bfloat16,
-    "fsdp, recomputed dense": fsdp_recomputes_dense,
-    "fsdp, save and load": fsdp_saves_and_loads,
+    "fsdp, bfloat16, sla": fsdp_bfloat16,
+    "fsdp, recomputed dense, sla": fsdp_recomputes_dense,
+    "fsdp, save and load, vsa": fsdp_saves_and_loads,
     "fsdp, checkpoints": fsdp_checkpoints,
     "fsdp, after sparsify": fsdp_comes_after_sparsify,
     **{f"fsdp, policy, {name}": lambda name=name: policy_of_one_rank(name, sharded) for name in ("sla", "vsa")},
@@ -689,8 +689,8 @@ FSDP1 = {
     },
     "fsdp1, save and load, sla": lambda: fsdp1_saves_and_loads("sla", torch.bfloat16),
     "fsdp1, save and load, vsa": lambda: fsdp1_saves_and_loads("vsa", torch.float32),
-    "fsdp1, save and load, flat": lambda: fsdp1_saves_and_loads("sla", torch.float32, use_orig_params=False),
-    "fsdp1, one unit": fsdp1_whole,
+    "fsdp1, save and load, flat, sla": lambda: fsdp1_saves_and_loads("sla", torch.float32, use_orig_params=False),
+    "fsdp1, one unit, vsa": fsdp1_whole,
     "fsdp1, after sparsify": fsdp1_comes_after_sparsify,
 }
 ZERO = {
@@ -699,6 +699,12 @@ ZERO = {
     for name in ("sla", "vsa")
 }
 CASES = CONTEXT_PARALLEL | FSDP | FSDP1 | ZERO
+
+
+def marked(cases, wrapper):
+    """Parameters of pytest, with the wrapper's mark on those that name a method."""
+    named = {case: any(method in case.split(", ") for method in ("sla", "vsa")) for case in cases}
+    return [pytest.param(case, marks=pytest.mark.wrapper(wrapper) if named[case] else ()) for case in cases]
 
 
 def check_case(case, request):
