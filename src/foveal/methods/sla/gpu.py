@@ -161,9 +161,11 @@ def _backward(
 
 
 def _flat_forward(tensors: Sequence[Tensor | None], given: tuple) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """`_forward` for `replayed`: `Results` and a flat selection, and the selection's numbers."""
+    """`_forward` for `replayed`: `Results` and a flat selection, and the selection's numbers; else only the output."""
     numbers, options, keep_states = given
     results, selection = _forward(*tensors[:5], unflatten(tensors[5:], numbers), options, keep_states)
+    if not keep_states:
+        return (results.output,), ()
     tensors, numbers = flatten(selection)
     return (*results, *tensors), tuple(numbers)
 

@@ -199,12 +199,12 @@ def _backward(
 
 
 def _flat_forward(tensors: Sequence[Tensor | None], given: tuple) -> tuple[tuple[Tensor, ...], None]:
-    """`_forward` for `replayed`: the output, and `Saved`."""
+    """`_forward` for `replayed`: the output, and `Saved` if it is to be saved."""
     cube_numbers, choice_numbers, num_cube_tensors, scale, backend, save = given
     cubes = unflatten(tensors[5 : 5 + num_cube_tensors], cube_numbers)
     choice = unflatten(tensors[5 + num_cube_tensors :], choice_numbers)
     output, saved = _forward(*tensors[:5], cubes, choice, scale, backend, save)
-    return (output, *saved), None
+    return (output, *saved) if save else (output,), None
 
 
 def _flat_backward(tensors: Sequence[Tensor | None], given: tuple) -> tuple[tuple[Tensor | None, ...], None]:
