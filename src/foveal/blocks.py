@@ -25,7 +25,10 @@ from foveal.symbols import ceil_div, larger, smaller
 
 def count(ratio: float, total: int) -> int:
     """How many of `total` blocks `ratio` stands for: floor(ratio * total), safe against 0.29 * 100 = 28.999..."""
-    return math.floor(ratio * total + 1e-6)
+    if type(total) is int and not torch.compiler.is_compiling():
+        return math.floor(ratio * total + 1e-6)
+    # The same in integers: PyTorch asks of a symbol that becomes a float by what it divides.
+    return (total * round(ratio * 10**12) + 10**6) // 10**12
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,19 +168,6 @@ def lists_from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(ordered < total, ordered, 0), counts
 
 
-def append_blocks(
-    critical: Tensor, counts: Tensor, start: int, stop: int, valid: Tensor | int
-) -> tuple[Tensor, Tensor]:
-    """Lists without gaps, int32 [B, H, Tq, W] and their counts, with [start, stop) behind each row's entries.
-
-    Args:
-        valid: how many of these blocks count, the first ones: int32 [B or 1], or one number for all samples.
-    """
-    more = torch.arange(start, stop, dtype=torch.int32, device=critical.device)
-    critical = torch.cat([critical, more.expand(*critical.shape[:3], -1)], -1)
-    return critical, counts + (valid if isinstance(valid, int) else valid[:, None, None])
-
-
 def pool_blocks(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
     """Mean over each block's valid tokens, in float32 or better.
 
@@ -194,8 +184,8 @@ def pool_blocks(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
     full = length // block
     parts = []
     if sizes is not None:
-        short = -length % block
-        blocks = torch.nn.functional.pad(x, (0, 0, 0, short)).unflatten(2, (-1, block))
+        number = sizes.shape[-1]
+        blocks = torch.nn.functional.pad(x, (0, 0, 0, number * block - length)).unflatten(2, (number, block))
         valid = torch.arange(block, device=x.device) < sizes[:, None, :, None]
         total = torch.where(valid[..., None], blocks, 0).sum(3, dtype=dtype)
         return total / sizes.clamp(min=1)[:, None, :, None]
@@ -412,7 +402,11 @@ def _sizes_from_lengths(
 def _token_to_block_range(name: str, tokens: tuple[int, int] | None, length: int, block: int) -> tuple[int, int] | None:
     if tokens is None:
         return None
-    if not isinstance(tokens, tuple | list) or len(tokens) != 2 or not all(isinstance(t, int) for t in tokens):
+    if (
+        not isinstance(tokens, tuple | list)
+        or len(tokens) != 2
+        or not all(isinstance(t, int | torch.SymInt) for t in tokens)
+    ):
         raise TypeError(f"{name} must be a token range (start, stop), got {tokens!r}")
     start, stop = tokens
     if not 0 <= start <= stop <= length:

@@ -61,6 +61,23 @@ def _choose(
     )
 
 
+def append_blocks(
+    critical: Tensor, counts: Tensor, start: int, stop: int, valid: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """Lists without gaps, int32 [B, H, Tq, W] and their counts, with [start, stop) behind each row's entries.
+
+    Args:
+        valid: how many of these blocks count, the first ones: int32 [B or 1], or one number for all samples.
+    """
+    append = _append_op if torch.compiler.is_compiling() else _appended
+    return append(critical, start, stop), counts + (valid if isinstance(valid, int) else valid[:, None, None])
+
+
+def _appended(critical: Tensor, start: int, stop: int) -> Tensor:
+    more = torch.arange(start, stop, dtype=torch.int32, device=critical.device)
+    return torch.cat([critical, more.expand(*critical.shape[:3], -1)], -1)
+
+
 @torch.library.custom_op("foveal::choose_cubes", mutates_args=())
 def _cubes_op(scores: Tensor, keep_ratio: float | None, topk: int | None) -> tuple[Tensor, Tensor]:
     critical, counts, _ = pick_blocks(scores, keep_ratio=keep_ratio, topk=topk)
@@ -107,3 +124,13 @@ def _(query, key, scale, block_q, block_k, keep_ratio, drop_ratio, sizes, valid_
     width = roomy(list_width(columns, keep_ratio, None, keys, queries), columns)
     marginal = counts.new_empty((*counts.shape, columns) if drop_ratio else 0, dtype=torch.bool)
     return counts.new_empty((*counts.shape, width)), counts, marginal
+
+
+@torch.library.custom_op("foveal::append_blocks", mutates_args=())
+def _append_op(critical: Tensor, start: int, stop: int) -> Tensor:
+    return _appended(critical, start, stop)
+
+
+@_append_op.register_fake
+def _(critical, start, stop):
+    return critical.new_empty((*critical.shape[:3], critical.shape[3] + stop - start))

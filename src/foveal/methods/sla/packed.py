@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, append_blocks
+from foveal.blocks import BlockSelection
 from foveal.checks import cached_constant
+from foveal.kernels.choice import append_blocks
 from foveal.layout import TokenLayout
 from foveal.symbols import ceil_div
 

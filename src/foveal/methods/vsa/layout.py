@@ -9,10 +9,10 @@ import operator
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, append_blocks, num_critical, roomy
+from foveal.blocks import BlockSelection, num_critical, roomy
 from foveal.kernels.api import validate_selection
 from foveal.kernels.backend import Cubes
-from foveal.kernels.choice import choose_cubes
+from foveal.kernels.choice import append_blocks, choose_cubes
 from foveal.layout import VideoGrid
 from foveal.methods.vsa.config import VSAConfig
 from foveal.symbols import ceil_div, larger, smaller
@@ -81,12 +81,10 @@ class CubeLayout:
         self.text_length, self.text_counts = key.shape[2] - grid.num_tokens, None
         if not self.text_length:
             return
-        starts = torch.arange(self.text_blocks, device=key.device) * self.slot
-        lengths = torch.full((1,), key.shape[2], device=key.device) if kv_lengths is None else kv_lengths.to(key.device)
-        text = (lengths[:, None] - grid.num_tokens).clamp(max=self.text_length)
-        text_sizes = (text - starts).clamp(0, self.slot).to(torch.int32)
-        self.key_sizes = torch.cat([self.cube_sizes.expand(text_sizes.shape[0], -1), text_sizes], 1)
-        self.text_counts = (text_sizes > 0).sum(1, dtype=torch.int32)
+        sizes = _sizes_op if torch.compiler.is_compiling() else _sizes_with_text
+        self.key_sizes, self.text_counts = sizes(
+            self.cube_sizes, kv_lengths, grid.num_tokens, self.text_length, self.slot
+        )
 
     @property
     def tile(self) -> tuple[int, int, int]:
@@ -95,10 +93,6 @@ class CubeLayout:
     @property
     def num_cubes(self) -> int:
         return self.cube_sizes.shape[1]
-
-    @property
-    def text_blocks(self) -> int:
-        return ceil_div(self.text_length, self.slot)
 
     @property
     def kept(self) -> int:
@@ -165,3 +159,28 @@ class CubeLayout:
                 f"selection must have blocks of {self.slot}x{self.slot} for tile {self.tile}, "
                 f"got {selection.block_q}x{selection.block_k}"
             )
+
+
+def _sizes_with_text(
+    cube_sizes: Tensor, kv_lengths: Tensor | None, video: int, text: int, slot: int
+) -> tuple[Tensor, Tensor]:
+    """`key_sizes` and `text_counts` of a `CubeLayout` for so many tokens of video and text."""
+    device = cube_sizes.device
+    starts = torch.arange(ceil_div(text, slot), device=device) * slot
+    lengths = torch.full((1,), video + text, device=device) if kv_lengths is None else kv_lengths.to(device)
+    valid = (lengths[:, None] - video).clamp(max=text)
+    text_sizes = (valid - starts).clamp(0, slot).to(torch.int32)
+    key_sizes = torch.cat([cube_sizes.expand(text_sizes.shape[0], -1), text_sizes], 1)
+    return key_sizes, (text_sizes > 0).sum(1, dtype=torch.int32)
+
+
+@torch.library.custom_op("foveal::vsa_sizes_with_text", mutates_args=())
+def _sizes_op(cube_sizes: Tensor, kv_lengths: Tensor | None, video: int, text: int, slot: int) -> tuple[Tensor, Tensor]:
+    """One node in a compiled graph, where one block of text would be another graph than several."""
+    return _sizes_with_text(cube_sizes, kv_lengths, video, text, slot)
+
+
+@_sizes_op.register_fake
+def _(cube_sizes, kv_lengths, video, text, slot):
+    counts = cube_sizes.new_empty(1 if kv_lengths is None else kv_lengths.shape[0])
+    return counts.new_empty((counts.shape[0], cube_sizes.shape[1] + ceil_div(text, slot))), counts

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, append_blocks
+from foveal.blocks import BlockSelection
 from foveal.kernels.api import validate_selection
+from foveal.kernels.choice import append_blocks
 from foveal.layout import TokenLayout
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.layout import CubeLayout, kept_video_cubes, slot_size
