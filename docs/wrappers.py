@@ -53,7 +53,8 @@ class Marks:
                     name
                     for name, method in METHODS.items()
                     for value in values
-                    if isinstance(value, method.config_type) or (isinstance(value, str) and name in value.split(", "))
+                    if isinstance(value, method.config_type)
+                    or (isinstance(value, str) and name in value.replace(",", " ").split())
                 }
                 print("wrapper:", mark.args[0], "|", item.nodeid, "|", *sorted(found))
 

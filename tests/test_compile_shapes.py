@@ -43,6 +43,7 @@ def one_layer(config):
     return model
 
 
+@pytest.mark.wrapper("torch.compile, dynamic shapes")
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_nine_buckets_are_two_graphs(name):
@@ -56,6 +57,7 @@ def test_nine_buckets_are_two_graphs(name):
     assert graphs() == 2
 
 
+@pytest.mark.wrapper("torch.compile, dynamic shapes")
 @pytest.mark.parametrize("name", ["sla tile order", "vsa"])
 @torch.no_grad()
 def test_dynamic_blocks_are_two_graphs_at_most(name):
@@ -69,6 +71,7 @@ def test_dynamic_blocks_are_two_graphs_at_most(name):
     assert graphs() <= 2
 
 
+@pytest.mark.wrapper("torch.compile, dynamic shapes")
 @pytest.mark.parametrize("name", ["sla tile order", "vsa"])
 @torch.no_grad()
 def test_a_whole_dynamic_model_is_two_graphs_at_most(name):
@@ -82,6 +85,7 @@ def test_a_whole_dynamic_model_is_two_graphs_at_most(name):
     assert graphs() <= 2
 
 
+@pytest.mark.wrapper("torch.compile, dynamic shapes")
 @pytest.mark.parametrize(("name", "buckets"), [("sla tile order", BUCKETS[:3]), ("vsa", BUCKETS)])
 def test_training_over_buckets_is_two_graphs(name, buckets):
     model = one_layer(CONFIGS[name]).train()
@@ -159,6 +163,7 @@ class Attention(torch.nn.Module):
         return self.function(query, query.flip(2), query, config=self.config, grid=grid)
 
 
+@pytest.mark.wrapper("torch.export")
 @pytest.mark.parametrize("name", ["sla", "sla tile order", "vsa"])
 def test_export_with_dynamic_sides(name):
     config = CONFIGS[name]
