@@ -55,7 +55,8 @@ class Call(NamedTuple):
 
     Args:
         state: of the transformer.
-        grid: of this forward's tokens, with what compiled blocks need of it; None where all of it is dense.
+        grid: of this forward's tokens, with what compiled blocks need of it unless it is sharded. None where all of
+            it is dense.
         layout: of its packed sequence, around this grid; None where the method gets only the video, or text as keys.
         phase: what its sparse layers do.
         phase_text: the phase as text. A graph takes text from outside of a module as a constant, where a float might
@@ -64,7 +65,7 @@ class Call(NamedTuple):
     """
 
     state: ForwardState
-    grid: PlannedGrid | None
+    grid: VideoGrid | None
     layout: TokenLayout | None
     phase: Phase
     phase_text: tuple[str, str, str]
@@ -155,7 +156,11 @@ class ForwardState:
             seen = FAMILIES[self.family].read_grid(transformer, arguments)
             packed = isinstance(seen, TokenLayout)
             self.grid = seen.grid if packed else seen
-            grid = self._plan(self.grid, arguments["hidden_states"].device)
+            # Sharded, blocks have a graph for each grid: where lengths are symbols, the backward exchanges tensors once
+            # more, only to know how long they are.
+            grid = self.grid
+            if getattr(transformer, "_parallel_config", None) is None:
+                grid = self._plan(grid, arguments["hidden_states"].device)
             layout = dataclasses.replace(seen, grid=grid) if packed else None
             phase = Phase() if self.clock is None else self.clock.phase(transformer, arguments.get("timestep"))
         self._latest = phase

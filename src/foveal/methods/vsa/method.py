@@ -32,7 +32,8 @@ def _run(
     config: VSAConfig | None = None,
     gates: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    return module(query, key, value, hidden_states, gates, layout=grid, kv_lengths=kv_lengths, config=config)
+    where = {"layout" if isinstance(grid, TokenLayout) else "grid": grid}
+    return module(query, key, value, hidden_states, gates, kv_lengths=kv_lengths, config=config, **where)
 
 
 def _idle(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor | None, ...]:
