@@ -273,7 +273,7 @@ STRIDED = [
 DEVICES = [
     unguarded("sparse forward", SPARSE, "def _forward("),
     unguarded("sparse backward", SPARSE, "def _backward("),
-    unguarded("selection", SELECT, "def _select_op("),
+    unguarded("selection", SELECT, "def _select("),
     unguarded("SLA forward", SLA_GPU, "def _forward("),
     unguarded("SLA backward", SLA_GPU, "def _backward("),
     unguarded("VSA selection", VSA_GPU, "def _select_op("),
