@@ -119,7 +119,7 @@ def provenance(options) -> dict:
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(torch.device(options.device), options.commit),
-        "argv": sys.argv,
+        "argv": [Path(part).name if "/" in part else part for part in sys.argv],
     }
 
 
