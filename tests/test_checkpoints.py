@@ -252,10 +252,6 @@ def test_the_names_of_the_wan_repository_go_both_ways():
             r"quantized, or damaged: blocks\.1\.ffn\.0\.weight",
         ),
         (
-            lambda f: turbo(f, lambda s: s.update({"blocks.1.ffn.0.int8_weight": torch.ones(1, dtype=torch.int8)})),
-            "without -quant",
-        ),
-        (
             lambda f: write(f / "deep.pth", wan_state(tiny_transformer(num_layers=5)) | projections(5)),
             "for a model of 5 layers, got one of 3",
         ),

@@ -35,6 +35,7 @@ from foveal.models.files.formats import (
 )
 from foveal.models.files.lora import export_adapter, load_adapter, read_adapter
 from foveal.models.files.manifest import check_model, model_entry
+from foveal.models.files.quantized import dequantized
 from foveal.models.files.tensor_files import TensorFile, enumerated, open_tensors, write_tensors
 from foveal.models.files.updates import FORMAT, is_update, read_updates
 from foveal.models.processor import sparse_processors
@@ -93,7 +94,7 @@ def load_checkpoint(
 
     A file with the whole model replaces the base weights too; one with only the sparse parameters leaves them. A LoRA
     is loaded by diffusers as an adapter (`fuse_lora` merges it). Values take the model's dtype, but for SLA's
-    projection, which stays float32.
+    projection, which stays float32; TurboDiffusion's int8 weights are dequantized.
 
     Args:
         model: a dense transformer of the size that the file is for, or a pipeline with one transformer.
@@ -118,7 +119,8 @@ def load_checkpoint(
     transformer = _only_transformer(model)
     if sparse_processors(transformer):
         raise ValueError("model is sparse already; load_checkpoint takes a dense one, call densify first")
-    with open_tensors(path) as file:
+    with open_tensors(path) as stored:
+        file, int8_layers = dequantized(stored)
         names = without_prefix(file.shapes)
         header = _header(file)
         found = _choose_format(file, names, header, format)
@@ -132,6 +134,8 @@ def load_checkpoint(
         config = _configuration(found, header, contract, transformer, changes)
         load = _load_lora if found.lora else _load_updates if found.updates else _load_weights
         sparse_tensors, base_tensors, notes = load(transformer, file, names, found, config, impl)
+    if int8_layers:
+        notes = (*notes, f"the int8 weights of {int8_layers} linear layers were dequantized")
     if contract is not None:
         notes = (*notes, *contract.notes)
     if found.rounding and header is None and config.keep_ratio is not None:
@@ -157,7 +161,8 @@ def check_checkpoint(path: str | os.PathLike) -> None:
         FileNotFoundError: no such file, or missing shards.
         ValueError: a file that is corrupt or of no known format.
     """
-    with open_tensors(path) as file:
+    with open_tensors(path) as stored:
+        file, _ = dequantized(stored)
         _choose_format(file, without_prefix(file.shapes), _header(file), None)
 
 

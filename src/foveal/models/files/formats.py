@@ -10,12 +10,9 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-# Prefixes that other tools put before every name of a state dict.
 from foveal.checks import check_choice
 from foveal.methods.base import Config
 from foveal.methods.sla.config import SLAConfig
-
-# Prefixes that other tools put before every name of a state dict.
 from foveal.methods.vsa.config import VSAConfig
 
 # Prefixes that other tools put before every name of a state dict.
@@ -165,8 +162,6 @@ def recognized(names: Iterable[str], source: str) -> CheckpointFormat:
         ValueError: the file has no format in the table; the message says what it looks like instead.
     """
     names = list(names)
-    if any(name.endswith(".int8_weight") for name in names):
-        raise ValueError(f"{source} is quantized to int8; take the file of the same model without -quant")
     for known in FORMATS.values():
         if known.lora or not known.matches(names):
             continue
