@@ -21,11 +21,11 @@ LAYERS = [
     {"testing", "kernels"},
     {"methods"},
     {"models"},
-    {"integrations"},
+    {"integrations", "hosts"},
     {"lab"},
 ]
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
-CORE = set().union(*LAYERS[:5])
+CORE = set().union(*LAYERS[:5]) | {"hosts"}  # whose hosts load when they are patched
 # The same inside the lab.
 LAB_LAYERS = [
     {"pipelines", "terminal", "config_file", "extras"},

@@ -5,6 +5,7 @@ It needs only torch. diffusers and the rest load when a function that uses them 
 
 from foveal import models as models  # diffusers loads a saved sparse model from this module if it was imported
 from foveal.blocks import BlockSelection
+from foveal.hosts import patch
 from foveal.kernels.api import block_sparse_attention, select_blocks
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.cost import attention_cost
@@ -53,6 +54,7 @@ __all__ = [
     "get_policy",
     "load",
     "load_checkpoint",
+    "patch",
     "reconfigure",
     "save",
     "select_blocks",

@@ -1,0 +1,157 @@
+"""FastVideo: foveal behind `video_sparse_attn` and `block_sparse_attn_from_indices` of fastvideo-kernel.
+
+Shape legend: B batch, H heads, S tokens in tile order, padded to whole blocks of b tokens, T = S / b, D head dim. The
+valid tokens of a block are at its front.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from foveal.blocks import BlockSelection, pick_blocks, pool_blocks, pooled_scores
+from foveal.checks import product, without_autocast
+from foveal.hosts.patching import Patch, check_host_function, import_host
+from foveal.kernels.api import block_sparse_attention
+
+BLOCKS = (64, 128)
+
+
+def patch(impl: str) -> Patch:
+    """The host's two public functions replaced by ones that run `impl`."""
+    package = import_host("fastvideo_kernel", "fastvideo-kernel", "pip install fastvideo-kernel")
+
+    # Their names and parameters are the host's: callers pass them by name.
+    def video_sparse_attn(
+        q,
+        k,
+        v,
+        variable_block_sizes,
+        q_variable_block_sizes,
+        topk,
+        block_size=64,
+        compress_attn_weight=None,
+    ):
+        """VSA over tokens in tile order, by foveal; see `foveal.hosts.fastvideo.vsa_over_tiles`."""
+        sizes = (variable_block_sizes, q_variable_block_sizes)
+        return vsa_over_tiles(q, k, v, *sizes, topk, block_size, compress_attn_weight, impl)
+
+    def block_sparse_attn_from_indices(q, k, v, q2k_idx, q2k_num, variable_block_sizes):
+        """Block-sparse attention over given lists, by foveal; see `foveal.hosts.fastvideo.attention_from_lists`."""
+        return attention_from_lists(q, k, v, q2k_idx, q2k_num, variable_block_sizes, impl)
+
+    replacements = []
+    for function in (video_sparse_attn, block_sparse_attn_from_indices):
+        check_host_function("fastvideo", "fastvideo-kernel", package, function.__name__, function)
+        replacements.append((package, function.__name__, function))
+    return Patch(replacements)
+
+
+@without_autocast
+def vsa_over_tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_block_sizes: Tensor,
+    query_block_sizes: Tensor,
+    topk: int,
+    block_size: int | tuple[int, int, int],
+    gate_coarse: Tensor | None,
+    impl: str,
+) -> Tensor:
+    """O = Gc * Oc + Of over tokens that stand in tile order already (VSA, arXiv 2505.13389, eq. 1-4).
+
+    Args:
+        query: [B, H, Sq, D]; key, value: [B, H, Sk, D].
+        key_block_sizes, query_block_sizes: int [T] each, valid tokens of each block, at least 1.
+        topk: blocks that each block attends to, capped at their number.
+        block_size: the cube of tokens. An int is the side of a cube, as in the host.
+        gate_coarse: [B, H, Sq, D], or None for 1.
+
+    Returns:
+        [B, H, Sq, D] in the dtype of `query`. What its padding rows hold means nothing.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    block = math.prod((block_size,) * 3 if isinstance(block_size, int) else block_size)
+    if block not in BLOCKS:
+        raise ValueError(
+            f"block_size must hold 64 or 128 tokens with foveal's patch, got {block_size!r}, which holds {block} "
+            "(an int is the side of a cube); undo the patch to run the host's own function"
+        )
+    query_sizes = _sizes("q_variable_block_sizes", query_block_sizes, query, block)
+    key_sizes = _sizes("variable_block_sizes", key_block_sizes, key, block)
+    pooled_query = pool_blocks(query, block, query_sizes)
+    pooled_key, pooled_value = (pool_blocks(x, block, key_sizes) for x in (key, value))
+    scores = pooled_scores(pooled_query, pooled_key, query.shape[-1] ** -0.5)
+    critical, counts, _ = pick_blocks(scores, topk=topk)
+    selection = _selection(critical, counts, query, key, block, key_sizes)
+    fine = block_sparse_attention(query, key, value, selection, impl=impl)
+    # One row for each block, which all its tokens share.
+    coarse = product(scores.softmax(-1), pooled_value).to(fine.dtype).unsqueeze(3)
+    if gate_coarse is not None:
+        coarse = coarse * gate_coarse.unflatten(2, (-1, block))
+    return (fine.unflatten(2, (-1, block)) + coarse).flatten(2, 3).to(query.dtype)
+
+
+def attention_from_lists(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: Tensor,
+    counts: Tensor,
+    key_block_sizes: Tensor,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query block over its listed key blocks.
+
+    Args:
+        query: [B, H, Sq, D]; key, value: [B, H, Sk, D].
+        lists: int [B, H, Tq, W], each row's key blocks in any order; entries past the row's count may hold anything.
+        counts: int [B, H, Tq].
+        key_block_sizes: int [Tk], valid tokens of each key block.
+
+    Returns:
+        [B, H, Sq, D], and the base-2 log-sum-exp [B, H, Sq] in float32, without a gradient, as the host's Triton
+        backend gives it.
+    """
+    blocks = key_block_sizes.numel()
+    block = key.shape[2] // max(1, blocks)
+    if block not in BLOCKS:
+        raise ValueError(
+            f"variable_block_sizes must have one entry for every 64 or 128 of the {key.shape[2]} keys with foveal's "
+            f"patch, got {blocks}; undo the patch to run the host's own function"
+        )
+    sizes = _sizes("variable_block_sizes", key_block_sizes, key, block)
+    listed = torch.arange(lists.shape[-1], device=lists.device) < counts[..., None]
+    ascending = torch.where(listed, lists, blocks).sort(-1).values
+    critical = torch.where(listed, ascending, 0).to(torch.int32)
+    selection = _selection(critical, counts.to(torch.int32), query, key, block, sizes)
+    output, lse = block_sparse_attention(query, key, value, selection, impl=impl, return_lse=True)
+    return output, (lse.detach() * math.log2(math.e)).float()
+
+
+def _selection(critical, counts, query, key, block, key_sizes) -> BlockSelection:
+    return BlockSelection(
+        critical=critical,
+        critical_count=counts,
+        marginal=None,
+        block_q=block,
+        block_k=block,
+        query_length=query.shape[2],
+        key_length=key.shape[2],
+        key_block_sizes=key_sizes,
+    )
+
+
+def _sizes(name: str, sizes: Tensor, x: Tensor, block: int) -> Tensor:
+    """The sizes as int32 [1, T] on x's device; a ValueError unless x is T whole blocks."""
+    if sizes.numel() * block != x.shape[2]:
+        raise ValueError(
+            f"{name} must have one entry for each block of {block} of the {x.shape[2]} tokens, which must be whole "
+            f"blocks, got {sizes.numel()} entries"
+        )
+    return sizes.to(x.device, torch.int32).view(1, -1)

@@ -1,0 +1,331 @@
+"""`foveal.patch`: a host's public functions compute with foveal's, forward and backward, until the patch is undone."""
+
+import importlib.util
+import inspect
+import math
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from host_modules import HostSLA, fastvideo_modules, turbodiffusion_modules
+from torch.nn import functional
+
+import foveal
+
+BLOCK, DIM, HEADS, BATCH = 64, 16, 2, 2
+SIZES = [64, 40, 64, 1, 64]
+
+
+@pytest.fixture
+def fastvideo(monkeypatch):
+    modules = fastvideo_modules()
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return modules
+
+
+@pytest.fixture
+def sla_class(monkeypatch):
+    modules = turbodiffusion_modules()
+    monkeypatch.setitem(sys.modules, "SLA", modules["SLA"])
+    return modules["SLA"].SparseLinearAttention
+
+
+def tensors(*shape, number=3, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for _ in range(number)]
+
+
+def gradients(output, inputs, weight=None):
+    """Of a sum with uneven weights, over all of the output or where `weight` is 1."""
+    uneven = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return torch.autograd.grad((output * uneven * (1 if weight is None else weight)).sum(), inputs)
+
+
+def assert_equal(got, expected, tolerance=1e-9):
+    assert len(got) == len(expected)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def token_mask(blocks, valid):
+    """[B, H, T, T] blocks and [S] valid keys to [B, H, S, S]."""
+    return blocks.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3) & valid
+
+
+def dense_softmax(query, key, value, mask):
+    scores = (query @ key.mT / math.sqrt(query.shape[-1])).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+
+def padded_tokens():
+    """Valid tokens of blocks of SIZES, bool [S]."""
+    return (torch.arange(BLOCK)[None] < torch.tensor(SIZES)[:, None]).flatten()
+
+
+def vsa_oracle(query, key, value, topk, gate):
+    """The published VSA over tokens in tile order: dense, and without anything of foveal."""
+    valid, sizes = padded_tokens(), torch.tensor(SIZES)[:, None]
+    pooled = [(x * valid[:, None]).unflatten(2, (-1, BLOCK)).sum(3) / sizes for x in (query, key, value)]
+    scores = pooled[0] @ pooled[1].mT / math.sqrt(DIM)
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(topk).indices, True)
+    coarse = (scores.softmax(-1) @ pooled[2]).repeat_interleave(BLOCK, 2)
+    return coarse * gate + dense_softmax(query, key, value, token_mask(kept, valid))[0]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_fastvideo_vsa_equals_a_dense_computation(fastvideo, gated):
+    query, key, value, gate = inputs = tensors(BATCH, HEADS, BLOCK * len(SIZES), DIM, number=4)
+    inputs = inputs if gated else inputs[:3]
+    sizes, valid = torch.tensor(SIZES, dtype=torch.int32), padded_tokens()[:, None]
+    expected = vsa_oracle(query, key, value, 2, gate if gated else 1)
+    with foveal.patch("fastvideo", impl="torch"):
+        output = fastvideo["model_of_fastvideo"].video_sparse_attn(
+            query,
+            key,
+            value,
+            variable_block_sizes=sizes,
+            q_variable_block_sizes=sizes,
+            topk=2,
+            block_size=(4, 4, 4),
+            compress_attn_weight=gate if gated else None,
+        )
+    # The host's models drop what stands in padding rows.
+    assert_equal([output * valid], [expected * valid])
+    assert_equal(gradients(output, inputs, valid), gradients(expected, inputs, valid))
+
+
+def test_fastvideo_attention_over_lists_equals_a_dense_computation(fastvideo):
+    query, key, value = inputs = tensors(BATCH, HEADS, BLOCK * len(SIZES), DIM)
+    generator = torch.Generator().manual_seed(1)
+    blocks = torch.rand(BATCH, HEADS, len(SIZES), len(SIZES), generator=generator) < 0.5
+    blocks[..., 0] = True
+    # Unsorted lists, with what the host leaves past the end.
+    order = blocks.to(torch.int8).argsort(-1, descending=True).int()
+    counts = blocks.sum(-1, dtype=torch.int32)
+    lists = torch.where(torch.arange(len(SIZES)) < counts[..., None], order, -1)
+    swapped = lists.clone()
+    swapped[0, 0, 0, : counts[0, 0, 0]] = lists[0, 0, 0, : counts[0, 0, 0]].flip(0)
+    expected, lse = dense_softmax(query, key, value, token_mask(blocks, padded_tokens()))
+    with foveal.patch("fastvideo", impl="torch"):
+        output, base_2 = sys.modules["fastvideo_kernel"].block_sparse_attn_from_indices(
+            query, key, value, swapped, counts, torch.tensor(SIZES)
+        )
+    assert_equal([output], [expected])
+    assert_equal(gradients(output, inputs), gradients(expected, inputs))
+    assert base_2.dtype == torch.float32
+    torch.testing.assert_close(base_2, (lse / math.log(2)).float())
+
+
+def test_every_module_that_holds_the_function_changes_and_changes_back(fastvideo):
+    names = ("video_sparse_attn", "block_sparse_attn_from_indices")
+    before = {(module, name): getattr(module, name) for module in fastvideo.values() for name in names}
+    patch = foveal.patch("fastvideo")
+    assert all(getattr(module, name) is not function for (module, name), function in before.items())
+    # Imported while the patch is in place.
+    late = types.ModuleType("late_model")
+    late.attention = fastvideo["fastvideo_kernel"].video_sparse_attn
+    sys.modules["late_model"] = late
+    try:
+        patch.undo()
+    finally:
+        del sys.modules["late_model"]
+    assert late.attention is fastvideo["fastvideo_kernel.ops"].video_sparse_attn
+    assert {(module, name): getattr(module, name) for module, name in before} == before
+    patch.undo()
+    assert {(module, name): getattr(module, name) for module, name in before} == before
+
+
+def test_an_error_inside_the_block_undoes_the_patch(fastvideo):
+    original = fastvideo["fastvideo_kernel"].video_sparse_attn
+    with pytest.raises(KeyError), foveal.patch("fastvideo"):
+        raise KeyError
+    assert fastvideo["model_of_fastvideo"].video_sparse_attn is original
+
+
+def sla_oracle(query, key, value, kept, feature_map, proj, block_q):
+    """SLA with linear_scope "all" on [B, H, L, D], dense, and without anything of foveal."""
+    length = query.shape[2]
+
+    def pooled(x, block):
+        return torch.stack([part.mean(2) for part in x.split(block, 2)], 2)
+
+    scores = pooled(query, block_q) @ pooled(key - key.mean(2, keepdim=True), BLOCK).mT
+    blocks = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(kept).indices, True)
+    mask = blocks.repeat_interleave(block_q, 2)[:, :, :length].repeat_interleave(BLOCK, 3)[..., :length]
+    sparse, _ = dense_softmax(query, key, value, mask)
+    phi_query, phi_key = feature_map(query), feature_map(key)
+    denominator = (phi_query * phi_key.sum(2, keepdim=True)).sum(-1, keepdim=True) + 1e-5
+    return sparse + proj(phi_query @ (phi_key.mT @ value) / denominator)
+
+
+MAPS = {
+    "softmax": lambda x: x.softmax(-1),
+    "elu": lambda x: functional.elu(x) + 1,
+    "relu": torch.relu,
+}
+
+
+@pytest.mark.parametrize(("feature_map", "block_q"), [("softmax", 64), ("softmax", 128), ("elu", 64), ("relu", 64)])
+def test_turbodiffusion_sla_equals_a_dense_computation(sla_class, feature_map, block_q):
+    torch.manual_seed(0)
+    module = sla_class(DIM, 0.4, feature_map=feature_map, BLKQ=block_q).double()
+    module.dtype = torch.float64
+    inputs = tensors(BATCH, 300, HEADS, DIM)
+    parameters = [*inputs, module.proj_l.weight, module.proj_l.bias]
+    heads_first = [x.transpose(1, 2) for x in inputs]
+    expected = sla_oracle(*heads_first, 2, MAPS[feature_map], module.proj_l, block_q).transpose(1, 2)
+    with foveal.patch("turbodiffusion", impl="torch"):
+        output, kept = module(*inputs, return_sparsity=True)
+        assert torch.equal(module(*inputs), output)
+    assert kept == 2 / 5
+    assert_equal([output], [expected])
+    assert_equal(gradients(output, parameters), gradients(expected, parameters))
+    with pytest.raises(AssertionError, match="the host's own"):
+        module(*inputs)
+
+
+def test_turbodiffusion_computes_in_the_modules_dtype_and_answers_in_the_inputs(sla_class):
+    module = sla_class(DIM, 0.4)
+    inputs = tensors(1, 300, HEADS, DIM, dtype=torch.float32)
+    with foveal.patch("turbodiffusion", impl="torch"):
+        output = module(*inputs)
+    rounded = [x.detach().bfloat16().double().transpose(1, 2) for x in inputs]
+    exact = sla_oracle(*rounded, 2, MAPS["softmax"], module.proj_l.double(), BLOCK).transpose(1, 2)
+    assert output.dtype == torch.float32
+    assert torch.equal(output, output.bfloat16().float())
+    assert 0 < (output - exact).abs().max() < 0.05
+
+
+def test_turbodiffusion_keeps_a_block_where_the_ratio_rounds_to_none(sla_class):
+    module = sla_class(DIM, 0.1)
+    with foveal.patch("turbodiffusion", impl="torch"):
+        output, kept = module(*tensors(1, 300, HEADS, DIM), return_sparsity=True)
+    assert kept == 1 / 5
+    assert output.isfinite().all()
+
+
+def test_mistakes_are_named(fastvideo, sla_class):
+    with pytest.raises(ValueError, match=r"unknown host 'comfyui'; expected one of \('fastvideo', 'turbodiffusion'\)"):
+        foveal.patch("comfyui")
+    with pytest.raises(ValueError, match="unknown impl 'cuda'"):
+        foveal.patch("fastvideo", impl="cuda")
+    query, key, value = tensors(1, 1, 128, DIM)
+    sizes = torch.tensor([64, 64])
+    host = fastvideo["fastvideo_kernel"]
+    with foveal.patch("fastvideo", impl="torch"):
+        with pytest.raises(ValueError, match=r"'fastvideo' is patched already: undo that patch first"):
+            foveal.patch("fastvideo")
+        with pytest.raises(ValueError, match=r"block_size must hold 64 or 128 .* got 64, which holds 262144"):
+            host.video_sparse_attn(query, key, value, sizes, sizes, 1)
+        with pytest.raises(
+            ValueError, match=r"q_variable_block_sizes must have one entry for each block of 64 .* got 1"
+        ):
+            host.video_sparse_attn(query, key, value, sizes, sizes[:1], 1, (4, 4, 4))
+        lists, counts = torch.zeros(1, 1, 2, 1).int(), torch.ones(1, 1, 2).int()
+        of_16_tokens = torch.full((8,), 16)
+        with pytest.raises(ValueError, match=r"variable_block_sizes must have one entry for every 64 or 128 .* got 8;"):
+            host.block_sparse_attn_from_indices(query, key, value, lists, counts, of_16_tokens)
+    with foveal.patch("turbodiffusion"):
+        module = sla_class(DIM, 0.5)
+        module.feature_map_q = torch.sigmoid
+        with pytest.raises(ValueError, match=r"feature_map_q must be the host's softmax, elu, or relu .* got sigmoid"):
+            module(*tensors(1, 128, 1, DIM))
+        module = sla_class(DIM, 0.5)
+        module.proj_l = torch.nn.Identity()
+        with pytest.raises(TypeError, match=r"proj_l must be a Linear layer .* got Identity"):
+            module(*tensors(1, 128, 1, DIM))
+
+
+def test_an_absent_host_is_named_with_its_install_command(monkeypatch):
+    # None there makes an import fail as an absent package does, also on a machine that has it.
+    monkeypatch.setitem(sys.modules, "fastvideo_kernel", None)
+    monkeypatch.setitem(sys.modules, "SLA", None)
+    with pytest.raises(ImportError, match=r"fastvideo-kernel is not installed.*pip install fastvideo-kernel"):
+        foveal.patch("fastvideo")
+    with pytest.raises(ImportError, match=r"TurboDiffusion is not installed.*pip install turbodiffusion, or put"):
+        foveal.patch("turbodiffusion")
+
+
+def test_a_host_of_another_version_is_left_alone(fastvideo, monkeypatch):
+    def video_sparse_attn(q, k, v, topk):
+        return q
+
+    monkeypatch.setattr(fastvideo["fastvideo_kernel"], "video_sparse_attn", video_sparse_attn)
+    with pytest.raises(
+        ImportError, match=r"video_sparse_attn of fastvideo-kernel takes \['q', 'k', 'v', 'topk'\], but"
+    ):
+        foveal.patch("fastvideo")
+    assert fastvideo["fastvideo_kernel"].video_sparse_attn is video_sparse_attn
+    monkeypatch.delattr(fastvideo["fastvideo_kernel"], "block_sparse_attn_from_indices")
+    monkeypatch.setattr(
+        fastvideo["fastvideo_kernel"], "video_sparse_attn", fastvideo["fastvideo_kernel.ops"].video_sparse_attn
+    )
+    with pytest.raises(ImportError, match="has no block_sparse_attn_from_indices"):
+        foveal.patch("fastvideo")
+
+
+# fastvideo-kernel asks for a GPU when it is imported, and gets one that does nothing.
+REAL_HOST = """
+import inspect, types, triton, torch
+target = types.SimpleNamespace(backend="cuda", arch=90, warp_size=32)
+device = types.SimpleNamespace(get_current_target=lambda: target, get_active_torch_device=lambda: torch.device("cpu"))
+device.get_benchmarker = lambda: None
+triton.runtime.driver.set_active(device)
+"""
+
+
+def run_with_host(package, script):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed, so the patch was tested with a stand-in of the same signatures only")
+    run = subprocess.run([sys.executable, "-c", REAL_HOST + script], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+def test_the_installed_fastvideo_is_patched_and_has_these_signatures():
+    script = """
+import fastvideo_kernel as host, foveal, torch
+from fastvideo_kernel.ops import video_sparse_attn as original
+print(*inspect.signature(original).parameters, "|", *inspect.signature(host.block_sparse_attn_from_indices).parameters)
+x = torch.randn(1, 2, 128, 16, requires_grad=True)
+sizes = torch.tensor([64, 64], dtype=torch.int32)
+with foveal.patch("fastvideo", impl="torch"):
+    output = host.video_sparse_attn(x, x, x, sizes, sizes, 2, (4, 4, 4), torch.zeros_like(x))
+    varlen = host.block_sparse_attn_varlen.__globals__["block_sparse_attn_from_indices"]
+    assert varlen is host.block_sparse_attn_from_indices
+torch.testing.assert_close(output, torch.nn.functional.scaled_dot_product_attention(x, x, x))
+output.sum().backward()
+assert host.video_sparse_attn is original and x.grad.abs().sum() > 0
+"""
+    module = fastvideo_modules()["fastvideo_kernel"]
+    functions = (module.video_sparse_attn, module.block_sparse_attn_from_indices)
+    stand_in = " | ".join(" ".join(inspect.signature(function).parameters) for function in functions)
+    assert run_with_host("fastvideo_kernel", script) == stand_in.split()
+
+
+def test_the_installed_turbodiffusion_is_patched_and_has_these_signatures():
+    script = """
+import SLA as host, foveal, torch
+cls = host.SparseLinearAttention
+original = cls.forward
+print(*inspect.signature(cls.__init__).parameters, "|", *inspect.signature(original).parameters)
+for feature_map in ("softmax", "elu", "relu"):
+    module = cls(16, 1.0, feature_map=feature_map).double()
+    module.dtype = torch.float64
+    x = torch.randn(1, 128, 2, 16, dtype=torch.float64, requires_grad=True)
+    with foveal.patch("turbodiffusion", impl="torch"):
+        output = module(x, x, x)
+    heads = x.transpose(1, 2)
+    dense = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2)
+    torch.testing.assert_close(output, dense)
+    output.sum().backward()
+    assert module.proj_l.weight.grad.abs().sum() > 0
+assert cls.forward is original
+"""
+    functions = (HostSLA.__init__, HostSLA.forward)
+    stand_in = " | ".join(" ".join(inspect.signature(function).parameters) for function in functions)
+    assert run_with_host("SLA", script) == stand_in.split()
