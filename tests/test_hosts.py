@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import math
+import os
 import subprocess
 import sys
 import types
@@ -278,10 +279,11 @@ triton.runtime.driver.set_active(device)
 """
 
 
-def run_with_host(package, script):
+def run_with_host(package, script, **environment):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed, so the patch was tested with a stand-in of the same signatures only")
-    run = subprocess.run([sys.executable, "-c", REAL_HOST + script], capture_output=True, text=True, timeout=300)
+    command, environment = [sys.executable, "-c", REAL_HOST + script], {**os.environ, **environment}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return run.stdout.split()
 
@@ -307,6 +309,36 @@ assert host.video_sparse_attn is original and x.grad.abs().sum() > 0
     assert run_with_host("fastvideo_kernel", script) == stand_in.split()
 
 
+def test_the_installed_fastvideos_tiles_are_those_of_vsa_attention():
+    """In its tile order, and back, the patched function gives what `vsa_attention` gives in raster order."""
+    script = """
+import fastvideo_kernel as host, foveal, torch
+grid, tile = (6, 9, 10), (4, 4, 4)
+indices = host.build_vsa_metadata(grid, tile, "cpu")
+sizes, places = indices["variable_block_sizes"], indices["non_pad_index"]
+inputs = [torch.randn(1, 2, 540, 16, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+
+def tiled(x):
+    padded = x.new_zeros(1, 2, 64 * len(sizes), 16)
+    return padded.index_copy(2, places, x[:, :, indices["tile_partition_indices"]])
+
+query, key, value, gate = map(tiled, inputs)
+with foveal.patch("fastvideo", impl="torch"):
+    output = host.video_sparse_attn(query, key, value, sizes, sizes, 5, tile, gate)
+output = output[:, :, places][:, :, indices["reverse_tile_partition_indices"]]
+config = foveal.VSAConfig(topk=5, tile=tile)
+raster = foveal.vsa_attention(
+    *inputs[:3], config=config, grid=foveal.VideoGrid(*grid), gate_coarse=inputs[3], impl="reference"
+)
+torch.testing.assert_close(output, raster)
+weight = torch.randn_like(output)
+gradients = [torch.autograd.grad((x * weight).sum(), inputs) for x in (output, raster)]
+torch.testing.assert_close(*gradients)
+print(len(sizes))
+"""
+    assert run_with_host("fastvideo_kernel", script) == ["18"]
+
+
 def test_the_installed_turbodiffusion_is_patched_and_has_these_signatures():
     script = """
 import SLA as host, foveal, torch
@@ -329,3 +361,30 @@ assert cls.forward is original
     functions = (HostSLA.__init__, HostSLA.forward)
     stand_in = " | ".join(" ".join(inspect.signature(function).parameters) for function in functions)
     assert run_with_host("SLA", script) == stand_in.split()
+
+
+def test_the_installed_turbodiffusions_own_kernels_give_the_same():
+    """They run in Triton's interpreter, in float32, forward and backward."""
+    script = """
+import SLA as host, foveal, torch
+for feature_map, block_q in (("softmax", 64), ("elu", 128), ("relu", 64)):
+    torch.manual_seed(0)
+    module = host.SparseLinearAttention(64, 0.4, feature_map=feature_map, BLKQ=block_q)
+    torch.nn.init.normal_(module.proj_l.weight, std=0.1)
+    module.dtype = torch.float32
+    inputs = [torch.randn(1, 300, 2, 64, requires_grad=True) for _ in range(3)]
+    weight = torch.randn(inputs[0].shape)
+
+    def run():
+        output, kept = module(*inputs, return_sparsity=True)
+        return output, kept, torch.autograd.grad((output * weight).sum(), [*inputs, *module.parameters()])
+
+    theirs = run()
+    with foveal.patch("turbodiffusion", impl="torch"):
+        ours = run()
+    assert theirs[1] == ours[1] == 0.4
+    for own, foveals in zip((theirs[0], *theirs[2]), (ours[0], *ours[2]), strict=True):
+        torch.testing.assert_close(foveals, own, rtol=1e-4, atol=1e-5 * own.abs().max().item())
+print("equal")
+"""
+    assert run_with_host("SLA", script, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") == ["equal"]
