@@ -14,6 +14,7 @@ from host_modules import HostSLA, fastvideo_modules, turbodiffusion_modules
 from torch.nn import functional
 
 import foveal
+from foveal.testing import assert_close_to_reference
 
 BLOCK, DIM, HEADS, BATCH = 64, 16, 2, 2
 SIZES = [64, 40, 64, 1, 64]
@@ -41,7 +42,7 @@ def tensors(*shape, number=3, dtype=torch.float64):
 
 def gradients(output, inputs, weight=None):
     """Of a sum with uneven weights, over all of the output or where `weight` is 1."""
-    uneven = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    uneven = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view_as(output)
     return torch.autograd.grad((output * uneven * (1 if weight is None else weight)).sum(), inputs)
 
 
@@ -267,6 +268,56 @@ def test_a_host_of_another_version_is_left_alone(fastvideo, monkeypatch):
     )
     with pytest.raises(ImportError, match="has no block_sparse_attn_from_indices"):
         foveal.patch("fastvideo")
+
+
+def on_device(device, impl, dtype, call):
+    """What `call(tensor)` gives there, and its gradients; `tensor(*shape)` makes an input of bfloat16 numbers."""
+    generator, inputs = torch.Generator().manual_seed(0), []
+
+    def tensor(*shape):
+        x = torch.randn(shape, generator=generator).bfloat16().to(device, dtype)
+        inputs.append(x.requires_grad_())
+        return x
+
+    with foveal.patch("fastvideo", impl=impl), foveal.patch("turbodiffusion", impl=impl):
+        output = call(tensor)
+    return [output, *gradients(output, inputs)]
+
+
+def check_kernels(device, impl, sla_class):
+    """Both hosts' functions by `impl` in bfloat16, with the tolerance of plain PyTorch at that precision."""
+
+    def vsa(tensor):
+        query, key, value, gate = (tensor(BATCH, HEADS, BLOCK * len(SIZES), 64) for _ in range(4))
+        sizes, valid = torch.tensor(SIZES, device=query.device), padded_tokens()[:, None].to(query.device)
+        host = sys.modules["fastvideo_kernel"]
+        return host.video_sparse_attn(query, key, value, sizes, sizes, 2, (4, 4, 4), gate) * valid
+
+    def lists(tensor):
+        query, key, value = (tensor(BATCH, HEADS, BLOCK * len(SIZES), 64) for _ in range(3))
+        rows = torch.tensor([3, 0, 2, -1, -1], device=query.device).expand(BATCH, HEADS, len(SIZES), 5)
+        counts = torch.full(rows.shape[:3], 3, device=query.device)
+        sizes = torch.tensor(SIZES, device=query.device)
+        return sys.modules["fastvideo_kernel"].block_sparse_attn_from_indices(query, key, value, rows, counts, sizes)[0]
+
+    def sla(tensor):
+        query, key, value = (tensor(BATCH, 300, HEADS, 64) for _ in range(3))
+        torch.manual_seed(0)
+        module = sla_class(64, 0.4).bfloat16().to(query)
+        module.dtype = query.dtype
+        return module(query, key, value)
+
+    for call in (vsa, lists, sla):
+        exact = on_device("cpu", "reference", torch.float64, call)
+        plain = on_device("cpu", "torch", torch.bfloat16, call)
+        for number, found in enumerate(zip(on_device(device, impl, torch.bfloat16, call), exact, plain, strict=True)):
+            assert_close_to_reference(*found, name=f"{call.__name__}, tensor {number}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_kernels_run_behind_the_hosts_functions(fastvideo, sla_class, impl):
+    check_kernels("cuda", impl, sla_class)
 
 
 # fastvideo-kernel asks for a GPU when it is imported, and gets one that does nothing.
