@@ -138,8 +138,10 @@ def load_checkpoint(
         notes = (*notes, f"the int8 weights of {int8_layers} linear layers were dequantized")
     if contract is not None:
         notes = (*notes, *contract.notes)
-    if found.rounding and header is None and config.keep_ratio is not None:
-        notes = (*notes, found.rounding)
+    if header is None:
+        notes = (*notes, *found.notes)
+        if found.rounding and config.keep_ratio is not None:
+            notes = (*notes, found.rounding)
     return CheckpointReport(
         path=str(path),
         format=found.name,
@@ -361,7 +363,8 @@ def _load_lora(
     config: Config,
     impl: str,
 ) -> tuple[int, int, tuple[str, ...]]:
-    adapter = read_adapter(transformer, {name: file.read(names[name]) for name in names}, str(file.path))
+    tensors = {name: file.read(given) for name, given in names.items()}
+    adapter = read_adapter(transformer, tensors, str(file.path), found.family, file.metadata.get("alpha"))
     sparsify(transformer, config, impl=impl)
     try:
         load_adapter(transformer, adapter, found.name)

@@ -16,7 +16,7 @@ from foveal.methods.sla.config import SLAConfig
 from foveal.methods.vsa.config import VSAConfig
 
 # Prefixes that other tools put before every name of a state dict.
-PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "module.")
+PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "module.", "base_model.model.")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class CheckpointFormat:
         lora: the file holds low-rank updates of the base weights instead of weights.
         updates: it holds FastVideo's updates of them, and the gates, under `sparse_keys` of another ending.
         contract: whether a `fastvideo_inference.json` beside the file may say the configuration.
+        notes: what a pipeline needs to know to run the released weights, for the report.
         rounding: how the project rounds a ratio where foveal does not, for the report; "" if both agree.
     """
 
@@ -50,6 +51,7 @@ class CheckpointFormat:
     lora: bool = False
     updates: bool = False
     contract: bool = False
+    notes: tuple[str, ...] = ()
     rounding: str = ""
 
     def matches(self, names: Iterable[str]) -> bool:
@@ -140,6 +142,20 @@ FORMATS = {
             sparse_keys={},
             layout="wan",
             lora=True,
+        ),
+        # Turbo-SLA for MiniMax-H3: the same, its blocks and its schedule as LightX2V's settings for the file have them.
+        CheckpointFormat(
+            name="lightx2v-h3-sla-lora",
+            family="minimax_h3",
+            source="LightX2V (Turbo-SLA)",
+            config_for=lambda width: SLAConfig(
+                keep_ratio=0.15, drop_ratio=0.0, block_q=128, block_k=64, linear_scope="none", projection=False
+            ),
+            fixed=("linear_scope", "token_order"),
+            sparse_keys={},
+            layout="diffusers",
+            lora=True,
+            notes=("distilled to 4 forwards, without guidance", "shift of the schedule: 6 (video), 3 (audio)"),
         ),
     )
 }
