@@ -64,7 +64,7 @@ def unlaunched(compiled, device, names, named) -> host.DirectKernel:
 @contextlib.contextmanager
 def without_launches():
     """Tensors count as a Hopper GPU's, and neither Triton's kernels nor the large products run."""
-    with pytest.MonkeyPatch.context() as patch, as_if_on(patch, 90):
+    with pytest.MonkeyPatch.context() as patch, as_if_on(patch, "sm_90"):
         patch.setattr(JITFunction, "run", lambda kernel, *arguments, grid, warmup, **named: Launched())
         patch.setattr(sla, "fits_kernel", lambda *_: True)
         patch.setattr(support, "_why_not_device", lambda device: None)

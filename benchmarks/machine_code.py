@@ -30,17 +30,17 @@ from launched_kernels import compiled, noted_launches
 
 from foveal.kernels.hopper.support import missing_gluon
 
-ARCHITECTURES = (89, 90)
+CHIPS = ("sm_89", "sm_90")
 
 
 def variants(every: bool) -> Iterator[tuple[str, object]]:
     """Each variant with a name of its own that does not depend on where the source lies."""
-    cases = [(arch, list(launched_calls.all_calls()) if every else launched_calls.FEW) for arch in ARCHITECTURES]
+    cases = [(chip, list(launched_calls.all_calls()) if every else launched_calls.FEW) for chip in CHIPS]
     if missing_gluon() is None:
-        cases.append((90, launched_calls.on_hopper(cases[0][1])))
+        cases.append(("sm_90", launched_calls.on_hopper(cases[0][1])))
     seen = set()
-    for arch, calls in cases:
-        with pytest.MonkeyPatch.context() as monkeypatch, noted_launches(monkeypatch, arch) as launched:
+    for chip, calls in cases:
+        with pytest.MonkeyPatch.context() as monkeypatch, noted_launches(monkeypatch, chip) as launched:
             for call in calls:
                 call()
         for one in launched.values():
@@ -48,7 +48,7 @@ def variants(every: bool) -> Iterator[tuple[str, object]]:
                 name: str(getattr(one.options, name, None))
                 for name in ("num_warps", "num_stages", "maxnreg", "launch_pdl")
             }
-            facts = [arch, one.name, one.types, sorted(one.source.attrs.items()), one.constants, options]
+            facts = [chip, one.name, one.types, sorted(one.source.attrs.items()), one.constants, options]
             name = " | ".join(map(str, facts))
             if name not in seen:
                 seen.add(name)

@@ -60,6 +60,13 @@ def mend_interpreter() -> None:
     builder.cast_impl, builder.create_dot = rounding_cast, dot
 
 
+def pretend_to_be_on(chip: str, shared_memory: int = 227 * 1024) -> None:
+    """The launch code chooses tiles as on this chip, "sm_90" say, with so many bytes of shared memory a program."""
+    from foveal.kernels import chips
+
+    chips.chip_of = lambda device: chips.Chip(chip, shared_memory)
+
+
 def strided(x, order: str, spare: int = 0):
     """The values of x [B, H, L, D] (or [B, H, L]) in memory of another order.
 

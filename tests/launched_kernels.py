@@ -21,18 +21,39 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from foveal.kernels import host
+from foveal.kernels import chips, host
+from foveal.kernels.chips import Chip
 from foveal.kernels.hopper import cubes, launch_linear
 from foveal.kernels.hopper import launch as gluon_launch
 
 # SMs that the launch code counts on; it decides only about run-time integers.
 NUM_SMS = 132
 
+# GPUs by their compilers' names, and the shared memory that each gives to one program.
+CHIPS = {
+    "sm_80": Chip("sm_80", 163 * 1024),
+    "sm_86": Chip("sm_86", 99 * 1024),
+    "sm_89": Chip("sm_89", 99 * 1024),
+    "sm_90": Chip("sm_90", 227 * 1024),
+    "sm_100": Chip("sm_100", 227 * 1024),
+    "sm_120": Chip("sm_120", 99 * 1024),
+    "gfx942": Chip("gfx942", 64 * 1024, warp_size=64),
+    "gfx1100": Chip("gfx1100", 64 * 1024),
+}
+
+
+def target_of(chip: str) -> GPUTarget:
+    """What Triton compiles for."""
+    if chip.startswith("gfx"):
+        return GPUTarget("hip", chip, CHIPS[chip].warp_size)
+    return GPUTarget("cuda", int(chip.removeprefix("sm_")), CHIPS[chip].warp_size)
+
 
 class Launched(NamedTuple):
-    """One variant of a kernel; `constants` by name."""
+    """One variant of a kernel for a chip of `CHIPS`; `constants` by name."""
 
     name: str
+    chip: str
     constants: dict[str, Any]
     types: tuple[str, ...]
     source: ASTSource
@@ -55,16 +76,16 @@ def _bind(kernel, backend, arguments, named):
 
 
 @contextlib.contextmanager
-def as_if_on(monkeypatch, arch: int):
-    """Production code takes CPU tensors for those of a GPU of this architecture, and has launched nothing yet.
+def as_if_on(monkeypatch, chip: str):
+    """Production code takes CPU tensors for those of this chip of `CHIPS`, and has launched nothing yet.
 
     It replays no call: each works out its launches.
     """
     with monkeypatch.context() as patch:
         patch.setattr(host.DOORS["replay"], "on", False)
         patch.setattr(host, "_launchers", {})
-        patch.setattr(host, "has_tma", lambda device: arch >= 90)
-        patch.setattr(host, "starts_early", lambda device: arch >= 90)
+        patch.setattr(chips, "chip_of", lambda device: CHIPS[chip])
+        patch.setattr(torch.version, "hip", "6.4" if chip.startswith("gfx") else None)
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         for module in (gluon_launch, launch_linear, cubes):
@@ -73,17 +94,17 @@ def as_if_on(monkeypatch, arch: int):
 
 
 @contextlib.contextmanager
-def _instead_of_launches(monkeypatch, arch: int, run: Callable):
-    """Production code runs as if on this architecture, and every first launch of a variant is a call of `run`."""
-    with monkeypatch.context() as patch, as_if_on(patch, arch):
+def _instead_of_launches(monkeypatch, chip: str, run: Callable):
+    """Production code runs as if on this chip of `CHIPS`, and every first launch of a variant is a call of `run`."""
+    with monkeypatch.context() as patch, as_if_on(patch, chip):
         patch.setattr(JITFunction, "run", run)
         yield
 
 
 @contextlib.contextmanager
-def noted_launches(monkeypatch, arch: int):
-    """A dict of `Launched`, without repetitions, that fills while production code runs as if on this architecture."""
-    target = GPUTarget("cuda", arch, 32)
+def noted_launches(monkeypatch, chip: str):
+    """A dict of `Launched`, without repetitions, that fills while production code runs as if on a chip of `CHIPS`."""
+    target = target_of(chip)
     backend = make_backend(target)
     launched = {}
 
@@ -93,10 +114,10 @@ def noted_launches(monkeypatch, arch: int):
         options, signature, constants, attributes = packed
         source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
         by_name = {p.name: bound[p.name] for p in kernel.params if p.is_constexpr}
-        one = Launched(kernel.__name__, by_name, tuple(map(str, signature.values())), source, target, options)
+        one = Launched(kernel.__name__, chip, by_name, tuple(map(str, signature.values())), source, target, options)
         launched.setdefault(one.key, one)
 
-    with _instead_of_launches(monkeypatch, arch, note):
+    with _instead_of_launches(monkeypatch, chip, note):
         yield launched
 
 
@@ -125,22 +146,22 @@ class Variant:
 
 
 @contextlib.contextmanager
-def checked_launches(monkeypatch, arch: int):
+def checked_launches(monkeypatch, chip: str):
     """A list that fills with launches, ("kernel", "first" or "again", what the variant is for, how many arguments).
 
-    Production code runs as if on this architecture; all but first launches go to the variant that it took for theirs.
+    Production code runs as if on a chip of `CHIPS`; all but first launches go to the variant that it took for theirs.
     """
-    backend, calls = make_backend(GPUTarget("cuda", arch, 32)), []
+    backend, calls = make_backend(target_of(chip)), []
 
     def run(kernel, *arguments, grid, warmup, **named):
         return Variant(kernel, backend, arguments, named, calls)
 
-    with _instead_of_launches(monkeypatch, arch, run):
+    with _instead_of_launches(monkeypatch, chip, run):
         yield calls
 
 
 @contextlib.contextmanager
-def guarded_launches(monkeypatch, arch: int):
+def guarded_launches(monkeypatch, chip: str):
     """A list that fills with launches, ("kernel", the tensor whose device was made the current one or None)."""
     guards, calls = [None], []
 
@@ -153,7 +174,7 @@ def guarded_launches(monkeypatch, arch: int):
     def run(kernel, *arguments, grid, warmup, **named):
         calls.append((kernel.__name__, guards[-1]))
 
-    with _instead_of_launches(monkeypatch, arch, run), monkeypatch.context() as patch:
+    with _instead_of_launches(monkeypatch, chip, run), monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "device_of", device_of)
         yield calls
 

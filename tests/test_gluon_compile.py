@@ -274,7 +274,7 @@ CUBES = {
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_vsa_without_a_fine_gate(tmp_path, monkeypatch, head_dim, cubes):
     """Training and inference run the same fine stage: it stores nothing for the backward but the LSE."""
-    with noted_launches(monkeypatch, 90) as launched:
+    with noted_launches(monkeypatch, "sm_90") as launched:
         for train in (False, True):
             vsa(head_dim, BF16, cubes, True, False, train, backend="gluon")
     wide = "wide" in cubes
@@ -288,7 +288,7 @@ def test_vsa_without_a_fine_gate(tmp_path, monkeypatch, head_dim, cubes):
 @pytest.mark.parametrize("cubes", CUBES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_vsa(tmp_path, monkeypatch, head_dim, cubes, train):
-    with noted_launches(monkeypatch, 90) as launched:
+    with noted_launches(monkeypatch, "sm_90") as launched:
         vsa(head_dim, BF16, cubes, True, True, train, backend="gluon")
     wide = "wide" in cubes
     (fine,) = (x for x in launched.values() if x.name == ("cubes_fwd_wide_kernel" if wide else "cubes_fwd_kernel"))

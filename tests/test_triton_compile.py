@@ -1,4 +1,4 @@
-"""Compile-only: what the launch code compiles for sm_80, sm_90 and sm_100, with limits on spills and shared memory."""
+"""Compile-only: what the launch code compiles for GPUs of several kinds, with limits on spills and shared memory."""
 
 import functools
 import importlib
@@ -11,11 +11,12 @@ import torch
 triton = pytest.importorskip("triton")
 
 from launched_calls import FEW, all_calls  # noqa: E402
-from launched_kernels import compiled, figures, first_to_memory, noted_launches  # noqa: E402
+from launched_kernels import CHIPS, compiled, figures, first_to_memory, noted_launches  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from foveal import block_sparse_attention  # noqa: E402
 from foveal.kernels import triton as kernels  # noqa: E402
+from foveal.kernels.triton import pooled  # noqa: E402
 from foveal.testing import make_inputs, random_selection  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
@@ -63,7 +64,7 @@ def variants(arch, every):
 
     On sm_100 few are one of each kernel: that the compiler takes it.
     """
-    with pytest.MonkeyPatch.context() as monkeypatch, noted_launches(monkeypatch, arch) as launched:
+    with pytest.MonkeyPatch.context() as monkeypatch, noted_launches(monkeypatch, f"sm_{arch}") as launched:
         for call in all_calls() if every else FEW:
             call()
     found = covering(launched.values(), 2 if every else 0 if arch == 100 else 1)
@@ -145,6 +146,34 @@ def test_few_calls_take_every_constant_through_its_values():
         set().union(*(choices(x, 1) for some in variants(90, e).values() for x in some)) for e in (False, True)
     )
     assert every - few == set()
+
+
+REST = ("sm_80", "sm_86", "sm_89", "sm_90", "gfx942")
+
+
+def oversize(chip):
+    """What few calls compile for a chip and does not fit it: (kernel, bytes of shared memory, constants)."""
+    with pytest.MonkeyPatch.context() as monkeypatch, noted_launches(monkeypatch, chip) as launched:
+        for call in FEW:
+            call()
+    for one in launched.values():
+        shared = compiled(one).metadata.shared
+        threads = one.options.num_warps * CHIPS[chip].warp_size
+        if shared > CHIPS[chip].shared_memory or threads > 1024:
+            yield one.name, shared, one.constants
+
+
+@pytest.mark.parametrize(
+    "chip",
+    ["sm_120", *(pytest.param(chip, marks=pytest.mark.exhaustive) for chip in REST)],
+)
+def test_every_kernel_fits_the_chip(chip):
+    assert list(oversize(chip)) == []
+
+
+def test_an_oversize_tile_is_found(monkeypatch):
+    monkeypatch.setitem(pooled.FORWARD_PLANS, 128, pooled.FORWARD_PLANS[128][:1])
+    assert {name for name, *_ in oversize("sm_120")} == {"_pooled_fwd_kernel"}
 
 
 def test_hopper_kernels_use_its_units():

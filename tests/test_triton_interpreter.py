@@ -10,6 +10,7 @@ import pytest
 from interpreted import (
     all_strided,
     mend_interpreter,
+    pretend_to_be_on,
     run_interpreted,
     strided,
     with_strided_gradients,
@@ -37,13 +38,12 @@ CASES = {
 def run_case(name: str) -> None:
     import torch
 
-    from foveal.kernels import host
     from foveal.kernels.reference import block_sparse_attention_reference
     from foveal.kernels.sparse import block_sparse_attention_gpu
     from foveal.testing import assert_close_to_reference, make_inputs, output_and_gradients, random_selection
 
     batch, heads, query_length, key_length, head_dim, block_q, block_k, descriptors, layout, kv_lengths = CASES[name]
-    host.has_tma = lambda device: descriptors
+    pretend_to_be_on("sm_90" if descriptors else "sm_80")
     sizes = {"batch": batch, "heads": heads, "query_length": query_length, "key_length": key_length}
     kv_lengths = None if kv_lengths is None else torch.tensor(kv_lengths)
     selection = random_selection(**sizes, block_q=block_q, block_k=block_k, critical=0.7, kv_lengths=kv_lengths)
@@ -133,7 +133,6 @@ def run_states() -> None:
     """Pooled blocks and key states of strided tensors whose blocks have 63 valid tokens, 64, or none."""
     import torch
 
-    from foveal.kernels import host
     from foveal.kernels.triton.linear import key_state_sums, key_states, masked_sum
     from foveal.kernels.triton.select import pool
     from foveal.testing import make_inputs, relative_error
@@ -157,7 +156,7 @@ def run_states() -> None:
         means = sums.transpose(1, 2)[:, None] @ k / counts.clamp(min=1)[:, None, :, None]
         norms = blocks.sum(-1).flatten(0, 1)
         for descriptors in (True, False):
-            host.has_tma = lambda device, descriptors=descriptors: descriptors
+            pretend_to_be_on("sm_90" if descriptors else "sm_80")
             state, norm = torch.empty_like(expected, dtype=torch.bfloat16), torch.empty_like(norms, dtype=torch.float32)
             pooled = torch.empty_like(norm)
             key_states(key, value, sizes, block, "elu", range(4), pooled, state, norm)
@@ -190,7 +189,6 @@ def run_sla(name: str) -> None:
     import torch
 
     from foveal import SLAConfig
-    from foveal.kernels import host
     from foveal.methods.sla import gpu_backward, gpu_forward
     from foveal.methods.sla.gpu import sla_attention_gpu
     from foveal.methods.sla.reference import sla_attention_reference
@@ -203,7 +201,7 @@ def run_sla(name: str) -> None:
     )
 
     feature_map, scope, projection, block_q, block_k, head_dim, heads, *lengths, kv_lengths = SLA_CASES[name]
-    host.has_tma = lambda device: head_dim == 64
+    pretend_to_be_on("sm_90" if head_dim == 64 else "sm_80")
     gpu_forward.GROUP_BYTES = gpu_backward.GROUP_BYTES = 1
     kv_lengths = None if kv_lengths is None else torch.tensor(kv_lengths)
     sizes = {"batch": 1 if kv_lengths is None else 2, "heads": heads}

@@ -19,7 +19,8 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from foveal.kernels import host, sparse  # noqa: E402
+from foveal.kernels import chips, host, sparse  # noqa: E402
+from foveal.kernels.chips import Chip  # noqa: E402
 from foveal.kernels.hopper.support import missing_gluon  # noqa: E402
 from foveal.kernels.host import Descriptors  # noqa: E402
 from foveal.kernels.triton import select  # noqa: E402
@@ -85,15 +86,15 @@ def test_a_launcher_tells_apart_what_triton_does(name):
     assert apart > 0
 
 
-# As they are, on both architectures, and through Hopper's kernels.
-CALLS = [(call, arch) for call in FEW for arch in (80, 90)]
+# As they are, on chips with TMA and without, and through Hopper's kernels.
+CALLS = [(call, chip) for call in FEW for chip in ("sm_80", "sm_90", "sm_120")]
 if missing_gluon() is None:
-    CALLS += [(call, 90) for call in on_hopper(FEW)]
+    CALLS += [(call, "sm_90") for call in on_hopper(FEW)]
 
 
 # What users call; the others are parts of it.
 GUARDED = [
-    call for call, arch in CALLS if arch == 90 and call.func.__name__ in ("sparse", "sla", "vsa", "select_blocks")
+    call for call, chip in CALLS if chip == "sm_90" and call.func.__name__ in ("sparse", "sla", "vsa", "select_blocks")
 ]
 
 
@@ -101,8 +102,8 @@ GUARDED = [
 def test_what_is_launched_again_fits_its_variant(case, monkeypatch):
     if not isinstance(next(iter(KERNELS.values())), JITFunction):
         pytest.skip("kernels are interpreted")
-    run, arch = CALLS[case]
-    with checked_launches(monkeypatch, arch) as calls:
+    run, chip = CALLS[case]
+    with checked_launches(monkeypatch, chip) as calls:
         run()
         first = len(calls)
         run()
@@ -150,7 +151,7 @@ def example(x_ptr, n, FIRST: "tl.constexpr", SECOND: "tl.constexpr"):  # noqa: F
 @pytest.mark.parametrize("early", [False, True])
 def test_a_second_launch_takes_the_compiled_kernel(monkeypatch, early):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(host, "starts_early", lambda device: early)
+    monkeypatch.setattr(chips, "chip_of", lambda device: Chip("sm_90" if early else "sm_89", 99 * 1024))
     kernel = Recorder(example)
     x, named = torch.zeros(4), {"SECOND": 2, "FIRST": 1, "num_warps": 4}
     host.launch(kernel, (3,), x_ptr=x, n=5, **named)
@@ -222,7 +223,7 @@ def test_launches_are_where_their_tensors_are(call, plain, monkeypatch):
     if not plain:
         for module in (sparse, select, sla, vsa):
             monkeypatch.setattr(module, "is_plain", lambda *_: False)
-    with guarded_launches(monkeypatch, 90) as calls:
+    with guarded_launches(monkeypatch, "sm_90") as calls:
         call()
     assert calls
     assert {name for name, tensor in calls if tensor is None} == set()

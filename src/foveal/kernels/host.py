@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from foveal.checks import clear_constants
+from foveal.kernels import chips
 
 MOST = 1024  # entries of a cache before it starts anew
 
@@ -82,24 +83,6 @@ DOORS = {
 
 
 # --- Facts about devices ---------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def capability(device: torch.device | int) -> tuple[int, int]:
-    """The compute capability of a CUDA device."""
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def has_tma(device: torch.device) -> bool:
-    """Whether kernels on this device can take TMA descriptors (Hopper and later)."""
-    return device.type == "cuda" and torch.version.hip is None and capability(device)[0] >= 9
-
-
-@functools.cache
-def starts_early(device: int) -> bool:
-    """Whether kernels on this CUDA device start before the one before them has ended, and so must await it."""
-    return capability(device)[0] >= 9
 
 
 @functools.cache
@@ -224,7 +207,7 @@ class Descriptors:
 
 def tma_takes(tensors: Sequence[Tensor]) -> bool:
     """Whether TMA is there and takes these tensors: 16-byte aligned starts and strides."""
-    return all(has_tma(x.device) and x.data_ptr() % 16 == 0 and _steps_aligned(x) for x in tensors)
+    return all(chips.chip_of(x.device).uses_tma and x.data_ptr() % 16 == 0 and _steps_aligned(x) for x in tensors)
 
 
 def _steps_aligned(x: Tensor) -> bool:
@@ -328,7 +311,7 @@ class Launcher:
         variant = self._variant(device, named, arguments)
         known = self._variants.get(variant)
         if known is None:
-            early = {"launch_pdl": True} if starts_early(device) else {}
+            early = {"launch_pdl": True} if chips.chip_of(torch.device("cuda", device)).starts_early else {}
             compiled = self.kernel[grid](**named, **early)
             if compiled is not None:  # Triton's compile hooks may keep it from launching
                 self._variants[variant] = compiled, _runner(compiled, device)
@@ -463,6 +446,6 @@ def clear() -> None:
     """Empties every cache: compiled variants, descriptors, streams, facts about devices, and constant tensors."""
     for cache in CACHES:
         cache.clear()
-    for function in (capability, has_tma, starts_early, num_sms, _side_stream):
+    for function in (chips.chip_of, num_sms, _side_stream):
         function.cache_clear()
     clear_constants()

@@ -15,12 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.kernels.chips import Plan, fitting
 from foveal.kernels.host import launch, num_sms, register_limit, tma_takes
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.feature_maps import feature_map
 from foveal.kernels.triton.select import add_column_sums, block_mean, store_first_row
 from foveal.kernels.triton.tiles import TILE, load_rows, row_strides, tile_argument
 from foveal.kernels.values import size_stride
+
+# By head_dim.
+MASKED_SUM_PLANS = {
+    64: [Plan(40960, {"num_stages": 3})],
+    128: [Plan(73728, {"num_stages": 3}), Plan(65536, {"num_stages": 2})],
+}
 
 
 @triton.jit(do_not_specialize=["heads", "pairs", "length", "size_stride", "first_pair", "blocks", "at_once"])
@@ -258,6 +265,6 @@ def masked_sum(mask: Tensor, terms: Tensor, out: Tensor | None = None) -> Tensor
         ROWS=32,
         TILE=TILE,
         num_warps=4,
-        num_stages=3,
+        **fitting(mask.device, MASKED_SUM_PLANS[head_dim]),
     )
     return out

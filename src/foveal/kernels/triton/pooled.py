@@ -12,12 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.kernels.chips import Plan, fitting
 from foveal.kernels.host import launch
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.values import LOG2_E
 
-ROWS = 64  # queries of a program; keys in the kernel for dK and dV
-FORWARD_COLUMNS, BACKWARD_COLUMNS = 64, 32  # how many of the others come at a time
+# ROWS: queries of a program; keys in the kernel for dK and dV. COLUMNS: how many of the others come at a time.
+SMALL = Plan(73728, {"ROWS": 32, "COLUMNS": 32, "num_warps": 8, "num_stages": 1})
+FORWARD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 8, "num_stages": 2}
+BACKWARD = {"ROWS": 64, "COLUMNS": 32, "num_warps": 8, "num_stages": 2}
+# By head_dim.
+FORWARD_PLANS = {64: [Plan(57344, FORWARD)], 128: [Plan(131072, FORWARD), SMALL]}
+BACKWARD_PLANS = {64: [Plan(57600, BACKWARD)], 128: [Plan(123136, BACKWARD), SMALL]}
 
 
 @triton.jit
@@ -146,9 +152,10 @@ def pooled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     """
     batch, heads, length, head_dim = query.shape
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:3])
+    plan = fitting(query.device, FORWARD_PLANS[head_dim])
     launch(
         _pooled_fwd_kernel,
-        (-(-length // ROWS), batch * heads),
+        (-(-length // plan["ROWS"]), batch * heads),
         query_ptr=query,
         key_ptr=key,
         value_ptr=value,
@@ -157,10 +164,7 @@ def pooled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         length=length,
         scale_log2=scale * LOG2_E,
         D=head_dim,
-        ROWS=ROWS,
-        COLUMNS=FORWARD_COLUMNS,
-        num_warps=8,
-        num_stages=2,
+        **plan,
     )
     return output, lse
 
@@ -172,7 +176,8 @@ def pooled_attention_backward(
     batch, heads, length, head_dim = query.shape
     grad_query, grad_key, grad_value = (torch.empty_like(query) for _ in range(3))
     delta = torch.empty_like(lse)
-    grid = (-(-length // ROWS), batch * heads)
+    plan = fitting(query.device, BACKWARD_PLANS[head_dim])
+    grid = (-(-length // plan["ROWS"]), batch * heads)
     both = {
         "query_ptr": query,
         "key_ptr": key,
@@ -184,10 +189,7 @@ def pooled_attention_backward(
         "scale": scale,
         "scale_log2": scale * LOG2_E,
         "D": head_dim,
-        "ROWS": ROWS,
-        "COLUMNS": BACKWARD_COLUMNS,
-        "num_warps": 8,
-        "num_stages": 2,
+        **plan,
     }
     launch(_pooled_dq_kernel, grid, output_ptr=output, grad_query_ptr=grad_query, **both)
     launch(_pooled_dkdv_kernel, grid, grad_key_ptr=grad_key, grad_value_ptr=grad_value, **both)

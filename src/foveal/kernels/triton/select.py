@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.blocks import SelectionRule
+from foveal.kernels import chips
 from foveal.kernels.host import is_plain, launch, on_device_of, register_limit
 from foveal.kernels.replay import replayed
 from foveal.kernels.triton.await_previous import await_previous
@@ -24,8 +25,7 @@ from foveal.kernels.triton.tiles import row_strides
 from foveal.kernels.values import flatten, size_stride, unflatten
 from foveal.symbols import ceil_div
 
-# Scores that one warp of a program holds in its registers.
-SCORES_PER_WARP = 512
+SCORES_PER_THREAD = 16  # what a thread of a program holds in its registers
 # Scores are made for so many pairs of batch and head at a time that they stay within these bytes, and in the L2 cache.
 SCORE_BYTES = 32 * 2**20
 SCORE_TILE = 64  # what `padded_blocks` pads to
@@ -93,7 +93,7 @@ def order_preserving(x):
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "scale"])
 def _score_kernel(
     query_ptr, key_ptr, score_ptr, query_blocks, key_blocks, scale,
-    D: tl.constexpr, TILE: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """order_preserving(scale * q k^T) of a tile of pooled blocks; what is past the last key block is undefined."""
     await_previous()
@@ -105,12 +105,11 @@ def _score_kernel(
     query_ptr += (pair * query_blocks + row)[:, None] * D
     key_ptr += (pair * key_blocks + column)[None, :] * D
     scores = tl.zeros([TILE, TILE], tl.float32)
-    # Three products of 11-bit parts are as good as float32, and the same for equal columns: ties stay ties.
     for start in range(0, D, 32):
         feature = start + tl.arange(0, 32)
         q = tl.load(query_ptr + feature[None, :], mask=in_rows[:, None], other=0.0) * scale
         k = tl.load(key_ptr + feature[:, None], mask=in_columns[None, :], other=0.0)
-        scores = tl.dot(q, k, scores, input_precision="tf32x3")
+        scores = tl.dot(q, k, scores, input_precision=PRECISION)
     offsets = (pair * query_blocks + row)[:, None] * padded_columns + column[None, :]
     tl.store(score_ptr + offsets, order_preserving(scores), mask=in_rows[:, None])
 
@@ -177,7 +176,7 @@ def _pick_kernel(
     row, score_pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pair = first_pair + score_pair
     column = tl.arange(0, COLUMNS)
-    # A multiple of 64 that the compiler knows for one: only then are loads and stores of rows wide.
+    # With TILE 64 a multiple that the compiler knows for one: only then are loads and stores of rows wide.
     padded_columns = column_tiles * TILE
     inside = column < padded_columns
     marginal_ptr += (pair * padded_rows + row) * padded_columns + column
@@ -307,6 +306,13 @@ def pick(query: Tensor, key: Tensor, scale: float, rule: SelectionRule, first_pa
     step = max(1, SCORE_BYTES // (rows * row_bytes))
     scores = torch.empty(min(step, pairs) * rows * row_bytes // 4, dtype=torch.int32, device=query.device)
     padded_rows = rows if marginal is None else marginal.shape[2]
+    # Three products of 11-bit parts are as good as float32, and the same for equal columns: ties stay ties. AMD's
+    # compiler has no such products, but those of float32.
+    precision = "ieee" if torch.version.hip else "tf32x3"
+    chip = chips.chip_of(query.device)
+    # Wide loads and stores need other threads than running counts do: addresses of eight bytes pass between them in
+    # shared memory. Where a row's addresses do not fit, loads and stores are narrow.
+    row_tile = SCORE_TILE if 8 * held <= chip.shared_memory else 1
     for start in range(0, pairs, step):
         some = min(step, pairs - start)
         launch(
@@ -320,6 +326,7 @@ def pick(query: Tensor, key: Tensor, scale: float, rule: SelectionRule, first_pa
             scale=scale,
             D=head_dim,
             TILE=SCORE_TILE,
+            PRECISION=precision,
             num_warps=4,
             num_stages=1,
         )
@@ -337,7 +344,7 @@ def pick(query: Tensor, key: Tensor, scale: float, rule: SelectionRule, first_pa
             key_blocks=columns,
             width=critical.shape[-1],
             padded_rows=padded_rows,
-            column_tiles=column_tiles,
+            column_tiles=column_tiles * SCORE_TILE // row_tile,
             critical_wanted=rule.critical,
             negligible_wanted=rule.negligible,
             key_start=rule.key_range[0],
@@ -346,10 +353,10 @@ def pick(query: Tensor, key: Tensor, scale: float, rule: SelectionRule, first_pa
             query_stop=rule.query_range[1],
             first_pair=first_pair + start,
             COLUMNS=held,
-            TILE=SCORE_TILE,
+            TILE=row_tile,
             MARGINAL=marginal is not None,
             PER_SAMPLE=rule.valid_blocks is not None,
-            num_warps=max(1, held // SCORES_PER_WARP),
+            num_warps=max(1, held // (SCORES_PER_THREAD * chip.warp_size)),
             **register_limit(96 if held <= 8192 else 64),
         )
 
