@@ -114,6 +114,25 @@ def shapes() -> str:
     return "\n".join([*lines, "", f"{_machines([run for run, _ in runs])}; bfloat16; rested medians."])
 
 
+def short() -> str:
+    """Forwards of short sequences: milliseconds rested and back to back, and how many times faster than dense cuDNN."""
+    runs = [bench_run(name, "method") for name in ("4k", "8k")]
+    heads = [
+        f"{name}, {tokens} tokens" for tokens in ("4,096", "8,192") for name in ("ms", "x cuDNN", "sustained x cuDNN")
+    ]
+    lines = [_row("forward", *heads), "|---" * (len(heads) + 1) + "|"]
+    found = [{entry["name"]: entry["passes"]["forward"] for entry in entries} for _, entries in runs]
+    for entry in runs[0][1]:
+        if GIVEN in entry["name"]:
+            continue
+        cells = []
+        for figures in (passes[entry["name"]] for passes in found):
+            cudnn = figures["ratios"]["SDPA cuDNN"]
+            cells += [f"{figures['rested_ms']:.3f}", f"{cudnn['speedup']:.1f}", f"{cudnn['sustained_speedup']:.1f}"]
+        lines.append(_row(entry["name"].removesuffix(", auto"), *cells))
+    return "\n".join([*lines, "", f"{_machines([run for run, _ in runs])}; B1 H12 D128, bfloat16."])
+
+
 def counters() -> str:
     """What bounds the kernels: shares of what the hardware can do."""
     run = latest("counters-*.json")
@@ -421,6 +440,7 @@ TABLES = {
     "methods": lambda: methods(given=False),
     "methods_480p": methods,
     "shapes": shapes,
+    "short": short,
     "methods_720p": lambda: methods("720p"),
     "methods_paper": lambda: methods("paper"),
     "methods_d64": lambda: methods("d64"),
