@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from game import new_game
 
 SCENARIOS = ("my_way_home", "deadly_corridor", "deathmatch", "health_gathering_supreme")
 HEIGHT, WIDTH = 128, 224
@@ -33,24 +33,15 @@ def clip_file(work: Path) -> Path:
 
 def render_clip(job: tuple[Path, int, int]) -> None:
     """Renders clip number `job[1]` into the file at `job[0]`, every `job[2]`-th pixel of it."""
-    import vizdoom
-    from vizdoom import Button, ScreenFormat, ScreenResolution
+    from vizdoom import Button
 
     path, number, step = job
     clips = np.load(path, mmap_mode="r+")
-    os.chdir(tempfile.mkdtemp(prefix="vizdoom-"))  # the engine leaves a configuration file where it runs
     random = np.random.RandomState(number)
-    game = vizdoom.DoomGame()
-    game.load_config(os.path.join(vizdoom.scenarios_path, f"{SCENARIOS[number % len(SCENARIOS)]}.cfg"))
+    game = new_game(number, SCENARIOS[number % len(SCENARIOS)])
     game.set_available_buttons(
         [Button.MOVE_FORWARD, Button.TURN_LEFT, Button.TURN_RIGHT, Button.ATTACK, Button.MOVE_LEFT, Button.MOVE_RIGHT]
     )
-    game.set_window_visible(False)
-    game.set_screen_resolution(ScreenResolution.RES_256X144)
-    game.set_screen_format(ScreenFormat.RGB24)
-    game.set_depth_buffer_enabled(True)
-    game.set_render_hud(False)
-    game.set_seed(number)
     game.init()
     left = True
     for frame in range(clips.shape[1]):

@@ -1,0 +1,42 @@
+"""The clips of the quality runs: which games are played, and what their captions say. No game is played here."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numpy")
+QUALITY = Path(__file__).parents[1] / "benchmarks" / "quality"
+
+
+@pytest.fixture
+def clips(monkeypatch):
+    monkeypatch.syspath_prepend(str(QUALITY))
+    import clips
+
+    yield clips
+    for name in ("clips", "game"):
+        sys.modules.pop(name, None)
+
+
+def test_training_and_held_out_clips_share_no_map(clips, tmp_path):
+    games = {part: [job for job in clips.jobs(tmp_path) if job.file.parent.name == part] for part in clips.SEEDS}
+    maps = {part: {job.map for job in found} for part, found in games.items()}
+    assert not maps["train"] & maps["held-out"]
+    assert len(games["train"]) * clips.CLIPS_PER_JOB >= 3000 and len(games["held-out"]) * clips.CLIPS_PER_JOB >= 200
+    assert len({job.file for found in games.values() for job in found}) == len(clips.jobs(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("turned", "walked", "seen", "shots", "expected"),
+    [
+        (0, 400, {}, 0, "first-person view of a cave, walking forward"),
+        (40, 200, {}, 2, "first-person view of a cave, moving slowly and turning left"),
+        (-40, 400, {"DoomImp": 9, "Zombieman": 8}, 3, "first-person view of a cave, walking forward and turning right, "
+         "an imp in sight, shooting"),
+        (0, 400, {"Zombieman": 20, "ShotgunGuy": 20}, 0, "first-person view of a cave, walking forward, a soldier in "
+         "sight"),
+    ],
+)  # fmt: skip
+def test_captions_say_what_the_game_knows(clips, turned, walked, seen, shots, expected):
+    assert clips.caption("a cave", turned, walked, seen, shots) == expected
