@@ -23,7 +23,8 @@ def test_training_and_held_out_clips_share_no_map(clips, tmp_path):
     games = {part: [job for job in clips.jobs(tmp_path) if job.file.parent.name == part] for part in clips.SEEDS}
     maps = {part: {job.map for job in found} for part, found in games.items()}
     assert not maps["train"] & maps["held-out"]
-    assert len(games["train"]) * clips.CLIPS_PER_JOB >= 3000 and len(games["held-out"]) * clips.CLIPS_PER_JOB >= 200
+    assert len(games["train"]) * clips.CLIPS_PER_JOB >= 3000
+    assert len(games["held-out"]) * clips.CLIPS_PER_JOB >= 200
     assert len({job.file for found in games.values() for job in found}) == len(clips.jobs(tmp_path))
 
 
