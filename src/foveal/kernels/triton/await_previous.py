@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 def _launched_early(_semantic: Any = None) -> tl.constexpr:
-    """In a kernel: whether it is compiled for a device that `host.starts_early`; not where it is interpreted."""
+    """In a kernel: whether it is compiled for a device that `Chip.starts_early`; not where it is interpreted."""
     options = None if _semantic is None else _semantic.builder.options
     return tl.constexpr(getattr(options, "launch_pdl", False))
 
