@@ -50,12 +50,12 @@ TEXT_TOKENS = 512
 
 
 @torch.library.custom_op("benchmark::values", mutates_args=())
-def _values(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def copied_values(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A copy of the values, where a compiler sees an attention: it neither drops the projections nor joins in."""
     return value.clone()
 
 
-_values.register_fake(lambda query, key, value: torch.empty_like(value))
+copied_values.register_fake(lambda query, key, value: torch.empty_like(value))
 
 
 class ProjectionsAlone:
@@ -63,7 +63,7 @@ class ProjectionsAlone:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         def method(query, key, value, hidden_states, kv_lengths, receive):
-            return _values(query, key, value)
+            return copied_values(query, key, value)
 
         from foveal.models.families.wan import self_attention
         from foveal.models.self_attention import LayerAttention

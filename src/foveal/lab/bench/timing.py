@@ -120,6 +120,15 @@ def _host_milliseconds(function: Function) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def in_turns(timer: Timer, functions: dict[Key, Function], *, rounds: int, calls: int) -> dict[Key, list[float]]:
+    """Each function's rested milliseconds, from `rounds` bursts of `calls` calls; every round has a burst of each."""
+    rested: dict[Key, list[float]] = {key: [] for key in functions}
+    for _ in range(rounds):
+        for key, function in functions.items():
+            rested[key] += timer.burst(function, calls)
+    return rested
+
+
 def measure(
     timer: Timer, functions: dict[Key, Function], *, rounds: int, calls: int, seconds: float
 ) -> dict[Key, tuple[list[float], float, float]]:
@@ -132,10 +141,7 @@ def measure(
     Returns:
         Each function's (rested milliseconds, one per call; sustained milliseconds; host milliseconds).
     """
-    rested: dict[Key, list[float]] = {key: [] for key in functions}
-    for _ in range(rounds):
-        for key, function in functions.items():
-            rested[key] += timer.burst(function, calls)
+    rested = in_turns(timer, functions, rounds=rounds, calls=calls)
     sustained = {}
     for key, function in functions.items():
         wanted = math.ceil(1e3 * seconds / max(statistics.median(rested[key]), 1e-3))

@@ -1,0 +1,116 @@
+"""`benchmarks/minimax_h3.py` at a tiny size: every arm runs, it writes what it measured, and goes on where it ended."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers", minversion="0.42.1")
+if not hasattr(diffusers, "MiniMaxH3Transformer3DModel"):
+    pytest.skip("diffusers has no MiniMax-H3", allow_module_level=True)
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "minimax_h3.py"
+TINY = ["--smoke", "--device", "cpu", "--clips", "5 s", "--layers", "1", "2", "--calls", "1", "--text-tokens", "8"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # it shares code with another script
+    spec = importlib.util.spec_from_file_location("minimax_h3_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # Dynamo looks its functions up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_arm(script, tmp_path):
+    path = tmp_path / "h3.json"
+    script.main([*TINY, "--modes", "eager", "--rounds", "2", "--output", str(path)])
+    found = json.loads(path.read_text())
+    group = found["figures"]["5 s, eager"]
+    assert group["rounds"] == 2
+    assert list(group["arms"]) == list(script.ARMS)
+    for name, arm in group["arms"].items():
+        assert arm["ran"] == ("torch" if script.ARMS[name].config else None)
+        one, two = (arm["milliseconds"][layers] for layers in ("1", "2"))
+        assert len(one) == len(two) == 2
+        block = statistics.median(two) - statistics.median(one)
+        assert arm["block_milliseconds"] == pytest.approx(block)
+        assert arm["step_seconds"] == pytest.approx((statistics.median(one) + 49 * block) / 1e3)
+
+
+def test_compiled_blocks(script, tmp_path):
+    """Without a break in the graph; on a CPU by Dynamo only."""
+    path, arms = tmp_path / "h3.json", ["VSA 10 %", "SLA 5 %", "no attention"]
+    script.main([*TINY, "--modes", "compiled", "--arms", *arms, "--rounds", "1", "--output", str(path)])
+    group = json.loads(path.read_text())["figures"]["5 s, compiled"]
+    assert list(group["arms"]) == [script.DENSE, *arms]
+    assert all(len(times) == 1 for arm in group["arms"].values() for times in arm["milliseconds"].values())
+
+
+def test_goes_on_where_it_ended(script, tmp_path, capsys):
+    first, second = tmp_path / "first.json", tmp_path / "more" / "second.json"
+    few = [*TINY, "--modes", "eager", "--arms", "dense cuDNN", "VSA 10 %"]
+    script.main([*few, "--rounds", "1", "--output", str(first)])
+    former = json.loads(first.read_text())["figures"]["5 s, eager"]["arms"]["VSA 10 %"]["milliseconds"]
+    script.main([*few, "--rounds", "3", "--output", str(second), "--resume", str(first)])
+    found = json.loads(second.read_text())["figures"]["5 s, eager"]
+    assert found["rounds"] == 3
+    for layers, times in found["arms"]["VSA 10 %"]["milliseconds"].items():
+        assert len(times) == 3
+        assert times[:1] == former[layers]
+    # What is there is not measured again.
+    capsys.readouterr()
+    script.main([*few, "--rounds", "3", "--output", str(second)])
+    assert capsys.readouterr().out == ""
+    script.main([*few, "--rounds", "4", "--output", str(second), "--budget-seconds", "0"])
+    assert "out of time before the end of: 5 s, eager" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"second\.json has other settings"):
+        script.main([*few, "--rounds", "4", "--text-tokens", "9", "--output", str(second)])
+
+
+def test_a_wrong_arm_does_not_count(script, tmp_path, monkeypatch):
+    """The attention of protected rows is exact in a sparse arm; a processor that only copies values is found out."""
+    wrong = script.ARMS["no attention"]._replace(attention=True)
+
+    def built(arm, *arguments):
+        return original(script.ARMS["no attention"] if arm is wrong else arm, *arguments)
+
+    original = script.arm_model
+    monkeypatch.setattr(script, "arm_model", built)
+    monkeypatch.setitem(script.ARMS, "VSA 10 %", wrong)
+    path = tmp_path / "h3.json"
+    with pytest.raises(SystemExit, match="1"):
+        script.main([*TINY, "--modes", "eager", "--arms", "VSA 10 %", "--rounds", "1", "--output", str(path)])
+    arm = json.loads(path.read_text())["figures"]["5 s, eager"]["arms"]["VSA 10 %"]
+    assert "the attention of text and audio differs from" in arm["error"]
+    assert "speedup" not in arm
+
+
+def test_packs_as_the_pipeline_does(script):
+    """The clips' shapes at full size; the layout's own code makes them, so only the seconds and the canvas are ours."""
+    with torch.device("meta"):
+        model = script.MiniMaxH3Transformer3DModel(num_layers=0, **script.SMOKE)
+    expected = {"5 s": (37, 414), "10 s": (72, 810), "15 s": (102, 1150)}
+    for clip, (frames, audio) in expected.items():
+        shape = script.pack(script.CLIPS[clip], 5, model.to_empty(device="cpu"), smoke=False).shape
+        assert shape["pixels"] == [768, 1344]
+        assert (shape["latent_frames"], shape["audio_tokens"]) == (frames, audio)
+        assert shape["tokens"] == frames * 24 * 42 + audio + 5
+
+
+def test_full_width(script):
+    """What the docstring says of its memory, and the dtypes of the released weights."""
+    with torch.device("meta"):
+        model = script.MiniMaxH3Transformer3DModel(num_layers=1)
+    block = sum(x.numel() for x in model.transformer_blocks[0].parameters())
+    assert 2 * block / 2**30 == pytest.approx(1.2, abs=0.01)
+    kept = set(model._keep_in_fp32_modules)
+    float32 = {x.split(".")[0] for x in dict(model.named_parameters()) if kept & set(x.split("."))}
+    assert float32 == {"proj_in", "audio_proj_in", "time_embedder", "proj_out", "audio_proj_out"}
