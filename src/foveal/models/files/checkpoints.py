@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from foveal.methods.base import Config, config_from_dict, method_of
-from foveal.models.convert import densify, sparsify
 from foveal.models.families.table import components_of, family_of
 from foveal.models.files.contracts import Contract, read_contract
 from foveal.models.files.formats import (
@@ -30,18 +26,16 @@ from foveal.models.files.formats import (
     format_named,
     from_diffusers,
     recognized,
-    to_diffusers,
     without_prefix,
 )
-from foveal.models.files.lora import export_adapter, load_adapter, read_adapter
+from foveal.models.files.loading import PATCH_EMBEDDING, load_lora, load_updates, load_weights
+from foveal.models.files.lora import export_adapter
 from foveal.models.files.manifest import check_model, model_entry
 from foveal.models.files.quantized import dequantized
 from foveal.models.files.tensor_files import TensorFile, enumerated, open_tensors, write_tensors
-from foveal.models.files.updates import FORMAT, is_update, read_updates
 from foveal.models.processor import sparse_processors
 
 HEADER_KEY = "foveal_checkpoint"
-PATCH_EMBEDDING = "patch_embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -132,7 +126,7 @@ def load_checkpoint(
             check_model(str(path), transformer, header["model"])
         contract = read_contract(Path(path)) if found.contract and header is None else None
         config = _configuration(found, header, contract, transformer, changes)
-        load = _load_lora if found.lora else _load_updates if found.updates else _load_weights
+        load = load_lora if found.lora else load_updates if found.updates else load_weights
         sparse_tensors, base_tensors, notes = load(transformer, file, names, found, config, impl)
     if int8_layers:
         notes = (*notes, f"the int8 weights of {int8_layers} linear layers were dequantized")
@@ -275,137 +269,6 @@ def _check_fixed(found: CheckpointFormat, config: Config, expected: Config) -> N
             )
 
 
-def _load_weights(
-    transformer: nn.Module,
-    file: TensorFile,
-    names: dict[str, str],
-    found: CheckpointFormat,
-    config: Config,
-    impl: str,
-) -> tuple[int, int, tuple[str, ...]]:
-    layers = list(family_of(transformer).self_attention_layers(transformer))
-    _check_depth(file, names, len(layers))
-    wanted = {
-        (layer, parameter): key.format(index=index)
-        for index, layer in enumerate(layers)
-        for parameter, key in found.sparse_keys.items()
-    }
-    sparse_names = set(wanted.values())
-    base = to_diffusers([name for name in names if name not in sparse_names], found.layout)
-    former = transformer.state_dict()
-    missing = [key for key in sparse_names if key not in names]
-    # A file with only the sparse parameters is whole too.
-    missing += [name for name in former if name not in base] if base else []
-    extra = [file_name for name, file_name in base.items() if name not in former]
-    _check_names(file, sorted(missing), extra)
-
-    sparsify(transformer, config, impl=impl)
-    try:
-        # From the name in the file, which the messages give, to what it fills.
-        targets = {names[name]: former[model_name] for model_name, name in base.items()}
-        fresh = {layer: one.attention.state_dict() for layer, one in sparse_processors(transformer).items()}
-        targets |= {names[key]: fresh[layer][parameter] for (layer, parameter), key in wanted.items()}
-        patches = names[base[PATCH_EMBEDDING]] if PATCH_EMBEDDING in base else None
-        _check_tensors(file, targets, patches)
-        dtypes = set()
-        with torch.no_grad():
-            for name, target in targets.items():
-                tensor = file.read(name)
-                dtypes.add((_short(tensor.dtype), _short(target.dtype)))
-                target.copy_(tensor.reshape(target.shape))
-    except BaseException:
-        densify(transformer)
-        raise
-    notes = [f"{given} cast to {taken}" for given, taken in sorted(dtypes) if given != taken]
-    if not base:
-        notes.append("the file has no base weights: the model's own were kept")
-    return len(wanted), len(base), tuple(notes)
-
-
-def _check_depth(file: TensorFile, names: dict[str, str], num_layers: int) -> None:
-    found = (re.match(r"(?:transformer_)?blocks\.(\d+)\.", name) for name in names)
-    indices = [int(match.group(1)) for match in found if match]
-    if indices and max(indices) + 1 != num_layers:
-        raise ValueError(
-            f"{file.path} is for a model of {max(indices) + 1} layers, got one of {num_layers}: another model size"
-        )
-
-
-def _check_names(file: TensorFile, missing: list[str], extra: list[str]) -> None:
-    problems = [f"lacks {enumerated(missing)}"] * bool(missing) + [f"has unexpected {enumerated(extra)}"] * bool(extra)
-    if problems:
-        raise ValueError(f"{file.path} {' and '.join(problems)}")
-
-
-def _check_tensors(file: TensorFile, targets: dict[str, Tensor], patches: str | None) -> None:
-    wrong = []
-    for name, target in targets.items():
-        shape, expected = file.shapes[name], tuple(target.shape)
-        flat = (expected[0], math.prod(expected[1:])) if name == patches else expected
-        if shape not in (expected, flat):
-            wrong.append(f"{name} has shape {shape}, the model's is {expected}")
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(f"{file.path} does not fit the model, of another size maybe: {wrong[0]}{more}")
-    integers = [name for name in targets if name in file.not_floating]
-    if integers:
-        raise ValueError(f"{file.path} is quantized, or damaged: {enumerated(integers)} are integers")
-    offloaded = [name for name, target in targets.items() if target.device.type == "meta"]
-    if offloaded:
-        raise ValueError(f"the model's {enumerated(offloaded)} are on the meta device; load before offloading it")
-
-
-def _load_lora(
-    transformer: nn.Module,
-    file: TensorFile,
-    names: dict[str, str],
-    found: CheckpointFormat,
-    config: Config,
-    impl: str,
-) -> tuple[int, int, tuple[str, ...]]:
-    tensors = {name: file.read(given) for name, given in names.items()}
-    adapter = read_adapter(transformer, tensors, str(file.path), found.family, file.metadata.get("alpha"))
-    sparsify(transformer, config, impl=impl)
-    try:
-        load_adapter(transformer, adapter, found.name)
-    except BaseException:
-        densify(transformer)
-        raise
-    return 0, len(adapter), (f"a LoRA, loaded as adapter {found.name!r}: fuse_lora() merges it",)
-
-
-def _load_updates(
-    transformer: nn.Module,
-    file: TensorFile,
-    names: dict[str, str],
-    found: CheckpointFormat,
-    config: Config,
-    impl: str,
-) -> tuple[int, int, tuple[str, ...]]:
-    if not is_update(file):
-        raise ValueError(f"{file.path} must say format {FORMAT!r} in its header, got {file.metadata.get('format')!r}")
-    layers = list(family_of(transformer).self_attention_layers(transformer))
-    _check_depth(file, names, len(layers))
-    ((parameter, key),) = found.sparse_keys.items()
-    wanted = {key.format(index=index): layer for index, layer in enumerate(layers)}
-    base, gates = transformer.state_dict(), [name for name in names if name.endswith(".set_weight")]
-    _check_names(file, sorted(set(wanted) - set(gates)), sorted(set(gates) - set(wanted)))
-    updates = read_updates(file, {name: given for name, given in names.items() if name not in wanted}, base)
-    sparsify(transformer, config, impl=impl)
-    try:
-        sparse = sparse_processors(transformer)
-        targets = {names[name]: sparse[layer].attention.state_dict()[parameter] for name, layer in wanted.items()}
-        _check_tensors(file, targets, None)
-        with torch.no_grad():
-            for name, target in targets.items():
-                target.copy_(file.read(name))
-        merged = updates.apply(base, file)
-    except BaseException:
-        densify(transformer)
-        raise
-    return len(wanted), merged, ("the updates were merged into the base weights",)
-
-
 def _exportable_config(transformer: nn.Module, target: CheckpointFormat) -> Config:
     family = family_of(transformer)
     if family.name != target.family:
@@ -440,7 +303,3 @@ def _whole_model(transformer: nn.Module, target: CheckpointFormat) -> dict[str, 
             raise ValueError(f"format {target.name!r} has no place for {', '.join(lost)} of {layer}, which is not zero")
         tensors |= {key.format(index=index): parameters[name] for name, key in target.sparse_keys.items()}
     return tensors
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
