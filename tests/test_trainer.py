@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -147,6 +148,34 @@ def test_losses_are_the_objective_of_the_batches(finished):
     with torch.no_grad():
         loss = flow_matching_loss(velocity(build_model(settings), noisy, sigmas, text), target).mean()
     assert metrics(folder)[1] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_first_frames_are_given(folder):
+    """The first step's loss by hand, with a timestep for each token, and a held-out loss with a frame given."""
+    trainer = Trainer(config(folder, objective__first_frame=0.5, steps=3))
+    batch = [trainer.stream._read(*pick) for pick in trainer.stream._picks(0)]
+    trainer.run()
+    clean = torch.stack([item["latents"] for item in batch]).float()
+    text = {"prompt_embeds": torch.stack([item["prompt_embeds"] for item in batch])}
+    noise, levels = sample_noise(tuple(clean.shape), first=0, seed=0, shift=2.0, first_frame=0.5)
+    assert levels.shape == (2, 3)
+    noisy, target = add_noise(clean, noise, levels)
+    with torch.no_grad():
+        predicted = velocity(build_model(trainer.config), noisy, levels, text)
+    assert metrics(folder)[1] == pytest.approx(flow_matching_loss(predicted, target, levels).mean().item(), rel=1e-5)
+    assert [trainer.held_out.sample(index)[3] for index in range(2)] == [False, True]
+    assert all(map(math.isfinite, metrics(folder, "held_out/sparse").values()))
+
+
+def test_a_model_with_one_timestep_is_given_no_first_frame(folder, tmp_path):
+    build_model(config(folder)).save_pretrained(tmp_path / "pipe" / "transformer")
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
+    changes = {"model__path": str(tmp_path / "pipe"), "model__architecture": None, "objective__first_frame": 0.5}
+    with pytest.raises(ValueError, match=r"objective\.first_frame must be 0 .* has no expand_timesteps"):
+        Trainer(config(folder, **changes))
+    with pytest.raises(ValueError, match=r"objective\.first_frame and context_parallel exclude each other"):
+        config(folder, objective__first_frame=0.5, context_parallel=2)
 
 
 def test_training_repeats_and_lowers_the_held_out_loss(finished, folder):

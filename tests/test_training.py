@@ -16,7 +16,7 @@ from foveal.lab.data.windows import (
     write_video,
 )
 from foveal.lab.train.loop import Action, run_steps, train
-from foveal.lab.train.objective import add_noise, flow_matching_loss, sample_sigmas
+from foveal.lab.train.objective import add_noise, flow_matching_loss, sample_noise, sample_sigmas, with_first_frame
 
 
 def test_sigmas_follow_the_shift():
@@ -41,6 +41,33 @@ def test_noise_and_target_are_consistent():
     torch.testing.assert_close(noisy - sigmas.view(-1, 1, 1, 1, 1) * target, clean)
     assert flow_matching_loss(target, target).eq(0).all()
     torch.testing.assert_close(flow_matching_loss(target + 2, target), torch.full((3,), 4.0))
+
+
+def test_a_given_first_frame_has_no_noise_and_no_loss():
+    clean, noise = torch.randn(2, 2, 3, 4, 5, 6)
+    levels = with_first_frame(torch.tensor([0.3, 0.8]), torch.tensor([True, False]), frames=4)
+    torch.testing.assert_close(levels, torch.tensor([[0.0, 0.3, 0.3, 0.3], [0.8] * 4]))
+    noisy, target = add_noise(clean, noise, levels)
+    torch.testing.assert_close(noisy[0, :, 0], clean[0, :, 0])
+    whole, _ = add_noise(clean, noise, torch.tensor([0.3, 0.8]))
+    torch.testing.assert_close(noisy[0, :, 1:], whole[0, :, 1:])
+    torch.testing.assert_close(noisy[1], whole[1])
+    wrong = target.clone()
+    wrong[:, :, 0] += 100
+    wrong[:, :, 1] += 3
+    losses = flow_matching_loss(wrong, target, levels)
+    torch.testing.assert_close(losses, torch.tensor([9 / 3, (100**2 + 9) / 4]))
+
+
+def test_giving_first_frames_changes_no_noise():
+    settings = {"first": 5, "seed": 3, "shift": 2.0}
+    noise, sigmas = sample_noise((300, 1, 3, 1, 1), **settings)
+    same, levels = sample_noise((300, 1, 3, 1, 1), **settings, first_frame=0.25)
+    assert torch.equal(noise, same)
+    assert torch.equal(levels[:, 1:], sigmas[:, None].expand(-1, 2))
+    given = levels[:, 0].eq(0)
+    assert torch.equal(levels[~given, 0], sigmas[~given])
+    assert 0.18 < given.float().mean() < 0.32
 
 
 def test_windows_never_share_a_frame_with_the_held_out_ones():

@@ -102,6 +102,11 @@ class TrainingConfig:
             )
         if self.model.compile and self.sparsity.annealing is not None:
             raise ValueError("model.compile and sparsity.annealing exclude each other: each change would compile anew")
+        if self.objective.first_frame and self.context_parallel > 1:
+            raise ValueError(
+                "objective.first_frame and context_parallel exclude each other, because timesteps of tokens are not "
+                f"divided among processes; got {self.objective.first_frame} and {self.context_parallel}"
+            )
         if self.parallel == "fsdp" and self.model.frozen_dtype != "float32":
             raise ValueError('parallel="fsdp" shards weights of one dtype: set model.frozen_dtype to "float32"')
         if self.parallel == "fsdp" and self.optimizer.name == "adamw8bit":

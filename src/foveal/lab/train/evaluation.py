@@ -14,7 +14,7 @@ from foveal.lab.data.dataset import LatentDataset
 from foveal.lab.train.config import TrainingConfig
 from foveal.lab.train.faults import TrainingError
 from foveal.lab.train.model import text_of, velocity
-from foveal.lab.train.objective import add_noise, flow_matching_loss, sample_noise
+from foveal.lab.train.objective import add_noise, flow_matching_loss, sample_noise, with_first_frame
 from foveal.lab.train.parallel import data_part, mean_of, sum_of
 from foveal.models import dense
 from foveal.models.processor import sparse_processors
@@ -84,10 +84,14 @@ class HeldOut:
     def __init__(self, data: LatentDataset, config: TrainingConfig, accelerator: Any) -> None:
         self.data, self.settings, self.accelerator = data, config.evaluation, accelerator
         self.count, self.seed = min(config.data.held_out, len(data)), config.seed
+        self.first_frame = config.objective.first_frame
         self.part = data_part(accelerator, config)
 
-    def sample(self, index: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(clean, noise, text) of one sample as a batch of one, on the device."""
+    def sample(self, index: int) -> tuple[Tensor, Tensor, dict[str, Tensor], bool]:
+        """(clean, noise, text) of one sample as a batch of one, on the device; whether its first frame is given.
+
+        First frames are given to the share of the samples that training gives them to, spread evenly over all.
+        """
         from safetensors import SafetensorError
 
         device = self.accelerator.device
@@ -99,7 +103,8 @@ class HeldOut:
         clean = batch["latents"].float()
         # Training counts its samples up from 0, so evaluation uses numbers below 0.
         noise, _ = sample_noise(tuple(clean.shape), first=-1 - index, seed=self.seed, shift=1.0)
-        return clean, noise.to(device), text_of(batch)
+        given = int((index + 1) * self.first_frame) > int(index * self.first_frame)
+        return clean, noise.to(device), text_of(batch), given
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Evaluation:
@@ -128,17 +133,19 @@ class HeldOut:
         # Every process makes the same number of forwards, because a sharded model needs all processes for each one.
         for start in range(0, self.count, parts):
             counts = start + rank < self.count
-            clean, noise, text = self.sample(min(start + rank, self.count - 1))
+            sample = self.sample(min(start + rank, self.count - 1))
             for sigma in self.settings.sigmas:
-                losses = self._forward(model, clean, noise, text, sigma)
+                losses = self._forward(model, *sample, sigma)
                 total += losses.double().sum() * counts
         return (mean_of(self.accelerator, total) * parts / (self.count * len(self.settings.sigmas))).item()
 
-    def _forward(self, model, clean, noise, text, sigma) -> Tensor:
+    def _forward(self, model, clean, noise, text, given, sigma) -> Tensor:
         sigmas = torch.full((len(clean),), sigma, device=clean.device)
+        if self.first_frame:
+            sigmas = with_first_frame(sigmas, torch.full_like(sigmas, given, dtype=torch.bool), clean.shape[2])
         noisy, target = add_noise(clean, noise, sigmas)
         with self.accelerator.autocast():
-            return flow_matching_loss(velocity(model, noisy, sigmas, text), target)
+            return flow_matching_loss(velocity(model, noisy, sigmas, text), target, sigmas)
 
     def _layers(self, model: nn.Module) -> dict[str, LayerReport]:
         levels = sorted(self.settings.sigmas)

@@ -91,12 +91,22 @@ class NoiseAhead:
     """`sample_noise`, the next one made in a thread while one is used: at 480p it takes longer than a layer.
 
     Args:
-        seed, shift, sigma_range: as `sample_noise` has them.
+        seed, shift, sigma_range, first_frame: as `sample_noise` has them.
         device: where the noise will be used; on a GPU it comes in pinned memory, to be copied without waiting.
     """
 
-    def __init__(self, *, seed: int, shift: float, sigma_range: tuple[float, float], device: torch.device) -> None:
-        self._make = functools.partial(sample_noise, seed=seed, shift=shift, sigma_range=sigma_range)
+    def __init__(
+        self,
+        *,
+        seed: int,
+        shift: float,
+        sigma_range: tuple[float, float],
+        device: torch.device,
+        first_frame: float = 0.0,
+    ) -> None:
+        self._make = functools.partial(
+            sample_noise, seed=seed, shift=shift, sigma_range=sigma_range, first_frame=first_frame
+        )
         self._pinned = device.type == "cuda"
         self._thread = ThreadPoolExecutor(1, **thread_of_this_gpu(self._pinned))
         self._ahead: tuple[Any, Future] | None = None

@@ -194,6 +194,24 @@ def noise_shift(config: TrainingConfig) -> float:
     )
 
 
+def check_first_frame(config: TrainingConfig) -> None:
+    """Check that a run which gives first frames has a model that takes a timestep for each token.
+
+    Raises:
+        ValueError: its pipeline gives the model one timestep for all tokens.
+    """
+    if not config.objective.first_frame or config.model.path is None:
+        return
+    from diffusers import DiffusionPipeline
+
+    settings = DiffusionPipeline.load_config(config.model.path, **hub_options(config.model.path))
+    if not settings.get("expand_timesteps", False):
+        raise ValueError(
+            f"objective.first_frame must be 0 for {config.model.path}, got {config.objective.first_frame}: "
+            "its pipeline has no expand_timesteps, so the model takes one timestep for all tokens"
+        )
+
+
 def build_wan(sizes: WanArchitecture, *, given_channels: int = 0) -> nn.Module:
     """A `WanTransformer3DModel` with random weights from torch's global generator.
 
@@ -286,14 +304,18 @@ def velocity(model: nn.Module, noisy: Tensor, sigmas: Tensor, text: dict[str, Te
     Args:
         model: a Wan transformer, or one wrapped by DDP.
         noisy: [B, C, F, H, W].
-        sigmas: noise levels [B].
+        sigmas: noise levels [B], or [B, F] for a model with a timestep for each token.
         text: a batch's text tensors; empty where there is no text, which gives the model one zero token.
     """
     embeds = text.get("prompt_embeds")
     if embeds is None:
         inner = getattr(model, "module", model)
         embeds = noisy.new_zeros(len(noisy), 1, inner.config.text_dim)
-    return model(noisy, sigmas * NUM_TRAIN_TIMESTEPS, embeds.to(noisy.dtype), return_dict=False)[0].float()
+    timesteps = sigmas * NUM_TRAIN_TIMESTEPS
+    if sigmas.dim() == 2:
+        grid = token_grid(getattr(model, "module", model), noisy.shape)
+        timesteps = timesteps.repeat_interleave(grid.height * grid.width, 1)
+    return model(noisy, timesteps, embeds.to(noisy.dtype), return_dict=False)[0].float()
 
 
 def text_of(batch: dict[str, Any]) -> dict[str, Tensor]:

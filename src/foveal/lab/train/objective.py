@@ -3,6 +3,9 @@
     x_t = (1 - sigma) x_0 + sigma eps,    target v = eps - x_0        (Lipman et al., arXiv 2210.02747)
 
 with the timestep 1000 sigma and the resolution shift sigma = s u / (1 + (s - 1) u) of SD3 (arXiv 2403.03206, eq. 23).
+
+A noise level is one for a whole sample, or one for each frame. With levels for frames, a level of 0 gives the model a
+clean frame, as the text-and-image-to-video model of Wan 2.2 has its first; such a frame is left out of the loss.
 """
 
 from __future__ import annotations
@@ -25,20 +28,48 @@ def sample_sigmas(
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
-    """(x_t, target) for clean and noise [B, C, F, H, W] and sigmas [B]."""
-    level = sigmas.view(-1, *[1] * (clean.dim() - 1)).to(clean)
+    """(x_t, target) for clean and noise [B, C, F, H, W] and sigmas [B] or [B, F]."""
+    level = _for_video(sigmas, clean).to(clean)
     return (1 - level) * clean + level * noise, noise - clean
 
 
-def flow_matching_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error, float32 [B]: one value per sample, so that held-out losses can be paired."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def flow_matching_loss(prediction: Tensor, target: Tensor, sigmas: Tensor | None = None) -> Tensor:
+    """Mean squared error, float32 [B]: one value per sample, so that held-out losses can be paired.
+
+    Args:
+        prediction, target: velocities [B, C, F, H, W].
+        sigmas: noise levels; frames that [B, F] gives a level of 0 do not count. Otherwise all frames do.
+    """
+    squares = (prediction.float() - target.float()).square()
+    if sigmas is None or sigmas.dim() == 1:
+        return squares.flatten(1).mean(1)
+    noised = _for_video(sigmas, squares).gt(0).expand_as(squares)
+    return (squares * noised).flatten(1).sum(1) / noised.flatten(1).sum(1)
+
+
+def with_first_frame(sigmas: Tensor, given: Tensor, frames: int) -> Tensor:
+    """Noise levels [B, F] from levels [B]: 0 for the first frame of the samples that `given`, bool [B], names."""
+    levels = sigmas[:, None].repeat(1, frames)
+    levels[:, 0].masked_fill_(given, 0.0)
+    return levels
+
+
+def _for_video(sigmas: Tensor, video: Tensor) -> Tensor:
+    """Levels [B] or [B, F] in a shape that broadcasts over [B, C, F, ...]."""
+    shape = (len(sigmas), 1, -1) if sigmas.dim() == 2 else (len(sigmas),)
+    return sigmas.view(*shape, *[1] * (video.dim() - len(shape)))
 
 
 def sample_noise(
-    shape: tuple[int, ...], *, first: int, seed: int, shift: float, sigma_range: tuple[float, float] = (0.0, 1.0)
+    shape: tuple[int, ...],
+    *,
+    first: int,
+    seed: int,
+    shift: float,
+    sigma_range: tuple[float, float] = (0.0, 1.0),
+    first_frame: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Noise [B, C, F, H, W] and noise levels [B] that depend only on the seed and each sample's number.
+    """Noise [B, C, F, H, W] and noise levels, [B] or [B, F], that depend only on the seed and each sample's number.
 
     They do not depend on how a batch is cut into micro-batches or spread over devices, and a resumed run needs no state
     for them.
@@ -48,18 +79,21 @@ def sample_noise(
         first: the number of the first sample since training began; the others follow.
         seed: the run's seed.
         shift, sigma_range: see `sample_sigmas`.
+        first_frame: the share of the samples whose first frame is given. Above 0, every frame has a level of its own.
 
     Returns:
         Both as float32 on the CPU.
     """
-    noise, sigmas = [], []
+    noise, sigmas, given = [], [], []
     for number in range(first, first + shape[0]):
         # torch's CPU generator uses 32 bits of its seed, so these must not come only from the number.
         digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         sigmas.append(sample_sigmas(1, shift=shift, generator=generator, sigma_range=sigma_range))
         noise.append(torch.randn(shape[1:], generator=generator))
-    return torch.stack(noise), torch.cat(sigmas)
+        given.append(torch.rand((), generator=generator) < first_frame)
+    levels = torch.cat(sigmas)
+    return torch.stack(noise), with_first_frame(levels, torch.stack(given), shape[2]) if first_frame else levels
 
 
 def scheduler_shift(scheduler: dict) -> float:

@@ -232,6 +232,8 @@ class ObjectiveSettings:
             frozen; "copy" is a frozen dense copy of what training started from.
         shift: of the noise schedule; None takes the model's own scheduler's.
         sigma_range: noise levels to train at: (0.875, 1) and (0, 0.875) are the experts of Wan2.2-T2V.
+        first_frame: share of the samples whose first frame is given without noise and left out of the loss, for models
+            that have a timestep for each token, as Wan2.2-TI2V-5B does. 0 trains text to video only.
     """
 
     flow_matching: float = 1.0
@@ -239,8 +241,10 @@ class ObjectiveSettings:
     teacher: Literal["same", "copy"] = "copy"
     shift: float | None = None
     sigma_range: tuple[float, float] = (0.0, 1.0)
+    first_frame: float = 0.0
 
     def __post_init__(self) -> None:
+        check_ratio("objective.first_frame", self.first_frame)
         low, high = self.sigma_range
         if not 0 <= low < high <= 1:
             raise ValueError(f"objective.sigma_range must be two levels in [0, 1], ascending, got {self.sigma_range}")

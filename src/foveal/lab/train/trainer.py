@@ -28,6 +28,7 @@ from foveal.lab.train.loop import Action, run_steps
 from foveal.lab.train.model import (
     anneal,
     build_model,
+    check_first_frame,
     compile_blocks,
     load_transformer,
     noise_shift,
@@ -135,8 +136,14 @@ class Trainer:
         if config.evaluation.sample_every and self.data_settings["space"] == "latent" and not self._pipeline():
             raise ValueError("evaluation.sample_every needs a pipeline to decode latents with, and the data names none")
         self.shift = noise_shift(config)
-        device, sigma_range = self.accelerator.device, config.objective.sigma_range
-        self.noise = NoiseAhead(seed=config.seed, shift=self.shift, sigma_range=sigma_range, device=device)
+        check_first_frame(config)
+        self.noise = NoiseAhead(
+            seed=config.seed,
+            shift=self.shift,
+            sigma_range=config.objective.sigma_range,
+            device=self.accelerator.device,
+            first_frame=config.objective.first_frame,
+        )
         self.held_out = HeldOut(held_out_data, config, self.accelerator)
         self.part = data_part(self.accelerator, config)
         self.stream = BatchStream(
@@ -304,9 +311,9 @@ class Trainer:
         taught = self._taught(noisy, sigmas, text) if objective.distillation else None
         with self.accelerator.autocast():
             predicted = velocity(self.model, noisy, sigmas, text)
-        loss = objective.flow_matching * flow_matching_loss(predicted, target)
+        loss = objective.flow_matching * flow_matching_loss(predicted, target, sigmas)
         if taught is not None:
-            loss = loss + objective.distillation * flow_matching_loss(predicted, taught)
+            loss = loss + objective.distillation * flow_matching_loss(predicted, taught, sigmas)
         return loss
 
     @torch.no_grad()
@@ -358,7 +365,7 @@ class Trainer:
 
     def _sample(self) -> None:
         """A video from the first held-out sample's caption and noise, sparse on the right of dense."""
-        _, noise, text = self.held_out.sample(0)
+        _, noise, text, _ = self.held_out.sample(0)
 
         def predicted(video: Tensor, sigmas: Tensor) -> Tensor:
             with self.accelerator.autocast():
