@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typing_extensions import Doc
 
 import foveal
+from foveal.lab.command_line import read_arguments
 from foveal.lab.config_file import OPTION, Command, arguments_of, take_config
 from foveal.lab.extras import how_to_install, need
 from foveal.lab.media_commands import Eval, Generate, Precompute
@@ -347,23 +349,11 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments == ["--version"]:
         print(f"foveal {foveal.__version__}")
         return 0
-    try:
-        import tyro
-    except ImportError:
+    if importlib.util.find_spec("tyro") is None:
         print(f"foveal: the command line needs more packages: {how_to_install('demo')}", file=sys.stderr)
         return 2
     try:
-        if arguments[:1] == ["train"]:
-            # The recipe decides which settings there are, so that this command reads its arguments itself.
-            command = Train(tuple(arguments[1:]))
-        else:
-            description = (
-                "Trainable sparse attention for video transformers. foveal --version says which release this is."
-            )
-            arguments = _with_config(arguments)
-            command = tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, prog="foveal", description=description, args=arguments
-            )
+        command = _command_of(arguments)
         command.run()
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -389,13 +379,29 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _with_config(arguments: list[str]) -> list[str]:
-    """The arguments with those of a config file in front, right after the name of the command."""
-    if not arguments or arguments[0] not in COMMANDS:
-        return arguments
-    name, *rest = arguments
+def _command_of(arguments: list[str]) -> Any:
+    """The command that the arguments stand for, ready to run.
+
+    Raises:
+        ValueError: there is no such command or option, or a value is missing or wrong.
+        SystemExit: with status 0, after --help and after completions were written.
+    """
+    name, *rest = arguments or [""]
+    if name in ("-h", "--help") or name.startswith("--tyro-"):  # the latter write completions for shells
+        import tyro
+
+        description = "Trainable sparse attention for video transformers. foveal --version says which release this is."
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="foveal", description=description, args=arguments)
+    if name not in COMMANDS:
+        raise ValueError(
+            (f"unknown command {name!r}" if name else "name a command") + f"; expected one of {tuple(COMMANDS)}"
+        )
+    if name == "train":
+        # The recipe decides which settings there are, so that this command reads its arguments itself.
+        return Train(tuple(rest))
     entries, rest, file = take_config(rest)
-    return [name, *([f"{OPTION}={file}"] if file else []), *arguments_of(entries, file, COMMANDS[name]), *rest]
+    given = [*([f"{OPTION}={file}"] if file else []), *arguments_of(entries, file, COMMANDS[name]), *rest]
+    return read_arguments(COMMANDS[name], given, prog=f"foveal {name}")
 
 
 def _failure(error: RuntimeError) -> str:

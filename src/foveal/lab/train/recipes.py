@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from foveal.lab.command_line import read_arguments
 from foveal.lab.config_file import arguments_of, take_config
 from foveal.lab.train.config import TrainingConfig
 from foveal.lab.train.settings import (
@@ -195,8 +196,9 @@ def parse(arguments: list[str]) -> TrainingConfig:
     """Parse the arguments of `foveal train`: a recipe, a config file, and settings that override both.
 
     Raises:
-        SystemExit: for --help, and for settings that do not exist.
-        TypeError, ValueError, FileNotFoundError: the recipe cannot be found, or settings contradict each other.
+        SystemExit: with status 0, after --help.
+        TypeError, ValueError, FileNotFoundError: the recipe cannot be found, a setting does not exist or has a wrong
+            value, or settings contradict each other.
     """
     import tyro
 
@@ -215,11 +217,11 @@ def parse(arguments: list[str]) -> TrainingConfig:
     config = recipe()
     if not isinstance(config, TrainingConfig):
         raise TypeError(f"recipe {first} must return a TrainingConfig, got {type(config).__name__}")
-    return tyro.cli(
+    return read_arguments(
         TrainingConfig,
+        [*arguments_of(entries, file, config), *arguments],
         prog=f"foveal train {first}",
         description=recipe.__doc__,
         default=config,
-        args=[*arguments_of(entries, file, config), *arguments],
         config=(tyro.conf.AvoidSubcommands,),
     )
