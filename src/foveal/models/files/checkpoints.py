@@ -28,6 +28,7 @@ from foveal.models.files.formats import (
     recognized,
     without_prefix,
 )
+from foveal.models.files.h3_names import is_native, native, renamed
 from foveal.models.files.loading import PATCH_EMBEDDING, load_lora, load_updates, load_weights
 from foveal.models.files.lora import export_adapter
 from foveal.models.files.manifest import check_model, model_entry
@@ -114,7 +115,7 @@ def load_checkpoint(
     if sparse_processors(transformer):
         raise ValueError("model is sparse already; load_checkpoint takes a dense one, call densify first")
     with open_tensors(path) as stored:
-        file, int8_layers = dequantized(stored)
+        file, about_file = _translated(stored)
         names = without_prefix(file.shapes)
         header = _header(file)
         found = _choose_format(file, names, header, format)
@@ -128,8 +129,7 @@ def load_checkpoint(
         config = _configuration(found, header, contract, transformer, changes)
         load = load_lora if found.lora else load_updates if found.updates else load_weights
         sparse_tensors, base_tensors, notes = load(transformer, file, names, found, config, impl)
-    if int8_layers:
-        notes = (*notes, f"the int8 weights of {int8_layers} linear layers were dequantized")
+    notes = (*notes, *about_file)
     if contract is not None:
         notes = (*notes, *contract.notes)
     if header is None:
@@ -158,7 +158,7 @@ def check_checkpoint(path: str | os.PathLike) -> None:
         ValueError: a file that is corrupt or of no known format.
     """
     with open_tensors(path) as stored:
-        file, _ = dequantized(stored)
+        file, _ = _translated(stored)
         _choose_format(file, without_prefix(file.shapes), _header(file), None)
 
 
@@ -200,6 +200,16 @@ def export_checkpoint(model: Any, path: str | os.PathLike, *, format: str) -> No
         "model": model_entry(transformer),
     }
     write_tensors(path, tensors, HEADER_KEY, json.dumps(header))
+
+
+def _translated(stored: TensorFile) -> tuple[TensorFile, tuple[str, ...]]:
+    """A file as the formats have it, with plain weights and names that they know, and notes on what that took."""
+    file, int8_layers = dequantized(stored)
+    notes = (f"the int8 weights of {int8_layers} linear layers were dequantized",) if int8_layers else ()
+    names = without_prefix(file.shapes)
+    if is_native(names):
+        return renamed(file, names), (*notes, "the names are those of MiniMax-H3's repository, as ComfyUI has them")
+    return file, notes
 
 
 def _only_transformer(model: Any) -> nn.Module:
@@ -302,4 +312,4 @@ def _whole_model(transformer: nn.Module, target: CheckpointFormat) -> dict[str, 
         if lost:
             raise ValueError(f"format {target.name!r} has no place for {', '.join(lost)} of {layer}, which is not zero")
         tensors |= {key.format(index=index): parameters[name] for name, key in target.sparse_keys.items()}
-    return tensors
+    return native(tensors, transformer.rope.inv_freq) if target.layout == "minimax_h3" else tensors

@@ -30,7 +30,8 @@ class CheckpointFormat:
         config_for: the model's hidden width to the configuration that the released weights were trained with.
         fixed: fields of it that the format implies. The others are run-time settings of the project.
         sparse_keys: parameter of the method's module to its name in the file, with {index} for the layer.
-        layout: how the rest of the model is named: "wan" (the Wan repository) or "diffusers".
+        layout: how the rest of the model is named: "wan" (the Wan repository), "diffusers", or "minimax_h3" (that
+            model's repository: `h3_names` translates a whole file, so `sparse_keys` are diffusers' names).
         flat_patches: patches are embedded by a linear layer: [C, channels * t * h * w] where diffusers has the
             convolution's [C, channels, t, h, w].
         lora: the file holds low-rank updates of the base weights instead of weights.
@@ -121,6 +122,17 @@ FORMATS = {
             layout="diffusers",
             contract=True,
         ),
+        # The same under the names of MiniMax-H3's repository, which ComfyUI reads.
+        CheckpointFormat(
+            name="fasth3-vsa-comfyui",
+            family="minimax_h3",
+            source="FastVideo (FastH3), for ComfyUI",
+            config_for=lambda width: _FASTH3,
+            fixed=("fine_gate",),
+            sparse_keys={"to_gate_coarse.weight": "transformer_blocks.{index}.attn.to_gate_compress.weight"},
+            layout="minimax_h3",
+            contract=True,
+        ),
         CheckpointFormat(
             name="fasth3-vsa-adapter",
             family="minimax_h3",
@@ -172,7 +184,7 @@ def format_named(name: str) -> CheckpointFormat:
 
 
 def recognized(names: Iterable[str], source: str) -> CheckpointFormat:
-    """The format of a file with these names, without prefixes.
+    """The first format of a file with these names, without prefixes.
 
     Raises:
         ValueError: the file has no format in the table; the message says what it looks like instead.
@@ -213,7 +225,7 @@ def to_diffusers(names: Iterable[str], layout: str) -> dict[str, str]:
         ValueError: a Wan-Animate file, whose tensors have to be cut as well as renamed.
     """
     names = list(names)
-    if layout == "diffusers":
+    if layout != "wan":
         return {name: name for name in names}
     if any(name.startswith(("motion_encoder.", "face_adapter.")) for name in names):
         raise ValueError("the file is for Wan-Animate, which is not supported")
@@ -232,7 +244,7 @@ def from_diffusers(names: Iterable[str], layout: str, num_layers: int) -> dict[s
         ValueError: the layout has no names for some of them.
     """
     names = list(names)
-    if layout == "diffusers":
+    if layout != "wan":
         return {name: name for name in names}
     known = to_diffusers(wan_names(num_layers), layout)
     unknown = [name for name in names if name not in known]
