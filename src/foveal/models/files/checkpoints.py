@@ -29,10 +29,11 @@ from foveal.models.files.formats import (
     without_prefix,
 )
 from foveal.models.files.h3_names import is_native, native, renamed
-from foveal.models.files.loading import PATCH_EMBEDDING, load_lora, load_updates, load_weights
+from foveal.models.files.loading import PATCH_EMBEDDING, loader
 from foveal.models.files.lora import export_adapter
 from foveal.models.files.manifest import check_model, model_entry
 from foveal.models.files.quantized import dequantized
+from foveal.models.files.simpletuner import read_settings
 from foveal.models.files.tensor_files import TensorFile, enumerated, open_tensors, write_tensors
 from foveal.models.processor import sparse_processors
 
@@ -95,7 +96,8 @@ def load_checkpoint(
         model: a dense transformer of the size that the file is for, or a pipeline with one transformer.
         path: a safetensors file, a `.pth` state dict, or a folder of safetensors, with an index if in shards; of a
             pipeline's folder, its transformer's.
-        format: a name in `FORMATS`; None recognizes it. Needed for a LoRA, which does not say what it was trained for.
+        format: a name in `FORMATS`; None recognizes it. Needed for a LoRA and for plain weights, which do not
+            say what they were trained for.
         impl: see `block_sparse_attention`.
         changes: fields of the configuration to change, as in `keep_ratio=0.15`, or in `topk=125` instead of a ratio;
             those that the format stands for (its `fixed`) are not among them.
@@ -119,16 +121,16 @@ def load_checkpoint(
         names = without_prefix(file.shapes)
         header = _header(file)
         found = _choose_format(file, names, header, format)
-        if family_of(transformer).name != found.family:
-            raise ValueError(
-                f"{path} is for models of family {found.family!r}, got one of {family_of(transformer).name!r}"
-            )
+        if family_of(transformer).name not in found.families:
+            families = " or ".join(map(repr, found.families))
+            raise ValueError(f"{path} is for models of family {families}, got one of {family_of(transformer).name!r}")
         if header is not None and header["model"] is not None:
             check_model(str(path), transformer, header["model"])
-        contract = read_contract(Path(path)) if found.contract and header is None else None
+        contract = None
+        if header is None:
+            contract = read_contract(Path(path)) if found.contract else read_settings(file.metadata, str(path))
         config = _configuration(found, header, contract, transformer, changes)
-        load = load_lora if found.lora else load_updates if found.updates else load_weights
-        sparse_tensors, base_tensors, notes = load(transformer, file, names, found, config, impl)
+        sparse_tensors, base_tensors, notes = loader(found)(transformer, file, names, found, config, impl)
     notes = (*notes, *about_file)
     if contract is not None:
         notes = (*notes, *contract.notes)
@@ -186,6 +188,12 @@ def export_checkpoint(model: Any, path: str | os.PathLike, *, format: str) -> No
     layers = family_of(transformer).self_attention_layers(transformer)
     if target.updates:
         raise ValueError(f'format {target.name!r} needs the base weights that it updates; export "fasth3-vsa"')
+    if target.plain:
+        raise ValueError(f"format {target.name!r} is only read: nothing in it tells sparse attention; use save")
+    if target.shared:
+        raise ValueError(
+            f"format {target.name!r} has one projection for all layers, and here each has its own; use save"
+        )
     if target.lora:
         tensors = export_adapter(transformer, target, len(layers))
     else:
@@ -241,7 +249,8 @@ def _choose_format(
         return recognized(names, str(file.path)) if header is None else format_named(header["format"])
     found = format_named(asked)
     if not found.matches(names):
-        what = "low-rank updates" if found.lora else next(iter(found.sparse_keys.values())).format(index=0)
+        keys = [key.format(index=0) for key in found.sparse_keys.values()]
+        what = "low-rank updates" if found.lora else next(iter(keys), "attention of such a model")
         raise ValueError(f"{file.path} is not of format {asked!r}: it has no {what}")
     return found
 
@@ -258,7 +267,7 @@ def _configuration(
     expected = found.config_for(hidden_dim)
     config = expected if header is None else header["config"]
     if contract is not None:
-        config = config.replace(**contract.fields)
+        expected = config = config.replace(**contract.fields)
     known = [field.name for field in dataclasses.fields(config)]
     unknown = [name for name in changes if name not in known]
     if unknown:
@@ -281,8 +290,9 @@ def _check_fixed(found: CheckpointFormat, config: Config, expected: Config) -> N
 
 def _exportable_config(transformer: nn.Module, target: CheckpointFormat) -> Config:
     family = family_of(transformer)
-    if family.name != target.family:
-        raise ValueError(f"format {target.name!r} is for family {target.family!r}, got a model of {family.name!r}")
+    if family.name not in target.families:
+        families = " or ".join(map(repr, target.families))
+        raise ValueError(f"format {target.name!r} is for family {families}, got a model of {family.name!r}")
     layers = family.self_attention_layers(transformer)
     configs = {name: processor.config for name, processor in sparse_processors(transformer).items()}
     dense = [name for name in layers if name not in configs]

@@ -17,6 +17,8 @@ from foveal.methods.vsa.config import VSAConfig
 
 # Prefixes that other tools put before every name of a state dict.
 PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "module.", "base_model.model.")
+PREFIXES += ("model.velocity_model.", "model.")
+_BASE_WEIGHT = re.compile(r"(transformer_)?blocks\.\d+\.(self_attn|attn1|attn)\.")
 
 
 @dataclass(frozen=True)
@@ -25,24 +27,26 @@ class CheckpointFormat:
 
     Args:
         name: the name that users give.
-        family: the model family that it is for, as in the table of families.
+        families: the model families that it is for, as in the table of families.
         source: who writes it, to display.
         config_for: the model's hidden width to the configuration that the released weights were trained with.
         fixed: fields of it that the format implies. The others are run-time settings of the project.
         sparse_keys: parameter of the method's module to its name in the file, with {index} for the layer.
-        layout: how the rest of the model is named: "wan" (the Wan repository), "diffusers", or "minimax_h3" (that
-            model's repository: `h3_names` translates a whole file, so `sparse_keys` are diffusers' names).
+        layout: how the rest of the model is named: "wan" and "ltx2" (their repositories), "diffusers", or
+            "minimax_h3" (its repository: `h3_names` translates a whole file, so `sparse_keys` are diffusers' names).
         flat_patches: patches are embedded by a linear layer: [C, channels * t * h * w] where diffusers has the
             convolution's [C, channels, t, h, w].
         lora: the file holds low-rank updates of the base weights instead of weights.
         updates: it holds FastVideo's updates of them, and the gates, under `sparse_keys` of another ending.
+        plain: it holds only base weights, and nothing tells that they were made for sparse attention.
+        shared: it holds one set of parameters for the layers of each head size, which stands in the place of {index}.
         contract: whether a `fastvideo_inference.json` beside the file may say the configuration.
         notes: what a pipeline needs to know to run the released weights, for the report.
         rounding: how the project rounds a ratio where foveal does not, for the report; "" if both agree.
     """
 
     name: str
-    family: str
+    families: tuple[str, ...]
     source: str
     config_for: Callable[[int], Config]
     fixed: tuple[str, ...]
@@ -51,6 +55,8 @@ class CheckpointFormat:
     flat_patches: bool = False
     lora: bool = False
     updates: bool = False
+    plain: bool = False
+    shared: bool = False
     contract: bool = False
     notes: tuple[str, ...] = ()
     rounding: str = ""
@@ -59,6 +65,8 @@ class CheckpointFormat:
         """Whether a file with these names has this format."""
         if self.lora:
             return any(".lora_" in name for name in names)
+        if self.plain:
+            return any(_BASE_WEIGHT.match(name) for name in names)
         patterns = [re.compile(re.escape(key).replace(r"\{index\}", r"\d+")) for key in self.sparse_keys.values()]
         return any(pattern.fullmatch(name) for name in names for pattern in patterns)
 
@@ -68,6 +76,8 @@ _TURBODIFFUSION = SLAConfig(keep_ratio=0.1, drop_ratio=0.0, block_q=64, block_k=
 _TURBODIFFUSION_FIXED = ("feature_map", "linear_scope", "projection", "token_order")
 # Wan's widths: 1536 is 1.3B, run at VSA sparsity 0.8; 5120 is 14B, run at 0.9.
 _FASTVIDEO_KEEP = {1536: 0.2, 5120: 0.1}
+# SimpleTuner's defaults; the file says what a run had.
+_SIMPLETUNER = SLAConfig(keep_ratio=0.2, drop_ratio=0.0, block_q=64, block_k=64, linear_scope="all")
 _FASTH3 = VSAConfig(keep_ratio=0.1, tile=(4, 4, 4))
 
 FORMATS = {
@@ -75,7 +85,7 @@ FORMATS = {
     for made in (
         CheckpointFormat(
             name="turbodiffusion-sla",
-            family="wan",
+            families=("wan",),
             source="TurboDiffusion",
             config_for=lambda width: _TURBODIFFUSION,
             fixed=_TURBODIFFUSION_FIXED,
@@ -88,7 +98,7 @@ FORMATS = {
         ),
         CheckpointFormat(
             name="turbodiffusion-sla-diffusers",
-            family="wan",
+            families=("wan",),
             source="TurboDiffusion, converted to diffusers' names",
             config_for=lambda width: _TURBODIFFUSION,
             fixed=_TURBODIFFUSION_FIXED,
@@ -100,7 +110,7 @@ FORMATS = {
         ),
         CheckpointFormat(
             name="fastvideo-vsa",
-            family="wan",
+            families=("wan",),
             source="FastVideo",
             config_for=lambda width: VSAConfig(keep_ratio=_FASTVIDEO_KEEP.get(width, 0.2), tile=(4, 4, 4)),
             fixed=("tile", "fine_gate"),
@@ -114,7 +124,7 @@ FORMATS = {
         # FastH3 for MiniMax-H3: v1 at 90% sparsity, the 8-step V2 at 80%, which its contract says.
         CheckpointFormat(
             name="fasth3-vsa",
-            family="minimax_h3",
+            families=("minimax_h3",),
             source="FastVideo (FastH3)",
             config_for=lambda width: _FASTH3,
             fixed=("fine_gate",),
@@ -125,7 +135,7 @@ FORMATS = {
         # The same under the names of MiniMax-H3's repository, which ComfyUI reads.
         CheckpointFormat(
             name="fasth3-vsa-comfyui",
-            family="minimax_h3",
+            families=("minimax_h3",),
             source="FastVideo (FastH3), for ComfyUI",
             config_for=lambda width: _FASTH3,
             fixed=("fine_gate",),
@@ -135,7 +145,7 @@ FORMATS = {
         ),
         CheckpointFormat(
             name="fasth3-vsa-adapter",
-            family="minimax_h3",
+            families=("minimax_h3",),
             source="FastVideo (FastH3), as an adapter",
             config_for=lambda width: _FASTH3,
             fixed=("fine_gate",),
@@ -147,7 +157,7 @@ FORMATS = {
         # Distilled at 85% sparsity, run as plain block-sparse: the files have no projection, and none is applied.
         CheckpointFormat(
             name="lightx2v-sla-lora",
-            family="wan",
+            families=("wan",),
             source="LightX2V",
             config_for=lambda width: SLAConfig(keep_ratio=0.15, drop_ratio=0.0, linear_scope="none", projection=False),
             fixed=("linear_scope", "token_order"),
@@ -158,7 +168,7 @@ FORMATS = {
         # Turbo-SLA for MiniMax-H3: the same, its blocks and its schedule as LightX2V's settings for the file have them.
         CheckpointFormat(
             name="lightx2v-h3-sla-lora",
-            family="minimax_h3",
+            families=("minimax_h3",),
             source="LightX2V (Turbo-SLA)",
             config_for=lambda width: SLAConfig(
                 keep_ratio=0.15, drop_ratio=0.0, block_q=128, block_k=64, linear_scope="none", projection=False
@@ -168,6 +178,35 @@ FORMATS = {
             layout="diffusers",
             lora=True,
             notes=("distilled to 4 forwards, without guidance", "shift of the schedule: 6 (video), 3 (audio)"),
+        ),
+        # For families whose self-attention is the video's only: where text joins it, SimpleTuner does not protect it.
+        CheckpointFormat(
+            name="simpletuner-sla",
+            families=("wan", "wan_vace", "wan_animate", "ltx_video", "ltx2"),
+            source="SimpleTuner",
+            config_for=lambda width: _SIMPLETUNER,
+            fixed=("feature_map", "linear_scope", "projection", "token_order"),
+            sparse_keys={f"proj.{part}": f"{{index}}.proj_l.{part}" for part in ("weight", "bias")},
+            layout="diffusers",
+            shared=True,
+            notes=("SimpleTuner's SLA also takes in cross-attention without a mask, which is dense here",),
+        ),
+        # Its projection of the linear branch is zero, and skipped.
+        CheckpointFormat(
+            name="turbot2av-sla",
+            families=("ltx2",),
+            source="TurboT2AV",
+            config_for=lambda width: SLAConfig(
+                keep_ratio=0.3, drop_ratio=0.0, block_q=128, block_k=64, linear_scope="none", projection=False
+            ),
+            fixed=("linear_scope", "token_order"),
+            sparse_keys={},
+            layout="ltx2",
+            plain=True,
+            notes=(
+                "distilled to 4 forwards, without guidance",
+                "TurboT2AV also makes the audio's self-attention sparse, which is dense here",
+            ),
         ),
     )
 }
@@ -191,9 +230,8 @@ def recognized(names: Iterable[str], source: str) -> CheckpointFormat:
     """
     names = list(names)
     for known in FORMATS.values():
-        if known.lora or not known.matches(names):
-            continue
-        return known
+        if not (known.lora or known.plain) and known.matches(names):
+            return known
     valid = ", ".join(FORMATS)
     lora = [known.name for known in FORMATS.values() if known.lora]
     if any(".lora_" in name for name in names):
@@ -201,10 +239,11 @@ def recognized(names: Iterable[str], source: str) -> CheckpointFormat:
             f"{source} is a LoRA, and nothing in one says that it was trained with sparse attention; if it was, give "
             f"format={' or '.join(map(repr, lora))}, else load it with diffusers"
         )
-    if any(re.match(r"(transformer_)?blocks\.\d+\.(self_attn|attn1|attn)\.", name) for name in names):
+    if any(map(_BASE_WEIGHT.match, names)):
+        plain = " or ".join(repr(known.name) for known in FORMATS.values() if known.plain)
         raise ValueError(
             f"{source} is a dense checkpoint: it has no parameters of a sparse attention ({valid}); load it with "
-            "diffusers, then call sparsify"
+            f"diffusers, then call sparsify; or give format={plain} if it is such a file"
         )
     raise ValueError(f"{source} is of no known format; expected one of {valid}")
 
@@ -225,13 +264,17 @@ def to_diffusers(names: Iterable[str], layout: str) -> dict[str, str]:
         ValueError: a Wan-Animate file, whose tensors have to be cut as well as renamed.
     """
     names = list(names)
+    # Both conversions rename keys and do not touch values, so the old names can stand in for the tensors.
+    if layout == "ltx2":
+        from diffusers.loaders.single_file_utils import convert_ltx2_transformer_to_diffusers
+
+        return convert_ltx2_transformer_to_diffusers({name: name for name in names})
     if layout != "wan":
         return {name: name for name in names}
     if any(name.startswith(("motion_encoder.", "face_adapter.")) for name in names):
         raise ValueError("the file is for Wan-Animate, which is not supported")
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    # The conversion renames keys and does not touch values, so the old names can stand in for the tensors.
     return convert_wan_transformer_to_diffusers({name: name for name in names})
 
 

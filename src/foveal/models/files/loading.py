@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,21 @@ from foveal.models.files.updates import FORMAT, is_update, read_updates
 from foveal.models.processor import sparse_processors
 
 PATCH_EMBEDDING = "patch_embedding.weight"
+Loader = Callable[
+    [nn.Module, TensorFile, dict[str, str], CheckpointFormat, Config, str], tuple[int, int, tuple[str, ...]]
+]
 
 
-def load_weights(
+def loader(found: CheckpointFormat) -> Loader:
+    """The loader of a format."""
+    if found.lora:
+        return _load_lora
+    if found.updates:
+        return _load_updates
+    return _load_shared if found.shared else _load_weights
+
+
+def _load_weights(
     transformer: nn.Module,
     file: TensorFile,
     names: dict[str, str],
@@ -105,7 +118,7 @@ def _check_tensors(file: TensorFile, targets: dict[str, Tensor], patches: str | 
         raise ValueError(f"the model's {enumerated(offloaded)} are on the meta device; load before offloading it")
 
 
-def load_lora(
+def _load_lora(
     transformer: nn.Module,
     file: TensorFile,
     names: dict[str, str],
@@ -114,7 +127,9 @@ def load_lora(
     impl: str,
 ) -> tuple[int, int, tuple[str, ...]]:
     tensors = {name: file.read(given) for name, given in names.items()}
-    adapter = read_adapter(transformer, tensors, str(file.path), found.family, file.metadata.get("alpha"))
+    adapter = read_adapter(
+        transformer, tensors, str(file.path), family_of(transformer).name, file.metadata.get("alpha")
+    )
     sparsify(transformer, config, impl=impl)
     try:
         load_adapter(transformer, adapter, found.name)
@@ -124,7 +139,7 @@ def load_lora(
     return 0, len(adapter), (f"a LoRA, loaded as adapter {found.name!r}: fuse_lora() merges it",)
 
 
-def load_updates(
+def _load_updates(
     transformer: nn.Module,
     file: TensorFile,
     names: dict[str, str],
@@ -154,6 +169,45 @@ def load_updates(
         densify(transformer)
         raise
     return len(wanted), merged, ("the updates were merged into the base weights",)
+
+
+def _load_shared(
+    transformer: nn.Module,
+    file: TensorFile,
+    names: dict[str, str],
+    found: CheckpointFormat,
+    config: Config,
+    impl: str,
+) -> tuple[int, int, tuple[str, ...]]:
+    family = family_of(transformer)
+    head_dims = {family.dimensions(attn)[2] for attn in family.self_attention_layers(transformer).values()}
+    wanted = {
+        (head_dim, parameter): key.format(index=head_dim)
+        for head_dim in head_dims
+        for parameter, key in found.sparse_keys.items()
+    }
+    owners = {f"{head_dim}." for head_dim in head_dims}
+    ours = [name for name in names if name.startswith(tuple(owners))]
+    _check_names(file, sorted(set(wanted.values()) - set(ours)), sorted(set(ours) - set(wanted.values())))
+    sparsify(transformer, config, impl=impl)
+    try:
+        for layer, processor in sparse_processors(transformer).items():
+            head_dim = family.dimensions(transformer.get_submodule(layer))[2]
+            parameters = processor.attention.state_dict()
+            targets = {names[wanted[head_dim, parameter]]: parameters[parameter] for parameter in found.sparse_keys}
+            _check_tensors(file, targets, None)
+            with torch.no_grad():
+                for name, target in targets.items():
+                    target.copy_(file.read(name))
+    except BaseException:
+        densify(transformer)
+        raise
+    notes = ["one projection for all layers: each has a copy of it, which training changes by itself"]
+    others = sorted({name.partition(".")[0] for name in names if name not in ours}, key=int)
+    if others:
+        notes.append(f"projections of heads of {', '.join(others)} are of other attention, and were left out")
+    notes.append("the file has no base weights: the model's own were kept")
+    return len(ours), 0, tuple(notes)
 
 
 def _short(dtype: torch.dtype) -> str:

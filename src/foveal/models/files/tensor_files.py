@@ -20,10 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.models.files.simpletuner import flattened, is_sla_state
 from foveal.output_folder import flush, scratch_folder
 
 SAFETENSORS = (".safetensors",)
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+# Where a pickled file may have its named tensors.
+WRAPPERS = ("state_dict", "generator", "model")
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class TensorFile:
         path: as it was asked for.
         shapes: every tensor's shape by its name.
         not_floating: names of the tensors whose dtype is no floating-point one.
-        metadata: the text entries of a safetensors header; empty for other files and for shards.
+        metadata: the text entries of a safetensors header, or SimpleTuner's settings; empty for other files and shards.
         read: name to tensor, on the CPU.
     """
 
@@ -60,10 +63,10 @@ def open_tensors(path: str | os.PathLike) -> Iterator[TensorFile]:
     if not path.exists():
         raise FileNotFoundError(f"no such file or folder: {path}")
     if not path.is_dir() and path.suffix in PICKLES:
-        tensors = _load_pickle(path)
+        tensors, metadata = _load_pickle(path)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         not_floating = frozenset(name for name, tensor in tensors.items() if not tensor.is_floating_point())
-        yield TensorFile(path, shapes, not_floating, {}, tensors.__getitem__)
+        yield TensorFile(path, shapes, not_floating, metadata, tensors.__getitem__)
         return
     if not path.is_dir() and path.suffix not in SAFETENSORS:
         raise ValueError(f"{path} must end in one of {SAFETENSORS + PICKLES}, or be a folder of safetensors")
@@ -122,7 +125,7 @@ def _shards(folder: Path) -> tuple[list[Path], list[str] | None]:
     return [folder / name for name in names], list(weight_map)
 
 
-def _load_pickle(path: Path) -> dict[str, Tensor]:
+def _load_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     # A zip archive is mapped into memory, so that a checkpoint of 28 GB is not read twice; older files cannot be.
     with open(path, "rb") as file:
         mapped = file.read(4) == b"PK\x03\x04"
@@ -137,14 +140,16 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # Junk can raise anything: KeyError, struct.error, and so on.
         raise ValueError(f"{path} is corrupt or cut short ({type(error).__name__}: {_first_line(error)})") from None
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
+    if is_sla_state(loaded):
+        return flattened(loaded, str(path))
+    if isinstance(loaded, dict):
+        loaded = next((loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), dict)), loaded)
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise ValueError(f"{path} must hold a dict of named tensors, got {type(loaded).__name__}")
     others = [name for name, value in loaded.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"{path} must hold only named tensors, but {enumerated(others)} are of other types")
-    return dict(loaded)
+    return dict(loaded), {}
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], entry: str, text: str) -> None:
