@@ -202,7 +202,7 @@ def run_kernels(name: str) -> None:
     from foveal.methods.vsa import attention as vsa
 
     for module in (api, sla, vsa):
-        module.resolve_impl = lambda *_: "triton"
+        module.choose_impl = lambda *_: api.Ran("triton")
     api.fits_kernel = sla.fits_kernel = lambda *_: True
     tile_order = "tile" if name == "sla tile order" else "raster"
     config = VSAConfig(keep_ratio=0.3) if name == "vsa" else SLAConfig(keep_ratio=0.3, token_order=tile_order)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from foveal import SLAConfig, VideoGrid, VSAConfig, attention_cost
-from foveal.kernels.api import resolve_impl
+from foveal.kernels.api import choose_impl
 from foveal.lab.bench.timing import CpuTimer
 from foveal.lab.cli import COMMANDS, main
 from foveal.lab.doctor import (
@@ -133,11 +133,11 @@ def test_implementations_are_those_that_would_run():
     assert len(rows) == 2 * 3 * 3
     for row in rows:
         x = torch.empty(1, 2, 128, row["head_dim"], dtype=getattr(torch, row["dtype"]))
-        assert row["impl"] == resolve_impl("auto", x, x, x, row["block_q"], row["block_k"])
+        assert row["impl"] == choose_impl("auto", x, x, x, row["block_q"], row["block_k"]).impl
         assert row["impl"] not in row["refused"]
         for impl, reason in row["refused"].items():
             with pytest.raises(ValueError, match="cannot run here") as raised:
-                resolve_impl(impl, x, x, x, row["block_q"], row["block_k"])
+                choose_impl(impl, x, x, x, row["block_q"], row["block_k"])
             assert str(raised.value) == reason
     assert set(rows[0]["refused"]) == {"triton", "gluon"}
 

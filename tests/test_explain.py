@@ -40,15 +40,15 @@ def test_mistakes():
 def test_modules_remember_what_ran():
     query, key, value = inputs()
     module = SparseLinearAttention(64, SLAConfig())
-    assert module.last_impl is None
+    assert module.ran is None
     module(query, key, value)
-    assert module.last_impl == "torch"
+    assert module.ran.impl == "torch"
     reference = SparseLinearAttention(64, SLAConfig(), impl="reference")
     reference(query, key, value)
-    assert reference.last_impl == "reference"
+    assert reference.ran.impl == "reference"
     gated = VideoSparseAttention(32, 2, 64, VSAConfig(topk=1)).bfloat16()
     gated(query, key, value, torch.zeros(1, 128, 32, dtype=torch.bfloat16), grid=VideoGrid(2, 8, 8))
-    assert gated.last_impl == "torch"
+    assert gated.ran.impl == "torch"
 
 
 def test_the_projection_is_copied_only_for_those_who_take_it_away():

@@ -39,7 +39,7 @@ def run_sla(name: str) -> None:
     inputs = *all_strided(query, key, value + 1), *weights
 
     def run(impl):
-        module.resolve_impl = lambda *_: impl
+        module.choose_impl = lambda *_: api.Ran(impl)
         api.fits_kernel = lambda *_: impl == "triton"
 
         def attention(query, key, value, weight, bias):
@@ -58,6 +58,7 @@ def run_sla(name: str) -> None:
 
 def run_vsa(name: str) -> None:
     from foveal import TokenLayout, VideoGrid, VSAConfig, vsa_attention
+    from foveal.kernels import api
     from foveal.methods.vsa import attention as module
     from foveal.testing import assert_close_to_reference, make_inputs, output_and_gradients
 
@@ -68,7 +69,7 @@ def run_vsa(name: str) -> None:
     inputs = all_strided(query, key, value + 1, *make_inputs(**sizes, seed=3)[:gates])
 
     def run(impl):
-        module.resolve_impl = lambda *_: impl
+        module.choose_impl = lambda *_: api.Ran(impl)
 
         def attention(query, key, value, coarse, fine=None):
             return vsa_attention(query, key, value, config=config, layout=layout, gate_coarse=coarse, gate_fine=fine)

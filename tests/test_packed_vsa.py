@@ -136,7 +136,7 @@ def test_the_module_gates_all_tokens():
     hidden = torch.randn(2, layout.num_tokens, 12, dtype=torch.float64)
     output = module(*inputs, hidden, layout=layout)
     torch.testing.assert_close(output, vsa_loops(*inputs, layout, TILE, 4, *module.gates(hidden)))
-    assert module.last_impl == "torch"
+    assert module.ran.impl == "torch"
     selection = module.select(*inputs[:2], layout=layout)
     assert torch.equal(module(*inputs, hidden, layout=layout, selection=selection), output)
     with pytest.raises(ValueError, match=r"hidden_states must have shape \(2, 119, 12\)"):

@@ -31,6 +31,7 @@ from foveal.models import (
     summary,
     unfreeze,
 )
+from foveal.models.report import Report, report, set_on_fallback
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "BlockSelection",
     "Explanation",
     "Policy",
+    "Report",
     "SLAConfig",
     "SparseLinearAttention",
     "TokenLayout",
@@ -56,8 +58,10 @@ __all__ = [
     "load_checkpoint",
     "patch",
     "reconfigure",
+    "report",
     "save",
     "select_blocks",
+    "set_on_fallback",
     "set_policy",
     "sla_attention",
     "sparse_parameters",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,24 @@ from foveal.symbols import ceil_div
 
 IMPLS = ("auto", "reference", "torch", "triton", "gluon")
 BACKENDS = ("gluon", "triton")  # those with kernels, the fastest first
+
+
+class Ran(NamedTuple):
+    """What a call ran, told on the host.
+
+    impl: the implementation; "dense" for a layer that ran its original attention.
+    why: why that, or a part of it, is slower than what was asked for; None if it is not.
+    """
+
+    impl: str
+    why: str | None = None
+
+    def but(self, why: str) -> Ran:
+        """The same with one more reason."""
+        return Ran(self.impl, why if self.why is None else f"{self.why}; {why}")
+
+
+_AS_ASKED = {name: Ran(name) for name in IMPLS[1:]}
 # What the registers of one program hold: at 64 tokens a block, a million keys.
 _KERNEL_MAX_BLOCKS = 16384
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -56,7 +75,7 @@ def block_sparse_attention(
     validate_qkv(query, key, value)
     validate_selection(selection, query, key)
     scale = check_scale(scale, query.shape[-1])
-    match resolve_impl(impl, query, key, value, selection.block_q, selection.block_k):
+    match choose_impl(impl, query, key, value, selection.block_q, selection.block_k).impl:
         case "reference":
             from foveal.kernels.reference import block_sparse_attention_reference as run
         case "torch":
@@ -69,24 +88,39 @@ def block_sparse_attention(
     return (output, lse) if return_lse else output
 
 
-def resolve_impl(impl: str, query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> str:
-    """The implementation that `impl` stands for, for tensors like these and these block sizes.
+def choose_impl(impl: str, query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> Ran:
+    """The implementation that `impl` stands for, for tensors like these and these block sizes, and why no faster one.
 
     "auto" prefers "gluon" to "triton" wherever it can run: it was faster forward and backward at every shape measured
-    (docs/performance.md).
+    (docs/performance.md). It is no fallback where a backend is written for other devices than that of the tensors.
 
     Raises:
         ValueError: for an unknown name, and for a named implementation that cannot take these inputs.
     """
     check_choice("impl", impl, IMPLS)
     if impl in ("reference", "torch"):
-        return impl
-    if impl == "auto":
-        return next((name for name in BACKENDS if why_not(name, query, key, value, block_q, block_k) is None), "torch")
-    reason = why_not(impl, query, key, value, block_q, block_k)
-    if reason is not None:
-        raise ValueError(f'impl="{impl}" cannot run here: {reason}; impl="auto" takes what fits')
-    return impl
+        return _AS_ASKED[impl]
+    if impl != "auto":
+        reason = why_not(impl, query, key, value, block_q, block_k)
+        if reason is not None:
+            raise ValueError(f'impl="{impl}" cannot run here: {reason}; impl="auto" takes what fits')
+        return _AS_ASKED[impl]
+    refused = None
+    for name in BACKENDS:
+        reason = why_not(name, query, key, value, block_q, block_k)
+        if reason is None:
+            return _AS_ASKED[name] if refused is None else Ran(name, refused)
+        if _written_for(name, query.device):
+            refused = f"not {name}: {reason}"
+    return Ran("torch", refused)
+
+
+def _written_for(backend: str, device: torch.device) -> bool:
+    if backend != "gluon":
+        return True
+    from foveal.kernels.hopper.support import written_for
+
+    return written_for(device)
 
 
 def why_not(backend: str, query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> str | None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from foveal.checks import check_choice
-from foveal.kernels.api import IMPLS, resolve_impl
+from foveal.kernels.api import IMPLS, choose_impl
 from foveal.lab.bench.machine import machine
 from foveal.lab.bench.timing import CudaTimer, Timer, measure
 from foveal.lab.pipelines import check_torchvision
@@ -120,7 +120,7 @@ def implementations(device: torch.device) -> list[dict[str, Any]]:
                 refused = {}
                 for impl in IMPLS:
                     try:
-                        resolve_impl(impl, x, x, x, block_q, block_k)
+                        choose_impl(impl, x, x, x, block_q, block_k)
                     except ValueError as error:
                         refused[impl] = str(error)
                 rows.append(
@@ -129,7 +129,7 @@ def implementations(device: torch.device) -> list[dict[str, Any]]:
                         "block_q": block_q,
                         "block_k": block_k,
                         "dtype": str(dtype).removeprefix("torch."),
-                        "impl": resolve_impl("auto", x, x, x, block_q, block_k),
+                        "impl": choose_impl("auto", x, x, x, block_q, block_k).impl,
                         "refused": refused,
                     }
                 )

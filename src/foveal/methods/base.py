@@ -96,12 +96,15 @@ class Method:
         module_type: the `nn.Module` that owns its parameters, with its configuration as the attribute `config`. Beside
             `forward` it has `select`, which takes the query, the key and the keyword arguments of `forward` and returns
             the `BlockSelection` that `forward` makes; and `token_places`, which takes a grid and returns, as int64 [L],
-            where each token in raster order stands in the order that blocks are cut from. It may have `last_impl`, the
-            implementation that its latest eager call ran, which `summary` then shows.
+            where each token in raster order stands in the order that blocks are cut from. It may have `ran`, the
+            `foveal.kernels.api.Ran` of its latest call, which `summary` and `report` then show.
         build: (config, hidden_dim, num_heads, head_dim, impl) to that module.
         cost: (config, `AttentionShape`) to the forward pass's `CostPart`s, in the order in which they run.
         cells: (config, grid or None) to its `SummaryCells`.
         key_blocks: (config, grid) to the number of key blocks of a video and the size of one in tokens, as text.
+        kept_blocks: (config, grid, packed) to how many of a video's key blocks each query block reads exactly, and how
+            many there are; packed says whether protected segments stand around the video. The default returns None,
+            for a method that does not say.
         run: (module, query, key, value, hidden_states, grid, kv_lengths=None, config=None, gates=None) to the
             output, [B, H, L, D] like query. hidden_states is [B, L, C]. Every query reads the keys past the grid's
             tokens, such as text. kv_lengths, int [B], counts each sample's valid keys. A config stands in for the
@@ -130,6 +133,7 @@ class Method:
     cost: Callable[[Config, AttentionShape], tuple[CostPart, ...]]
     cells: Callable[[Config, VideoGrid | None], SummaryCells]
     key_blocks: Callable[[Config, VideoGrid], tuple[int, str]]
+    kept_blocks: Callable[[Config, VideoGrid, bool], tuple[int, int] | None] = lambda config, grid, packed: None
     run: Callable[..., Tensor] = _run
     gates: Callable[[nn.Module, Tensor], tuple[Tensor | None, ...] | None] = lambda module, hidden_states: None
     idle: Callable[[nn.Module, Tensor], Iterable[Tensor | None]] = lambda module, hidden_states: module.parameters()

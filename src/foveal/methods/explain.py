@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from foveal.checks import validate_qkv
-from foveal.kernels.api import BACKENDS, resolve_impl, why_not
+from foveal.kernels.api import BACKENDS, choose_impl, why_not
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.base import Config, method_of
 
@@ -48,7 +48,7 @@ def explain(
     validate_qkv(query, key, value)
     grid, _ = resolve_layout(None, layout)
     blocks = method.module_type.kernel_blocks(config, grid)
-    impl = resolve_impl("auto", query, key, value, *blocks)
+    impl = choose_impl("auto", query, key, value, *blocks).impl
     faster = BACKENDS[: BACKENDS.index(impl)] if impl in BACKENDS else BACKENDS
     reasons = ((name, why_not(name, query, key, value, *blocks)) for name in faster)
     return Explanation(impl, blocks, tuple((name, reason) for name, reason in reasons if reason is not None))

@@ -22,7 +22,14 @@ from foveal.models.state import dense_forwards
 Model = TypeVar("Model")
 
 
-def sparsify(model: Model, config: Config | None = None, *, layers: Layers = None, impl: str = "auto") -> Model:
+def sparsify(
+    model: Model,
+    config: Config | None = None,
+    *,
+    layers: Layers = None,
+    impl: str = "auto",
+    on_fallback: str = "allow",
+) -> Model:
     """Puts sparse attention in the place of a model's dense self-attention. Cross-attention stays as it is.
 
     The new parameters go where the layer's are, in the model's dtype, but for SLA's projection, which stays float32.
@@ -38,6 +45,11 @@ def sparsify(model: Model, config: Config | None = None, *, layers: Layers = Non
             others stay as they are. A function (index, name) gives every layer its configuration or None; `config`
             must then be None. Calls add up, and none converts a layer again; `reconfigure` changes one.
         impl: see `block_sparse_attention`.
+        on_fallback: what happens at the end of a forward in which a layer fell back: to a slower implementation, wholly
+            or in a part; to dense attention by a policy; or to as much work, where what it keeps covers all blocks.
+            "allow" only records it for `report`, "warn" also warns once for each kind of forward, and "error" raises a
+            RuntimeError. An `impl` that you name is no fallback, and neither is `dense`. It is not saved;
+            `set_on_fallback` changes it.
 
     Returns:
         The same model, changed in place; unchanged if anything below is raised.
@@ -46,12 +58,12 @@ def sparsify(model: Model, config: Config | None = None, *, layers: Layers = Non
         TypeError: an unsupported model, or a `config` or `layers` of the wrong type.
         ValueError: a layer that does not exist, is named twice in a table, is sparse already, or has a processor of
             someone else's; `layers` that leave nothing to convert; a model under context parallelism that sparse
-            layers cannot follow, or sharded; an unknown `impl`.
+            layers cannot follow, or sharded; an unknown `impl` or `on_fallback`.
     """
     plans = []
     for transformer in components_of(model).values():
         configs = choose_configs(family_of(transformer).self_attention_layers(transformer), config, layers)
-        plans.append((transformer, build_processors(transformer, configs, impl=impl)))
+        plans.append((transformer, build_processors(transformer, configs, impl=impl, on_fallback=on_fallback)))
     for transformer, processors in plans:
         install(transformer, processors)
         become_sparse(transformer)

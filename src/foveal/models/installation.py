@@ -20,7 +20,7 @@ SKIP_CASTING = r"\.processor(\.|$)"
 
 
 def build_processors(
-    transformer: nn.Module, configs: dict[str, Config], *, impl: str = "auto"
+    transformer: nn.Module, configs: dict[str, Config], *, impl: str = "auto", on_fallback: str = "allow"
 ) -> dict[str, SparseAttentionProcessor]:
     """Processors for the layers named in `configs`, ready for `install`; changes nothing yet.
 
@@ -37,7 +37,8 @@ def build_processors(
         _check_replaceable(name, attn, family)
         attention = build_attention(family, attn, config, next(attn.parameters()).device, impl=impl)
         attention.to(dtype=transformer.dtype)
-        processors[name] = SparseAttentionProcessor(attention, state, attn.processor).train(attn.training)
+        processor = SparseAttentionProcessor(attention, state, attn.processor, on_fallback=on_fallback)
+        processors[name] = processor.train(attn.training)
     return processors
 
 

@@ -107,13 +107,22 @@ class Policy:
             step, num_steps: which denoising step of how many, from 0; None outside of a generation.
             timestep: None where `reads_timestep` is False.
         """
-        dense = step is not None and (step < self.dense_first_steps or step >= num_steps - self.dense_last_steps)
-        if timestep is not None and not dense:
-            dense = self.dense_above is not None and timestep > self.dense_above
-            dense = dense or (self.dense_below is not None and timestep < self.dense_below)
-        if dense:
-            return Phase(dense=True)
+        field = self._dense_by(step, num_steps, timestep)
+        if field is not None:
+            return Phase(dense=True, why=f"the policy's {field}")
         return Phase(False, _at(self.keep_ratio, timestep), _at(self.drop_ratio, timestep))
+
+    def _dense_by(self, step: int | None, num_steps: int | None, timestep: float | None) -> str | None:
+        """The field that makes a forward dense; None if none does."""
+        if step is not None and step < self.dense_first_steps:
+            return "dense_first_steps"
+        if step is not None and step >= num_steps - self.dense_last_steps:
+            return "dense_last_steps"
+        if timestep is not None and self.dense_above is not None and timestep > self.dense_above:
+            return "dense_above"
+        if timestep is not None and self.dense_below is not None and timestep < self.dense_below:
+            return "dense_below"
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not at their defaults, as JSON-ready values."""

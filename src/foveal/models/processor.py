@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from foveal.checks import check_choice
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Config, method_of
 from foveal.models.context_parallel import Shards, check_parallel_config, receive_gates, send_gates, shards_of
 from foveal.models.families.table import FAMILIES, family_of
+from foveal.models.record import DENSE, HELD_DENSE, ON_FALLBACK, UNTOLD, LayerRecord
 from foveal.models.self_attention import LayerAttention
 from foveal.models.state import ForwardState, Phase
 
@@ -60,17 +62,24 @@ class SparseAttentionProcessor(nn.Module):
         attention: the method's module, with its parameters and configuration.
         state: shared by the layers of one transformer.
         original: the processor that this one stands in for.
+        on_fallback: as in `sparsify`.
 
     Attributes:
         held_dense: the policy keeps this layer dense.
+        record: what the layer ran.
+
+    Raises:
+        ValueError: an unknown `on_fallback`.
     """
 
-    def __init__(self, attention: nn.Module, state: ForwardState, original: Any) -> None:
+    def __init__(self, attention: nn.Module, state: ForwardState, original: Any, *, on_fallback: str = "allow") -> None:
         super().__init__()
+        check_choice("on_fallback", on_fallback, ON_FALLBACK)
         self.attention = attention
         self.state = state
         self.original = original
         self.held_dense = False
+        self.record = LayerRecord(attention.config, on_fallback)
 
     @property
     def config(self) -> Config:
@@ -119,6 +128,7 @@ class SparseAttentionProcessor(nn.Module):
             phase = Phase.from_text(call.phase_text) if torch.compiler.is_compiling() else call.phase
         if phase.dense or self.held_dense:
             output = self.original(attn, *args, **kwargs)
+            self.record.ran = HELD_DENSE if self.held_dense else DENSE
             # The switch takes the method out of a forward; a policy makes it a part that does nothing this time.
             by_policy = call is not None and call.grid is not None
             hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -166,7 +176,9 @@ class SparseAttentionProcessor(nn.Module):
         query, key, value = map(receive, (query, key, value))
         if shards is not None:
             gates = receive_gates(gates, tokens, shards)
-        return method.run(self.attention, query, key, value, hidden_states, tokens, kv_lengths, config, gates)
+        output = method.run(self.attention, query, key, value, hidden_states, tokens, kv_lengths, config, gates)
+        self.record.ran = getattr(self.attention, "ran", UNTOLD)
+        return output
 
     def extra_repr(self) -> str:
         return f"method={method_of(self.config).name!r}"
@@ -185,7 +197,13 @@ def state_of(transformer: nn.Module) -> ForwardState | None:
 
 
 def note_configs(transformer: nn.Module) -> None:
-    """Tells the state of a transformer which configurations its sparse layers have now."""
+    """Tells the state of a transformer which sparse layers it has now, and their configurations."""
     state = state_of(transformer)
     if state is not None:
-        state.configs = tuple(dict.fromkeys(x.config for x in sparse_processors(transformer).values()))
+        processors = sparse_processors(transformer)
+        for processor in processors.values():
+            processor.record.config = processor.config
+        state.configs = tuple(dict.fromkeys(x.config for x in processors.values()))
+        state.layers = {name: processor.record for name, processor in processors.items()}
+        state.minds_fallbacks = any(layer.on_fallback != "allow" for layer in state.layers.values())
+        state.record.clear()

@@ -21,6 +21,7 @@ from torch import nn
 from foveal.layout import PlannedGrid, TokenLayout, VideoGrid
 from foveal.methods.base import Config, method_of
 from foveal.models.families.table import FAMILIES
+from foveal.models.record import SWITCHED_OFF, Forward, ForwardRecord, LayerRecord
 
 
 class Phase(NamedTuple):
@@ -29,14 +30,16 @@ class Phase(NamedTuple):
     Args:
         dense: run the original processors.
         keep_ratio, drop_ratio: instead of those of the layers' configurations; None leaves them.
+        why: what asked for `dense`, for reports; None where nothing did.
     """
 
     dense: bool = False
     keep_ratio: float | None = None
     drop_ratio: float | None = None
+    why: str | None = None
 
     def as_text(self) -> tuple[str, str, str]:
-        """The fields as text, for `from_text`."""
+        """The fields that layers follow as text, for `from_text`."""
         return str(self.dense), str(self.keep_ratio), str(self.drop_ratio)
 
     @classmethod
@@ -122,7 +125,12 @@ class ForwardState:
 
     Attributes:
         grid: the grid of the latest forward that had one, for reports; None before the first.
+        packed: whether it had protected segments around it.
         configs: the different configurations of the sparse layers, see `note_configs`.
+        layers: what each sparse layer ran, by name, see `note_configs`.
+        record: the forwards so far, by kind.
+        minds_fallbacks: whether a layer's `on_fallback` is another than "allow".
+        compiled: forwards ran that were compiled with the whole model, which are not counted.
         held: names of the layers that the policy keeps dense.
         clock: the policy and where it reads the denoising step, a `PolicyClock`; None without a policy.
         handles: of the hooks, by the name of the module that has them.
@@ -132,7 +140,12 @@ class ForwardState:
         self.family = family
         self.parameters = parameters
         self.grid: VideoGrid | None = None
+        self.packed = False
         self.configs: tuple[Config, ...] = ()
+        self.layers: dict[str, LayerRecord] = {}
+        self.record = ForwardRecord()
+        self.minds_fallbacks = False
+        self.compiled = False
         self.held: frozenset[str] = frozenset()
         self.clock: Any = None
         self.handles: dict[str, tuple[torch.utils.hooks.RemovableHandle, ...]] = {}
@@ -149,13 +162,13 @@ class ForwardState:
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._go_first()
-        grid, layout, phase = None, None, Phase(dense=True)
+        grid, layout, phase = None, None, Phase(dense=True, why=SWITCHED_OFF)
         switched = _THREAD.running.dense if compiling else _DENSE.get()
         if not any(state is self for state in switched):
             arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
             seen = FAMILIES[self.family].read_grid(transformer, arguments)
             packed = isinstance(seen, TokenLayout)
-            self.grid = seen.grid if packed else seen
+            self.grid, self.packed = seen.grid if packed else seen, packed
             # Sharded, blocks have a graph for each grid: where lengths are symbols, the backward exchanges tensors once
             # more, only to know how long they are.
             grid = self.grid
@@ -174,8 +187,36 @@ class ForwardState:
         return grid
 
     def end_forward(self, transformer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook on the transformer, called whether the forward succeeds or raises."""
+        """Forward hook on the transformer, called whether the forward succeeds or raises.
+
+        Raises:
+            RuntimeError: a layer fell back whose `on_fallback` is "error".
+        """
+        call = self._running()
         _THREAD.running.call = self._outside(_THREAD.running.call)
+        if call is None:
+            return
+        if torch.compiler.is_compiling() and not self.minds_fallbacks:
+            self.compiled = True
+        else:
+            self._note(call, output is not None)
+
+    def _note(self, call: Call, succeeded: bool) -> None:
+        """Adds a forward that ended to the record, unless it raised."""
+        layers = self.layers.values()
+        forward = Forward(
+            grid=None if call.grid is None else call.grid.shape,
+            packed=call.layout is not None,
+            phase=call.phase,
+            ran=() if call.phase.dense else tuple([layer.ran for layer in layers]),
+        )
+        for layer in layers:
+            layer.ran = None
+        if succeeded:
+            self.record.add(forward, self.layers)
+
+    # A graph that counted would be another one for each count.
+    _note._torchdynamo_disable = True
 
     def begin_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook on a block of layers.

@@ -48,6 +48,11 @@ def _why_not_device(device: torch.device) -> str | None:
     return None
 
 
+def written_for(device: torch.device) -> bool:
+    """Whether a device is of the kind that the kernels are for."""
+    return _why_not_device(device) is None
+
+
 def copyable(x: Tensor) -> bool:
     """Whether TMA can read x [B, H, L, D] with the strides that it has."""
     # torch.compile cannot trace an offset; the launchers look again, and copy what turns out not to fit.
@@ -85,8 +90,12 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: in
         return f"it takes blocks of {BLOCK_SIZES} tokens, got {block_q}x{block_k}"
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not copyable(x):
-            return (
+            needed = (
                 f"{name} must be contiguous in its last dimension, with its start and its other strides multiples of "
-                f"{COPY_ALIGNMENT} bytes, got strides {tuple(x.stride())} and offset {x.storage_offset()}"
+                f"{COPY_ALIGNMENT} bytes"
             )
+            # Strides may be symbols, which cannot be told.
+            if torch.compiler.is_compiling():
+                return needed
+            return f"{needed}, got strides {tuple(x.stride())} and offset {x.storage_offset()}"
     return missing_gluon()

@@ -18,9 +18,10 @@ from foveal.checks import (
 )
 from foveal.kernels.api import (
     IMPLS,
+    Ran,
     block_sparse_attention,
+    choose_impl,
     fits_kernel,
-    resolve_impl,
     select_blocks,
     validate_selection,
 )
@@ -32,8 +33,11 @@ from foveal.methods.sla.linear import linear_branch
 from foveal.methods.sla.packed import PackedKeys
 from foveal.token_order import TileOrder, tile_indices
 
+# Parts that run in PyTorch although the rest of a call runs on a GPU's kernels.
+SLOW_LINEAR = 'the linear branch runs in PyTorch: it has no kernel for feature_map="hedgehog"'
+SLOW_SELECTION = "the blocks are chosen in PyTorch: the kernels that choose do not take these inputs"
 
-@without_autocast
+
 def sla_attention(
     query: Tensor,
     key: Tensor,
@@ -82,18 +86,44 @@ def sla_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    weights = proj_weight, proj_bias, feature_weight
+    where = grid, layout, protected_keys, kv_lengths
+    return _attend(query, key, value, config, selection, weights, where, scale, impl)[0]
+
+
+@without_autocast
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: SLAConfig,
+    selection: BlockSelection | None,
+    weights: tuple[Tensor | None, Tensor | None, Tensor | None],
+    where: tuple,
+    scale: float | None,
+    impl: str,
+) -> tuple[Tensor, Ran]:
+    """`sla_attention`, and what ran.
+
+    Args:
+        weights: its proj_weight, proj_bias, and feature_weight.
+        where: its grid, layout, protected_keys, and kv_lengths.
+    """
+    proj_weight, proj_bias, feature_weight = weights
+    grid, layout, protected_keys, kv_lengths = where
     if not isinstance(config, SLAConfig):
         raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
     validate_qkv(query, key, value)
     _validate_weights(query, config, proj_weight, proj_bias, feature_weight)
-    impl = resolve_impl(impl, query, key, value, config.block_q, config.block_k)
+    ran = choose_impl(impl, query, key, value, config.block_q, config.block_k)
+    impl = ran.impl
     scale = check_scale(scale, query.shape[-1])
 
     grid, packed = resolve_layout(grid, layout)
     if packed is not None:
-        weights = {"proj_weight": proj_weight, "proj_bias": proj_bias, "feature_weight": feature_weight}
         keys = _packed_keys(query, key, packed, config, protected_keys, kv_lengths)
-        return _packed_attention(query, key, value, keys, config, selection, kv_lengths, scale, impl, weights)
+        output, inner = _packed_attention(query, key, value, keys, config, selection, kv_lengths, scale, impl, weights)
+        return output, ran if inner.why is None else ran.but(inner.why)
     order = None
     if config.token_order == "tile":
         if grid is None:
@@ -106,7 +136,10 @@ def sla_attention(
     elif grid is not None:
         grid.check_length(query.shape[2])
 
-    on_gpu = impl in ("triton", "gluon") and config.linear_scope != "none" and config.feature_map != "hedgehog"
+    on_kernels = impl in ("triton", "gluon")
+    on_gpu = on_kernels and config.linear_scope != "none" and config.feature_map != "hedgehog"
+    if on_kernels and not on_gpu and config.linear_scope != "none":
+        ran = ran.but(SLOW_LINEAR)
     if selection is None:
         rule = {
             "block_q": config.block_q,
@@ -116,7 +149,10 @@ def sla_attention(
             "protected_keys": protected_keys,
             "kv_lengths": kv_lengths,
         }
-        if on_gpu and fits_kernel(query, key, config.block_k):
+        fits = on_kernels and fits_kernel(query, key, config.block_k)
+        if on_kernels and not fits:
+            ran = ran.but(SLOW_SELECTION)
+        if on_gpu and fits:
             if config.linear_scope != "marginal":
                 rule["drop_ratio"] = 0.0  # what is negligible makes no difference
             selection = selection_rule(query, key, **rule)
@@ -158,7 +194,7 @@ def sla_attention(
             if proj_weight is not None:
                 linear = linear_layer(linear, proj_weight, proj_bias)
             output = (output + linear).to(query.dtype)
-    return output if order is None else order.unsort(output)
+    return output if order is None else order.unsort(output), ran
 
 
 def _packed_keys(query, key, layout, config, protected_keys, kv_lengths) -> PackedKeys:
@@ -172,11 +208,14 @@ def _packed_keys(query, key, layout, config, protected_keys, kv_lengths) -> Pack
     return PackedKeys(layout, config.tile_for(layout.grid), config.block_k, kv_lengths, key.device)
 
 
-def _packed_attention(query, key, value, keys, config, selection, kv_lengths, scale, impl, weights) -> Tensor:
+def _packed_attention(
+    query, key, value, keys, config, selection, kv_lengths, scale, impl, weights
+) -> tuple[Tensor, Ran]:
     """SLA for the video's queries and dense attention for the protected ones, in sequence order."""
     layout = keys.layout
     video, protected = layout.split(query)
     video = keys.video(video)
+    slow_selection = selection is None and impl in ("triton", "gluon") and not fits_kernel(video, key, config.block_k)
     if selection is None:
         # Without "marginal", what is negligible makes no difference.
         drop_ratio = config.drop_ratio if config.linear_scope == "marginal" else 0.0
@@ -188,9 +227,9 @@ def _packed_attention(query, key, value, keys, config, selection, kv_lengths, sc
     key, value = keys.in_blocks(key), keys.in_blocks(value)
     # They are in the order that blocks are cut from.
     config = config if keys.tile is None else config.replace(token_order="raster")
-    video = sla_attention(video, key, value, config=config, selection=selection, scale=scale, impl=impl, **weights)
+    video, ran = _attend(video, key, value, config, selection, weights, (None,) * 4, scale, impl)
     video = video if keys.tile is None else layout.grid.to_raster_order(video, keys.tile)
-    return layout.join(video, protected)
+    return layout.join(video, protected), ran.but(SLOW_SELECTION) if slow_selection else ran
 
 
 def _packed_selection(video, key, keys, config, drop_ratio, scale=None) -> BlockSelection:
@@ -334,7 +373,7 @@ class SparseLinearAttention(nn.Module):
         proj: weight [D, D] and bias [D], shared by the heads, float32, zero at the start, so that the module first
             equals block-sparse attention; None without a projection or linear branch. That its weight starts at zero
             is no bug: its gradient does not, and the linear branch grows in.
-        last_impl: the implementation that the last eager call ran; None before.
+        ran: what the last call ran (`Ran`: `impl`, and `why` if that is slower than asked); None before.
         feature_weight: [D, D], the identity at the start, for feature_map "hedgehog"; else None.
     """
 
@@ -345,7 +384,7 @@ class SparseLinearAttention(nn.Module):
             raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
         check_choice("impl", impl, IMPLS)
         self.head_dim, self.config, self.impl = head_dim, config, impl
-        self.last_impl: str | None = None
+        self.ran: Ran | None = None
         linear = config.linear_scope != "none"
         self.proj = Projection(head_dim) if linear and config.projection else None
         hedgehog = linear and config.feature_map == "hedgehog"
@@ -371,24 +410,9 @@ class SparseLinearAttention(nn.Module):
         if query.shape[-1] != self.head_dim:
             raise ValueError(f"query must have head_dim {self.head_dim}, got {query.shape[-1]}")
         weight, bias = (None, None) if self.proj is None else self.proj()
+        weights, where = (weight, bias, self.feature_weight), (grid, layout, protected_keys, kv_lengths)
         config = self.config if config is None else config
-        output = sla_attention(
-            query,
-            key,
-            value,
-            config=config,
-            selection=selection,
-            proj_weight=weight,
-            proj_bias=bias,
-            feature_weight=self.feature_weight,
-            grid=grid,
-            layout=layout,
-            protected_keys=protected_keys,
-            kv_lengths=kv_lengths,
-            impl=self.impl,
-        )
-        if not torch.compiler.is_compiling():
-            self.last_impl = resolve_impl(self.impl, query, key, value, *self.kernel_blocks(config, grid))
+        output, self.ran = _attend(query, key, value, config, selection, weights, where, None, self.impl)
         return output
 
     @staticmethod

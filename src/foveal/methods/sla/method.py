@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from foveal.blocks import num_critical
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Method, Schedule, SummaryCells
 from foveal.methods.sla.attention import SparseLinearAttention, token_order
@@ -46,6 +47,11 @@ def _key_blocks(config: SLAConfig, grid: VideoGrid) -> tuple[int, str]:
     return -(-grid.num_tokens // config.block_k), str(config.block_k)
 
 
+def _kept_blocks(config: SLAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int]:
+    blocks, _ = _key_blocks(config, grid)
+    return num_critical(blocks, config.keep_ratio, None), blocks
+
+
 def _keep(config: SLAConfig, ratio: float) -> SLAConfig:
     ratio = min(1.0, ratio)
     return config.replace(keep_ratio=ratio, drop_ratio=min(config.drop_ratio, 1 - ratio))
@@ -61,6 +67,7 @@ SLA = Method(
     cost=cost_parts,
     cells=_cells,
     key_blocks=_key_blocks,
+    kept_blocks=_kept_blocks,
     plan=token_order,
     schedule=Schedule(ratios=("keep_ratio", "drop_ratio"), keep=_keep),
     presets={"SLA, raster order": SLAConfig(), "SLA, tile order": SLAConfig(token_order="tile")},

@@ -17,7 +17,7 @@ from foveal.checks import (
     validate_qkv,
     without_autocast,
 )
-from foveal.kernels.api import IMPLS, resolve_impl
+from foveal.kernels.api import IMPLS, Ran, choose_impl
 from foveal.kernels.dense import dense_attention
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.vsa.config import VSAConfig
@@ -58,7 +58,7 @@ def select_cubes(
         return tiles.with_protected(select_cubes(*video, config=video_config, grid=grid, scale=scale))
     layout = CubeLayout(config, grid, key, kv_lengths)
     query, key = query.detach(), key.detach()
-    if resolve_impl("auto", query, key, key, layout.slot, layout.slot) in ("triton", "gluon"):
+    if choose_impl("auto", query, key, key, layout.slot, layout.slot).impl in ("triton", "gluon"):
         from foveal.methods.vsa.gpu import select_cubes_gpu
 
         return select_cubes_gpu(query, key, layout, scale)
@@ -66,7 +66,6 @@ def select_cubes(
     return layout.pick(pooled_scores(*(pool_blocks(x, layout.slot, layout.cube_sizes) for x in cubes), scale))
 
 
-@without_autocast
 def vsa_attention(
     query: Tensor,
     key: Tensor,
@@ -110,7 +109,31 @@ def vsa_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    gates, where = (gate_coarse, gate_fine), (grid, layout, kv_lengths)
+    return _attend(query, key, value, config, gates, selection, where, scale, impl)[0]
+
+
+@without_autocast
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: VSAConfig,
+    gates: tuple[Tensor | None, Tensor | None],
+    selection: BlockSelection | None,
+    where: tuple,
+    scale: float | None,
+    impl: str,
+) -> tuple[Tensor, Ran]:
+    """`vsa_attention`, and what ran.
+
+    Args:
+        gates: its gate_coarse and gate_fine.
+        where: its grid, layout, and kv_lengths.
+    """
+    grid, layout, kv_lengths = where
     grid, packed = _validate(query, key, value, config, grid, layout, kv_lengths)
+    gate_coarse, gate_fine = gates
     for name, gate in (("gate_coarse", gate_coarse), ("gate_fine", gate_fine)):
         if gate is not None and (not isinstance(gate, Tensor) or gate.shape != query.shape):
             got = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
@@ -119,7 +142,8 @@ def vsa_attention(
             raise ValueError(f"{name} is on {gate.device}, but query is on {query.device}")
     scale = check_scale(scale, query.shape[-1])
     tiles = CubeLayout(config, grid, key, kv_lengths) if packed is None else PackedTiles(config, packed, key.device)
-    impl = resolve_impl(impl, query, key, value, tiles.slot, tiles.slot)
+    ran = choose_impl(impl, query, key, value, tiles.slot, tiles.slot)
+    impl = ran.impl
     if selection is not None:
         selection = tiles.checked(selection, query)
     elif impl == "reference" or packed is not None:
@@ -129,7 +153,7 @@ def vsa_attention(
     if impl == "reference":
         from foveal.methods.vsa.reference import vsa_attention_reference
 
-        return vsa_attention_reference(
+        output = vsa_attention_reference(
             query,
             key,
             value,
@@ -141,16 +165,17 @@ def vsa_attention(
             gate_fine_BHLD=gate_fine,
             kv_lengths_B=kv_lengths,
         )
+        return output, ran
     run = _run_with(impl)
     if packed is None:
-        return run(query, key, value, tiles, selection, scale, gate_coarse, gate_fine)
+        return run(query, key, value, tiles, selection, scale, gate_coarse, gate_fine), ran
     output = run(query, key, value, tiles, tiles.with_all_rows(selection), scale, gate_coarse, gate_fine)
     # Of the protected tokens that is only the coarse branch: their chunks have no lists.
     video, coarse = packed.split(output)
     fine = dense_attention(packed.split(query)[1], key, value, scale=scale)
     if gate_fine is not None:
         fine = fine * packed.split(gate_fine)[1]
-    return packed.join(video, (coarse + fine).to(output.dtype))
+    return packed.join(video, (coarse + fine).to(output.dtype)), ran
 
 
 def _run_with(impl: str) -> Callable[..., Tensor]:
@@ -219,7 +244,7 @@ class VideoSparseAttention(nn.Module):
     Attributes:
         to_gate_coarse: Linear(hidden_dim, H * D), zero at the start, so that a retrofitted layer first equals its
             fine branch.
-        last_impl: the implementation that the last eager call ran; None before.
+        ran: what the last call ran (`Ran`: `impl`, and `why` if that is slower than asked); None before.
         to_gate_fine: the same for the fine branch, the constant 1 at the start; None unless config.fine_gate, and
             the gate is then fixed at 1.
     """
@@ -235,7 +260,7 @@ class VideoSparseAttention(nn.Module):
         check_choice("impl", impl, IMPLS)
         self.hidden_dim, self.num_heads, self.head_dim = hidden_dim, num_heads, head_dim
         self.config, self.impl = config, impl
-        self.last_impl: str | None = None
+        self.ran: Ran | None = None
         self.to_gate_coarse = _constant_linear(hidden_dim, num_heads * head_dim, 0.0)
         self.to_gate_fine = _constant_linear(hidden_dim, num_heads * head_dim, 1.0) if config.fine_gate else None
 
@@ -285,22 +310,8 @@ class VideoSparseAttention(nn.Module):
         elif hidden_states is not None:
             raise ValueError("gates stand in for hidden_states; give one of them")
         config = self.config if config is None else config
-        output = vsa_attention(
-            query,
-            key,
-            value,
-            config=config,
-            grid=grid,
-            layout=layout,
-            gate_coarse=gates[0],
-            gate_fine=gates[1],
-            selection=selection,
-            kv_lengths=kv_lengths,
-            impl=self.impl,
-        )
-        if not torch.compiler.is_compiling():
-            blocks = self.kernel_blocks(config, resolve_layout(grid, layout)[0])
-            self.last_impl = resolve_impl(self.impl, query, key, value, *blocks)
+        where = grid, layout, kv_lengths
+        output, self.ran = _attend(query, key, value, config, gates, selection, where, None, self.impl)
         return output
 
     @staticmethod

@@ -10,7 +10,7 @@ from foveal.methods.vsa.attention import VideoSparseAttention
 from foveal.methods.vsa.bench import CASES
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cost import cost_parts
-from foveal.methods.vsa.layout import cube_order, resolve_tile
+from foveal.methods.vsa.layout import cube_order, kept_cubes, kept_video_cubes, resolve_tile
 
 
 def _build(config: VSAConfig, hidden_dim: int, num_heads: int, head_dim: int, impl: str) -> VideoSparseAttention:
@@ -53,6 +53,11 @@ def _key_blocks(config: VSAConfig, grid: VideoGrid) -> tuple[int, str]:
     return grid.num_cubes(tile), _sides(tile)
 
 
+def _kept_blocks(config: VSAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int]:
+    cubes, _ = _key_blocks(config, grid)
+    return (kept_video_cubes if packed else kept_cubes)(config, cubes), cubes
+
+
 def _sides(tile: tuple[int, int, int]) -> str:
     return "x".join(map(str, tile))
 
@@ -75,6 +80,7 @@ VSA = Method(
     cost=cost_parts,
     cells=_cells,
     key_blocks=_key_blocks,
+    kept_blocks=_kept_blocks,
     gates=_gates,
     plan=cube_order,
     needs_grid=True,
