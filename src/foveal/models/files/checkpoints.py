@@ -117,10 +117,10 @@ def load_checkpoint(
     if sparse_processors(transformer):
         raise ValueError("model is sparse already; load_checkpoint takes a dense one, call densify first")
     with open_tensors(path) as stored:
-        file, about_file = _translated(stored)
+        file, about_file = translated(stored)
         names = without_prefix(file.shapes)
-        header = _header(file)
-        found = _choose_format(file, names, header, format)
+        header = file_header(file)
+        found = choose_format(file, names, header, format)
         if family_of(transformer).name not in found.families:
             families = " or ".join(map(repr, found.families))
             raise ValueError(f"{path} is for models of family {families}, got one of {family_of(transformer).name!r}")
@@ -129,7 +129,7 @@ def load_checkpoint(
         contract = None
         if header is None:
             contract = read_contract(Path(path)) if found.contract else read_settings(file.metadata, str(path))
-        config = _configuration(found, header, contract, transformer, changes)
+        config = configuration(found, header, contract, _hidden_dim(transformer), changes)
         sparse_tensors, base_tensors, notes = loader(found)(transformer, file, names, found, config, impl)
     notes = (*notes, *about_file)
     if contract is not None:
@@ -160,8 +160,8 @@ def check_checkpoint(path: str | os.PathLike) -> None:
         ValueError: a file that is corrupt or of no known format.
     """
     with open_tensors(path) as stored:
-        file, _ = _translated(stored)
-        _choose_format(file, without_prefix(file.shapes), _header(file), None)
+        file, _ = translated(stored)
+        choose_format(file, without_prefix(file.shapes), file_header(file), None)
 
 
 def export_checkpoint(model: Any, path: str | os.PathLike, *, format: str) -> None:
@@ -210,7 +210,7 @@ def export_checkpoint(model: Any, path: str | os.PathLike, *, format: str) -> No
     write_tensors(path, tensors, HEADER_KEY, json.dumps(header))
 
 
-def _translated(stored: TensorFile) -> tuple[TensorFile, tuple[str, ...]]:
+def translated(stored: TensorFile) -> tuple[TensorFile, tuple[str, ...]]:
     """A file as the formats have it, with plain weights and names that they know, and notes on what that took."""
     file, int8_layers = dequantized(stored)
     notes = (f"the int8 weights of {int8_layers} linear layers were dequantized",) if int8_layers else ()
@@ -227,7 +227,8 @@ def _only_transformer(model: Any) -> nn.Module:
     return next(iter(components.values()))
 
 
-def _header(file: TensorFile) -> dict[str, Any] | None:
+def file_header(file: TensorFile) -> dict[str, Any] | None:
+    """What `export_checkpoint` wrote about a file, in its header; None without."""
     text = file.metadata.get(HEADER_KEY)
     if text is None:
         return None
@@ -240,9 +241,10 @@ def _header(file: TensorFile) -> dict[str, Any] | None:
         raise ValueError(f"the header of {file.path} is malformed: {error!r}") from None
 
 
-def _choose_format(
+def choose_format(
     file: TensorFile, names: dict[str, str], header: dict[str, Any] | None, asked: str | None
 ) -> CheckpointFormat:
+    """The format of a file with these names, the one that was asked for or the one that it is recognized as."""
     if "foveal" in file.metadata:
         raise ValueError(f"{file.path} was written by foveal.save; foveal.load reads it, with its folder")
     if asked is None:
@@ -255,15 +257,19 @@ def _choose_format(
     return found
 
 
-def _configuration(
+def _hidden_dim(transformer: nn.Module) -> int:
+    family = family_of(transformer)
+    return family.dimensions(next(iter(family.self_attention_layers(transformer).values())))[0]
+
+
+def configuration(
     found: CheckpointFormat,
     header: dict[str, Any] | None,
     contract: Contract | None,
-    transformer: nn.Module,
+    hidden_dim: int,
     changes: dict[str, Any],
 ) -> Config:
-    family = family_of(transformer)
-    hidden_dim, _, _ = family.dimensions(next(iter(family.self_attention_layers(transformer).values())))
+    """What a file's weights run with: what its header, its contract, or else its format says, with the changes."""
     expected = found.config_for(hidden_dim)
     config = expected if header is None else header["config"]
     if contract is not None:
@@ -302,8 +308,7 @@ def _exportable_config(transformer: nn.Module, target: CheckpointFormat) -> Conf
     others = [name for name, other in configs.items() if other != config]
     if others:
         raise ValueError(f"format {target.name!r} has one configuration, but {enumerated(others)} have others")
-    hidden_dim, _, _ = family.dimensions(next(iter(layers.values())))
-    _check_fixed(target, config, target.config_for(hidden_dim))
+    _check_fixed(target, config, target.config_for(_hidden_dim(transformer)))
     return config
 
 
