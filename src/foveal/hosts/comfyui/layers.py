@@ -1,0 +1,181 @@
+"""The self-attention layers of ComfyUI's Wan models, what each of them runs, and where their tokens stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from foveal.checks import check_ratio
+from foveal.layout import TokenLayout, VideoGrid
+from foveal.methods.base import Config, method_of
+from foveal.models.files.parts import SparseParameters
+from foveal.models.layers import choose_configs
+from foveal.symbols import ceil_div
+
+# Where a Wan model of ComfyUI has blocks with a `self_attn`; the second is VACE's.
+GROUPS = ("blocks", "vace_blocks")
+DIMENSIONS = ("dim", "num_heads", "head_dim")
+
+Budgets = Mapping[int | str | range, float]
+
+
+def self_attention_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The self-attention modules of a diffusion model of ComfyUI by name, in order of depth.
+
+    Raises:
+        TypeError: the model is not one of Wan's.
+    """
+    found = {
+        f"{group}.{index}.self_attn": getattr(block, "self_attn", None)
+        for group in GROUPS
+        for index, block in enumerate(getattr(model, group, None) or ())
+    }
+    known = all(all(hasattr(layer, name) for name in DIMENSIONS) for layer in found.values())
+    if not found or not known or len(getattr(model, "patch_size", ())) != 3:
+        raise TypeError(f"model must be one of ComfyUI's Wan models, got {type(model).__name__}")
+    return found
+
+
+def build_layers(
+    model: nn.Module,
+    config: Config,
+    *,
+    parameters: SparseParameters | None = None,
+    budgets: Budgets | None = None,
+    impl: str = "auto",
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The method's module for each layer that may be sparse, and for each other one why it stays dense.
+
+    Args:
+        model: the diffusion model. It is not changed.
+        config: of every layer.
+        parameters: what the modules are filled with; None for a configuration that needs none.
+        budgets: the keep_ratio of layers that have one of their own, by index, range, or name. 1 keeps a layer dense.
+        impl: see `block_sparse_attention`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    layers = self_attention_layers(model)
+    configs = dict.fromkeys(layers, config)
+    if budgets:
+        for ratio in budgets.values():
+            check_ratio("budgets", ratio)
+        ratios = {key: method_of(config).follow(config, keep_ratio=float(ratio)) for key, ratio in budgets.items()}
+        configs = choose_configs(layers, config, ratios)
+    if parameters is not None:
+        depth = sum(name.startswith("blocks.") for name in layers)
+        if len(parameters.layers) != depth:
+            raise ValueError(
+                f"{parameters.path} has sparse parameters of {len(parameters.layers)} layers, "
+                f"but the model has {depth}: another model size"
+            )
+    modules, reasons = {}, {}
+    for index, (name, layer) in enumerate(layers.items()):
+        own = configs[name]
+        if budgets and own.keep_ratio == 1.0:
+            reasons[name] = "its budget keeps everything"
+        elif parameters is not None and index >= len(parameters.layers):
+            reasons[name] = "the file has no parameters for it"
+        else:
+            modules[name] = method_of(own).build(own, layer.dim, layer.num_heads, layer.head_dim, impl)
+            modules[name].requires_grad_(False)
+            _fill(name, modules[name], None if parameters is None else parameters.layers[index])
+    return modules, reasons
+
+
+def _fill(name: str, module: nn.Module, values: dict | None) -> None:
+    fresh = module.state_dict()
+    if values is None:
+        if fresh:
+            raise ValueError(
+                f"config must need no parameters without a file that has them, got {module.config}, "
+                f"which needs {', '.join(fresh)}"
+            )
+        return
+    wrong = [
+        f"{part} {tuple(values[part].shape)}, expected {tuple(tensor.shape)}" if part in values else f"no {part}"
+        for part, tensor in fresh.items()
+        if part not in values or values[part].shape != tensor.shape
+    ]
+    if wrong:
+        raise ValueError(f"layer {name}: the file has {', '.join(wrong)}: another model size")
+    # In the file's dtype, but for those that take small steps from zero and stay in float32.
+    module.to(next(iter(values.values())).dtype)
+    module.load_state_dict(values)
+
+
+def parse_ratios(name: str, text: str) -> dict[int | str | range, float]:
+    """Ratios as people write them, "0: 0.5, 1-28: 0.1, blocks.29.self_attn: 1", separated by commas or line ends.
+
+    Args:
+        name: what they are, for errors.
+
+    Raises:
+        ValueError: for an entry that is none.
+    """
+    ratios = {}
+    for entry in filter(None, (part.strip() for part in re.split(r"[,\n]", text))):
+        key, _, ratio = (part.strip() for part in entry.rpartition(":"))
+        try:
+            value = float(ratio)
+        except ValueError:
+            value = None
+        if not key or value is None:
+            raise ValueError(f"{name} must be entries like 3: 0.1 or 4-9: 0.2, got {entry!r}")
+        span = re.fullmatch(r"(\d+)\s*-\s*(\d+)", key)
+        at = range(int(span[1]), int(span[2]) + 1) if span else int(key) if key.isdigit() else key
+        if at in ratios:
+            raise ValueError(f"{name} has {key} twice")
+        ratios[at] = value
+    return ratios
+
+
+def write_budgets(ratios: Mapping[str, float]) -> str:
+    """Budgets by layer name as `parse_ratios` reads them."""
+    return "\n".join(f"{name}: {ratio:g}" for name, ratio in ratios.items())
+
+
+def layout_of(
+    latent: tuple[int, ...], patch: tuple[int, int, int], tokens: int, *, reference_first: bool = False
+) -> VideoGrid | TokenLayout | None:
+    """Where the tokens of a layer stand; None if they do not fit the latent.
+
+    Tokens that the model adds to the video's (reference frames, motion) are protected: every query reads them, and
+    theirs read everything.
+
+    Args:
+        latent: the shape of the model's input, [B, C, frames, height, width].
+        patch: latent frames, rows, and columns of a token.
+        tokens: how many the layer has.
+        reference_first: a reference frame stands before the video; others stand after it.
+    """
+    if len(latent) != 5:
+        return None
+    grid = VideoGrid(*(ceil_div(side, edge) for side, edge in zip(latent[2:], patch, strict=True)))
+    extra = tokens - grid.num_tokens
+    if extra == 0:
+        return grid
+    frame = grid.height * grid.width
+    if extra < 0 or (reference_first and extra < frame):
+        return None
+    layout = TokenLayout(grid)
+    if reference_first:
+        layout, extra = replace(layout, before=(frame,)), extra - frame
+    return replace(layout, after=(extra,)) if extra else layout
+
+
+def grid_of(layout: VideoGrid | TokenLayout) -> VideoGrid:
+    """The video's part."""
+    return layout.grid if isinstance(layout, TokenLayout) else layout
+
+
+def described(layout: Any) -> str:
+    """ "21x30x52 = 32,760 tokens", and what is protected."""
+    grid = grid_of(layout)
+    text = f"{'x'.join(map(str, grid.shape))} = {grid.num_tokens:,} tokens"
+    return text if layout is grid else f"{text} and {layout.num_protected:,} that are protected"

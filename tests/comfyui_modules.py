@@ -1,0 +1,132 @@
+"""What ComfyUI's Wan models and its `ModelPatcher` look like to foveal, without ComfyUI: names, calls, and hooks.
+
+`tests/test_comfyui.py` runs the same against ComfyUI itself, which keeps these honest.
+"""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+HEADS, LAYERS = 2, 3
+
+
+def dense_attention(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False):
+    """What ComfyUI runs without an override, with its arguments."""
+    if not skip_reshape:
+        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    output = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return output if skip_output_reshape else output.transpose(1, 2).flatten(2)
+
+
+def optimized_attention(*args, transformer_options=None, **kwargs):
+    override = (transformer_options or {}).get("optimized_attention_override")
+    return dense_attention(*args, **kwargs) if override is None else override(dense_attention, *args, **kwargs)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, mask=None):
+        super().__init__()
+        self.dim, self.num_heads, self.head_dim = dim, HEADS, dim // HEADS
+        self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))
+        self.mask = mask
+
+    def forward(self, x, context=None, transformer_options=None):
+        other = x if context is None else context
+        qkv = self.q(x), self.k(other), self.v(other)
+        more = {} if self.mask is None else {"mask": self.mask}
+        return optimized_attention(*qkv, heads=self.num_heads, transformer_options=transformer_options, **more)
+
+
+class Block(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.self_attn, self.cross_attn = Attention(dim), Attention(dim)
+
+    def forward(self, x, context, options):
+        x = x + self.self_attn(x, transformer_options=options)
+        return x + self.cross_attn(x, context, transformer_options=options)
+
+
+class Wan(nn.Module):
+    """Latents [B, C, T, H, W] to [B, C, T, H, W]."""
+
+    patch_size = (1, 2, 2)
+
+    def __init__(self, head_dim=64, channels=4, layers=LAYERS):
+        super().__init__()
+        dim = head_dim * HEADS
+        self.patch_embedding = nn.Conv3d(channels, dim, self.patch_size, self.patch_size)
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(layers))
+        self.head = nn.Linear(dim, channels)
+        self.ref_conv = None
+
+    def forward(self, x, timestep, context, transformer_options, reference_latent=None):
+        wrappers = transformer_options.get("wrappers", {}).get("diffusion_model", {})
+        run = self._forward
+        for wrapper in [one for several in wrappers.values() for one in several]:
+            run = Executor(wrapper, run, self)
+        return run(x, timestep, context, transformer_options, reference_latent=reference_latent)
+
+    def _forward(self, x, timestep, context, options, reference_latent=None):
+        tokens = self.patch_embedding(x)
+        grid, tokens = tokens.shape[2:], tokens.flatten(2).transpose(1, 2)
+        extra = 0
+        if reference_latent is not None:
+            reference = self.patch_embedding(reference_latent).flatten(2).transpose(1, 2)
+            tokens, extra = torch.cat((reference, tokens), 1), reference.shape[1]
+        for block in self.blocks:
+            tokens = block(tokens, context, options)
+        out = self.head(tokens[:, extra:]).transpose(1, 2).unflatten(2, grid)
+        return functional.interpolate(out, x.shape[2:], mode="nearest")
+
+
+class Executor:
+    """ComfyUI's `WrapperExecutor`: what a wrapper calls to go on, and whose model it is."""
+
+    def __init__(self, wrapper, inner, model):
+        self.wrapper, self.inner, self.class_obj = wrapper, inner, model
+
+    def __call__(self, *args, **kwargs):
+        inner = self.inner
+
+        def go_on(*args, **kwargs):
+            return inner(*args, **kwargs)
+
+        go_on.class_obj = self.class_obj
+        return self.wrapper(go_on, *args, **kwargs)
+
+
+class Patcher:
+    """ComfyUI's `ModelPatcher`, as far as a node changes one."""
+
+    def __init__(self, model):
+        self.model = model
+        self.model_options = {"transformer_options": {}}
+        self.wrappers = {}
+
+    def clone(self):
+        other = Patcher(self.model)
+        other.model_options = copy.deepcopy(self.model_options)
+        other.wrappers = {kind: {key: list(of) for key, of in keys.items()} for kind, keys in self.wrappers.items()}
+        return other
+
+    def add_wrapper_with_key(self, kind, key, wrapper):
+        self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
+
+    def sample(self, latent, context, sigmas, **more):
+        """Every denoising step of a sampler that only looks: the outputs of the model."""
+        options = {"wrappers": self.wrappers, "sample_sigmas": sigmas, **self.model_options["transformer_options"]}
+
+        def run():
+            outputs = []
+            for sigma in sigmas[:-1]:
+                now = {**options, "sigmas": sigma[None]}
+                outputs.append(self.model(latent, 1000 * sigma[None], context, now, **more))
+            return outputs
+
+        for wrapper in self.wrappers.get("outer_sample", {}).get("foveal", []):
+            run = functools.partial(wrapper, run)
+        return run()
