@@ -8,6 +8,10 @@ hypothesis.settings.register_profile("foveal", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("foveal")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--comfyui", metavar="FOLDER", help="a ComfyUI to run its tests in, if none can be imported")
+
+
 def pytest_configure(config):
     # As many workers as cores: one thread each, or they fight over the cores.
     if hasattr(config, "workerinput"):
