@@ -1,5 +1,8 @@
 """Sparse attention in a tiny random `LTX2VideoTransformer3DModel`: only its video's self-attention."""
 
+import inspect
+from types import SimpleNamespace
+
 import pytest
 import torch
 from family_checks import DENSE_METHODS, FamilyChecks
@@ -10,6 +13,23 @@ from foveal.models import sparsify
 from foveal.models.processor import state_of
 
 diffusers = pytest.importorskip("diffusers")
+
+
+# What their checkpoints say, beside sizes.
+LATER = {
+    "gated_attn": True,
+    "cross_attn_mod": True,
+    "audio_gated_attn": True,
+    "audio_cross_attn_mod": True,
+    "use_prompt_embeddings": False,
+    "perturbed_attn": True,
+    "rope_type": "split",
+}
+VERSIONS = {
+    "2.3": LATER,
+    "2.5": LATER | {"ff_bias": False, "use_keyframes_abs_pos_embedding": True},
+    "2.5 with fixed prompts": LATER | {"ff_bias": False, "use_prompt_adaln_single": False},
+}
 
 
 class TestLTX2(FamilyChecks):
@@ -88,3 +108,59 @@ class TestLTX2(FamilyChecks):
         model = sparsify(self.model(), SPARSE_SLA)
         with pytest.raises(ValueError, match="attention_mask must be None"):
             self.run(model, **self.inputs(), video_self_attention_mask=torch.ones(2, 90, 90))
+
+    @DENSE_METHODS
+    @pytest.mark.parametrize("name", VERSIONS)
+    def test_later_versions(self, config, name):
+        """The arguments that the models of 2.3 and 2.5 are built with, and those that their pipelines pass."""
+        settings = VERSIONS[name]
+        if not set(settings) <= set(inspect.signature(diffusers.LTX2VideoTransformer3DModel.__init__).parameters):
+            pytest.skip(f"this diffusers has no LTX-{name}")
+        data = self.inputs(dtype=torch.float64) | {"use_cross_timestep": True}
+        data["sigma"] = data["audio_timestep"] = torch.tensor([3.0, 403.0], dtype=torch.float64)
+        # The connector projects the text to the widths of video and audio.
+        for key, width in (("encoder_hidden_states", 32), ("audio_encoder_hidden_states", 16)):
+            data[key] = torch.randn(2, 7, width, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        if settings.get("use_keyframes_abs_pos_embedding"):
+            data["video_keyframes_mask"] = (torch.arange(90) < 30).double()[None, :, None].expand(2, -1, -1)
+        model = self.model(**settings).double()
+        if hasattr(model, "keyframes_abs_pos_embedding"):
+            torch.nn.init.normal_(model.keyframes_abs_pos_embedding)
+        self.check_equals_dense(model, config, data)
+
+    @pytest.mark.parametrize("keyframes", [(8, 16), (16,), (1,)], ids=["two", "at the end", "where a frame begins"])
+    @pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=str)
+    def test_keyframes_and_references_of_2_5(self, config, keyframes):
+        """The pipelines of 2.5 give only coordinates, and append single frames and a reference of half the size."""
+        pipeline = pytest.importorskip("diffusers.pipelines.ltx2.pipeline_ltx2_dfr").LTX2DFRPipeline
+        facts = SimpleNamespace(
+            transformer_spatial_patch_size=1,
+            transformer_temporal_patch_size=1,
+            vae_temporal_compression_ratio=8,
+            vae_spatial_compression_ratio=32,
+        )
+        model, data = self.model().double(), self.inputs(dtype=torch.float64)
+        device = torch.device("cpu")
+        appended = [
+            pipeline._prepare_keyframe_coords(
+                facts,
+                keyframe_latent_num_frames=1,
+                keyframe_latent_height=5,
+                keyframe_latent_width=6,
+                pixel_frame_idx=index,
+                num_pixel_frames=1,
+                fps=24.0,
+                device=device,
+            )
+            for index in keyframes
+        ]
+        reference = model.rope.prepare_video_coords(1, 3, 2, 3, device)
+        coords = [model.rope.prepare_video_coords(1, *self.LATENTS[0], device), *appended, reference]
+        data["video_coords"] = torch.cat(coords, 2).expand(2, -1, -1, -1)
+        length = data["video_coords"].shape[2]
+        assert length == 90 + 30 * len(keyframes) + 18
+        generator = torch.Generator().manual_seed(1)
+        data["hidden_states"] = torch.randn(2, length, 4, dtype=torch.float64, generator=generator)
+        for name in ("num_frames", "height", "width"):
+            del data[name]
+        self.check_equals_dense(model, config, data)

@@ -1,7 +1,8 @@
-"""LTX-2 (`LTX2VideoTransformer3DModel` of diffusers): the video's self-attention.
+"""LTX-2, 2.3, and 2.5 (`LTX2VideoTransformer3DModel` of diffusers): the video's self-attention.
 
 The audio's self-attention and all cross-attention between video, audio, and text stay as they are. Some pipelines
-append the tokens of conditioning frames to those of the video: every token sees them, and they see every token.
+append the tokens of conditioning frames, keyframes, or references to those of the video: every token sees them, and
+they see every token.
 
 Shape legend: B batch, L tokens, C hidden width, H heads, D head dimension.
 """
@@ -24,6 +25,8 @@ __all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
 def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
     """The grid of the video's tokens, the first of [B, L, channels], from the sides or coordinates given with them.
 
+    Each frame of the video begins where the one before it ends. What is appended to the video does not.
+
     Raises:
         ValueError: the tokens do not begin with one grid.
     """
@@ -36,7 +39,12 @@ def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
             return grid
     if arguments.get("video_coords") is not None:
         # [B, 3, L, 2]: where each token begins and ends.
-        return grid_of_coordinates("video_coords", arguments["video_coords"][0, ..., 0])
+        coordinates = arguments["video_coords"][0].cpu()
+        times = coordinates[0]
+        same = (times[1:] == times[:-1]).all(-1)
+        goes_on = same | (times[1:, 0] >= times[:-1, 1])
+        video = 1 + int(goes_on.long().cumprod(0).sum())
+        return grid_of_coordinates("video_coords", coordinates[:, :video, 0])
     raise ValueError(f"num_frames, height and width must be the sides of the {length} tokens, got {sides}")
 
 
