@@ -30,7 +30,7 @@ PARAMETERS = ("q", "k", "v", "heads", "mask", "attn_precision", "skip_reshape", 
 # The largest side of a picture of kept blocks that is held on the device, in blocks.
 PICTURE = 256
 
-BY_POLICY = "the policy"
+BY_POLICY = "the policy's"
 COMPILED = "its block is compiled by torch.compile"
 NOT_CALLED = "the model or another node bypassed the attention override"
 
@@ -234,9 +234,9 @@ class SparseAttention:
         if name in self.held:
             return self.held[name]
         if name in self.dense_layers:
-            return f"{BY_POLICY} keeps the layer dense"
+            return f"{BY_POLICY} dense_layers"
         if forward.phase.dense:
-            return f"{BY_POLICY} keeps the step dense"
+            return forward.phase.why
         if given.get("mask") is not None:
             return "it has an attention mask"
         scale = given.get("scale")
@@ -262,7 +262,8 @@ class SparseAttention:
         with _on_device(module, query.device):
             output = method.run(module, query, key, value, forward.hidden_states, layout, None, config)
         layer = self.record.of(forward.layer)
-        layer.sparse[module.last_impl or module.impl, method.cells(config, grid_of(layout)).keep] += 1
+        ran = module.ran
+        layer.sparse[ran.impl, method.cells(config, grid_of(layout)).keep, ran.why] += 1
         if layout not in self.record.layouts:
             self.record.layouts.append(layout)
         if layer.kept is None and (forward.step is None or forward.step >= self.preview_step):

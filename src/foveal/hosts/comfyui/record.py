@@ -17,7 +17,7 @@ class LayerRecord:
     """One layer.
 
     Attributes:
-        sparse: how many calls ran sparse, by implementation and kept share.
+        sparse: how many calls ran sparse, by implementation, kept share, and why it was no faster one.
         dense: how many ran dense, by the reason.
         kept: float [Tq, Tk] on the model's device: the share of the heads whose row reads the block, at the step to
             look at; None before it.
@@ -25,17 +25,18 @@ class LayerRecord:
         kept_share: the mean of `kept` before it was made smaller, a tensor.
     """
 
-    sparse: Counter[tuple[str, str]] = field(default_factory=Counter)
+    sparse: Counter[tuple[str, str, str | None]] = field(default_factory=Counter)
     dense: Counter[str] = field(default_factory=Counter)
     kept: Tensor | None = None
     step: int | None = None
     kept_share: Tensor | None = None
 
     def cells(self) -> tuple[str, str]:
-        """What ran, and what did not, as text."""
-        ran = [f"{impl}, keep {kept}: {_calls(times)}" for (impl, kept), times in self.sparse.items()]
-        dense = [f"{_calls(times)}: {reason}" for reason, times in self.dense.items()]
-        return "; ".join(ran) or "-", "; ".join(dense)
+        """What ran sparse, and what ran dense or slower, and why, as text."""
+        ran = [f"{_calls(times)}: {impl}, keep {kept}" for (impl, kept, _), times in self.sparse.items()]
+        why = dict.fromkeys(f"{impl}: {why}" for impl, _, why in self.sparse if why is not None)
+        dense = [f"{_calls(times)} dense: {reason}" for reason, times in self.dense.items()]
+        return "; ".join(ran) or "-", "; ".join([*dense, *why])
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Record:
         for cells, group in itertools.groupby(rows, key=lambda row: row[1:]):
             names = [row[0] for row in group]
             grouped.append((names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}", *cells))
-        table = [("layer", "sparse", "dense, and why"), *grouped]
+        table = [("layer", "sparse", "dense or slower, and why"), *grouped]
         widths = [max(len(row[column]) for row in table) for column in range(2)]
         lines += [f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}".rstrip() for row in table]
         return "\n".join(lines)
