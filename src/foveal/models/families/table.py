@@ -13,7 +13,17 @@ from typing import Any
 from torch import nn
 
 from foveal.layout import TokenLayout, VideoGrid
-from foveal.models.families import cogvideox, flux, hunyuan_video, hunyuan_video15, ltx2, ltx_video, minimax_h3, wan
+from foveal.models.families import (
+    anyflow,
+    cogvideox,
+    flux,
+    hunyuan_video,
+    hunyuan_video15,
+    ltx2,
+    ltx_video,
+    minimax_h3,
+    wan,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,9 @@ FAMILIES = {
         _family("wan", "WanTransformer3DModel", ("WanAttnProcessor",), wan),
         _family("wan_vace", "WanVACETransformer3DModel", ("WanAttnProcessor",), wan),
         _family("wan_animate", "WanAnimateTransformer3DModel", ("WanAttnProcessor",), wan),
+        _family("skyreels_v2", "SkyReelsV2Transformer3DModel", ("SkyReelsV2AttnProcessor",), wan),
+        _family("chronoedit", "ChronoEditTransformer3DModel", ("WanAttnProcessor",), wan),
+        _family("anyflow", "AnyFlowTransformer3DModel", ("AnyFlowAttnProcessor",), anyflow),
         _family("hunyuan_video", "HunyuanVideoTransformer3DModel", ("HunyuanVideoAttnProcessor2_0",), hunyuan_video),
         _family(
             "hunyuan_video_framepack",

@@ -1,7 +1,8 @@
-"""Wan 2.1 and 2.2, VACE, and Animate: where their self-attention is, and how it runs.
+"""Wan 2.1 and 2.2, VACE, Animate, and other models of its blocks: where their self-attention is, and how it runs.
 
 The transformers of diffusers are `WanTransformer3DModel` (text or image to video, also with a timestep per token),
-`WanVACETransformer3DModel`, and `WanAnimateTransformer3DModel`. Text goes through cross-attention.
+`WanVACETransformer3DModel`, `WanAnimateTransformer3DModel`, `SkyReelsV2Transformer3DModel`, and
+`ChronoEditTransformer3DModel`. Text goes through cross-attention.
 
 Shape legend: B batch, L tokens, C hidden width, H heads, D head dimension.
 """
@@ -51,7 +52,8 @@ def self_attention(
         rotary_emb: cosines and sines, [1, L, 1, D] each.
 
     Raises:
-        ValueError: encoder states or a mask came, which self-attention in Wan never gets.
+        ValueError: encoder states came, which self-attention never gets, or a mask, as in SkyReels-V2 where its frames
+            are causal by blocks.
     """
     check_absent(encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask)
     fused = {}
