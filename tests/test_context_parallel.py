@@ -59,7 +59,7 @@ def test_ring_attention_is_refused(degrees, got):
 
 @pytest.mark.parametrize("family", ["hunyuan_video", "cogvideox", "wan_vace", "ltx2"])
 def test_families_that_diffusers_does_not_shard(family):
-    with pytest.raises(ValueError, match=rf"supported for wan, ltx_video, flux, not for {family}"):
+    with pytest.raises(ValueError, match=rf"supported for wan, ltx_video, flux, minimax_h3, not for {family}"):
         check_parallel_config(family, parallel_config(ulysses_degree=2))
     check_parallel_config(family, None)
 

@@ -312,6 +312,37 @@ def family(name):
             close(summed(ours[key]), theirs[key])
 
 
+def packed(words, **settings):
+    """MiniMax-H3: text, a condition, audio, and video in one sequence. Its token refiner has the whole text everywhere.
+
+    Where shards are uneven, diffusers' dense attention, which the refiner has, has no backward.
+    """
+    from diffusers.hooks import context_parallel
+    from test_minimax_h3 import TestMiniMaxH3 as Checks
+
+    context_parallel._all_gather_anything = gather_uneven
+    Checks.WORDS, uneven = words, bool(settings)
+    checks = Checks()
+    fed = checks.inputs()
+    assert len(fed["token_tags"]) % RANKS == uneven
+    for config in (SPARSE_SLA, CONFIGS["vsa"]):
+        single, model = (foveal.sparsify(checks.model(num_attention_heads=4), config) for _ in range(2))
+        randomize(single)
+        randomize(model)
+        parallel(model, **settings)
+        with torch.no_grad():
+            for actual, expected in zip(model(**fed, return_dict=False), single(**fed, return_dict=False), strict=True):
+                close(actual, expected)
+        if uneven:
+            continue
+        (output, ours), (expected, theirs) = backward(model, fed), backward(single, fed)
+        close(output, expected)
+        assert theirs.keys() == ours.keys()
+        assert set(foveal.sparse_parameters(single)) <= theirs.keys()
+        for key, gradient in ours.items():
+            close(summed(gradient), theirs[key])
+
+
 # Sharded parameters
 
 
@@ -659,6 +690,8 @@ CONTEXT_PARALLEL = {
     "wan, mistakes": wan_mistakes,
     "flux": lambda: family("flux"),
     "ltx_video": lambda: family("ltx_video"),
+    "minimax_h3": lambda: packed(8),
+    "minimax_h3, uneven": lambda: packed(7, ulysses_anything=True),
 }
 INDUCTOR = ("wan, travels compiled",)  # of these, what compiles C++
 FSDP = {

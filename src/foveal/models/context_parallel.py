@@ -5,6 +5,8 @@ it into all tokens for a share of the heads. There the method runs on the whole 
 on one device. A second all-to-all brings the outputs back. VSA's gates, which come from the hidden states token by
 token, are computed on the shard and travel like values.
 
+A packed sequence travels whole: its protected segments are tokens like those of the video.
+
 Both exchanges are differentiable. Every rank's backward gives its own part of a parameter's gradient: from its tokens
 for what acts on tokens, and from its heads for what the heads share (SLA's projection). The sum over ranks is the
 gradient.
@@ -23,11 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import METHODS, method_of
 
 # Families whose transformers diffusers can shard, and whose sharded attention the tests cover.
-FAMILIES_WITH_PLAN = ("wan", "ltx_video", "flux")
+FAMILIES_WITH_PLAN = ("wan", "ltx_video", "flux", "minimax_h3")
 
 
 def _start(group: Any, received: list[int], sent: list[int], x: Tensor) -> Tensor:
@@ -222,7 +224,7 @@ def context_parallel_attention(
 
 
 def send_gates(
-    attention: nn.Module, hidden_states: Tensor | None, grid: VideoGrid, shards: Shards
+    attention: nn.Module, hidden_states: Tensor | None, grid: VideoGrid | TokenLayout, shards: Shards
 ) -> tuple[Tensor | None, ...] | None:
     """Start sending the gates that a method computes from this rank's hidden states [B, l, C]; see `Method.gates`."""
     gates = method_of(attention.config).gates(attention, hidden_states)
@@ -232,7 +234,7 @@ def send_gates(
 
 
 def receive_gates(
-    gates: tuple[Tensor | None, ...] | None, grid: VideoGrid, shards: Shards
+    gates: tuple[Tensor | None, ...] | None, grid: VideoGrid | TokenLayout, shards: Shards
 ) -> tuple[Tensor | None, ...] | None:
     """The gates that `send_gates` sent, for all tokens of this rank's heads."""
     if gates is None:

@@ -137,7 +137,7 @@ class SparseAttentionProcessor(nn.Module):
         family = FAMILIES[self.state.family]
         shards = shards_of(self._parallel_config)
         tokens = grid if call.layout is None else call.layout
-        sparse_attention = LayerAttention(functools.partial(self._run_method, tokens, phase, shards), grid, shards)
+        sparse_attention = LayerAttention(functools.partial(self._run_method, tokens, phase, shards), tokens, shards)
         return family.self_attention(attn, sparse_attention, *args, **kwargs)
 
     def _with_zero_gradients(self, output: Any, hidden_states: Tensor) -> Any:

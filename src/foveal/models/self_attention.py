@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.kernels.dense import dense_attention
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout, VideoGrid
 from foveal.models.context_parallel import Shards
 
 
@@ -27,12 +27,13 @@ class LayerAttention:
             keys, which are text, as far as they are valid. Under context parallelism the hidden states are this rank's
             tokens, and the rest is all tokens of this rank's heads. In a family that reads a `TokenLayout`, all of them
             are the whole sequence.
-        grid: the grid of the video's Lv tokens, which are in raster order.
+        grid: the grid of the video's Lv tokens, which are in raster order. In a family that reads a `TokenLayout`, that
+            layout: there the whole sequence is what the rest of this class calls the video.
         shards: how the tokens are spread over ranks; None outside of context parallelism.
     """
 
     method: Callable[..., Tensor]
-    grid: VideoGrid
+    grid: VideoGrid | TokenLayout
     shards: Shards | None = None
 
     @property
