@@ -5,6 +5,7 @@
 
 import copy
 import functools
+import types
 
 import torch
 from torch import nn
@@ -37,7 +38,8 @@ class Attention(nn.Module):
         other = x if context is None else context
         qkv = self.q(x), self.k(other), self.v(other)
         more = {} if self.mask is None else {"mask": self.mask}
-        return optimized_attention(*qkv, heads=self.num_heads, transformer_options=transformer_options, **more)
+        heads = getattr(self, "num_heads", HEADS)
+        return optimized_attention(*qkv, heads=heads, transformer_options=transformer_options, **more)
 
 
 class Block(nn.Module):
@@ -81,6 +83,38 @@ class Wan(nn.Module):
             tokens = block(tokens, context, options)
         out = self.head(tokens[:, extra:]).transpose(1, 2).unflatten(2, grid)
         return functional.interpolate(out, x.shape[2:], mode="nearest")
+
+
+class Ltx(nn.Module):
+    """The names of LTX-Video, around the same blocks; its timesteps go up to 1, and a token is one latent pixel."""
+
+    def __init__(self, head_dim=64):
+        super().__init__()
+        inner = Wan(head_dim)
+        inner.patch_embedding = nn.Conv3d(4, head_dim * HEADS, 1)
+        self.patchifier = types.SimpleNamespace(patch_size=(1, 1, 1))
+        self.transformer_blocks = nn.ModuleList(LtxBlock(block) for block in inner.blocks)
+        inner.blocks = self.transformer_blocks
+        self.run = [inner]  # in a list, so that it is no part of this module
+
+    def forward(self, x, timestep, context, transformer_options):
+        run = self.run[0]._forward
+        for wrapper in transformer_options["wrappers"]["diffusion_model"]["foveal"]:
+            run = Executor(wrapper, run, self)
+        return run(x, timestep, context, transformer_options)
+
+
+class LtxBlock(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.attn1, self.attn2 = block.self_attn, block.cross_attn
+        for attention in (self.attn1, self.attn2):
+            attention.to_q, attention.heads, attention.dim_head = attention.q, attention.num_heads, attention.head_dim
+            del attention.dim, attention.num_heads, attention.head_dim
+
+    def forward(self, x, context, options):
+        x = x + self.attn1(x, transformer_options=options)
+        return x + self.attn2(x, context, transformer_options=options)
 
 
 class Executor:

@@ -238,6 +238,35 @@ def test_a_mistake_reaches_the_user(host, prompt_of):
         host.run(prompt)
 
 
+def test_ltx_video(host):
+    """ComfyUI's LTX-Video, whose head dimension is 64, called without a sampler."""
+    import comfy.ops
+    from comfy.ldm.lightricks.model import LTXVModel
+
+    torch.manual_seed(0)
+    sizes = {"in_channels": 8, "cross_attention_dim": 128, "num_attention_heads": 2, "num_layers": 2}
+    made = {"device": "cpu", "dtype": torch.float32, "operations": comfy.ops.manual_cast}
+    model = LTXVModel(**sizes, attention_head_dim=64, caption_channels=16, **made).requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    config = SLAConfig(keep_ratio=0.3, drop_ratio=0.0, block_q=16, block_k=16, linear_scope="none", projection=False)
+    latent, text = torch.randn(1, 8, 3, 6, 8), torch.randn(1, 5, 16)
+
+    def run(options):
+        return model(latent, torch.tensor([0.5]), text, None, transformer_options=options)
+
+    outputs = {}
+    for ratio in (0.3, 1.0):
+        attention = SparseAttention(*build_layers(model, config.replace(keep_ratio=ratio)))
+        outputs[ratio] = run(
+            {OVERRIDE: attention.attend, "wrappers": {"diffusion_model": {"foveal": [attention.run_forward]}}}
+        )
+        assert (attention.record.sparse_calls, attention.record.layouts) == (2, [VideoGrid(3, 6, 8)])
+    dense = run({})
+    torch.testing.assert_close(outputs[1.0], dense, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(outputs[0.3], dense, atol=1e-3)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("reference", [False, True])
 def test_head_dimensions_and_reference_frames_in_comfyuis_model(host, head_dim, reference):

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from comfyui_modules import HEADS, LAYERS, Patcher, Wan, dense_attention
+from comfyui_modules import HEADS, LAYERS, Ltx, Patcher, Wan, dense_attention
 
 import foveal
 from foveal import Policy, SLAConfig, TokenLayout, VideoGrid, VSAConfig
-from foveal.hosts.comfyui.attention import BY_POLICY, NOT_CALLED, OVERRIDE, SparseAttention, _Forward
-from foveal.hosts.comfyui.layers import build_layers, layout_of, parse_ratios, self_attention_layers, write_budgets
+from foveal.hosts.comfyui.attention import BY_POLICY, COMPILED, NOT_CALLED, OVERRIDE, SparseAttention, _Forward
+from foveal.hosts.comfyui.layers import build_layers, host_family, layout_of, parse_ratios, write_budgets
 from foveal.hosts.comfyui.preview import preview
 from foveal.hosts.comfyui.record import Record
 from foveal.lab.inspect.budgets import BudgetCalibration
@@ -99,6 +99,21 @@ def test_training_free_equals_the_function_in_every_self_attention_and_nowhere_e
     assert attention.record.sparse_calls == 3 * LAYERS
     assert attention.record.dense_calls == 0
     assert attention.record.layouts == [GRID]
+
+
+def test_ltx_video_has_other_names_sizes_and_timesteps(context):
+    torch.manual_seed(0)
+    model, latent = Ltx(), torch.randn(1, 4, 3, 6, 8)
+    attention, patcher = sparse(model, policy=Policy(dense_above=900, dense_layers=("transformer_blocks.1.attn1",)))
+    options = {"wrappers": patcher.wrappers, **patcher.model_options["transformer_options"]}
+    for timestep in (1.0, 0.5):
+        model(latent, torch.tensor([timestep]), context[:1], options)
+    assert attention.record.layouts == [GRID]
+    layers = attention.record.layers
+    assert [sum(layer.sparse.values()) for layer in layers.values()] == [1, 0, 1]
+    assert dict(layers["transformer_blocks.0.attn1"].dense) == {f"{BY_POLICY} dense_above": 1}
+    with pytest.raises(ValueError, match="is for Wan, got a model of LTX-Video"):
+        build_layers(model, TRAINED, parameters=parameters_of(TRAINED))
 
 
 def test_trained_sla_runs_its_linear_branch_and_each_layers_projection(model, latent, context):
@@ -251,8 +266,8 @@ def test_budgets_that_do_not_fit(model, budgets, message):
 
 
 def test_models_and_files_that_do_not_fit(model):
-    with pytest.raises(TypeError, match="Wan models, got Linear"):
-        self_attention_layers(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="Wan or LTX-Video as ComfyUI has it, got Linear"):
+        host_family(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="5 layers, but the model has 3"):
         build_layers(model, TRAINED, parameters=parameters_of(TRAINED, layers=5))
     with pytest.raises(ValueError, match=r"proj.weight \(16, 16\), expected \(64, 64\)"):
@@ -284,6 +299,23 @@ def test_every_fallback_is_named(model, latent, context):
 
 def dense_override(function, *args, **kwargs):
     return function(*args, **kwargs)
+
+
+def test_compiled_blocks_stay_dense_and_say_so(model, latent, context):
+    dense = Patcher(model).sample(latent, context, SIGMAS)[0]
+    attention, patcher = sparse(model)
+    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    torch.testing.assert_close(patcher.sample(latent, context, SIGMAS)[0], dense)
+    assert {reason for layer in attention.record.layers.values() for reason in layer.dense} == {COMPILED}
+    assert attention.record.sparse_calls == 0
+
+
+def test_a_model_compiled_as_a_whole_stays_dense(model, latent, context):
+    dense = Patcher(model).sample(latent, context, SIGMAS)[0]
+    attention, patcher = sparse(model)
+    patcher.model = torch.compile(model, backend="eager")
+    torch.testing.assert_close(patcher.sample(latent, context, SIGMAS)[0], dense)
+    assert "compiled as a whole" in str(attention.record)
 
 
 def test_a_scale_of_the_models_own_stays_dense(model):
@@ -369,7 +401,7 @@ def test_the_record_groups_layers_that_did_the_same(model, latent, context):
         "blocks.0.self_attn                        -                         3 calls dense: the policy's dense_layers",
         f"blocks.1.self_attn to blocks.2.self_attn  3 calls: torch, keep 0.3  torch: {why}",
     ]
-    assert str(Record()) == "foveal: no self-attention layer has run"
+    assert "no self-attention layer has run" in str(Record())
 
 
 def test_a_run_begins_a_new_record(model, latent, context):
@@ -431,7 +463,7 @@ def test_calibration_runs_the_model_dense_and_its_budgets_fit(model, latent, con
     for output, dense in zip(outputs, Patcher(model).sample(latent, context, SIGMAS), strict=True):
         assert torch.equal(output, dense)
     budgets = parse_ratios("budgets", write_budgets(calibration.budgets()))
-    assert set(budgets) == set(self_attention_layers(model))
+    assert set(budgets) == set(host_family(model).layers(model))
     sparse(model, budgets=budgets)[1].sample(latent, context, SIGMAS)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveal.hosts.comfyui.layers import grid_of, layout_of, self_attention_layers
+from foveal.hosts.comfyui.layers import grid_of, host_family, layout_of
 from foveal.hosts.comfyui.record import Record
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Config, method_of
@@ -155,16 +155,17 @@ class SparseAttention:
         model = executor.class_obj
         if torch.compiler.is_compiling():
             return executor(*args, **kwargs)
-        layers = self_attention_layers(model)
-        if any(hasattr(block, "_orig_mod") for block in model.blocks):
+        family = host_family(model)
+        layers = family.layers(model)
+        if any(hasattr(block, "_orig_mod") for block in family.blocks(model).values()):
             for name in layers:
                 self._note_dense(name, COMPILED)
             return executor(*args, **kwargs)
         options = kwargs.get("transformer_options") or next((arg for arg in args if isinstance(arg, dict)), {})
-        step, num_steps, phase = self._phase(options, args[1])
+        step, num_steps, phase = self._phase(options, args[1] * (1000.0 / family.noise))
         forward = _Forward(
             latent=tuple(args[0].shape),
-            patch=tuple(model.patch_size),
+            patch=family.patch(model),
             reference_first=getattr(model, "ref_conv", None) is not None and kwargs.get("reference_latent") is not None,
             phase=phase,
             step=step,

@@ -1,10 +1,10 @@
-"""The self-attention layers of ComfyUI's Wan models, what each of them runs, and where their tokens stand."""
+"""The self-attention layers of ComfyUI's models, what each of them runs, and where their tokens stand."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,28 +16,78 @@ from foveal.models.files.parts import SparseParameters
 from foveal.models.layers import choose_configs
 from foveal.symbols import ceil_div
 
-# Where a Wan model of ComfyUI has blocks with a `self_attn`; the second is VACE's.
-GROUPS = ("blocks", "vace_blocks")
-DIMENSIONS = ("dim", "num_heads", "head_dim")
-
 Budgets = Mapping[int | str | range, float]
 
 
-def self_attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The self-attention modules of a diffusion model of ComfyUI by name, in order of depth.
+@dataclass(frozen=True)
+class HostFamily:
+    """Models of ComfyUI whose self-attention reads a video's tokens and nothing else, in raster order.
+
+    Args:
+        name: to display.
+        groups: attributes of the model that hold its blocks, in order of depth.
+        attention: the attribute of a block that is its self-attention.
+        dimensions: (hidden width, heads, head dimension) of that, an AttributeError for another model's.
+        patch: latent frames, rows, and columns of a token.
+        noise: the timestep that the model is called with for pure noise; policies have 1000.
+    """
+
+    name: str
+    groups: tuple[str, ...]
+    attention: str
+    dimensions: Callable[[Any], tuple[int, int, int]]
+    patch: Callable[[Any], tuple[int, int, int]]
+    noise: float = 1000.0
+
+    def blocks(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The blocks by name; empty for a model of another family."""
+        groups = {group: getattr(model, group, None) or () for group in self.groups}
+        return {f"{group}.{index}": block for group, blocks in groups.items() for index, block in enumerate(blocks)}
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The self-attention modules by name.
+
+        Raises:
+            AttributeError: the model is of another family.
+        """
+        found = {f"{name}.{self.attention}": getattr(at, self.attention) for name, at in self.blocks(model).items()}
+        for layer in found.values():
+            self.dimensions(layer)
+        return found
+
+
+WAN = HostFamily(
+    name="Wan",
+    groups=("blocks", "vace_blocks"),
+    attention="self_attn",
+    dimensions=lambda layer: (layer.dim, layer.num_heads, layer.head_dim),
+    patch=lambda model: tuple(model.patch_size),
+)
+LTX_VIDEO = HostFamily(
+    name="LTX-Video",
+    groups=("transformer_blocks",),
+    attention="attn1",
+    dimensions=lambda layer: (layer.to_q.in_features, layer.heads, layer.dim_head),
+    patch=lambda model: tuple(model.patchifier.patch_size),
+    noise=1.0,
+)
+FAMILIES = (WAN, LTX_VIDEO)
+
+
+def host_family(model: nn.Module) -> HostFamily:
+    """The family of a diffusion model of ComfyUI.
 
     Raises:
-        TypeError: the model is not one of Wan's.
+        TypeError: the model is of none.
     """
-    found = {
-        f"{group}.{index}.self_attn": getattr(block, "self_attn", None)
-        for group in GROUPS
-        for index, block in enumerate(getattr(model, group, None) or ())
-    }
-    known = all(all(hasattr(layer, name) for name in DIMENSIONS) for layer in found.values())
-    if not found or not known or len(getattr(model, "patch_size", ())) != 3:
-        raise TypeError(f"model must be one of ComfyUI's Wan models, got {type(model).__name__}")
-    return found
+    for family in FAMILIES:
+        try:
+            if family.layers(model) and len(family.patch(model)) == 3:
+                return family
+        except AttributeError:
+            continue
+    known = " or ".join(family.name for family in FAMILIES)
+    raise TypeError(f"model must be {known} as ComfyUI has it, got {type(model).__name__}")
 
 
 def build_layers(
@@ -60,7 +110,8 @@ def build_layers(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    layers = self_attention_layers(model)
+    family = host_family(model)
+    layers = family.layers(model)
     configs = dict.fromkeys(layers, config)
     if budgets:
         for ratio in budgets.values():
@@ -68,6 +119,8 @@ def build_layers(
         ratios = {key: method_of(config).follow(config, keep_ratio=float(ratio)) for key, ratio in budgets.items()}
         configs = choose_configs(layers, config, ratios)
     if parameters is not None:
+        if family is not WAN:
+            raise ValueError(f"{parameters.path} is for Wan, got a model of {family.name}")
         depth = sum(name.startswith("blocks.") for name in layers)
         if len(parameters.layers) != depth:
             raise ValueError(
@@ -82,7 +135,7 @@ def build_layers(
         elif parameters is not None and index >= len(parameters.layers):
             reasons[name] = "the file has no parameters for it"
         else:
-            modules[name] = method_of(own).build(own, layer.dim, layer.num_heads, layer.head_dim, impl)
+            modules[name] = method_of(own).build(own, *family.dimensions(layer), impl)
             modules[name].requires_grad_(False)
             _fill(name, modules[name], None if parameters is None else parameters.layers[index])
     return modules, reasons

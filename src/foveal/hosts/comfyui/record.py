@@ -71,7 +71,9 @@ class Record:
 
     def __str__(self) -> str:
         if not self.layers:
-            return "foveal: no self-attention layer has run"
+            return (
+                "foveal: no self-attention layer has run (those of a model compiled as a whole are dense and not seen)"
+            )
         total = self.sparse_calls + self.dense_calls
         lines = [
             f"foveal: {self.sparse_calls} of {total} calls of {len(self.layers)} self-attention layers ran sparse, "
