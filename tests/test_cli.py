@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -26,19 +25,6 @@ def test_an_interrupted_command_claims_nothing_of_its_files(monkeypatch, capsys)
     monkeypatch.setattr(cli.Doctor, "run", interrupt)
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "foveal: interrupted\n"
-
-
-def test_an_interrupt_while_pytorch_loads_is_one_line():
-    """As the command is installed: before anything of the package is imported."""
-    script = "import sys, foveal_command; print('ready', flush=True); sys.exit(foveal_command.main())"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    output, error = process.communicate(timeout=60)
-    assert (process.returncode, output, error) == (130, "", "foveal: interrupted\n")
 
 
 def test_the_installed_command_is_the_command_line(monkeypatch):
@@ -197,35 +183,3 @@ def test_the_version_needs_no_other_package(capsys, monkeypatch):
 def test_types_are_for_users_too():
     """Type checkers read annotations only of packages that carry this file."""
     assert Path(foveal.__file__).with_name("py.typed").is_file()
-
-
-class Misfit:
-    """Imports torchvision as a build for another torch does."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name == "torchvision":
-            raise RuntimeError("operator torchvision::nms does not exist")
-
-
-@pytest.mark.parametrize("command", [["demo"], ["train", "tiny"]])
-def test_a_torchvision_that_does_not_fit_is_one_line(tmp_path, monkeypatch, capsys, command):
-    """diffusers would fail to import, in a traceback of a hundred lines."""
-    pytest.importorskip("accelerate")
-    pytest.importorskip("diffusers")
-    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    monkeypatch.setattr(sys, "meta_path", [Misfit(), *sys.meta_path])
-    assert cli.main([*command, "--output", str(tmp_path / "output")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("foveal: torchvision does not match torch ")
-    assert error.count("\n") == 1
-    assert not (tmp_path / "output").exists()
-
-
-def test_doctor_names_a_torchvision_that_does_not_fit(monkeypatch):
-    from foveal.lab.doctor import known_problems
-
-    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
-    before = known_problems()
-    monkeypatch.setattr(sys, "meta_path", [Misfit(), *sys.meta_path])
-    (found,) = (problem for problem in known_problems() if problem not in before)
-    assert "torchvision does not match torch" in found
