@@ -68,6 +68,7 @@ def test_a_release(tmp_path, inside):
     assert torch.equal(tiny.run(model), tiny.run(expected_model(report.config)))
     text = str(report)
     assert "distilled to 8 forwards at timesteps 999, 874, 749, 624, 500, 375, 250, 125, with guidance 1" in text
+    assert "num_inference_steps=9 in diffusers" in text
     assert "shift of the schedule: 10 (video), 3 (audio)" in text
     assert "FastVideo keeps ceil" not in text  # a packed sequence rounds up here too
 

@@ -60,12 +60,18 @@ def read_contract(path: Path) -> Contract | None:
     return Contract({"keep_ratio": keep, "tile": TILES[tokens]}, _notes(values, found.parent))
 
 
+def forwards_in_diffusers(forwards: int) -> str:
+    """How to ask diffusers' pipeline of MiniMax-H3 for so many forwards."""
+    return f"num_inference_steps={forwards + 1} in diffusers, whose MiniMax-H3 counts the end of the schedule"
+
+
 def _notes(values: dict[str, Any], root: Path) -> tuple[str, ...]:
     notes = []
     steps, forwards = values.get("dmd_denoising_steps"), values.get("transformer_forwards")
     if forwards is not None:
         at = f" at timesteps {', '.join(map(str, steps))}" if steps else ""
         notes.append(f"distilled to {forwards} forwards{at}, with guidance {values.get('guidance_scale', 1.0):g}")
+        notes.append(forwards_in_diffusers(forwards))
     shifts = [
         (name, values.get(key, _shift(root / folder / "scheduler_config.json")))
         for name, key, folder in (

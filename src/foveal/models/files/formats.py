@@ -14,6 +14,7 @@ from foveal.checks import check_choice
 from foveal.methods.base import Config
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.vsa.config import VSAConfig
+from foveal.models.files.contracts import forwards_in_diffusers
 
 # Prefixes that other tools put before every name of a state dict.
 PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "module.", "base_model.model.")
@@ -177,7 +178,11 @@ FORMATS = {
             sparse_keys={},
             layout="diffusers",
             lora=True,
-            notes=("distilled to 4 forwards, without guidance", "shift of the schedule: 6 (video), 3 (audio)"),
+            notes=(
+                "distilled to 4 forwards, without guidance",
+                forwards_in_diffusers(4),
+                "shift of the schedule: 6 (video), 3 (audio)",
+            ),
         ),
         # For families whose self-attention is the video's only: where text joins it, SimpleTuner does not protect it.
         CheckpointFormat(
