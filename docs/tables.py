@@ -50,19 +50,14 @@ def _row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def kernels(pattern: str = "nvidia-*.json", without: str | None = None) -> str:
-    """Block-sparse kernels: milliseconds, and the share of dense cuDNN's rate that they keep.
-
-    `without` leaves out the candidates whose names end in it.
-    """
+def kernels(pattern: str = "nvidia-*.json") -> str:
+    """Block-sparse kernels: milliseconds, and the share of dense cuDNN's rate that they keep."""
     run, entries = bench_run("480p", "kernel", pattern)
     lines = [
         _row("candidate", "forward, ms", "share of cuDNN's TFLOP/s", "backward, ms", "share of cuDNN's TFLOP/s"),
         "|---|---|---|---|---|",
     ]
     for entry in entries:
-        if without is not None and entry["name"].endswith(without):
-            continue
         cells = []
         for name in ("forward", "backward"):
             figures = entry["passes"][name]
@@ -434,7 +429,6 @@ def _caption(run: dict, shape: str = "480p") -> str:
 
 
 TABLES = {
-    "kernels": lambda: kernels(without=", triton"),
     "kernels_480p": kernels,
     "flex": lambda: kernels("flex-*.json"),
     "methods": lambda: methods(given=False),
