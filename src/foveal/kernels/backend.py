@@ -17,7 +17,7 @@ from foveal.blocks import BlockSelection
 from foveal.kernels.values import LOG2_E, LinearTerm, packable, size_stride
 
 # Where each backend lies, the fastest first.
-FOLDERS = {"gluon": "foveal.kernels.hopper", "triton": "foveal.kernels.triton"}
+FOLDERS = {"gluon": f"{__package__}.hopper", "triton": f"{__package__}.triton"}
 
 
 class ColumnLists(NamedTuple):
