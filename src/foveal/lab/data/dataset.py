@@ -1,4 +1,4 @@
-"""Precomputed samples as training sees them: a dataset that checks what it loads, and batches to go on with anywhere.
+"""Precomputed samples for training: a dataset that checks what it loads, and batches that can start at any position.
 
 Shape legend: B batch, C latent channels, F latent frames, H x W latent height and width, L text tokens.
 """
@@ -42,15 +42,15 @@ NOT_TENSORS = ("id", "caption")
 
 
 class LatentDataset(Dataset):
-    """What `foveal precompute` wrote, one sample an index.
+    """The samples that `foveal precompute` wrote.
 
     A sample is a dict:
 
-    - "latents": [C, F, H, W], normalized as the family's transformer sees it; an image has F = 1. In pixel space
-      [3, F, H, W] in [-1, 1].
-    - text tensors, under the names of the pipeline's arguments, without a batch dimension: "prompt_embeds" [L, C] and
-      what else the family has. None in pixel space without a text encoder.
-    - "caption" and "id", str.
+    - "latents" is [C, F, H, W], normalized as the family's transformer expects it; an image has F = 1. In pixel space
+      it is [3, F, H, W] in [-1, 1].
+    - Text tensors have the names of the pipeline's arguments and no batch dimension: "prompt_embeds" [L, C], and the
+      family's others. In pixel space there are none.
+    - "caption" and "id" are strings.
 
     Args:
         folder: the output folder of `foveal precompute`.
@@ -60,11 +60,11 @@ class LatentDataset(Dataset):
     Attributes:
         settings: what the samples were made with.
         fingerprint: a hash of the settings and of all bytes.
-        buckets: latent shape to the indices of the samples that have it.
+        buckets: the indices of the samples that have a latent shape, by shape.
 
     Raises:
         FileNotFoundError: no such folder, or no index in it.
-        ValueError: an index or a shard that is malformed, missing or damaged, or a run that has not finished.
+        ValueError: the index or a shard is malformed, missing, or damaged, or the run has not finished.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False, incomplete: bool = False) -> None:
@@ -117,21 +117,21 @@ class LatentDataset(Dataset):
         return sample | {"caption": record["caption"], "id": record["id"]}
 
     def empty_prompt(self) -> dict[str, Tensor]:
-        """The text tensors of the empty caption, as a sample has them; {} without text."""
+        """The text tensors of the empty caption, as a sample has them; an empty dict without text."""
         if self._index.empty_caption is None:
             return {}
         return read_text(self._open(self._index.empty_caption.file), EMPTY_CAPTION, self._index.text_shapes)
 
     def split(self, held_out: int) -> tuple[LatentDataset, LatentDataset]:
-        """(training, held-out) datasets; no file has samples in both.
+        """Split into a training and a held-out dataset. No file has samples in both.
 
         Which files are held out depends only on their names.
 
         Args:
-            held_out: samples to hold out, at least; 0 for none.
+            held_out: the least number of samples to hold out; 0 holds out none.
 
         Raises:
-            ValueError: if that leaves nothing to train on.
+            ValueError: nothing is left to train on.
         """
         by_source: dict[str, list[int]] = {}
         for place in self._chosen:
@@ -177,21 +177,21 @@ class LatentDataset(Dataset):
 
 
 class BatchStream:
-    """Batches without end, the same ones for the same arguments, from any position.
+    """An endless stream of batches that can start at any position, and is the same for the same arguments.
 
-    Batch k of a rank depends only on the dataset, the seed, k, and the global batch of batch_size * world_size
-    samples. All ranks get samples of one shape at a time: rank r has places r * batch_size to (r + 1) * batch_size of
-    the global batch. An epoch sees every sample at least once: the last global batch of a shape is filled up with
-    samples from the front of that shape's order.
+    Batch k of a rank depends only on the dataset, the seed, k, and the size of the global batch, which is batch_size *
+    world_size samples. All ranks get samples of one shape at a time: rank r has places r * batch_size to (r + 1) *
+    batch_size of the global batch. An epoch sees every sample at least once: the last global batch of a shape is filled
+    up with samples from the front of that shape's order.
 
     A batch is a dict: each tensor of a sample stacked along a new first dimension, on the CPU, and "caption" and "id"
     as lists.
 
     Args:
         dataset: a `LatentDataset`.
-        batch_size: samples of one rank in a batch.
-        seed: of the order and of the dropped captions.
-        rank, world_size: which part of every global batch.
+        batch_size: the number of samples in a batch of one rank.
+        seed: the seed of the order and of the dropped captions.
+        rank, world_size: which part of every global batch this stream yields.
         caption_dropout: the probability that a sample's caption is replaced by the empty one.
         num_workers: threads that read ahead, and one that puts batches together; 0 reads when asked.
         pin_memory: put batches into pinned memory, for copies to a GPU that overlap.
@@ -268,7 +268,7 @@ class BatchStream:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes: the batches that `next` has returned, and what they depend on. Plain JSON."""
+        """The number of batches that `next` has returned, and what they depend on, as JSON, for `load_state_dict`."""
         return {
             "position": self.position,
             "seed": self.seed,
@@ -278,10 +278,10 @@ class BatchStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after the batch that the state was taken at.
+        """Continue after the batch at which the state was taken.
 
         Raises:
-            ValueError: if the stream would not go on with the same sequence, naming what differs.
+            ValueError: the stream would not continue the same sequence; the message names what differs.
         """
         ours = self.state_dict()
         if set(state) != set(ours):
@@ -295,7 +295,7 @@ class BatchStream:
         self.position = state["position"]
 
     def close(self) -> None:
-        """Ends the reading threads; the stream is at its end."""
+        """End the reading threads, and with them the stream."""
         self._drop_read_ahead()
         if self._readers is not None:
             self._readers.shutdown(wait=True, cancel_futures=True)
@@ -325,7 +325,7 @@ class BatchStream:
         return sample | self._empty | {"caption": ""} if drop_caption else sample
 
     def _picks(self, position: int) -> list[tuple[int, bool]]:
-        """(index, whether its caption is dropped) of each sample of this rank in one batch."""
+        """For each sample of this rank in one batch, its index and whether its caption is dropped."""
         epoch, place = divmod(position, self.batches_per_epoch)
         if self._plan[0] != epoch:
             self._plan = (epoch, self._order(epoch))
@@ -363,15 +363,15 @@ def write_latent_dataset(
     """Write samples that are in memory as a folder that `LatentDataset` reads.
 
     Args:
-        folder: created if need be; must not hold a dataset yet.
-        samples: what `LatentDataset` returns: "latents", text tensors of the same names and shapes in every sample,
-            "caption" and "id"; "source" names the file that a sample comes from, its id up to "#" if not given.
-        settings: kept as they are.
+        folder: the folder to write; it must not hold a dataset yet.
+        samples: what `LatentDataset` returns: "latents", text tensors with the same names and shapes in every sample,
+            "caption", and "id". "source" names the file that a sample comes from; the default is its id up to "#".
+        settings: facts about the samples, to keep in the index.
         empty_prompt: the text tensors of the empty caption.
-        samples_per_shard: samples in a file.
+        samples_per_shard: the number of samples in a file.
 
     Raises:
-        ValueError: for a folder with an index, or samples whose text tensors differ in name or shape.
+        ValueError: the folder has an index, or the samples' text tensors differ in name or shape.
         FileExistsError: a name that is needed is taken by a file that foveal did not write.
     """
     folder = Path(folder)

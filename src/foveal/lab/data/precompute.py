@@ -1,7 +1,7 @@
-"""`foveal precompute`: videos and captions to cached latents and text embeddings, in a run that may be killed.
+"""`foveal precompute` encodes videos and captions into latents and text embeddings, and can be killed at any time.
 
-What does not change during training is computed once. Files are taken in the order of their names; the samples of
-whole files are gathered into shards, and a shard that is in the index is never computed again.
+It computes once what does not change during training. It takes files in the order of their names, gathers the samples
+of whole files into shards, and never computes a shard again that is in the index.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ SHARD_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class PrecomputeSettings:
-    """What the samples are made of.
+    """How the samples are made.
 
     Args:
-        buckets: sizes in pixels; empty takes the pipeline's own.
-        fps: frames a second; None takes the pipeline's, and in pixel space each file's own frames.
-        clips_per_video: clips of a file, at most; they do not overlap.
-        dtype: of the latents and embeddings as stored.
-        shard_samples: samples in a file, about; what a kill loses.
+        buckets: the sizes of clips; empty takes the pipeline's own size.
+        fps: frames per second; None takes the pipeline's rate, and in pixel space each file's own frames.
+        clips_per_video: the largest number of clips from one file. Clips do not overlap.
+        dtype: the dtype in which latents and embeddings are stored.
+        shard_samples: about how many samples go into a shard, which is what a kill loses at most.
     """
 
     buckets: tuple[Bucket, ...] = ()
@@ -68,13 +68,13 @@ class PrecomputeSettings:
 
 
 class Progress:
-    """What a run tells of itself; the command line's draws a bar."""
+    """What a run reports to. This one drops the reports; the command line's draws a bar."""
 
     def start(self, files: int, done: int) -> None:
-        """`files` in all, `done` of them by former runs."""
+        """Report the number of files, and how many of them former runs have done."""
 
     def advance(self, source: Source, reason: str | None) -> None:
-        """A file is done; `reason` if it was left out."""
+        """Report that a file is done, with the reason if it was left out."""
 
 
 @dataclass
@@ -83,8 +83,8 @@ class _Run:
 
     Args:
         output: the folder.
-        index: what is in it.
-        buckets, fps: the sizes and the rate of the clips.
+        index: what is in the folder.
+        buckets, fps: the sizes and the frame rate of the clips.
         left: the files that are not in the index yet.
         total: all files.
         pending: samples that are in no shard yet.
@@ -110,7 +110,7 @@ class _Run:
         return sum(sample["latents"].nbytes for sample in self.pending)
 
     def flush(self) -> None:
-        """Puts the samples that are waiting into a shard, and the shard into the index."""
+        """Put the samples that are waiting into a shard, and the shard into the index."""
         if self.pending:
             with self.output.writing(shard_name(len(self.index.shards))) as aside:
                 shard = write_shard(aside, self.pending, self.index.text_shapes)
@@ -133,8 +133,8 @@ def precompute(
 ) -> Index:
     """Encode every video or image of a folder or a list, and write a folder that `LatentDataset` reads.
 
-    Run again with the same arguments, it goes on where it was: after an interrupt at the next file, after a kill at
-    the last complete shard. Files that were left out are tried again, and new ones are added.
+    A second run with the same arguments continues: after an interrupt at the next file, and after a kill at the last
+    complete shard. It tries files again that were left out, and adds new ones.
 
     Args:
         videos: see `read_sources`.
@@ -148,8 +148,8 @@ def precompute(
 
     Raises:
         FileNotFoundError: no such folder or list.
-        ValueError: a list that cannot be read, sizes that do not fit the pipeline, an output folder that holds
-            something else or samples made with other settings or captions, or no file that can be used.
+        ValueError: the list cannot be read, a size does not fit the pipeline, the output folder holds something else or
+            samples made with other settings or captions, or no file can be used.
         OSError: the disk is full. The message says how many samples are kept.
         FileExistsError: a name that is needed is taken by a file that foveal did not write.
     """
@@ -297,7 +297,7 @@ def _check_captions(sources: list[Source], done: dict[str, str], output: Path) -
 def _read_ahead(
     sources: list[Source], buckets: tuple[Bucket, ...], fps: float | None, clips: int
 ) -> Iterator[tuple[Source, list[Tensor], str | None]]:
-    """(source, its clips, why there are none): one file is decoded while the one before is encoded."""
+    """Yield each source with its clips, or the reason why there are none. Decodes one file ahead of the caller."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(_read_clips, sources[0], buckets, fps, clips) if sources else None
         for place, source in enumerate(sources):

@@ -1,12 +1,12 @@
 """Precomputed samples on the disk: safetensors shards, and an index that says what should be in them.
 
-A folder holds `index.json` and `shard-00000.safetensors` and so on. Shards are written before the index that names
-them. Within a shard, `latents/I` is the latent of
-its sample I, and `text/J/NAME` one tensor of its caption J; the header lists the samples:
+A folder holds `index.json`, `shard-00000.safetensors`, and so on. A shard is written before the index that names it.
+Within a shard, `latents/I` is the latent of its sample I, and `text/J/NAME` is one tensor of its caption J. The header
+lists the samples:
 
     {"samples": [{"id": "cat.mp4#0", "source": "cat.mp4", "caption": "a cat", "text": 0}, ...]}
 
-Rows of zeros at the end of a text tensor (Wan's padding, say) are not stored; the index has the whole shapes.
+Rows of zeros at the end of a text tensor, such as Wan's padding, are not stored; the index has the whole shapes.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Index:
 
     Args:
         settings: what the samples were made with.
-        text_shapes: shape of each text tensor of a sample, by name.
+        text_shapes: the shape of each text tensor of a sample, by name.
         shards: the files.
-        latent_shapes: "CxFxHxW" to how many samples have latents of that shape.
+        latent_shapes: how many samples have latents of each shape, by "CxFxHxW".
         empty_caption: the shard of the empty caption's text tensors; None without text.
         skipped: the files that were left out, and why.
         complete: whether everything that was asked for is in.
@@ -84,11 +84,11 @@ def shard_name(number: int) -> str:
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a folder; the shards are not looked at.
+    """Read the index of a folder, without a look at the shards.
 
     Raises:
         FileNotFoundError: no such folder, or no index in it.
-        ValueError: an index that is malformed or of another format version.
+        ValueError: the index is malformed or has another format version.
     """
     file = folder / INDEX_FILE
     if not folder.is_dir():
@@ -108,10 +108,10 @@ def read_index(folder: Path) -> Index:
 
 
 def check_shards(folder: Path, index: Index, *, verify: bool) -> None:
-    """Every shard is there with the size that the index says, and with `verify` the very bytes.
+    """Check that every shard is there and has the size that the index says, and with `verify` the same bytes.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: a file is missing or damaged; the message names it.
     """
     for shard in [*index.shards, *([index.empty_caption] if index.empty_caption else [])]:
         file = folder / shard.file
@@ -125,12 +125,15 @@ def check_shards(folder: Path, index: Index, *, verify: bool) -> None:
 
 
 def write_shard(file: Path, samples: list[dict[str, Any]], text_shapes: dict[str, list[int]]) -> Shard:
-    """Write samples ({"latents", one tensor for each name in text_shapes, "id", "source", "caption"}) as one file.
+    """Write samples as one file. Text that several samples share is stored once.
 
-    Text that several samples share is stored once.
+    Args:
+        file: the file to write.
+        samples: for each sample, "latents", one tensor for each name in `text_shapes`, "id", "source", and "caption".
+        text_shapes: the shape of each text tensor, by name.
 
     Raises:
-        ValueError: for a sample whose text tensors are not those of `text_shapes`.
+        ValueError: a sample has other text tensors than `text_shapes` says.
     """
     tensors, records, texts = {}, [], []
     for place, sample in enumerate(samples):
@@ -155,10 +158,13 @@ def write_empty_caption(file: Path, text: dict[str, Tensor], text_shapes: dict[s
 
 
 def read_header(file: Path) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:
-    """(records of the samples, latent shape by tensor name) of a shard, without its data.
+    """Read the header of a shard.
+
+    Returns:
+        The records of its samples, and the shape of each latent by the name of its tensor.
 
     Raises:
-        ValueError: for a file that is no shard.
+        ValueError: the file is not a shard.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -172,7 +178,7 @@ def read_header(file: Path) -> tuple[list[dict[str, Any]], dict[str, list[int]]]
 
 
 def read_text(opened: Any, prefix: str, text_shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """The text tensors under a prefix of an open safetensors file, with the rows of zeros that were left out."""
+    """Read the text tensors under a prefix of an open safetensors file, and restore the rows of zeros at their ends."""
     text = {}
     for name, shape in text_shapes.items():
         stored = opened.get_tensor(prefix + name)
@@ -213,10 +219,10 @@ def _sha256(path: Path) -> str:
 
 
 def shape_name(latents: Tensor) -> str:
-    """ "16x21x60x104" for latents [16, 21, 60, 104]."""
+    """The name of a latent's shape: "16x21x60x104" for latents [16, 21, 60, 104]."""
     return "x".join(map(str, latents.shape))
 
 
 def to_dtype(text: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating-point tensors in `dtype`; masks as they are."""
+    """Convert floating-point tensors to `dtype`, and leave masks as they are."""
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in text.items()}

@@ -93,8 +93,8 @@ def advise(
         observations: what `observe` returned.
         settings: the settings of that call.
         heads, head_dim: the layers' sizes, for the cost.
-        tolerance: relative output error of the sparse branch before fine-tuning. Fine-tuning repairs much of it; SLA's
-            paper starts from far larger errors.
+        tolerance: the relative output error of the sparse branch before fine-tuning. Fine-tuning repairs much of it,
+            and SLA's paper starts from far larger errors.
         drop_ratio: the drop_ratio to recommend; it is lowered where it would not leave room.
 
     Raises:

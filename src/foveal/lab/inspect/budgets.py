@@ -29,7 +29,7 @@ class BudgetCalibration:
         query_blocks: how many query blocks of each head to look at.
 
     Attributes:
-        errors: by layer, a float [ratios] for each call that was looked at.
+        errors: for each layer, a float [ratios] for each call that was looked at.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class BudgetCalibration:
         """Measure one call of a layer: its last sample, if its denoising step is one to look at.
 
         Args:
-            step, num_steps: of the denoising; None where nothing says them, and every call is then looked at.
+            step, num_steps: the denoising step, and their number; None if unknown, and every call is then looked at.
             query, key, value: [B, H, L, D], the whole sequence in order.
         """
         if step is not None and step not in _spread(num_steps, self.steps):

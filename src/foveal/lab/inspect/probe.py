@@ -48,7 +48,7 @@ class InspectSettings:
         memory_bytes: device memory for attention weights in flight.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: a field is wrong; the message names it, what was expected, and what came.
     """
 
     keep_ratios: tuple[float, ...] = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)

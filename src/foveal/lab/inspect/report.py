@@ -1,4 +1,4 @@
-"""What was observed, for people: figures, one self-contained page, and JSON with every number behind them."""
+"""Write what was observed as figures, as one page that needs no other file, and as JSON with every number."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ def write_report(
     advice: Advice,
     facts: dict[str, Any],
 ) -> None:
-    """Write `inspect.json`, the figures as PNG files, and `index.html`, which needs none of them, into `folder`.
+    """Write `inspect.json`, the figures as PNG files, and `index.html`, which contains the figures, into `folder`.
 
     Args:
+        folder: an existing folder.
+        observations, settings: what was observed, and how.
+        advice: the recommendation.
         facts: what was run (model, prompt, versions, seconds), JSON-ready, for the page and the JSON.
     """
     document = {
@@ -110,7 +113,7 @@ def _layers_figure(observations: Sequence[LayerObservation], settings: InspectSe
     figure = _figure(10, 1.4 + 0.2 * len(grouped))
     axis = figure.subplots()
     image = axis.imshow(table.numpy(), cmap="magma_r", aspect="auto", vmin=0)
-    axis.set_yticks(range(len(grouped)), list(grouped), fontsize=6)
+    axis.set_yticks(range(len(grouped)), list(grouped), fontsize=8)
     axis.set(xlabel="head", title=f"Output error, {100 * advice.config.keep_ratio:g} % of the blocks, pooled choice")
     axis.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axis, label="relative error")

@@ -57,8 +57,8 @@ def inspect_model(
 
     Args:
         model, run, calls, steps, layers, settings: see `foveal.lab.inspect.probe.observe`.
-        folder: to write `index.html`, `inspect.json` and the figures into.
-        tolerance: relative output error, before fine-tuning, that the recommendation allows the median layer.
+        folder: the folder for `index.html`, `inspect.json`, and the figures.
+        tolerance: the relative output error, before fine-tuning, that the recommendation allows the median layer.
         facts: more about the run, JSON-ready, for the report.
 
     Returns:
@@ -113,22 +113,22 @@ def inspect_pipeline(
 
     Args:
         source: a folder that a pipeline was saved to, or a hub id.
-        folder: to write the report into.
-        prompt: the text.
+        folder: the folder for the report.
+        prompt: the text to generate from.
         sparse: a folder that `foveal.save` wrote, to look at the converted model on its own path; None for dense.
         size: (frames, height, width) in pixels; None for the pipeline's own.
         num_inference_steps: denoising steps of the schedule; all are run.
         steps: which steps to look at; None for the first, the middle and the last.
         guidance_scale: None for the pipeline's own.
         layers, settings, tolerance: see `inspect_model`.
-        seed: of the noise.
-        device, dtype: by name, or "auto".
-        on_observation: called with each one as it is made.
+        seed: the seed of the noise.
+        device, dtype: the name of a device and of a dtype, or "auto".
+        on_observation: called with each observation as it is made.
         on_step: called after each denoising step.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: for a pipeline that cannot be loaded, a size that it does not take,
-            or steps that its schedule has not; and what `check_request` raises.
+        FileNotFoundError, TypeError, ValueError: the pipeline cannot be loaded, or does not take the size, or its
+            schedule does not have the steps; and what `check_request` raises.
     """
     from foveal.lab.pipelines import (
         LoadedPipeline,
