@@ -17,8 +17,8 @@ def cached_constant(function):
     """Computes once per arguments; `torch.compile` takes the result as it is, where it would trace through a cache.
 
     Never in inference mode: whoever trains after a first call there would meet tensors that autograd refuses. While
-    tensors are traced as fakes or functional ones (`torch.export`, say), or a CUDA graph is captured, the cache is left
-    out: what is made then is of no use afterwards. `clear_constants` empties all caches.
+    tensors are traced as fakes or functional ones (as in `torch.export`), or a CUDA graph is captured, the cache is
+    left out: what is made then is of no use afterwards. `clear_constants` empties all caches.
     """
     make = torch.inference_mode(False)(function)
     known: dict[tuple, Any] = {}

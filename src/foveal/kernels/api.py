@@ -186,7 +186,7 @@ def select_blocks(
         scale: softmax scale; None for 1 / sqrt(D).
         kv_lengths: int [B], valid keys at the front of each sample, at most Lk; the rest is padding. The ratios
             then count each sample's own blocks.
-        protected_keys: token range [start, stop) (text, say) whose key blocks are critical for every row, beside
+        protected_keys: token range [start, stop), such as text, whose key blocks are critical for every row, beside
             those picked.
         protected_queries: token range [start, stop) whose query blocks attend to every valid key.
 

@@ -86,7 +86,8 @@ class Gates(NamedTuple):
 class RasterGradients(NamedTuple):
     """Where gradients go whose tensors stand in tile order, and what is added to them there.
 
-    grads: of query, key and value in raster order, [B, H, L, D] and [B, H, L + text, D] twice, any dense strides.
+    grads: the gradients of query, key, and value in raster order, [B, H, L, D] and [B, H, L + text, D] twice, any dense
+        strides.
     pooled: gradients of pooled query, key and value, float32 [B, H, C, D], contiguous: each token takes its share.
     """
 
@@ -166,7 +167,7 @@ class Backend(ABC):
     """The kernels that differ from backend to backend.
 
     Attributes:
-        name: as in `impl=`.
+        name: the name that `impl=` takes.
         forward: the backend's `ForwardCall`.
         projects_early: whether states that a whole head shares should be projected before the forward.
         cube_copies: which of "qkv" `attend_cubes` wants in tile order.

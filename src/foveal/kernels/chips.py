@@ -14,7 +14,7 @@ import torch
 class Chip:
     """A GPU as compilers see it.
 
-    name: as they have it, such as "sm_90" or "gfx942"; "cpu" where kernels are interpreted.
+    name: their own name of the architecture, such as "sm_90" or "gfx942"; "cpu" where kernels are interpreted.
     shared_memory: bytes that one program may have.
     warp_size: threads of a warp.
     """
@@ -62,7 +62,7 @@ class Plan(NamedTuple):
     """Constants and options of a launch, and the shared memory that they take.
 
     shared_memory: bytes, the most that a supported release of Triton makes of it on NVIDIA's GPUs.
-    options: by name.
+    options: the launch options, by name.
     """
 
     shared_memory: int

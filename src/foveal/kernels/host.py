@@ -175,7 +175,7 @@ def tma_strides(x: Tensor) -> list[int]:
 
 
 class Descriptors:
-    """Makes TMA descriptors of tensors; what tensors that lie alike share, all but the address, is made once.
+    """Makes TMA descriptors of tensors; all but the address is made once for tensors with the same shape and strides.
 
     Args:
         make: the descriptor, with the attribute `base`, of a tensor and further arguments.
@@ -339,7 +339,7 @@ class DirectKernel:
 
     Args:
         compiled: the variant.
-        device: of its tensors.
+        device: the device of its tensors.
         launcher: Triton's function in C.
         parameters: names, in order, with what Triton knows of the descriptor that each one is; None for another.
     """

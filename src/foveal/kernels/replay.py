@@ -1,9 +1,9 @@
 """Replays a call: the second one like it is recorded, and those after it go through the record.
 
-What the host does for a call of SLA or VSA is the same for all calls whose tensors lie alike: the same memory is taken,
-the same products and kernels are launched with the same numbers, and only addresses change. To work all that out in
-Python takes longer than the kernels of a short sequence run. So a `Record` keeps the steps, and a replay does nothing
-but take memory, fill in addresses and launch.
+What the host does for a call of SLA or VSA is the same for all calls whose tensors have the same shapes and strides:
+the same memory is taken, the same products and kernels are launched with the same numbers, and only addresses change.
+To work all that out in Python takes longer than the kernels of a short sequence run. So a `Record` keeps the steps, and
+a replay does nothing but take memory, fill in addresses and launch.
 
 Recorded are the operators that PyTorch runs, by a dispatch mode, and the kernels, by `host.launch`. Views are not
 steps: a view is an offset into the tensor that it is of. What waits for the device, or changes streams, is not

@@ -51,7 +51,7 @@ def examine(
 
     Args:
         model: a name in `MODEL_SIZES`, or a local folder of diffusers with a `config.json`.
-        frames, height, width: of the video, in frames and pixels.
+        frames, height, width: the size of the video, in frames and pixels.
         method: a name in `METHODS`, such as "sla" or "vsa", with its default configuration.
         keep_ratio: instead of the default one.
         measured: time attention where there is a GPU.
@@ -188,7 +188,7 @@ def measure_gain(
     Dense is `scaled_dot_product_attention` as diffusers calls it. Inputs are random, which changes no time.
 
     Args:
-        config: of the method.
+        config: the method's configuration.
         grids: the videos to time, in tokens.
         heads, head_dim: H and D.
         timer: instead of the CUDA one.

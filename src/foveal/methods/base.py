@@ -90,7 +90,7 @@ class Method:
     """What one method answers.
 
     Args:
-        name: in saved files, in tables and on the command line.
+        name: the method's name in saved files, in tables, and on the command line.
         config_type: its configuration: a frozen dataclass that derives from `MethodConfig`, with a default for every
             field.
         module_type: the `nn.Module` that owns its parameters, with its configuration as the attribute `config`. Beside

@@ -18,8 +18,8 @@ class BenchCase:
     Shape legend: B batch, H heads, L tokens of the video, D head dimension.
 
     Args:
-        name: of the task, in tables and in files of results.
-        config: of the method.
+        name: the name of the task in tables and in files of results.
+        config: the method's configuration.
         call: (query, key, value, *, config, grid, selection, impl, **extras) to the output, [B, H, L, D]: the method as
             a function. Without a selection it makes its own. impl="reference" is what the others are held to.
         select: (query, key, *, config, grid) to the selection that `call` makes.

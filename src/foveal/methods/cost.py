@@ -45,10 +45,12 @@ class AttentionShape:
 
     Args:
         batch, heads, head_dim: B, H and D.
-        query_length, key_length: in tokens; with a grid both are its number of tokens, and protected tokens are keys.
+        query_length, key_length: the lengths in tokens; with a grid both are its number of tokens, and protected tokens
+            are keys.
         grid: the video's shape in tokens; None where only lengths are known, never for a method with `needs_grid`.
         dtype_bytes: bytes per element of query, key, value, output and block states.
-        layout: of a packed sequence; None without protected segments. What their queries cost is no part of a method.
+        layout: the layout of a packed sequence; None without protected segments. What their queries cost is no part of
+            a method.
     """
 
     batch: int
@@ -71,7 +73,7 @@ class AttentionCost:
     """The cost of one attention layer's forward pass; `print` it for a table.
 
     Args:
-        parts: in the order in which they run.
+        parts: the parts, in the order in which they run.
         dense: exact attention at the same shape: 4 B H Lq Lk D FLOPs; query, key, value and output moved once.
     """
 
@@ -147,9 +149,9 @@ def attention_cost(
     there is a part `protected`: dense attention of their queries.
 
     Args:
-        config: of any method, such as `SLAConfig` or `VSAConfig`; None for dense attention.
+        config: the configuration of any method, such as `SLAConfig` or `VSAConfig`; None for dense attention.
         grid: the video's shape in tokens; VSA needs it; SLA and dense attention also take lengths instead.
-        layout: of a packed sequence, instead of a grid.
+        layout: the layout of a packed sequence, instead of a grid.
         query_length, key_length: tokens, instead of a grid; key_length defaults to query_length.
         heads, head_dim, batch: H, D and B.
         dtype_bytes: bytes per element of query, key, value, output and block states; indices, pooled tensors,

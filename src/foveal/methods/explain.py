@@ -37,9 +37,10 @@ def explain(
     """Says which implementation a method would run on these tensors, and why not each faster one; runs nothing.
 
     Args:
-        query, key, value: as the method takes them, [B, H, L, D].
+        query, key, value: [B, H, L, D], as the method takes them.
         config: an `SLAConfig` or a `VSAConfig`.
-        layout: of the sequence, or only the video's grid, where the method needs it (VSA: its cubes are the blocks).
+        layout: the layout of the sequence, or only the video's grid, where the method needs it (VSA: its cubes are the
+            blocks).
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

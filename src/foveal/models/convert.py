@@ -37,7 +37,7 @@ def sparsify(
 
     Args:
         model: a transformer of a family in the table, or a pipeline, whose `transformer` and `transformer_2` are
-            converted alike.
+            converted in the same way.
         config: an `SLAConfig` or `VSAConfig`.
         layers: which layers, by index or by name ("blocks.0.attn1"). None converts all of them. A collection, [0, 5]
             or range(2, 28), converts these. A table, {0: None, range(1, 4): one, "blocks.7.attn1": another}, gives

@@ -59,7 +59,7 @@ class Policy:
         dense_layers: these layers are always dense, by index or name; their sparse parameters wait.
         keep_ratio, drop_ratio: instead of those of the layers' configurations, by timestep. Either a table, {0: 0.1,
             800: 0.3} for 0.1 below timestep 800 and 0.3 from there on, where timesteps below the first entry leave
-            the configuration alone; or a function of the timestep, which is called at 0, 1, ... 1000 right away and
+            only the configuration; or a function of the timestep, which is called at 0, 1, ... 1000 right away and
             kept as a table. `keep_ratio` takes the place of a `topk`. `drop_ratio` is SLA's.
 
     Raises:
@@ -173,7 +173,7 @@ class PolicyClock:
     Copies and pickles of a model keep the policy, and forget the pipeline and the scheduler, which are not theirs.
 
     Args:
-        policy: of one transformer.
+        policy: the policy of one transformer.
         pipeline: the pipeline that has the transformer, for its `scheduler`, whichever it is at the time.
         scheduler: instead of the pipeline's.
     """

@@ -32,7 +32,7 @@ class LayerRecord:
 
     Attributes:
         ran: what its call ran; None if there was none.
-        config: of the layer, see `note_configs`.
+        config: the layer's configuration; see `note_configs`.
         on_fallback: one of `ON_FALLBACK`.
     """
 
@@ -45,10 +45,10 @@ class LayerRecord:
 class Forward(NamedTuple):
     """One kind of forward.
 
-    grid: of the video, in tokens; None where all of it was dense by the user's switch, or not told apart by it.
+    grid: the video's grid, in tokens; None where all of it was dense by the user's switch, or not told apart by it.
     packed: whether protected segments stand around the video.
     phase: what was asked of the layers.
-    ran: by layer; empty where all of them were dense.
+    ran: what each layer ran, by layer; empty if all of them were dense.
     """
 
     grid: tuple[int, int, int] | None
@@ -59,7 +59,7 @@ class Forward(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayersRan:
-    """Layers that ran alike in one kind of forward.
+    """Layers that ran in the same way in one kind of forward.
 
     Args:
         layers: their names.

@@ -29,7 +29,7 @@ class LayerSummary:
         config: the layer's configuration; None where it is dense.
         parameters: how many `sparsify` added.
         grid: what the costs are for; None if none was given or seen.
-        heads, head_dim: of the layer.
+        heads, head_dim: the layer's number of heads and their dimension.
         held_dense: the policy keeps the layer dense, and its configuration waits.
         ran: the implementation that the layer's latest sparse call ran, such as "triton"; None before the first one,
             and where the method's module does not say.
@@ -80,7 +80,7 @@ class Summary:
     Args:
         rows: one per self-attention layer, sparse or dense, in order of depth. A method in parentheses waits: the
             policy keeps the layer dense. The column "ran" appears once a layer has run.
-        policies: by component, of those that have one. Costs are those of a forward where they ask nothing but their
+        policies: the policies, by component. Costs are those of a forward where they ask nothing but their
             `dense_layers`.
     """
 
@@ -199,10 +199,10 @@ def summary(model: Any, grid: VideoGrid | None = None) -> Summary:
 
 @dataclass(frozen=True)
 class ReportRow:
-    """Layers that ran alike in forwards of one kind.
+    """Layers that ran in the same way in forwards of one kind.
 
     Args:
-        component: of the pipeline; empty for a transformer.
+        component: the pipeline's component; empty for a bare transformer.
         forwards: how many; None where a whole model was compiled, for then they are not counted.
         grid: the video's shape in tokens; None where dense attention needed none, or too many kinds were seen.
         ran: the layers, and what they ran.

@@ -129,10 +129,10 @@ def place_in(scheduler: Any, timestep: Any, scale: TimestepScale, *, pipeline: A
     that is seen is the first.
 
     Args:
-        scheduler: of diffusers.
+        scheduler: a scheduler of diffusers.
         timestep: what the transformer was called with; None if it was not given.
-        scale: of the transformer's family.
-        pipeline: the one that calls; None for a loop of one's own.
+        scale: the timestep scale of the transformer's family.
+        pipeline: the pipeline that calls; None in your own loop.
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or getattr(scheduler, "num_inference_steps", None) is None:

@@ -62,7 +62,7 @@ def whole_parameters(transformer: nn.Module, part: nn.Module, *, write: bool = F
     All ranks enter this together.
 
     Args:
-        transformer: as it is inside of FSDP1's outermost wrapper, which it does not know.
+        transformer: the module inside of FSDP1's outermost wrapper, which it does not know.
         part: one of its modules.
         write: keep what is written to the parameters inside.
 

@@ -57,10 +57,11 @@ class Call(NamedTuple):
     """One forward of one transformer.
 
     Args:
-        state: of the transformer.
-        grid: of this forward's tokens, with what compiled blocks need of it unless it is sharded. None where all of
-            it is dense.
-        layout: of its packed sequence, around this grid; None where the method gets only the video, or text as keys.
+        state: the transformer's state.
+        grid: the grid of this forward's tokens, with what compiled blocks need of it unless it is sharded. None where
+            all of it is dense.
+        layout: the layout of its packed sequence, around this grid; None where the method gets only the video, or text
+            as keys.
         phase: what its sparse layers do.
         phase_text: the phase as text. A graph takes text from outside of a module as a constant, where a float might
             become one of its inputs.
@@ -133,7 +134,7 @@ class ForwardState:
         compiled: forwards ran that were compiled with the whole model, which are not counted.
         held: names of the layers that the policy keeps dense.
         clock: the policy and where it reads the denoising step, a `PolicyClock`; None without a policy.
-        handles: of the hooks, by the name of the module that has them.
+        handles: the handles of the hooks, by the name of the module that has them.
     """
 
     def __init__(self, family: str, parameters: tuple[str, ...]) -> None:

@@ -84,7 +84,7 @@ def return_gradient(
         pooled_ptr: float32 [B, H, C, D].
         place_ptr, size_ptr: where tokens stand, int64 [C * SLOT], and the cubes' sizes, int32 [C].
         pair: batch * H + head, int64.
-        start: of the tile, in tile order, where blocks of text follow the cubes' `video_rows` rows.
+        start: the tile's first row in tile order, where blocks of text follow the cubes' `video_rows` rows.
         length, key_length: tokens of the video, and of video and text.
     """
     head_dim: gl.constexpr = tile.shape[1]

@@ -204,7 +204,7 @@ def key_states(
     Args:
         key, value: [B, H, Lk, D].
         sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
-        pairs: of batch and head.
+        pairs: the pairs of batch and head.
         pooled: float32 [pairs, Tk, D], contiguous, for the means of each block's keys; None if they are not wanted.
         state: h, bfloat16 [pairs, Tk or more, D, D]; blocks may stand apart.
         norm: z, float32 or bfloat16 [pairs, Tk or more, D]; blocks may stand apart.

@@ -152,8 +152,8 @@ def full_blocks_first(selection: BlockSelection, pairs: range | None = None, lis
     """Orders each row's list so that a kernel's main loop needs no masks: full key blocks first.
 
     Args:
-        selection: with sizes of its key blocks.
-        pairs: of batch and head, whose lists are wanted; None for all.
+        selection: a selection with sizes of its key blocks.
+        pairs: the pairs of batch and head whose lists are wanted; None for all.
         lists: memory for all pairs; new if None.
     """
     critical, counts, sizes = selection.critical, selection.critical_count, selection.key_block_sizes

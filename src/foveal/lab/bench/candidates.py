@@ -111,8 +111,8 @@ def candidates_for(
 
     Args:
         only: "kernels" or "methods"; None for both.
-        impls: of ours; by default each GPU implementation for the kernels ("torch" on the CPU) and "auto" for the
-            methods.
+        impls: our implementations to run; by default each GPU implementation for the kernels ("torch" on the CPU) and
+            "auto" for the methods.
         quick: leave out FlexAttention, which takes long to compile.
     """
     gpu_impls = tuple(impl for impl in IMPLS if impl not in ("auto", "reference", "torch"))

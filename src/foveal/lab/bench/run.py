@@ -47,11 +47,11 @@ class BenchSettings:
         quick: only 480p unless `shapes` says otherwise, fewer repetitions, no FlexAttention, no "both" pass.
         only: "kernels" or "methods"; None for both.
         impls: implementations of ours to run instead of the default ones.
-        seed: of all tensors and random selections.
+        seed: the seed of all tensors and random selections.
         device: "cuda", or "cpu" with a `length`.
         length: run one small shape of so many tokens instead of `shapes` (1 sample, 2 heads, 64 wide).
         gate_grid: the video of the small correctness check.
-        commit: of this tree, for the record, where git cannot say.
+        commit: the commit of this tree, for the record, where git cannot say.
 
     Raises:
         ValueError: naming the field, what was expected and what came.
@@ -78,7 +78,7 @@ class BenchSettings:
         if self.shapes and self.length is not None:
             raise ValueError(f"give shapes or length, not both, got {self.shapes} and {self.length}")
         if self.device == "cpu" and self.length is None:
-            raise ValueError("device 'cpu' needs a length (2048, say): the named shapes are for GPUs")
+            raise ValueError("device 'cpu' needs a length, such as 2048: the named shapes are for GPUs")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError(
                 "the benchmark needs a CUDA device, and torch finds none; device 'cpu' with length 2048 tries it out"

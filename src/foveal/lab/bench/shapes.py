@@ -68,8 +68,8 @@ class Inputs:
 
     Args:
         shape: B, H, L and D.
-        dtype: of every [B, H, L, D] tensor; others are float32.
-        seed: with the shape and the device decides all values.
+        dtype: the dtype of every [B, H, L, D] tensor; others are float32.
+        seed: the seed, which with the shape and the device decides all values.
     """
 
     NAMES = ("query", "key", "value", "grad")

@@ -45,9 +45,9 @@ class GenerationSettings:
     Args:
         frames, height, width: in pixels; an image has one frame.
         steps: denoising steps.
-        guidance_scale: of classifier-free guidance, or as the model's embedding.
+        guidance_scale: the scale of classifier-free guidance, or what the model embeds.
         negative_prompt: what guidance leads away from.
-        fps: of the file that is written.
+        fps: the frame rate of the file that is written.
         exact: keep each video bit for bit too, as a Matroska file.
     """
 

@@ -133,7 +133,7 @@ class CheckpointStore:
             groups: names and tensors, by group. Each process writes its rows of a DTensor; the main process writes all
                 other tensors.
             state: anything that JSON can hold; the main process's counts.
-            held_out_loss: of this state, if it was evaluated.
+            held_out_loss: the held-out loss of this state, if it was evaluated.
             peers: the processes that save together.
 
         Raises:

@@ -26,8 +26,8 @@ def export(config: TrainingConfig, checkpoint: Checkpoint, *, report: Callable[[
     started from; and a file for each of `export_formats`.
 
     Args:
-        config: of the run.
-        checkpoint: of the run.
+        config: the run's configuration.
+        checkpoint: a checkpoint of the run.
         report: called with a line for each format that cannot express this model.
 
     Returns:

@@ -37,7 +37,7 @@ class RunLog:
 
     Args:
         config: the run.
-        accelerator: of the run.
+        accelerator: the run's accelerator.
     """
 
     def __init__(self, config: TrainingConfig, accelerator: Any) -> None:

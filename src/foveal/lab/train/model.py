@@ -33,7 +33,7 @@ def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
     The same configuration gives the same weights.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         empty: all but the weights, on the meta device.
 
     Raises:
@@ -74,7 +74,7 @@ def compile_blocks(model: nn.Module, *, keep_exchanged: bool | None = None, **se
     Args:
         keep_exchanged: under context parallelism, whether checkpoints keep the queries, keys, values and outputs that
             were exchanged, or exchange them again in the backward; None without.
-        settings: of torch.compile.
+        settings: the options of torch.compile.
     """
     from torch._inductor import config
 
@@ -216,7 +216,7 @@ def build_wan(sizes: WanArchitecture, *, given_channels: int = 0) -> nn.Module:
     """A `WanTransformer3DModel` with random weights from torch's global generator.
 
     Args:
-        sizes: of the transformer.
+        sizes: the transformer's sizes.
         given_channels: channels of the input beside the noisy video, as image-to-video models have.
     """
     from diffusers import WanTransformer3DModel
@@ -248,7 +248,7 @@ def choose_trained(model: nn.Module, trainable: str) -> None:
     """Sets `requires_grad` of every parameter.
 
     Args:
-        model: with its sparse attention and its adapters in place.
+        model: the model, with its sparse attention and its adapters in place.
         trainable: see `OptimizerSettings`.
     """
     new = sparse_parameters(model)

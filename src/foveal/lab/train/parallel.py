@@ -116,7 +116,7 @@ def check_tokens(degree: int, tokens: int, shape: tuple[int, ...]) -> None:
     """Raises a ValueError for a sample whose tokens do not divide among so many processes.
 
     Args:
-        shape: of its latents.
+        shape: the shape of its latents.
     """
     if tokens % degree:
         raise ValueError(
@@ -131,7 +131,7 @@ def shard(model: nn.Module, accelerator: Any, *, bf16: bool) -> nn.Module:
     Args:
         model: with its weights in the main process; the others' do not count and may be on the meta device, so that
             one copy is in memory and not one a process.
-        accelerator: of the run.
+        accelerator: the run's accelerator.
         bf16: compute in bfloat16.
     """
     from torch.distributed.device_mesh import init_device_mesh

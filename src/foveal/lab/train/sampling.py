@@ -31,7 +31,7 @@ def euler_steps(
     Args:
         velocity: (video [B, C, F, H, W], noise levels [B]) to the flow's velocity.
         noise: standard normal.
-        shift: of the noise schedule.
+        shift: the shift of the noise schedule.
         steps: Euler steps.
         on_step: called after each.
     """
@@ -53,7 +53,7 @@ def visible(latents: Tensor, space: str, *, pipeline: str | None, device: torch.
     """uint8 [frames, 3, height, width] of one sample's latents [C, F, H, W].
 
     Args:
-        latents: as the transformer sees them.
+        latents: the latents, as the transformer sees them.
         space: "pixel", where they are a video in [-1, 1], or "latent".
         pipeline: the folder or hub name of the pipeline whose `vae` decodes latents.
         device: where to decode; the VAE is loaded for it and let go.

@@ -22,9 +22,9 @@ class WanArchitecture:
     Args:
         num_layers, num_heads, head_dim, ffn_dim: the transformer.
         patch: pixels (or latent pixels) a token is wide and high; it is one frame deep.
-        channels: of the video that goes in and comes out.
+        channels: the channels of the video that goes in and comes out.
         text_dim: width of the text embeddings.
-        freq_dim: of the timestep's sinusoids.
+        freq_dim: the number of the timestep's sinusoids.
         rope_max_seq_len: the longest side of a grid.
     """
 
@@ -56,7 +56,7 @@ class ModelSettings:
         keep_exchanged: under `context_parallel` compiled blocks keep the queries, keys, values and outputs that were
             exchanged, beside their inputs: 8 bytes times tokens times width a layer in bfloat16, divided by the degree.
             Without, they are exchanged again in the backward, by `gradient_checkpointing`.
-        frozen_dtype: of the weights that are not trained; those that are stay in float32.
+        frozen_dtype: the dtype of the weights that are not trained. Trained weights stay in float32.
     """
 
     path: str | None = None
@@ -146,7 +146,7 @@ class SparsitySettings:
         for ratio in self.layer_keep_ratio.values():
             check_ratio("layer_keep_ratio", ratio)
         if self.annealing is not None and self.layer_keep_ratio:
-            raise ValueError("annealing and layer_keep_ratio exclude each other: all layers anneal alike")
+            raise ValueError("annealing and layer_keep_ratio exclude each other: all layers anneal in the same way")
 
     def layer_configs(self, num_layers: int) -> dict[int, Config]:
         """The configuration of every sparse layer, by index.
@@ -209,9 +209,9 @@ class LoraSettings:
     """Low-rank adapters, by peft.
 
     Args:
-        rank: of the adapters.
+        rank: the rank of the adapters.
         alpha: their scale is alpha / rank.
-        dropout: of their input.
+        dropout: the dropout of their input.
         targets: the linear layers that get one, as peft matches names.
     """
 
@@ -270,7 +270,7 @@ class OptimizerSettings:
         warmup: steps up to the peak.
         decay: fall linearly to `final_learning_rate` at the last step; False keeps the peak rate.
         final_learning_rate: where the decay ends.
-        betas, weight_decay: of AdamW.
+        betas, weight_decay: the settings of AdamW.
         max_gradient_norm: gradients are scaled down to it.
         ema_decay: of the exponential moving average of the trained weights, which is what is exported; None has none.
     """

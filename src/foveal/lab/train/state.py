@@ -29,8 +29,8 @@ class RunState:
         parameters: those that are trained, by name.
         optimizer, schedule: over them.
         average: diffusers' `EMAModel` over them, or None.
-        stream, guard, alarm: of the run.
-        accelerator: of the run.
+        stream, guard, alarm: the run's stream, guard, and alarm.
+        accelerator: the run's accelerator.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -49,7 +49,7 @@ class RunState:
             store: gets it.
             step: optimizer steps taken.
             config: the run's settings, for people and for comparison.
-            held_out_loss: of this state, if it was evaluated.
+            held_out_loss: the held-out loss of this state, if it was evaluated.
 
         Raises:
             CheckpointError: in every process, if one of them could not write its part.
@@ -83,7 +83,7 @@ class RunState:
         """The inverse of `save`; every process calls it.
 
         Args:
-            checkpoint: of this run, or of one with the same data, parameters and optimizer.
+            checkpoint: a checkpoint of this run, or of one with the same data, parameters, and optimizer.
             say: gets a line where the number of processes has changed.
 
         Raises:

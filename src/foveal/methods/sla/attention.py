@@ -67,12 +67,12 @@ def sla_attention(
         feature_weight: [D, D], only for feature_map "hedgehog".
         grid: the video's shape in tokens, needed for token_order "tile". Lq is its number of tokens; in tile order so
             is Lk, but for keys after the video's (text), which stay where they are.
-        layout: of a packed sequence, instead of `grid`. With protected segments query, key, value, and the output are
-            the whole sequence in order, [B, H, layout.num_tokens, D]. Protected queries get exact dense attention. The
-            video's queries read all protected keys exactly, beside the video's blocks that `config` picks: its ratios
-            count blocks of the video, and no block holds keys of the video and of a protected segment. The linear
-            branch sums over the video's keys, with linear_scope "all" over the protected ones too. A `selection` is
-            then one of `SparseLinearAttention.select` with this layout.
+        layout: the layout of a packed sequence, instead of `grid`. With protected segments query, key, value, and the
+            output are the whole sequence in order, [B, H, layout.num_tokens, D]. Protected queries get exact dense
+            attention. The video's queries read all protected keys exactly, beside the video's blocks that `config`
+            picks: its ratios count blocks of the video, and no block holds keys of the video and of a protected
+            segment. The linear branch sums over the video's keys, with linear_scope "all" over the protected ones too.
+            A `selection` is then one of `SparseLinearAttention.select` with this layout.
         protected_keys: token range [start, stop) whose key blocks every query attends to, text say. In tile order it
             must be all keys after the video's, and there have to be none without it.
         kv_lengths: int [B], valid keys at the front of each sample; the rest is padding. In tile order at least the

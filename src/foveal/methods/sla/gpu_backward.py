@@ -76,7 +76,7 @@ def gradients(
         results: what `forward_in_groups` returned, with the states kept.
         selection: its lists contiguous.
         mask: bfloat16 [B * H, padded Tq, padded Tk], what H was summed over; None for every key.
-        term: as in the forward.
+        term: the same term as in the forward.
     """
     output, lse, norm, state = results
     grad_query, delta = torch.empty_like(query), torch.empty_like(lse)

@@ -23,7 +23,7 @@ class PackedKeys:
     """The key blocks of one call.
 
     Args:
-        layout: of the sequence.
+        layout: the layout of the sequence.
         tile: the cube that the video's keys are sorted by; None for raster order.
         block_k: tokens per block.
         kv_lengths: int [B], valid keys at the front of each sample, in sequence order; None for all.

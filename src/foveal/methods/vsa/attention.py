@@ -89,12 +89,12 @@ def vsa_attention(
             softmax with the chosen cubes; the coarse stage neither pools nor ranks them.
         config: how many cubes, and which.
         grid: the video's shape in tokens.
-        layout: of a packed sequence, instead of `grid`. With protected segments query, key, value, gates, and output
-            are the whole sequence in order, [B, H, layout.num_tokens, D]. The segments are cut into chunks of at most
-            as many tokens as a cube. The coarse stage pools and attends over cubes and chunks alike, and its output
-            goes to all tokens. In the fine stage cubes read the cubes that they pick and all chunks, and protected
-            queries read everything. `keep_ratio` then counts cubes of the video and rounds up, as in the sparse
-            checkpoints for MiniMax-H3.
+        layout: the layout of a packed sequence, instead of `grid`. With protected segments query, key, value, gates,
+            and output are the whole sequence in order, [B, H, layout.num_tokens, D]. The segments are cut into chunks
+            of at most as many tokens as a cube. The coarse stage pools and attends over cubes and chunks alike, and its
+            output goes to all tokens. In the fine stage cubes read the cubes that they pick and all chunks, and
+            protected queries read everything. `keep_ratio` then counts cubes of the video and rounds up, as in the
+            sparse checkpoints for MiniMax-H3.
         gate_coarse, gate_fine: [B, H, L, D], like `query`; a missing gate is 1.
         selection: a fixed selection (see `select_cubes`) instead of the top of the coarse stage.
         kv_lengths: int [B], valid keys of each sample, video and text, between L and L + text; the rest is padding. Not

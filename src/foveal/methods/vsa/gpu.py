@@ -32,7 +32,7 @@ class Choice(NamedTuple):
     """Which blocks to attend to.
 
     kept: how many cubes each cube attends to, by the coarse scores, where no lists are given.
-    width: of the lists of cubes then.
+    width: the width of the lists of cubes then.
     text_counts: int32 [B or 1], blocks of text that hold a valid key; None without text.
     critical, counts: given lists, int32 [B, H, C, W] and [B, H, C], or None.
     """
@@ -48,7 +48,7 @@ class Saved(NamedTuple):
     """What the backward reads beside the inputs.
 
     attended: Of in tile order with a fine gate, else the output.
-    lse: of the fine stage, in tile order.
+    lse: the fine stage's log-sum-exp, in tile order.
     query, key, value, coarse: pooled, and what the coarse stage makes of them, float32 [B, H, C, D].
     coarse_lse: float32 [B, H, C].
     critical, counts: the lists.

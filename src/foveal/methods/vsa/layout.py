@@ -65,7 +65,7 @@ class CubeLayout:
         kv_lengths: int [B], valid keys of each sample; None for all.
 
     Attributes:
-        config, grid: of the call.
+        config, grid: the configuration and the video's grid.
         order, slot: where the video's tokens stand, and how many each cube takes up.
         text_length: keys past the video's; their blocks are as long as a slot, the last may be partial.
         cube_sizes: int32 [1, C], valid tokens of each cube.

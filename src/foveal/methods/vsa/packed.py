@@ -25,7 +25,7 @@ class PackedTiles(CubeLayout):
     """The tiles of one call, all of them cubes to the coarse and the fine stage.
 
     Attributes:
-        layout: of the sequence.
+        layout: the layout of the sequence.
         video_cubes: how many of the tiles are the video's; they come first.
     """
 

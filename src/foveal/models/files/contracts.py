@@ -18,7 +18,7 @@ TILES = {64: (4, 4, 4), 128: (4, 4, 8)}
 @dataclass(frozen=True)
 class Contract:
     """Args:
-    fields: of the configuration, as the weights were trained.
+    fields: the fields of the configuration with which the weights were trained.
     notes: what a pipeline needs to know, in words.
     """
 

@@ -91,8 +91,8 @@ def native(tensors: dict[str, Tensor], frequencies: Tensor) -> dict[str, Tensor]
     """Tensors of diffusers' names under the names of MiniMax-H3's own repository.
 
     Args:
-        tensors: of a whole transformer, and its gates.
-        frequencies: of its rotary embedding.
+        tensors: the tensors of a whole transformer, and its gates.
+        frequencies: the frequencies of its rotary embedding.
 
     Raises:
         ValueError: the repository has no names for some of them.

@@ -25,7 +25,7 @@ class SparseParameters:
     """The sparse parameters of a checkpoint, on the CPU, in the file's dtypes.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         format: the name of its format, one of `FORMATS`.
         source: who writes that format.
         config: what the layers run with.

@@ -113,7 +113,7 @@ def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Mode
     Args:
         model: a transformer or pipeline like the saved one, dense, or sparse with the same configurations.
         folder: what `save` wrote.
-        impl: for layers that are dense so far; see `block_sparse_attention`.
+        impl: the implementation for layers that are dense so far; see `block_sparse_attention`.
 
     Returns:
         The same model, changed in place; unchanged if anything below is raised.

@@ -34,7 +34,7 @@ class TensorFile:
     """An open checkpoint.
 
     Args:
-        path: as it was asked for.
+        path: the path that was asked for.
         shapes: every tensor's shape by its name.
         not_floating: names of the tensors whose dtype is no floating-point one.
         metadata: the text entries of a safetensors header, or SimpleTuner's settings; empty for other files and shards.
