@@ -283,7 +283,7 @@ def test_saved_sparse_weights_and_when_they_change(wan, tmp_path, capsys):
     assert generate(wan, tmp_path / "out", *arguments) == 0
     expected = reference(wan, "a cat", 0, lambda pipe: foveal.load(pipe, tmp_path / "sparse"))
     assert torch.equal(video_of(tmp_path / "out", "a cat", 0, SparseChoice(tmp_path / "sparse").label), expected)
-    capsys.readouterr()
+    assert "transformer: sla" in capsys.readouterr().err  # the report
     # Training goes on, and the weights are saved again: same names, same sizes.
     foveal.save(pipe, tmp_path / "sparse")
     assert generate(wan, tmp_path / "out", *arguments) == 0

@@ -190,6 +190,7 @@ class Generate(_Generation):
         from rich.console import Console
 
         from foveal.lab.generate.run import check_request, generate
+        from foveal.lab.generate.sparse import say_what_ran
         from foveal.lab.terminal import Progress, StepProgress
 
         if self.compare not in (None, "dense"):
@@ -199,6 +200,7 @@ class Generate(_Generation):
                 prepared = self.prepare(progress, exact=self.exact, check=check_request)
                 dense_too = self.compare == "dense"
                 generate(**prepared, output=self.output, compare_dense=dense_too, progress=StepProgress(progress))
+                say_what_ran(prepared["loaded"].pipe, progress)
         except KeyboardInterrupt:
             print("foveal: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
             raise SystemExit(130) from None
@@ -217,6 +219,7 @@ class Eval(_Generation):
         from rich.console import Console
 
         from foveal.lab.evaluate.run import TABLE_FILE, check_request, evaluate
+        from foveal.lab.generate.sparse import say_what_ran
         from foveal.lab.terminal import Progress, StepProgress
 
         console = Console(stderr=True)
@@ -224,6 +227,7 @@ class Eval(_Generation):
             with Progress(console) as progress:
                 prepared = self.prepare(progress, exact=True, check=check_request)
                 report = evaluate(**prepared, output=self.output, progress=StepProgress(progress))
+                say_what_ran(prepared["loaded"].pipe, progress)
         except KeyboardInterrupt:
             print("foveal: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
             raise SystemExit(130) from None

@@ -10,6 +10,7 @@ from typing import Any
 
 from foveal.checks import check_choice
 from foveal.lab.generate.outputs import slug
+from foveal.lab.terminal import Progress
 from foveal.layout import VideoGrid
 from foveal.methods.base import METHODS, Config, method_of
 from foveal.models import load, sparsify
@@ -18,6 +19,7 @@ from foveal.models.files.checkpoints import check_checkpoint, load_checkpoint
 from foveal.models.files.persist import WEIGHTS_FILE
 from foveal.models.files.tensor_files import open_tensors
 from foveal.models.processor import sparse_processors
+from foveal.models.report import report
 
 # Where `foveal train` puts the sparse part of what it exports.
 EXPORTED = "sparse"
@@ -141,6 +143,14 @@ def configs_of(pipe: Any) -> list[Config]:
         for processor in sparse_processors(transformer).values():
             found[processor.config] = None
     return list(found)
+
+
+def say_what_ran(pipe: Any, progress: Progress) -> None:
+    """Says what the forwards of a pipeline's sparse layers ran; nothing if there were none."""
+    if configs_of(pipe):
+        ran = report(pipe)
+        if ran.rows:
+            progress.say(str(ran))
 
 
 def _load_export(pipe: Any, folder: Path, *, impl: str) -> None:

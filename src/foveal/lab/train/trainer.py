@@ -61,6 +61,7 @@ from foveal.lab.train.sampling import dense_and_sparse, sample_file, visible, wr
 from foveal.lab.train.state import RunState
 from foveal.lab.train.throughput import peak_flops, sample_flops
 from foveal.models import dense, sparse_parameters
+from foveal.models.report import report as forwards_report
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,9 @@ class Trainer:
         )
         if self.saved_at != self.step:
             self._save()
+        ran = forwards_report(self.transformer)
+        if ran.rows:
+            self.log.say(str(ran))
         finished = self.step >= config.steps
         folder = None
         if finished:
