@@ -211,6 +211,8 @@ def pick_blocks(
     valid_blocks: Tensor | None = None,
     protected_keys: tuple[int, int] | None = None,
     protected_queries: tuple[int, int] | None = None,
+    keep_mass: float | None = None,
+    max_keep_ratio: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scores to lists, by the counting rule, ties to the lower block for critical and the higher one for negligible.
 
@@ -222,6 +224,8 @@ def pick_blocks(
         valid_blocks: int [B], leading key blocks that hold a valid token; None for all.
         protected_keys, protected_queries: [start, stop) in *blocks*: key blocks critical for every row, query blocks
             that attend to everything.
+        keep_mass: each row keeps further blocks, the best first, until those that it keeps by score have this share of
+            the softmax of its scores; at most max_keep_ratio of the blocks. None for no more.
 
     Returns:
         critical int32 [B, H, Tq, W], counts int32 [B, H, Tq], and marginal bool [B, H, Tq, Tk] or None if nothing is
@@ -238,9 +242,14 @@ def pick_blocks(
         n_critical, n_negligible = table[blocks].unbind(-1)
         scores = scores.masked_fill(index >= blocks, -math.inf)
 
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    values, order = scores.sort(dim=-1, descending=True, stable=True)
+    if keep_mass is not None:
+        most = num_critical(total, max_keep_ratio, None)
+        if valid_blocks is not None:
+            most = _count_table(total, max_keep_ratio, None, 0.0, scores.device)[blocks][..., 0]
+        n_critical = _count_for_mass(values, keep_mass, n_critical, most)
     plain = valid_blocks is None and protected_keys is None and protected_queries is None
-    if plain and drop_ratio == 0.0 and n_critical:
+    if plain and drop_ratio == 0.0 and keep_mass is None and n_critical:
         critical = order[..., :n_critical].sort(-1).values.to(torch.int32)
         return critical, torch.full(critical.shape[:-1], n_critical, dtype=torch.int32, device=scores.device), None
 
@@ -253,7 +262,9 @@ def pick_blocks(
     if not plain:
         critical &= index < blocks
     lists, counts = lists_from_mask(critical)
-    lists = lists[..., : list_width(total, keep_ratio, topk, protected_keys, protected_queries)].contiguous()
+    most_ratio = None if keep_mass is None else max_keep_ratio
+    width = list_width(total, keep_ratio, topk, protected_keys, protected_queries, most_ratio)
+    lists = lists[..., :width].contiguous()
     if drop_ratio == 0.0:
         return lists, counts, None
 
@@ -262,6 +273,14 @@ def pick_blocks(
     from_bottom = rest_in_order.flip(-1).cumsum(-1).flip(-1)
     dropped = torch.zeros_like(rest).scatter(-1, order, rest_in_order & (from_bottom <= n_negligible))
     return lists, counts, rest & ~dropped
+
+
+def _count_for_mass(values: Tensor, mass: float, least: int | Tensor, most: int | Tensor) -> Tensor:
+    """How many of a row's scores, [..., T] descending, have `mass` of their softmax: [..., 1], in [least, most]."""
+    before = values.to(torch.promote_types(values.dtype, torch.float32)).softmax(-1).cumsum(-1)
+    needed = (before < mass).sum(-1, keepdim=True) + 1
+    least, most = (torch.as_tensor(n, device=values.device) for n in (least, most))
+    return needed.clamp(max=most).maximum(least)
 
 
 class SelectionRule(NamedTuple):
@@ -351,12 +370,19 @@ def list_width(
     topk: int | None,
     protected_keys: Sequence[int] | None = None,
     protected_queries: Sequence[int] | None = None,
+    max_keep_ratio: float | None = None,
 ) -> int:
-    """How long a row's list of critical blocks may be, from protected ranges in blocks."""
+    """How long a row's list of critical blocks may be, from protected ranges in blocks.
+
+    max_keep_ratio: where rows keep a mass, the most that they may keep for it.
+    """
     if protected_queries is not None:
         return total
     protected = 0 if protected_keys is None else protected_keys[1] - protected_keys[0]
-    return larger(1, smaller(num_critical(total, keep_ratio, topk) + protected, total))
+    kept = num_critical(total, keep_ratio, topk)
+    if max_keep_ratio is not None:
+        kept = larger(kept, num_critical(total, max_keep_ratio, None))
+    return larger(1, smaller(kept + protected, total))
 
 
 def roomy(width: int, total: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveal.blocks import BlockSelection, SelectionRule, limits_of, rule_of
 from foveal.checks import check_choice, check_positive_int, check_ratio, check_scale, validate_qkv, without_autocast
-from foveal.kernels.choice import choose_blocks
+from foveal.kernels.choice import check_rule, choose_blocks
 from foveal.symbols import ceil_div
 
 IMPLS = ("auto", "reference", "torch", "triton", "gluon")
@@ -32,6 +32,9 @@ class Ran(NamedTuple):
         """The same with one more reason."""
         return Ran(self.impl, why if self.why is None else f"{self.why}; {why}")
 
+
+# Why a call on a GPU's kernels may be slower than others, in `Ran`.
+SLOW_SELECTION = "the blocks are chosen in PyTorch: the kernels that choose take neither this rule nor these inputs"
 
 _AS_ASKED = {name: Ran(name) for name in IMPLS[1:]}
 # What the registers of one program hold: at 64 tokens a block, a million keys.
@@ -171,6 +174,9 @@ def select_blocks(
     kv_lengths: Tensor | None = None,
     protected_keys: tuple[int, int] | None = None,
     protected_queries: tuple[int, int] | None = None,
+    score: str = "mean",
+    keep_mass: float | None = None,
+    max_keep_ratio: float = 1.0,
 ) -> BlockSelection:
     """Choose the critical, marginal and negligible key blocks of every query block.
 
@@ -189,6 +195,12 @@ def select_blocks(
         protected_keys: token range [start, stop), such as text, whose key blocks are critical for every row, beside
             those picked.
         protected_queries: token range [start, stop) whose query blocks attend to every valid key.
+        score: what the blocks of a row are ranked by: "mean", the product of the blocks' means; or "log_sum_exp", which
+            cuts each block into quarters and takes the log-sum-exp of the 16 products of their means, so that a quarter
+            may stand out. It needs block sizes that are multiples of 4.
+        keep_mass: in (0, 1], each row keeps further blocks, the best first, until those kept by rank have this share of
+            the softmax of the row's scores. `keep_ratio` is then the least. None for no more.
+        max_keep_ratio: the most that `keep_mass` may keep, and the width of the lists.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -210,18 +222,20 @@ def select_blocks(
     check_ratio("drop_ratio", drop_ratio)
     if keep_ratio + drop_ratio > 1.0 + 1e-9:
         raise ValueError(f"keep_ratio + drop_ratio must be at most 1, got {keep_ratio} + {drop_ratio}")
+    check_rule(score, keep_mass, max_keep_ratio, keep_ratio, block_q, block_k)
     scale = check_scale(scale, query.shape[-1])
     query_length, key_length = query.shape[2], key.shape[2]
 
     limits = limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries)
     sizes, valid_blocks, key_range, query_range = limits
-    if fits_kernel(query, key, block_k):
+    if score == "mean" and keep_mass is None and fits_kernel(query, key, block_k):
         rule = rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits)
         critical, counts, marginal = _select_on_device(query, key, scale, rule, drop_ratio > 0.0)
     else:
         critical, counts, marginal = choose_blocks(
-            query, key, scale, block_q, block_k, keep_ratio, drop_ratio, sizes, valid_blocks, key_range, query_range
-        )
+            query, key, scale, block_q, block_k, keep_ratio, drop_ratio, sizes, valid_blocks, key_range, query_range,
+            score, keep_mass, max_keep_ratio,
+        )  # fmt: skip
     return BlockSelection(
         critical=critical,
         critical_count=counts,

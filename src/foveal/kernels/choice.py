@@ -7,6 +7,7 @@ Shape legend: B batch, H heads, Lq / Lk query / key tokens, Tq / Tk query / key 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,15 +15,93 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.blocks import list_width, pick_blocks, pool_blocks, pooled_scores, roomy
+from foveal.checks import check_choice, check_ratio
 from foveal.symbols import ceil_div
+
+SCORES = ("mean", "log_sum_exp")
+PARTS = 4  # of a block, for "log_sum_exp"
+
+
+def check_rule(
+    score: str, keep_mass: float | None, max_keep_ratio: float, keep_ratio: float | None, *blocks: int
+) -> None:
+    """Raises a TypeError or ValueError unless these choose blocks of these sizes, see `select_blocks`."""
+    check_choice("score", score, SCORES)
+    if score == "log_sum_exp" and any(block % PARTS for block in blocks):
+        sizes = "x".join(map(str, blocks))
+        raise ValueError(f'score="log_sum_exp" needs block sizes that are multiples of {PARTS}, got {sizes}')
+    check_ratio("max_keep_ratio", max_keep_ratio)
+    if keep_mass is not None:
+        check_ratio("keep_mass", keep_mass)
+        if keep_mass == 0.0:
+            raise ValueError("keep_mass must be above 0; None keeps no more than keep_ratio")
+        if keep_ratio is not None and keep_ratio > max_keep_ratio:
+            raise ValueError(
+                f"keep_ratio is the least that keep_mass keeps, and must be at most max_keep_ratio, got {keep_ratio} "
+                f"and {max_keep_ratio}"
+            )
+    elif max_keep_ratio != 1.0:
+        raise ValueError(f"max_keep_ratio bounds keep_mass, which is None, got max_keep_ratio={max_keep_ratio}")
+
+
+def block_scores(
+    query: Tensor,
+    key: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    score: str,
+    key_sizes: Tensor | None = None,
+    query_sizes: Tensor | None = None,
+) -> Tensor:
+    """The scores of all pairs of blocks, [B, H, Tq, Tk], by one of `SCORES`.
+
+    "mean" is the product of the blocks' means. "log_sum_exp" cuts each block into quarters and takes the log-sum-exp of
+    the products of the quarters' means, of those quarters that hold a valid token; -inf for a block without any.
+
+    Args:
+        query, key: [B, H, L, D].
+        block_q, block_k: tokens per block, multiples of 4 for "log_sum_exp".
+        key_sizes, query_sizes: int [B or 1, T], valid tokens at the front of each block; None when all are full.
+    """
+    if score == "mean":
+        pooled = pool_blocks(query, block_q, query_sizes), pool_blocks(key, block_k, key_sizes)
+        return pooled_scores(*pooled, scale)
+    query, in_query = _quarters(query, block_q, query_sizes)
+    key, in_key = _quarters(key, block_k, key_sizes)
+    scores = None
+    for part in range(PARTS):  # of the queries' blocks: all of them at once would take four times the memory
+        one = pooled_scores(query[:, :, :, part], key.flatten(2, 3), scale).unflatten(-1, (-1, PARTS))
+        one = one.masked_fill(~in_key[:, None, None], -math.inf).logsumexp(-1)
+        one = one.masked_fill(~in_query[:, None, :, part, None], -math.inf)
+        scores = one if scores is None else torch.logaddexp(scores, one)
+    return scores
+
+
+def _quarters(x: Tensor, block: int, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The means of each block's quarters, [B, H, T, 4, D], and which hold a valid token, bool [B or 1, T, 4]."""
+    quarter, length = block // PARTS, x.shape[2]
+    starts = torch.arange(ceil_div(length, block) * PARTS, device=x.device) * quarter
+    if sizes is None:
+        sizes = (length - starts[::PARTS]).clamp(max=block)[None]
+    in_block = starts % block
+    valid = (sizes.repeat_interleave(PARTS, -1) - in_block).clamp(0, quarter)
+    pooled = pool_blocks(x, quarter, valid)
+    return pooled.unflatten(2, (-1, PARTS)), (valid > 0).unflatten(-1, (-1, PARTS))
 
 
 @torch.no_grad()
-def choose_cubes(scores: Tensor, keep_ratio: float | None, topk: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def choose_cubes(
+    scores: Tensor,
+    keep_ratio: float | None,
+    topk: int | None,
+    keep_mass: float | None = None,
+    max_keep_ratio: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`pick_blocks` for scores [B, H, Tq, Tk]."""
     if torch.compiler.is_compiling():
-        return *_cubes_op(scores.detach(), keep_ratio, topk), None
-    return pick_blocks(scores, keep_ratio=keep_ratio, topk=topk)
+        return *_cubes_op(scores.detach(), keep_ratio, topk, keep_mass, max_keep_ratio), None
+    return pick_blocks(scores, keep_ratio=keep_ratio, topk=topk, keep_mass=keep_mass, max_keep_ratio=max_keep_ratio)
 
 
 @torch.no_grad()
@@ -38,10 +117,14 @@ def choose_blocks(
     valid_blocks: Tensor | None,
     protected_keys: Sequence[int] | None,
     protected_queries: Sequence[int] | None,
+    score: str = "mean",
+    keep_mass: float | None = None,
+    max_keep_ratio: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`pick_blocks` for the scores of query [B, H, Lq, D] and key [B, H, Lk, D]; the ranges are in blocks."""
     ranges = (None if blocks is None else list(blocks) for blocks in (protected_keys, protected_queries))
     rule = scale, block_q, block_k, keep_ratio, drop_ratio, key_block_sizes, valid_blocks, *ranges
+    rule = *rule, score, keep_mass, max_keep_ratio
     if not torch.compiler.is_compiling():
         return _choose(query, key, *rule)
     critical, counts, marginal = _blocks_op(query.detach(), key.detach(), *rule)
@@ -49,38 +132,50 @@ def choose_blocks(
 
 
 def _choose(
-    query, key, scale, block_q, block_k, keep_ratio, drop_ratio, sizes, valid_blocks, protected_keys, protected_queries
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    query, key, scale, block_q, block_k, keep_ratio, drop_ratio, sizes, valid_blocks, protected_keys, protected_queries,
+    score, keep_mass, max_keep_ratio,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     return pick_blocks(
-        pooled_scores(pool_blocks(query, block_q), pool_blocks(key, block_k, sizes), scale),
+        block_scores(query, key, block_q, block_k, scale, score, sizes),
         keep_ratio=keep_ratio,
         drop_ratio=drop_ratio,
         valid_blocks=valid_blocks,
         protected_keys=protected_keys,
         protected_queries=protected_queries,
+        keep_mass=keep_mass,
+        max_keep_ratio=max_keep_ratio,
     )
 
 
 def append_blocks(
-    critical: Tensor, counts: Tensor, start: int, stop: int, valid: Tensor | int
+    critical: Tensor, counts: Tensor, start: int, stop: int, valid: Tensor | int, *, ragged: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Lists without gaps, int32 [B, H, Tq, W] and their counts, with [start, stop) behind each row's entries.
+    """Lists, int32 [B, H, Tq, W] and their counts, with [start, stop) behind each row's entries.
 
     Args:
+        ragged: rows may have fewer than W entries.
         valid: how many of these blocks count, the first ones: int32 [B or 1], or one number for all samples.
     """
     append = _append_op if torch.compiler.is_compiling() else _appended
-    return append(critical, start, stop), counts + (valid if isinstance(valid, int) else valid[:, None, None])
+    lists = append(critical, counts if ragged else None, start, stop)
+    return lists, counts + (valid if isinstance(valid, int) else valid[:, None, None])
 
 
-def _appended(critical: Tensor, start: int, stop: int) -> Tensor:
-    more = torch.arange(start, stop, dtype=torch.int32, device=critical.device)
-    return torch.cat([critical, more.expand(*critical.shape[:3], -1)], -1)
+def _appended(critical: Tensor, counts: Tensor | None, start: int, stop: int) -> Tensor:
+    more = torch.arange(start, stop, dtype=torch.int32, device=critical.device).expand(*critical.shape[:3], -1)
+    if counts is None:
+        return torch.cat([critical, more], -1)
+    places = counts[..., None] + torch.arange(stop - start, device=critical.device)
+    return F.pad(critical, (0, stop - start)).scatter(-1, places.long(), more)
 
 
 @torch.library.custom_op("foveal::choose_cubes", mutates_args=())
-def _cubes_op(scores: Tensor, keep_ratio: float | None, topk: int | None) -> tuple[Tensor, Tensor]:
-    critical, counts, _ = pick_blocks(scores, keep_ratio=keep_ratio, topk=topk)
+def _cubes_op(
+    scores: Tensor, keep_ratio: float | None, topk: int | None, keep_mass: float | None, max_keep_ratio: float
+) -> tuple[Tensor, Tensor]:
+    critical, counts, _ = pick_blocks(
+        scores, keep_ratio=keep_ratio, topk=topk, keep_mass=keep_mass, max_keep_ratio=max_keep_ratio
+    )
     return _with_room(critical, scores.shape[3]), counts
 
 
@@ -90,9 +185,10 @@ def _with_room(critical: Tensor, columns: int) -> Tensor:
 
 
 @_cubes_op.register_fake
-def _(scores, keep_ratio, topk):
+def _(scores, keep_ratio, topk, keep_mass, max_keep_ratio):
     counts = scores.new_empty(scores.shape[:3], dtype=torch.int32)
-    width = roomy(list_width(scores.shape[3], keep_ratio, topk), scores.shape[3])
+    most = None if keep_mass is None else max_keep_ratio
+    width = roomy(list_width(scores.shape[3], keep_ratio, topk, max_keep_ratio=most), scores.shape[3])
     return counts.new_empty((*counts.shape, width)), counts
 
 
@@ -109,28 +205,36 @@ def _blocks_op(
     valid_blocks: Tensor | None,
     protected_keys: list[int] | None,
     protected_queries: list[int] | None,
+    score: str,
+    keep_mass: float | None,
+    max_keep_ratio: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_choose`; an empty marginal mask for None."""
     rule = scale, block_q, block_k, keep_ratio, drop_ratio, key_block_sizes, valid_blocks
-    critical, counts, marginal = _choose(query, key, *rule, protected_keys, protected_queries)
+    rule = *rule, protected_keys, protected_queries, score, keep_mass, max_keep_ratio
+    critical, counts, marginal = _choose(query, key, *rule)
     marginal = counts.new_empty(0, dtype=torch.bool) if marginal is None else marginal
     return _with_room(critical, ceil_div(key.shape[2], block_k)), counts, marginal
 
 
 @_blocks_op.register_fake
-def _(query, key, scale, block_q, block_k, keep_ratio, drop_ratio, sizes, valid_blocks, keys, queries):
+def _(
+    query, key, scale, block_q, block_k, keep_ratio, drop_ratio, sizes, valid_blocks, keys, queries, score, keep_mass,
+    max_keep_ratio,
+):  # fmt: skip
     rows, columns = ceil_div(query.shape[2], block_q), ceil_div(key.shape[2], block_k)
     counts = query.new_empty((*query.shape[:2], rows), dtype=torch.int32)
-    width = roomy(list_width(columns, keep_ratio, None, keys, queries), columns)
+    most = None if keep_mass is None else max_keep_ratio
+    width = roomy(list_width(columns, keep_ratio, None, keys, queries, most), columns)
     marginal = counts.new_empty((*counts.shape, columns) if drop_ratio else 0, dtype=torch.bool)
     return counts.new_empty((*counts.shape, width)), counts, marginal
 
 
 @torch.library.custom_op("foveal::append_blocks", mutates_args=())
-def _append_op(critical: Tensor, start: int, stop: int) -> Tensor:
-    return _appended(critical, start, stop)
+def _append_op(critical: Tensor, counts: Tensor | None, start: int, stop: int) -> Tensor:
+    return _appended(critical, counts, start, stop)
 
 
 @_append_op.register_fake
-def _(critical, start, stop):
+def _(critical, counts, start, stop):
     return critical.new_empty((*critical.shape[:3], critical.shape[3] + stop - start))

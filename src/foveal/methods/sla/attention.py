@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from foveal.blocks import BlockSelection, num_critical, selection_rule
+from foveal.blocks import BlockSelection, list_width, selection_rule
 from foveal.checks import (
     check_choice,
     check_kv_lengths,
@@ -18,6 +18,7 @@ from foveal.checks import (
 )
 from foveal.kernels.api import (
     IMPLS,
+    SLOW_SELECTION,
     Ran,
     block_sparse_attention,
     choose_impl,
@@ -31,11 +32,11 @@ from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.feature_maps import apply_feature_map, linear_layer
 from foveal.methods.sla.linear import linear_branch
 from foveal.methods.sla.packed import PackedKeys
+from foveal.methods.sla.projection import Projection
 from foveal.token_order import TileOrder, tile_indices
 
 # Parts that run in PyTorch although the rest of a call runs on a GPU's kernels.
 SLOW_LINEAR = 'the linear branch runs in PyTorch: it has no kernel for feature_map="hedgehog"'
-SLOW_SELECTION = "the blocks are chosen in PyTorch: the kernels that choose do not take these inputs"
 
 
 def sla_attention(
@@ -149,7 +150,7 @@ def _attend(
             "protected_keys": protected_keys,
             "kv_lengths": kv_lengths,
         }
-        fits = on_kernels and fits_kernel(query, key, config.block_k)
+        fits = on_kernels and config.counts_means and fits_kernel(query, key, config.block_k)
         if on_kernels and not fits:
             ran = ran.but(SLOW_SELECTION)
         if on_gpu and fits:
@@ -157,7 +158,7 @@ def _attend(
                 rule["drop_ratio"] = 0.0  # what is negligible makes no difference
             selection = selection_rule(query, key, **rule)
         else:
-            selection = select_blocks(query, key, scale=scale, **rule)
+            selection = select_blocks(query, key, scale=scale, **rule, **_further_rule(config))
     else:
         for name, given in (("protected_keys", protected_keys), ("kv_lengths", kv_lengths)):
             if given is not None:
@@ -215,7 +216,8 @@ def _packed_attention(
     layout = keys.layout
     video, protected = layout.split(query)
     video = keys.video(video)
-    slow_selection = selection is None and impl in ("triton", "gluon") and not fits_kernel(video, key, config.block_k)
+    fits = config.counts_means and fits_kernel(video, key, config.block_k)
+    slow_selection = selection is None and impl in ("triton", "gluon") and not fits
     if selection is None:
         # Without "marginal", what is negligible makes no difference.
         drop_ratio = config.drop_ratio if config.linear_scope == "marginal" else 0.0
@@ -242,8 +244,16 @@ def _packed_selection(video, key, keys, config, drop_ratio, scale=None) -> Block
         keep_ratio=config.keep_ratio,
         drop_ratio=drop_ratio,
         scale=scale,
+        **_further_rule(config),
     )
-    return keys.with_protected(selection, num_critical(keys.video_blocks, config.keep_ratio, None))
+    most = None if config.keep_mass is None else config.max_keep_ratio
+    width = list_width(keys.video_blocks, config.keep_ratio, None, max_keep_ratio=most)
+    return keys.with_protected(selection, width if config.keep_ratio else 0, ragged=config.keep_mass is not None)
+
+
+def _further_rule(config: SLAConfig) -> dict[str, object]:
+    """What `select_blocks` takes of a configuration beside its blocks and ratios."""
+    return {"score": config.score, "keep_mass": config.keep_mass, "max_keep_ratio": config.max_keep_ratio}
 
 
 def _linear_output(query, key, value, config, selection, feature_weight) -> Tensor:
@@ -319,46 +329,6 @@ def _validate_weights(query, config, proj_weight, proj_bias, feature_weight) -> 
             else f'feature_weight is only for feature_map="hedgehog", got feature_map={config.feature_map!r}, '
             f"linear_scope={config.linear_scope!r}"
         )
-
-
-class Projection(nn.Module):
-    """W and b of the linear branch, zero at the start; call it for both.
-
-    They stay in float32 when the model around them is cast to lower precision: they take small steps from zero, which
-    bfloat16 would round away. They are read by a call, so that offloading, which fetches a module's parameters when the
-    module is called, fetches these. Where hooks wrap the call, it gives copies: group offloading takes the data out of
-    the parameters again right after it, and with a stream of its own fills their memory while kernels may still read.
-    """
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(head_dim, head_dim, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(head_dim, dtype=torch.float32))
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        if self._may_lose_its_memory():
-            return self.weight.clone(), self.bias.clone()
-        return self.weight, self.bias
-
-    def _may_lose_its_memory(self) -> bool:
-        """Whether someone wraps this module's calls, or the parameters are parts of a larger one (FSDP)."""
-        wrapped = "forward" in self.__dict__ or self._forward_hooks or self._forward_pre_hooks
-        if wrapped or torch.compiler.is_compiling():
-            return True
-        tensors = (self.weight, self.bias)
-        return any(type(x) is not nn.Parameter or x.untyped_storage().nbytes() != x.nbytes for x in tensors)
-
-    def _apply(self, fn, recurse=True):
-        def keep_float32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.is_floating_point() and moved.itemsize < 4 and tensor.dtype == torch.float32:
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(keep_float32, recurse)
-
-    def extra_repr(self) -> str:
-        return f"head_dim={self.bias.numel()}"
 
 
 class SparseLinearAttention(nn.Module):
@@ -453,6 +423,7 @@ class SparseLinearAttention(nn.Module):
             drop_ratio=config.drop_ratio,
             protected_keys=protected_keys,
             kv_lengths=kv_lengths,
+            **_further_rule(config),
         )
 
     def token_places(self, grid: VideoGrid) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveal.checks import check_choice, check_positive_int, check_ratio
+from foveal.kernels.choice import check_rule
 from foveal.methods.config import MethodConfig
 
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
@@ -30,6 +31,8 @@ class SLAConfig(MethodConfig):
             False adds it as it is.
         token_order: "raster" (t, h, w) or "tile": tokens sorted by 4x4x4 cubes (8x8 for images) before they are cut
             into blocks, which needs a `grid`.
+        score, keep_mass, max_keep_ratio: what blocks are ranked by, and how many more than `keep_ratio` are kept where
+            that is not enough; see `select_blocks`.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -43,6 +46,9 @@ class SLAConfig(MethodConfig):
     linear_scope: str = "marginal"
     projection: bool = True
     token_order: str = "raster"
+    score: str = "mean"
+    keep_mass: float | None = None
+    max_keep_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         check_ratio("keep_ratio", self.keep_ratio)
@@ -57,10 +63,16 @@ class SLAConfig(MethodConfig):
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
         check_choice("linear_scope", self.linear_scope, LINEAR_SCOPES)
         check_choice("token_order", self.token_order, TOKEN_ORDERS)
+        check_rule(self.score, self.keep_mass, self.max_keep_ratio, self.keep_ratio, self.block_q, self.block_k)
         if not isinstance(self.projection, bool):
             raise TypeError(f"projection must be a bool, got {self.projection!r}")
         if self.keep_ratio == 0.0 and self.linear_scope == "none":
             raise ValueError('keep_ratio=0 with linear_scope="none" leaves neither branch: nothing would be computed')
+
+    @property
+    def counts_means(self) -> bool:
+        """Whether the rule is the paper's: a fixed number of blocks, by the products of means."""
+        return self.score == "mean" and self.keep_mass is None
 
     @property
     def sparsity(self) -> float:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from foveal.blocks import num_critical
 from foveal.layout import TokenLayout, VideoGrid
-from foveal.methods.base import Method, Schedule, SummaryCells
+from foveal.methods.base import Method, Schedule, SummaryCells, keep_cell
 from foveal.methods.sla.attention import SparseLinearAttention, token_order
 from foveal.methods.sla.bench import CASES
 from foveal.methods.sla.config import SLAConfig
@@ -40,21 +40,25 @@ def _idle(module: SparseLinearAttention, hidden_states: Tensor) -> tuple[Tensor 
 
 def _cells(config: SLAConfig, grid: VideoGrid | None) -> SummaryCells:
     blocks = f"{config.block_q}x{config.block_k}" + (" tile" if config.token_order == "tile" else "")
-    return SummaryCells(f"{config.keep_ratio:g}", f"{config.drop_ratio:g}", config.linear_scope, blocks)
+    keep = keep_cell(f"{config.keep_ratio:g}", config.keep_mass)
+    return SummaryCells(keep, f"{config.drop_ratio:g}", config.linear_scope, blocks)
 
 
 def _key_blocks(config: SLAConfig, grid: VideoGrid) -> tuple[int, str]:
     return -(-grid.num_tokens // config.block_k), str(config.block_k)
 
 
-def _kept_blocks(config: SLAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int]:
+def _kept_blocks(config: SLAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int] | None:
+    if config.keep_mass is not None:  # the device knows
+        return None
     blocks, _ = _key_blocks(config, grid)
     return num_critical(blocks, config.keep_ratio, None), blocks
 
 
 def _keep(config: SLAConfig, ratio: float) -> SLAConfig:
     ratio = min(1.0, ratio)
-    return config.replace(keep_ratio=ratio, drop_ratio=min(config.drop_ratio, 1 - ratio))
+    most = config.max_keep_ratio if config.keep_mass is None else max(ratio, config.max_keep_ratio)
+    return config.replace(keep_ratio=ratio, drop_ratio=min(config.drop_ratio, 1 - ratio), max_keep_ratio=most)
 
 
 SLA = Method(

@@ -71,11 +71,14 @@ class PackedKeys:
         video, protected = self.layout.split(x)
         return torch.cat((self.video(video), x.new_zeros((*x.shape[:2], self.padding, x.shape[3])), protected), 2)
 
-    def with_protected(self, selection: BlockSelection, kept: int) -> BlockSelection:
-        """A selection over the video's keys, of which each row keeps `kept` blocks, with the protected ones beside."""
+    def with_protected(self, selection: BlockSelection, kept: int, *, ragged: bool) -> BlockSelection:
+        """A selection over the video's keys, of which rows keep `kept` blocks, with the protected ones beside.
+
+        ragged: rows may keep fewer.
+        """
         ends = self.video_blocks, self.video_blocks + self.protected_blocks
         lists = selection.critical[..., :kept], selection.critical_count
-        critical, counts = append_blocks(*lists, *ends, self._protected_counts)
+        critical, counts = append_blocks(*lists, *ends, self._protected_counts, ragged=ragged)
         marginal = selection.marginal
         return dataclasses.replace(
             selection,

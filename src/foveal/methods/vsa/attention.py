@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from foveal.blocks import BlockSelection, pool_blocks, pooled_scores
+from foveal.blocks import BlockSelection
 from foveal.checks import (
     check_choice,
     check_kv_lengths,
@@ -17,7 +17,8 @@ from foveal.checks import (
     validate_qkv,
     without_autocast,
 )
-from foveal.kernels.api import IMPLS, Ran, choose_impl
+from foveal.kernels.api import IMPLS, SLOW_SELECTION, Ran, choose_impl
+from foveal.kernels.choice import block_scores
 from foveal.kernels.dense import dense_attention
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.vsa.config import VSAConfig
@@ -58,12 +59,14 @@ def select_cubes(
         return tiles.with_protected(select_cubes(*video, config=video_config, grid=grid, scale=scale))
     layout = CubeLayout(config, grid, key, kv_lengths)
     query, key = query.detach(), key.detach()
-    if choose_impl("auto", query, key, key, layout.slot, layout.slot).impl in ("triton", "gluon"):
+    on_gpu = choose_impl("auto", query, key, key, layout.slot, layout.slot).impl in ("triton", "gluon")
+    if on_gpu and config.counts_means:
         from foveal.methods.vsa.gpu import select_cubes_gpu
 
         return select_cubes_gpu(query, key, layout, scale)
     cubes = (layout.to_cubes(x) for x in (query, key[:, :, : grid.num_tokens]))
-    return layout.pick(pooled_scores(*(pool_blocks(x, layout.slot, layout.cube_sizes) for x in cubes), scale))
+    sizes = layout.cube_sizes, layout.cube_sizes
+    return layout.pick(block_scores(*cubes, layout.slot, layout.slot, scale, config.score, *sizes))
 
 
 def vsa_attention(
@@ -146,7 +149,9 @@ def _attend(
     impl = ran.impl
     if selection is not None:
         selection = tiles.checked(selection, query)
-    elif impl == "reference" or packed is not None:
+    elif impl == "reference" or packed is not None or not config.counts_means:
+        if impl in ("triton", "gluon") and not config.counts_means:
+            ran = ran.but(SLOW_SELECTION)
         selection = select_cubes(
             query, key, config=config, layout=grid if packed is None else packed, scale=scale, kv_lengths=kv_lengths
         )

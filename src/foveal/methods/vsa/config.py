@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveal.checks import check_choice, check_positive_int, check_ratio, check_triple
+from foveal.kernels.choice import check_rule
 from foveal.methods.config import MethodConfig
 
 
@@ -20,6 +21,8 @@ class VSAConfig(MethodConfig):
         tile: cube of tokens (frames, height, width); "auto" takes the compact cube of at most 64 tokens that wastes
             least at the grid it meets, "wide" the one of at most 128: a coarser choice, at half the memory traffic.
         fine_gate: learn the fine branch's gate too (pretraining from scratch). False fixes it to 1 (retrofit).
+        score, keep_mass, max_keep_ratio: what cubes are ranked by, and how many more than `topk` or `keep_ratio` are
+            kept where that is not enough; see `select_blocks`. The coarse branch stays that of the cubes' means.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -29,6 +32,9 @@ class VSAConfig(MethodConfig):
     keep_ratio: float | None = 0.125
     tile: tuple[int, int, int] | str = (4, 4, 4)
     fine_gate: bool = False
+    score: str = "mean"
+    keep_mass: float | None = None
+    max_keep_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if self.topk is None:
@@ -46,6 +52,7 @@ class VSAConfig(MethodConfig):
             check_triple("tile", self.tile)
         if not isinstance(self.fine_gate, bool):
             raise TypeError(f"fine_gate must be a bool, got {self.fine_gate!r}")
+        check_rule(self.score, self.keep_mass, self.max_keep_ratio, self.keep_ratio)
 
     def replace(self, **changes: Any) -> VSAConfig:
         """A copy with some fields changed, validated again. A `topk` replaces a ratio, and a ratio a `topk`."""
@@ -54,6 +61,11 @@ class VSAConfig(MethodConfig):
         elif changes.get("keep_ratio") is not None:
             changes = {"topk": None} | changes
         return super().replace(**changes)
+
+    @property
+    def counts_means(self) -> bool:
+        """Whether the rule is the paper's: a fixed number of cubes, by the products of means."""
+        return self.score == "mean" and self.keep_mass is None
 
     @property
     def sparsity(self) -> float | None:

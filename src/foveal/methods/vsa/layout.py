@@ -100,6 +100,13 @@ class CubeLayout:
         return kept_cubes(self.config, self.num_cubes)
 
     @property
+    def most(self) -> int:
+        """The most cubes that a cube may attend to."""
+        if self.config.keep_mass is None:
+            return self.kept
+        return larger(self.kept, num_critical(self.num_cubes, self.config.max_keep_ratio, None))
+
+    @property
     def width(self) -> int:
         """Of the lists that kernels write, to which they append text: room for `kept`."""
         alone = self.text_counts is None and torch.compiler.is_compiling()
@@ -124,14 +131,17 @@ class CubeLayout:
 
     def pick(self, scores: Tensor) -> BlockSelection:
         """Scores of cubes [B, H, C, C] to the selection."""
-        critical, counts, _ = choose_cubes(scores, self.config.keep_ratio, self.config.topk)
+        config = self.config
+        rule = config.keep_ratio, config.topk, config.keep_mass, config.max_keep_ratio
+        critical, counts, _ = choose_cubes(scores, *rule)
         return self.selection(critical, counts)
 
     def selection(self, critical: Tensor, counts: Tensor) -> BlockSelection:
         """Lists of cubes, int32 [B, H, C, W] and their counts [B, H, C], to a selection that names all text as well."""
         if self.text_counts is not None:
             ends = self.num_cubes, self.key_sizes.shape[1]
-            critical, counts = append_blocks(critical[..., : self.kept], counts, *ends, self.text_counts)
+            ragged = self.config.keep_mass is not None
+            critical, counts = append_blocks(critical[..., : self.most], counts, *ends, self.text_counts, ragged=ragged)
         query_length = self.num_cubes * self.slot
         return BlockSelection(
             critical=critical,

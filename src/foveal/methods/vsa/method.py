@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from foveal.layout import TokenLayout, VideoGrid
-from foveal.methods.base import Method, Schedule, SummaryCells
+from foveal.methods.base import Method, Schedule, SummaryCells, keep_cell
 from foveal.methods.vsa.attention import VideoSparseAttention
 from foveal.methods.vsa.bench import CASES
 from foveal.methods.vsa.config import VSAConfig
@@ -43,7 +43,7 @@ def _idle(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor |
 def _cells(config: VSAConfig, grid: VideoGrid | None) -> SummaryCells:
     tile = config.tile if grid is None else resolve_tile(config, grid)
     return SummaryCells(
-        keep=f"{config.keep_ratio:g}" if config.topk is None else f"top {config.topk}",
+        keep=keep_cell(f"{config.keep_ratio:g}" if config.topk is None else f"top {config.topk}", config.keep_mass),
         blocks=tile if isinstance(tile, str) else _sides(tile),
     )
 
@@ -53,7 +53,9 @@ def _key_blocks(config: VSAConfig, grid: VideoGrid) -> tuple[int, str]:
     return grid.num_cubes(tile), _sides(tile)
 
 
-def _kept_blocks(config: VSAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int]:
+def _kept_blocks(config: VSAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int] | None:
+    if config.keep_mass is not None:  # the device knows
+        return None
     cubes, _ = _key_blocks(config, grid)
     return (kept_video_cubes if packed else kept_cubes)(config, cubes), cubes
 
@@ -67,7 +69,11 @@ def _kept(config: VSAConfig) -> str:
 
 
 def _keep(config: VSAConfig, amount: float) -> VSAConfig:
-    return config.replace(keep_ratio=min(1.0, amount)) if config.topk is None else config.replace(topk=round(amount))
+    if config.topk is not None:
+        return config.replace(topk=round(amount))
+    ratio = min(1.0, amount)
+    most = config.max_keep_ratio if config.keep_mass is None else max(ratio, config.max_keep_ratio)
+    return config.replace(keep_ratio=ratio, max_keep_ratio=most)
 
 
 VSA = Method(

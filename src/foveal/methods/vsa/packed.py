@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveal.blocks import BlockSelection
+from foveal.blocks import BlockSelection, num_critical
 from foveal.kernels.api import validate_selection
 from foveal.kernels.choice import append_blocks
 from foveal.layout import TokenLayout
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.layout import CubeLayout, kept_video_cubes, slot_size
+from foveal.symbols import larger
 
 
 class PackedTiles(CubeLayout):
@@ -39,10 +40,12 @@ class PackedTiles(CubeLayout):
 
     def with_protected(self, selection: BlockSelection) -> BlockSelection:
         """A selection of the video's cubes among each other, with all protected chunks beside those picked."""
-        critical = selection.critical[..., : kept_video_cubes(self.config, self.video_cubes)]
-        critical, counts = append_blocks(
-            critical, selection.critical_count, self.video_cubes, self.num_cubes, self.num_cubes - self.video_cubes
-        )
+        kept, ragged = kept_video_cubes(self.config, self.video_cubes), self.config.keep_mass is not None
+        if ragged:
+            kept = larger(kept, num_critical(self.video_cubes, self.config.max_keep_ratio, None))
+        ends = self.video_cubes, self.num_cubes
+        lists = selection.critical[..., :kept], selection.critical_count
+        critical, counts = append_blocks(*lists, *ends, self.num_cubes - self.video_cubes, ragged=ragged)
         return dataclasses.replace(
             selection,
             critical=critical,

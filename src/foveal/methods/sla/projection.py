@@ -1,0 +1,46 @@
+"""The learned projection of SLA's linear branch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Projection(nn.Module):
+    """W and b of the linear branch, zero at the start; call it for both.
+
+    They stay in float32 when the model around them is cast to lower precision: they take small steps from zero, which
+    bfloat16 would round away. They are read by a call, so that offloading, which fetches a module's parameters when the
+    module is called, fetches these. Where hooks wrap the call, it gives copies: group offloading takes the data out of
+    the parameters again right after it, and with a stream of its own fills their memory while kernels may still read.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(head_dim, head_dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(head_dim, dtype=torch.float32))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        if self._may_lose_its_memory():
+            return self.weight.clone(), self.bias.clone()
+        return self.weight, self.bias
+
+    def _may_lose_its_memory(self) -> bool:
+        """Whether someone wraps this module's calls, or the parameters are parts of a larger one (FSDP)."""
+        wrapped = "forward" in self.__dict__ or self._forward_hooks or self._forward_pre_hooks
+        if wrapped or torch.compiler.is_compiling():
+            return True
+        tensors = (self.weight, self.bias)
+        return any(type(x) is not nn.Parameter or x.untyped_storage().nbytes() != x.nbytes for x in tensors)
+
+    def _apply(self, fn, recurse=True):
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and moved.itemsize < 4 and tensor.dtype == torch.float32:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(keep_float32, recurse)
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.bias.numel()}"
