@@ -98,11 +98,11 @@ def vsa(head_dim, dtype, cubes, gated_coarse, gated_fine, train=True, backend="t
         select_cubes_gpu(*inputs[:2], layout, 0.125)
 
 
-def select_blocks(head_dim, dtype, padded):
+def select_blocks(head_dim, dtype, padded, score="mean"):
     """Lists and mask from queries and keys."""
     query, key = _inputs(head_dim, dtype)[:2]
     rule = selection_rule(
-        query, key, block_q=64, block_k=64, keep_ratio=0.2, drop_ratio=0.2, kv_lengths=_lengths(padded)
+        query, key, block_q=64, block_k=64, keep_ratio=0.2, drop_ratio=0.2, kv_lengths=_lengths(padded), score=score
     )
     select.select_blocks_gpu(query, key, rule, 0.125, with_marginal=True)
 
@@ -112,11 +112,11 @@ def pool(head_dim, dtype, padded):
     select.pool(torch.zeros(1, 2, 256, head_dim, dtype=dtype), 64, sizes)
 
 
-def pick(columns, with_marginal, per_sample):
+def pick(columns, with_marginal, per_sample, mass=0):
     """Lists and mask of rows with so many key blocks, for all samples or by each sample's valid blocks."""
     valid = torch.ones(1, dtype=torch.int32) if per_sample else None
-    table = torch.ones(columns + 1, 2, dtype=torch.int32) if per_sample else None
-    rule = SelectionRule(1, 1, width=9, critical=9, negligible=9, valid_blocks=valid, table=table)
+    table = torch.ones(columns + 1, 3, dtype=torch.int32) if per_sample else None
+    rule = SelectionRule(1, 1, width=9, critical=9, negligible=9, valid_blocks=valid, table=table, mass=mass, most=9)
     query, key = torch.zeros(1, 2, 64, 64), torch.zeros(1, 2, columns, 64)
     select.select(query, key, 0.125, rule, with_marginal)
 
@@ -133,12 +133,15 @@ FEW = [
     partial(sparse, 64, 64, 64, FP16, False, with_lse=False),
     partial(state_sums, 128, BF16),
     partial(select_blocks, 128, BF16, True),
+    partial(select_blocks, 128, BF16, True, "log_sum_exp"),
+    partial(select_blocks, 64, FP32, False, "log_sum_exp"),
     partial(vsa, 128, BF16, "text", True, True),
     partial(vsa, 64, FP16, "wide slots", False, False),
     partial(vsa, 64, FP16, "wide slots", True, False, train=False),
     *(partial(pool, *case) for case in ((128, BF16, False), (64, FP16, True), (64, FP32, False))),
     *(partial(pick, *case) for case in ((500, True, False), (1000, False, True), (2000, True, True))),
     *(partial(pick, columns, True, True) for columns in (4000, 8000, 16000)),
+    *(partial(pick, columns, True, True, 1) for columns in (1000, 16000)),
 ]
 
 
@@ -152,7 +155,8 @@ def all_calls() -> Iterator[Callable]:
     yield from (partial(vsa, *case) for case in itertools.product(dims, dtypes, CUBES, both, both, both))
     yield from (partial(pool, *case) for case in itertools.product(dims, (*dtypes, FP32), both))
     columns = (100, 500, 1000, 2000, 4000, 8000, 16000)
-    yield from (partial(pick, *case) for case in itertools.product(columns, both, both))
+    yield from (partial(pick, *case) for case in itertools.product(columns, both, both, (0, 1)))
+    yield from (partial(select_blocks, *case, "log_sum_exp") for case in itertools.product(dims, (*dtypes, FP32), both))
 
 
 def on_hopper(calls) -> list[Callable]:

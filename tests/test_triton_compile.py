@@ -98,6 +98,7 @@ SPILLS = [
     ("_pooled_dkdv_kernel", 80, {"D": 64}, 24, 44),
     ("_pooled_dkdv_kernel", 80, {"D": 128}, 0, 32),
     ("_pooled_dkdv_kernel", 90, {"D": 128}, 240, 260),
+    *(("_pick_kernel", arch, {"COLUMNS": 16384, "MASS": True}, 0, 588) for arch in ARCHITECTURES),
     *(("_pick_kernel", arch, {"COLUMNS": 16384}, 0, 400) for arch in ARCHITECTURES),
     *(("_pick_kernel", arch, {}, 0, 96) for arch in ARCHITECTURES),
 ]

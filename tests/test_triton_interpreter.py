@@ -112,6 +112,18 @@ def run_selection() -> None:
         {"keep_ratio": 0.0, "drop_ratio": 1.0},
         {"keep_ratio": 0.5, "drop_ratio": 0.5, "kv_lengths": torch.tensor([450, 88])},
         {"keep_ratio": 0.2, "drop_ratio": 0.2, "protected_keys": (400, 450), "protected_queries": (150, 200)},
+        {"keep_ratio": 0.1, "keep_mass": 0.6},
+        {"keep_ratio": 0.1, "keep_mass": 1.0, "max_keep_ratio": 0.5},
+        {"keep_ratio": 0.1, "drop_ratio": 0.5, "keep_mass": 0.8, "kv_lengths": torch.tensor([450, 88])},
+        {"keep_ratio": 0.3, "score": "log_sum_exp"},
+        {"keep_ratio": 0.3, "drop_ratio": 0.3, "score": "log_sum_exp", "kv_lengths": torch.tensor([450, 84])},
+        {
+            "keep_ratio": 0.1,
+            "score": "log_sum_exp",
+            "keep_mass": 0.6,
+            "max_keep_ratio": 0.6,
+            "protected_keys": (400, 450),
+        },
     ]
     for option in options:
         module.fits_kernel = lambda *_: False

@@ -22,6 +22,9 @@ from torch import Tensor
 from foveal.checks import cached_constant, check_kv_lengths, check_positive_int, product
 from foveal.symbols import ceil_div, larger, smaller
 
+PARTS = 4  # of a block, where its quarters are scored
+MASS_UNITS = 10**9  # in a `SelectionRule`, whose fields are whole numbers
+
 
 def count(ratio: float, total: int) -> int:
     """How many of `total` blocks `ratio` stands for: floor(ratio * total), safe against 0.29 * 100 = 28.999..."""
@@ -196,6 +199,12 @@ def pool_blocks(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
+def quarter_sizes(sizes: Tensor, block: int) -> Tensor:
+    """Valid tokens of blocks, int [B or 1, T], to those of their quarters, [B or 1, 4 T]."""
+    starts = torch.arange(PARTS, device=sizes.device, dtype=sizes.dtype) * (block // PARTS)
+    return (sizes[..., None] - starts).clamp(0, block // PARTS).flatten(-2)
+
+
 def pooled_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """[B, H, Tq, D] and [B, H, Tk, D], pooled, to the scores [B, H, Tq, Tk]."""
     return product(query * scale, key.transpose(-1, -2))
@@ -236,17 +245,15 @@ def pick_blocks(
     if valid_blocks is None:
         blocks = torch.full((1, 1, 1, 1), total, device=scores.device)
         n_critical, n_negligible = num_critical(total, keep_ratio, topk), count(drop_ratio, total)
+        most = num_critical(total, max_keep_ratio, None)
     else:
         blocks = valid_blocks.to(scores.device).long().view(-1, 1, 1, 1)
-        table = _count_table(total, keep_ratio, topk, drop_ratio, scores.device)
-        n_critical, n_negligible = table[blocks].unbind(-1)
+        table = _count_table(total, keep_ratio, topk, drop_ratio, max_keep_ratio, scores.device)
+        n_critical, n_negligible, most = table[blocks].unbind(-1)
         scores = scores.masked_fill(index >= blocks, -math.inf)
 
     values, order = scores.sort(dim=-1, descending=True, stable=True)
     if keep_mass is not None:
-        most = num_critical(total, max_keep_ratio, None)
-        if valid_blocks is not None:
-            most = _count_table(total, max_keep_ratio, None, 0.0, scores.device)[blocks][..., 0]
         n_critical = _count_for_mass(values, keep_mass, n_critical, most)
     plain = valid_blocks is None and protected_keys is None and protected_queries is None
     if plain and drop_ratio == 0.0 and keep_mass is None and n_critical:
@@ -291,8 +298,11 @@ class SelectionRule(NamedTuple):
     critical, negligible: how many blocks a row gets, if every sample has all its keys.
     key_block_sizes: int32 [B, Tk] or None, as in `BlockSelection`.
     valid_blocks: int32 [B], leading key blocks with a valid token, or None for all; then
-    table: int32 [Tk + 1, 2] has how many are critical and negligible for each number of valid blocks.
+    table: int32 [Tk + 1, 3] has how many are critical, negligible, and critical at most, by number of valid blocks.
     key_range, query_range: [start, stop) in blocks: critical for every row, and rows that attend to everything.
+    quarters: 1 where blocks are ranked by the log-sum-exp over their quarters, else 0.
+    mass: the share of the softmax of its scores that a row keeps, in `MASS_UNITS`; 0 for none.
+    most: the most blocks that it may keep for that.
     """
 
     block_q: int
@@ -305,6 +315,9 @@ class SelectionRule(NamedTuple):
     table: Tensor | None = None
     key_range: tuple[int, int] = (0, 0)
     query_range: tuple[int, int] = (0, 0)
+    quarters: int = 0
+    mass: int = 0
+    most: int = 0
 
 
 def selection_rule(
@@ -318,10 +331,14 @@ def selection_rule(
     kv_lengths: Tensor | None = None,
     protected_keys: tuple[int, int] | None = None,
     protected_queries: tuple[int, int] | None = None,
+    score: str = "mean",
+    keep_mass: float | None = None,
+    max_keep_ratio: float = 1.0,
 ) -> SelectionRule:
     """The rule of `select_blocks` for inputs that `fits_kernel` accepts, with the same arguments and errors."""
     limits = limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries)
-    return rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits)
+    further = score, keep_mass, max_keep_ratio
+    return rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits, *further)
 
 
 def limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries):
@@ -334,14 +351,17 @@ def limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protecte
     return sizes, valid_blocks, key_range, query_range
 
 
-def rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits) -> SelectionRule:
+def rule_of(
+    query, key, block_q, block_k, keep_ratio, drop_ratio, limits, score, keep_mass, max_keep_ratio
+) -> SelectionRule:
     sizes, valid_blocks, key_range, query_range = limits
     columns = ceil_div(key.shape[2], block_k)
-    width = list_width(columns, keep_ratio, None, key_range, query_range)
+    most_ratio = None if keep_mass is None else max_keep_ratio
+    width = list_width(columns, keep_ratio, None, key_range, query_range, most_ratio)
     table = None
     if valid_blocks is not None:
         valid_blocks = valid_blocks.to(torch.int32)
-        counted = columns, keep_ratio, None, drop_ratio, key.device
+        counted = columns, keep_ratio, None, drop_ratio, max_keep_ratio, key.device
         table = _table_op(*counted) if torch.compiler.is_compiling() else _count_table(*counted)
     return SelectionRule(
         block_q=block_q,
@@ -354,6 +374,9 @@ def rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits) -> Sel
         table=table,
         key_range=key_range or (0, 0),
         query_range=query_range or (0, 0),
+        quarters=int(score == "log_sum_exp"),
+        mass=0 if keep_mass is None else max(1, round(keep_mass * MASS_UNITS)),
+        most=num_critical(columns, max_keep_ratio, None),
     )
 
 
@@ -392,27 +415,40 @@ def roomy(width: int, total: int) -> int:
 
 @cached_constant
 def _count_table(
-    total: int, keep_ratio: float | None, topk: int | None, drop_ratio: float, device: torch.device
+    total: int,
+    keep_ratio: float | None,
+    topk: int | None,
+    drop_ratio: float,
+    max_keep_ratio: float,
+    device: torch.device,
 ) -> Tensor:
-    """int32 [total + 1, 2]: how many blocks are critical and negligible for every number of valid ones.
+    """int32 [total + 1, 3]: how many blocks are critical, negligible, and critical at most, by number of valid ones.
 
     So that no device rounds a ratio itself.
     """
-    table = [(num_critical(n, keep_ratio, topk), count(drop_ratio, n)) for n in range(1, total + 1)]
-    return torch.tensor([(0, 0), *table], dtype=torch.int32, device=device)
+    table = [
+        (num_critical(n, keep_ratio, topk), count(drop_ratio, n), num_critical(n, max_keep_ratio, None))
+        for n in range(1, total + 1)
+    ]
+    return torch.tensor([(0, 0, 0), *table], dtype=torch.int32, device=device)
 
 
 @torch.library.custom_op("foveal::count_table", mutates_args=())
 def _table_op(
-    total: int, keep_ratio: float | None, topk: int | None, drop_ratio: float, device: torch.device
+    total: int,
+    keep_ratio: float | None,
+    topk: int | None,
+    drop_ratio: float,
+    max_keep_ratio: float,
+    device: torch.device,
 ) -> Tensor:
     """`_count_table` in a compiled graph, where a constant would hold it to one `total`."""
-    return _count_table(total, keep_ratio, topk, drop_ratio, device).clone()
+    return _count_table(total, keep_ratio, topk, drop_ratio, max_keep_ratio, device).clone()
 
 
 @_table_op.register_fake
-def _(total, keep_ratio, topk, drop_ratio, device):
-    return torch.empty((total + 1, 2), dtype=torch.int32, device=device)
+def _(total, keep_ratio, topk, drop_ratio, max_keep_ratio, device):
+    return torch.empty((total + 1, 3), dtype=torch.int32, device=device)
 
 
 def _sizes_from_lengths(

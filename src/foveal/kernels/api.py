@@ -228,8 +228,9 @@ def select_blocks(
 
     limits = limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries)
     sizes, valid_blocks, key_range, query_range = limits
-    if score == "mean" and keep_mass is None and fits_kernel(query, key, block_k):
-        rule = rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits)
+    if fits_kernel(query, key, block_k):
+        further = score, keep_mass, max_keep_ratio
+        rule = rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits, *further)
         critical, counts, marginal = _select_on_device(query, key, scale, rule, drop_ratio > 0.0)
     else:
         critical, counts, marginal = choose_blocks(

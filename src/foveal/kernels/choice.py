@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveal.blocks import list_width, pick_blocks, pool_blocks, pooled_scores, roomy
+from foveal.blocks import PARTS, list_width, pick_blocks, pool_blocks, pooled_scores, quarter_sizes, roomy
 from foveal.checks import check_choice, check_ratio
 from foveal.symbols import ceil_div
 
 SCORES = ("mean", "log_sum_exp")
-PARTS = 4  # of a block, for "log_sum_exp"
 
 
 def check_rule(
@@ -81,11 +80,9 @@ def block_scores(
 def _quarters(x: Tensor, block: int, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
     """The means of each block's quarters, [B, H, T, 4, D], and which hold a valid token, bool [B or 1, T, 4]."""
     quarter, length = block // PARTS, x.shape[2]
-    starts = torch.arange(ceil_div(length, block) * PARTS, device=x.device) * quarter
     if sizes is None:
-        sizes = (length - starts[::PARTS]).clamp(max=block)[None]
-    in_block = starts % block
-    valid = (sizes.repeat_interleave(PARTS, -1) - in_block).clamp(0, quarter)
+        sizes = (length - torch.arange(ceil_div(length, block), device=x.device) * block).clamp(max=block)[None]
+    valid = quarter_sizes(sizes, block)
     pooled = pool_blocks(x, quarter, valid)
     return pooled.unflatten(2, (-1, PARTS)), (valid > 0).unflatten(-1, (-1, PARTS))
 

@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.blocks import SelectionRule
+from foveal.blocks import MASS_UNITS, PARTS, SelectionRule, quarter_sizes
 from foveal.kernels import chips
 from foveal.kernels.host import is_plain, launch, on_device_of, register_limit
 from foveal.kernels.replay import replayed
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.lists import padded_blocks
+from foveal.kernels.triton.thresholds import count_for_mass, order_preserving, thresholds
 from foveal.kernels.triton.tiles import row_strides
 from foveal.kernels.values import flatten, size_stride, unflatten
 from foveal.symbols import ceil_div
@@ -83,13 +84,6 @@ def _pool_kernel(
     store_first_row(pooled_ptr + tl.arange(0, D), block_mean(total, size))
 
 
-@triton.jit
-def order_preserving(x):
-    """int32 that order like the float32 x, -0 equal to 0."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "scale"])
 def _score_kernel(
     query_ptr, key_ptr, score_ptr, query_blocks, key_blocks, scale,
@@ -114,62 +108,62 @@ def _score_kernel(
     tl.store(score_ptr + offsets, order_preserving(scores), mask=in_rows[:, None])
 
 
-@triton.jit
-def from_order_preserving(keys):
-    """The inverse of `order_preserving`."""
-    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def middle(first, last, step):
-    """A number from first + 1 to last: half way between the scores, and after ten steps between their integers.
-
-    The first finds a score among others like it in two thirds of the steps, the second ends after 32 in any case.
-    """
-    scores = order_preserving(0.5 * from_order_preserving(first) + 0.5 * from_order_preserving(last))
-    integers = (first | last) - ((first ^ last) >> 1)  # rounded up, without overflow
-    return tl.where(step < 10, tl.minimum(tl.maximum(scores, first + 1), last), integers)
-
-
-@triton.jit
-def thresholds(keys, low_keys, first, last, wanted_top, wanted_low, BOTH: tl.constexpr):
-    """The `wanted_top`th largest of `keys` and the `wanted_low`th smallest of `low_keys`, all within first ... last.
-
-    Or another number that parts those wanted from the rest: the search stops when the count is right.
-    """
-    top_from = tl.where(wanted_top > 0, first, last)
-    top_to = last
-    low_from = first
-    low_to = tl.where(wanted_low > 0, last, first) if BOTH else first
-    step = 0
-    while (top_from < top_to) | (low_from < low_to):
-        top = middle(top_from, top_to, step)
-        if BOTH:
-            low = middle(low_from, low_to, step) - 1
-            counts = tl.sum((keys >= top).to(tl.int32) + ((low_keys <= low).to(tl.int32) << 16), 0)
-            count = counts & 0xFFFF
-            low_count = counts >> 16
-            low_from = tl.where(low_count > wanted_low, low_from, tl.where(low_count == wanted_low, low, low + 1))
-            low_to = tl.where(low_count >= wanted_low, low, low_to)
-        else:
-            count = tl.sum((keys >= top).to(tl.int32), 0)
-        top_to = tl.where(count > wanted_top, top_to, tl.where(count == wanted_top, top, top - 1))
-        top_from = tl.where(count >= wanted_top, top, top_from)
-        step += 1
-    return top_from, low_to
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "query_quarters",
+        "key_quarters",
+        "query_blocks",
+        "padded_columns",
+        "first_pair",
+        "size_stride",
+        "scale",
+    ]
+)
+def _quarter_score_kernel(
+    query_ptr, key_ptr, score_ptr, size_ptr,
+    heads, query_quarters, key_quarters, query_blocks, padded_columns, first_pair, size_stride, scale,
+    D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, HAS_SIZES: tl.constexpr,
+):  # fmt: skip
+    """order_preserving(log-sum-exp of scale * q k^T over the quarters of two blocks), for a tile of blocks."""
+    await_previous()
+    pair = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    in_rows, in_columns = row < query_quarters, column < key_quarters
+    query_ptr += (pair * query_quarters + row)[:, None] * D
+    key_ptr += (pair * key_quarters + column)[None, :] * D
+    scores = tl.zeros([TILE, TILE], tl.float32)
+    for start in range(0, D, 32):
+        feature = start + tl.arange(0, 32)
+        q = tl.load(query_ptr + feature[None, :], mask=in_rows[:, None], other=0.0) * scale
+        k = tl.load(key_ptr + feature[:, None], mask=in_columns[None, :], other=0.0)
+        scores = tl.dot(q, k, scores, input_precision=PRECISION)
+    if HAS_SIZES:
+        sizes = size_ptr + ((first_pair + pair) // heads) * size_stride + column
+        in_columns = in_columns & (tl.load(sizes, mask=in_columns, other=0) > 0)
+    scores = tl.where(in_rows[:, None] & in_columns[None, :], scores, float("-inf"))
+    parts = tl.reshape(scores, [TILE // 4, 4, TILE // 4, 4])
+    highest = tl.max(tl.max(parts, 3), 1)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.sum(tl.exp(parts - base[:, None, :, None]), 3), 1)
+    block_row = tl.program_id(1) * (TILE // 4) + tl.arange(0, TILE // 4)
+    block_column = tl.program_id(0) * (TILE // 4) + tl.arange(0, TILE // 4)
+    offsets = (pair * query_blocks + block_row)[:, None] * padded_columns + block_column[None, :]
+    tl.store(score_ptr + offsets, order_preserving(base + tl.log(total)), mask=(block_row < query_blocks)[:, None])
 
 
 @triton.jit(
     do_not_specialize=[
         "heads", "query_blocks", "key_blocks", "width", "padded_rows", "column_tiles", "critical_wanted",
-        "negligible_wanted", "key_start", "key_stop", "query_start", "query_stop", "first_pair",
+        "negligible_wanted", "most_wanted", "mass", "key_start", "key_stop", "query_start", "query_stop", "first_pair",
     ]
 )  # fmt: skip
 def _pick_kernel(
     score_ptr, critical_ptr, count_ptr, marginal_ptr, valid_ptr, wanted_ptr,
     heads, query_blocks, key_blocks, width, padded_rows, column_tiles, critical_wanted, negligible_wanted,
-    key_start, key_stop, query_start, query_stop, first_pair,
-    COLUMNS: tl.constexpr, TILE: tl.constexpr, MARGINAL: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    most_wanted, mass, key_start, key_stop, query_start, query_stop, first_pair,
+    COLUMNS: tl.constexpr, TILE: tl.constexpr, MARGINAL: tl.constexpr, PER_SAMPLE: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
     """One row of scores to its list, its count and its row of the mask."""
     await_previous()
@@ -184,13 +178,18 @@ def _pick_kernel(
         blocks = key_blocks
         if PER_SAMPLE:
             blocks = tl.load(valid_ptr + pair // heads)
-            critical_wanted = tl.load(wanted_ptr + 2 * blocks)
-            negligible_wanted = tl.load(wanted_ptr + 2 * blocks + 1)
+            critical_wanted = tl.load(wanted_ptr + 3 * blocks)
+            negligible_wanted = tl.load(wanted_ptr + 3 * blocks + 1)
+            if MASS:
+                most_wanted = tl.load(wanted_ptr + 3 * blocks + 2)
         valid = column < blocks
         protected = (column >= key_start) & (column < key_stop)
         scores = score_ptr + (score_pair * query_blocks + row) * padded_columns + column
         keys = tl.where(valid, tl.load(scores, mask=inside, other=LOWEST), LOWEST)
         lowest = tl.min(tl.where(valid, keys, HIGHEST), 0)
+        if MASS:
+            needed = count_for_mass(keys, valid, mass, lowest, tl.max(keys, 0))
+            critical_wanted = tl.maximum(tl.minimum(needed, most_wanted), critical_wanted)
         # What is protected may not fill the number of the negligible; the highest-scoring blocks never do.
         low_candidates = valid & (protected == 0)
         low_keys = tl.where(low_candidates, keys, HIGHEST)
@@ -288,18 +287,30 @@ def _lists(
     return Lists(critical, counts, marginal)
 
 
-def pick(query: Tensor, key: Tensor, scale: float, rule: SelectionRule, first_pair: int, lists: Lists) -> None:
+def pick(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    rule: SelectionRule,
+    first_pair: int,
+    lists: Lists,
+    part_sizes: Tensor | None = None,
+) -> None:
     """Writes the rows of some pairs of batch and head.
 
     Args:
-        query, key: pooled, float32 [pairs, Tq, D] and [pairs, Tk, D], contiguous.
+        query, key: pooled, float32 [pairs, Tq, D] and [pairs, Tk, D], contiguous; of the blocks' quarters, where
+            the rule scores these.
         rule: how to choose; its block sizes do not matter any more.
         first_pair: where these pairs start among all of
         lists: what is written.
+        part_sizes: int32 [B or 1, quarters], valid tokens of each quarter of the keys; None when all are full.
     """
     pairs, rows, head_dim = query.shape
     critical, counts, marginal = lists
     columns, heads = key.shape[1], critical.shape[1]
+    if rule.quarters:
+        rows, columns = ceil_div(rows, PARTS), ceil_div(columns, PARTS)
     column_tiles = -(-columns // SCORE_TILE)
     held = max(128, 1 << (columns - 1).bit_length())
     row_bytes = 4 * SCORE_TILE * column_tiles
@@ -315,21 +326,44 @@ def pick(query: Tensor, key: Tensor, scale: float, rule: SelectionRule, first_pa
     row_tile = SCORE_TILE if 8 * held <= chip.shared_memory else 1
     for start in range(0, pairs, step):
         some = min(step, pairs - start)
-        launch(
-            _score_kernel,
-            (column_tiles, -(-rows // SCORE_TILE), some),
-            query_ptr=query[start:] if start else query,
-            key_ptr=key[start:] if start else key,
-            score_ptr=scores,
-            query_blocks=rows,
-            key_blocks=columns,
-            scale=scale,
-            D=head_dim,
-            TILE=SCORE_TILE,
-            PRECISION=precision,
-            num_warps=4,
-            num_stages=1,
-        )
+        pooled = {"query_ptr": query[start:] if start else query, "key_ptr": key[start:] if start else key}
+        if rule.quarters:
+            launch(
+                _quarter_score_kernel,
+                (-(-PARTS * columns // SCORE_TILE), -(-PARTS * rows // SCORE_TILE), some),
+                **pooled,
+                score_ptr=scores,
+                size_ptr=scores if part_sizes is None else part_sizes,
+                heads=heads,
+                query_quarters=query.shape[1],
+                key_quarters=key.shape[1],
+                query_blocks=rows,
+                padded_columns=column_tiles * SCORE_TILE,
+                first_pair=first_pair + start,
+                size_stride=size_stride(part_sizes),
+                scale=scale,
+                D=head_dim,
+                TILE=SCORE_TILE,
+                PRECISION=precision,
+                HAS_SIZES=part_sizes is not None,
+                num_warps=4,
+                num_stages=1,
+            )
+        else:
+            launch(
+                _score_kernel,
+                (column_tiles, -(-rows // SCORE_TILE), some),
+                **pooled,
+                score_ptr=scores,
+                query_blocks=rows,
+                key_blocks=columns,
+                scale=scale,
+                D=head_dim,
+                TILE=SCORE_TILE,
+                PRECISION=precision,
+                num_warps=4,
+                num_stages=1,
+            )
         launch(
             _pick_kernel,
             (padded_rows, some),
@@ -347,6 +381,8 @@ def pick(query: Tensor, key: Tensor, scale: float, rule: SelectionRule, first_pa
             column_tiles=column_tiles * SCORE_TILE // row_tile,
             critical_wanted=rule.critical,
             negligible_wanted=rule.negligible,
+            most_wanted=rule.most,
+            mass=rule.mass / MASS_UNITS,
             key_start=rule.key_range[0],
             key_stop=rule.key_range[1],
             query_start=rule.query_range[0],
@@ -356,6 +392,7 @@ def pick(query: Tensor, key: Tensor, scale: float, rule: SelectionRule, first_pa
             TILE=row_tile,
             MARGINAL=marginal is not None,
             PER_SAMPLE=rule.valid_blocks is not None,
+            MASS=rule.mass > 0,
             num_warps=max(1, held // (SCORES_PER_THREAD * chip.warp_size)),
             **register_limit(96 if held <= 8192 else 64),
         )
@@ -374,8 +411,16 @@ def _select(tensors: Sequence[Tensor], given: tuple) -> tuple[Lists, None]:
     numbers, scale, with_marginal = given
     rule = unflatten(rule_tensors, numbers)
     with on_device_of(query):  # Triton launches on the current device
-        pooled_key = pool(key, rule.block_k, rule.key_block_sizes)
-        return select(pool(query, rule.block_q), pooled_key, scale, rule, with_marginal), None
+        if not rule.quarters:
+            pooled_key = pool(key, rule.block_k, rule.key_block_sizes)
+            return select(pool(query, rule.block_q), pooled_key, scale, rule, with_marginal), None
+        sizes = rule.key_block_sizes
+        if sizes is not None:
+            sizes = quarter_sizes(sizes, rule.block_k)[:, : ceil_div(key.shape[2], rule.block_k // PARTS)].contiguous()
+        lists = new_lists(query, key, rule, with_marginal)
+        pooled = (pool(query, rule.block_q // PARTS), pool(key, rule.block_k // PARTS, sizes))
+        pick(*(x.flatten(0, 1) for x in pooled), scale, rule, 0, lists, sizes)
+        return lists, None
 
 
 @torch.library.custom_op("foveal::select_blocks_gpu", mutates_args=())

@@ -149,16 +149,17 @@ def _attend(
             "drop_ratio": config.drop_ratio,
             "protected_keys": protected_keys,
             "kv_lengths": kv_lengths,
+            **_further_rule(config),
         }
-        fits = on_kernels and config.counts_means and fits_kernel(query, key, config.block_k)
+        fits = on_kernels and fits_kernel(query, key, config.block_k)
         if on_kernels and not fits:
             ran = ran.but(SLOW_SELECTION)
-        if on_gpu and fits:
+        if on_gpu and fits and config.score == "mean":
             if config.linear_scope != "marginal":
                 rule["drop_ratio"] = 0.0  # what is negligible makes no difference
             selection = selection_rule(query, key, **rule)
         else:
-            selection = select_blocks(query, key, scale=scale, **rule, **_further_rule(config))
+            selection = select_blocks(query, key, scale=scale, **rule)
     else:
         for name, given in (("protected_keys", protected_keys), ("kv_lengths", kv_lengths)):
             if given is not None:
@@ -216,8 +217,7 @@ def _packed_attention(
     layout = keys.layout
     video, protected = layout.split(query)
     video = keys.video(video)
-    fits = config.counts_means and fits_kernel(video, key, config.block_k)
-    slow_selection = selection is None and impl in ("triton", "gluon") and not fits
+    slow_selection = selection is None and impl in ("triton", "gluon") and not fits_kernel(video, key, config.block_k)
     if selection is None:
         # Without "marginal", what is negligible makes no difference.
         drop_ratio = config.drop_ratio if config.linear_scope == "marginal" else 0.0

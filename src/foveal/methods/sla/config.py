@@ -70,11 +70,6 @@ class SLAConfig(MethodConfig):
             raise ValueError('keep_ratio=0 with linear_scope="none" leaves neither branch: nothing would be computed')
 
     @property
-    def counts_means(self) -> bool:
-        """Whether the rule is the paper's: a fixed number of blocks, by the products of means."""
-        return self.score == "mean" and self.keep_mass is None
-
-    @property
     def sparsity(self) -> float:
         """1 - keep_ratio."""
         return 1.0 - self.keep_ratio
