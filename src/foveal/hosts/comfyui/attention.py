@@ -47,7 +47,7 @@ class _Forward:
     Attributes:
         latent, patch, reference_first: for `layout_of`.
         phase: what the policy asks of it.
-        step, num_steps: which denoising step it is of how many; None where nothing says it.
+        step, num_steps: which denoising step it is of how many; None where nothing says it or needs it.
         layer: the self-attention layer that runs; None outside of one.
         hidden_states: what that layer got, [B, L, C].
         asked: whether that layer has called the override.
@@ -221,7 +221,9 @@ class SparseAttention:
             self._note_dense(name, NOT_CALLED)
 
     def _phase(self, options: dict[str, Any], timestep: Tensor) -> tuple[int | None, int | None, Phase]:
-        step, num_steps = _step_of(options)
+        # To know the step, the host waits for the device.
+        wanted = self.policy.counts_steps or self.preview_step or self.look is not None
+        step, num_steps = _step_of(options) if wanted else (None, None)
         if step is None and self.policy.counts_steps:
             raise ValueError(
                 "the policy counts denoising steps, and the sampler does not say which one this is: use one that "

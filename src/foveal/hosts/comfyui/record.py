@@ -21,7 +21,7 @@ class LayerRecord:
         dense: how many ran dense, by the reason.
         kept: float [Tq, Tk] on the model's device: the share of the heads whose row reads the block, at the step to
             look at; None before it.
-        step: the denoising step of `kept`; None where the sampler does not say it.
+        step: the denoising step of `kept`; None where nothing says it or needs it.
         kept_share: the mean of `kept` before it was made smaller, a tensor.
     """
 
