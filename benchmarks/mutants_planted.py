@@ -31,6 +31,7 @@ BACKWARD = "kernels/triton/backward.py"
 LINEAR = "kernels/triton/linear.py"
 LINEAR_BACKWARD = "kernels/triton/linear_backward.py"
 CUBES = "kernels/triton/cubes.py"
+CUBE_GRADIENTS = "kernels/triton/cube_gradients.py"
 POOLED = "kernels/triton/pooled.py"
 SELECT = "kernels/triton/select.py"
 ROW_LISTS = "kernels/triton/lists.py"
@@ -104,7 +105,7 @@ FULL_TILES = [
         "pooling: the mean", SELECT, "block_mean(total, size))", "block_mean(total, size + (size == 63)))", (STATES,)
     ),
     Mutant("VSA: the mean", CUBES, "total / size.to(", "total / (size + (size == 63)).to(", (VSA_63,)),
-    Mutant("VSA: shares of the mean", CUBES, "share = 1.0 / tl", "share = 63 / 64 / tl", (VSA_63,)),
+    Mutant("VSA: shares of the mean", CUBE_GRADIENTS, "share = 1.0 / tl", "share = 63 / 64 / tl", (VSA_63,)),
     Mutant(
         "VSA: cubes without sizes", "kernels/backend.py", "self.uniform == self.slot", "self.uniform >= 63", (VSA_63,)
     ),
@@ -232,12 +233,12 @@ STRIDED = [
     ),
     Mutant("VSA: value like key", CUBES, "else row_strides(value)", "else row_strides(key)", (VSA_STRIDES,)),
     strides("VSA: O as contiguous", CUBES, "output", "output.contiguous()", "def combine(", VSA_STRIDES),
-    strides("VSA: dO like O", CUBES, "grad", "attended", "def split_gradient(", VSA_STRIDES),
-    strides("VSA: O like dO", CUBES, "attended", "grad", "def split_gradient(", VSA_STRIDES),
+    strides("VSA: dO like O", CUBE_GRADIENTS, "grad", "attended", "def split_gradient(", VSA_STRIDES),
+    strides("VSA: O like dO", CUBE_GRADIENTS, "attended", "grad", "def split_gradient(", VSA_STRIDES),
     *(
         Mutant(
             f"VSA: grad_{name} as contiguous",
-            CUBES,
+            CUBE_GRADIENTS,
             f"row_strides(grad_{name})",
             f"row_strides(grad_{name}.contiguous())",
             (VSA_STRIDES,),

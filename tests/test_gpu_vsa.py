@@ -175,11 +175,11 @@ def test_inference_is_the_training_forward(impl):
 
 def test_one_compilation_over_grids(impl):
     from foveal.kernels.hopper import cubes_kernel, cubes_wide_kernel
-    from foveal.kernels.triton import cubes, pooled
+    from foveal.kernels.triton import cube_gradients, cubes, pooled
 
     kernels = [
         kernel
-        for module in (cubes, pooled, cubes_kernel, cubes_wide_kernel)
+        for module in (cubes, cube_gradients, pooled, cubes_kernel, cubes_wide_kernel)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel") and hasattr(kernel, "device_caches")
     ]

@@ -19,7 +19,8 @@ from foveal.blocks import BlockSelection, SelectionRule
 from foveal.kernels.backend import Cubes, Gates, RasterGradients, backend_named
 from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
 from foveal.kernels.replay import replayed
-from foveal.kernels.triton.cubes import pool_cubes, return_gradients, split_gradient
+from foveal.kernels.triton.cube_gradients import return_gradients, split_gradient
+from foveal.kernels.triton.cubes import pool_cubes
 from foveal.kernels.triton.lists import column_lists
 from foveal.kernels.triton.pooled import pooled_attention, pooled_attention_backward
 from foveal.kernels.triton.select import select
