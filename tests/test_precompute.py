@@ -127,7 +127,7 @@ def test_clips_are_the_frames_nearest_in_time():
         indices = media.frame_indices(fps, start, 6)
         assert torch.equal(read_clip(media, bucket, fps=fps, start=start), whole[indices])
         if fps is not None:
-            # The file has 25 frames a second.
+            # The file has 25 frames per second.
             assert indices == [int((start + k) / fps * 25 + 0.499999) for k in range(6)]
 
 
@@ -170,7 +170,7 @@ def test_buckets_by_shape_then_length_then_size():
     assert choose_bucket(MediaInfo(None, wide.times, 0.0, 832, 480), buckets, 16) == Bucket(33, 832, 480)
     assert choose_bucket(MediaInfo(None, wide.times, 0.0, 300, 520), buckets, 16) == Bucket(33, 240, 416)
     assert choose_bucket(MediaInfo(None, wide.times[:20], 0.0, 480, 832), buckets, 16) == Bucket(17, 480, 832)
-    with pytest.raises(ValueError, match="has 5 frames at 16 a second, needs at least 17"):
+    with pytest.raises(ValueError, match="has 5 frames at 16 per second, needs at least 17"):
         choose_bucket(MediaInfo("v", wide.times[:5], 0.0, 480, 832), buckets, 16)
     for text in ("81x480", "0x480x832", "81x480x832x3", "a"):
         with pytest.raises(ValueError, match="bucket must read FRAMESxHEIGHTxWIDTH"):

@@ -116,7 +116,7 @@ def choose_bucket(media: MediaInfo, buckets: Sequence[Bucket], fps: float | None
     available = media.frames_at(fps)
     fitting = [bucket for bucket in buckets if bucket.frames <= available]
     if not fitting:
-        rate = "" if fps is None else f" at {fps:g} a second"
+        rate = "" if fps is None else f" at {fps:g} per second"
         shortest = min(bucket.frames for bucket in buckets)
         raise ValueError(f"{media.path} has {available} frame{'s' * (available != 1)}{rate}, needs at least {shortest}")
 

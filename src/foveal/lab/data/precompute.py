@@ -141,7 +141,7 @@ def precompute(
         output: the folder to write; new, empty, or from a former run with the same settings.
         settings: sizes and rates.
         loaded: the pipeline whose VAE and text encoder to use; None stores pixels in [-1, 1], without text.
-        progress: told about each file.
+        progress: what to report each file to.
 
     Returns:
         The index as written: complete, with the files that were left out and why.

@@ -43,8 +43,8 @@ class GenerationSettings:
     """What all outputs of a run share; None takes the pipeline's own.
 
     Args:
-        frames, height, width: in pixels; an image has one frame.
-        steps: denoising steps.
+        frames, height, width: the size of the video, in frames and pixels; an image has one frame.
+        steps: the number of denoising steps.
         guidance_scale: the scale of classifier-free guidance, or what the model embeds.
         negative_prompt: what guidance leads away from.
         fps: the frame rate of the file that is written.
@@ -128,23 +128,23 @@ class Job:
 
 
 class Progress:
-    """What a run tells of itself; the command line's draws a bar."""
+    """What a run reports to. This one drops the reports; the command line's draws a bar."""
 
     def start(self, jobs: int, done: int, steps: int) -> None:
-        """`jobs` in all, `done` of them by former runs, of `steps` steps each."""
+        """Report the number of jobs, how many of them former runs have done, and the steps of each."""
 
     def begin(self, job: Job, again: str | None) -> None:
-        """A job begins; `again` says why, if there is an output that does not count."""
+        """Report that a job begins, with the reason if an output exists that does not count."""
 
     def step(self) -> None:
-        """A denoising step is done, or the comparison of a pair."""
+        """Report that a denoising step is done, or the comparison of a pair."""
 
     def compare(self, pairs: int) -> None:
-        """All outputs are there, and so many pairs of them are compared."""
+        """Report that all outputs exist, and how many pairs of them are to be compared."""
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one a line; blank lines do not count.
+    """Read the prompts of a text file, which has one on each line. Blank lines do not count.
 
     Raises:
         FileNotFoundError: no such file.
@@ -246,7 +246,7 @@ def generate(
         settings: what all outputs share.
         sparse: how to make the pipeline sparse; None generates with it as it is.
         compare_dense: generate dense too.
-        progress: told about each output and step.
+        progress: what to report each output and step to.
 
     Returns:
         The record of every output, former ones included, in order.

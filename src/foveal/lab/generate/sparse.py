@@ -27,7 +27,7 @@ EXPORTED = "sparse"
 
 @dataclass(frozen=True)
 class SparseChoice:
-    """How to make a pipeline sparse; neither `path` nor `config` for one that is sparse as it was loaded.
+    """How to make a pipeline sparse. A pipeline that is sparse as it was loaded needs neither `path` nor `config`.
 
     Args:
         path: what `foveal.save` or `foveal train` wrote, or what `load_checkpoint` takes.
@@ -40,7 +40,7 @@ class SparseChoice:
     impl: str = "auto"
 
     def describe(self) -> dict[str, Any]:
-        """What an output's record says of it, plain JSON."""
+        """What the record of an output says about this choice, as plain JSON."""
         if self.path is not None:
             return {"path": str(self.path), "fingerprint": fingerprint(self.path), "impl": self.impl}
         if self.config is None:
@@ -51,7 +51,7 @@ class SparseChoice:
 
     @property
     def label(self) -> str:
-        """What file names call it: the same for a folder whose weights change, another for another configuration."""
+        """Its name in file names. It depends on the configuration, but not on the weights in a folder."""
         described = self.describe()
         described.pop("fingerprint", None)
         if "in_pipeline" in described:
@@ -63,8 +63,8 @@ class SparseChoice:
         """Look at what `path` is, without a model and without reading weights.
 
         Raises:
-            FileNotFoundError: nothing there.
-            ValueError: files that are corrupt, or of no known format.
+            FileNotFoundError: the path does not exist.
+            ValueError: a file is corrupt or has no known format.
         """
         if self.path is None:
             return
