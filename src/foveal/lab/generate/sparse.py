@@ -16,13 +16,11 @@ from foveal.methods.base import METHODS, Config, method_of
 from foveal.models import load, sparsify
 from foveal.models.families.table import components_of
 from foveal.models.files.checkpoints import check_checkpoint, load_checkpoint
+from foveal.models.files.exports import EXPORTED, load_export
 from foveal.models.files.persist import WEIGHTS_FILE
 from foveal.models.files.tensor_files import open_tensors
 from foveal.models.processor import sparse_processors
 from foveal.models.report import report
-
-# Where `foveal train` puts the sparse part of what it exports.
-EXPORTED = "sparse"
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class SparseChoice:
         elif (self.path / WEIGHTS_FILE).is_file():
             load(pipe, self.path, impl=self.impl)
         elif (self.path / EXPORTED / WEIGHTS_FILE).is_file():
-            _load_export(pipe, self.path, impl=self.impl)
+            load_export(pipe, self.path, impl=self.impl)
         else:
             load_checkpoint(pipe, self.path, impl=self.impl)
 
@@ -151,17 +149,6 @@ def say_what_ran(pipe: Any, progress: Progress) -> None:
         ran = report(pipe)
         if ran.rows:
             progress.say(str(ran))
-
-
-def _load_export(pipe: Any, folder: Path, *, impl: str) -> None:
-    """What `foveal train` exports: the sparse part, and the model's weights or an adapter where they were trained."""
-    trained = folder / "transformer"
-    if trained.is_dir():
-        former = pipe.transformer
-        pipe.transformer = type(former).from_pretrained(trained, dtype=former.dtype).to(former.device)
-    if (folder / "lora").is_dir():
-        pipe.transformer.load_lora_adapter(folder / "lora", prefix=None)
-    load(pipe, folder / EXPORTED, impl=impl)
 
 
 def fingerprint(path: Path) -> str:
