@@ -66,7 +66,9 @@ def test_the_wheel_has_every_module_and_nothing_else(built):
         names = set(archive.namelist())
     sources = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
-    assert {name for name in names if not name.endswith(".py") and ".dist-info/" not in name} == {"foveal/py.typed"}
+    shipped = {path for path in (ROOT / "src/foveal/models/shipped_files").rglob("*") if path.is_file()}
+    data = {"foveal/py.typed", *(path.relative_to(ROOT / "src").as_posix() for path in shipped)}
+    assert {name for name in names if not name.endswith(".py") and ".dist-info/" not in name} == data
     with tarfile.open(built[0]) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
     assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "src/foveal/py.typed"} <= files

@@ -271,7 +271,7 @@ def test_an_outline_has_the_sizes_of_the_pipeline(tmp_path):
         )
         (outline,) = outlines
         assert outline.sizes == sizes_of(loaded.pipe, loaded.kind, loaded.pipe.transformer.config)
-        assert default_size(outline.pipe) == default_size(loaded.pipe)
+        assert default_size(outline) == default_size(loaded)
         assert {parameter.device.type for parameter in outline.pipe.vae.parameters()} == {"meta"}
 
 

@@ -12,7 +12,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from foveal.layout import VideoGrid
+from foveal.models.shipped import local_path
 
 TRANSFORMERS = ("transformer", "transformer_2")
+# A file in a pipeline's folder that says what to call it with where nothing else is asked for, such as its size.
+DEFAULTS_FILE = "generation_config.json"
 # Fields of a VAE's configuration that tell one latent space from another.
 VAE_FIELDS = ("z_dim", "latent_channels", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -112,6 +115,7 @@ class LoadedPipeline:
         dtype: the dtype it was loaded in.
         source: the folder or hub id it came from.
         revision: the hub revision; None for the newest, or for a folder.
+        defaults: arguments of its call where nothing else is asked for, from its `DEFAULTS_FILE`.
     """
 
     pipe: Any
@@ -121,6 +125,13 @@ class LoadedPipeline:
     dtype: torch.dtype
     source: str
     revision: str | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def default(self, argument: str) -> Any:
+        """What an argument of the pipeline's call is by default; None where it has none."""
+        parameter = inspect.signature(self.pipe.__call__).parameters.get(argument)
+        unset = parameter is None or parameter.default is parameter.empty
+        return self.defaults.get(argument, None if unset else parameter.default)
 
 
 def load_pipeline(
@@ -135,7 +146,7 @@ def load_pipeline(
     """Load a pipeline from a folder that `save_pretrained` wrote, or from the Hugging Face hub.
 
     Args:
-        source: the folder, or a hub id like "Wan-AI/Wan2.1-T2V-1.3B-Diffusers".
+        source: the folder, a hub id like "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", or "foveal/tiny".
         device: where to put it.
         dtype: for everything except a VAE that needs float32; without transformers the VAE stays in float32.
         revision: the hub revision.
@@ -154,34 +165,36 @@ def load_pipeline(
     import diffusers
 
     source = str(source)
-    if Path(source).is_dir():
-        if not Path(source, "model_index.json").is_file():
+    place = local_path(source)
+    if Path(place).is_dir():
+        if not Path(place, "model_index.json").is_file():
             raise ValueError(f"{source} has no model_index.json; expected a folder that a pipeline was saved to")
-    elif not is_hub_id(source):
+    elif not is_hub_id(place):
         raise FileNotFoundError(f"no such pipeline folder: {source} (nor does it look like a hub id, OWNER/NAME)")
-    keyword = hub_options(source) | ({} if revision is None else {"revision": revision})
+    keyword = hub_options(place) | ({} if revision is None else {"revision": revision})
     try:
-        parts = diffusers.DiffusionPipeline.load_config(source, **keyword)
+        parts = diffusers.DiffusionPipeline.load_config(place, **keyword)
         kind = _kind(parts.get("_class_name", ""), source)
         left_out = {name: None for name in TRANSFORMERS if without_transformer and name in parts}
         library, class_name = parts["transformer"]
         if library is None:
             raise ValueError(f"pipeline {source} has no transformer")
-        config = getattr(diffusers, class_name).load_config(source, subfolder="transformer", **keyword)
-        pipe = _outline(kind, parts, source, keyword)
+        config = getattr(diffusers, class_name).load_config(place, subfolder="transformer", **keyword)
+        pipe = _outline(kind, parts, place, keyword)
     except (OSError, ImportError) as error:
         raise ValueError(f"cannot load pipeline {source}: {_one_line(error)}") from error
     sizes = sizes_of(pipe, kind, config)
-    check(LoadedPipeline(pipe, kind, sizes, device, dtype, source, revision))
+    defaults = _defaults(place)
+    check(LoadedPipeline(pipe, kind, sizes, device, dtype, source, revision, defaults))
     try:
         float32 = kind.vae_float32 or without_transformer
         dtypes = {"vae": torch.float32, "default": dtype} if float32 else dtype
         with _without_progress_bars():
-            pipe = getattr(diffusers, kind.name).from_pretrained(source, dtype=dtypes, **left_out, **keyword)
+            pipe = getattr(diffusers, kind.name).from_pretrained(place, dtype=dtypes, **left_out, **keyword)
     except (OSError, ImportError) as error:
         raise ValueError(f"cannot load pipeline {source}: {_one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
-    return LoadedPipeline(pipe.to(device), kind, sizes, device, dtype, source, revision)
+    return LoadedPipeline(pipe.to(device), kind, sizes, device, dtype, source, revision, defaults)
 
 
 def _outline(kind: PipelineKind, parts: Mapping[str, Any], source: str, keyword: dict[str, Any]) -> Any:
@@ -194,6 +207,12 @@ def _outline(kind: PipelineKind, parts: Mapping[str, Any], source: str, keyword:
     components = {name: None for name, part in parts.items() if isinstance(part, list | tuple)}
     settings = {name: part for name, part in parts.items() if name not in components and not name.startswith("_")}
     return cls(**components | settings | {"vae": vae})
+
+
+def _defaults(place: str) -> dict[str, Any]:
+    """What a pipeline's folder says to call it with; nothing for one without the file, or of the hub."""
+    file = Path(place, DEFAULTS_FILE)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def is_hub_id(source: str) -> bool:
@@ -313,10 +332,10 @@ def different_vae(facts: dict[str, Any], others: dict[str, Any]) -> str | None:
     return next((name for name in facts if name in others and facts[name] != others[name]), None)
 
 
-def default_size(pipe: Any) -> tuple[int | None, int | None, int | None]:
+def default_size(loaded: LoadedPipeline) -> tuple[int | None, int | None, int | None]:
     """(frames, height, width) that the pipeline generates by default; None where its call has no default."""
-    accepted = inspect.signature(pipe.__call__).parameters
-    return tuple(accepted[name].default if name in accepted else 1 for name in ("num_frames", "height", "width"))
+    frames = 1 if loaded.kind.is_image else loaded.default("num_frames")
+    return frames, loaded.default("height"), loaded.default("width")
 
 
 def choose_device(name: str) -> torch.device:

@@ -18,6 +18,7 @@ from foveal.models.policy import Policy, get_policy, set_policy
 from foveal.models.pretrained import model_class as __getattr__  # noqa: F401
 from foveal.models.reconfigure import reconfigure
 from foveal.models.report import summary
+from foveal.models.shipped import tiny
 
 __all__ = [
     "Policy",
@@ -35,5 +36,6 @@ __all__ = [
     "sparse_parameters",
     "sparsify",
     "summary",
+    "tiny",
     "unfreeze",
 ]

@@ -245,7 +245,7 @@ def _saying_what_is_kept(output: Path) -> Iterator[None]:
 def _buckets(settings: PrecomputeSettings, loaded: LoadedPipeline | None) -> tuple[Bucket, ...]:
     buckets = settings.buckets
     if not buckets:
-        size = (None,) if loaded is None else default_size(loaded.pipe)
+        size = (None,) if loaded is None else default_size(loaded)
         if None in size:
             name = "pixel space" if loaded is None else loaded.kind.name
             raise ValueError(f"{name} has no size of its own; give at least one bucket, like 49x480x720")

@@ -33,6 +33,7 @@ from foveal.lab.generate.sparse import SparseChoice, configs_of, fingerprint
 from foveal.lab.pipelines import TRANSFORMERS, LoadedPipeline, default_size
 from foveal.layout import VideoGrid
 from foveal.models import dense, summary
+from foveal.models.shipped import local_path
 from foveal.output_folder import OutputFolder
 
 DENSE, SPARSE = "dense", "sparse"
@@ -73,7 +74,7 @@ class GenerationSettings:
             ValueError: for a size that the pipeline cannot make, or an option that it does not have.
         """
         accepted = inspect.signature(loaded.pipe.__call__).parameters
-        size = default_size(loaded.pipe)
+        size = default_size(loaded)
         given = {"num_frames": self.frames, "height": self.height, "width": self.width}
         arguments = {
             name: default if value is None else value
@@ -93,7 +94,7 @@ class GenerationSettings:
         }
         for name, value in options.items():
             if name in accepted:
-                arguments[name] = accepted[name].default if value is None else value
+                arguments[name] = loaded.default(name) if value is None else value
             elif name == "negative_prompt" and value is not None:
                 raise ValueError(f"{loaded.kind.name} takes no negative prompt")
         if arguments["num_inference_steps"] < 1:
@@ -319,7 +320,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _shared_settings(loaded: LoadedPipeline, settings: GenerationSettings, arguments: dict[str, Any]) -> dict[str, Any]:
-    source = Path(loaded.source)
+    source = Path(local_path(loaded.source))
     shared = {
         "pipeline": loaded.kind.name,
         "model": loaded.source,

@@ -21,6 +21,7 @@ from foveal.models.files.persist import WEIGHTS_FILE
 from foveal.models.files.tensor_files import open_tensors
 from foveal.models.processor import sparse_processors
 from foveal.models.report import report
+from foveal.models.shipped import local_path
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def choose_sparse(
     if path is not None and (method is not None or ratios):
         raise ValueError("sparse weights have their own method and ratios: give --sparse, or --method and ratios")
     if path is not None:
-        choice = SparseChoice(path=path, impl=impl)
+        choice = SparseChoice(path=Path(local_path(path.as_posix())), impl=impl)
         choice.check()
         return choice
     if method is None:

@@ -152,7 +152,7 @@ def inspect_pipeline(
     chosen = choose_device(device)
 
     def size_of(outline: LoadedPipeline) -> tuple[int, int, int]:
-        frames, height, width = size or default_size(outline.pipe)
+        frames, height, width = size or default_size(outline)
         if None in (frames, height, width):
             raise ValueError(f"{outline.kind.name} has no size of its own; give frames, height and width")
         outline.sizes.check(frames, height, width)
@@ -165,6 +165,8 @@ def inspect_pipeline(
     arguments |= dict(zip(("num_frames", "height", "width"), size_of(loaded), strict=True))
     if loaded.kind.is_image:
         del arguments["num_frames"]
+    if guidance_scale is None:
+        guidance_scale = loaded.defaults.get("guidance_scale")
     if guidance_scale is not None:
         arguments["guidance_scale"] = guidance_scale
 

@@ -29,7 +29,7 @@ def check_fit(data: LatentDataset, settings: DataSettings, model: ModelSettings)
         fields = transformer_fields(model)
         target = f"model.path {model.path}"
         _check_family(data.settings, fields["_class_name"], source, target)
-        _check_vae(data.settings, model.path, source, target)
+        _check_vae(data.settings, model.place, source, target)
         channels, text_width, patch = fields["in_channels"], fields["text_dim"], tuple(fields["patch_size"])
     else:
         sizes, target = model.architecture, "model.architecture"

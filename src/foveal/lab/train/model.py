@@ -129,8 +129,8 @@ def load_transformer(settings: ModelSettings, *, empty: bool = False) -> nn.Modu
         cls = getattr(diffusers, fields["_class_name"])
         if empty:
             return cls.from_config(fields)
-        options = hub_options(settings.path)
-        return cls.from_pretrained(settings.path, subfolder=settings.subfolder, torch_dtype=torch.float32, **options)
+        options = hub_options(settings.place)
+        return cls.from_pretrained(settings.place, subfolder=settings.subfolder, torch_dtype=torch.float32, **options)
 
 
 def transformer_fields(settings: ModelSettings) -> dict[str, Any]:
@@ -143,12 +143,13 @@ def transformer_fields(settings: ModelSettings) -> dict[str, Any]:
     from diffusers import WanTransformer3DModel
 
     place, alone = f"{settings.path}/{settings.subfolder}", False
-    if not Path(place, "config.json").is_file() and Path(settings.path, "config.json").is_file():
+    folder = Path(settings.place)
+    if not (folder / settings.subfolder / "config.json").is_file() and (folder / "config.json").is_file():
         place, alone = settings.path, True
     try:
         # Works for any model, because this call only reads the file.
         fields = WanTransformer3DModel.load_config(
-            settings.path, subfolder=None if alone else settings.subfolder, **hub_options(settings.path)
+            settings.place, subfolder=None if alone else settings.subfolder, **hub_options(settings.place)
         )
     except OSError as error:
         raise FileNotFoundError(f"model.path: no config.json of {place} ({str(error).splitlines()[0]})") from error
@@ -189,7 +190,7 @@ def noise_shift(config: TrainingConfig) -> float:
     # This class reads the file of any scheduler.
     return scheduler_shift(
         FlowMatchEulerDiscreteScheduler.load_config(
-            config.model.path, subfolder="scheduler", **hub_options(config.model.path)
+            config.model.place, subfolder="scheduler", **hub_options(config.model.place)
         )
     )
 
@@ -204,7 +205,7 @@ def check_first_frame(config: TrainingConfig) -> None:
         return
     from diffusers import DiffusionPipeline
 
-    settings = DiffusionPipeline.load_config(config.model.path, **hub_options(config.model.path))
+    settings = DiffusionPipeline.load_config(config.model.place, **hub_options(config.model.place))
     if not settings.get("expand_timesteps", False):
         raise ValueError(
             f"objective.first_frame must be 0 for {config.model.path}, got {config.objective.first_frame}: "

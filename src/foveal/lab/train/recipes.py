@@ -18,14 +18,17 @@ from foveal.lab.train.settings import (
     CheckpointSettings,
     DataSettings,
     EvaluationSettings,
+    LoraSettings,
     ModelSettings,
     ObjectiveSettings,
     OptimizerSettings,
     SparsitySettings,
     WanArchitecture,
 )
+from foveal.methods.base import Config
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.vsa.config import VSAConfig
+from foveal.models.shipped import TINY
 
 WAN_1_3B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 WAN_14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
@@ -110,6 +113,36 @@ def wan_1_3b_lora() -> TrainingConfig:
     )
 
 
+def _tiny_adapter(name: str, attention: Config) -> TrainingConfig:
+    """LoRA and the new parameters, on a few thousand clips: the recipe of the adapters that come with foveal."""
+    return TrainingConfig(
+        model=ModelSettings(TINY, gradient_checkpointing=False),
+        sparsity=SparsitySettings(attention),
+        data=DataSettings(held_out=16),
+        output=Path(name),
+        steps=400,
+        batch_size=32,
+        micro_batch_size=32,
+        objective=ObjectiveSettings(flow_matching=0.5, distillation=0.5, teacher="same", first_frame=0.6),
+        optimizer=OptimizerSettings(
+            trainable="lora", learning_rate=1e-3, new_learning_rate=3e-3, warmup=20, decay=True, ema_decay=0.98
+        ),
+        lora=LoraSettings(rank=16, alpha=16),
+        checkpoint=CheckpointSettings(every=400, keep=1),
+        tracker="none",
+    )
+
+
+def tiny_sla() -> TrainingConfig:
+    """The model that comes with foveal to SLA, 10% of the key blocks read exactly, by LoRA."""
+    return _tiny_adapter("tiny-sla", SLAConfig(keep_ratio=0.1, drop_ratio=0.1, token_order="tile"))
+
+
+def tiny_vsa() -> TrainingConfig:
+    """The model that comes with foveal to VSA, 12.5% of the cubes read exactly, by LoRA."""
+    return _tiny_adapter("tiny-vsa", VSAConfig(keep_ratio=0.125))
+
+
 def _from_scratch(output: str) -> TrainingConfig:
     """A Wan of about 0.4B parameters with random weights, dense."""
     return TrainingConfig(
@@ -139,6 +172,8 @@ def scratch_vsa() -> TrainingConfig:
 
 RECIPES: dict[str, Callable[[], TrainingConfig]] = {
     "tiny": tiny,
+    "tiny-sla": tiny_sla,
+    "tiny-vsa": tiny_vsa,
     "wan-1.3b-sla": wan_1_3b_sla,
     "wan-14b-sla": wan_14b_sla,
     "wan-1.3b-vsa": wan_1_3b_vsa,

@@ -12,6 +12,7 @@ from foveal.lab.data.windows import to_frames, upscale, write_video
 from foveal.lab.pipelines import hub_options
 from foveal.models import dense
 from foveal.models.processor import sparse_processors
+from foveal.models.shipped import local_path
 
 # Pixels that a sample is at least high: small ones are enlarged to be seen.
 MIN_HEIGHT = 192
@@ -62,8 +63,9 @@ def visible(latents: Tensor, space: str, *, pipeline: str | None, device: torch.
         return to_frames(latents.cpu())
     from diffusers import AutoModel
 
-    options = hub_options(pipeline)
-    vae: nn.Module = AutoModel.from_pretrained(pipeline, subfolder="vae", torch_dtype=torch.float32, **options)
+    place = local_path(pipeline)
+    options = hub_options(place)
+    vae: nn.Module = AutoModel.from_pretrained(place, subfolder="vae", torch_dtype=torch.float32, **options)
     vae = vae.to(device)
     mean, std = (
         torch.tensor(values, device=device).view(-1, 1, 1, 1)

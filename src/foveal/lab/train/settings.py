@@ -9,6 +9,7 @@ from typing import Literal
 
 from foveal.checks import check_choice, check_positive_int, check_ratio
 from foveal.methods.base import Config, method_of
+from foveal.models.shipped import local_path
 
 TRAINABLE = ("all", "attention", "new", "lora")
 TEACHERS = ("same", "copy")
@@ -48,7 +49,7 @@ class ModelSettings:
     """The transformer.
 
     Args:
-        path: a folder or hub name of a diffusers pipeline, whose weights training starts from.
+        path: a folder or hub name of a diffusers pipeline, or "foveal/tiny", whose weights training starts from.
         subfolder: the transformer's part of it.
         architecture: random weights of these sizes instead of a `path`.
         gradient_checkpointing: keep only the blocks' inputs and run the blocks again in the backward.
@@ -77,6 +78,11 @@ class ModelSettings:
                 "model.keep_exchanged must be True without model.gradient_checkpointing: only it drops anything"
             )
         check_choice("model.frozen_dtype", self.frozen_dtype, ("float32", "bfloat16"))
+
+    @property
+    def place(self) -> str | None:
+        """Where `path` is: the folder of a model that foveal ships, otherwise `path` itself."""
+        return None if self.path is None else local_path(self.path)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Trainer:
         self.config = config
         check_torchvision()
         # At once, before data and output; a model of the hub is looked at when it is loaded.
-        if config.model.path is not None and Path(config.model.path).is_dir():
+        if config.model.place is not None and Path(config.model.place).is_dir():
             transformer_fields(config.model)
         check_sizes(config.data, config.model)
         check_tracker(config.tracker)

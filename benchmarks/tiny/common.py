@@ -1,0 +1,47 @@
+"""Clips, devices, and files, as all stages of `make.py` use them."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_clips(folder: Path) -> tuple[np.ndarray, list[str]]:
+    """uint8 [clips, 49, H, W, 3] and captions of a part of the clips, in the order of the files' names."""
+    files = sorted(folder.glob("*.npz"))
+
+    def read(file: Path) -> tuple[np.ndarray, list[str]]:
+        with np.load(file) as content:
+            return content["frames"], content["captions"].tolist()
+
+    with ThreadPoolExecutor(8) as pool:
+        read_files = list(pool.map(read, files))
+    return np.concatenate([frames for frames, _ in read_files]), [text for _, texts in read_files for text in texts]
+
+
+def to_video(frames: Tensor) -> Tensor:
+    """uint8 [B, F, H, W, 3] to [B, 3, F, H, W] in [-1, 1] on the device."""
+    return frames.to(DEVICE, non_blocking=True).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def mirrored(caption: str) -> str:
+    """The caption of a clip whose frames are mirrored."""
+    return caption.replace("right", "\0").replace("left", "right").replace("\0", "left")
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
+
+
+def write(tensors: dict[str, Tensor], file: Path) -> None:
+    aside = file.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+    os.replace(aside, file)

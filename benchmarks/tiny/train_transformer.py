@@ -1,0 +1,199 @@
+"""The tiny model's transformer: flow matching, with the first frame given to six samples in ten."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import model as parts
+import torch
+from common import DEVICE, autocast, write
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveal.lab.train.model import compile_blocks
+from foveal.lab.train.objective import NUM_TRAIN_TIMESTEPS, sample_sigmas
+
+SIGMAS = (0.2, 0.45, 0.7, 0.9)
+HELD_OUT = 64  # clips of the held-out loss
+
+
+class Data:
+    """Latents, captions, and the index of each caption's embedding, on the device."""
+
+    def __init__(self, work: Path) -> None:
+        tensors, facts = load_file(work / "latents.safetensors"), json.loads((work / "latents.json").read_text())
+        number = {text: index for index, text in enumerate(facts["texts"])}
+        names = ("train", "train-mirrored")
+        captions = [text for name in names for text in facts["captions"][name]]
+        self.latents = torch.cat([tensors[name] for name in names]).to(DEVICE)
+        self.caption = torch.tensor([number[text] for text in captions], device=DEVICE)
+        stride = max(1, len(tensors["held-out"]) // HELD_OUT)
+        self.held_out = tensors["held-out"][::stride][:HELD_OUT].to(DEVICE)
+        held_out = facts["captions"]["held-out"][::stride][:HELD_OUT]
+        self.held_out_caption = torch.tensor([number[text] for text in held_out], device=DEVICE)
+        self.texts, self.empty = tensors["texts"].to(DEVICE), number[""]
+
+    def text(self, caption: Tensor) -> Tensor:
+        """[B, 512, C], with zeros after the caption as the pipeline pads it."""
+        text = self.texts[caption]
+        return F.pad(text, (0, 0, 0, parts.TEXT_TOKENS - text.shape[1]))
+
+
+def noisy(clean: Tensor, noise: Tensor, sigmas: Tensor, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_t, timesteps [B, tokens], mask of what is not given [B, 1, F, 1, 1]): a given first frame has no noise."""
+    level = sigmas.view(-1, 1, 1, 1, 1).expand(-1, 1, clean.shape[2], 1, 1).clone()
+    level[given, :, 0] = 0
+    timesteps = NUM_TRAIN_TIMESTEPS * level.flatten(1)
+    per_frame = (clean.shape[3] // 2) * (clean.shape[4] // 2)
+    return (1 - level) * clean + level * noise, timesteps.repeat_interleave(per_frame, 1), (level > 0).float()
+
+
+def loss_of(model: nn.Module, clean: Tensor, noise: Tensor, sigmas: Tensor, given: Tensor, text: Tensor) -> Tensor:
+    """Flow-matching loss [B] over the frames that are not given."""
+    x, timesteps, mask = noisy(clean, noise, sigmas, given)
+    with autocast():
+        velocity = model(x, timesteps, text, return_dict=False)[0]
+    error = (velocity.float() - (noise - clean)).square() * mask
+    return error.flatten(1).sum(1) / mask.expand_as(error).flatten(1).sum(1)
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, data: Data, batch: int) -> dict[str, float]:
+    """Mean loss by mode: from text, and from text and the first frame."""
+    generator = torch.Generator().manual_seed(7)
+    noise = torch.randn(data.held_out.shape, generator=generator)
+    losses = {}
+    for name, given in (("text", False), ("frame", True)):
+        found = []
+        for start in range(0, len(noise), batch):
+            clean = data.held_out[start : start + batch].float()
+            level = [SIGMAS[(start + i) % len(SIGMAS)] for i in range(len(clean))]
+            mask = torch.full((len(clean),), given, device=DEVICE)
+            text = data.text(data.held_out_caption[start : start + batch])
+            sigmas = torch.tensor(level, device=DEVICE)
+            found.append(loss_of(model, clean, noise[start : start + batch].to(DEVICE), sigmas, mask, text))
+        losses[name] = torch.cat(found).mean().item()
+    return losses
+
+
+def optimizers(model: nn.Module, name: str, rate: float) -> list[torch.optim.Optimizer]:
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "blocks." in n and "table" not in n]
+    if name == "adamw":
+        matrices = []
+    known = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    found = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=DEVICE.type == "cuda")]
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return found
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Warm-up over 300 steps, constant, and down to zero over the last third."""
+    return min((step + 1) / 300, 1.0, 3 * (steps - step) / steps)
+
+
+class Checkpoint:
+    """The model, its average, and the optimizers, as one file."""
+
+    def __init__(self, file: Path, model: nn.Module, average: nn.Module, found: list[torch.optim.Optimizer]) -> None:
+        self.file, self.modules, self.optimizers = file, {"model": model, "average": average}, found
+
+    def save(self, step: int) -> None:
+        tensors = {"step": torch.tensor(step)}
+        for name, module in self.modules.items():
+            tensors.update({f"{name}/{key}": value for key, value in module.state_dict().items()})
+        for place, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors.update({f"optimizer/{place}/{index}/{key}": torch.as_tensor(v) for key, v in state.items()})
+        write(tensors, self.file)
+
+    def load(self) -> int:
+        if not self.file.exists():
+            return 0
+        tensors = load_file(self.file)
+        for name, module in self.modules.items():
+            prefix = f"{name}/"
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        for place, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Any]] = {}
+            for key, value in tensors.items():
+                if key.startswith(f"optimizer/{place}/"):
+                    index, name = key.split("/")[2:]
+                    state.setdefault(int(index), {})[name] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return int(tensors["step"])
+
+
+def batches(data: Data, batch: int, first: int, steps: int) -> Iterator[tuple[Tensor, ...]]:
+    """(clean, noise, sigmas, given, text) for each step; a step's batch depends only on its number."""
+    for step in range(first, steps):
+        generator = torch.Generator(DEVICE).manual_seed(step)
+        picked = torch.randint(len(data.latents), (batch,), generator=generator, device=DEVICE)
+        clean = data.latents[picked].float()
+        noise = torch.randn(clean.shape, generator=generator, device=DEVICE)
+        sigmas = sample_sigmas(batch, shift=parts.FLOW_SHIFT, generator=generator)
+        chance = torch.rand(2, batch, generator=generator, device=DEVICE)
+        caption = torch.where(chance[0] < 0.1, data.empty, data.caption[picked])
+        yield clean, noise, sigmas, chance[1] < 0.6, data.text(caption)
+
+
+def train_transformer(
+    work: Path, name: str, *, steps: int, seconds: float, batch: int, rate: float, optimizer: str
+) -> None:
+    data = Data(work)
+    torch.manual_seed(0)
+    model, average = parts.build_transformer().to(DEVICE), parts.build_transformer().to(DEVICE).eval()
+    average.load_state_dict(model.state_dict())
+    average.requires_grad_(False)
+    found = optimizers(model, optimizer, rate)
+    checkpoint = Checkpoint(work / f"{name}.safetensors", model, average, found)
+    started, first = time.time(), checkpoint.load()
+    if DEVICE.type == "cuda":
+        compile_blocks(model, fullgraph=True)
+        compile_blocks(average, fullgraph=True)
+    sums, last = torch.zeros((), device=DEVICE), (time.time(), first)
+    log = open(work / f"{name}.jsonl", "a")  # noqa: SIM115
+
+    def evaluate(step: int) -> None:
+        losses = {key: round(value, 5) for key, value in held_out_loss(average, data, batch).items()}
+        log.write(json.dumps({"step": step, **losses}) + "\n")
+        log.flush()
+        print(f"{name} step {step} {time.time() - started:.0f} s held-out {losses}", flush=True)
+
+    step = first
+    for step, values in enumerate(batches(data, batch, first, steps), first):
+        for each in found:
+            for group in each.param_groups:
+                group["lr"] = group["peak"] * rate_at(step, steps)
+        loss = loss_of(model, *values).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for each in found:
+            each.step()
+            each.zero_grad(set_to_none=True)
+        decay = min(0.9995, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        sums += loss.detach()
+        done = step + 1
+        if done % 200 == 0 or done == first + 20:
+            value = sums.item() / (done - last[1])
+            pace = (time.time() - last[0]) / (done - last[1])
+            sums.zero_()
+            last = (time.time(), done)
+            print(f"{name} step {done} {time.time() - started:.0f} s loss {value:.4f} {1000 * pace:.0f} ms", flush=True)
+        if done % 1000 == 0:
+            evaluate(done)
+        if time.time() - started > seconds:
+            break
+    torch.cuda.synchronize() if DEVICE.type == "cuda" else None
+    checkpoint.save(step + 1)
+    evaluate(step + 1)
