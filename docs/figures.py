@@ -200,7 +200,7 @@ def draw_cost(path: Path) -> None:
 
 
 def draw_fine_tune(path: Path) -> None:
-    """Held-out losses of the fine-tune at 16K tokens, as `benchmarks/fine_tune.py` measured them."""
+    """Held-out losses of the fine-tune at 16K tokens, as `benchmarks/quality/fine_tune.py` measured them."""
     run = latest("fine_tune.json")
     figure = figure_of(3.6)
     before, after, above = figure.subplots(1, 3, width_ratios=[1, 1.4, 1.4])
@@ -249,7 +249,7 @@ def draw_speed(path: Path) -> None:
 
 
 def draw_error(path: Path) -> None:
-    """Output error against the share of blocks that is kept, from the runs of `benchmarks/token_order.py`."""
+    """Output error against the share of blocks that is kept, from the runs of `benchmarks/quality/token_order.py`."""
     run = latest("token_order.json")
     ratios = [100 * ratio for ratio in run["keep_ratios"]]
     figure = figure_of(3.6, 8)

@@ -315,9 +315,10 @@ def order() -> str:
             lines.append(_row(clip, name, *cells))
     settings = run["settings"]
     caption = (
-        f"The demo's model after {settings['pretrain_steps']} steps of dense pretraining, {len(run['runs'])} runs "
-        f"(seeds 0 to {max(each['seed'] for each in run['runs'])} on each clip), all layers, heads and query blocks, "
-        f"held-out windows; blocks of 64x64, pooled choice; torch {run['machine']['torch']}."
+        f"A small model in pixel space after {settings['pretrain_steps']} steps of dense pretraining, "
+        f"{len(run['runs'])} runs (seeds 0 to {max(each['seed'] for each in run['runs'])} on each clip), "
+        "all layers, heads and query blocks, held-out windows; blocks of 64x64, pooled choice; "
+        f"torch {run['machine']['torch']}."
     )
     return "\n".join([*lines, "", caption])
 

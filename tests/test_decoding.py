@@ -10,7 +10,7 @@ from tiny_media import write_clip, write_turned, write_wide_pixels
 
 from foveal.lab.data.clips import Bucket, probe, read_clip
 from foveal.lab.data.dataset import LatentDataset
-from foveal.lab.data.windows import ClipWindows, read_video, to_frames
+from foveal.lab.data.windows import ClipWindows, read_video
 
 pytest.importorskip("av")
 
@@ -62,36 +62,15 @@ def test_pixels_are_made_square_before_the_picture_is_turned(tmp_path):
     assert (read_video(path, height=64, width=48).int() - shown.int()).abs().max() <= 8
 
 
-def test_the_demo_trains_on_what_is_shown(phone, tmp_path):
-    pytest.importorskip("matplotlib")
-    from foveal.lab.demo.run import run_demo
-    from foveal.lab.demo.settings import DemoSettings
-    from foveal.lab.ui.scene import demo_scene
+def test_the_page_shows_what_is_shown(phone):
+    from foveal.lab.pipelines import load_pipeline
+    from foveal.lab.ui.scene import clip_scene
+    from foveal.models.shipped import TINY
 
     path, shown = phone
-    settings = DemoSettings(
-        height=64,
-        width=48,
-        frames=4,
-        stride=1,
-        patch=16,
-        head_dim=16,
-        num_layers=1,
-        pretrain_steps=1,
-        fine_tune_steps=1,
-        sampling_steps=1,
-        held_out_windows=1,
-        evaluations=1,
-        keep_ratio=0.5,
-    )
-    run_demo(settings, output=tmp_path / "demo", video=path, device=torch.device("cpu"))
-    windows = ClipWindows(shown, frames=4, stride=1)
-    held_out = to_frames(windows.held_out_batch(1)[0])
-    clip = read_video(tmp_path / "demo" / "clip.mp4", height=64, width=48)
-    assert (clip.int() - held_out.int()).abs().float().mean() < 6
-    # And the page shows the same.
-    scene = demo_scene(tmp_path / "demo", path, noise_level=0.5, window=0.0)
-    assert torch.equal(scene.frames.permute(0, 3, 1, 2), to_frames(windows.window(0)))
+    tiny = load_pipeline(TINY, device=torch.device("cpu"), dtype=torch.float32)
+    scene = clip_scene(tiny, path, size=(5, 64, 48), noise_level=0.5, window=0.0)
+    assert torch.equal(scene.frames.permute(0, 3, 1, 2), shown[[1, 3]])
 
 
 def test_training_on_a_clip_sees_what_is_shown(phone, tmp_path):

@@ -1,4 +1,4 @@
-"""`benchmarks/fine_tune.py` and `benchmarks/train_scaling.py` at tiny sizes: they run, and write what they measured."""
+"""`quality/fine_tune.py` and `train_scaling.py` of the benchmarks at tiny sizes: they run, and write figures."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ ROOT = Path(__file__).parent.parent
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(Path(name).name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def _beside_its_neighbors(monkeypatch):
+    """A script finds the modules of its own folder."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "quality"))
 
 
 def test_linear_attention_is_the_linear_branch_over_all_keys():
@@ -38,13 +44,13 @@ def test_linear_attention_is_the_linear_branch_over_all_keys():
     without = sla_attention_reference(
         query, key, value, config=config.replace(linear_scope="none"), proj_weight_DD=None, **common
     )
-    ours = load("fine_tune").LinearAttention(config)(query, key, value)
+    ours = load("quality/fine_tune").LinearAttention(config)(query, key, value)
     # The branch adds 1e-5 to its denominator, about 1, and the other is in float32.
     assert relative_error(ours, with_branch - without) < 2e-5
 
 
 def test_fine_tune(tmp_path, monkeypatch):
-    script = load("fine_tune")
+    script = load("quality/fine_tune")
     monkeypatch.setitem(script.TOKENS, "2k", {"height": 32, "width": 32, "frames": 3})
     frames = {name: torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8) for name in ("one", "other")}
     script.save_file(frames, tmp_path / "frames.safetensors")

@@ -1,6 +1,5 @@
 """The page of `foveal ui`: what it shows is what the methods choose, and a browser can click it."""
 
-import json
 import shutil
 import socket
 
@@ -13,32 +12,35 @@ pytest.importorskip("av")
 from foveal import SLAConfig, VideoGrid, VSAConfig
 from foveal.lab import cli
 from foveal.lab.data.windows import sample_clip
-from foveal.lab.demo.settings import DemoSettings
-from foveal.lab.demo.task import build_model
-from foveal.lab.ui.scene import Scene, Sheet, demo_scene, pipeline_scene, view
+from foveal.lab.pipelines import load_pipeline
+from foveal.lab.ui.scene import Scene, Sheet, clip_scene, pipeline_scene, scene_size, view
+from foveal.models.shipped import TINY, shipped_clips
 
-TINY = DemoSettings(height=32, width=48, frames=4, patch=4, head_dim=16, num_layers=2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A demo's report, as far as the page reads it, with an untrained model."""
-    folder = tmp_path_factory.mktemp("ui") / "demo"
-    build_model(TINY).save_pretrained(folder / "model")
-    (folder / "results.json").write_text(json.dumps({"settings": TINY.to_dict()}))
-    return folder
+FIRST, OTHER = [clip.name for clip in shipped_clips("held-out")][:2]
+# Six blocks of tokens.
+SIZE = (13, 128, 192)
 
 
 @pytest.fixture(scope="module")
-def scene(folder):
-    return demo_scene(folder, sample_clip("bigbuckbunny"), noise_level=0.5)
+def tiny():
+    return load_pipeline(TINY, device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def scene(tiny):
+    return clip_scene(tiny, sample_clip("bigbuckbunny"), size=SIZE, noise_level=0.5)
 
 
 def test_scene_holds_the_clip_and_every_layer(scene):
-    assert scene.frames.shape == (4, 32, 48, 3)
+    assert scene.frames.shape == (4, 128, 192, 3)
     assert scene.grid == VideoGrid(4, 8, 12)
-    assert list(scene.layers) == ["blocks.0.attn1", "blocks.1.attn1"]
-    assert scene.layers["blocks.1.attn1"][0].shape == (1, 2, 384, 16)
+    assert list(scene.layers) == [f"blocks.{layer}.attn1" for layer in range(6)]
+    assert scene.layers["blocks.1.attn1"][0].shape == (1, 4, 384, 64)
+
+
+def test_a_size_is_the_users_then_the_models(tiny):
+    assert scene_size(tiny, (None, None, None)) == (49, 144, 256)
+    assert scene_size(tiny, (13, None, 192)) == (13, 144, 192)
 
 
 def made_scene():
@@ -114,24 +116,26 @@ def test_a_pipeline_can_be_looked_at(tmp_path):
         pipeline_scene(loaded, "a bar", step=2, size=(9, 48, 64), num_inference_steps=2)
 
 
-def test_mistakes(folder, scene, tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match="has no demo model"):
-        demo_scene(tmp_path, sample_clip("bikes"), noise_level=0.5)
+def test_mistakes(tiny, scene, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="no such video file"):
+        clip_scene(tiny, tmp_path / "none.mp4", size=SIZE, noise_level=0.5)
     with pytest.raises(ValueError, match="noise_level must be above 0 and below 1, got 1"):
-        demo_scene(folder, sample_clip("bikes"), noise_level=1.0)
+        clip_scene(tiny, sample_clip("bikes"), size=SIZE, noise_level=1.0)
+    with pytest.raises(ValueError, match=r"bikes\.mp4 has 250 frames, but 401 are needed"):
+        clip_scene(tiny, sample_clip("bikes"), size=(401, 128, 192), noise_level=0.5)
     with pytest.raises(ValueError, match=r"unknown layer 'blocks\.9'"):
         view(scene, VSAConfig(), layer="blocks.9", head=0, token=(0, 0, 0))
-    with pytest.raises(ValueError, match=r"head must be in \[0, 2\), got 5"):
+    with pytest.raises(ValueError, match=r"head must be in \[0, 4\), got 5"):
         view(scene, VSAConfig(), layer="blocks.0.attn1", head=5, token=(0, 0, 0))
     with pytest.raises(ValueError, match="token must lie in the grid"):
         view(scene, VSAConfig(), layer="blocks.0.attn1", head=0, token=(4, 0, 0))
     pytest.importorskip("tyro")
     pytest.importorskip("gradio")
-    assert cli.main(["ui", "--demo", str(tmp_path)]) == 2
-    assert "has no demo model" in capsys.readouterr().err
+    assert cli.main(["ui", "--model", str(tmp_path)]) == 2
+    assert "has no model_index.json" in capsys.readouterr().err
 
 
-def test_the_address_is_printed_before_it_serves(folder, monkeypatch, capsys):
+def test_the_address_is_printed_before_it_serves(monkeypatch, capsys):
     pytest.importorskip("tyro")
     pytest.importorskip("gradio")
     from foveal.lab.ui import page
@@ -146,14 +150,14 @@ def test_the_address_is_printed_before_it_serves(folder, monkeypatch, capsys):
         def block_thread(self):
             printed.append(capsys.readouterr().out)
 
-    monkeypatch.setattr(page, "build_page", lambda folder, scene: Page())
+    monkeypatch.setattr(page, "build_page", lambda loaded, size, scene: Page())
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    assert cli.main(["ui", "--demo", str(folder), "--port", str(port), "--no-open-browser"]) == 0
+    assert cli.main(["ui", "--port", str(port), "--no-open-browser"]) == 0
     assert printed == [f"http://127.0.0.1:{port}/\n"]
 
 
-def test_addresses_that_cannot_be_served_at(tmp_path, capsys):
+def test_addresses_that_cannot_be_served_at(capsys):
     pytest.importorskip("tyro")
     pytest.importorskip("gradio")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -163,7 +167,7 @@ def test_addresses_that_cannot_be_served_at(tmp_path, capsys):
             (("--port", str(port)), f"port {port} of 127.0.0.1 is in use; choose another --port"),
             (("--host", "192.0.2.7"), "cannot serve at --host 192.0.2.7: "),
         ):
-            assert cli.main(["ui", "--demo", str(tmp_path), *arguments]) == 2
+            assert cli.main(["ui", *arguments]) == 2
             error = capsys.readouterr().err
             assert error.startswith(f"foveal: {message}")
             assert error.count("\n") == 1
@@ -182,12 +186,12 @@ def test_controls_stand_for_configurations():
 
 
 @pytest.fixture
-def address(folder):
+def address(tiny):
     """Where the page is served."""
     pytest.importorskip("gradio")
     from foveal.lab.ui.page import build_page
 
-    page = build_page(folder)
+    page = build_page(tiny, SIZE)
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, inbrowser=False)
     yield address
     page.close()
@@ -210,7 +214,7 @@ def test_controls_follow_what_is_drawn(address):
     assert not draw("VSA", 50, 90)[1]["interactive"]
     # Numbers out of range, as a number field sends them while they are typed.
     assert "| blocks read exactly | 6 of 6 |" in draw("VSA", 500, 0)[0]
-    assert "mean over head 1 of blocks.1.attn1" in draw("VSA", 50, 0, head=7)[0]
+    assert "mean over head 3 of blocks.1.attn1" in draw("VSA", 50, 0, head=7)[0]
 
 
 def test_the_open_video_is_what_the_controls_say(address, tmp_path):
@@ -228,14 +232,14 @@ def test_the_open_video_is_what_the_controls_say(address, tmp_path):
     assert title() == "**mine.mp4, noise level 0.5**"
     client.predict(0.25, 10, api_name="/move")
     assert title() == "**mine.mp4, noise level 0.25**"
-    assert client.predict("bikes", 0.5, 50, api_name="/open_clip") == ("bikes", None)
-    assert title() == "**bikes.mp4, noise level 0.5**"
+    assert client.predict(OTHER, 0.5, 50, api_name="/open_clip") == (OTHER, None)
+    assert title() == f"**{OTHER}.mp4, noise level 0.5**"
     # A file that is no video leaves everything as it was.
-    assert client.predict(handle_file(junk), 0.5, 50, api_name="/open_upload") == ("bikes", None)
-    assert title() == "**bikes.mp4, noise level 0.5**"
+    assert client.predict(handle_file(junk), 0.5, 50, api_name="/open_upload") == (OTHER, None)
+    assert title() == f"**{OTHER}.mp4, noise level 0.5**"
     client.predict(handle_file(mine), 0.5, 50, api_name="/open_upload")
-    assert client.predict(0.5, 50, api_name="/close_upload") == ("bigbuckbunny", None)
-    assert title() == "**bigbuckbunny.mp4, noise level 0.5**"
+    assert client.predict(0.5, 50, api_name="/close_upload") == (FIRST, None)
+    assert title() == f"**{FIRST}.mp4, noise level 0.5**"
 
 
 def test_in_a_browser(address, tmp_path):
@@ -288,8 +292,8 @@ def test_in_a_browser(address, tmp_path):
         facts.get_by_text("bikes.mp4").wait_for()
         tab.wait_for_function("document.querySelector('#clip input').value === ''")
         clip.click()
-        tab.get_by_role("option", name="bigbuckbunny").click()
-        facts.get_by_text("bigbuckbunny.mp4").wait_for()
+        tab.get_by_role("option", name=FIRST).click()
+        facts.get_by_text(f"{FIRST}.mp4").wait_for()
         tab.locator("#upload").get_by_text("Drop File Here").wait_for()
         tab.screenshot(path=tmp_path / "page.png")
         browser.close()

@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 from attention import CenteredAttention, MergedAttention, MixedAttention, replace_attention, sparse_only
+from pixel_wan import HELD_OUT_SIGMAS
 from task import Clips
 from torch import Tensor, nn
 
 from foveal import SLAConfig, VSAConfig, sparsify
-from foveal.lab.demo.task import HELD_OUT_SIGMAS
 from foveal.lab.train.objective import add_noise
 from foveal.methods.base import Config
 from foveal.models.processor import sparse_processors

@@ -10,11 +10,11 @@ import math
 
 import torch
 import torch.nn.functional as F
+from pixel_wan import predict
 from torch import Tensor, nn
 
 from foveal import SLAConfig, VideoGrid, block_sparse_attention, select_blocks, sparsify
 from foveal.blocks import pool_blocks, pooled_scores
-from foveal.lab.demo.task import predict
 from foveal.methods.sla.attention import Projection
 from foveal.methods.sla.feature_maps import apply_feature_map
 from foveal.methods.sla.linear import linear_branch

@@ -17,11 +17,11 @@ from collections import defaultdict
 
 import torch
 from attention import Heads, Regression, block_sizes, pooled_tail_scores, record, token_mask
+from pixel_wan import HELD_OUT_SIGMAS
 from task import HeldOut, Scale
 from torch import Tensor, nn
 
 from foveal.blocks import pick_blocks, pool_blocks, pooled_scores
-from foveal.lab.demo.task import HELD_OUT_SIGMAS
 from foveal.methods.sla.linear import linear_branch
 
 KEEP_RATIOS = (0.05, 0.016)

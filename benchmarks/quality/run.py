@@ -38,6 +38,7 @@ from ablate import ablate
 from arms import Arm, arms, converted, warm_batches
 from attention import check_merge, warm_start
 from diagnose import diagnose, table
+from pixel_wan import HELD_OUT_SIGMAS, build_model, training_loss
 from render import clip_file
 from safetensors.torch import save_file
 from task import (
@@ -57,7 +58,6 @@ from task import (
 from torch import Tensor, nn
 
 from foveal.lab.bench.machine import machine
-from foveal.lab.demo.task import HELD_OUT_SIGMAS, build_model, training_loss
 from foveal.lab.train.objective import add_noise
 from foveal.models.processor import sparse_processors
 

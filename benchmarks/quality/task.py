@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from pixel_wan import HELD_OUT_SIGMAS, TEXT_DIM, PixelSettings, build_model, predict, training_loss
 from render import clip_file
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from foveal.lab.demo.settings import DemoSettings
-from foveal.lab.demo.task import HELD_OUT_SIGMAS, TEXT_DIM, build_model, predict, training_loss
 from foveal.lab.train.objective import add_noise, flow_matching_loss, sample_sigmas
 from foveal.lab.train.optimization import build_optimizer, parameter_groups
 
@@ -35,7 +34,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 class Scale:
     """How large everything is. The first `held_out_clips` clips are held out, the others trained on."""
 
-    demo: DemoSettings
+    demo: PixelSettings
     block: int = 64
     clips: int = 352
     clip_frames: int = 260
@@ -46,7 +45,7 @@ class Scale:
 
     @classmethod
     def full(cls) -> Scale:
-        return cls(dataclasses.replace(DemoSettings.for_device("cuda"), height=128, width=224, frames=9))
+        return cls(dataclasses.replace(PixelSettings.for_device("cuda"), height=128, width=224, frames=9))
 
     @classmethod
     def tiny(cls) -> Scale:

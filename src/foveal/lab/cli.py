@@ -23,25 +23,21 @@ from foveal.methods.base import METHODS
 
 @dataclass
 class Demo(Command):
-    """Train a small Wan on a real clip, convert it to SLA and VSA, fine-tune, generate, and write a report."""
+    """Generate with the model that comes with foveal, dense and sparse, fine-tune it, and write a report."""
 
-    video: Path | None = None
-    """A video file of your own; the sample clip otherwise."""
-    clip: str = "bigbuckbunny"
-    """The sample clip: bigbuckbunny or bikes."""
     output: Path = Path("foveal-demo")
     """The folder to write."""
     device: str = "auto"
     """cpu, cuda, or auto, which takes a GPU if there is one."""
     seed: int = 0
-    """The seed of weights, batches, and noise."""
-    pretrain_steps: int | None = None
-    """Dense optimizer steps. The default depends on the device."""
+    """The seed of batches and noise."""
+    sampling_steps: int | None = None
+    """Denoising steps of a video. The default depends on the device."""
     fine_tune_steps: int | None = None
     """Optimizer steps after conversion. The default depends on the device."""
 
     def run(self) -> None:
-        need("demo", "rich", "diffusers", "safetensors", "av", "matplotlib")
+        need("demo", "rich", "diffusers", "transformers", "peft", "safetensors", "av", "matplotlib")
         import torch
         from rich.console import Console
 
@@ -53,7 +49,7 @@ class Demo(Command):
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device 'cuda' was asked for, but torch finds no CUDA device")
         chosen = "cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu"
-        steps = {"pretrain_steps": self.pretrain_steps, "fine_tune_steps": self.fine_tune_steps}
+        steps = {"sampling_steps": self.sampling_steps, "fine_tune_steps": self.fine_tune_steps}
         settings = dataclasses.replace(
             DemoSettings.for_device(chosen),
             seed=self.seed,
@@ -63,8 +59,6 @@ class Demo(Command):
         results = run_demo(
             settings,
             output=self.output,
-            video=self.video,
-            clip=self.clip,
             device=torch.device(chosen),
             console=console,
         )
@@ -259,26 +253,24 @@ class Doctor(Command):
 class Ui(Command):
     """Open a page that shows where a token looks: click it, move the sliders, see what that keeps and costs."""
 
-    demo: Path = Path("foveal-demo")
-    """What `foveal demo` wrote. Its model looks at the clips."""
-    model: str | None = None
-    """A pipeline to look at instead, a folder or a hub id. It generates one video, and the page shows one step."""
-    prompt: str = ""
-    """The text that --model generates from."""
-    frames: int = 17
-    """Frames of --model's video."""
-    height: int = 240
+    model: str = "foveal/tiny"
+    """The pipeline, a folder or a hub id. The default comes with foveal. A Wan model looks at clips."""
+    prompt: str | None = None
+    """Generate a video from this text instead, and show one step of it."""
+    frames: int | None = None
+    """Frames of the video. This and the following default to foveal/tiny's own size, and to 17x240x416 elsewhere."""
+    height: int | None = None
     """In pixels."""
-    width: int = 416
+    width: int | None = None
     """In pixels."""
     steps: int = 20
-    """Denoising steps of --model."""
+    """Denoising steps with a prompt."""
     look_at: int = 10
     """Which of these steps to show, from 0."""
     seed: int = 0
-    """The seed of --model's noise."""
+    """The seed of the noise with a prompt."""
     device: str = "auto"
-    """Where --model runs: cpu, cuda, cuda:1, or auto, which takes a GPU if there is one."""
+    """Where the model runs: cpu, cuda, cuda:1, or auto, which takes a GPU if there is one."""
     host: str = "127.0.0.1"
     """The address to serve at. 0.0.0.0 lets other machines in."""
     port: int = 7860
@@ -287,34 +279,35 @@ class Ui(Command):
     """Open the page in the browser of this machine."""
 
     def run(self) -> None:
-        need("ui", "gradio", "rich", "diffusers", "safetensors", "av")
+        need("ui", "gradio", "rich", "diffusers", "transformers", "safetensors", "av")
+        from rich.console import Console
+
+        from foveal.lab.pipelines import choose_device, choose_dtype, load_pipeline
+        from foveal.lab.terminal import Progress
         from foveal.lab.ui.address import check_address
         from foveal.lab.ui.page import build_page
-        from foveal.lab.ui.scene import check_request, pipeline_scene
+        from foveal.lab.ui.scene import check_request, pipeline_scene, scene_size
 
         # At once: a pipeline's video takes long.
         check_address(self.host, self.port)
-        scene = None
-        if self.model is not None:
-            from rich.console import Console
-
-            from foveal.lab.pipelines import choose_device, choose_dtype, load_pipeline
-            from foveal.lab.terminal import Progress
-
-            device, dtype = choose_device(self.device), choose_dtype("auto", choose_device(self.device))
-            size = (self.frames, self.height, self.width)
-            asked = {"step": self.look_at, "size": size, "num_inference_steps": self.steps}
-            with Progress(Console(stderr=True)) as progress:
-                with progress.stage(f"load {self.model}", brief=True):
-                    loaded = load_pipeline(
-                        self.model,
-                        device=device,
-                        dtype=dtype,
-                        check=lambda outline: check_request(outline, **asked),
-                    )
+        device = choose_device(self.device)
+        asked = {"step": self.look_at, "num_inference_steps": self.steps}
+        size, scene = (self.frames, self.height, self.width), None
+        with Progress(Console(stderr=True)) as progress:
+            with progress.stage(f"load {self.model}", brief=True):
+                loaded = load_pipeline(
+                    self.model,
+                    device=device,
+                    dtype=choose_dtype("auto", device),
+                    check=lambda outline: check_request(outline, self.prompt, size=size, **asked),
+                )
+            size = scene_size(loaded, size)
+            if self.prompt is not None:
                 with progress.stage("generate", self.steps, brief=True) as stage:
-                    scene = pipeline_scene(loaded, self.prompt, **asked, seed=self.seed, on_step=stage.advance)
-        page = build_page(self.demo, scene)
+                    scene = pipeline_scene(
+                        loaded, self.prompt, size=size, **asked, seed=self.seed, on_step=stage.advance
+                    )
+        page = build_page(loaded, size, scene)
         try:
             _, address, _ = page.launch(
                 server_name=self.host,

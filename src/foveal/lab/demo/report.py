@@ -9,45 +9,55 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foveal.lab.data.windows import to_frames, upscale, write_video
-from foveal.lab.demo.settings import PICTURED, DemoSettings
+from foveal.lab.data.windows import write_video
+from foveal.lab.demo.settings import (
+    ARMS,
+    DENSE,
+    PICTURED,
+    SLA_ADAPTER,
+    SLA_CONVERTED,
+    VSA_CONVERTED,
+    VSA_TRAINED,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLORS = {"dense": "#33415c", "sparse only": "#c1666b", "SLA": "#2a7f8e", "SLA hedgehog": "#6a4c93", "VSA": "#d19a2e"}
-PAGE, LOSS_FIGURE, SIDE_BY_SIDE = "index.html", "loss.png", "side-by-side.mp4"
-FPS = 6
+COLORS = {
+    DENSE: "#33415c",
+    SLA_CONVERTED: "#c1666b",
+    SLA_ADAPTER: "#2a7f8e",
+    VSA_CONVERTED: "#6a4c93",
+    VSA_TRAINED: "#d19a2e",
+}
+PAGE, LOSS_FIGURE, SIDE_BY_SIDE, REAL = "index.html", "loss.png", "side-by-side.mp4", "the real clip"
+FPS = 16
 BRIGHTNESS = {1: 1.0, 0: 0.42, -1: 0.10}
 # The page is this many pixels wide at most: what is drawn for it keeps its letters readable at that width.
 PAGE_WIDTH = 1080
-VIDEO_COLUMNS, FRAME_COLUMNS = 3, 4
+VIDEO_COLUMNS, FRAME_COLUMNS = 3, 3
 
 
-def report_files(settings: DemoSettings) -> list[str]:
+def report_files() -> list[str]:
     """The names of all files that `write_report` writes."""
-    videos = [_video_file(name) for name in ("clip", *settings.arms())]
+    videos = [_video_file(name) for name in (REAL, *ARMS)]
     return [PAGE, LOSS_FIGURE, SIDE_BY_SIDE, *videos, *(_map_file(name) for name in PICTURED)]
 
 
-def write_report(folder: Path, results: dict[str, Any], media: dict[str, Any], settings: DemoSettings) -> None:
+def write_report(folder: Path, results: dict[str, Any], media: dict[str, Any]) -> None:
     """Write every file of the report but results.json into `folder`.
 
     Args:
         results: as in results.json.
-        media: "clip" [3, F, H, W] in [-1, 1], "videos" by arm, "maps" by arm (see `run_demo`).
+        media: "real" uint8 [F, 3, H, W], "videos" by arm, "maps" by arm (see `run_demo`).
     """
-    videos = {"clip": media["clip"], **media["videos"]}
-    factor = max(1, round(PAGE_WIDTH / VIDEO_COLUMNS / settings.width))
-    titled = []
-    for name, video in videos.items():
-        frames = upscale(to_frames(video), factor)
+    videos = {REAL: media["real"], **media["videos"]}
+    for name, frames in videos.items():
         write_video(folder / _video_file(name), frames, fps=FPS)
-        titled.append(_with_title(frames, name))
-    write_video(folder / SIDE_BY_SIDE, _in_rows(titled), fps=FPS)
+    write_video(folder / SIDE_BY_SIDE, _in_rows([_with_title(f, name) for name, f in videos.items()]), fps=FPS)
     loss_figure(results).savefig(folder / LOSS_FIGURE)
     for name, block_map in media["maps"].items():
-        map_figure(name, block_map, media["clip"]).savefig(folder / _map_file(name))
+        map_figure(name, block_map, media["real"]).savefig(folder / _map_file(name))
     (folder / PAGE).write_text(_page(results, media), encoding="utf-8")
 
 
@@ -60,7 +70,7 @@ def _map_file(name: str) -> str:
 
 
 def _slug(name: str) -> str:
-    return name.lower().replace(" ", "-")
+    return name.lower().replace(",", "").replace(" ", "-")
 
 
 def _with_title(frames: Tensor, title: str) -> Tensor:
@@ -90,38 +100,40 @@ def _figure(height: float) -> Figure:
 
 
 def loss_figure(results: dict[str, Any]) -> Figure:
-    """Held-out loss against steps, of pretraining and of each arm."""
-    from matplotlib.ticker import FormatStrFormatter
-
-    figure = _figure(4.2)
-    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.5]})
-    steps, losses = zip(*results["pretraining"]["held_out_loss"], strict=True)
-    left.plot(steps, losses, color=COLORS["dense"], marker="o", markersize=3)
-    left.set(title="Pretraining, dense attention", xlabel="steps", ylabel="held-out loss", yscale="log")
-    left.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    left.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
-    left.tick_params(which="minor", labelsize=9)
+    """Held-out loss against steps of the fine-tuning, with the other arms as lines."""
+    figure = _figure(3.6)
+    axis = figure.subplots()
+    steps, losses = zip(*results["fine_tuning"]["held_out_loss"], strict=True)
     for name, arm in results["arms"].items():
-        steps, losses = zip(*arm["held_out_loss"], strict=True)
-        right.plot(steps, losses, color=COLORS[name], marker="o", markersize=3, label=name)
-    right.set(title="Fine-tuning after conversion", xlabel="steps", ylabel="held-out loss")
-    right.legend(frameon=False)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25, which="both")
+        if name != VSA_TRAINED:
+            axis.axhline(arm["held_out_loss"], color=COLORS[name], linestyle="--", label=name)
+    axis.plot(steps, losses, color=COLORS[VSA_TRAINED], marker="o", markersize=4, label=VSA_TRAINED)
+    axis.set(title="Held-out loss, while VSA is fine-tuned here", xlabel="steps", ylabel="held-out loss")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
     return figure
 
 
 def map_figure(name: str, block_map: dict[str, Any], clip: Tensor) -> Figure:
-    """The frames as one query token sees them, for each head, beside the whole selection of the first head."""
-    frames = to_frames(clip).permute(0, 2, 3, 1).float() / 255
+    """Three frames as one query token sees them, for two heads, beside the whole selection of the first head.
+
+    Args:
+        name: of the arm.
+        block_map: the token's labels and the selection.
+        clip: uint8 [F, 3, H, W].
+    """
     time, row, column = block_map["token"]
     heads = block_map["token_labels"]
-    lines = -(-len(frames) // FRAME_COLUMNS)
+    latent_frames = heads[0].shape[0]
+    # A token's frame stands for several frames of the clip, and their middle is shown.
+    places = ((torch.arange(latent_frames) + 0.5) * len(clip) / latent_frames).long()
+    frames = clip[places].permute(0, 2, 3, 1).float() / 255
+    shown = (time - 2, time, time + 2)
     patch = frames.shape[1] // heads[0].shape[1]
     square = 2.6
     frame_height = (PAGE_WIDTH / 100 - square) / FRAME_COLUMNS * frames.shape[1] / frames.shape[2]
-    figure = _figure((frame_height + 0.3) * lines * len(heads) + 0.5 * len(heads) + 0.6)
+    figure = _figure((frame_height + 0.8) * len(heads) + 0.6)
     pictures, matrix = figure.subfigures(1, 2, width_ratios=[PAGE_WIDTH / 100 - square, square])
     for head, part in enumerate(pictures.subfigures(len(heads), 1, squeeze=False)[:, 0]):
         part.suptitle(f"head {head}", fontsize=11)
@@ -129,12 +141,10 @@ def map_figure(name: str, block_map: dict[str, Any], clip: Tensor) -> Figure:
         for label, level in BRIGHTNESS.items():
             brightness[heads[head] == label] = level
         brightness = brightness.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-        for index, axis in enumerate(part.subplots(lines, FRAME_COLUMNS, squeeze=False).flat):
+        for index, axis in zip(shown, part.subplots(1, FRAME_COLUMNS, squeeze=False).flat, strict=True):
             axis.set_axis_off()
-            if index >= len(frames):
-                continue
             axis.imshow((frames[index] * brightness[index, ..., None]).numpy(), interpolation="nearest")
-            axis.set_title(f"frame {index}", fontsize=10)
+            axis.set_title(f"frame {index} of {latent_frames}", fontsize=10)
             if index == time:
                 center = ((column + 0.5) * patch - 0.5, (row + 0.5) * patch - 0.5)
                 axis.plot(*center, marker="s", markersize=9, markerfacecolor="none", markeredgecolor="red")
@@ -153,38 +163,29 @@ def map_figure(name: str, block_map: dict[str, Any], clip: Tensor) -> Figure:
 
 
 def conclusions(results: dict[str, Any]) -> list[str]:
-    """What the figures of a run say, in sentences: what conversion costs, what fine-tuning repairs, who comes closest.
+    """What the figures of a run say, in sentences.
 
     Args:
         results: as in results.json.
     """
-    arms, steps = results["arms"], results["settings"]["fine_tune_steps"]
-    dense, sla = arms["dense"]["held_out_loss_fine_tuned"], arms["SLA"]
-    before, after = sla["held_out_loss_converted"], sla["held_out_loss_fine_tuned"]
-    start = arms["dense"]["held_out_loss_converted"]
+    arms, tuning = results["arms"], results["fine_tuning"]["held_out_loss"]
+    loss = {name: arm["held_out_loss"] for name, arm in arms.items()}
+    dense = loss[DENSE]
+
+    def against(name: str) -> str:
+        return f"{loss[name]:.4f} ({_percent(loss[name], dense)})"
+
+    work = {name: f"{100 / arms[name]['attention_flops_reduction']:.0f} %" for name in arms}
     lines = [
-        f"Leaving blocks out has a price at first: conversion to SLA takes the held-out loss from {start:.4f} to "
-        f"{before:.4f} ({_percent(before, start)}), before any training.",
-        f"After {steps} steps it is {after:.4f}, against {dense:.4f} for the dense model after the same steps "
-        f"({_percent(after, dense)}), with {100 / sla['attention_flops_reduction']:.0f} % of the attention arithmetic.",
+        f"Leaving blocks out has a price at first. The dense model has a held-out loss of {dense:.4f}. Untrained, "
+        f"SLA has {against(SLA_CONVERTED)} with {work[SLA_CONVERTED]} of the attention arithmetic, and VSA "
+        f"{against(VSA_CONVERTED)} with {work[VSA_CONVERTED]}.",
+        f"The SLA adapter that comes with foveal, 400 steps of training, brings it to {against(SLA_ADAPTER)}.",
+        f"{tuning[-1][0]} steps here, with a few clips, bring VSA to {against(VSA_TRAINED)}.",
     ]
-    losses = {name: arm["held_out_loss_fine_tuned"] for name, arm in arms.items() if name != "dense"}
-    order = sorted(losses, key=losses.get)
-    ranked = ", ".join(f"{name} {losses[name]:.4f} ({_percent(losses[name], dense)})" for name in order)
-    lines.append(f"The sparse arms by held-out loss, the best first: {ranked}.")
     missed = [verdict["expected"] for verdict in results["expectations"] if not verdict["met"]]
     if missed:
-        lines.append(
-            f"This run does not show that {' or that '.join(missed)}. Train for more steps before you conclude "
-            "anything about the methods from it."
-        )
-    else:
-        gap = losses["sparse only"] - dense
-        closed = 100 * (losses["sparse only"] - after) / gap if gap else 0.0
-        lines.append(
-            f"SLA's linear branch closes {closed:.0f} % of the gap that sparse only leaves to dense. What longer "
-            f"training makes of the rest, {steps} steps do not tell."
-        )
+        lines.append(f"This run does not show that {' or that '.join(missed)}.")
     return lines
 
 
@@ -192,19 +193,19 @@ def _percent(value: float, reference: float) -> str:
     return f"{100 * (value / reference - 1):+.1f} %"
 
 
+def _psnr(arm: dict[str, Any]) -> str:
+    return "" if arm["psnr_to_dense_db"] is None else f"{arm['psnr_to_dense_db']:.1f} dB"
+
+
 def _page(results: dict[str, Any], media: dict[str, Any]) -> str:
     arms, clip, environment = results["arms"], results["clip"], results["environment"]
-    dense = arms["dense"]
     columns = (
-        ("arm", lambda name, arm: html.escape(name)),
-        ("attention work, against dense", lambda name, arm: f"{100 / arm['attention_flops_reduction']:.1f} %"),
-        ("held-out loss, converted", lambda name, arm: f"{arm['held_out_loss_converted']:.4f}"),
-        ("held-out loss, fine-tuned", lambda name, arm: f"{arm['held_out_loss_fine_tuned']:.4f}"),
-        ("output error, converted", lambda name, arm: f"{100 * arm['output_error_converted']:.1f} %"),
-        ("output error, fine-tuned", lambda name, arm: f"{100 * arm['output_error_fine_tuned']:.1f} %"),
-        ("PSNR to the clip", lambda name, arm: f"{arm['psnr_db']:.2f} dB"),
-        ("fine-tuning step", lambda name, arm: f"{arm['seconds']['fine_tune_step']:.2f} s"),
-        ("generation", lambda name, arm: f"{arm['seconds']['generation']:.1f} s"),
+        ("", lambda name, arm: html.escape(name)),
+        ("attention arithmetic", lambda name, arm: f"{100 / arm['attention_flops_reduction']:.1f} %"),
+        ("held-out loss", lambda name, arm: f"{arm['held_out_loss']:.4f}"),
+        ("against dense", lambda name, arm: _percent(arm["held_out_loss"], arms[DENSE]["held_out_loss"])),
+        ("PSNR to the dense video", lambda name, arm: _psnr(arm)),
+        ("generation", lambda name, arm: f"{arm['generation_seconds']:.1f} s"),
     )
     head = "".join(f"<th>{title}</th>" for title, _ in columns)
     body = "".join(
@@ -216,13 +217,11 @@ def _page(results: dict[str, Any], media: dict[str, Any]) -> str:
         for e in results["expectations"]
     )
     maps = "".join(
-        f'<figure><a href="{file}"><img src="{file}" alt="blocks that {name} selects"></a></figure>'
+        f'<figure><a href="{file}"><img src="{file}" alt="blocks that the {name} selects"></a></figure>'
         for name, file in ((name, _map_file(name)) for name in media["maps"])
     )
     concluded = "".join(f"<li>{html.escape(line)}</li>" for line in conclusions(results))
     settings = results["settings"]
-    kept = 100 * settings["keep_ratio"]
-    seconds = results["pretraining"]["seconds"]
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -244,38 +243,39 @@ dt {{ color: #4a5866; }} dd {{ margin: 0; }}
 </style>
 </head>
 <body>
-<h1>A video transformer with {100 - kept:.0f} % of its attention blocks gone</h1>
-<p class="lead">A small Wan transformer learned {html.escape(clip["file"])} with dense attention, was converted, and
-fine-tuned for {settings["fine_tune_steps"]} steps. All videos below continue the same held-out frame from the same
-noise; every arm, dense too, was fine-tuned on the same batches.</p>
-<video src="side-by-side.mp4" autoplay loop muted playsinline controls></video>
+<h1>A video transformer, dense and sparse</h1>
+<p class="lead">A small video model continues the first frame of a clip from a part of the game that it never saw in
+training: “{html.escape(clip["caption"])}”. All videos but the real one start from that frame and from the same
+noise.</p>
+<video src="{SIDE_BY_SIDE}" autoplay loop muted playsinline controls></video>
 <h2>What to conclude</h2>
 <ul>{concluded}</ul>
 <p>What not to conclude: anything about speed, since attention is a small part of the work at
-{results["tokens"]:,} tokens, or about quality at scale, since the model is tiny and knows one clip. To look around in
-this model, run <code>foveal ui --demo</code> with this folder. On a pretrained model, begin with
-<code>foveal inspect</code>.</p>
+{results["tokens"]:,} tokens, or about quality at scale, since the model is tiny. Videos of the same quality may differ
+much in PSNR, because a continuation is free to go elsewhere.</p>
+<p>To go on with this model: <code>foveal ui</code> shows where its tokens look,
+<code>foveal inspect --model foveal/tiny --prompt "first-person view of a rocky cave"</code> measures what sparsity
+costs it, and <code>foveal generate --model foveal/tiny --sparse foveal/tiny-sla --compare dense --prompt "..."</code>
+makes videos. On a pretrained model, begin with <code>foveal inspect</code>.</p>
 <h2>Measured</h2>
 <div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 <ul>{verdicts}</ul>
-<p>Attention work counts every FLOP of the method, its global branch and its selection included. Output error is
-|v - v_dense| / |v_dense| over the held-out windows: after conversion against the pretrained model, after fine-tuning
-against the dense model after the same fine-tuning. PSNR leaves the given first frame out; one window, so read it as an
-illustration. Dense held-out loss before fine-tuning: {dense["held_out_loss_converted"]:.4f}.</p>
-<h2>Held-out loss</h2>
-<figure><a href="loss.png"><img src="loss.png" alt="held-out loss against steps"></a></figure>
+<p>Attention arithmetic counts every FLOP of the method, its global branch and its selection included. The held-out loss
+is over {settings["held_out_clips"]} clips with fixed noise.</p>
+<h2>Fine-tuning</h2>
+<figure><a href="{LOSS_FIGURE}"><img src="{LOSS_FIGURE}" alt="held-out loss against steps"></a></figure>
 <h2>Where one token looks</h2>
 {maps}
-<p>SLA cuts the tokens into blocks in raster order, so that its blocks are strips of a frame; VSA cuts them into cubes
-of space and time. Dim blocks reach the token through SLA's linear branch, or through VSA's coarse one.</p>
+<p>Both methods cut the video into cubes of 4 x 4 x 4 tokens here. Dim blocks reach the token through SLA's linear
+branch, or through VSA's coarse stage.</p>
 <h2>Run</h2>
 <dl>
-<dt>Tokens per clip</dt><dd>{results["tokens"]:,} ({settings["frames"]} frames of
-{settings["height"] // settings["patch"]} x {settings["width"] // settings["patch"]})</dd>
-<dt>Transformer</dt><dd>{results["parameters"] / 1e6:.2f} M parameters, {settings["num_layers"]} layers,
-{settings["num_heads"]} heads of {settings["head_dim"]}</dd>
-<dt>Pretraining</dt><dd>{settings["pretrain_steps"]} steps, {seconds["total"]:.0f} s</dd>
+<dt>Model</dt><dd>{results["model"]}, a Wan transformer of {results["parameters"] / 1e6:.1f} M parameters with its VAE;
+{results["tokens"]:,} tokens a video</dd>
+<dt>Steps</dt><dd>{settings["sampling_steps"]} of denoising, {settings["fine_tune_steps"]} of fine-tuning with
+{settings["batch"]} clips each, {results["fine_tuning"]["step_seconds"]:.2f} s a step</dd>
 <dt>Seed</dt><dd>{settings["seed"]}</dd>
+<dt>Time</dt><dd>{results["seconds"]:.0f} s before this page was written</dd>
 <dt>Device</dt><dd>{html.escape(str(environment["device"]))}, {environment["threads"]} threads</dd>
 <dt>Versions</dt><dd>foveal {environment["foveal"]}, torch {environment["torch"]},
 diffusers {environment["diffusers"]}, Python {environment["python"]}</dd>

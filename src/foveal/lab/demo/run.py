@@ -1,11 +1,11 @@
-"""The demo from clip to report; everything it measures comes out of here."""
+"""The demo from the shipped model to the report; everything it measures comes out of here."""
 
 from __future__ import annotations
 
-import copy
 import json
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +14,43 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import foveal
-from foveal.lab.data.windows import ClipWindows, read_video, sample_clip
 from foveal.lab.demo.report import report_files, write_report
-from foveal.lab.demo.settings import PICTURED, DemoSettings
-from foveal.lab.demo.task import Batches, HeldOut, build_model, generate, predict, psnr, training_loss
+from foveal.lab.demo.settings import (
+    ARMS,
+    DENSE,
+    PICTURED,
+    SLA_ADAPTER,
+    SLA_CONVERTED,
+    VSA_CONVERTED,
+    VSA_TRAINED,
+    DemoSettings,
+)
+from foveal.lab.demo.task import Task, psnr
 from foveal.lab.inspect.capture import capture_selections, token_labels
 from foveal.lab.pipelines import check_torchvision
-from foveal.lab.terminal import Progress, Stage
-from foveal.lab.train.loop import TrainingRecord, train
-from foveal.lab.train.objective import add_noise
-from foveal.methods.base import Config, method_of
+from foveal.lab.terminal import Progress
+from foveal.lab.train.model import velocity
+from foveal.methods.base import method_of
 from foveal.methods.cost import attention_cost
 from foveal.models import sparsify
+from foveal.models.files.exports import load_export
 from foveal.models.processor import sparse_processors
+from foveal.models.shipped import TINY, local_path
 from foveal.output_folder import OutputFolder
 
-RESULTS_FILE, MODEL_FOLDER = "results.json", "model"
-MODEL_FILES = tuple(f"{MODEL_FOLDER}/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors"))
+RESULTS_FILE = "results.json"
+ADAPTERS = {SLA_ADAPTER: "foveal/tiny-sla"}
 
 
 def run_demo(
-    settings: DemoSettings,
-    *,
-    output: Path,
-    video: Path | None = None,
-    clip: str = "bigbuckbunny",
-    device: torch.device,
-    console: Console | None = None,
+    settings: DemoSettings, *, output: Path, device: torch.device, console: Console | None = None
 ) -> dict[str, Any]:
-    """Train, convert, fine-tune, generate, measure, and write the report folder.
+    """Generate with the tiny model, convert it, load its adapters, fine-tune, measure, and write the report folder.
 
     Args:
-        settings: sizes, steps, seeds.
+        settings: steps, clips, seed.
         output: the folder to write. A former report there is replaced once the new one is complete; an interrupted
             run leaves it as it was. Other files in the folder stay.
-        video: a video file; None takes the sample clip named `clip`.
         device: where to run.
         console: where progress goes, bars on a terminal and lines elsewhere; None for the standard error stream.
 
@@ -56,158 +58,112 @@ def run_demo(
         The results, as written to results.json.
 
     Raises:
-        FileNotFoundError, ValueError: for a video that is missing, cannot be decoded or is too short, or an output
-            folder that holds something else.
+        ValueError: the output folder holds something else, or the installed torchvision does not match this torch.
         FileExistsError: a name that is needed is taken by a file that foveal did not write, or that was changed since.
     """
     check_torchvision()
     folder = OutputFolder(output, "demo")
-    folder.check([RESULTS_FILE, *MODEL_FILES, *report_files(settings)])
+    folder.check([RESULTS_FILE, *report_files()])
     folder.check_alone()
-    source = Path(video) if video is not None else sample_clip(clip)
     work = _Work(settings)
+    started = time.perf_counter()
     with Progress(console or Console(stderr=True), units=work.total) as progress:
-        with progress.stage(f"read {source.name}", brief=True):
-            frames = read_video(source, height=settings.height, width=settings.width)
-        windows = ClipWindows(frames, frames=settings.frames, stride=settings.stride)
+        with progress.stage(f"load {TINY}", 1, units=work.loading) as stage:
+            task = Task(settings, device)
+            stage.advance()
         with folder.renewing(last=RESULTS_FILE) as new:
-            results, media = _measure(settings, windows, device, progress, work)
-            results["clip"] = {"file": source.name, "frames": len(frames), "sample": video is None}
+            results, media = _measure(task, progress, work)
             results["environment"] = _environment(device)
             with progress.stage("report", 1, units=work.report) as stage:
-                write_report(new, results, media, settings)
-                media["model"].save_pretrained(new / MODEL_FOLDER)
+                results["seconds"] = time.perf_counter() - started
+                write_report(new, results, media)
                 (new / RESULTS_FILE).write_text(json.dumps(results, indent=2) + "\n")
                 stage.advance()
     return results
 
 
 class _Work:
-    """The work of each stage in forward passes of one window, for one progress bar over the whole demo."""
+    """The work of each stage in forward passes of one clip, for one progress bar over the whole demo."""
 
     def __init__(self, settings: DemoSettings) -> None:
-        # A backward pass costs two forward passes. A held-out loss takes two of each window.
-        step, evaluation = 3 * settings.batch, 2 * settings.held_out_windows
-        self.pretraining = settings.pretrain_steps * step + (2 * settings.evaluations + 2) * evaluation
-        self.fine_tuning = settings.fine_tune_steps * step + (settings.evaluations + 3) * evaluation
-        self.generation = settings.sampling_steps
-        arms = len(settings.arms()) * (self.fine_tuning + self.generation)
-        self.report = 0.02 * (self.pretraining + arms)
-        self.total = self.pretraining + arms + self.report
+        self.loading = 15
+        self.generation = settings.sampling_steps + 10  # and decoding
+        self.evaluation = settings.held_out_clips * len(settings.sigmas)
+        # A backward pass costs two forward passes.
+        step = 3 * settings.batch
+        self.fine_tuning = settings.fine_tune_steps * step + (settings.evaluations + 1) * self.evaluation
+        self.report = 15
+        arms = len(ARMS) * (self.generation + self.evaluation)
+        self.total = self.loading + self.fine_tuning + arms + self.report
 
 
-def _measure(
-    settings: DemoSettings, windows: ClipWindows, device: torch.device, progress: Progress, work: _Work
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    held_out = HeldOut(windows, settings, device)
-    model = build_model(settings).to(device)
-    started = time.perf_counter()
-    with progress.stage("pretrain, dense", settings.pretrain_steps, units=work.pretraining) as stage:
-        record = _train(model, windows, held_out, settings, device, stage, pretrain=True)
-        pretrain_seconds = time.perf_counter() - started
-        pretrained = held_out.velocities(model)
-
+def _measure(task: Task, progress: Progress, work: _Work) -> tuple[dict[str, Any], dict[str, Any]]:
+    settings = task.settings
     arms: dict[str, dict[str, Any]] = {}
     videos: dict[str, Tensor] = {}
     maps: dict[str, dict[str, Any]] = {}
-    reference = None
-    for name, config in settings.arms().items():
-        arm = copy.deepcopy(model)
-        if config is not None:
-            sparsify(arm, config)
-        with progress.stage(f"fine-tune, {name}", settings.fine_tune_steps, units=work.fine_tuning) as stage:
-            converted_error = _relative_error(held_out.velocities(arm), pretrained)
-            record_arm = _train(arm, windows, held_out, settings, device, stage)
-            velocities = held_out.velocities(arm)
-        reference = velocities if config is None else reference
+    curve: list[tuple[int, float]] = []
+    for name in ARMS:
+        model = _convert(task, name)
+        if name == VSA_TRAINED:
+            with progress.stage(f"fine-tune, {name}", settings.fine_tune_steps, units=work.fine_tuning) as stage:
+                record = task.fine_tune(model, lambda step, loss, stage=stage: stage.advance(f"loss {loss:.3f}"))
+            curve = record.held_out
+        with progress.stage(f"held-out loss, {name}", units=work.evaluation, brief=True):
+            loss = curve[-1][1] if name == VSA_TRAINED else task.held_out_loss(model)
         with progress.stage(f"generate, {name}", settings.sampling_steps, units=work.generation) as stage:
-            video, seconds = _timed(
-                device,
-                lambda arm=arm, stage=stage: generate(
-                    arm, held_out.video[:1, :, :1], held_out.noise[:1], settings, on_step=stage.advance
-                ),
-            )
-        videos[name] = video[0].cpu()
+            videos[name], seconds = _timed(task.device, lambda m=model, s=stage: task.generate(m, s.advance))
         arms[name] = {
-            **_describe(config, settings),
-            "held_out_loss": record_arm.held_out,
-            "held_out_loss_converted": record_arm.held_out[0][1],
-            "held_out_loss_fine_tuned": record_arm.held_out[-1][1],
-            "output_error_converted": converted_error,
-            "output_error_fine_tuned": _relative_error(velocities, reference),
-            "psnr_db": psnr(video, held_out.video[:1]),
-            "seconds": {"fine_tune_step": record_arm.median_step_seconds, "generation": seconds},
+            **_describe(model, task),
+            "held_out_loss": loss,
+            "psnr_to_dense_db": None if name == DENSE else psnr(videos[name], videos[DENSE]),
+            "generation_seconds": seconds,
         }
         if name in PICTURED:
-            maps[name] = _selection_map(arm, held_out, settings)
-
+            maps[name] = _selection_map(model, task)
     results = {
         "settings": settings.to_dict(),
-        "tokens": settings.grid.num_tokens,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "pretraining": {
-            "held_out_loss": record.held_out,
-            "seconds": {"total": pretrain_seconds, "step": record.median_step_seconds},
-        },
+        "model": TINY,
+        "tokens": task.grid.num_tokens,
+        "parameters": sum(p.numel() for p in task.dense.parameters()),
+        "clip": {"name": task.clip.name, "caption": task.clip.caption},
         "arms": arms,
+        "fine_tuning": {"held_out_loss": curve, "step_seconds": record.median_step_seconds},
         "expectations": _expectations(arms),
     }
-    return results, {"model": model, "clip": held_out.video[0].cpu(), "videos": videos, "maps": maps}
+    return results, {"real": task.real, "videos": videos, "maps": maps}
 
 
-def _train(
-    model: nn.Module,
-    windows: ClipWindows,
-    held_out: HeldOut,
-    settings: DemoSettings,
-    device: torch.device,
-    stage: Stage,
-    *,
-    pretrain: bool = False,
-) -> TrainingRecord:
-    steps = settings.pretrain_steps if pretrain else settings.fine_tune_steps
-    # Every arm sees the same windows, noise and noise levels; pretraining sees others.
-    batches = Batches(windows, settings, device, seed=settings.seed + (1 if pretrain else 2))
-    peak = settings.learning_rate if pretrain else settings.fine_tune_learning_rate
-    evaluations = 2 * settings.evaluations if pretrain else settings.evaluations
-    new = [p for processor in sparse_processors(model).values() for p in processor.parameters()]
-    fast = {"fast_parameters": new, "fast_learning_rate": settings.new_learning_rate} if new else {}
-    return train(
-        model,
-        batches,
-        training_loss,
-        steps=steps,
-        learning_rate=peak,
-        warmup=max(1, steps // 10),
-        final_learning_rate=settings.fine_tune_learning_rate / 2 if pretrain else 0.0,
-        evaluate=held_out.loss,
-        evaluate_every=max(1, steps // evaluations),
-        on_step=lambda step, loss: stage.advance(f"loss {loss:.3f}"),
-        **fast,
-    )
+def _convert(task: Task, name: str) -> nn.Module:
+    """The model of an arm, before any training here."""
+    if name == DENSE:
+        return task.dense
+    model = task.copy()
+    if name in ADAPTERS:
+        return load_export(model, Path(local_path(ADAPTERS[name])))
+    return sparsify(model, task.settings.configs[name])
 
 
-def _describe(config: Config | None, settings: DemoSettings) -> dict[str, Any]:
-    grid = settings.grid
-    shape = {"grid": grid, "heads": settings.num_heads, "head_dim": settings.head_dim}
-    if config is None:
+def _describe(model: nn.Module, task: Task) -> dict[str, Any]:
+    processors = list(sparse_processors(model).values())
+    if not processors:
         return {"method": "dense", "config": None, "attention_flops_reduction": 1.0}
+    config, sizes = processors[0].config, task.dense.config
+    cost = attention_cost(config, grid=task.grid, heads=sizes.num_attention_heads, head_dim=sizes.attention_head_dim)
     return {
         "method": method_of(config).name,
         "config": config.to_dict(),
-        "attention_flops_reduction": attention_cost(config, **shape).reduction,
+        "attention_flops_reduction": cost.reduction,
     }
 
 
-def _selection_map(arm: nn.Module, held_out: HeldOut, settings: DemoSettings) -> dict[str, Any]:
+def _selection_map(model: nn.Module, task: Task) -> dict[str, Any]:
     """What one token of one layer sees, and the whole selection of that layer, at a middling noise level."""
-    grid = settings.grid
-    sigma = torch.full((1,), 0.7, device=held_out.video.device)
-    noisy, _ = add_noise(held_out.video[:1], held_out.noise[:1], sigma)
-    with torch.no_grad(), capture_selections(arm) as selections:
-        predict(arm, noisy, sigma, held_out.video[:1, :, :1])
-    name = list(selections)[len(selections) // 2]
-    selection, attention = selections[name], arm.get_submodule(name)
+    noisy, sigmas, text = task.noisy(0.7)
+    with torch.no_grad(), task.autocast(), capture_selections(model) as selections:
+        velocity(model, noisy, sigmas, text)
+    grid, name = task.grid, list(selections)[len(selections) // 2]
+    selection, attention = selections[name], model.get_submodule(name)
     token = (grid.frames // 2, grid.height // 2, grid.width // 2)
     labels = selection.labels()
     counts = labels.eq(1).sum(-1)[0, 0]
@@ -221,28 +177,32 @@ def _selection_map(arm: nn.Module, held_out: HeldOut, settings: DemoSettings) ->
 
 
 def _expectations(arms: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the method promises, each checked against what came out."""
-    loss = {name: arm["held_out_loss_fine_tuned"] for name, arm in arms.items()}
-    sla = arms["SLA"]
+    """What the methods promise, each checked against what came out."""
+    loss = {name: arm["held_out_loss"] for name, arm in arms.items()}
+
+    def figures(*names: str) -> str:
+        return ", ".join(f"{name} {loss[name]:.4f}" for name in names)
+
     return [
         {
-            "expected": "fine-tuning lowers SLA's held-out loss",
-            "met": loss["SLA"] < sla["held_out_loss_converted"],
-            "figures": f"{sla['held_out_loss_converted']:.4f} -> {loss['SLA']:.4f}",
+            "expected": "leaving blocks out costs quality as long as nothing is trained",
+            "met": loss[DENSE] < min(loss[SLA_CONVERTED], loss[VSA_CONVERTED]),
+            "figures": figures(DENSE, SLA_CONVERTED, VSA_CONVERTED),
         },
         {
-            "expected": "after equal fine-tuning, SLA's held-out loss lies between dense's and sparse-only's",
-            "met": loss["dense"] <= loss["SLA"] <= loss["sparse only"],
-            "figures": f"dense {loss['dense']:.4f}, SLA {loss['SLA']:.4f}, sparse only {loss['sparse only']:.4f}",
+            "expected": "the SLA adapter brings back at least half of what SLA costs",
+            "met": loss[SLA_ADAPTER] - loss[DENSE] < (loss[SLA_CONVERTED] - loss[DENSE]) / 2,
+            "figures": figures(DENSE, SLA_CONVERTED, SLA_ADAPTER),
+        },
+        {
+            "expected": "a few steps of fine-tuning bring back some of what VSA costs",
+            "met": loss[VSA_TRAINED] < loss[VSA_CONVERTED],
+            "figures": figures(DENSE, VSA_CONVERTED, VSA_TRAINED),
         },
     ]
 
 
-def _relative_error(velocities: Tensor, reference: Tensor) -> float:
-    return ((velocities - reference).norm() / reference.norm()).item()
-
-
-def _timed(device: torch.device, run) -> tuple[Any, float]:
+def _timed(device: torch.device, run: Callable[[], Tensor]) -> tuple[Tensor, float]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

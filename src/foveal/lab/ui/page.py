@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from foveal.lab.data.windows import SAMPLE_CLIPS, sample_clip
-from foveal.lab.ui.scene import Scene, Sheet, View, demo_scene, view
+from foveal.lab.pipelines import LoadedPipeline
+from foveal.lab.ui.scene import Scene, Sheet, View, clip_scene, view
 from foveal.methods.base import METHODS, Config, method_of
+from foveal.models.shipped import shipped_clips
 
 EXPLANATION = (
     "Click a token. **Bright** tokens it reads exactly, **dim** ones through the global branch (SLA's linear branch, "
@@ -30,7 +31,7 @@ class State:
         scene: the video and its attention.
         sheet: the scene's frames, arranged in one picture.
         token: the token that was clicked last.
-        clip: the name of the sample clip that is open; None for a video of the visitor's, or a pipeline's.
+        clip: the name of the shipped clip that is open; None for a video of the visitor's, or a pipeline's.
         video: the file that is open; None for a pipeline's scene.
     """
 
@@ -92,24 +93,23 @@ def facts(seen: View, state: State, layer: str, head: int) -> str:
     return f"**{state.scene.title}**\n\n| | |\n|---|---|\n{lines}"
 
 
-def build_page(folder: Path, scene: Scene | None = None) -> Any:
+def build_page(loaded: LoadedPipeline, size: tuple[int, int, int], scene: Scene | None = None) -> Any:
     """The gradio application.
 
     Args:
-        folder: what `foveal demo` wrote; its model looks at the clips.
-        scene: show this one instead (a pipeline's), without a choice of clips.
-
-    Raises:
-        FileNotFoundError: a folder without the demo's model.
+        loaded: the pipeline whose model looks at the clips.
+        size: (frames, height, width) in pixels that it looks at.
+        scene: show this one instead, without a choice of clips.
     """
     import gradio as gr
 
-    clips, offered = list(SAMPLE_CLIPS), list(presets())
+    files = {clip.name: clip.file for clip in shipped_clips("held-out")}
+    clips, offered = list(files), list(presets())
     if scene is not None:
         first = new_state(scene)
     else:
-        video = sample_clip(clips[0])
-        first = new_state(demo_scene(folder, video, noise_level=0.5), clip=clips[0], video=video)
+        video = files[clips[0]]
+        first = new_state(clip_scene(loaded, video, size=size, noise_level=0.5), clip=clips[0], video=video)
 
     def slider(low: float, high: float, **options: Any) -> Any:
         """A slider whose number may be outside of the range while it is typed, where gradio's shows an error."""
@@ -137,7 +137,7 @@ def build_page(folder: Path, scene: Scene | None = None) -> Any:
     def opened(state: State, clip: str | None, video: Path, noise: float, window: float) -> State:
         """The state with this video; with a warning, the state as it was where the video cannot be read."""
         try:
-            scene = demo_scene(folder, video, noise_level=noise, window=window / 100)
+            scene = clip_scene(loaded, video, size=size, noise_level=noise, window=window / 100)
         except (ValueError, FileNotFoundError) as error:
             gr.Warning(str(error))
             return state
@@ -148,13 +148,13 @@ def build_page(folder: Path, scene: Scene | None = None) -> Any:
         return state, state.clip, None if state.clip is not None else str(state.video)
 
     def open_clip(state: State, clip: str, noise: float, window: float):
-        return sources(opened(state, clip, sample_clip(clip), noise, window))
+        return sources(opened(state, clip, files[clip], noise, window))
 
     def open_upload(state: State, upload: str, noise: float, window: float):
         return sources(opened(state, None, Path(upload), noise, window))
 
     def close_upload(state: State, noise: float, window: float):
-        return sources(opened(state, clips[0], sample_clip(clips[0]), noise, window))
+        return sources(opened(state, clips[0], files[clips[0]], noise, window))
 
     def move(state: State, noise: float, window: float):
         return opened(state, state.clip, state.video, noise, window)

@@ -5,7 +5,6 @@ Shape legend: H heads, L tokens of the grid, N keys (the grid's and then text), 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.lab.data.windows import ClipWindows, read_video, to_frames
-from foveal.lab.demo.settings import DemoSettings
-from foveal.lab.demo.task import predict
+from foveal.lab.data.windows import read_video, to_model_range
 from foveal.lab.inspect.capture import token_labels
 from foveal.lab.inspect.probe import watch
 from foveal.lab.inspect.statistics import sample
-from foveal.lab.pipelines import step_callback
+from foveal.lab.pipelines import encode_text, encode_video, step_callback
+from foveal.lab.train.model import velocity
 from foveal.lab.train.objective import add_noise
 from foveal.layout import VideoGrid
 from foveal.methods.base import Config, method_of
@@ -28,6 +26,8 @@ from foveal.methods.cost import attention_cost
 
 # Query tokens sampled for a head's error and recall.
 SAMPLED_TOKENS = 96
+# (frames, height, width) of a scene where neither the user nor the model says one: a large model's own takes minutes.
+SMALL = (17, 240, 416)
 BRIGHTNESS = {1: 1.0, 0: 0.42, -1: 0.10}
 
 
@@ -69,56 +69,83 @@ class View:
     work: float
 
 
-def demo_scene(folder: Path, video: Path, *, noise_level: float, window: float = 0.5, seed: int = 0) -> Scene:
-    """The demo's model, denoising a window of a clip.
+def clip_scene(
+    loaded: Any, video: Path, *, size: tuple[int, int, int], noise_level: float, window: float = 0.5, seed: int = 0
+) -> Scene:
+    """A video model, denoising a window of a clip, without a caption.
 
     Args:
-        folder: what `foveal demo` wrote.
+        loaded: a Wan pipeline from `foveal.lab.pipelines.load_pipeline`.
         video: any video file.
+        size: (frames, height, width) in pixels of the window.
         noise_level: sigma in (0, 1).
         window: the place in the clip, from 0 to 1.
         seed: the seed of the noise.
 
     Raises:
-        FileNotFoundError: the folder has no demo model, or the video does not exist.
+        FileNotFoundError: the video does not exist.
         ValueError: the video cannot be decoded or is too short, or the noise level is out of range.
     """
-    from diffusers import WanTransformer3DModel
-
-    folder = Path(folder)
-    if not (folder / "model" / "config.json").is_file() or not (folder / "results.json").is_file():
-        raise FileNotFoundError(f"{folder} has no demo model; `foveal demo --output {folder}` makes one")
     if not 0.0 < noise_level < 1.0:
         raise ValueError(f"noise_level must be above 0 and below 1, got {noise_level}")
-    settings = DemoSettings(**json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"])
-    clip = read_video(video, height=settings.height, width=settings.width)
-    windows = ClipWindows(clip, frames=settings.frames, stride=settings.stride)
-    last = windows.held_out_starts[-1]
-    frames = windows.window(round(min(max(window, 0.0), 1.0) * last))[None]
-    model = WanTransformer3DModel.from_pretrained(folder / "model").eval()
-    sigma = torch.full((1,), noise_level)
-    noise = torch.randn(frames.shape, generator=torch.Generator().manual_seed(seed))
-    noisy, _ = add_noise(frames, noise, sigma)
+    frames, height, width = size
+    clip = read_video(video, height=height, width=width)
+    if len(clip) < frames:
+        raise ValueError(f"{Path(video).name} has {len(clip)} frames, but {frames} are needed")
+    start = round(min(max(window, 0.0), 1.0) * (len(clip) - frames))
+    shown = clip[start : start + frames]
+    latents = encode_video(loaded, to_model_range(shown)[None]).float()
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
+    sigma = torch.full((1,), noise_level, device=latents.device)
+    noisy, _ = add_noise(latents, noise, sigma)
+    model, text = loaded.pipe.transformer, encode_text(loaded, [""])
     layers: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def look(component, layer, progress, query, key, value, grid) -> None:
-        layers[layer] = (query, key, value)
+        layers[layer] = tuple(x.float().cpu() for x in (query, key, value))
 
     with torch.no_grad():
-        watch(model, lambda: predict(model, noisy, sigma, frames[:, :, :1]), look)
-    shown = to_frames(frames[0]).permute(0, 2, 3, 1).contiguous()
-    return Scene(f"{Path(video).name}, noise level {noise_level:g}", shown, settings.grid, layers)
+        watch(model, lambda: velocity(model, noisy.to(model.dtype), sigma, text), look)
+    grid = loaded.sizes.grid(frames, height, width)
+    pictures = shown.permute(0, 2, 3, 1)[_middles(grid, frames)].contiguous()
+    return Scene(f"{Path(video).name}, noise level {noise_level:g}", pictures, grid, layers)
 
 
-def check_request(loaded: Any, *, step: int, size: tuple[int, int, int], num_inference_steps: int) -> None:
+def _middles(grid: VideoGrid, frames: int) -> Tensor:
+    """Which of the pixel frames to show for each of the grid's, that of the middle of those that it stands for."""
+    return ((torch.arange(grid.frames) + 0.5) * frames / grid.frames).long()
+
+
+def scene_size(loaded: Any, size: tuple[int | None, int | None, int | None]) -> tuple[int, int, int]:
+    """(frames, height, width) in pixels: as asked for, else the model's own if it ships one, else a small one."""
+    names = ("num_frames", "height", "width")
+    own = [loaded.defaults.get(name, small) for name, small in zip(names, SMALL, strict=True)]
+    return tuple(default if asked is None else asked for asked, default in zip(size, own, strict=True))
+
+
+def check_request(
+    loaded: Any,
+    prompt: str | None,
+    *,
+    step: int,
+    size: tuple[int | None, int | None, int | None],
+    num_inference_steps: int,
+) -> None:
     """Check the request for a scene against a pipeline or its outline.
 
+    Args:
+        loaded: the pipeline.
+        prompt: to generate from; None looks at clips.
+        step, size, num_inference_steps: as in `pipeline_scene`; None in a size takes `scene_size`'s.
+
     Raises:
-        ValueError: as in `pipeline_scene`.
+        ValueError: a pipeline that cannot look at clips, and as in `pipeline_scene`.
     """
+    if prompt is None and loaded.kind.family != "wan":
+        raise ValueError(f"only Wan pipelines look at clips, {loaded.source} is a {loaded.kind.name}; give a prompt")
     if not 0 <= step < num_inference_steps:
         raise ValueError(f"step must be in [0, {num_inference_steps}), got {step}")
-    loaded.sizes.check(*size)
+    loaded.sizes.check(*scene_size(loaded, size))
 
 
 def pipeline_scene(
@@ -145,7 +172,7 @@ def pipeline_scene(
     Raises:
         ValueError: the pipeline does not take this size, or the schedule does not have this step.
     """
-    check_request(loaded, step=step, size=size, num_inference_steps=num_inference_steps)
+    check_request(loaded, prompt, step=step, size=size, num_inference_steps=num_inference_steps)
     arguments = dict(zip(("num_frames", "height", "width"), size, strict=True))
     if loaded.kind.is_image:
         del arguments["num_frames"]
@@ -172,8 +199,7 @@ def pipeline_scene(
 
     watch(loaded.pipe, run, look, steps=(step,))
     video = (made[0].float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-    # A frame of the grid stands for several pixel frames, and the middle one is shown.
-    places = ((torch.arange(grids[0].frames) + 0.5) * len(video) / grids[0].frames).long()
+    places = _middles(grids[0], len(video))
     return Scene(f"{prompt}, step {step} of {num_inference_steps}", video[places], grids[0], layers)
 
 
@@ -182,7 +208,7 @@ def view(scene: Scene, config: Config, *, layer: str, head: int, token: tuple[in
     """What a token sees under a configuration.
 
     Args:
-        scene: from `demo_scene` or `pipeline_scene`.
+        scene: from `clip_scene` or `pipeline_scene`.
         config: an `SLAConfig` or `VSAConfig`.
         layer: a name in `scene.layers`.
         head: the head's index, from 0.

