@@ -1,0 +1,87 @@
+"""The scripts that make the model in the box: encoding in two calls, given frames, and what a checkpoint keeps."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+SCRIPTS = Path(__file__).parents[1] / "benchmarks" / "tiny"
+NAMES = ("common", "model", "train_transformer", "train_vae", "make")
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import common
+    import make
+    import model
+    import train_transformer
+
+    yield {"common": common, "make": make, "model": model, "train": train_transformer}
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+def test_two_calls_of_the_vae_are_as_good_as_many(scripts):
+    torch.manual_seed(0)
+    vae = scripts["model"].build_vae().eval()
+    video = torch.rand(1, 3, 13, 32, 48) * 2 - 1
+    with torch.no_grad():
+        moments = scripts["model"].encode(vae, video)
+        torch.testing.assert_close(moments, vae.encode(video).latent_dist.parameters, rtol=1e-4, atol=1e-5)
+        latents = moments.chunk(2, 1)[0]
+        decoded = scripts["model"].decode(vae, latents).clamp(-1, 1)
+        torch.testing.assert_close(decoded, vae.decode(latents).sample, rtol=1e-4, atol=1e-5)
+    assert moments.shape == (1, 32, 4, 4, 6)
+
+
+def test_a_given_frame_is_clean_and_has_timestep_zero(scripts):
+    clean, noise = torch.randn(2, 2, 16, 3, 4, 6)
+    given = torch.tensor([True, False])
+    noisy, timesteps, mask = scripts["train"].noisy(clean, noise, torch.tensor([0.5, 0.25]), given)
+    assert torch.equal(noisy[0, :, 0], clean[0, :, 0])
+    assert timesteps.tolist() == [[0.0] * 6 + [500.0] * 12, [250.0] * 18]
+    assert mask[:, 0, :, 0, 0].tolist() == [[0, 1, 1], [1, 1, 1]]
+
+
+def test_mirrored_captions_turn_the_other_way(scripts):
+    mirrored = scripts["common"].mirrored
+    assert mirrored("turning left, then right") == "turning right, then left"
+    assert mirrored("walking forward") == "walking forward"
+
+
+def test_every_word_has_a_number_and_others_are_unknown(scripts):
+    words = scripts["model"].vocabulary(["first-person view of a cave, turning left", ""])
+    tokenizer = scripts["model"].build_tokenizer(words)
+    ids = tokenizer("A cave, and a dragon").input_ids
+    assert [list(words)[index] for index in ids] == ["a", "cave", ",", "<unk>", "a", "<unk>", "</s>"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_goes_on_from_a_checkpoint(scripts, tmp_path, optimizer):
+    def run():
+        torch.manual_seed(0)
+        model, average = torch.nn.Sequential(), torch.nn.Linear(4, 4)
+        model.add_module("blocks", torch.nn.Linear(4, 4))
+        found = scripts["train"].optimizers(model, optimizer, 1e-2)
+        return model, average, found, scripts["train"].Checkpoint(tmp_path / "run.safetensors", model, average, found)
+
+    def step(model, found):
+        model(torch.ones(2, 4)).square().mean().backward()
+        for each in found:
+            each.step()
+            each.zero_grad()
+
+    model, _, found, checkpoint = run()
+    assert checkpoint.load() == 0
+    step(model, found)
+    checkpoint.save(1)
+    step(model, found)
+    again, _, found, checkpoint = run()
+    assert checkpoint.load() == 1
+    step(again, found)
+    for expected, value in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(expected, value)
