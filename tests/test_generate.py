@@ -466,6 +466,10 @@ def test_choices_on_the_command_line():
     labels = {choose_sparse(None, "vsa", keep_ratio=r, drop_ratio=None, impl="torch").label for r in (0.25, 0.5)}
     assert len(labels) == 2
     assert choice.label in labels
+    rule = {"keep_ratio": 0.1, "score": "log_sum_exp", "keep_mass": 0.5, "max_keep_ratio": 0.3}
+    assert choose_sparse(None, "sla", impl="auto", drop_ratio=None, **rule).config == SLAConfig(**rule)
+    with pytest.raises(ValueError, match="give --method with keep_mass"):
+        choose_sparse(None, None, impl="auto", keep_mass=0.5)
 
 
 def test_commands_of_the_page_run(wan, tmp_path, monkeypatch):

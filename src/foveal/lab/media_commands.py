@@ -109,6 +109,12 @@ class _Generation(Command):
     """The share of key blocks that --method reads exactly."""
     drop_ratio: float | None = None
     """The share of key blocks that --method does not read at all, if it drops any."""
+    score: str | None = None
+    """What --method ranks blocks by: mean, or log_sum_exp over their quarters."""
+    keep_mass: float | None = None
+    """Keep further blocks, until those kept have this share of the softmax of their row's scores."""
+    max_keep_ratio: float | None = None
+    """The most that --keep-mass may keep."""
     impl: str = "auto"
     """The implementation of the sparse attention."""
     frames: int | None = None
@@ -143,7 +149,14 @@ class _Generation(Command):
             raise ValueError("give --prompt or --prompt-file, one of them")
         prompts = list(self.prompt) or read_prompts(self.prompt_file)
         sparse = choose_sparse(
-            self.sparse, self.method, keep_ratio=self.keep_ratio, drop_ratio=self.drop_ratio, impl=self.impl
+            self.sparse,
+            self.method,
+            impl=self.impl,
+            keep_ratio=self.keep_ratio,
+            drop_ratio=self.drop_ratio,
+            score=self.score,
+            keep_mass=self.keep_mass,
+            max_keep_ratio=self.max_keep_ratio,
         )
         device = choose_device(self.device)
         dtype = choose_dtype(self.dtype, device)

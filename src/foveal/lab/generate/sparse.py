@@ -104,30 +104,33 @@ class SparseChoice:
                 )
 
 
-def choose_sparse(
-    path: Path | None, method: str | None, *, keep_ratio: float | None, drop_ratio: float | None, impl: str
-) -> SparseChoice | None:
+def choose_sparse(path: Path | None, method: str | None, *, impl: str, **fields: Any) -> SparseChoice | None:
     """The choice that command line options make; None for dense.
+
+    Args:
+        path: trained sparse weights.
+        method: the name of a method, without any.
+        impl: see `block_sparse_attention`.
+        fields: of the method's configuration, None for those that were not given.
 
     Raises:
         FileNotFoundError: no such folder or checkpoint.
-        ValueError: options that exclude each other, an unknown method, a ratio that it does not have or that is out
+        ValueError: options that exclude each other, an unknown method, a field that it does not have or that is out
             of its range, or a folder or checkpoint of no known format.
     """
-    ratios = {"keep_ratio": keep_ratio, "drop_ratio": drop_ratio}
-    ratios = {name: value for name, value in ratios.items() if value is not None}
-    if path is not None and (method is not None or ratios):
+    given = {name: value for name, value in fields.items() if value is not None}
+    if path is not None and (method is not None or given):
         raise ValueError("sparse weights have their own method and ratios: give --sparse, or --method and ratios")
     if path is not None:
         choice = SparseChoice(path=Path(local_path(path.as_posix())), impl=impl)
         choice.check()
         return choice
     if method is None:
-        if ratios:
-            raise ValueError(f"give --method with {' and '.join(ratios)}; expected one of {', '.join(METHODS)}")
+        if given:
+            raise ValueError(f"give --method with {' and '.join(given)}; expected one of {', '.join(METHODS)}")
         return None
     check_choice("method", method, tuple(METHODS))
-    return SparseChoice(config=METHODS[method].configure(**ratios), impl=impl)
+    return SparseChoice(config=METHODS[method].configure(**given), impl=impl)
 
 
 def configs_of(pipe: Any) -> list[Config]:
