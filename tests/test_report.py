@@ -264,6 +264,26 @@ def test_compiled_blocks_are_counted_without_another_graph(config):
         at(model, 100)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_compiled_training_with_checkpoints_takes_no_notes(whole):
+    """Dynamo takes no side effects in a checkpoint that is part of a graph."""
+    model = sparse().train()
+    foveal.set_policy(model, Policy(dense_layers=(1,)))
+    model.enable_gradient_checkpointing()
+    torch._dynamo.reset()
+    if whole:
+        compiled = torch.compile(model, backend="aot_eager")
+    else:
+        compiled = model
+        model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        run(compiled).square().sum().backward()
+    if not whole:
+        layers = [(row.forwards, row.ran.impl, row.ran.layers) for row in foveal.report(model).rows]
+        assert layers == [(2, "", ("blocks.0.attn1",)), (2, "dense", ("blocks.1.attn1",))]
+    assert model.blocks[0].attn1.processor.attention.ran is None
+
+
 def test_a_whole_compiled_model_tells_its_latest_forward():
     model = sparse()
     torch._dynamo.reset()

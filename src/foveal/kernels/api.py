@@ -36,6 +36,12 @@ class Ran(NamedTuple):
 # Why a call on a GPU's kernels may be slower than others, in `Ran`.
 SLOW_SELECTION = "the blocks are chosen in PyTorch: the kernels that choose take neither this rule nor these inputs"
 
+
+def may_note() -> bool:
+    """Whether a call may leave a note of what it ran. A checkpoint in a graph takes none, and comes with gradients."""
+    return not (torch.compiler.is_compiling() and torch.is_grad_enabled())
+
+
 _AS_ASKED = {name: Ran(name) for name in IMPLS[1:]}
 # What the registers of one program hold: at 64 tokens a block, a million keys.
 _KERNEL_MAX_BLOCKS = 16384

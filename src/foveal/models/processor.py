@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from foveal.checks import check_choice
+from foveal.kernels.api import may_note
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Config, method_of
 from foveal.models.context_parallel import Shards, check_parallel_config, receive_gates, send_gates, shards_of
@@ -128,7 +129,8 @@ class SparseAttentionProcessor(nn.Module):
             phase = Phase.from_text(call.phase_text) if torch.compiler.is_compiling() else call.phase
         if phase.dense or self.held_dense:
             output = self.original(attn, *args, **kwargs)
-            self.record.ran = HELD_DENSE if self.held_dense else DENSE
+            if may_note():
+                self.record.ran = HELD_DENSE if self.held_dense else DENSE
             # The switch takes the method out of a forward; a policy makes it a part that does nothing this time.
             by_policy = call is not None and call.grid is not None
             hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -177,7 +179,8 @@ class SparseAttentionProcessor(nn.Module):
         if shards is not None:
             gates = receive_gates(gates, tokens, shards)
         output = method.run(self.attention, query, key, value, hidden_states, tokens, kv_lengths, config, gates)
-        self.record.ran = getattr(self.attention, "ran", UNTOLD)
+        if may_note():
+            self.record.ran = getattr(self.attention, "ran", UNTOLD)
         return output
 
     def extra_repr(self) -> str:

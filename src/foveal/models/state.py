@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from foveal.kernels.api import Ran
 from foveal.layout import PlannedGrid, TokenLayout, VideoGrid
 from foveal.methods.base import Config, method_of
 from foveal.models.families.table import FAMILIES
-from foveal.models.record import SWITCHED_OFF, Forward, ForwardRecord, LayerRecord
+from foveal.models.record import HELD_DENSE, SWITCHED_OFF, UNTOLD, Forward, ForwardRecord, LayerRecord
 
 
 class Phase(NamedTuple):
@@ -209,12 +210,20 @@ class ForwardState:
             grid=None if call.grid is None else call.grid.shape,
             packed=call.layout is not None,
             phase=call.phase,
-            ran=() if call.phase.dense else tuple([layer.ran for layer in layers]),
+            ran=() if call.phase.dense else self._ran(),
         )
         for layer in layers:
             layer.ran = None
         if succeeded:
             self.record.add(forward, self.layers)
+
+    def _ran(self) -> tuple[Ran | None, ...]:
+        """What each layer ran; None for those that were not reached."""
+        if not torch.is_grad_enabled():
+            return tuple([layer.ran for layer in self.layers.values()])
+        # Compiled blocks with gradients leave no notes.
+        untold = ((layer.ran, HELD_DENSE if name in self.held else UNTOLD) for name, layer in self.layers.items())
+        return tuple([otherwise if ran is None else ran for ran, otherwise in untold])
 
     # A graph that counted would be another one for each count.
     _note._torchdynamo_disable = True

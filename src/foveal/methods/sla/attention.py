@@ -23,6 +23,7 @@ from foveal.kernels.api import (
     block_sparse_attention,
     choose_impl,
     fits_kernel,
+    may_note,
     select_blocks,
     validate_selection,
 )
@@ -343,7 +344,8 @@ class SparseLinearAttention(nn.Module):
         proj: weight [D, D] and bias [D], shared by the heads, float32, zero at the start, so that the module first
             equals block-sparse attention; None without a projection or linear branch. That its weight starts at zero
             is no bug: its gradient does not, and the linear branch grows in.
-        ran: what the last call ran (`Ran`: `impl`, and `why` if that is slower than asked); None before.
+        ran: what the last call ran (`Ran`: `impl`, and `why` if that is slower than asked); None before. Compiled
+            calls with gradients leave it.
         feature_weight: [D, D], the identity at the start, for feature_map "hedgehog"; else None.
     """
 
@@ -382,7 +384,9 @@ class SparseLinearAttention(nn.Module):
         weight, bias = (None, None) if self.proj is None else self.proj()
         weights, where = (weight, bias, self.feature_weight), (grid, layout, protected_keys, kv_lengths)
         config = self.config if config is None else config
-        output, self.ran = _attend(query, key, value, config, selection, weights, where, None, self.impl)
+        output, ran = _attend(query, key, value, config, selection, weights, where, None, self.impl)
+        if may_note():
+            self.ran = ran
         return output
 
     @staticmethod

@@ -17,7 +17,7 @@ from foveal.checks import (
     validate_qkv,
     without_autocast,
 )
-from foveal.kernels.api import IMPLS, SLOW_SELECTION, Ran, choose_impl
+from foveal.kernels.api import IMPLS, SLOW_SELECTION, Ran, choose_impl, may_note
 from foveal.kernels.choice import block_scores
 from foveal.kernels.dense import dense_attention
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
@@ -249,7 +249,8 @@ class VideoSparseAttention(nn.Module):
     Attributes:
         to_gate_coarse: Linear(hidden_dim, H * D), zero at the start, so that a retrofitted layer first equals its
             fine branch.
-        ran: what the last call ran (`Ran`: `impl`, and `why` if that is slower than asked); None before.
+        ran: what the last call ran (`Ran`: `impl`, and `why` if that is slower than asked); None before. Compiled
+            calls with gradients leave it.
         to_gate_fine: the same for the fine branch, the constant 1 at the start; None unless config.fine_gate, and
             the gate is then fixed at 1.
     """
@@ -316,7 +317,9 @@ class VideoSparseAttention(nn.Module):
             raise ValueError("gates stand in for hidden_states; give one of them")
         config = self.config if config is None else config
         where = grid, layout, kv_lengths
-        output, self.ran = _attend(query, key, value, config, gates, selection, where, None, self.impl)
+        output, ran = _attend(query, key, value, config, gates, selection, where, None, self.impl)
+        if may_note():
+            self.ran = ran
         return output
 
     @staticmethod
