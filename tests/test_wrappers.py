@@ -1,5 +1,7 @@
 """What other libraries do to a model with sparse layers: offloading by a device map, DDP, adapters by short names."""
 
+import warnings
+
 import peft
 import pytest
 import torch
@@ -65,6 +67,16 @@ def test_adapters_whose_targets_end_like_our_modules(config, targets):
     assert not any("lora" in name and "attention.proj" in name for name, _ in model.named_parameters())
     assert adapter.exclude_modules is None
     run(model)
+
+
+@CONFIGS
+def test_adapters_that_are_far_from_our_modules_exclude_nothing(config):
+    """peft warns of exclusions that meet no module."""
+    model = sparsify(tiny_transformer(), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"]))
+    assert model.peft_config["default"].exclude_modules is None
 
 
 @pytest.mark.parametrize("config", [SPARSE_SLA, VSAConfig(tile=(2, 2, 4), fine_gate=True)], ids=["sla", "vsa"])

@@ -93,9 +93,17 @@ class SparseModelMixin:
     def add_adapter(self, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
         """As diffusers does, and leaves our projections alone, which a target named "proj" would mean by chance."""
         if getattr(adapter_config, "exclude_modules", False) is None:
+            from peft.tuners.tuners_utils import check_target_module_exists
+
+            modules = dict(self.named_modules())
             ours = [f"{name}.{PROCESSOR}.attention.proj" for name in sparse_processors(self)]
-            adapter_config = copy.copy(adapter_config)
-            adapter_config.exclude_modules = ours
+            ours = [name for name in ours if name in modules]
+            if adapter_config.target_modules != "all-linear":
+                # peft warns of exclusions that no target meets.
+                ours = [name for name in ours if check_target_module_exists(adapter_config, name)]
+            if ours:
+                adapter_config = copy.copy(adapter_config)
+                adapter_config.exclude_modules = ours
         super().add_adapter(adapter_config, *args, **kwargs)
 
     @contextlib.contextmanager
