@@ -128,7 +128,8 @@ def map_figure(name: str, block_map: dict[str, Any], clip: Tensor) -> Figure:
     latent_frames = heads[0].shape[0]
     # A token's frame stands for several frames of the clip, and their middle is shown.
     places = ((torch.arange(latent_frames) + 0.5) * len(clip) / latent_frames).long()
-    frames = clip[places].permute(0, 2, 3, 1).float() / 255
+    # Brighter than they are, since the rest of the figure darkens them.
+    frames = (clip[places].permute(0, 2, 3, 1).float() / 255) ** 0.6
     shown = (time - 2, time, time + 2)
     patch = frames.shape[1] // heads[0].shape[1]
     square = 2.6

@@ -54,7 +54,8 @@ class Task:
         self.held_out = self._samples(held_out)
         self.training = self._samples(shipped_clips("train")[: settings.training_clips])
         self.dense: nn.Module = self.loaded.pipe.transformer
-        self.pipe: Any = WanImageToVideoPipeline.from_pipe(self.loaded.pipe)
+        parts = {**self.loaded.pipe.components, "image_encoder": None, "image_processor": None}
+        self.pipe: Any = WanImageToVideoPipeline(**parts, expand_timesteps=True)
         self.pipe.set_progress_bar_config(disable=True)
         self.shift = scheduler_shift(dict(self.loaded.pipe.scheduler.config))
 
