@@ -302,8 +302,8 @@ def test_missing_packages_are_named(wan, tmp_path, monkeypatch, capsys):
     for arguments, extra, missing in (
         (["train", "tiny"], "train", "accelerate"),
         (["inspect", "--model", str(wan), "--prompt", "a cat"], "generate", "transformers"),
-        (["ui"], "ui", "gradio, av"),
-        (["demo"], "demo", "av, matplotlib"),
+        (["ui"], "ui", "gradio, transformers, av"),
+        (["demo"], "demo", "transformers, av, matplotlib"),
     ):
         assert cli.main(arguments) == 2
         assert capsys.readouterr().err == f"foveal: this command needs {missing}: {how_to_install(extra)}\n"

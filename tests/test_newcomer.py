@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -59,6 +60,11 @@ def foveal(monkeypatch, tmp_path, capsys):
     """Runs the command in this process and in the test's folder, and returns its exit status and standard error."""
     monkeypatch.chdir(tmp_path)
     main = getattr(importlib.import_module(MODULE), FUNCTION)
+    if importlib.util.find_spec("accelerate") is not None:
+        from accelerate.state import AcceleratorState
+
+        # A training of another test in this process would set the precision of this one.
+        AcceleratorState._reset_state(reset_partial_state=True)
 
     def call(*arguments) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["foveal", *map(str, arguments)])

@@ -59,7 +59,9 @@ def test_pipeline_round_trip(tmp_path, warnings_of_diffusers):
     for cls in (diffusers.WanPipeline, diffusers.DiffusionPipeline):
         other = cls.from_pretrained(tmp_path, **NO_TEXT)
         assert isinstance(other.transformer, diffusers.WanTransformer3DModel)
-        assert summary(other).title() == summary(pipeline).title().replace(grid, "")
+        # The layers and the policy, without what the first pipeline's forwards ran.
+        title = "\n".join(summary(pipeline).title().splitlines()[:2])
+        assert summary(other).title() == title.replace(grid, "")
         for part in ("transformer", "transformer_2"):
             same_weights(getattr(pipeline, part), getattr(other, part))
         assert get_policy(other) == get_policy(pipeline)
