@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +95,37 @@ def test_generate_takes_its_names(tmp_path):
     assert all(record["settings"]["model"] == TINY for record in records)
     assert all(record["settings"]["model_fingerprint"] for record in records)
     assert all(record["settings"]["guidance_scale"] == 2.0 for record in records)
+
+
+def test_eval_takes_its_names(tmp_path):
+    pytest.importorskip("tyro")
+    pytest.importorskip("torchmetrics")
+    arguments = ["eval", "--model", TINY, "--prompt", PROMPT, "--output", str(tmp_path / "report"), "--steps", "1"]
+    assert cli.main([*arguments, *SIZE, "--sparse", "foveal/tiny-sla", "--device", "cpu"]) == 0
+    assert (tmp_path / "report" / "index.html").is_file()
+
+
+def test_figures_of_its_page_are_those_of_its_runs():
+    root = Path(__file__).parents[1]
+    page, runs = (root / "docs" / "tiny.md").read_text(), root / "benchmarks" / "results" / "tiny"
+    vae = json.loads((runs / "vae.json").read_text())
+    assert f"{vae['steps']:,} steps of 8 windows" in page
+    assert f"clips: {vae['psnr']:.1f} dB" in page
+    losses = {line["step"]: line["text"] for line in map(json.loads, (runs / "transformer.jsonl").open())}
+    shown = [f"{losses[step]:.4f}" for step in (1000, 15000, max(losses))]
+    assert f"{shown[0]} after 1,000 steps,\n   {shown[1]} after 15,000, and {shown[2]} at the end" in page
+    assert f"**Transformer**: {max(losses):,} steps" in page
+    lines = [line for line in map(json.loads, (runs / "sla-adapter.jsonl").open()) if "held_out/sparse" in line]
+    dense, steps = lines[0]["held_out/dense"], [line["step"] for line in lines]
+    assert steps[-1] == 400
+    rows = [("dense", "100%", dense), ("SLA, no training", "10%", lines[0]["held_out/sparse"])]
+    rows += [("SLA adapter", "10%", lines[-1]["held_out/sparse"])]
+    said = dict(re.findall(r"step (\d+): held-out loss sparse ([\d.]+)", (runs / "vsa-adapter.log").read_text()))
+    rows += [("VSA, no training", "12.5%", float(said["0"]))]
+    rows += [("VSA, 300 of 400 steps of the same recipe", "12.5%", float(said["300"]))]
+    for name, kept, loss in rows:
+        against = "" if name == "dense" else f" {100 * (loss / dense - 1):+.1f}%"
+        assert f"| {name} | {kept} | {loss:.4f} |{against} |" in page
 
 
 def test_inspect_takes_its_name(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def mirrored(caption: str) -> str:
 
 def autocast() -> torch.autocast:
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda")
+
+
+def machine(commit: str | None) -> dict[str, str | None]:
+    """Where a run takes place, for its record."""
+    device = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else platform.machine()
+    return {"device": device, "torch": torch.__version__, "commit": commit}
 
 
 def write(tensors: dict[str, Tensor], file: Path) -> None:

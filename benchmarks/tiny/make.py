@@ -3,14 +3,16 @@
     python benchmarks/quality/clips.py --output WORK/clips
     python benchmarks/tiny/make.py vae --work WORK --seconds 200
     python benchmarks/tiny/make.py latents --work WORK
-    python benchmarks/tiny/make.py transformer --work WORK --steps 12000
+    python benchmarks/tiny/make.py transformer --work WORK --steps 17400
     python benchmarks/tiny/make.py pipeline --work WORK --output FOLDER
     python benchmarks/tiny/make.py shards --work WORK --pipeline FOLDER --output WORK/shards
     foveal train tiny-sla --model.path FOLDER --data.folder WORK/shards --output WORK/sla
-    python benchmarks/tiny/make.py ship --work WORK --pipeline FOLDER --output src/foveal/models/shipped_files
+    python benchmarks/tiny/make.py ship --work WORK --pipeline FOLDER --output WORK/shipped_files
     python benchmarks/tiny/make.py samples --work WORK --pipeline FOLDER --output PICTURES
 
-`transformer` stops after `--seconds` with a checkpoint, and the same command goes on from it.
+`transformer` stops after `--seconds` with a checkpoint, and the same command goes on from it. What `ship` writes takes
+the place of src/foveal/models/shipped_files. What a run measured is in WORK/vae.json and WORK/transformer.jsonl; those
+of the model that ships are in benchmarks/results/tiny.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ def write_pipeline(work: Path, name: str, output: Path) -> None:
 
 
 def ship(work: Path, pipeline: Path, output: Path) -> None:
-    """The folder of the package: the pipeline, its adapter in bfloat16, and a few clips with their latents."""
+    """A new folder for the package: the pipeline, its adapter in bfloat16, and a few clips with their latents."""
+    output.mkdir(parents=True)
     shutil.copytree(pipeline, output / SHIPPED["foveal/tiny"])
     trained, adapter = work / "sla" / "export", output / SHIPPED["foveal/tiny-sla"]
     shutil.copytree(trained / "sparse", adapter / "sparse")
@@ -193,7 +196,8 @@ def main() -> None:
     parser.add_argument("--pipeline", type=Path)
     parser.add_argument("--name", default="transformer")
     parser.add_argument("--seconds", type=float, default=math.inf)
-    parser.add_argument("--steps", type=int, default=15000)
+    parser.add_argument("--steps", type=int, default=17400)
+    parser.add_argument("--commit", help="the commit of this tree, for the record")
     parser.add_argument("--sampling-steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--vae-batch", type=int, default=8)
@@ -208,7 +212,12 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     if options.stage == "vae":
         train_vae(
-            work, seconds=options.seconds, batch=options.vae_batch, frames=17, channels_last=options.channels_last
+            work,
+            seconds=options.seconds,
+            batch=options.vae_batch,
+            frames=17,
+            channels_last=options.channels_last,
+            commit=options.commit,
         )
     elif options.stage == "latents":
         write_latents(work)
@@ -221,6 +230,7 @@ def main() -> None:
             batch=options.batch,
             rate=options.rate,
             optimizer=options.optimizer,
+            commit=options.commit,
         )
     elif options.stage == "pipeline":
         write_pipeline(work, options.name, options.output)

@@ -10,7 +10,7 @@ from typing import Any
 
 import model as parts
 import torch
-from common import DEVICE, autocast, write
+from common import DEVICE, autocast, machine, write
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -147,7 +147,7 @@ def batches(data: Data, batch: int, first: int, steps: int) -> Iterator[tuple[Te
 
 
 def train_transformer(
-    work: Path, name: str, *, steps: int, seconds: float, batch: int, rate: float, optimizer: str
+    work: Path, name: str, *, steps: int, seconds: float, batch: int, rate: float, optimizer: str, commit: str | None
 ) -> None:
     data = Data(work)
     torch.manual_seed(0)
@@ -162,6 +162,8 @@ def train_transformer(
         compile_blocks(average, fullgraph=True)
     sums, last = torch.zeros((), device=DEVICE), (time.time(), first)
     log = open(work / f"{name}.jsonl", "a")  # noqa: SIM115
+    how = {"steps": steps, "batch": batch, "rate": rate, "optimizer": optimizer}
+    log.write(json.dumps({"begin": first, **how, **machine(commit)}) + "\n")
 
     def evaluate(step: int) -> None:
         losses = {key: round(value, 5) for key, value in held_out_loss(average, data, batch).items()}

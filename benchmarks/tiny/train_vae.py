@@ -9,7 +9,7 @@ from pathlib import Path
 
 import model as parts
 import torch
-from common import DEVICE, autocast, mirrored, read_clips, to_video, write
+from common import DEVICE, autocast, machine, mirrored, read_clips, to_video, write
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +26,7 @@ def reconstruction_loss(output: Tensor, video: Tensor) -> Tensor:
     return loss
 
 
-def train_vae(work: Path, *, seconds: float, batch: int, frames: int, channels_last: bool) -> None:
+def train_vae(work: Path, *, seconds: float, batch: int, frames: int, channels_last: bool, commit: str | None) -> None:
     torch.manual_seed(0)
     clips, _ = read_clips(work / "clips" / "train")
     clips = torch.from_numpy(clips).to(DEVICE)
@@ -78,7 +78,7 @@ def train_vae(work: Path, *, seconds: float, batch: int, frames: int, channels_l
     psnr = -10 * math.log10(sum(errors) / len(errors))
     print(f"vae: {step} steps, held-out PSNR {psnr:.2f} dB", flush=True)
     write({name: value.float() for name, value in vae.state_dict().items()}, work / "vae.safetensors")
-    (work / "vae.json").write_text(json.dumps({"steps": step, "psnr": psnr, "seconds": seconds}))
+    (work / "vae.json").write_text(json.dumps({"steps": step, "psnr": psnr, "seconds": seconds, **machine(commit)}))
 
 
 @torch.no_grad()
