@@ -187,7 +187,7 @@ def test_the_page_says_what_to_conclude(report):
     price, adapter, here = conclusions(made)
     assert "loss of 0.2000. Untrained, SLA has 0.3000 (+50.0 %) with " in price
     assert "VSA 0.2500 (+25.0 %) with " in price
-    assert adapter.endswith("brings it to 0.2100 (+5.0 %).")
+    assert adapter == "The SLA adapter that comes with foveal brings it to 0.2100 (+5.0 %)."
     assert here == "2 steps here, with a few clips, bring VSA to 0.2400 (+20.0 %)."
     arms[SLA_ADAPTER]["held_out_loss"] = 0.26
     made["expectations"] = demo_run._expectations(arms)

@@ -181,7 +181,7 @@ def conclusions(results: dict[str, Any]) -> list[str]:
         f"Leaving blocks out has a price at first. The dense model has a held-out loss of {dense:.4f}. Untrained, "
         f"SLA has {against(SLA_CONVERTED)} with {work[SLA_CONVERTED]} of the attention arithmetic, and VSA "
         f"{against(VSA_CONVERTED)} with {work[VSA_CONVERTED]}.",
-        f"The SLA adapter that comes with foveal, 400 steps of training, brings it to {against(SLA_ADAPTER)}.",
+        f"The SLA adapter that comes with foveal brings it to {against(SLA_ADAPTER)}.",
         f"{tuning[-1][0]} steps here, with a few clips, bring VSA to {against(VSA_TRAINED)}.",
     ]
     missed = [verdict["expected"] for verdict in results["expectations"] if not verdict["met"]]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from foveal.lab.data.windows import read_video
 from foveal.lab.demo.settings import DemoSettings
-from foveal.lab.pipelines import LoadedPipeline, encode_text, load_pipeline
+from foveal.lab.pipelines import LoadedPipeline, encode_text, load_pipeline, step_callback
 from foveal.lab.train.loop import TrainingRecord, train
 from foveal.lab.train.model import choose_trained, velocity
 from foveal.lab.train.objective import (
@@ -73,10 +73,6 @@ class Task:
 
         self.pipe.transformer = model.eval()
 
-        def end_of_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step()
-            return tensors
-
         with torch.no_grad(), self.autocast():
             video = self.pipe(
                 image=Image.fromarray(self.real[0].permute(1, 2, 0).numpy()),
@@ -85,7 +81,7 @@ class Task:
                 guidance_scale=1.0,
                 generator=torch.Generator().manual_seed(self.settings.seed),
                 output_type="pt",
-                callback_on_step_end=end_of_step,
+                callback_on_step_end=step_callback(on_step),
                 **self.size,
             ).frames[0]
         return (255 * video.float().clamp(0, 1)).round().to(torch.uint8).cpu()
