@@ -84,6 +84,20 @@ def _pool_kernel(
     store_first_row(pooled_ptr + tl.arange(0, D), block_mean(total, size))
 
 
+@triton.jit
+def _products(
+    query_ptrs, key_ptrs, in_rows, in_columns, scale, D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """scale * q k^T of a tile of pooled rows and columns, float32, from pointers to the first feature of each."""
+    scores = tl.zeros([TILE, TILE], tl.float32)
+    for start in range(0, D, 32):
+        feature = start + tl.arange(0, 32)
+        q = tl.load(query_ptrs + feature[None, :], mask=in_rows[:, None], other=0.0) * scale
+        k = tl.load(key_ptrs + feature[:, None], mask=in_columns[None, :], other=0.0)
+        scores = tl.dot(q, k, scores, input_precision=PRECISION)
+    return scores
+
+
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "scale"])
 def _score_kernel(
     query_ptr, key_ptr, score_ptr, query_blocks, key_blocks, scale,
@@ -96,14 +110,10 @@ def _score_kernel(
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     in_rows, in_columns = row < query_blocks, column < key_blocks
-    query_ptr += (pair * query_blocks + row)[:, None] * D
-    key_ptr += (pair * key_blocks + column)[None, :] * D
-    scores = tl.zeros([TILE, TILE], tl.float32)
-    for start in range(0, D, 32):
-        feature = start + tl.arange(0, 32)
-        q = tl.load(query_ptr + feature[None, :], mask=in_rows[:, None], other=0.0) * scale
-        k = tl.load(key_ptr + feature[:, None], mask=in_columns[None, :], other=0.0)
-        scores = tl.dot(q, k, scores, input_precision=PRECISION)
+    scores = _products(
+        query_ptr + (pair * query_blocks + row)[:, None] * D, key_ptr + (pair * key_blocks + column)[None, :] * D,
+        in_rows, in_columns, scale, D, TILE, PRECISION,
+    )  # fmt: skip
     offsets = (pair * query_blocks + row)[:, None] * padded_columns + column[None, :]
     tl.store(score_ptr + offsets, order_preserving(scores), mask=in_rows[:, None])
 
@@ -131,14 +141,10 @@ def _quarter_score_kernel(
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     in_rows, in_columns = row < query_quarters, column < key_quarters
-    query_ptr += (pair * query_quarters + row)[:, None] * D
-    key_ptr += (pair * key_quarters + column)[None, :] * D
-    scores = tl.zeros([TILE, TILE], tl.float32)
-    for start in range(0, D, 32):
-        feature = start + tl.arange(0, 32)
-        q = tl.load(query_ptr + feature[None, :], mask=in_rows[:, None], other=0.0) * scale
-        k = tl.load(key_ptr + feature[:, None], mask=in_columns[None, :], other=0.0)
-        scores = tl.dot(q, k, scores, input_precision=PRECISION)
+    scores = _products(
+        query_ptr + (pair * query_quarters + row)[:, None] * D, key_ptr + (pair * key_quarters + column)[None, :] * D,
+        in_rows, in_columns, scale, D, TILE, PRECISION,
+    )  # fmt: skip
     if HAS_SIZES:
         sizes = size_ptr + ((first_pair + pair) // heads) * size_stride + column
         in_columns = in_columns & (tl.load(sizes, mask=in_columns, other=0) > 0)
