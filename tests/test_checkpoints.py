@@ -5,6 +5,7 @@ import os
 import re
 
 import pytest
+import safetensors
 import torch
 from checkpoint_files import (
     LAYERS,
@@ -122,26 +123,36 @@ def test_fastvideo_ratio_goes_by_the_model_size():
     assert config_for(5120) == VSAConfig(keep_ratio=0.1, tile=(4, 4, 4))
 
 
-def test_fastvideo_rounds_up_and_the_report_says_so(tmp_path):
-    """Its grid here has 2 x 2 x 2 cubes: of a ratio of 0.3, FastVideo keeps 3 and we keep 2."""
+def kept_by(model):
+    with capture_selections(model) as selections:
+        outputs(model, **inputs(latent=(5, 10, 14)))
+    return {count for one in selections.values() for count in one.critical_count.unique().tolist()}
+
+
+def test_a_fastvideo_checkpoint_keeps_as_many_cubes_as_fastvideo(tmp_path):
+    """The grid has 2 x 2 x 2 cubes: of a ratio of 0.3, FastVideo keeps max(1, min(ceil(0.3 * 8), 8)) = 3."""
     path = write(tmp_path / "fast.safetensors", trained().state_dict() | gates())
-    rounding = FORMATS["fastvideo-vsa"].rounding
-    models, kept = {}, {}
-    for name, changes in {"ratio": {"keep_ratio": 0.3}, "topk": {"topk": 3}}.items():
-        models[name] = tiny_transformer(num_layers=LAYERS)
-        report = load_checkpoint(models[name], path, **changes)
-        assert (rounding in str(report).splitlines()[-1]) == (name == "ratio")
-        assert report.changes == changes
-        with capture_selections(models[name]) as selections:
-            outputs(models[name], **inputs(latent=(5, 10, 14)))
-        kept[name] = {count for one in selections.values() for count in one.critical_count.unique().tolist()}
-    assert kept == {"ratio": {2}, "topk": {3}}
-    assert report.config == VSAConfig(topk=3, tile=(4, 4, 4))
-    # What was trained and written here was trained with our rounding.
-    export_checkpoint(models["ratio"], tmp_path / "ours.safetensors", format="fastvideo-vsa")
+    model = tiny_transformer(num_layers=LAYERS)
+    report = load_checkpoint(model, path, keep_ratio=0.3)
+    assert report.config == VSAConfig(keep_ratio=0.3, tile=(4, 4, 4))
+    assert kept_by(model) == {3}
+    export_checkpoint(model, tmp_path / "ours.safetensors", format="fastvideo-vsa")
     report = load_checkpoint(tiny_transformer(num_layers=LAYERS), tmp_path / "ours.safetensors")
     assert report.config == VSAConfig(keep_ratio=0.3, tile=(4, 4, 4))
-    assert rounding not in str(report)
+
+
+def test_an_older_version_of_foveal_wrote_a_checkpoint_that_rounds_down(tmp_path):
+    path = tmp_path / "ours.safetensors"
+    export_checkpoint(sparsify(trained(), VSAConfig(keep_ratio=0.3)), path, format="fastvideo-vsa")
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["foveal_checkpoint"])
+    del header["config"]["rounding"]
+    safetensors_torch.save_file(
+        safetensors_torch.load_file(path), path, metadata={"foveal_checkpoint": json.dumps(header)}
+    )
+    model = tiny_transformer(num_layers=LAYERS)
+    assert load_checkpoint(model, path).config == VSAConfig(keep_ratio=0.3, rounding="down")
+    assert kept_by(model) == {2}
 
 
 def test_sparse_parameters_alone_leave_the_base_weights(tmp_path):

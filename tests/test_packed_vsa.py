@@ -119,12 +119,14 @@ def test_keeping_everything_is_dense_attention():
 
 
 def test_a_layout_without_segments_is_its_grid():
-    """Without protected segments a ratio rounds down, as it always has."""
+    """Without protected segments a ratio may round down."""
     inputs = make_inputs(query_length=90, head_dim=8)
-    expected = vsa_attention(*inputs, config=CONFIG, grid=GRID)
-    for layout in (GRID, TokenLayout(GRID)):
-        assert torch.equal(vsa_attention(*inputs, config=CONFIG, layout=layout), expected)
-    torch.testing.assert_close(expected, vsa_loops(*inputs, TokenLayout(GRID), TILE, 3))
+    for rounding, kept in (("up", 4), ("down", 3)):
+        config = CONFIG.replace(rounding=rounding)
+        expected = vsa_attention(*inputs, config=config, grid=GRID)
+        for layout in (GRID, TokenLayout(GRID)):
+            assert torch.equal(vsa_attention(*inputs, config=config, layout=layout), expected)
+        torch.testing.assert_close(expected, vsa_loops(*inputs, TokenLayout(GRID), TILE, kept))
 
 
 def test_the_module_gates_all_tokens():

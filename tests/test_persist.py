@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_wan import SPARSE_SLA, SPARSE_VSA, generate, randomize, run, tiny_pipeline, tiny_transformer
 
-from foveal import Policy, SLAConfig, get_policy, set_policy
+from foveal import Policy, SLAConfig, VideoGrid, VSAConfig, get_policy, set_policy
 from foveal.models import densify, load, save, sparsify
 from foveal.models.processor import sparse_processors
 
@@ -105,6 +105,32 @@ def test_the_policy_is_saved(tmp_path):
     set_policy(other, Policy(dense_above=900))
     load(other, tmp_path)
     assert [get_policy(part) for part in (other.transformer, other.transformer_2)] == [policy, None]
+
+
+def test_files_without_rounding_keep_the_number_of_cubes_that_they_were_trained_with(tmp_path):
+    """As commit 201ff43 wrote them, when a ratio rounded down."""
+    model = sparsify(tiny_transformer(), VSAConfig(keep_ratio=0.3, tile=(2, 2, 4)), layers=[0])
+    sparsify(model, VSAConfig(topk=3, tile=(2, 2, 4)), layers=[1])
+    save(model, tmp_path)
+
+    def forget(manifest):
+        for entry in manifest["components"]["transformer"]["layers"].values():
+            entry["config"] = {name: entry["config"][name] for name in ("topk", "keep_ratio", "tile", "fine_gate")}
+
+    rewrite(tmp_path, forget)
+    first, second = sparse_processors(load(tiny_transformer(), tmp_path)).values()
+    assert first.config == VSAConfig(keep_ratio=0.3, tile=(2, 2, 4), rounding="down")
+    assert second.config == VSAConfig(topk=3, tile=(2, 2, 4))
+    grid = VideoGrid(3, 5, 7)  # 2 x 3 x 2 cubes
+    query = torch.randn(1, 2, grid.num_tokens, 16)
+    kept = [
+        layer.attention.select(query, query, grid=grid).critical_count.unique().tolist() for layer in (first, second)
+    ]
+    assert kept == [[3], [3]]
+    # Today's files have the field, and 0.3 of 12 cubes is 4.
+    save(sparsify(tiny_transformer(), VSAConfig(keep_ratio=0.3, tile=(2, 2, 4))), tmp_path / "today")
+    first, _ = sparse_processors(load(tiny_transformer(), tmp_path / "today")).values()
+    assert first.attention.select(query, query, grid=grid).critical_count.unique().tolist() == [4]
 
 
 def test_layers_without_parameters(tmp_path):

@@ -217,7 +217,7 @@ def test_vsa_follows_its_rule(rule, where, budget):
     kept = selection.critical_mask()
     cubes = len(tokens)
     least = budget["topk"] / cubes if "topk" in budget else budget["keep_ratio"]
-    if where == "packed" and "keep_ratio" in budget:
+    if "keep_ratio" in budget:
         least = math.ceil(least * cubes - 1e-6) / cubes
     query, key = (x[:, :, video] for x in tensors[:2])
     for b, h, i in itertools.product(range(2), range(query.shape[1]), range(cubes)):

@@ -34,6 +34,11 @@ def count(ratio: float, total: int) -> int:
     return (total * round(ratio * 10**12) + 10**6) // 10**12
 
 
+def count_up(ratio: float, total: int) -> int:
+    """The same rounded up, ceil(ratio * total), and just as safe."""
+    return ceil_div(total * round(ratio * 10**12) - 10**6, 10**12)
+
+
 @dataclass(frozen=True, eq=False)
 class BlockSelection:
     """The key blocks each query block attends to exactly (critical), linearly (marginal), or not at all (negligible).

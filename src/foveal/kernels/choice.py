@@ -89,16 +89,12 @@ def _quarters(x: Tensor, block: int, sizes: Tensor | None) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def choose_cubes(
-    scores: Tensor,
-    keep_ratio: float | None,
-    topk: int | None,
-    keep_mass: float | None = None,
-    max_keep_ratio: float = 1.0,
+    scores: Tensor, topk: int, keep_mass: float | None = None, max_keep_ratio: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`pick_blocks` for scores [B, H, Tq, Tk]."""
     if torch.compiler.is_compiling():
-        return *_cubes_op(scores.detach(), keep_ratio, topk, keep_mass, max_keep_ratio), None
-    return pick_blocks(scores, keep_ratio=keep_ratio, topk=topk, keep_mass=keep_mass, max_keep_ratio=max_keep_ratio)
+        return *_cubes_op(scores.detach(), topk, keep_mass, max_keep_ratio), None
+    return pick_blocks(scores, topk=topk, keep_mass=keep_mass, max_keep_ratio=max_keep_ratio)
 
 
 @torch.no_grad()
@@ -167,12 +163,8 @@ def _appended(critical: Tensor, counts: Tensor | None, start: int, stop: int) ->
 
 
 @torch.library.custom_op("foveal::choose_cubes", mutates_args=())
-def _cubes_op(
-    scores: Tensor, keep_ratio: float | None, topk: int | None, keep_mass: float | None, max_keep_ratio: float
-) -> tuple[Tensor, Tensor]:
-    critical, counts, _ = pick_blocks(
-        scores, keep_ratio=keep_ratio, topk=topk, keep_mass=keep_mass, max_keep_ratio=max_keep_ratio
-    )
+def _cubes_op(scores: Tensor, topk: int, keep_mass: float | None, max_keep_ratio: float) -> tuple[Tensor, Tensor]:
+    critical, counts, _ = pick_blocks(scores, topk=topk, keep_mass=keep_mass, max_keep_ratio=max_keep_ratio)
     return _with_room(critical, scores.shape[3]), counts
 
 
@@ -182,10 +174,10 @@ def _with_room(critical: Tensor, columns: int) -> Tensor:
 
 
 @_cubes_op.register_fake
-def _(scores, keep_ratio, topk, keep_mass, max_keep_ratio):
+def _(scores, topk, keep_mass, max_keep_ratio):
     counts = scores.new_empty(scores.shape[:3], dtype=torch.int32)
     most = None if keep_mass is None else max_keep_ratio
-    width = roomy(list_width(scores.shape[3], keep_ratio, topk, max_keep_ratio=most), scores.shape[3])
+    width = roomy(list_width(scores.shape[3], None, topk, max_keep_ratio=most), scores.shape[3])
     return counts.new_empty((*counts.shape, width)), counts
 
 

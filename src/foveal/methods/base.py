@@ -205,6 +205,6 @@ def method_of(config: Config) -> Method:
 
 
 def config_from_dict(method: str, fields: dict) -> Config:
-    """The configuration that `config.to_dict()` came from, by the method's name."""
+    """The configuration that `config.to_dict()` came from in a saved file of any version, by the method's name."""
     check_choice("method", method, tuple(METHODS))
-    return METHODS[method].config_type.from_dict(fields)
+    return METHODS[method].config_type.from_saved(fields)

@@ -29,6 +29,11 @@ class MethodConfig:
             raise ValueError(f"unknown {cls.__name__} fields {unknown}; expected some of {sorted(known)}")
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
+    @classmethod
+    def from_saved(cls, fields: dict[str, Any]):
+        """What `from_dict` makes of the fields in a saved file, which an older version may have written."""
+        return cls.from_dict(fields)
+
     def replace(self, **changes: Any):
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)

@@ -23,7 +23,7 @@ from foveal.kernels.dense import dense_attention
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cpu import vsa_attention_torch
-from foveal.methods.vsa.layout import CubeLayout, kept_video_cubes, resolve_tile, slot_size
+from foveal.methods.vsa.layout import CubeLayout, kept_cubes, resolve_tile, slot_size
 from foveal.methods.vsa.packed import PackedTiles
 from foveal.token_order import tile_indices
 
@@ -54,7 +54,7 @@ def select_cubes(
     scale = check_scale(scale, query.shape[-1])
     if packed is not None:
         tiles = PackedTiles(config, packed, key.device)
-        video_config = config.replace(topk=kept_video_cubes(config, tiles.video_cubes))
+        video_config = config.replace(topk=kept_cubes(config, tiles.video_cubes, packed=True))
         video = query[:, :, packed.video], key[:, :, packed.video]
         return tiles.with_protected(select_cubes(*video, config=video_config, grid=grid, scale=scale))
     layout = CubeLayout(config, grid, key, kv_lengths)
@@ -96,8 +96,7 @@ def vsa_attention(
             and output are the whole sequence in order, [B, H, layout.num_tokens, D]. The segments are cut into chunks
             of at most as many tokens as a cube. The coarse stage pools and attends over cubes and chunks alike, and its
             output goes to all tokens. In the fine stage cubes read the cubes that they pick and all chunks, and
-            protected queries read everything. `keep_ratio` then counts cubes of the video and rounds up, as in the
-            sparse checkpoints for MiniMax-H3.
+            protected queries read everything. `keep_ratio` then counts cubes of the video.
         gate_coarse, gate_fine: [B, H, L, D], like `query`; a missing gate is 1.
         selection: a fixed selection (see `select_cubes`) instead of the top of the coarse stage.
         kv_lengths: int [B], valid keys of each sample, video and text, between L and L + text; the rest is padding. Not

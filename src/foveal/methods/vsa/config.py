@@ -9,6 +9,8 @@ from foveal.checks import check_choice, check_positive_int, check_ratio, check_t
 from foveal.kernels.choice import check_rule
 from foveal.methods.config import MethodConfig
 
+ROUNDINGS = ("up", "down")
+
 
 @dataclass(frozen=True)
 class VSAConfig(MethodConfig):
@@ -17,10 +19,12 @@ class VSAConfig(MethodConfig):
     Args:
         topk: cubes that each cube attends to, capped at the number of cubes; None takes `keep_ratio` instead.
         keep_ratio: fraction of cubes kept, when `topk` is None. Left at its default beside a `topk`, it becomes None.
-            It rounds down, but over a layout with protected segments up.
         tile: cube of tokens (frames, height, width); "auto" takes the compact cube of at most 64 tokens that wastes
             least at the grid it meets, "wide" the one of at most 128: a coarser choice, at half the memory traffic.
         fine_gate: learn the fine branch's gate too (pretraining from scratch). False fixes it to 1 (retrofit).
+        rounding: how `keep_ratio` becomes a number of cubes: "up" to ceil(keep_ratio * cubes), as FastVideo's VSA does,
+            or "down", at least to 1, as versions of foveal without this field did; their saved files load as "down".
+            Over a layout with protected segments both round up, as they always did. Not with `topk`.
         score, keep_mass, max_keep_ratio: what cubes are ranked by, and how many more than `topk` or `keep_ratio` are
             kept where that is not enough; see `select_blocks`. The coarse branch stays that of the cubes' means.
 
@@ -35,6 +39,7 @@ class VSAConfig(MethodConfig):
     score: str = "mean"
     keep_mass: float | None = None
     max_keep_ratio: float = 1.0
+    rounding: str = "up"
 
     def __post_init__(self) -> None:
         if self.topk is None:
@@ -52,15 +57,24 @@ class VSAConfig(MethodConfig):
             check_triple("tile", self.tile)
         if not isinstance(self.fine_gate, bool):
             raise TypeError(f"fine_gate must be a bool, got {self.fine_gate!r}")
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        if self.topk is not None and self.rounding != "up":
+            raise ValueError(f"rounding is how keep_ratio rounds, and topk replaces it, got {self.rounding=}")
         check_rule(self.score, self.keep_mass, self.max_keep_ratio, self.keep_ratio)
 
     def replace(self, **changes: Any) -> VSAConfig:
         """A copy with some fields changed, validated again. A `topk` replaces a ratio, and a ratio a `topk`."""
         if changes.get("topk") is not None:
-            changes = {"keep_ratio": None} | changes
+            changes = {"keep_ratio": None, "rounding": "up"} | changes
         elif changes.get("keep_ratio") is not None:
             changes = {"topk": None} | changes
         return super().replace(**changes)
+
+    @classmethod
+    def from_saved(cls, fields: dict[str, Any]) -> VSAConfig:
+        """As in the base class. A file without `rounding` was saved when ratios rounded down."""
+        older = {} if fields.get("topk") is not None else {"rounding": "down"}
+        return super().from_saved(older | fields)
 
     @property
     def counts_means(self) -> bool:

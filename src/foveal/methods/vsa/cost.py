@@ -6,7 +6,7 @@ import math
 
 from foveal.methods.cost import FLOAT32_BYTES, INDEX_BYTES, AttentionShape, CostPart
 from foveal.methods.vsa.config import VSAConfig
-from foveal.methods.vsa.layout import kept_cubes, kept_video_cubes, resolve_tile, slot_size
+from foveal.methods.vsa.layout import kept_cubes, resolve_tile, slot_size
 
 
 def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]:
@@ -27,7 +27,7 @@ def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
     cubes, slot = shape.grid.num_cubes(tile), slot_size(tile)
     tokens, chunks, kept = shape.key_length, 0, kept_cubes(config, cubes)
     if shape.layout is not None:
-        chunks, kept = shape.layout.num_chunks(math.prod(tile)), kept_video_cubes(config, cubes)
+        chunks, kept = shape.layout.num_chunks(math.prod(tile)), kept_cubes(config, cubes, packed=True)
     tiles = cubes + chunks
     critical = kept + chunks
     query_slots, slots = cubes * slot, tiles * slot

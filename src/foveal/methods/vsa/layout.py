@@ -9,13 +9,13 @@ import operator
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, num_critical, roomy
+from foveal.blocks import BlockSelection, count_up, num_critical, roomy
 from foveal.kernels.api import validate_selection
 from foveal.kernels.backend import Cubes
 from foveal.kernels.choice import append_blocks, choose_cubes
 from foveal.layout import VideoGrid
 from foveal.methods.vsa.config import VSAConfig
-from foveal.symbols import ceil_div, larger, smaller
+from foveal.symbols import ceil_div, larger
 from foveal.token_order import TileOrder
 
 
@@ -35,16 +35,14 @@ def slot_size(tile: tuple[int, int, int]) -> int:
     return max(16, 1 << (math.prod(tile) - 1).bit_length())
 
 
-def kept_cubes(config: VSAConfig, cubes: int) -> int:
-    """How many of a video's cubes each cube attends to."""
+def kept_cubes(config: VSAConfig, cubes: int, *, packed: bool = False) -> int:
+    """How many of a video's cubes each cube attends to.
+
+    packed: whether the video is part of a packed sequence, where a ratio always rounds up.
+    """
+    if config.topk is None and (packed or config.rounding == "up"):
+        return larger(1, count_up(config.keep_ratio, cubes))
     return num_critical(cubes, config.keep_ratio, config.topk)
-
-
-def kept_video_cubes(config: VSAConfig, cubes: int) -> int:
-    """The same in a packed sequence, where a ratio rounds up, as in the released checkpoints for MiniMax-H3."""
-    if config.topk is not None:
-        return smaller(config.topk, cubes)
-    return larger(1, smaller(math.ceil(config.keep_ratio * cubes - 1e-6), cubes))
 
 
 def cube_order(config: VSAConfig, grid: VideoGrid, device: torch.device) -> TileOrder:
@@ -131,9 +129,7 @@ class CubeLayout:
 
     def pick(self, scores: Tensor) -> BlockSelection:
         """Scores of cubes [B, H, C, C] to the selection."""
-        config = self.config
-        rule = config.keep_ratio, config.topk, config.keep_mass, config.max_keep_ratio
-        critical, counts, _ = choose_cubes(scores, *rule)
+        critical, counts, _ = choose_cubes(scores, self.kept, self.config.keep_mass, self.config.max_keep_ratio)
         return self.selection(critical, counts)
 
     def selection(self, critical: Tensor, counts: Tensor) -> BlockSelection:

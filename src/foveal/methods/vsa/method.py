@@ -10,7 +10,7 @@ from foveal.methods.vsa.attention import VideoSparseAttention
 from foveal.methods.vsa.bench import CASES
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cost import cost_parts
-from foveal.methods.vsa.layout import cube_order, kept_cubes, kept_video_cubes, resolve_tile
+from foveal.methods.vsa.layout import cube_order, kept_cubes, resolve_tile
 
 
 def _build(config: VSAConfig, hidden_dim: int, num_heads: int, head_dim: int, impl: str) -> VideoSparseAttention:
@@ -57,7 +57,7 @@ def _kept_blocks(config: VSAConfig, grid: VideoGrid, packed: bool) -> tuple[int,
     if config.keep_mass is not None:  # the device knows
         return None
     cubes, _ = _key_blocks(config, grid)
-    return (kept_video_cubes if packed else kept_cubes)(config, cubes), cubes
+    return kept_cubes(config, cubes, packed=packed), cubes
 
 
 def _sides(tile: tuple[int, int, int]) -> str:

@@ -18,7 +18,7 @@ from foveal.kernels.api import validate_selection
 from foveal.kernels.choice import append_blocks
 from foveal.layout import TokenLayout
 from foveal.methods.vsa.config import VSAConfig
-from foveal.methods.vsa.layout import CubeLayout, kept_video_cubes, slot_size
+from foveal.methods.vsa.layout import CubeLayout, kept_cubes, slot_size
 from foveal.symbols import larger
 
 
@@ -40,7 +40,7 @@ class PackedTiles(CubeLayout):
 
     def with_protected(self, selection: BlockSelection) -> BlockSelection:
         """A selection of the video's cubes among each other, with all protected chunks beside those picked."""
-        kept, ragged = kept_video_cubes(self.config, self.video_cubes), self.config.keep_mass is not None
+        kept, ragged = kept_cubes(self.config, self.video_cubes, packed=True), self.config.keep_mass is not None
         if ragged:
             kept = larger(kept, num_critical(self.video_cubes, self.config.max_keep_ratio, None))
         ends = self.video_cubes, self.num_cubes

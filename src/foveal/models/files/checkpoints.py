@@ -136,8 +136,6 @@ def load_checkpoint(
         notes = (*notes, *contract.notes)
     if header is None:
         notes = (*notes, *found.notes)
-        if found.rounding and config.keep_ratio is not None:
-            notes = (*notes, found.rounding)
     return CheckpointReport(
         path=str(path),
         format=found.name,

@@ -43,7 +43,6 @@ class CheckpointFormat:
         shared: it holds one set of parameters for the layers of each head size, which stands in the place of {index}.
         contract: whether a `fastvideo_inference.json` beside the file may say the configuration.
         notes: what a pipeline needs to know to run the released weights, for the report.
-        rounding: how the project rounds a ratio where foveal does not, for the report; "" if both agree.
     """
 
     name: str
@@ -60,7 +59,6 @@ class CheckpointFormat:
     shared: bool = False
     contract: bool = False
     notes: tuple[str, ...] = ()
-    rounding: str = ""
 
     def matches(self, names: Iterable[str]) -> bool:
         """Whether a file with these names has this format."""
@@ -119,8 +117,6 @@ FORMATS = {
                 f"to_gate_coarse.{part}": f"blocks.{{index}}.to_gate_compress.{part}" for part in ("weight", "bias")
             },
             layout="diffusers",
-            # No ratio rounded down equals another rounded up on every grid. A topk is right on one grid.
-            rounding="FastVideo keeps ceil(keep_ratio * cubes) cubes, foveal the floor: topk=N keeps N at one size",
         ),
         # FastH3 for MiniMax-H3: v1 at 90% sparsity, the 8-step V2 at 80%, which its contract says.
         CheckpointFormat(
