@@ -9,6 +9,7 @@ import torch
 from foveal import SLAConfig, VideoGrid, VSAConfig
 from foveal.blocks import SelectionRule, selection_rule
 from foveal.kernels.sparse import block_sparse_attention_gpu
+from foveal.kernels.tail import pooled_tail
 from foveal.kernels.triton import select
 from foveal.kernels.triton.linear import key_state_sums
 from foveal.methods.sla.gpu import sla_attention_gpu
@@ -74,6 +75,15 @@ def sla(
         torch.autograd.grad(output.sum(), inputs)
 
 
+def tail(head_dim, block_q, dtype):
+    """The pooled tail and its backward."""
+    query, key, value = _inputs(head_dim, dtype)
+    means = [x[:, :, :40].float().contiguous() for x in (key, value)]
+    bias = torch.zeros(1, 2, -(-query.shape[2] // block_q), 40)
+    output, lse = pooled_tail(query, *means, bias, block_q, 0.125, "triton")
+    torch.autograd.grad(output.sum() + lse.sum(), [query, key, value])
+
+
 def state_sums(head_dim, dtype):
     """The states over all keys, which scope "all" starts from."""
     key, value = _inputs(head_dim, dtype)[1:]
@@ -132,6 +142,8 @@ FEW = [
     partial(sparse, 128, 128, 128, BF16, True),
     partial(sparse, 64, 64, 64, FP16, False, with_lse=False),
     partial(state_sums, 128, BF16),
+    partial(tail, 128, 64, BF16),
+    partial(tail, 64, 128, FP16),
     partial(select_blocks, 128, BF16, True),
     partial(select_blocks, 128, BF16, True, "log_sum_exp"),
     partial(select_blocks, 64, FP32, False, "log_sum_exp"),
@@ -154,6 +166,7 @@ def all_calls() -> Iterator[Callable]:
         yield from (partial(sla, *case, *scope) for scope in scopes)
     yield from (partial(vsa, *case) for case in itertools.product(dims, dtypes, CUBES, both, both, both))
     yield from (partial(pool, *case) for case in itertools.product(dims, (*dtypes, FP32), both))
+    yield from (partial(tail, *case) for case in itertools.product(dims, blocks, dtypes))
     columns = (100, 500, 1000, 2000, 4000, 8000, 16000)
     yield from (partial(pick, *case) for case in itertools.product(columns, both, both, (0, 1)))
     yield from (partial(select_blocks, *case, "log_sum_exp") for case in itertools.product(dims, (*dtypes, FP32), both))

@@ -28,6 +28,7 @@ from foveal.kernels.api import (
     validate_selection,
 )
 from foveal.kernels.dense import dense_attention
+from foveal.kernels.tail import attend_with_tail
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.feature_maps import apply_feature_map, linear_layer
@@ -140,6 +141,7 @@ def _attend(
 
     on_kernels = impl in ("triton", "gluon")
     on_gpu = on_kernels and config.linear_scope != "none" and config.feature_map != "hedgehog"
+    fused = on_gpu and config.tail == "none"
     if on_kernels and not on_gpu and config.linear_scope != "none":
         ran = ran.but(SLOW_LINEAR)
     if selection is None:
@@ -155,7 +157,7 @@ def _attend(
         fits = on_kernels and fits_kernel(query, key, config.block_k)
         if on_kernels and not fits:
             ran = ran.but(SLOW_SELECTION)
-        if on_gpu and fits and config.score == "mean":
+        if fused and fits and config.score == "mean":
             if config.linear_scope != "marginal":
                 rule["drop_ratio"] = 0.0  # what is negligible makes no difference
             selection = selection_rule(query, key, **rule)
@@ -186,13 +188,22 @@ def _attend(
             proj_bias_D=proj_bias,
             feature_weight_DD=feature_weight,
         )
-    elif on_gpu:
+    elif fused:
         from foveal.methods.sla.gpu import sla_attention_gpu
 
         output = sla_attention_gpu(query, key, value, config, selection, scale, proj_weight, proj_bias, impl)
     else:
-        output = block_sparse_attention(query, key, value, selection, scale=scale, impl=impl)
-        if config.linear_scope != "none":
+        if config.tail == "pooled":
+            output = attend_with_tail(query, key, value, selection, scale, impl)
+        else:
+            output = block_sparse_attention(query, key, value, selection, scale=scale, impl=impl)
+        if on_gpu:
+            from foveal.methods.sla.gpu import linear_branch_gpu
+
+            output = output + linear_branch_gpu(
+                query, key, value, config, selection, scale, proj_weight, proj_bias, impl
+            )
+        elif config.linear_scope != "none":
             linear = _linear_output(query, key, value, config, selection, feature_weight)
             if proj_weight is not None:
                 linear = linear_layer(linear, proj_weight, proj_bias)

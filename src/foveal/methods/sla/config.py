@@ -12,6 +12,7 @@ from foveal.methods.config import MethodConfig
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 LINEAR_SCOPES = ("marginal", "noncritical", "all", "none")
 TOKEN_ORDERS = ("raster", "tile")
+TAILS = ("none", "pooled")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class SLAConfig(MethodConfig):
             into blocks, which needs a `grid`.
         score, keep_mass, max_keep_ratio: what blocks are ranked by, and how many more than `keep_ratio` are kept where
             that is not enough; see `select_blocks`.
+        tail: what the softmax makes of the blocks that are not critical: "none", they do not count; or "pooled", each
+            counts as copies of its mean key and mean value, negligible blocks too (docs/sla.md). It has no parameters,
+            and makes a model usable that was not trained for sparse attention.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -49,6 +53,7 @@ class SLAConfig(MethodConfig):
     score: str = "mean"
     keep_mass: float | None = None
     max_keep_ratio: float = 1.0
+    tail: str = "none"
 
     def __post_init__(self) -> None:
         check_ratio("keep_ratio", self.keep_ratio)
@@ -63,10 +68,11 @@ class SLAConfig(MethodConfig):
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
         check_choice("linear_scope", self.linear_scope, LINEAR_SCOPES)
         check_choice("token_order", self.token_order, TOKEN_ORDERS)
+        check_choice("tail", self.tail, TAILS)
         check_rule(self.score, self.keep_mass, self.max_keep_ratio, self.keep_ratio, self.block_q, self.block_k)
         if not isinstance(self.projection, bool):
             raise TypeError(f"projection must be a bool, got {self.projection!r}")
-        if self.keep_ratio == 0.0 and self.linear_scope == "none":
+        if self.keep_ratio == 0.0 and self.linear_scope == self.tail == "none":
             raise ValueError('keep_ratio=0 with linear_scope="none" leaves neither branch: nothing would be computed')
 
     @property

@@ -14,15 +14,16 @@ def cost_parts(config: SLAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
     - `reorder`: to tile order and back (token_order "tile"), and protected keys to behind the video's.
     - `selection`: pooling and pooled scores. It has no backward.
     - `sparse`: softmax attention on the critical blocks.
+    - `tail`: the means of blocks, and softmax attention on them (tail "pooled").
     - `feature map`: the products of "hedgehog".
     - `state build`: phi(K)^T V of every key block, or of the whole sequence for linear_scope "all".
     - `mask GEMM`: the states summed over each row's blocks; linear_scope "all" has none.
     - `apply`: phi(Q) times its state.
     - `projection`: the learned one, and the sum of both branches.
 
-    The backward takes 2.5 times the forward's FLOPs for `sparse` (five products for two, the scores recomputed), 3 for
-    `state build` and 2 for `mask GEMM` (recomputed rather than saved, then their gradients), 3 for `apply`, and 2 for
-    the others.
+    The backward takes 2.5 times the forward's FLOPs for `sparse` and `tail` (five products for two, the scores
+    recomputed), 3 for `state build` and 2 for `mask GEMM` (recomputed rather than saved, then their gradients), 3 for
+    `apply`, and 2 for the others.
     """
     pairs, head_dim, dtype_bytes = shape.pairs, shape.head_dim, shape.dtype_bytes
     query_length, key_length = shape.query_length, shape.key_length
@@ -55,6 +56,17 @@ def cost_parts(config: SLAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
                 "sparse",
                 4 * pairs * padded_queries * critical * config.block_k * head_dim,
                 2 * query_bytes + 2 * key_bytes + list_bytes + lse_bytes,
+                backward=2.5,
+            )
+        )
+    if config.tail == "pooled":
+        mean_bytes = pairs * columns * head_dim * FLOAT32_BYTES
+        bias_bytes = pairs * rows * columns * FLOAT32_BYTES
+        parts.append(
+            CostPart(
+                "tail",
+                2 * pairs * key_length * head_dim + 4 * pairs * padded_queries * columns * head_dim,
+                2 * key_bytes + 4 * mean_bytes + 2 * bias_bytes + 5 * query_bytes,
                 backward=2.5,
             )
         )

@@ -9,6 +9,7 @@ There is one forward and one backward. Plain eager calls reach them through one 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,6 +69,30 @@ def sla_attention_gpu(
             return _Attention.apply(given, *inputs, *tensors)
         return replayed(_flat_forward, (*inputs, *tensors), given)[0][0]
     return _forward_op(*inputs, *flatten(choice), *options, train)[0]
+
+
+def linear_branch_gpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: SLAConfig,
+    selection: BlockSelection,
+    scale: float,
+    proj_weight: Tensor | None,
+    proj_bias: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """Only O^l W^T + b, by the same kernels: they get no block to read exactly."""
+    mask = selection.linear_mask(config.linear_scope)
+    scope = "all" if mask is None else "marginal"
+    nothing = dataclasses.replace(
+        selection,
+        critical=torch.zeros_like(selection.critical[..., :1]),
+        critical_count=torch.zeros_like(selection.critical_count),
+        marginal=mask,
+    )
+    config = config.replace(linear_scope=scope, tail="none")
+    return sla_attention_gpu(query, key, value, config, nothing, scale, proj_weight, proj_bias, backend)
 
 
 def _with_marginal(selection: BlockSelection, marginal: Tensor | None) -> BlockSelection:

@@ -5,10 +5,16 @@
           over the marginal blocks j; written here with its token weights phi(Q) phi(K)^T, which is the same
     O   = O^s + O^l W^T + b                                                                               (eq. 6)
 
-Any floating dtype, dense memory, differentiated by autograd. Suffixes give shapes: B, H, M = Lq, N = Lk, D, F = D_phi.
+With tail="pooled" O^s is one softmax over the critical blocks' keys and, for each other block of n valid keys, n copies
+of the mean of its keys with the mean of its values.
+
+Any floating dtype, dense memory, differentiated by autograd. Suffixes give shapes: B, H, M = Lq, N = Lk, D,
+F = D_phi, T = Tk.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +41,12 @@ def sla_attention_reference(
     feature_weight_DD: Tensor | None = None,
 ) -> Tensor:
     """The output [B, H, Lq, D], with tokens in the order in which the selection's blocks are cut."""
-    sparse_BHMD, _ = block_sparse_attention_reference(query_BHMD, key_BHND, value_BHND, selection, scale)
+    if config.tail == "pooled":
+        sparse_BHMD = _softmax_with_tail(query_BHMD, key_BHND, value_BHND, selection, scale)
+    else:
+        sparse_BHMD, _ = block_sparse_attention_reference(query_BHMD, key_BHND, value_BHND, selection, scale)
     if config.linear_scope == "none":
-        return sparse_BHMD
+        return sparse_BHMD.to(query_BHMD.dtype)
 
     blocks = selection.linear_mask(config.linear_scope)
     if blocks is None:
@@ -56,3 +65,24 @@ def sla_attention_reference(
         bias_D = None if proj_bias_D is None else proj_bias_D.to(dtype)
         linear_BHMD = F.linear(linear_BHMD, proj_weight_DD.to(dtype), bias_D)
     return (sparse_BHMD + linear_BHMD).to(query_BHMD.dtype)
+
+
+def _softmax_with_tail(
+    query_BHMD: Tensor, key_BHND: Tensor, value_BHND: Tensor, selection: BlockSelection, scale: float
+) -> Tensor:
+    dtype = torch.promote_types(query_BHMD.dtype, torch.float32)
+    key_BHND, value_BHND = (torch.where(selection.key_valid()[:, None, :, None], x, 0) for x in (key_BHND, value_BHND))
+    block_N = torch.arange(selection.key_length, device=key_BHND.device) // selection.block_k
+    member_BTN = block_N == torch.arange(selection.num_key_blocks, device=key_BHND.device)[:, None]
+    member_BTN = (member_BTN & selection.key_valid()[:, None]).to(dtype)
+    count_BT = member_BTN.sum(-1)
+    mean_BHTN = (member_BTN / count_BT.clamp(min=1)[..., None])[:, None]
+    mean_key_BHTD, mean_value_BHTD = mean_BHTN @ key_BHND.to(dtype), mean_BHTN @ value_BHND.to(dtype)
+
+    read_BHMN = selection.expand(selection.critical_mask())
+    scores_BHMN = (query_BHMD @ key_BHND.transpose(-1, -2) * scale).to(dtype).masked_fill(~read_BHMN, -math.inf)
+    unread_BHMT = ~selection.critical_mask().repeat_interleave(selection.block_q, 2)[:, :, : selection.query_length]
+    tail_BHMT = query_BHMD.to(dtype) @ mean_key_BHTD.transpose(-1, -2) * scale + count_BT.log()[:, None, None]
+    tail_BHMT = tail_BHMT.masked_fill(~unread_BHMT, -math.inf)
+    probs_BHMX = torch.softmax(torch.cat((scores_BHMN, tail_BHMT), -1), -1)
+    return probs_BHMX @ torch.cat((value_BHND.to(dtype), mean_value_BHTD), 2)
