@@ -4,9 +4,9 @@
     PYTHONPATH=src python benchmarks/machine_code.py after.json         # in a checkout of the other
     PYTHONPATH=src python benchmarks/machine_code.py --compare before.json after.json
 
-No GPU is needed: launches are noted on CPU tensors, as the compile tests do, and compiled for sm_89 and sm_90; with
-Triton 3.6 also the Gluon kernels for sm_90. `--all` takes every case that users can ask for; without it few cases cover
-every value of each constant.
+No GPU is needed: launches are noted on CPU tensors, as the compile tests do, and compiled for sm_89 and sm_90, the
+Gluon kernels only for sm_90. `--all` takes every case that users can ask for; without it few cases cover every value of
+each constant.
 """
 
 from __future__ import annotations

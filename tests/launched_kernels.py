@@ -217,9 +217,13 @@ def _spills(sass: str) -> tuple[int, int]:
     assert instructions, "no machine code found"
     products = [at for at, text in instructions if re.search(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", text)]
     loops = {}  # where each begins and ends, of those with products
+    before = ("", "")
     for at, text in instructions:
         target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
-        if target is not None and int(target.group(1), 16) < at:
+        # Waits that must spin do so behind all code, and jump back to where they came from.
+        spun = "SYNCS" in before[0] and "BRA" in before[1] and not text.startswith("@")
+        before = (before[1], text)
+        if target is not None and int(target.group(1), 16) < at and not spun:
             first = int(target.group(1), 16)
             if bisect.bisect_left(products, first) < bisect.bisect_right(products, at):
                 loops[first] = max(at, loops.get(first, 0))

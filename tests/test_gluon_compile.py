@@ -1,6 +1,8 @@
-"""The Hopper kernels compile without a GPU: no spills, shared memory that fits, no serialized tensor-core products."""
+"""The Hopper kernels compile without a GPU: no spills, shared memory that fits, no serialized tensor-core products.
 
-import importlib.metadata
+With whichever Triton is installed, also with one that `support` does not know.
+"""
+
 import itertools
 import re
 import subprocess
@@ -9,21 +11,25 @@ import pytest
 import torch
 
 from foveal.kernels.hopper import launch, launch_linear
-from foveal.kernels.hopper.support import BLOCK_SIZES, HEAD_DIMS, copyable, missing_gluon, why_not
+from foveal.kernels.hopper.support import BLOCK_SIZES, HEAD_DIMS, copyable, why_not
 
-if missing_gluon() is not None:
-    pytest.skip(f"gluon: {missing_gluon()}", allow_module_level=True)
+triton = pytest.importorskip("triton")
 
-import triton
-from launched_calls import BF16, vsa
-from launched_kernels import compiled as compiled_as_launched
-from launched_kernels import first_to_memory, noted_launches
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
+from launched_calls import BF16, vsa  # noqa: E402
+from launched_kernels import compiled as compiled_as_launched  # noqa: E402
+from launched_kernels import figures, first_to_memory, noted_launches  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from foveal.kernels.hopper import dkdv_kernel, dq_kernel, forward_kernel, forward_wide_kernel, linear_gradients
+from foveal.kernels.hopper import (  # noqa: E402
+    dkdv_kernel,
+    dq_kernel,
+    forward_kernel,
+    forward_wide_kernel,
+    linear_gradients,
+)
 
 SHARED_LIMIT = 227 * 1024  # bytes a program may have
 SHARED_TOTAL = 228 * 1024  # bytes of a multiprocessor, of which each program takes 1 KiB on top of its own
@@ -34,13 +40,7 @@ OTHERS = [
     for case in itertools.product(HEAD_DIMS, BLOCK_SIZES, BLOCK_SIZES, (False, True), ("bf16", "fp16"))
     if case not in QUICK
 ]
-CASES = QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
-
-
-def test_other_releases_are_named(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.9.1")
-    assert "3.6" in missing_gluon.__wrapped__()
-    assert "3.9.1" in missing_gluon.__wrapped__()
+CASES = QUICK + [pytest.param(*case, marks=pytest.mark.exhaustive) for case in OTHERS]
 
 
 def test_supports_says_why_not():
@@ -55,6 +55,10 @@ def test_which_strides_the_copy_engine_takes():
     assert not copyable(torch.zeros(2, 4, 100, 65, dtype=torch.bfloat16)[..., :64])
     assert not copyable(torch.zeros(2 * 4 * 100 * 64 + 1, dtype=torch.bfloat16)[1:].view(2, 4, 100, 64))
     assert not copyable(torch.zeros(1, dtype=torch.bfloat16).expand(2, 4, 100, 64))
+
+
+# dK and dV take 247 to 254 of 255 registers with Triton 3.6, and a few more than there are with 3.9.
+DKDV = {"spill_limit": 40, "loop_limit": 24}
 
 
 def tiles(rows, head_dim, dtype):
@@ -72,28 +76,32 @@ def compile_for_hopper(kernel, signature, plan):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=plan["options"] | {"launch_pdl": True})
 
 
-def assembled(compiled, folder):
-    """(registers a thread, bytes of spills, warnings about serialized products) from the assembler."""
+def serialized_products(compiled, folder):
+    """What the assembler says of tensor-core products that it runs one after another."""
     ptx = folder / "kernel.ptx"
     ptx.write_text(compiled.asm["ptx"])
-    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", ptx, "-o", folder / "kernel.cubin"]
+    command = [get_ptxas(90).path, "--gpu-name=sm_90a", ptx, "-o", folder / "kernel.cubin"]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = int(re.search(r"Used (\d+) registers", report).group(1))
-    spills = sum(int(size) for size in re.findall(r"(\d+) bytes spill (?:stores|loads)", report))
-    return registers, spills, re.findall(r"C75\d\d[^\n]*serialized[^\n]*", report)
+    return re.findall(r"C75\d\d[^\n]*serialized[^\n]*", report)
 
 
-def assert_fits(compiled, folder, programs, threads, spill_limit=0):
-    """No spills, no serialized products, as many programs an SM as the plan counts on, barriers retired."""
-    made, retired = (len(re.findall(rf"mbarrier\.{word}\.", compiled.asm["ptx"])) for word in ("init", "inval"))
-    assert made == retired, "shared memory of a live barrier goes to others"
+def assert_fits(compiled, folder, programs, threads, spill_limit=0, loop_limit=0):
+    """Few spills, no serialized products, as many programs an SM as the plan counts on, barriers retired.
+
+    Args:
+        spill_limit: bytes a thread that are stored, all in all.
+        loop_limit: bytes that are stored and loaded in loops around products.
+    """
+    initialized, retired = (len(re.findall(rf"mbarrier\.{word}\.", compiled.asm["ptx"])) for word in ("init", "inval"))
+    assert initialized == retired, "shared memory of a live barrier goes to others"
     assert first_to_memory(compiled) == "griddepcontrol.wait"
-    registers, spills, warnings = assembled(compiled, folder)
-    assert spills <= spill_limit
-    assert warnings == []
-    assert compiled.metadata.shared <= SHARED_LIMIT
-    assert programs * (compiled.metadata.shared + 1024) <= SHARED_TOTAL
-    assert programs * threads * registers <= REGISTERS
+    made = figures(compiled)
+    assert made.loop_spills <= loop_limit
+    assert made.spills <= spill_limit
+    assert serialized_products(compiled, folder) == []
+    assert made.shared <= SHARED_LIMIT
+    assert programs * (made.shared + 1024) <= SHARED_TOTAL
+    assert programs * threads * made.registers <= REGISTERS
 
 
 def compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=False, norm="*fp32"):
@@ -122,40 +130,41 @@ def compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, p
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
 def test_forward(tmp_path, head_dim, block_q, block_k, has_sizes, dtype):
     compiled, programs, threads = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, None)
-    assert_fits(compiled, tmp_path, programs, threads)
+    # Where warps are specialized, Triton 3.8 keeps five scalars in local memory from one query block to the next.
+    assert_fits(compiled, tmp_path, programs, threads, spill_limit=24 if threads == 384 else 0)
 
 
 @pytest.mark.parametrize(
     "feature_map",
-    ["softmax", pytest.param("elu", marks=pytest.mark.slow), pytest.param("relu", marks=pytest.mark.slow)],
+    ["softmax", pytest.param("elu", marks=pytest.mark.exhaustive), pytest.param("relu", marks=pytest.mark.exhaustive)],
 )
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
 def test_forward_with_the_linear_branch(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_map):
     compiled, programs, threads = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map)
-    # The epilogue may put a few registers aside, once a program.
-    assert_fits(compiled, tmp_path, programs, threads, spill_limit=96)
+    # The epilogue may put a few registers aside, once a program; Triton 3.9 also one of the loop.
+    assert_fits(compiled, tmp_path, programs, threads, spill_limit=96, loop_limit=12)
 
 
 @pytest.mark.parametrize(
     "feature_map",
-    ["softmax", pytest.param("elu", marks=pytest.mark.slow), pytest.param("relu", marks=pytest.mark.slow)],
+    ["softmax", pytest.param("elu", marks=pytest.mark.exhaustive), pytest.param("relu", marks=pytest.mark.exhaustive)],
 )
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
 def test_forward_with_projected_states(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_map):
     compiled, *programs = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=True)
-    assert_fits(compiled, tmp_path, *programs, spill_limit=96)
+    assert_fits(compiled, tmp_path, *programs, spill_limit=96, loop_limit=12)
 
 
-@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("projected", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), QUICK)
 def test_forward_in_inference(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, projected):
     """Where Z comes from the product that sums H: in bfloat16."""
     options = {"projected": projected, "norm": "*bf16"}
     compiled, *programs = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, "softmax", **options)
-    assert_fits(compiled, tmp_path, *programs, spill_limit=96)
+    assert_fits(compiled, tmp_path, *programs, spill_limit=96, loop_limit=12)
 
 
-@pytest.mark.parametrize("add", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("add", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
 def test_dq(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, add):
     plan = launch.dq_plan(head_dim, block_q, block_k, has_sizes)
@@ -176,9 +185,9 @@ def test_dq(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, add):
     "feature_map",
     [
         "softmax",
-        pytest.param(None, marks=pytest.mark.slow),
-        pytest.param("elu", marks=pytest.mark.slow),
-        pytest.param("relu", marks=pytest.mark.slow),
+        pytest.param(None, marks=pytest.mark.exhaustive),
+        pytest.param("elu", marks=pytest.mark.exhaustive),
+        pytest.param("relu", marks=pytest.mark.exhaustive),
     ],
 )
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
@@ -200,12 +209,12 @@ def test_dkdv(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_ma
     }  # fmt: skip
     plan = {**plan, "constants": {**plan["constants"], "FEATURE_MAP": feature_map}}
     compiled = compile_for_hopper(dkdv_kernel.block_sparse_dkdv_kernel, signature, plan)
-    assert_fits(compiled, tmp_path, programs=2, threads=128)
+    assert_fits(compiled, tmp_path, programs=2, threads=128, **DKDV)
 
 
 QUERY_SIDE = [("softmax", 128, 64, "bf16", True), ("softmax", 128, 128, "bf16", True)]
 QUERY_SIDE += [
-    pytest.param(*case, marks=pytest.mark.slow)
+    pytest.param(*case, marks=pytest.mark.exhaustive)
     for case in itertools.product(("softmax", "elu", "relu"), HEAD_DIMS, BLOCK_SIZES, ("bf16", "fp16"), (False, True))
     if case not in QUERY_SIDE
 ]
@@ -232,9 +241,9 @@ def test_linear_query_gradient(tmp_path, feature_map, head_dim, block_q, dtype, 
     ("feature_map", "head_dim", "dtype"),
     [
         ("softmax", 128, "bf16"),
-        pytest.param("elu", 128, "fp16", marks=pytest.mark.slow),
-        pytest.param("relu", 64, "bf16", marks=pytest.mark.slow),
-        pytest.param("softmax", 64, "fp16", marks=pytest.mark.slow),
+        pytest.param("elu", 128, "fp16", marks=pytest.mark.exhaustive),
+        pytest.param("relu", 64, "bf16", marks=pytest.mark.exhaustive),
+        pytest.param("softmax", 64, "fp16", marks=pytest.mark.exhaustive),
     ],
 )
 def test_shared_query_gradient(tmp_path, feature_map, head_dim, dtype):
@@ -248,7 +257,7 @@ def test_shared_query_gradient(tmp_path, feature_map, head_dim, dtype):
     plan = {"constants": {"FEATURE_MAP": feature_map}, "options": {"num_warps": launch_linear.SHARED_ROWS // 16}}
     compiled = compile_for_hopper(linear_gradients.shared_query_grad_kernel, signature, plan)
     # A hundred registers of the sum over all rows wait in the L1 cache while a block's rows are worked on.
-    assert_fits(compiled, tmp_path, programs=1, threads=256, spill_limit=1000)
+    assert_fits(compiled, tmp_path, programs=1, threads=256, spill_limit=1000, loop_limit=1000)
 
 
 def test_row_statistics(tmp_path):
@@ -266,12 +275,14 @@ CUBES = {
     "partial cubes": 64,
     "wide slots": 0,
     "whole wide cubes in slots": 0,
-    "partial wide cubes": 16,
+    "partial wide cubes": 24,
 }
 
 
-@pytest.mark.parametrize("cubes", CUBES)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    "cubes", [pytest.param(x, marks=() if "partial" in x else pytest.mark.exhaustive) for x in CUBES]
+)
+@pytest.mark.parametrize("head_dim", [128, pytest.param(64, marks=pytest.mark.exhaustive)])
 def test_vsa_without_a_fine_gate(tmp_path, monkeypatch, head_dim, cubes):
     """Training and inference run the same fine stage: it stores nothing for the backward but the LSE."""
     with noted_launches(monkeypatch, "sm_90") as launched:
@@ -281,12 +292,13 @@ def test_vsa_without_a_fine_gate(tmp_path, monkeypatch, head_dim, cubes):
     (fine,) = (x for x in launched.values() if x.name == ("cubes_fwd_wide_kernel" if wide else "cubes_fwd_kernel"))
     assert not fine.constants["SAVE_FINE"]
     programs, threads = (1, 384) if wide else (3, 128)
-    assert_fits(compiled_as_launched(fine), tmp_path, programs=programs, threads=threads, spill_limit=CUBES[cubes])
+    spills = {"spill_limit": CUBES[cubes], "loop_limit": CUBES[cubes]}
+    assert_fits(compiled_as_launched(fine), tmp_path, programs=programs, threads=threads, **spills)
 
 
-@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("train", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("cubes", CUBES)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", [128, pytest.param(64, marks=pytest.mark.exhaustive)])
 def test_vsa(tmp_path, monkeypatch, head_dim, cubes, train):
     with noted_launches(monkeypatch, "sm_90") as launched:
         vsa(head_dim, BF16, cubes, True, True, train, backend="gluon")
@@ -294,7 +306,8 @@ def test_vsa(tmp_path, monkeypatch, head_dim, cubes, train):
     (fine,) = (x for x in launched.values() if x.name == ("cubes_fwd_wide_kernel" if wide else "cubes_fwd_kernel"))
     assert fine.constants["SAVE_FINE"] == train
     programs, threads = (1, 384) if wide else (3, 128)
-    assert_fits(compiled_as_launched(fine), tmp_path, programs=programs, threads=threads, spill_limit=CUBES[cubes])
+    spills = {"spill_limit": CUBES[cubes], "loop_limit": CUBES[cubes]}
+    assert_fits(compiled_as_launched(fine), tmp_path, programs=programs, threads=threads, **spills)
     backward = {
         x.name: x for x in launched.values() if x.name in ("block_sparse_dq_kernel", "block_sparse_dkdv_kernel")
     }
@@ -305,4 +318,4 @@ def test_vsa(tmp_path, monkeypatch, head_dim, cubes, train):
     dq, dkdv = backward["block_sparse_dq_kernel"], backward["block_sparse_dkdv_kernel"]
     assert dq.constants["TAIL"] == ("in slots" in cubes)
     assert_fits(compiled_as_launched(dq), tmp_path, programs=programs, threads=threads)
-    assert_fits(compiled_as_launched(dkdv), tmp_path, programs=2, threads=128)
+    assert_fits(compiled_as_launched(dkdv), tmp_path, programs=2, threads=128, **DKDV)

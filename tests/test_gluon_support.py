@@ -1,9 +1,14 @@
 """Whether the Hopper kernels can run is decided in plain Python, also inside `torch.compile`: held without a GPU."""
 
+import importlib.metadata
+import warnings
+
 import pytest
 import torch
 
 from foveal import block_sparse_attention
+from foveal.checks import clear_constants
+from foveal.kernels import api
 from foveal.kernels.hopper import support
 from foveal.testing import make_inputs, random_selection
 
@@ -41,3 +46,60 @@ def test_what_the_copy_engine_can_walk():
     assert not support.copyable(torch.zeros(2, 3, 40, 60, dtype=torch.bfloat16))
     assert not support.copyable(base.transpose(2, 3))
     assert not support.copyable(base[:, :1].expand(2, 3, 40, 64))
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A function that makes this release of Triton the installed one; every question about it is asked anew."""
+
+    def install(release):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: release)
+        clear_constants()
+        support._warn_once.cache_clear()
+
+    yield install
+    clear_constants()
+    support._warn_once.cache_clear()
+
+
+def test_other_releases_are_named(installed):
+    installed("3.10.1")
+    assert "3.6, 3.7, 3.8, 3.9, got 3.10.1" in support.missing_gluon()
+    assert set(support.VERIFIED_RELEASES) <= set(support.TRITON_RELEASES)
+
+
+def on_hopper(monkeypatch):
+    """Tensors without memory, as if of a Hopper GPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(support, "_capability", lambda device: "9.0")
+    monkeypatch.setattr(support, "missing_gluon", lambda: None)
+    with FakeTensorMode():
+        return (torch.empty(1, 2, 128, 64, dtype=torch.bfloat16, device="cuda"),) * 3
+
+
+@pytest.mark.skipif(not api._HAS_TRITON, reason="needs triton")
+def test_auto_says_once_that_it_passes_over_unverified_kernels(monkeypatch, installed):
+    inputs = on_hopper(monkeypatch)
+    monkeypatch.setattr(support, "VERIFIED_RELEASES", ("3.6",))
+    installed("3.9.0")
+    with pytest.warns(RuntimeWarning, match=r'slower kernels .* Triton 3\.6, got 3\.9\.0\. Install .* impl="gluon"'):
+        ran = api.choose_impl("auto", *inputs, 64, 64)
+    assert ran == api.Ran("triton", "not gluon: its kernels were verified on a GPU with Triton 3.6, got 3.9.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert api.choose_impl("auto", *inputs, 64, 64) == ran
+        assert api.choose_impl("gluon", *inputs, 64, 64).impl == "gluon"  # who names it takes the risk
+        monkeypatch.setattr(support, "VERIFIED_RELEASES", ("3.6", "3.9"))
+        installed("3.9.0")
+        assert api.choose_impl("auto", *inputs, 64, 64) == api.Ran("gluon")
+
+
+def test_other_gpus_are_not_warned(monkeypatch, installed):
+    inputs = on_hopper(monkeypatch)
+    monkeypatch.setattr(support, "_capability", lambda device: "8.9")
+    monkeypatch.setattr(support, "VERIFIED_RELEASES", ("3.6",))
+    installed("3.9.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        api.choose_impl("auto", *inputs, 64, 64)

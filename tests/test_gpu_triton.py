@@ -247,7 +247,7 @@ def test_activation_checkpointing():
 
 def test_auto_takes_the_fastest():
     inputs, selection = case((1, 2, 300, 300, 64, 64, 64, torch.bfloat16, "BHLD"))
-    fastest = "triton" if why_not(*inputs, 64, 64) else "gluon"
+    fastest = "triton" if selection_module.why_not("gluon", *inputs, 64, 64) else "gluon"
     expected = block_sparse_attention(*inputs, selection, impl=fastest)
     assert torch.equal(block_sparse_attention(*inputs, selection), expected)
 

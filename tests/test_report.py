@@ -162,6 +162,7 @@ REFUSALS = {
     "small cubes": ({}, (16, 16), "torch", "not triton: it takes blocks of 64 and 128 tokens, got 16x16"),
     "strides": ({"strided": True}, (64, 64), "triton", "not gluon: query must be contiguous"),
     "another Triton": ({}, (64, 64), "triton", "not gluon: it is written for Triton 3.6"),
+    "an unverified Triton": ({}, (64, 64), "triton", "not gluon: its kernels were verified"),
     "nothing": ({}, (64, 64), "gluon", None),
 }
 
@@ -173,6 +174,8 @@ def test_a_hopper_gpu_says_why_not(name, monkeypatch):
     monkeypatch.setattr(api, "_HAS_TRITON", True)
     version = "it is written for Triton 3.6, got 3.9.0"
     monkeypatch.setattr(support, "missing_gluon", lambda: version if name == "another Triton" else None)
+    why_unverified = "its kernels were verified on a GPU with Triton 3.6, got 3.9.0"
+    monkeypatch.setattr(support, "unverified_release", lambda: why_unverified if "unverified" in name else None)
     ran = api.choose_impl("auto", *cuda_inputs(**options), *blocks)
     assert ran.impl == impl
     assert ran.why is None if why is None else ran.why.startswith(why)

@@ -110,7 +110,7 @@ def choose_impl(impl: str, query: Tensor, key: Tensor, value: Tensor, block_q: i
     if impl in ("reference", "torch"):
         return _AS_ASKED[impl]
     if impl != "auto":
-        reason = why_not(impl, query, key, value, block_q, block_k)
+        reason = why_not(impl, query, key, value, block_q, block_k, named=True)
         if reason is not None:
             raise ValueError(f'impl="{impl}" cannot run here: {reason}; impl="auto" takes what fits')
         return _AS_ASKED[impl]
@@ -132,12 +132,15 @@ def _written_for(backend: str, device: torch.device) -> bool:
     return written_for(device)
 
 
-def why_not(backend: str, query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> str | None:
-    """Why a backend cannot run on these inputs; None if it can."""
+def why_not(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int, *, named: bool = False
+) -> str | None:
+    """Why "auto" does not run a backend on these inputs, or if it is `named` why it cannot run; None if it does."""
     if backend == "gluon":
-        from foveal.kernels.hopper.support import why_not
+        from foveal.kernels.hopper import support
 
-        return why_not(query, key, value, block_q, block_k)
+        reason = support.why_not(query, key, value, block_q, block_k)
+        return reason if named or reason is not None else support.unverified_release()
     return _why_no_triton(query, block_q, block_k)
 
 

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.kernels.hopper.forward_kernel import tile_start, tile_valid
+from foveal.kernels.hopper.gluon_names import aggregate, async_load, async_store, base_value, reinterpret
 from foveal.kernels.hopper.linear_branch import HALF_WIDTH, load_row
 from foveal.kernels.hopper.linear_gradients import (
     features,
@@ -29,7 +30,6 @@ from foveal.kernels.hopper.linear_gradients import (
     store_halves,
 )
 from foveal.kernels.hopper.raster import return_gradient
-from foveal.kernels.hopper.ring import aggregate, base_value
 from foveal.kernels.hopper.tiles import (
     barriers,
     copy_rows,
@@ -99,10 +99,10 @@ class QueryRing:
         barrier = self.full.index(slot)
         where = [source.batch, source.head, tile * 64, 0]
         mbarrier.expect(barrier, BYTES, pred=wanted)
-        tma.async_copy_global_to_shared(source.query, where, barrier, self.q.index(slot), pred=wanted)
-        tma.async_copy_global_to_shared(source.grad, where, barrier, self.g.index(slot), pred=wanted)
+        async_load(source.query, where, barrier, self.q.index(slot), pred=wanted)
+        async_load(source.grad, where, barrier, self.g.index(slot), pred=wanted)
         first = (source.first_tile + tile) * 128
-        tma.async_copy_global_to_shared(source.statistics, [first], barrier, self.rows.index(slot), pred=wanted)
+        async_load(source.statistics, [first], barrier, self.rows.index(slot), pred=wanted)
 
     @gluon.jit
     def wait(self, t):
@@ -113,7 +113,7 @@ class QueryRing:
 @gluon.jit
 def statistic(rows, WHICH: gl.constexpr, layout: gl.constexpr):
     """LSE (0) or delta (1) of the query tile whose row statistics lie in shared memory."""
-    return rows._reinterpret(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(WHICH).load(layout)
+    return reinterpret(rows, gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])).index(WHICH).load(layout)
 
 
 @gluon.jit
@@ -154,7 +154,7 @@ def add_key_branch(
     if head_dim == 128:
         grad_v = warpgroup_mma(gl.convert_layout(right.to(gl.bfloat16), operand), state_1, grad_v)
     store_rows(grad_value, batch, head, start, keep_rows(grad_v, valid), staging)
-    v_narrow = v._reinterpret(gl.bfloat16, [rows, head_dim], v.layout)
+    v_narrow = reinterpret(v, gl.bfloat16, [rows, head_dim], v.layout)
     if v.dtype != gl.bfloat16:
         v_left, v_right = load_halves(v, half)
         store_halves(v_narrow, v_left, v_right)
@@ -169,7 +169,7 @@ def add_key_branch(
     left, right = features_backward(left, right, grad_left, grad_right, head_dim, FEATURE_MAP)
     k_left, k_right = halves_of(grad_k, half)
     store_halves(k, keep_rows(k_left + left, valid), keep_rows(k_right + right, valid))
-    tma.async_copy_shared_to_global(grad_key, [batch, head, start, 0], k)
+    async_store(grad_key, [batch, head, start, 0], k)
 
 
 @gluon.jit(
@@ -242,15 +242,13 @@ def block_sparse_dkdv_kernel(
         state_full = barriers(1, 1)
         fence_async_shared()
         state_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-        state_0 = q.index(count % SLOTS)._reinterpret(gl.bfloat16, [HALF_WIDTH, head_dim], state_layout)
-        state_1 = g.index(count % SLOTS)._reinterpret(gl.bfloat16, [HALF_WIDTH, head_dim], state_layout)
+        state_0 = reinterpret(q.index(count % SLOTS), gl.bfloat16, [HALF_WIDTH, head_dim], state_layout)
+        state_1 = reinterpret(g.index(count % SLOTS), gl.bfloat16, [HALF_WIDTH, head_dim], state_layout)
         block = start_k // BLOCK_K
         mbarrier.expect(state_full.index(0), grad_state.block_type.nbytes * (head_dim // HALF_WIDTH))
-        tma.async_copy_global_to_shared(grad_state, [pair, block * state_step, 0, 0], state_full.index(0), state_0)
+        async_load(grad_state, [pair, block * state_step, 0, 0], state_full.index(0), state_0)
         if head_dim == 128:
-            tma.async_copy_global_to_shared(
-                grad_state, [pair, block * state_step, HALF_WIDTH, 0], state_full.index(0), state_1
-            )
+            async_load(grad_state, [pair, block * state_step, HALF_WIDTH, 0], state_full.index(0), state_1)
     sums_k, sums_v = add_queries(queries, slot, v, scores, grad_k, grad_v, scale_log2)
     grad_v, grad_k = warpgroup_mma_wait(0, deps=[sums_v, sums_k])
     # Padding keys stay in their own rows of S^T, so they need no mask before the end.

@@ -14,8 +14,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from foveal.kernels.hopper.gluon_names import aggregate, async_load
 from foveal.kernels.hopper.raster import return_gradient
-from foveal.kernels.hopper.ring import aggregate, key_walk, ring
+from foveal.kernels.hopper.ring import key_walk, ring
 from foveal.kernels.hopper.tiles import (
     barriers,
     clear_rows,
@@ -203,8 +204,8 @@ def block_sparse_dq_kernel(
     fence_async_shared()
     mbarrier.expect(q_full.index(0), CONSUMERS * (query.block_type.nbytes + grad.block_type.nbytes))
     for w in gl.static_range(CONSUMERS):
-        tma.async_copy_global_to_shared(query, [batch, head, start_q + 64 * w, 0], q_full.index(0), q.index(w))
-        tma.async_copy_global_to_shared(grad, [batch, head, start_q + 64 * w, 0], q_full.index(0), g.index(w))
+        async_load(query, [batch, head, start_q + 64 * w, 0], q_full.index(0), q.index(w))
+        async_load(grad, [batch, head, start_q + 64 * w, 0], q_full.index(0), g.index(w))
 
     list_ptr = critical_ptr + row * width
     if HAS_SIZES:

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from foveal.kernels.hopper.gluon_names import reinterpret
 from foveal.kernels.hopper.linear_branch import (
     HALF_WIDTH,
     add_columns,
@@ -278,8 +279,8 @@ def block_sparse_fwd_kernel(
                 )  # fmt: skip
         else:
             left, right, inverse = features_and_inverse(q, norm_ptr, FEATURE_MAP)
-            upper = k._reinterpret(gl.bfloat16, [HALF_WIDTH, head_dim], tile_layout)
-            lower = v.index(1 - slot)._reinterpret(gl.bfloat16, [HALF_WIDTH, head_dim], tile_layout)
+            upper = reinterpret(k, gl.bfloat16, [HALF_WIDTH, head_dim], tile_layout)
+            lower = reinterpret(v.index(1 - slot), gl.bfloat16, [HALF_WIDTH, head_dim], tile_layout)
             mbarrier.wait(state_full.index(0), 0)
             if head_dim == 128:
                 mbarrier.wait(state_full.index(1), 0)

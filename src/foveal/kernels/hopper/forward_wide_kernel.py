@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.kernels.hopper.forward_kernel import finished, keep_valid, online_softmax_update, sums_by_eight
+from foveal.kernels.hopper.gluon_names import async_load, reinterpret
 from foveal.kernels.hopper.linear_branch import add_projected, features_and_inverse, load_row, times_state
 from foveal.kernels.hopper.tiles import barriers, keep_columns, retire, store_rows
 from foveal.kernels.triton.await_previous import await_previous
@@ -45,7 +46,7 @@ def listed_halves(list_ptr, kept, key_length, SPLIT: gl.constexpr):
 def square(tile):
     """The front of a slot for [128, D] as bfloat16 [D, D]."""
     head_dim: gl.constexpr = tile.shape[1]
-    whole = tile._reinterpret(gl.bfloat16, [128, head_dim], tile.layout)
+    whole = reinterpret(tile, gl.bfloat16, [128, head_dim], tile.layout)
     return whole.slice(0, head_dim, 0)
 
 
@@ -76,9 +77,7 @@ def load_shared_tiles(
         mbarrier.wait(q_empty.index(slot), (turn // Q_SLOTS + 1) & 1)
         mbarrier.expect(q_full.index(slot), 2 * query.block_type.nbytes)
         for w in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                query, [batch, head, block * 128 + w * 64, 0], q_full.index(slot), q.index(slot * 2 + w)
-            )
+            async_load(query, [batch, head, block * 128 + w * 64, 0], q_full.index(slot), q.index(slot * 2 + w))
         for t in range(gl.maximum((listed + 1) // 2, 1)):
             slot = step % SLOTS
             phase = (step // SLOTS + 1) & 1
@@ -87,26 +86,24 @@ def load_shared_tiles(
             mbarrier.wait(k_empty.index(slot), phase)
             mbarrier.expect(k_full.index(slot), TILE_BYTES)
             tile = k.index(slot)
-            tma.async_copy_global_to_shared(key, [batch, head, first, 0], k_full.index(slot), tile.slice(0, 64, 0))
-            tma.async_copy_global_to_shared(key, [batch, head, second, 0], k_full.index(slot), tile.slice(64, 64, 0))
+            async_load(key, [batch, head, first, 0], k_full.index(slot), tile.slice(0, 64, 0))
+            async_load(key, [batch, head, second, 0], k_full.index(slot), tile.slice(64, 64, 0))
             mbarrier.wait(v_empty.index(slot), phase)
             mbarrier.expect(v_full.index(slot), TILE_BYTES)
             tile = v.index(slot)
-            tma.async_copy_global_to_shared(value, [batch, head, first, 0], v_full.index(slot), tile.slice(0, 64, 0))
-            tma.async_copy_global_to_shared(value, [batch, head, second, 0], v_full.index(slot), tile.slice(64, 64, 0))
+            async_load(value, [batch, head, first, 0], v_full.index(slot), tile.slice(0, 64, 0))
+            async_load(value, [batch, head, second, 0], v_full.index(slot), tile.slice(64, 64, 0))
             step += 1
         if HAS_LINEAR:
             slot = step % SLOTS
             phase = (step // SLOTS + 1) & 1
             mbarrier.wait(k_empty.index(slot), phase)
             mbarrier.expect(k_full.index(slot), state.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                state, [pair, block * state_step, 0, 0], k_full.index(slot), square(k.index(slot))
-            )
+            async_load(state, [pair, block * state_step, 0, 0], k_full.index(slot), square(k.index(slot)))
             mbarrier.wait(v_empty.index(slot), phase)
             if weight is not None:
                 mbarrier.expect(v_full.index(slot), weight.block_type.nbytes)
-                tma.async_copy_global_to_shared(weight, [0, 0], v_full.index(slot), square(v.index(slot)))
+                async_load(weight, [0, 0], v_full.index(slot), square(v.index(slot)))
             else:  # both rings turn alike
                 mbarrier.arrive(v_full.index(slot), count=1)
             step += 1

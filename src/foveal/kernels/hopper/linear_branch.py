@@ -5,7 +5,9 @@ Source: SLA (arXiv 2509.24006), eq. 5 and 6. H and W are bfloat16 whatever the d
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+
+from foveal.kernels.hopper.gluon_names import async_load, reinterpret
 
 HALF_WIDTH = gl.constexpr(64)  # columns of H and W at a time, half of them at head_dim 128
 
@@ -98,24 +100,24 @@ def add_projected(acc, left, right, inverse, upper, lower):
 def copy_state_rows(state, batch_head, block, row, barrier, slot, head_dim: gl.constexpr):
     """Starts the copy of HALF_WIDTH rows of H into a slot that held a tile of 64 rows."""
     mbarrier.expect(barrier, state.block_type.nbytes)
-    piece = slot._reinterpret(gl.bfloat16, [HALF_WIDTH, head_dim], gl.NVMMASharedLayout(128, 16, 2))
-    tma.async_copy_global_to_shared(state, [batch_head, block, row, 0], barrier, piece)
+    piece = reinterpret(slot, gl.bfloat16, [HALF_WIDTH, head_dim], gl.NVMMASharedLayout(128, 16, 2))
+    async_load(state, [batch_head, block, row, 0], barrier, piece)
 
 
 @gluon.jit
 def copy_state(state, batch_head, block, column, barrier, slot, head_dim: gl.constexpr):
     """Starts the copy of HALF_WIDTH columns of H into a slot that held a tile of 64 rows."""
     mbarrier.expect(barrier, state.block_type.nbytes)
-    piece = slot._reinterpret(gl.bfloat16, [head_dim, HALF_WIDTH], gl.NVMMASharedLayout(128, 16, 2))
-    tma.async_copy_global_to_shared(state, [batch_head, block, 0, column], barrier, piece)
+    piece = reinterpret(slot, gl.bfloat16, [head_dim, HALF_WIDTH], gl.NVMMASharedLayout(128, 16, 2))
+    async_load(state, [batch_head, block, 0, column], barrier, piece)
 
 
 @gluon.jit
 def copy_weight(weight, column, barrier, slot, head_dim: gl.constexpr):
     """Starts the copy of HALF_WIDTH columns of W into a slot that held a tile of 64 rows."""
     mbarrier.expect(barrier, weight.block_type.nbytes)
-    piece = slot._reinterpret(gl.bfloat16, [head_dim, HALF_WIDTH], gl.NVMMASharedLayout(128, 16, 2))
-    tma.async_copy_global_to_shared(weight, [0, column], barrier, piece)
+    piece = reinterpret(slot, gl.bfloat16, [head_dim, HALF_WIDTH], gl.NVMMASharedLayout(128, 16, 2))
+    async_load(weight, [0, column], barrier, piece)
 
 
 @gluon.jit
@@ -124,8 +126,8 @@ def add_columns(
 ):  # fmt: skip
     """acc + ((phi(q) H[:, part]) / n) W[:, part]^T for the columns whose pieces arrive at these barriers."""
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    state = state_slot._reinterpret(gl.bfloat16, [head_dim, HALF_WIDTH], tile_layout)
-    weight = weight_slot._reinterpret(gl.bfloat16, [head_dim, HALF_WIDTH], tile_layout)
+    state = reinterpret(state_slot, gl.bfloat16, [head_dim, HALF_WIDTH], tile_layout)
+    weight = reinterpret(weight_slot, gl.bfloat16, [head_dim, HALF_WIDTH], tile_layout)
     mbarrier.wait(state_full, 0)
     linear = times_state(left, right, inverse, state)
     mbarrier.wait(weight_full, 0)

@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
+from foveal.kernels.hopper.gluon_names import async_load, async_store, reinterpret
 from foveal.kernels.hopper.linear_branch import HALF_WIDTH, load_row
 from foveal.kernels.hopper.tiles import barriers, copy_rows, retire, store_rows
 from foveal.kernels.triton.await_previous import await_previous
@@ -125,8 +126,8 @@ def row_gradients(
     half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, 64, 16])
     full: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, head_dim, 16])
     half_zeros = gl.zeros([rows, HALF_WIDTH], gl.float32, half)
-    g_narrow = g._reinterpret(gl.bfloat16, [rows, head_dim], g.layout)
-    scaled = o._reinterpret(gl.bfloat16, [rows, head_dim], o.layout)
+    g_narrow = reinterpret(g, gl.bfloat16, [rows, head_dim], g.layout)
+    scaled = reinterpret(o, gl.bfloat16, [rows, head_dim], o.layout)
 
     mbarrier.wait(og_full, phase)
     delta = gl.zeros([rows], gl.float32, gl.SliceLayout(1, half))
@@ -174,7 +175,7 @@ def row_gradients(
         store_column_sums(grad_norm_ptr + 64, right * -product)
     left, right = features_backward(left, right, grad_left, grad_right, head_dim, FEATURE_MAP)
     store_halves(q, left, right)
-    tma.async_copy_shared_to_global(grad_query, [batch, head, start, 0], q)
+    async_store(grad_query, [batch, head, start, 0], q)
     if w is not None:
         values = warpgroup_mma(scaled, h, gl.zeros([rows, head_dim], gl.float32, full), use_acc=False)
         store_rows(linear, batch, head, start, values, w.slice(0, rows, 0))
@@ -211,12 +212,12 @@ def linear_query_grad_kernel(
         w_rows: gl.constexpr = max(rows, head_dim)  # O^l leaves through it
         w = gl.allocate_shared_memory(gl.bfloat16, [w_rows, head_dim], tile_layout)
         mbarrier.expect(full.index(0), output.block_type.nbytes + grad.block_type.nbytes + weight.block_type.nbytes)
-        tma.async_copy_global_to_shared(weight, [0, 0], full.index(0), w.slice(0, head_dim, 0))
-    tma.async_copy_global_to_shared(grad, [batch, head, start, 0], full.index(0), g)
-    tma.async_copy_global_to_shared(output, [batch, head, start, 0], full.index(0), o)
+        async_load(weight, [0, 0], full.index(0), w.slice(0, head_dim, 0))
+    async_load(grad, [batch, head, start, 0], full.index(0), g)
+    async_load(output, [batch, head, start, 0], full.index(0), o)
     copy_rows(query, batch, head, start, full.index(1), q, True)
     mbarrier.expect(full.index(2), state.block_type.nbytes)
-    tma.async_copy_global_to_shared(state, [pair, block, 0, 0], full.index(2), h)
+    async_load(state, [pair, block, 0, 0], full.index(2), h)
 
     place = (all_pairs * gl.num_programs(0) + block) * head_dim
     norm_ptr += pair.to(gl.int64) * norm_pair_stride + block.to(gl.int64) * norm_block_stride
@@ -225,8 +226,8 @@ def linear_query_grad_kernel(
         delta_ptr + all_pairs * query_length, grad_norm_ptr + place, None, batch, head, start, query_length,
         FEATURE_MAP,
     )  # fmt: skip
-    g = g._reinterpret(gl.bfloat16, [rows, head_dim], tile_layout)
-    scaled = o._reinterpret(gl.bfloat16, [rows, head_dim], tile_layout).permute((1, 0))
+    g = reinterpret(g, gl.bfloat16, [rows, head_dim], tile_layout)
+    scaled = reinterpret(o, gl.bfloat16, [rows, head_dim], tile_layout).permute((1, 0))
     # A warpgroup makes 64 rows of dH at a time; at head_dim 64 the two of 128 queries split its columns.
     wide: gl.constexpr = rows > head_dim
     layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -239,7 +240,7 @@ def linear_query_grad_kernel(
         piece = h.slice(part * i, part, 0)
         piece.store(sums.to(gl.bfloat16))
         fence_async_shared()
-        tma.async_copy_shared_to_global(grad_state, [pair, block, part * i, 0], piece)
+        async_store(grad_state, [pair, block, part * i, 0], piece)
     tma.store_wait(0)
     retire(full)
 
@@ -249,8 +250,8 @@ def copy_block(query, output, grad, batch, head, start, og_full, q_full, q, o, g
     """Starts the copies of one block's rows into a stage."""
     barrier = og_full.index(stage)
     mbarrier.expect(barrier, output.block_type.nbytes + grad.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(grad, [batch, head, start, 0], barrier, g.index(stage), pred=wanted)
-    tma.async_copy_global_to_shared(output, [batch, head, start, 0], barrier, o.index(stage), pred=wanted)
+    async_load(grad, [batch, head, start, 0], barrier, g.index(stage), pred=wanted)
+    async_load(output, [batch, head, start, 0], barrier, o.index(stage), pred=wanted)
     copy_rows(query, batch, head, start, q_full.index(stage), q.index(stage), wanted)
 
 
@@ -278,7 +279,7 @@ def shared_query_grad_kernel(
     h_full, og_full, q_full = barriers(1, 1), barriers(2, 1), barriers(2, 1)
     fence_async_shared()
     mbarrier.expect(h_full.index(0), state.block_type.nbytes)
-    tma.async_copy_global_to_shared(state, [pair, 0, 0, 0], h_full.index(0), h)
+    async_load(state, [pair, 0, 0, 0], h_full.index(0), h)
     mbarrier.wait(h_full.index(0), 0)
     narrow: gl.constexpr = head_dim == 64
     layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -303,8 +304,8 @@ def shared_query_grad_kernel(
             (i // 2) & 1, grad_query, None, norm_ptr, bias_ptr, delta_ptr + all_pairs * query_length,
             grad_norm_ptr + place, grad_bias_ptr + place, batch, head, (first + i) * rows, query_length, FEATURE_MAP,
         )  # fmt: skip
-        scaled = o.index(stage)._reinterpret(gl.bfloat16, [rows, head_dim], tile_layout)
-        narrow_g = g.index(stage)._reinterpret(gl.bfloat16, [rows, head_dim], tile_layout)
+        scaled = reinterpret(o.index(stage), gl.bfloat16, [rows, head_dim], tile_layout)
+        narrow_g = reinterpret(g.index(stage), gl.bfloat16, [rows, head_dim], tile_layout)
         sums = warpgroup_mma(scaled.permute((1, 0)), narrow_g, sums)
     tma.store_wait(0)
     row = gl.expand_dims(gl.arange(0, head_dim, gl.SliceLayout(1, layout)), 1)

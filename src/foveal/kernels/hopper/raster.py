@@ -7,7 +7,9 @@ Source: VSA (arXiv 2505.13389), eq. 3 and 4.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from foveal.kernels.hopper.gluon_names import async_store
 
 ROWS = gl.constexpr(64)  # of a tile
 
@@ -55,7 +57,7 @@ def store_gated_sum(
     tile.store(result.to(tile.dtype))
     if SAVE_FINE:
         fence_async_shared()
-        tma.async_copy_shared_to_global(fine, [batch, head, start, 0], tile)
+        async_store(fine, [batch, head, start, 0], tile)
     lines: gl.constexpr = line_layout(head_dim)
     column = gl.arange(0, head_dim, gl.SliceLayout(0, lines))
     out = tile.load(lines).to(gl.float32)

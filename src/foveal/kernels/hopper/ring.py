@@ -8,14 +8,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-# Triton 3.6, the release that `support` asks for, has these under no public name.
-from triton.language.core import _aggregate as aggregate
-from triton.language.core import base_value
-
 from foveal.kernels.hopper.forward_kernel import tile_start, tile_valid
+from foveal.kernels.hopper.gluon_names import aggregate
 from foveal.kernels.hopper.tiles import barriers, copy_rows, retire
-
-__all__ = ["KeyWalk", "Ring", "aggregate", "base_value", "key_walk", "ring"]
 
 
 @aggregate

@@ -1,18 +1,22 @@
-"""What the Hopper kernels can take. The only module that asks which Triton is installed."""
+"""What the Hopper kernels can take, and with which releases of Triton. Importing it needs no Triton."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.metadata
+import warnings
 
 import torch
 from torch import Tensor
 
 from foveal.checks import cached_constant
 
-# Gluon is experimental: its names and semantics change between minor releases of Triton.
-TRITON_RELEASE = "3.6"
+# Gluon is experimental: its names and semantics change between minor releases of Triton. With these the kernels
+# compile, without spills in their loops; `gluon_names` has what differs.
+TRITON_RELEASES = ("3.6", "3.7", "3.8", "3.9")
+# With these the kernels have also run on a GPU, and all GPU tests passed: what impl="auto" trusts.
+VERIFIED_RELEASES = ("3.6",)
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (64, 128)
 COPY_ALIGNMENT = 16  # bytes; TMA needs it of starts and strides
@@ -25,13 +29,40 @@ def missing_gluon() -> str | None:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "it needs Triton, which is not installed"
-    if version.split(".")[:2] != TRITON_RELEASE.split("."):
-        return f"it is written for Triton {TRITON_RELEASE}, got {version}"
+    if _release(version) not in TRITON_RELEASES:
+        return f"it is written for Triton {', '.join(TRITON_RELEASES)}, got {version}"
     try:
         importlib.import_module("triton.experimental.gluon.language.nvidia.hopper")
     except ImportError as error:
         return f"Triton {version} comes without Gluon for Hopper ({error})"
     return None
+
+
+def _release(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+@cached_constant
+def unverified_release() -> str | None:
+    """Why impl="auto" passes over the kernels with the installed Triton, on which they can run; None if it does not.
+
+    Whoever asks, on a Hopper GPU, will get slower kernels: a warning says so the first time.
+    """
+    version = importlib.metadata.version("triton")
+    if _release(version) in VERIFIED_RELEASES:
+        return None
+    verified = ", ".join(VERIFIED_RELEASES)
+    reason = f"its kernels were verified on a GPU with Triton {verified}, got {version}"
+    _warn_once(
+        f'impl="auto" runs slower kernels on this Hopper GPU, not "gluon": {reason}. Install a torch that comes with '
+        f'a verified Triton (torch 2.11 has 3.6), or ask for impl="gluon", which runs them unverified'
+    )
+    return reason
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 @cached_constant

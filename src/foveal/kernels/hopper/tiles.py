@@ -6,7 +6,9 @@ rows past the end of a head read as zeros and are not written.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from foveal.kernels.hopper.gluon_names import async_load, async_store
 
 
 @gluon.jit
@@ -18,9 +20,9 @@ def copy_rows(source, batch, head, row, barrier, tile, wanted):
     mbarrier.expect(barrier, source.block_type.nbytes, pred=wanted)
     if source.block_type.shape[2] == 1:
         block = row // tile.shape[0]
-        tma.async_copy_global_to_shared(source, [batch, head, block, 0, 0], barrier, tile, pred=wanted)
+        async_load(source, [batch, head, block, 0, 0], barrier, tile, pred=wanted)
     else:
-        tma.async_copy_global_to_shared(source, [batch, head, row, 0], barrier, tile, pred=wanted)
+        async_load(source, [batch, head, row, 0], barrier, tile, pred=wanted)
 
 
 @gluon.jit
@@ -28,7 +30,7 @@ def store_rows(target, batch, head, row, values, tile):
     """Starts the copy of `values` to memory through shared memory that nobody reads any more."""
     tile.store(values.to(tile.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(target, [batch, head, row, 0], tile)
+    async_store(target, [batch, head, row, 0], tile)
 
 
 @gluon.jit
