@@ -53,9 +53,9 @@ def assert_equal(got, expected, tolerance=1e-9):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def token_mask(blocks, valid):
+def token_mask(blocks, valid, block=BLOCK):
     """[B, H, T, T] blocks and [S] valid keys to [B, H, S, S]."""
-    return blocks.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3) & valid
+    return blocks.repeat_interleave(block, 2).repeat_interleave(block, 3) & valid
 
 
 def dense_softmax(query, key, value, mask):
@@ -63,19 +63,19 @@ def dense_softmax(query, key, value, mask):
     return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
 
-def padded_tokens():
-    """Valid tokens of blocks of SIZES, bool [S]."""
-    return (torch.arange(BLOCK)[None] < torch.tensor(SIZES)[:, None]).flatten()
+def padded_tokens(sizes=SIZES, block=BLOCK):
+    """Valid tokens of blocks of such sizes, bool [S]."""
+    return (torch.arange(block)[None] < torch.tensor(sizes)[:, None]).flatten()
 
 
-def vsa_oracle(query, key, value, topk, gate):
+def vsa_oracle(query, key, value, topk, gate, sizes=SIZES, block=BLOCK):
     """The published VSA over tokens in tile order: dense, and without anything of foveal."""
-    valid, sizes = padded_tokens(), torch.tensor(SIZES)[:, None]
-    pooled = [(x * valid[:, None]).unflatten(2, (-1, BLOCK)).sum(3) / sizes for x in (query, key, value)]
+    valid, sizes = padded_tokens(sizes, block), torch.tensor(sizes)[:, None]
+    pooled = [(x * valid[:, None]).unflatten(2, (-1, block)).sum(3) / sizes for x in (query, key, value)]
     scores = pooled[0] @ pooled[1].mT / math.sqrt(DIM)
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(topk).indices, True)
-    coarse = (scores.softmax(-1) @ pooled[2]).repeat_interleave(BLOCK, 2)
-    return coarse * gate + dense_softmax(query, key, value, token_mask(kept, valid))[0]
+    coarse = (scores.softmax(-1) @ pooled[2]).repeat_interleave(block, 2)
+    return coarse * gate + dense_softmax(query, key, value, token_mask(kept, valid, block))[0]
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -96,6 +96,18 @@ def test_fastvideo_vsa_equals_a_dense_computation(fastvideo, gated):
             compress_attn_weight=gate if gated else None,
         )
     # The host's models drop what stands in padding rows.
+    assert_equal([output * valid], [expected * valid])
+    assert_equal(gradients(output, inputs, valid), gradients(expected, inputs, valid))
+
+
+def test_cubes_of_256_tokens_run_as_two_blocks_each(fastvideo):
+    """Also where the second of the two is empty."""
+    sizes = [256, 130, 3, 128, 256]
+    query, key, value, gate = inputs = tensors(1, HEADS, 256 * len(sizes), DIM, number=4)
+    expected = vsa_oracle(query, key, value, 2, gate, sizes, 256)
+    given, valid = torch.tensor(sizes), padded_tokens(sizes, 256)[:, None]
+    with foveal.patch("fastvideo", impl="torch"):
+        output = fastvideo["fastvideo_kernel"].video_sparse_attn(query, key, value, given, given, 2, (4, 8, 8), gate)
     assert_equal([output * valid], [expected * valid])
     assert_equal(gradients(output, inputs, valid), gradients(expected, inputs, valid))
 
@@ -211,7 +223,7 @@ def test_turbodiffusion_keeps_a_block_where_the_ratio_rounds_to_none(sla_class):
 
 
 def test_mistakes_are_named(fastvideo, sla_class):
-    with pytest.raises(ValueError, match=r"unknown host 'comfyui'; expected one of \('fastvideo', 'turbodiffusion'\)"):
+    with pytest.raises(ValueError, match=r"unknown host 'comfyui'; expected one of \('fastvideo', 'turbod"):
         foveal.patch("comfyui")
     with pytest.raises(ValueError, match="unknown impl 'cuda'"):
         foveal.patch("fastvideo", impl="cuda")
@@ -221,7 +233,7 @@ def test_mistakes_are_named(fastvideo, sla_class):
     with foveal.patch("fastvideo", impl="torch"):
         with pytest.raises(ValueError, match=r"'fastvideo' is patched already: undo that patch first"):
             foveal.patch("fastvideo")
-        with pytest.raises(ValueError, match=r"block_size must hold 64 or 128 .* got 64, which holds 262144"):
+        with pytest.raises(ValueError, match=r"block_size must hold 64, 128, or 256 .* got 64, which holds 262144"):
             host.video_sparse_attn(query, key, value, sizes, sizes, 1)
         with pytest.raises(
             ValueError, match=r"q_variable_block_sizes must have one entry for each block of 64 .* got 1"
@@ -293,6 +305,13 @@ def check_kernels(device, impl, sla_class):
         host = sys.modules["fastvideo_kernel"]
         return host.video_sparse_attn(query, key, value, sizes, sizes, 2, (4, 4, 4), gate) * valid
 
+    def wide_vsa(tensor):
+        sizes = [256, 130, 3, 128, 256]
+        query, key, value, gate = (tensor(1, HEADS, 256 * len(sizes), 64) for _ in range(4))
+        valid, sizes = padded_tokens(sizes, 256)[:, None].to(query.device), torch.tensor(sizes, device=query.device)
+        host = sys.modules["fastvideo_kernel"]
+        return host.video_sparse_attn(query, key, value, sizes, sizes, 2, (4, 8, 8), gate) * valid
+
     def lists(tensor):
         query, key, value = (tensor(BATCH, HEADS, BLOCK * len(SIZES), 64) for _ in range(3))
         rows = torch.tensor([3, 0, 2, -1, -1], device=query.device).expand(BATCH, HEADS, len(SIZES), 5)
@@ -307,7 +326,7 @@ def check_kernels(device, impl, sla_class):
         module.dtype = query.dtype
         return module(query, key, value)
 
-    for call in (vsa, lists, sla):
+    for call in (vsa, wide_vsa, lists, sla):
         exact = on_device("cpu", "reference", torch.float64, call)
         plain = on_device("cpu", "torch", torch.bfloat16, call)
         for number, found in enumerate(zip(on_device(device, impl, torch.bfloat16, call), exact, plain, strict=True)):

@@ -16,7 +16,8 @@ from foveal.checks import product, without_autocast
 from foveal.hosts.patching import Patch, check_host_function, import_host
 from foveal.kernels.api import block_sparse_attention
 
-BLOCKS = (64, 128)
+BLOCKS = (64, 128)  # tokens of a block in the kernels
+WIDE = 256  # tokens of a block that runs as two of the kernels'
 
 
 def patch(impl: str) -> Patch:
@@ -60,6 +61,7 @@ def vsa_over_tiles(
     block_size: int | tuple[int, int, int],
     gate_coarse: Tensor | None,
     impl: str,
+    scale: float | None = None,
 ) -> Tensor:
     """O = Gc * Oc + Of over tokens that stand in tile order already (VSA, arXiv 2505.13389, eq. 1-4).
 
@@ -69,6 +71,8 @@ def vsa_over_tiles(
         topk: blocks that each block attends to, capped at their number.
         block_size: the cube of tokens. An int is the side of a cube, as in the host.
         gate_coarse: [B, H, Sq, D], or None for 1.
+        impl: see `block_sparse_attention`.
+        scale: of both stages; None for 1 / sqrt(D).
 
     Returns:
         [B, H, Sq, D] in the dtype of `query`. What its padding rows hold means nothing.
@@ -77,19 +81,23 @@ def vsa_over_tiles(
         ValueError: naming the argument, what was expected and what came.
     """
     block = math.prod((block_size,) * 3 if isinstance(block_size, int) else block_size)
-    if block not in BLOCKS:
+    if block not in (*BLOCKS, WIDE):
         raise ValueError(
-            f"block_size must hold 64 or 128 tokens with foveal's patch, got {block_size!r}, which holds {block} "
+            f"block_size must hold 64, 128, or 256 tokens with foveal's patch, got {block_size!r}, which holds {block} "
             "(an int is the side of a cube); undo the patch to run the host's own function"
         )
     query_sizes = _sizes("q_variable_block_sizes", query_block_sizes, query, block)
     key_sizes = _sizes("variable_block_sizes", key_block_sizes, key, block)
     pooled_query = pool_blocks(query, block, query_sizes)
     pooled_key, pooled_value = (pool_blocks(x, block, key_sizes) for x in (key, value))
-    scores = pooled_scores(pooled_query, pooled_key, query.shape[-1] ** -0.5)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = pooled_scores(pooled_query, pooled_key, scale)
     critical, counts, _ = pick_blocks(scores, topk=topk)
-    selection = _selection(critical, counts, query, key, block, key_sizes)
-    fine = block_sparse_attention(query, key, value, selection, impl=impl)
+    if block == WIDE:
+        selection = _selection(*_halved(critical, counts, key_sizes), query, key, WIDE // 2)
+    else:
+        selection = _selection(critical, counts, key_sizes, query, key, block)
+    fine = block_sparse_attention(query, key, value, selection, scale=scale, impl=impl)
     # One row for each block, which all its tokens share.
     coarse = product(scores.softmax(-1), pooled_value).to(fine.dtype).unsqueeze(3)
     if gate_coarse is not None:
@@ -129,12 +137,23 @@ def attention_from_lists(
     listed = torch.arange(lists.shape[-1], device=lists.device) < counts[..., None]
     ascending = torch.where(listed, lists, blocks).sort(-1).values
     critical = torch.where(listed, ascending, 0).to(torch.int32)
-    selection = _selection(critical, counts.to(torch.int32), query, key, block, sizes)
+    selection = _selection(critical, counts.to(torch.int32), sizes, query, key, block)
     output, lse = block_sparse_attention(query, key, value, selection, impl=impl, return_lse=True)
     return output, (lse.detach() * math.log2(math.e)).float()
 
 
-def _selection(critical, counts, query, key, block, key_sizes) -> BlockSelection:
+def _halved(critical: Tensor, counts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists, counts, and valid tokens of blocks of 256 tokens as those of blocks of 128: the same tokens."""
+    half = torch.arange(2, dtype=torch.int32, device=critical.device)
+    lists = (critical[..., None] * 2 + half).flatten(-2).repeat_interleave(2, 2)
+    return (
+        lists,
+        (counts * 2).repeat_interleave(2, 2),
+        (sizes[..., None] - half * (WIDE // 2)).clamp(0, WIDE // 2).flatten(-2),
+    )
+
+
+def _selection(critical, counts, key_sizes, query, key, block) -> BlockSelection:
     return BlockSelection(
         critical=critical,
         critical_count=counts,
