@@ -10,6 +10,8 @@ hypothesis.settings.load_profile("foveal")
 
 def pytest_addoption(parser):
     parser.addoption("--comfyui", metavar="FOLDER", help="a ComfyUI to run its tests in, if none can be imported")
+    for host in ("vllm-omni", "sglang"):
+        parser.addoption(f"--{host}", metavar="FOLDER", help=f"site-packages with {host}, if it cannot be imported")
 
 
 def pytest_configure(config):

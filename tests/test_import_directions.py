@@ -39,6 +39,8 @@ LAB_LAYERS = [
 LAB_LAYER_OF = {name: layer for layer, names in enumerate(LAB_LAYERS) for name in names}
 # Kernels: loaded when named, so that what they need need not be there.
 BACKENDS = {"triton", "hopper", "gpu"}
+# Classes derived from a host's: loaded by functions, and by the host.
+HOST_CLASSES = {"hosts/vllm_omni/backend.py": {"vllm_omni"}}
 # They choose the implementation, and reach for the oracle when it is asked for.
 DISPATCHERS = {"kernels/api.py", "methods/sla/attention.py", "methods/vsa/attention.py"}
 
@@ -167,9 +169,12 @@ def test_core_needs_torch_alone(path):
     if part_of(path) not in CORE:
         return
     allowed = sys.stdlib_module_names | {"torch", "foveal"} | ({"triton"} if in_backend(path) else set())
+    allowed |= HOST_CLASSES.get(path.relative_to(ROOT).as_posix(), set())
+    classes = {"foveal." + name.removesuffix(".py").replace("/", ".") for name in HOST_CLASSES}
     for imported in imports_of(path):
         if imported.at_module_level:
             assert imported.target.split(".")[0] in allowed, f"{imported.target} at module level"
+            assert imported.target not in classes, f"{imported.target} at module level"
 
 
 @each_file

@@ -20,10 +20,13 @@ class Patch:
         replacements: (holder, name, function) each: the function that takes the place of `holder.name`. Where the
             holder is a module, other modules' references to the same function are replaced as well, and `undo` also
             finds those that were imported while the patch was in place.
+        also: what `undo` does besides, last.
     """
 
-    def __init__(self, replacements: list[tuple[Any, str, Callable]]) -> None:
-        self._undo: list[Callable[[], None]] = []
+    def __init__(
+        self, replacements: list[tuple[Any, str, Callable]], *, also: Callable[[], None] | None = None
+    ) -> None:
+        self._undo: list[Callable[[], None]] = [] if also is None else [also]
         for holder, name, function in replacements:
             original = getattr(holder, name)
             if isinstance(holder, ModuleType):
