@@ -8,19 +8,20 @@ from foveal.checks import check_choice
 from foveal.hosts.patching import Patch
 from foveal.kernels.api import IMPLS
 
-HOSTS = ("fastvideo", "turbodiffusion", "vllm_omni")
+HOSTS = ("fastvideo", "turbodiffusion", "vllm_omni", "sglang")
 
 
 def patch(host: str, *, impl: str = "auto") -> Patch:
     """Put foveal's functions behind a host's public ones, for its models and checkpoints as they are.
 
     The host's functions change at once, in every module that has imported them, and their gradients become foveal's.
-    vLLM-Omni loads foveal by itself, through its entry points; for it this function is for a script.
+    vLLM-Omni and SGLang load foveal by themselves, through its entry points; for them this function is for a script.
 
     Args:
         host: "fastvideo" (`video_sparse_attn` and `block_sparse_attn_from_indices` of fastvideo-kernel) or
             "turbodiffusion" (`SparseLinearAttention.forward`, of instances that exist already too), "vllm_omni" (its
-            attention backend FASTVIDEO_VSA, in models that are built from now on).
+            attention backend FASTVIDEO_VSA, in models that are built from now on), or "sglang" (its VSA, its VSA for
+            MiniMax-H3, and its SLA, in layers that exist already too).
         impl: see `block_sparse_attention`. A named one never falls back.
 
     Returns:

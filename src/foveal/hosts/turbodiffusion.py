@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from foveal.hosts.patching import Patch, check_host_function, import_host
 from foveal.methods.sla.attention import sla_attention
 from foveal.methods.sla.config import SLAConfig
+from foveal.methods.sla.feature_maps import apply_feature_map
 from foveal.symbols import ceil_div
 
 HOW_TO_INSTALL = "pip install turbodiffusion, or put the folder turbodiffusion/ of its repository on PYTHONPATH"
 # What the host calls the functions that it makes for its feature maps.
-FEATURE_MAPS = {"softmax_feature_map": "softmax", "elu_feature_map": "elu"}
+FEATURE_MAPS = {"softmax_feature_map": "softmax", "elu_feature_map": "elu", "relu": "relu"}
 
 
 def patch(impl: str) -> Patch:
@@ -25,19 +28,22 @@ def patch(impl: str) -> Patch:
 
     def forward(self, q, k, v, return_sparsity=False):
         """SLA of [B, L, H, D] tensors by foveal; see `foveal.hosts.turbodiffusion.attention_of`."""
-        output, kept = attention_of(self, q, k, v, impl)
+        output, kept = attention_of(self, q, k, v, impl, topk=self.topk)
         return (output, kept) if return_sparsity else output
 
     check_host_function("turbodiffusion", "TurboDiffusion", host_class, "forward", forward)
     return Patch([(host_class, "forward", forward)])
 
 
-def attention_of(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, impl: str) -> tuple[Tensor, float]:
+def attention_of(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, impl: str, *, topk: float
+) -> tuple[Tensor, float]:
     """What a host's module computes, and the share of key blocks that it keeps.
 
     Args:
-        module: the host's, with `topk` (the ratio kept), `BLKQ`, `BLKK`, `dtype`, `proj_l`, and its feature maps.
+        module: the host's, with `BLKQ`, `BLKK`, `dtype`, `proj_l`, and its feature maps.
         query, key, value: [B, L, H, D]. (The host's docstring says [B, H, L, D], but its code swaps L and H.)
+        topk: the ratio of key blocks kept.
 
     Returns:
         [B, L, H, D] in the dtype of `query`. The kept share is at least one block; the host's is 0, and its output
@@ -46,7 +52,7 @@ def attention_of(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, i
     if not isinstance(module.proj_l, nn.Linear):
         raise TypeError(f"proj_l must be a Linear layer with foveal's patch, got {type(module.proj_l).__name__}")
     blocks = ceil_div(key.shape[1], module.BLKK)
-    kept = max(1, min(blocks, int(module.topk * blocks)))
+    kept = max(1, min(blocks, int(topk * blocks)))
     config = SLAConfig(
         keep_ratio=kept / blocks,
         drop_ratio=0.0,
@@ -66,6 +72,14 @@ def _feature_map(function: Callable) -> str:
     if isinstance(function, nn.ReLU):
         return "relu"
     name = getattr(function, "__name__", type(function).__name__)
-    if name not in FEATURE_MAPS:
-        raise ValueError(f"feature_map_q must be the host's softmax, elu, or relu with foveal's patch, got {name}")
-    return FEATURE_MAPS[name]
+    return FEATURE_MAPS[name] if name in FEATURE_MAPS else _found_by_values(function, name)
+
+
+@functools.lru_cache(maxsize=64)
+def _found_by_values(function: Callable, name: str) -> str:
+    """The same of a function without a name, as SGLang makes them: by what it returns."""
+    x = torch.tensor([[-1.0, 0.5, 2.0]])
+    for ours in FEATURE_MAPS.values():
+        if torch.allclose(function(x), apply_feature_map(x, ours)):
+            return ours
+    raise ValueError(f"feature_map_q must be the host's softmax, elu, or relu with foveal's patch, got {name}")
