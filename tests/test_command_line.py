@@ -9,7 +9,7 @@ pytest.importorskip("tyro")
 from foveal.lab import cli
 from foveal.lab.command_line import one_line
 
-COMMANDS = "('demo', 'precompute', 'train', 'generate', 'eval', 'bench', 'inspect', 'doctor', 'ui')"
+COMMANDS = "('demo', 'precompute', 'train', 'generate', 'eval', 'calibrate', 'bench', 'inspect', 'doctor', 'ui')"
 DOCTOR, TINY = "foveal doctor --help lists the options", "foveal train tiny --help lists the options"
 
 

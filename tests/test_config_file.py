@@ -53,7 +53,7 @@ def test_options_of_a_command(tmp_path, ran, name):
 
 @pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "train"])
 def test_every_command_takes_one(tmp_path, ran, command):
-    required = {"generate": "model", "eval": "model", "inspect": "model", "precompute": "videos"}
+    required = dict.fromkeys(("generate", "eval", "calibrate", "inspect"), "model") | {"precompute": "videos"}
     entries = {required[command]: "x"} if command in required else {"output": "x"}
     entries |= {"precompute": {"output": "y"}, "inspect": {"prompt": "y"}}.get(command, {})
     entries = {"doctor": {"frames": 5}, "ui": {"port": 5}}.get(command, entries)

@@ -32,7 +32,7 @@ LAB_LAYERS = [
     {"data"},
     {"inspect", "bench", "train"},
     {"demo", "generate", "doctor"},
-    {"evaluate", "ui"},
+    {"calibrate", "evaluate", "ui"},
     {"media_commands"},
     {"cli"},
 ]

@@ -150,7 +150,7 @@ def test_the_address_is_printed_before_it_serves(monkeypatch, capsys):
         def block_thread(self):
             printed.append(capsys.readouterr().out)
 
-    monkeypatch.setattr(page, "build_page", lambda loaded, size, scene: Page())
+    monkeypatch.setattr(page, "build_page", lambda loaded, size, scene, policy: Page())
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     assert cli.main(["ui", "--port", str(port), "--no-open-browser"]) == 0

@@ -17,7 +17,7 @@ import foveal
 from foveal.lab.command_line import read_arguments
 from foveal.lab.config_file import OPTION, Command, arguments_of, take_config
 from foveal.lab.extras import how_to_install, need
-from foveal.lab.media_commands import Eval, Generate, Precompute
+from foveal.lab.media_commands import Calibrate, Eval, Generate, Precompute
 from foveal.methods.base import METHODS
 
 
@@ -257,6 +257,8 @@ class Ui(Command):
     """The pipeline, a folder or a hub id. The default comes with foveal. A Wan model looks at clips."""
     prompt: str | None = None
     """Generate a video from this text instead, and show one step of it."""
+    policy: Path | None = None
+    """A policy file that foveal calibrate wrote: what a token sees under it."""
     frames: int | None = None
     """Frames of the video. This and the following default to foveal/tiny's own size, and to 17x240x416 elsewhere."""
     height: int | None = None
@@ -287,7 +289,9 @@ class Ui(Command):
         from foveal.lab.ui.address import check_address
         from foveal.lab.ui.page import build_page
         from foveal.lab.ui.scene import check_request, pipeline_scene, scene_size
+        from foveal.models.files.policy_file import read_policy
 
+        policy = None if self.policy is None else next(iter(read_policy(self.policy).values())).layers
         # At once: a pipeline's video takes long.
         check_address(self.host, self.port)
         device = choose_device(self.device)
@@ -307,7 +311,7 @@ class Ui(Command):
                     scene = pipeline_scene(
                         loaded, self.prompt, size=size, **asked, seed=self.seed, on_step=stage.advance
                     )
-        page = build_page(loaded, size, scene)
+        page = build_page(loaded, size, scene, policy)
         try:
             _, address, _ = page.launch(
                 server_name=self.host,
@@ -329,6 +333,7 @@ COMMANDS = {
     "train": Train,
     "generate": Generate,
     "eval": Eval,
+    "calibrate": Calibrate,
     "bench": Bench,
     "inspect": Inspect,
     "doctor": Doctor,

@@ -104,6 +104,8 @@ class _Generation(Command):
     """One or several seeds. Each prompt is generated with each seed."""
     sparse: Path | None = None
     """Trained sparse weights: what foveal.save or foveal train wrote, or a released checkpoint."""
+    policy: Path | None = None
+    """A policy file that foveal calibrate wrote, without trained weights."""
     method: Annotated[str | None, Doc(f"Without trained weights: {' or '.join(METHODS)}.")] = None
     keep_ratio: float | None = None
     """The share of key blocks that --method reads exactly."""
@@ -117,6 +119,8 @@ class _Generation(Command):
     """The most that --keep-mass may keep."""
     impl: str = "auto"
     """The implementation of the sparse attention."""
+    on_fallback: str = "allow"
+    """Where a sparse layer falls back, to slower code or to dense attention: allow, warn, or raise."""
     frames: int | None = None
     """Frames of the video. This and the following default to the pipeline's own."""
     height: int | None = None
@@ -151,6 +155,7 @@ class _Generation(Command):
         sparse = choose_sparse(
             self.sparse,
             self.method,
+            policy=self.policy,
             impl=self.impl,
             keep_ratio=self.keep_ratio,
             drop_ratio=self.drop_ratio,
@@ -169,6 +174,7 @@ class _Generation(Command):
             negative_prompt=self.negative_prompt,
             fps=self.fps,
             exact=exact,
+            on_fallback=self.on_fallback,
         )
         with progress.stage(f"load {self.model}", brief=True):
             loaded = load_pipeline(
@@ -246,3 +252,88 @@ class Eval(_Generation):
             raise SystemExit(130) from None
         console.print(report)
         print(self.output / TABLE_FILE)
+
+
+@dataclass
+class Calibrate(Command):
+    """Measure what sparse attention costs each layer and step without training, and write a policy that keeps to it."""
+
+    model: str
+    """The pipeline, a folder or a hub id. It must be dense."""
+    prompt: tuple[str, ...] = ()
+    """One or several prompts to measure on."""
+    prompt_file: Path | None = None
+    """A text file with a prompt on each line."""
+    error: float = 0.05
+    """The largest relative error of a layer's output in a step where it is sparse."""
+    method: Annotated[str, Doc(f"{' or '.join(METHODS)}.")] = "sla"
+    by: str = "ratio"
+    """What is chosen for each layer: a ratio of the blocks, or a mass, so that heads and rows keep what they need."""
+    score: str | None = None
+    """What the method ranks blocks by: mean, or log_sum_exp over their quarters."""
+    token_order: str | None = None
+    """The order that blocks are cut from, raster or tile, if the method has a choice."""
+    linear_scope: str | None = None
+    """What SLA's linear branch sums over, such as marginal: it adds nothing before the model is fine-tuned with it."""
+    min_tokens: int | None = None
+    """Videos of fewer tokens stay dense. The default is where sparse attention begins to be less work."""
+    frames: int | None = None
+    """Frames of the video. This and the following default to the pipeline's own."""
+    height: int | None = None
+    """In pixels."""
+    width: int | None = None
+    """In pixels."""
+    steps: int | None = None
+    """Denoising steps. The policy counts dense steps in a generation of as many."""
+    guidance_scale: float | None = None
+    """The scale of classifier-free guidance, or the guidance that the model embeds."""
+    seed: int = 0
+    """The seed of the first prompt's noise; the others follow."""
+    output: Path = Path("foveal-calibrate")
+    """The folder to write policy.json into."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto, which takes a GPU if there is one."""
+    dtype: str = "auto"
+    """The dtype: bfloat16, float16, float32, or auto (bfloat16 on a GPU)."""
+    revision: str | None = None
+    """The revision of the hub repository."""
+
+    def run(self) -> None:
+        need("generate", "rich", "safetensors", "diffusers", "transformers")
+        from rich.console import Console
+
+        from foveal.lab.calibrate.run import CalibrationSettings, calibrate, check_request, table, training_free
+        from foveal.lab.generate.run import GenerationSettings, read_prompts
+        from foveal.lab.pipelines import choose_device, choose_dtype, load_pipeline
+        from foveal.lab.terminal import Progress
+
+        if bool(self.prompt) == (self.prompt_file is not None):
+            raise ValueError("give --prompt or --prompt-file, one of them")
+        prompts = list(self.prompt) or read_prompts(self.prompt_file)
+        fields = {"score": self.score, "token_order": self.token_order, "linear_scope": self.linear_scope}
+        config = training_free(self.method, **fields)
+        settings = CalibrationSettings(self.error, config, self.by, self.min_tokens)
+        generation = GenerationSettings(
+            frames=self.frames,
+            height=self.height,
+            width=self.width,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+        )
+        device = choose_device(self.device)
+        with Progress(Console(stderr=True)) as progress:
+            with progress.stage(f"load {self.model}", brief=True):
+                loaded = load_pipeline(
+                    self.model,
+                    device=device,
+                    dtype=choose_dtype(self.dtype, device),
+                    revision=self.revision,
+                    check=lambda outline: check_request(outline, self.output, generation),
+                )
+            steps = generation.call_arguments(loaded)["num_inference_steps"]
+            with progress.stage("measure", steps * len(prompts)) as stage:
+                file, chosen, layers = calibrate(
+                    loaded, prompts, self.output, generation, settings, seed=self.seed, on_step=stage.advance
+                )
+            progress.say(table(layers, chosen, settings))
+        print(file)

@@ -128,6 +128,8 @@ class Method:
         needs_grid: whether it costs what it costs because of the video's shape, not only because of its length.
         schedule: what policies and annealing may change.
         presets: configurations to try, by the name that `foveal ui` shows.
+        training_free: the configuration that `foveal calibrate` starts from: of the best quality without training. None
+            for the default configuration.
         bench_cases: the calls that `foveal bench` checks and times.
     """
 
@@ -146,10 +148,11 @@ class Method:
     needs_grid: bool = False
     schedule: Schedule = Schedule()
     presets: dict[str, Config] = field(default_factory=dict)
+    training_free: Config | None = None
     bench_cases: tuple[BenchCase, ...] = ()
 
-    def configure(self, **options: Any) -> Config:
-        """The default configuration with these fields changed, as a command line asks for them.
+    def configure(self, base: Config | None = None, **options: Any) -> Config:
+        """A configuration, the default one for None, with these fields changed, as a command line asks for them.
 
         Raises:
             TypeError, ValueError: for a field that the method does not have, or a value out of its range.
@@ -158,7 +161,7 @@ class Method:
         for name in options:
             if name not in known:
                 raise ValueError(f"method {self.name} has no {name}")
-        return self.config_type(**options)
+        return self.config_type(**options) if base is None else base.replace(**options)
 
     def follow(self, config: Config, **ratios: float | None) -> Config:
         """A configuration with the ratios that a policy asks for, as far as the method has them; None leaves one."""

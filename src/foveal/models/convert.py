@@ -8,15 +8,21 @@ transformer and its blocks tell each forward its grid and what is dense in it.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from torch import nn
 
 from foveal.methods.base import Config
 from foveal.models.families.table import components_of, family_of
+from foveal.models.files.manifest import check_component
+from foveal.models.files.policy_file import read_policy
 from foveal.models.installation import build_processors, install, uninstall
 from foveal.models.layers import Layers, choose_configs
+from foveal.models.policy import Policy, attach_policy, check_policy, check_schedule, set_policy
 from foveal.models.pretrained import become_dense, become_sparse, register_components
-from foveal.models.processor import state_of
+from foveal.models.processor import SparseAttentionProcessor, sparse_processors, state_of
 from foveal.models.state import dense_forwards
 
 Model = TypeVar("Model")
@@ -27,6 +33,7 @@ def sparsify(
     config: Config | None = None,
     *,
     layers: Layers = None,
+    policy: Policy | str | os.PathLike | None = None,
     impl: str = "auto",
     on_fallback: str = "allow",
 ) -> Model:
@@ -44,10 +51,12 @@ def sparsify(
             these layers configurations of their own, None for dense, and the others `config`; without a `config` the
             others stay as they are. A function (index, name) gives every layer its configuration or None; `config`
             must then be None. Calls add up, and none converts a layer again; `reconfigure` changes one.
+        policy: when the layers run dense and how much they keep, a `Policy` (see `set_policy`); or a file that `foveal
+            calibrate` wrote, which gives every layer its configuration too; `config` and `layers` must then be None.
         impl: see `block_sparse_attention`.
         on_fallback: what happens at the end of a forward in which a layer fell back: to a slower implementation, wholly
             or in a part; to dense attention by a policy; or to as much work, where what it keeps covers all blocks.
-            "allow" only records it for `report`, "warn" also warns once for each kind of forward, and "error" raises a
+            "allow" only records it for `report`, "warn" also warns once for each kind of forward, and "raise" raises a
             RuntimeError. An `impl` that you name is no fallback, and neither is `dense`. It is not saved;
             `set_on_fallback` changes it.
 
@@ -55,19 +64,58 @@ def sparsify(
         The same model, changed in place; unchanged if anything below is raised.
 
     Raises:
-        TypeError: an unsupported model, or a `config` or `layers` of the wrong type.
+        TypeError: an unsupported model, or a `config`, `layers` or `policy` of the wrong type.
+        FileNotFoundError: no such policy file.
         ValueError: a layer that does not exist, is named twice in a table, is sparse already, or has a processor of
             someone else's; `layers` that leave nothing to convert; a model under context parallelism that sparse
-            layers cannot follow, or sharded; an unknown `impl` or `on_fallback`.
+            layers cannot follow, or sharded; a policy or policy file that does not go with the model; an unknown `impl`
+            or `on_fallback`.
     """
+    if policy is not None and not isinstance(policy, Policy):
+        if config is not None or layers is not None:
+            raise ValueError("a policy file has the configuration of every layer: give config and layers, or the file")
+        return _follow_file(model, policy, impl=impl, on_fallback=on_fallback)
+    if policy is not None:
+        check_schedule(policy, None if isinstance(model, nn.Module) else model)
     plans = []
     for transformer in components_of(model).values():
         configs = choose_configs(family_of(transformer).self_attention_layers(transformer), config, layers)
         plans.append((transformer, build_processors(transformer, configs, impl=impl, on_fallback=on_fallback)))
+        if policy is not None:
+            now = {name: processor.config for name, processor in sparse_processors(transformer).items()}
+            check_policy(transformer, policy, now | configs)
+    _install_all(model, plans)
+    return model if policy is None else set_policy(model, policy)
+
+
+def _install_all(model: Any, plans: list[tuple[nn.Module, dict[str, SparseAttentionProcessor]]]) -> None:
     for transformer, processors in plans:
         install(transformer, processors)
         become_sparse(transformer)
     register_components(model)
+
+
+def _follow_file(model: Model, path: str | os.PathLike, *, impl: str, on_fallback: str) -> Model:
+    """`sparsify` by a policy file."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"policy must be a Policy or a policy file, got {path!r} ({type(path).__name__})")
+    found, transformers = read_policy(path), components_of(model)
+    if not set(found) <= set(transformers):
+        raise ValueError(
+            f"policy file {path} is for {' and '.join(found)}, but the model has {' and '.join(transformers)}"
+        )
+    plans = []
+    for name, component in found.items():
+        transformer = transformers[name]
+        if sparse_processors(transformer):
+            raise ValueError(f"{name} is sparse already; densify the model to follow policy file {path}")
+        check_component(f"{path}: {name}", transformer, component.family, component.layers, component.policy)
+        options = {"impl": impl, "on_fallback": on_fallback}
+        plans.append((transformer, build_processors(transformer, component.layers, **options)))
+    _install_all(model, plans)
+    pipeline = None if isinstance(model, nn.Module) else model
+    for name, component in found.items():
+        attach_policy(transformers[name], component.policy, pipeline=pipeline)
     return model
 
 

@@ -61,6 +61,7 @@ class Policy:
             800: 0.3} for 0.1 below timestep 800 and 0.3 from there on, where timesteps below the first entry leave
             only the configuration; or a function of the timestep, which is called at 0, 1, ... 1000 right away and
             kept as a table. `keep_ratio` takes the place of a `topk`. `drop_ratio` is SLA's.
+        min_tokens: forwards of videos of fewer tokens are dense; protected segments do not count.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -73,9 +74,10 @@ class Policy:
     dense_layers: tuple[int | str, ...] = ()
     keep_ratio: Mapping[float, float] | Callable[[float], float] | Table | None = None
     drop_ratio: Mapping[float, float] | Callable[[float], float] | Table | None = None
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("dense_first_steps", "dense_last_steps"):
+        for name in ("dense_first_steps", "dense_last_steps", "min_tokens"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
@@ -100,20 +102,27 @@ class Policy:
         """Whether the policy needs to know the timestep."""
         return any(x is not None for x in (self.dense_above, self.dense_below, self.keep_ratio, self.drop_ratio))
 
-    def phase(self, step: int | None, num_steps: int | None, timestep: float | None) -> Phase:
+    def phase(
+        self, step: int | None, num_steps: int | None, timestep: float | None, tokens: int | None = None
+    ) -> Phase:
         """What the layers do in one forward.
 
         Args:
             step, num_steps: which denoising step of how many, from 0; None outside of a generation.
             timestep: None where `reads_timestep` is False.
+            tokens: the video's; None where they are not known.
         """
-        field = self._dense_by(step, num_steps, timestep)
+        field = self._dense_by(step, num_steps, timestep, tokens)
         if field is not None:
             return Phase(dense=True, why=f"the policy's {field}")
         return Phase(False, _at(self.keep_ratio, timestep), _at(self.drop_ratio, timestep))
 
-    def _dense_by(self, step: int | None, num_steps: int | None, timestep: float | None) -> str | None:
+    def _dense_by(
+        self, step: int | None, num_steps: int | None, timestep: float | None, tokens: int | None
+    ) -> str | None:
         """The field that makes a forward dense; None if none does."""
+        if tokens is not None and tokens < self.min_tokens:
+            return "min_tokens"
         if step is not None and step < self.dense_first_steps:
             return "dense_first_steps"
         if step is not None and step >= num_steps - self.dense_last_steps:
@@ -154,6 +163,8 @@ class Policy:
             parts.append(f"timesteps dense: {', '.join(bounds)}")
         if self.dense_layers:
             parts.append(f"layers dense: {', '.join(map(str, self.dense_layers))}")
+        if self.min_tokens:
+            parts.append(f"dense below {self.min_tokens} tokens")
         for name in ("keep_ratio", "drop_ratio"):
             table = getattr(self, name)
             if table is not None:
@@ -194,30 +205,32 @@ class PolicyClock:
             return self._scheduler
         return None if self._pipeline is None else getattr(self._pipeline(), "scheduler", None)
 
-    def phase(self, transformer: nn.Module, timestep: Any) -> Phase:
+    def phase(self, transformer: nn.Module, timestep: Any, tokens: int | None = None) -> Phase:
         """What the policy asks of the forward that begins.
 
         Args:
             timestep: the transformer's argument, a number or a tensor of any shape; None if it was not given.
+            tokens: how many tokens the video has.
 
         Raises:
             ValueError: the policy counts steps, and nothing tells the step.
         """
         if "torch._dynamo" in sys.modules:
             # Not traced either where a graph breaks for this: it walks the stack.
-            return torch.compiler.disable(self._phase)(transformer, timestep)
-        return self._phase(transformer, timestep)
+            return torch.compiler.disable(self._phase)(transformer, timestep, tokens)
+        return self._phase(transformer, timestep, tokens)
 
     # All that torch.compiler.disable does, which would import torch._dynamo: a whole model that is compiled leaves the
     # graph here, and comes back to one that knows only the phase, not the step.
     phase._torchdynamo_disable = True
 
-    def _phase(self, transformer: nn.Module, timestep: Any) -> Phase:
+    def _phase(self, transformer: nn.Module, timestep: Any, tokens: int | None) -> Phase:
         policy = self.policy
         step = num_steps = None
         if policy.counts_steps:
             step, num_steps = self._step(transformer, timestep) or (None, None)
-        return policy.phase(step, num_steps, _scale(transformer).in_policy(timestep) if policy.reads_timestep else None)
+        timestep = _scale(transformer).in_policy(timestep) if policy.reads_timestep else None
+        return policy.phase(step, num_steps, timestep, tokens)
 
     def _step(self, transformer: nn.Module, timestep: Any) -> tuple[int, int] | None:
         """(denoising step, how many) of this forward; None in training, and where the schedule does not have it."""
@@ -267,11 +280,7 @@ def set_policy(model: Model, policy: Policy | None, *, scheduler: Any = None) ->
         raise TypeError(f"scheduler must be a scheduler of diffusers, with timesteps, got {scheduler!r}")
     pipeline = None if isinstance(model, nn.Module) else model
     if policy is not None:
-        if policy.counts_steps and scheduler is None and getattr(pipeline, "scheduler", None) is None:
-            raise ValueError(
-                "dense_first_steps and dense_last_steps need a schedule: pass the pipeline, or scheduler=...; for a "
-                "transformer without one, give timesteps, dense_above and dense_below"
-            )
+        check_schedule(policy, pipeline, scheduler)
         for transformer in transformers:
             configs = {name: processor.config for name, processor in sparse_processors(transformer).items()}
             check_policy(transformer, policy, configs)
@@ -310,6 +319,15 @@ def _held_layers(transformer: nn.Module, policy: Policy | None) -> frozenset[str
         return frozenset()
     layers = family_of(transformer).self_attention_layers(transformer)
     return frozenset(choose_layers(layers, policy.dense_layers, argument="dense_layers"))
+
+
+def check_schedule(policy: Policy, pipeline: Any, scheduler: Any = None) -> None:
+    """Raises a ValueError if a policy counts steps where nothing tells them; `pipeline` is None for a transformer."""
+    if policy.counts_steps and scheduler is None and getattr(pipeline, "scheduler", None) is None:
+        raise ValueError(
+            "dense_first_steps and dense_last_steps need a schedule: pass the pipeline, or scheduler=...; for a "
+            "transformer without one, give timesteps, dense_above and dense_below"
+        )
 
 
 def check_policy(transformer: nn.Module, policy: Policy, configs: dict[str, Config]) -> None:

@@ -177,7 +177,9 @@ class ForwardState:
             if getattr(transformer, "_parallel_config", None) is None:
                 grid = self._plan(grid, arguments["hidden_states"].device)
             layout = dataclasses.replace(seen, grid=grid) if packed else None
-            phase = Phase() if self.clock is None else self.clock.phase(transformer, arguments.get("timestep"))
+            phase = Phase()
+            if self.clock is not None:
+                phase = self.clock.phase(transformer, arguments.get("timestep"), self.grid.num_tokens)
         self._latest = phase
         _THREAD.running.call = Call(self, grid, layout, phase, phase.as_text(), self._outside(_THREAD.running.call))
 
@@ -192,7 +194,7 @@ class ForwardState:
         """Forward hook on the transformer, called whether the forward succeeds or raises.
 
         Raises:
-            RuntimeError: a layer fell back whose `on_fallback` is "error".
+            RuntimeError: a layer fell back whose `on_fallback` is "raise".
         """
         call = self._running()
         _THREAD.running.call = self._outside(_THREAD.running.call)

@@ -250,6 +250,8 @@ class SparseAttention:
             return f"{tokens} queries and {key.shape[2]} keys do not fit a latent of {forward.latent}"
         if tokens < self.min_tokens:
             return f"it has {tokens:,} tokens, fewer than {self.min_tokens:,}"
+        if grid_of(layout).num_tokens < self.policy.min_tokens:
+            return f"{BY_POLICY} min_tokens"
         return None
 
     def _note_dense(self, name: str, reason: str) -> None:

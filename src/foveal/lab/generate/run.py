@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.checks import check_choice
 from foveal.lab.generate.outputs import (
     beside,
     beside_name,
@@ -33,6 +34,8 @@ from foveal.lab.generate.sparse import SparseChoice, configs_of, fingerprint
 from foveal.lab.pipelines import TRANSFORMERS, LoadedPipeline, default_size
 from foveal.layout import VideoGrid
 from foveal.models import dense, summary
+from foveal.models.record import ON_FALLBACK
+from foveal.models.report import set_on_fallback
 from foveal.models.shipped import local_path
 from foveal.output_folder import OutputFolder
 
@@ -50,6 +53,7 @@ class GenerationSettings:
         negative_prompt: what guidance leads away from.
         fps: the frame rate of the file that is written.
         exact: keep each video bit for bit too, as a Matroska file.
+        on_fallback: what happens where a sparse layer falls back, see `sparsify`.
     """
 
     frames: int | None = None
@@ -60,8 +64,10 @@ class GenerationSettings:
     negative_prompt: str | None = None
     fps: float | None = None
     exact: bool = False
+    on_fallback: str = "allow"
 
     def __post_init__(self) -> None:
+        check_choice("on_fallback", self.on_fallback, ON_FALLBACK)
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise ValueError(f"fps must be above 0, got {self.fps}")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
@@ -261,6 +267,8 @@ def generate(
     """
     folder, progress = OutputFolder(output, "generate"), progress or Progress()
     jobs, sparse = plan(loaded, prompts, seeds, sparse, compare_dense=compare_dense)
+    if sparse is None and settings.on_fallback != "allow":
+        raise ValueError(f"on_fallback={settings.on_fallback!r} needs sparse attention: {loaded.source} is dense")
     arguments, grid = check_request(loaded, output, settings, sparse)
     shared = _shared_settings(loaded, settings, arguments)
     described = {DENSE: None, SPARSE: None if sparse is None else sparse.describe()}
@@ -281,6 +289,7 @@ def generate(
     for job in left:
         if job.arm == SPARSE and not installed:
             sparse.install(loaded.pipe)
+            set_on_fallback(loaded.pipe, settings.on_fallback)
             sparse.check_grid(grid, configs_of(loaded.pipe))
             reduction, installed = summary(loaded.pipe, grid).reduction, True
         progress.begin(job, states[job][1])

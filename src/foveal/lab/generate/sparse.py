@@ -18,6 +18,7 @@ from foveal.models.families.table import components_of
 from foveal.models.files.checkpoints import check_checkpoint, load_checkpoint
 from foveal.models.files.exports import EXPORTED, load_export
 from foveal.models.files.persist import WEIGHTS_FILE
+from foveal.models.files.policy_file import read_policy
 from foveal.models.files.tensor_files import open_tensors
 from foveal.models.processor import sparse_processors
 from foveal.models.report import report
@@ -31,17 +32,21 @@ class SparseChoice:
     Args:
         path: what `foveal.save` or `foveal train` wrote, or what `load_checkpoint` takes.
         config: a method's configuration, for a pipeline without trained sparse weights.
+        policy: a policy file, for such a pipeline too.
         impl: see `block_sparse_attention`.
     """
 
     path: Path | None = None
     config: Config | None = None
+    policy: Path | None = None
     impl: str = "auto"
 
     def describe(self) -> dict[str, Any]:
         """What the record of an output says about this choice, as plain JSON."""
         if self.path is not None:
             return {"path": str(self.path), "fingerprint": fingerprint(self.path), "impl": self.impl}
+        if self.policy is not None:
+            return {"policy": str(self.policy), "fingerprint": fingerprint(self.policy), "impl": self.impl}
         if self.config is None:
             return {"in_pipeline": True}
         name = method_of(self.config).name
@@ -55,16 +60,19 @@ class SparseChoice:
         described.pop("fingerprint", None)
         if "in_pipeline" in described:
             return "sparse"
-        readable = described["method"] if self.path is None else slug(self.path.stem, 20)
+        file = self.policy or self.path
+        readable = described["method"] if file is None else slug(file.stem, 20)
         return f"{readable}-{hashlib.sha256(json.dumps(described).encode()).hexdigest()[:4]}"
 
     def check(self) -> None:
-        """Look at what `path` is, without a model and without reading weights.
+        """Look at what `path` or `policy` is, without a model and without reading weights.
 
         Raises:
             FileNotFoundError: the path does not exist.
             ValueError: a file is corrupt or has no known format.
         """
+        if self.policy is not None:
+            read_policy(self.policy)
         if self.path is None:
             return
         if not self.path.exists():
@@ -83,6 +91,8 @@ class SparseChoice:
         """
         if self.config is not None:
             sparsify(pipe, self.config, impl=self.impl)
+        elif self.policy is not None:
+            sparsify(pipe, policy=self.policy, impl=self.impl)
         elif self.path is None:
             return
         elif (self.path / WEIGHTS_FILE).is_file():
@@ -104,23 +114,34 @@ class SparseChoice:
                 )
 
 
-def choose_sparse(path: Path | None, method: str | None, *, impl: str, **fields: Any) -> SparseChoice | None:
+def choose_sparse(
+    path: Path | None, method: str | None, *, policy: Path | None = None, impl: str, **fields: Any
+) -> SparseChoice | None:
     """The choice that command line options make; None for dense.
 
     Args:
         path: trained sparse weights.
         method: the name of a method, without any.
+        policy: a policy file, without any too.
         impl: see `block_sparse_attention`.
         fields: of the method's configuration, None for those that were not given.
 
     Raises:
-        FileNotFoundError: no such folder or checkpoint.
+        FileNotFoundError: no such folder, checkpoint, or policy file.
         ValueError: options that exclude each other, an unknown method, a field that it does not have or that is out
             of its range, or a folder or checkpoint of no known format.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     if path is not None and (method is not None or given):
         raise ValueError("sparse weights have their own method and ratios: give --sparse, or --method and ratios")
+    if policy is not None and (path is not None or method is not None or given):
+        raise ValueError(
+            "a policy file has its own method and ratios: give --policy, or --sparse, or --method and ratios"
+        )
+    if policy is not None:
+        choice = SparseChoice(policy=policy, impl=impl)
+        choice.check()
+        return choice
     if path is not None:
         choice = SparseChoice(path=Path(local_path(path.as_posix())), impl=impl)
         choice.check()

@@ -89,11 +89,11 @@ class TrainingConfig:
                 f"batch_size must be a multiple of micro_batch_size, got {self.batch_size} and {self.micro_batch_size}"
             )
         trainable = self.optimizer.trainable
-        if trainable in ("new", "lora") and self.sparsity.attention is None:
+        if trainable in ("new", "lora") and not self.sparsity.is_sparse:
             raise ValueError(f"optimizer.trainable={trainable!r} needs sparsity.attention")
         if trainable == "lora" and self.model.path is None:
             raise ValueError('optimizer.trainable="lora" needs model.path: adapters of random weights are of no use')
-        if self.objective.distillation and self.sparsity.attention is None:
+        if self.objective.distillation and not self.sparsity.is_sparse:
             raise ValueError("objective.distillation needs sparsity.attention: a dense student is its own teacher")
         if self.objective.distillation and self.objective.teacher == "same" and trainable not in ("new", "lora"):
             raise ValueError(

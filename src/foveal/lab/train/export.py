@@ -13,6 +13,8 @@ from foveal.lab.train.model import anneal, build_model, trained_parameters
 from foveal.models import densify, save
 from foveal.models.files.checkpoints import export_checkpoint
 from foveal.models.files.persist import MANIFEST_FILE, WEIGHTS_FILE
+from foveal.models.files.policy_file import read_policy
+from foveal.models.policy import attach_policy
 from foveal.models.processor import sparse_processors
 
 FOLDER = "export"
@@ -41,6 +43,8 @@ def export(config: TrainingConfig, checkpoint: Checkpoint, *, report: Callable[[
     restore(trained_parameters(model), checkpoint.tensors("ema" if average else "model"), str(checkpoint.folder))
     if config.sparsity.annealing is not None:
         anneal(model, config.sparsity.attention, config.sparsity.annealing, max(1, checkpoint.step))
+    if config.sparsity.policy is not None:
+        attach_policy(model, read_policy(config.sparsity.policy)["transformer"].policy)
     with config.output_folder().renewing(below=FOLDER, last=_names(config)[0]) as new:
         _write(config, model, new, report)
     return config.output / FOLDER
@@ -54,7 +58,7 @@ def export_files(config: TrainingConfig) -> list[str]:
 def _names(config: TrainingConfig) -> list[str]:
     """The files of an export, starting with the one that readers look for."""
     trained = _has_own_weights(config)
-    sparse = [f"sparse/{name}" for name in (WEIGHTS_FILE, MANIFEST_FILE)] if config.sparsity.attention else []
+    sparse = [f"sparse/{name}" for name in (WEIGHTS_FILE, MANIFEST_FILE)] if config.sparsity.is_sparse else []
     model = ["transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"] if trained else []
     lora = ["lora/pytorch_lora_weights.safetensors"] if config.optimizer.trainable == "lora" else []
     return [*sparse, *model, *lora, *(f"{name}.safetensors" for name in config.export_formats)]

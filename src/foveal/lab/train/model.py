@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +19,9 @@ from foveal.lab.train.objective import NUM_TRAIN_TIMESTEPS, scheduler_shift
 from foveal.lab.train.settings import Annealing, ModelSettings, WanArchitecture
 from foveal.layout import VideoGrid
 from foveal.methods.base import Config, method_of
-from foveal.models import dense, reconfigure, sparse_parameters, sparsify
+from foveal.models import dense, get_policy, reconfigure, sparse_parameters, sparsify
 from foveal.models.families.table import FAMILIES, family_of
+from foveal.models.policy import attach_policy
 from foveal.models.processor import sparse_processors
 from foveal.models.readers import grid_of_latent
 
@@ -43,8 +45,13 @@ def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
     torch.manual_seed(config.seed)
     model = load_transformer(config.model, empty=empty)
     layers = config.sparsity.layer_configs(len(family_of(model).self_attention_layers(model)))
+    how = {"impl": config.sparsity.impl, "on_fallback": config.sparsity.on_fallback}
     if layers:
-        sparsify(model, layers=layers, impl=config.sparsity.impl)
+        sparsify(model, layers=layers, **how)
+    if config.sparsity.policy is not None:
+        sparsify(model, policy=config.sparsity.policy, **how)
+        # Evaluations and samples are no generations whose steps a policy could count.
+        attach_policy(model, dataclasses.replace(get_policy(model), dense_first_steps=0, dense_last_steps=0))
     if config.optimizer.trainable == "lora":
         _add_lora(model, config)
     choose_trained(model, config.optimizer.trainable)

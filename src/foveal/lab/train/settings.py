@@ -9,6 +9,8 @@ from typing import Literal
 
 from foveal.checks import check_choice, check_positive_int, check_ratio
 from foveal.methods.base import Config, method_of
+from foveal.models.files.policy_file import read_policy
+from foveal.models.record import ON_FALLBACK
 from foveal.models.shipped import local_path
 
 TRAINABLE = ("all", "attention", "new", "lora")
@@ -125,19 +127,33 @@ class SparsitySettings:
 
     Args:
         attention: a method's configuration, such as an `SLAConfig`; None trains the dense model.
+        policy: a file that `foveal calibrate` wrote, in the place of `attention`: each layer's configuration, and when
+            it runs dense. The denoising steps that it counts matter only to what is exported.
         dense_layers: layers that stay dense, by index.
         layer_keep_ratio: keep_ratio of single layers, by index.
         annealing: how the model gets there; None is sparse from the first step.
         impl: see `block_sparse_attention`.
+        on_fallback: what happens where a layer falls back, see `sparsify`.
     """
 
     attention: Config | None = None
+    policy: Path | None = None
     dense_layers: tuple[int, ...] = ()
     layer_keep_ratio: dict[int, float] = field(default_factory=dict)
     annealing: Annealing | None = None
     impl: str = "auto"
+    on_fallback: str = "allow"
 
     def __post_init__(self) -> None:
+        check_choice("on_fallback", self.on_fallback, ON_FALLBACK)
+        if self.policy is not None:
+            if self.dense_layers or self.layer_keep_ratio or self.annealing:
+                raise ValueError(
+                    "a policy file has every layer's ratio: no dense_layers, layer_keep_ratio, or annealing"
+                )
+            read_policy(self.policy)
+            object.__setattr__(self, "attention", None)
+            return
         if self.attention is None:
             if self.dense_layers or self.layer_keep_ratio or self.annealing:
                 raise ValueError("dense_layers, layer_keep_ratio and annealing need sparsity.attention")
@@ -153,6 +169,11 @@ class SparsitySettings:
             check_ratio("layer_keep_ratio", ratio)
         if self.annealing is not None and self.layer_keep_ratio:
             raise ValueError("annealing and layer_keep_ratio exclude each other: all layers anneal in the same way")
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether any layer is."""
+        return self.attention is not None or self.policy is not None
 
     def layer_configs(self, num_layers: int) -> dict[int, Config]:
         """The configuration of every sparse layer, by index.

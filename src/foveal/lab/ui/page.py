@@ -3,6 +3,7 @@
 It needs gradio. By default only this machine can reach the page, and nothing is sent anywhere.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ EXPLANATION = (
     "Click a token. **Bright** tokens it reads exactly, **dim** ones through the global branch (SLA's linear branch, "
     "VSA's coarse stage), **dark** ones not at all. The red frame is the token itself."
 )
+
+# What the page calls the choice of a policy file.
+POLICY = "the policy file"
 
 # A number field is clamped to its range when it loses the focus; Enter is to do the same.
 ENTER_ENDS_TYPING = """() => document.addEventListener("keydown", (event) => {
@@ -49,6 +53,12 @@ def new_state(
     same = former is not None and former.scene.grid == scene.grid
     token = former.token if same else tuple(side // 2 for side in scene.grid.shape)
     return State(scene, Sheet(scene), token, clip, video)
+
+
+def by_policy(layers: Mapping[str, Config], layer: str) -> Config:
+    """What a layer runs by a policy file: one that it does not list reads everything."""
+    some = next(iter(layers.values()))
+    return layers.get(layer) or method_of(some).schedule.keep(some, 1.0)
 
 
 def presets() -> dict[str, Config]:
@@ -93,18 +103,24 @@ def facts(seen: View, state: State, layer: str, head: int) -> str:
     return f"**{state.scene.title}**\n\n| | |\n|---|---|\n{lines}"
 
 
-def build_page(loaded: LoadedPipeline, size: tuple[int, int, int], scene: Scene | None = None) -> Any:
+def build_page(
+    loaded: LoadedPipeline,
+    size: tuple[int, int, int],
+    scene: Scene | None = None,
+    policy: Mapping[str, Config] | None = None,
+) -> Any:
     """The gradio application.
 
     Args:
         loaded: the pipeline whose model looks at the clips.
         size: (frames, height, width) in pixels that it looks at.
         scene: show this one instead, without a choice of clips.
+        policy: the layers of a policy file, which the page then offers as a method.
     """
     import gradio as gr
 
     files = {clip.name: clip.file for clip in shipped_clips("held-out")}
-    clips, offered = list(files), list(presets())
+    clips, offered = list(files), [*presets(), *([] if policy is None else [POLICY])]
     if scene is not None:
         first = new_state(scene)
     else:
@@ -119,12 +135,13 @@ def build_page(loaded: LoadedPipeline, size: tuple[int, int, int], scene: Scene 
 
     # gradio reads the annotations of its callbacks, so this module does not postpone their evaluation.
     def draw(state: State, method: str, keep: float, drop: float, layer: str, head: float):
-        limit = drop_limit(method, keep)
+        follows = method == POLICY
+        limit = None if follows else drop_limit(method, keep)
         # What does not fit beside `keep` is not dropped, and the control says so.
         used = drop if limit is None else min(drop, limit)
         control = gr.update(interactive=limit is not None, **({} if used == drop else {"value": used}))
         try:
-            config = configuration(method, keep, used)
+            config = by_policy(policy, layer) if follows else configuration(method, keep, used)
             seen = view(state.scene, config, layer=layer, head=int(head), token=state.token)
         except ValueError as error:
             raise gr.Error(str(error)) from error
@@ -167,7 +184,7 @@ def build_page(loaded: LoadedPipeline, size: tuple[int, int, int], scene: Scene 
                 picture = gr.Image(show_label=False, interactive=False, format="png", elem_id="sheet", buttons=[])
                 table = gr.Markdown(elem_id="facts")
             with gr.Column(scale=1, min_width=260):
-                method = gr.Radio(offered, value=offered[1], label="Method", elem_id="method")
+                method = gr.Radio(offered, value=offered[1 if policy is None else -1], label="Method", elem_id="method")
                 keep = slider(1, 100, value=10, step=1, label="Keep, % of the key blocks", elem_id="keep")
                 drop = slider(0, 99, value=10, step=1, label="Drop, % of the key blocks", elem_id="drop")
                 layers = list(first.scene.layers)

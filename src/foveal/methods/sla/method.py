@@ -75,5 +75,6 @@ SLA = Method(
     plan=token_order,
     schedule=Schedule(ratios=("keep_ratio", "drop_ratio"), keep=_keep),
     presets={"SLA, raster order": SLAConfig(), "SLA, tile order": SLAConfig(token_order="tile")},
+    training_free=SLAConfig(drop_ratio=0.0, linear_scope="none", tail="pooled", token_order="tile"),
     bench_cases=CASES,
 )

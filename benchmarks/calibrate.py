@@ -1,0 +1,175 @@
+"""Training-free sparsity on a pipeline: calibrates for several errors, and compares each with dense attention.
+
+    python benchmarks/calibrate.py --work WORK
+
+It measures once, writes a policy for each error, and evaluates each on prompts that it was not measured on; then the
+middle one again without the pooled tail. The figures go to benchmarks/results/calibrate-MODEL.json and into the table
+of docs/calibrate.md. WORK keeps the policies and the videos, and another run there uses finished videos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+import foveal
+from foveal.lab.calibrate.choose import Choice
+from foveal.lab.calibrate.measure import LayerErrors
+from foveal.lab.calibrate.run import CalibrationSettings, measure_pipeline, training_free, write_policy
+from foveal.lab.evaluate.run import evaluate
+from foveal.lab.generate.run import GenerationSettings, environment
+from foveal.lab.generate.sparse import SparseChoice
+from foveal.lab.pipelines import LoadedPipeline, choose_device, choose_dtype, load_pipeline
+from foveal.methods.base import Config
+from foveal.models.files.policy_file import ComponentPolicy, policy_text, read_policy
+from foveal.models.shipped import shipped_clips
+
+ROOT = Path(__file__).parents[1]
+PAGE, BEGIN, END = ROOT / "docs" / "calibrate.md", "<!-- benchmarks/calibrate.py begins -->", "<!-- and ends -->"
+
+
+def without_tail(policy: Path, output: Path) -> Path:
+    """The same policy with no tail, in another file."""
+    components = {
+        name: ComponentPolicy(
+            found.family, {layer: config.replace(tail="none") for layer, config in found.layers.items()}, found.policy
+        )
+        for name, found in read_policy(policy).items()
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(policy_text(components), encoding="utf-8")
+    return output
+
+
+def quality(
+    loaded: LoadedPipeline, policy: Path, prompts: list[str], seeds: list[int], work: Path, steps: int | None
+) -> dict[str, float]:
+    """PSNR, SSIM, and flicker of a policy's videos against the dense ones, over all pairs."""
+    settings = GenerationSettings(steps=steps, exact=True)
+    choice = SparseChoice(policy=policy)
+    report = evaluate(loaded, prompts, seeds, work / "videos", settings, sparse=choice)
+    foveal.densify(loaded.pipe)
+    pairs = report.pairs
+    mean = {name: sum(pair[name] for pair in pairs) / len(pairs) for name in ("psnr_db", "ssim")}
+    rows = report.to_dict()["table"]
+    flicker = next((row for name, row in rows.items() if name.startswith("flicker")), {})
+    return mean | {f"flicker_{arm}": flicker[arm]["mean"] for arm in ("dense", "sparse") if arm in flicker}
+
+
+def work_of(layers: list[LayerErrors], configs: list[Config], chosen: Choice) -> float:
+    """FLOPs of attention over those of dense attention, over all steps and layers, with these configurations."""
+    total, calls = 0.0, 0
+    for layer, budget in zip(layers, chosen.budgets, strict=True):
+        last = 1 + max(step for one in layers for step in one.steps) - chosen.dense_last_steps
+        for step in layer.steps:
+            sparse = budget is not None and chosen.dense_first_steps <= step < last
+            total += layer.work(configs[budget], budget) if sparse else 1
+            calls += 1
+    return total / calls
+
+
+def table(results: dict) -> str:
+    """The lines of the page's table."""
+    lines = [
+        "| error allowed | tail | less attention work | dense steps | sparse layers | PSNR, dB | SSIM |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        cells = (
+            f"{row['error']:g}",
+            row["tail"],
+            f"{1 / row['work']:.2f}x",
+            f"{row['dense_first_steps']} + {row['dense_last_steps']} of {results['steps']}",
+            f"{row['sparse_layers']} of {results['layers']}",
+            f"{row['psnr_db']:.1f}",
+            f"{row['ssim']:.3f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    size = "x".join(map(str, results["grid"]))
+    lines += [
+        "",
+        f"*`{results['model']}`, {size} tokens, mean of {results['pairs']} pairs with dense attention, calibrated on "
+        f"{results['prompts']} other prompts; {results['environment']['device']}, commit `{results['commit']}`.*",
+    ]
+    return "\n".join(lines)
+
+
+def renew_page(results: dict) -> None:
+    """Put the table into the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="foveal/tiny")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--errors", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    parser.add_argument("--by", default="ratio")
+    parser.add_argument("--prompts", type=int, default=2, help="how many to measure on")
+    parser.add_argument("--pairs", type=int, default=4, help="how many to evaluate on")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--commit", required=True, help="of this tree, for the record")
+    given = parser.parse_args()
+
+    device = choose_device(given.device)
+    loaded = load_pipeline(given.model, device=device, dtype=choose_dtype("auto", device))
+    captions = {part: [clip.caption for clip in shipped_clips(part)] for part in ("train", "held-out")}
+    prompts, others = (list(dict.fromkeys(captions[part])) for part in ("train", "held-out"))
+    prompts = prompts[: given.prompts]
+    seeds = list(range(100, 100 + -(-given.pairs // len(others))))
+    generation = GenerationSettings(steps=given.steps)
+    settings = [CalibrationSettings(error, training_free("sla"), given.by) for error in given.errors]
+    layers = measure_pipeline(loaded, prompts, generation, settings[0].configs)
+
+    rows, steps = [], generation.call_arguments(loaded)["num_inference_steps"]
+    for one in settings:
+        folder = given.work / f"policy-{one.error:g}-{one.by}"
+        shutil.rmtree(folder, ignore_errors=True)
+        facts = {"prompts": prompts, "seed": 0}
+        policy, chosen = write_policy(loaded, layers, folder, generation, one, facts)
+        arms = {"pooled": policy}
+        if one is settings[len(settings) // 2]:
+            arms["none"] = without_tail(policy, given.work / f"without-{one.error:g}-{one.by}" / "policy.json")
+        for tail, file in arms.items():
+            row = {
+                "error": one.error,
+                "tail": tail,
+                "work": work_of(layers, [config.replace(tail=tail) for config in one.configs], chosen),
+                "dense_first_steps": chosen.dense_first_steps,
+                "dense_last_steps": chosen.dense_last_steps,
+                "sparse_layers": sum(budget is not None for budget in chosen.budgets),
+                "budgets": list(chosen.budgets),
+                "largest_error": chosen.error,
+                **quality(loaded, file, others, seeds, given.work, given.steps),
+            }
+            rows.append(row)
+            print(row, flush=True)
+    results = {
+        "model": given.model,
+        "by": given.by,
+        "steps": steps,
+        "layers": len(layers),
+        "grid": list(layers[0].grid.shape),
+        "prompts": len(prompts),
+        "pairs": len(others) * len(seeds),
+        "commit": given.commit,
+        "environment": environment(torch.device(device)),
+        "rows": rows,
+    }
+    name = given.model.replace("/", "-").removeprefix("foveal-")
+    file = ROOT / "benchmarks" / "results" / f"calibrate-{name}.json"
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    renew_page(results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What each budget costs a model: the output error of each layer and head, in each denoising step.
+
+The model runs dense. A hook on each self-attention layer gets query, key, and value as a method would, and computes
+dense attention and the method at every budget. So the errors are those of a layer whose inputs are the dense model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal.kernels.dense import dense_attention
+from foveal.lab.inspect.probe import Progress, watch
+from foveal.layout import VideoGrid
+from foveal.methods.base import Config, method_of
+from foveal.methods.cost import attention_cost
+
+
+@dataclass
+class StepErrors:
+    """One layer in one denoising step, over all prompts.
+
+    Attributes:
+        missed: float64 [budgets, H], the sum of the squared differences between the method's output and the dense one.
+        exact: float64 [H], the sum of the squares of the dense output.
+        kept: float64 [budgets], the sum over prompts of the share of the key blocks that rows read.
+        prompts: how many.
+    """
+
+    missed: Tensor
+    exact: Tensor
+    kept: Tensor
+    prompts: int = 1
+
+    def add(self, other: StepErrors) -> None:
+        self.missed += other.missed
+        self.exact += other.exact
+        self.kept += other.kept
+        self.prompts += other.prompts
+
+    def heads(self) -> Tensor:
+        """The relative error of each head, [budgets, H]."""
+        return (self.missed / self.exact.clamp_min(1e-300)).sqrt()
+
+    def layer(self) -> list[float]:
+        """The relative error of the whole layer's output, by budget."""
+        return (self.missed.sum(1) / self.exact.sum().clamp_min(1e-300)).sqrt().tolist()
+
+
+@dataclass
+class LayerErrors:
+    """One layer.
+
+    Attributes:
+        component, layer: the pipeline's component, and the attention module's name in it.
+        grid: the video's grid.
+        heads, head_dim: of the layer.
+        steps: what was measured, by denoising step.
+    """
+
+    component: str
+    layer: str
+    grid: VideoGrid
+    heads: int
+    head_dim: int
+    steps: dict[int, StepErrors] = field(default_factory=dict)
+
+    def work(self, config: Config, budget: int, grid: VideoGrid | None = None) -> float:
+        """The FLOPs of a budget's configuration over those of dense attention.
+
+        Where the device decides how many blocks a row keeps, this counts what it kept, on average.
+
+        Args:
+            config, budget: one of the configurations that were measured, and its index.
+            grid: another video than the measured one.
+        """
+        method = method_of(config)
+        if method.kept_blocks(config, self.grid, False) is None:
+            kept = [float(step.kept[budget]) / step.prompts for step in self.steps.values()]
+            config = method.follow(config, keep_ratio=sum(kept) / len(kept))
+        return attention_cost(config, grid=grid or self.grid, heads=self.heads, head_dim=self.head_dim).flops_ratio
+
+
+def measure(
+    model: Any,
+    runs: Iterable[Callable[[], object]],
+    configs: Sequence[Config],
+    steps: int,
+    on_layer: Callable[[Progress], None] = lambda progress: None,
+) -> list[LayerErrors]:
+    """Run a model a few times, and compare its attention with that of each configuration.
+
+    Args:
+        model: a dense transformer or pipeline.
+        runs: each runs the model once, for `steps` denoising steps.
+        configs: the budgets, as configurations of one method.
+        on_layer: called after each layer's call.
+
+    Returns:
+        The layers, in the order of their first calls.
+    """
+    found: dict[tuple[str, str], LayerErrors] = {}
+
+    def look(component, layer, progress, query, key, value, grid) -> None:
+        sizes = query.shape[1], query.shape[3]
+        known = found.setdefault((component, layer), LayerErrors(component, layer, grid, *sizes))
+        seen = compare(query, key, value, grid, configs)
+        if progress.step in known.steps:
+            known.steps[progress.step].add(seen)
+        else:
+            known.steps[progress.step] = seen
+        on_layer(progress)
+
+    for run in runs:
+        watch(model, run, look, steps=range(steps))
+    return list(found.values())
+
+
+@torch.no_grad()
+def compare(query: Tensor, key: Tensor, value: Tensor, grid: VideoGrid, configs: Sequence[Config]) -> StepErrors:
+    """One call of a layer: query [1, H, L, D], key and value [1, H, N, D] with the text behind the video."""
+    _, heads, length, head_dim = query.shape
+    exact = dense_attention(query, key, value).float()
+    method = method_of(configs[0])
+    module = method.build(configs[0], heads * head_dim, heads, head_dim, "auto").to(query.device)
+    # What a module makes of hidden states is constant before it is trained.
+    hidden = query.new_zeros(1, length, heads * head_dim)
+    missed, kept = [], []
+    for config in configs:
+        output = method.run(module, query, key, value, hidden, grid, None, config).float()
+        missed.append((output - exact).square().sum((0, 2, 3), dtype=torch.float64).cpu())
+        kept.append(_kept_share(module, query, key[:, :, : grid.num_tokens], grid, config))
+    total = exact.square().sum((0, 2, 3), dtype=torch.float64).cpu()
+    return StepErrors(torch.stack(missed), total, torch.tensor(kept, dtype=torch.float64))
+
+
+def _kept_share(module: Any, query: Tensor, key: Tensor, grid: VideoGrid, config: Config) -> float:
+    counted = method_of(config).kept_blocks(config, grid, False)
+    if counted is not None:
+        return counted[0] / counted[1]
+    selection = module.select(query, key, grid=grid, config=config)
+    return float(selection.critical_count.double().mean()) / selection.num_key_blocks
