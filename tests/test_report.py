@@ -83,7 +83,7 @@ def test_kept_cubes_of_a_packed_sequence_round_up_either_way():
 
 
 def test_a_named_implementation_and_the_switch_are_no_fallback():
-    model = sparse(impl="torch", on_fallback="error")
+    model = sparse(impl="torch", on_fallback="raise")
     at(model, 100)
     with foveal.dense(model):
         at(model, 100)
@@ -123,7 +123,7 @@ def test_each_fallback_is_told_and_minded(name):
         at(model, 100)
     assert [why in str(one.message) for one in caught].count(True) == 1
 
-    foveal.set_on_fallback(model, "error")
+    foveal.set_on_fallback(model, "raise")
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"blocks\.[01]\.attn1") as raised:
             at(model, 100)
@@ -139,7 +139,7 @@ def test_dense_steps_name_their_field(step, field):
 
 
 def test_keep_ratio_1_is_asked_for():
-    model = sparse(DENSE_SLA, impl="torch", on_fallback="error")
+    model = sparse(DENSE_SLA, impl="torch", on_fallback="raise")
     at(model, 100)
     assert foveal.report(model).rows[0].ran.kept == (7, 7)
 
@@ -240,7 +240,7 @@ def test_a_method_that_does_not_say_what_it_runs():
     before = dict(METHODS)
     register(window_method.WINDOW)
     try:
-        model = sparse(window_method.WindowConfig(block=16), num_layers=1, on_fallback="error")
+        model = sparse(window_method.WindowConfig(block=16), num_layers=1, on_fallback="raise")
         at(model, 100)
         assert told(model) == [(1, (3, 5, 7), "window", "", 1, None)]
     finally:
@@ -262,7 +262,7 @@ def test_compiled_blocks_are_counted_without_another_graph(config):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 1
     ((forwards, *_, impl, layers, why),) = told(model)
     assert (forwards, impl, layers, why) == (6, "torch", 2, ON_CPU)
-    foveal.set_on_fallback(model, "error")
+    foveal.set_on_fallback(model, "raise")
     with pytest.raises(RuntimeError, match="it needs a GPU"):
         at(model, 100)
 
@@ -294,7 +294,7 @@ def test_a_whole_compiled_model_tells_its_latest_forward():
     at(compiled, 100)
     at(compiled, 100)
     assert told(model) == [(None, (3, 5, 7), "sla", "torch", 2, ON_CPU)]
-    foveal.set_on_fallback(model, "error")
+    foveal.set_on_fallback(model, "raise")
     with pytest.raises(RuntimeError, match="it needs a GPU"):
         at(torch.compile(model, backend="eager"), 100)
 
@@ -315,8 +315,8 @@ def test_copies_count_for_themselves_and_files_keep_no_record(tmp_path):
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="on_fallback"):
-        sparse(on_fallback="raise")
+    with pytest.raises(ValueError, match=r"unknown on_fallback 'error'; expected one of \('allow', 'warn', 'raise'\)"):
+        sparse(on_fallback="error")
     with pytest.raises(ValueError, match="on_fallback"):
         foveal.set_on_fallback(sparse(), "never")
     with pytest.raises(ValueError, match="no sparse layer"):

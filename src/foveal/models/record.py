@@ -18,7 +18,7 @@ from foveal.methods.base import Config, method_of
 if TYPE_CHECKING:
     from foveal.models.state import Phase
 
-ON_FALLBACK = ("allow", "warn", "error")
+ON_FALLBACK = ("allow", "warn", "raise")
 MOST_KINDS = 256  # of forwards that are told apart by their grids and ratios
 
 SWITCHED_OFF = "dense(model)"  # why a forward was dense that a user switched: no fallback
@@ -129,7 +129,7 @@ class ForwardRecord:
         """Counts a forward.
 
         Raises:
-            RuntimeError: a layer fell back whose `on_fallback` is "error".
+            RuntimeError: a layer fell back whose `on_fallback` is "raise".
         """
         kind = self.kinds.get(forward)
         if kind is None:
@@ -148,7 +148,7 @@ class ForwardRecord:
     @staticmethod
     def _tell(groups: Iterable[LayersRan], layers: dict[str, LayerRecord]) -> str | None:
         """Warns of fallbacks, once for each kind of forward; the message of those that are errors."""
-        messages: dict[str, list[str]] = {"warn": [], "error": []}
+        messages: dict[str, list[str]] = {"warn": [], "raise": []}
         for group in groups:
             if not group.fallback:
                 continue
@@ -160,6 +160,6 @@ class ForwardRecord:
                     lines.append(f"{where} ran {group.method}{ran}: {group.why}")
         for line in messages["warn"]:
             warnings.warn(f"a sparse layer fell back: {line}", stacklevel=2)
-        if not messages["error"]:
+        if not messages["raise"]:
             return None
-        return f'on_fallback="error", and sparse layers fell back: {"; ".join(messages["error"])}'
+        return f'on_fallback="raise", and sparse layers fell back: {"; ".join(messages["raise"])}'

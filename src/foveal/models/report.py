@@ -280,7 +280,7 @@ def set_on_fallback(model: Any, on_fallback: str) -> None:
 
     Args:
         model: a sparse transformer or pipeline.
-        on_fallback: "allow", "warn", or "error".
+        on_fallback: "allow", "warn", or "raise".
 
     Raises:
         TypeError: an unsupported model.
