@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig, explain
-from foveal.kernels import api
+from foveal.kernels import api, chips
 from foveal.testing import make_inputs
 
 
@@ -26,6 +27,22 @@ def test_only_faster_ones_are_named(monkeypatch):
     monkeypatch.setattr("foveal.methods.explain.why_not", lambda name, *_: reasons[name])
     found = explain(*inputs(), VSAConfig(), VideoGrid(2, 8, 8))
     assert (found.impl, found.refused) == ("triton", (("gluon", "no Hopper"),))
+
+
+def test_the_gpu_is_named(monkeypatch):
+    """What is known of the kernels there, with the implementation that takes them."""
+    monkeypatch.setattr(chips, "capability", lambda device: "12.0")
+    monkeypatch.setattr(chips, "chip_of", lambda device: chips.Chip("sm_120", 99 * 1024))
+    monkeypatch.setattr(api, "_HAS_TRITON", True)
+    monkeypatch.setattr(api, "_why_no_kernels", lambda device: None)
+    with FakeTensorMode():
+        on_gpu = (torch.empty(1, 2, 128, 64, dtype=torch.bfloat16, device="cuda"),) * 3
+    found = explain(*on_gpu, SLAConfig())
+    assert found.impl == "triton"
+    assert str(found).splitlines()[-1] == "the kernels compile for this GPU (sm_120), and were never tested on one"
+    assert chips.Chip("sm_90", 0).standing == "the kernels were tested on a GPU like this (sm_90)"
+    assert "neither" in chips.Chip("sm_70", 0).standing
+    assert explain(*inputs(), SLAConfig()).chip is None
 
 
 def test_mistakes():

@@ -141,8 +141,8 @@ def test_forward(tmp_path, head_dim, block_q, block_k, has_sizes, dtype):
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
 def test_forward_with_the_linear_branch(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_map):
     compiled, programs, threads = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map)
-    # The epilogue may put a few registers aside, once a program; Triton 3.9 also one of the loop.
-    assert_fits(compiled, tmp_path, programs, threads, spill_limit=96, loop_limit=12)
+    # The epilogue may put a few registers aside, once a program; Triton 3.8 and 3.9 also two of the loop.
+    assert_fits(compiled, tmp_path, programs, threads, spill_limit=96, loop_limit=16)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_forward_with_the_linear_branch(tmp_path, head_dim, block_q, block_k, ha
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
 def test_forward_with_projected_states(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_map):
     compiled, *programs = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=True)
-    assert_fits(compiled, tmp_path, *programs, spill_limit=96, loop_limit=12)
+    assert_fits(compiled, tmp_path, *programs, spill_limit=96, loop_limit=16)
 
 
 @pytest.mark.parametrize("projected", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
@@ -161,7 +161,7 @@ def test_forward_in_inference(tmp_path, head_dim, block_q, block_k, has_sizes, d
     """Where Z comes from the product that sums H: in bfloat16."""
     options = {"projected": projected, "norm": "*bf16"}
     compiled, *programs = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, "softmax", **options)
-    assert_fits(compiled, tmp_path, *programs, spill_limit=96, loop_limit=12)
+    assert_fits(compiled, tmp_path, *programs, spill_limit=96, loop_limit=16)
 
 
 @pytest.mark.parametrize("add", [True, pytest.param(False, marks=pytest.mark.exhaustive)])

@@ -8,7 +8,7 @@ import torch
 
 from foveal import block_sparse_attention
 from foveal.checks import clear_constants
-from foveal.kernels import api
+from foveal.kernels import api, chips
 from foveal.kernels.hopper import support
 from foveal.testing import make_inputs, random_selection
 
@@ -26,7 +26,7 @@ def test_the_decision_compiles_whole(monkeypatch, length):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
     def decide(x):
-        hopper = support._capability(x.device) == "9.0"
+        hopper = chips.capability(x.device) == "9.0"
         fits = support.copyable(x) and support.missing_gluon() != "nonsense"
         return x + 1 if hopper and fits else x - 1
 
@@ -72,7 +72,7 @@ def on_hopper(monkeypatch):
     """Tensors without memory, as if of a Hopper GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    monkeypatch.setattr(support, "_capability", lambda device: "9.0")
+    monkeypatch.setattr(chips, "capability", lambda device: "9.0")
     monkeypatch.setattr(support, "missing_gluon", lambda: None)
     with FakeTensorMode():
         return (torch.empty(1, 2, 128, 64, dtype=torch.bfloat16, device="cuda"),) * 3
@@ -97,7 +97,7 @@ def test_auto_says_once_that_it_passes_over_unverified_kernels(monkeypatch, inst
 
 def test_other_gpus_are_not_warned(monkeypatch, installed):
     inputs = on_hopper(monkeypatch)
-    monkeypatch.setattr(support, "_capability", lambda device: "8.9")
+    monkeypatch.setattr(chips, "capability", lambda device: "8.9")
     monkeypatch.setattr(support, "VERIFIED_RELEASES", ("3.6",))
     installed("3.9.0")
     with warnings.catch_warnings():

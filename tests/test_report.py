@@ -1,6 +1,7 @@
 """`report` and `summary` name every fallback, and `on_fallback` minds it; what the user named is none."""
 
 import copy
+import importlib.metadata
 import warnings
 
 import pytest
@@ -10,7 +11,8 @@ from tiny_wan import DENSE_SLA, SPARSE_SLA, SPARSE_VSA, inputs, run, tiny_transf
 
 import foveal
 from foveal import Policy, SLAConfig, SparseLinearAttention, TokenLayout, VideoGrid, VSAConfig
-from foveal.kernels import api
+from foveal.checks import clear_constants
+from foveal.kernels import api, chips
 from foveal.kernels.hopper import support
 from foveal.methods.base import METHODS, register
 from foveal.methods.sla import attention as sla
@@ -170,7 +172,7 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_hopper_gpu_says_why_not(name, monkeypatch):
     options, blocks, impl, why = REFUSALS[name]
-    monkeypatch.setattr(support, "_capability", lambda device: "9.0")
+    monkeypatch.setattr(chips, "capability", lambda device: "9.0")
     monkeypatch.setattr(api, "_HAS_TRITON", True)
     version = "it is written for Triton 3.6, got 3.9.0"
     monkeypatch.setattr(support, "missing_gluon", lambda: version if name == "another Triton" else None)
@@ -181,8 +183,37 @@ def test_a_hopper_gpu_says_why_not(name, monkeypatch):
     assert ran.why is None if why is None else ran.why.startswith(why)
 
 
+@pytest.fixture
+def another_gpu(monkeypatch):
+    """A function that makes a capability that of the GPU, and a release that of Triton."""
+
+    def install(capability, release="3.9.0"):
+        monkeypatch.setattr(chips, "capability", lambda device: capability)
+        monkeypatch.setattr(api, "_HAS_TRITON", True)
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: release)
+        clear_constants()
+
+    yield install
+    clear_constants()
+
+
+@pytest.mark.parametrize(
+    ("capability", "release", "why"),
+    [
+        ("7.5", "3.9.0", "not triton: it needs a GPU of compute capability 8.0 or newer, got 7.5"),
+        ("12.0", "3.4.0", "not triton: it needs Triton 3.6 or newer, which comes with torch 2.10, got 3.4.0"),
+        ("12.0", "3.6.0", None),
+    ],
+)
+def test_what_no_kernel_is_written_for_runs_in_pytorch(another_gpu, capability, release, why):
+    another_gpu(capability, release)
+    inputs = cuda_inputs()
+    assert api.choose_impl("auto", *inputs, 64, 64) == (api.Ran("triton") if why is None else api.Ran("torch", why))
+    assert api.fits_kernel(*inputs[:2], 64) == (why is None)
+
+
 def test_triton_is_what_other_gpus_are_for(monkeypatch):
-    monkeypatch.setattr(support, "_capability", lambda device: "8.0")
+    monkeypatch.setattr(chips, "capability", lambda device: "8.0")
     monkeypatch.setattr(api, "_HAS_TRITON", True)
     assert api.choose_impl("auto", *cuda_inputs(), 64, 64) == api.Ran("triton")
     monkeypatch.setattr(api, "_HAS_TRITON", False)

@@ -15,6 +15,7 @@ from launched_kernels import CHIPS, compiled, figures, first_to_memory, noted_la
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from foveal import block_sparse_attention  # noqa: E402
+from foveal.kernels import chips  # noqa: E402
 from foveal.kernels import triton as kernels  # noqa: E402
 from foveal.kernels.triton import pooled  # noqa: E402
 from foveal.testing import make_inputs, random_selection  # noqa: E402
@@ -74,12 +75,10 @@ def variants(arch, every):
 # Variants that spill, the first that fits counts: (kernel, architecture, some constants, bytes in loops, bytes in all),
 # the most that Triton 3.6 and 3.9 made of them. What is not here spills nothing.
 SPILLS = [
-    ("_block_sparse_fwd_kernel", 80, {"D": 128, "BLOCK_Q": 64}, 800, 768),
+    ("_block_sparse_fwd_kernel", 80, {"D": 128, "BLOCK_Q": 64}, 0, 128),
     ("_block_sparse_fwd_kernel", 90, {"D": 128, "BLOCK_Q": 128, "HAS_SIZES": False}, 64, 64),
     ("_block_sparse_fwd_kernel", 90, {"D": 128, "BLOCK_Q": 128}, 164, 124),
     ("_block_sparse_dq_kernel", 80, {"D": 64, "ADD": True}, 0, 24),
-    ("_key_state_kernel", 80, {"D": 128, "BLOCK_K": 128, "PER_BLOCK": True}, 80, 80),
-    ("_key_state_kernel", 80, {"D": 128}, 16, 24),
     ("_key_state_kernel", 90, {"D": 128}, 40, 80),
     ("_masked_sum_kernel", 90, {"D": 64}, 0, 8),
     ("_key_state_kernel", 100, {"D": 128}, 32, 32),
@@ -92,10 +91,9 @@ SPILLS = [
     ("_key_grad_kernel", 80, {"D": 128, "FEATURE_MAP": "elu"}, 0, 7424),
     ("_key_grad_kernel", 80, {"D": 128}, 0, 48),
     ("_projection_grad_kernel", 80, {}, 0, 8),
-    ("_pooled_fwd_kernel", 80, {"D": 64}, 256, 172),
     ("_pooled_dq_kernel", 80, {"D": 128}, 0, 8),
     ("_pooled_dq_kernel", 90, {"D": 128}, 0, 36),
-    ("_pooled_dkdv_kernel", 80, {"D": 64}, 24, 44),
+    ("_pooled_dkdv_kernel", 80, {"D": 64}, 0, 44),
     ("_pooled_dkdv_kernel", 80, {"D": 128}, 0, 32),
     ("_pooled_dkdv_kernel", 90, {"D": 128}, 240, 260),
     ("_tail_dq_kernel", 80, {"D": 128}, 0, 16),
@@ -152,19 +150,29 @@ def test_few_calls_take_every_constant_through_its_values():
     assert every - few == set()
 
 
-REST = ("sm_80", "sm_86", "sm_89", "sm_90", "gfx942")
+REST = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942", "gfx1100")
+# Where variants may not spill in loops around products. The others have limits of their own, in `SPILLS`, or a compiler
+# whose code is not read here.
+NO_LOOP_SPILLS = ("sm_80", "sm_86", "sm_89", "sm_120")
+# Bytes that some kernels may, all the same.
+LOOP_SPILLS = {"_tail_dq_kernel": 64}
 
 
 def oversize(chip):
-    """What few calls compile for a chip and does not fit it: (kernel, bytes of shared memory, constants)."""
+    """What few calls compile for a chip and does not fit it: (kernel, its figures, constants)."""
     with pytest.MonkeyPatch.context() as monkeypatch, noted_launches(monkeypatch, chip) as launched:
         for call in FEW:
             call()
     for one in launched.values():
-        shared = compiled(one).metadata.shared
+        binary = compiled(one)
+        loop_spills = figures(binary).loop_spills if chip in NO_LOOP_SPILLS else 0
         threads = one.options.num_warps * CHIPS[chip].warp_size
-        if shared > CHIPS[chip].shared_memory or threads > 1024:
-            yield one.name, shared, one.constants
+        if (
+            binary.metadata.shared > CHIPS[chip].shared_memory
+            or threads > 1024
+            or loop_spills > LOOP_SPILLS.get(one.name, 0)
+        ):
+            yield one.name, {"shared": binary.metadata.shared, "loop_spills": loop_spills}, one.constants
 
 
 @pytest.mark.parametrize(
@@ -173,6 +181,10 @@ def oversize(chip):
 )
 def test_every_kernel_fits_the_chip(chip):
     assert list(oversize(chip)) == []
+
+
+def test_what_is_said_of_chips_is_what_is_compiled_here():
+    assert set(CHIPS) == {*chips.RAN, *chips.COMPILED}
 
 
 def test_an_oversize_tile_is_found(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 from typing import NamedTuple
 
@@ -10,7 +11,16 @@ import torch
 from torch import Tensor
 
 from foveal.blocks import BlockSelection, SelectionRule, limits_of, rule_of
-from foveal.checks import check_choice, check_positive_int, check_ratio, check_scale, validate_qkv, without_autocast
+from foveal.checks import (
+    cached_constant,
+    check_choice,
+    check_positive_int,
+    check_ratio,
+    check_scale,
+    validate_qkv,
+    without_autocast,
+)
+from foveal.kernels import chips
 from foveal.kernels.choice import check_rule, choose_blocks
 from foveal.symbols import ceil_div
 
@@ -44,7 +54,8 @@ def may_note() -> bool:
 
 _AS_ASKED = {name: Ran(name) for name in IMPLS[1:]}
 # What the registers of one program hold: at 64 tokens a block, a million keys.
-_KERNEL_MAX_BLOCKS = 16384
+KERNEL_MAX_BLOCKS = 16384
+OLDEST_TRITON = (3, 6)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -155,6 +166,22 @@ def _why_no_triton(query: Tensor, block_q: int, block_k: int) -> str | None:
         return f"it takes head dimensions 64 and 128, got {query.shape[-1]}"
     if block_q not in (64, 128) or block_k not in (64, 128):
         return f"it takes blocks of 64 and 128 tokens, got {block_q}x{block_k}"
+    return _why_no_kernels(query.device)
+
+
+@cached_constant
+def _why_no_kernels(device: torch.device) -> str | None:
+    """Why no kernel of ours can run on this GPU, or with this Triton; None if some can."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # AMD's builds of torch bring it under another name
+        version = None
+    if version is not None and tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        return (
+            f"it needs Triton {'.'.join(map(str, OLDEST_TRITON))} or newer, which comes with torch 2.10, got {version}"
+        )
+    if torch.version.hip is None and int(chips.capability(device).partition(".")[0]) < chips.OLDEST:
+        return f"it needs a GPU of compute capability {chips.OLDEST}.0 or newer, got {chips.capability(device)}"
     return None
 
 
@@ -267,7 +294,8 @@ def fits_kernel(query: Tensor, key: Tensor, block_k: int) -> bool:
         and query.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and query.shape[-1] in (64, 128)
         and query.stride(-1) == key.stride(-1) == 1
-        and ceil_div(key.shape[2], block_k) <= _KERNEL_MAX_BLOCKS
+        and ceil_div(key.shape[2], block_k) <= KERNEL_MAX_BLOCKS
+        and _why_no_kernels(query.device) is None
     )
 
 

@@ -9,6 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from foveal.checks import cached_constant
+
+# Where the GPU tests have passed, and where all kernels have only been compiled, within the chip's shared memory.
+RAN = ("sm_90",)
+COMPILED = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942", "gfx1100")
+OLDEST = 8  # the major number of the compute capability of the oldest NVIDIA GPU that kernels are written for
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -28,6 +35,15 @@ class Chip:
         """The major number of an NVIDIA GPU's compute capability; 0 elsewhere."""
         return int(self.name.removeprefix("sm_")) // 10 if self.name.startswith("sm_") else 0
 
+    @property
+    def standing(self) -> str:
+        """How well the kernels are known there, a sentence without its period."""
+        if self.name in RAN:
+            return f"the kernels were tested on a GPU like this ({self.name})"
+        if self.name in COMPILED:
+            return f"the kernels compile for this GPU ({self.name}), and were never tested on one"
+        return f"the kernels were neither compiled for a GPU like this ({self.name}) nor tested on one"
+
     @functools.cached_property
     def uses_tma(self) -> bool:
         """Whether kernels take TMA descriptors: where tensor cores read what TMA writes (wgmma and tcgen05).
@@ -41,6 +57,15 @@ class Chip:
     def starts_early(self) -> bool:
         """Whether kernels start before the one before them has ended, and so must await it."""
         return self.major >= 9
+
+
+@cached_constant
+def capability(device: torch.device) -> str:
+    """The compute capability of an NVIDIA GPU, such as "9.0".
+
+    A string: torch.compile takes one as a constant, and stumbles over comparing tuples that it took as constants.
+    """
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import math
 import os
 import statistics
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from foveal.checks import check_choice
+from foveal.kernels import chips
 from foveal.kernels.api import IMPLS, choose_impl
 from foveal.lab.bench.machine import machine
 from foveal.lab.bench.timing import CudaTimer, Timer, measure
@@ -84,10 +86,13 @@ def examine(
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The machine as `foveal bench` records it, the versions of what foveal may use (None where it is missing), the
-    GPU's compute capability, and problems that these versions are known for."""
-    found = machine(device) | {"packages": {name: _version(name) for name in PACKAGES}, "capability": None}
+    GPU's compute capability, how well the kernels are known there, and problems that these versions are known for."""
+    packages = {name: _version(name) for name in PACKAGES}
+    found = machine(device) | {"packages": packages, "capability": None, "kernels": None}
     if device.type == "cuda":
-        found["capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        found["capability"] = chips.capability(device)
+        if importlib.util.find_spec("triton") is not None:
+            found["kernels"] = chips.chip_of(device).standing
     return found | {"known_problems": known_problems()}
 
 
@@ -296,6 +301,7 @@ def _table(title: str, *columns: str) -> Any:
 def _environment_table(found: dict[str, Any]) -> Any:
     table = _table("This machine", "what", "found")
     rows = {"device": found["device"], "compute capability": found["capability"]}
+    rows["kernels"] = found["kernels"]
     rows |= {"memory, GiB": found.get("memory_gib"), "driver": found["driver"], "CUDA of torch": found["cuda"]}
     rows |= {"foveal": found["foveal"], "python": found["python"]} | found["packages"]
     for name, value in rows.items():

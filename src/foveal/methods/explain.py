@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from foveal.checks import validate_qkv
+from foveal.kernels import chips
 from foveal.kernels.api import BACKENDS, choose_impl, why_not
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.base import Config, method_of
@@ -20,15 +21,18 @@ class Explanation:
         impl: the implementation that `impl="auto"` runs.
         blocks: tokens of a query block and of a key block.
         refused: (name, reason) of each faster implementation, the fastest first.
+        chip: how well the kernels are known on the GPU, where they run.
     """
 
     impl: str
     blocks: tuple[int, int]
     refused: tuple[tuple[str, str], ...]
+    chip: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.impl} runs, in blocks of {self.blocks[0]}x{self.blocks[1]} tokens"]
-        return "\n".join([*lines, *(f"not {name}: {reason}" for name, reason in self.refused)])
+        lines += [f"not {name}: {reason}" for name, reason in self.refused]
+        return "\n".join(lines if self.chip is None else [*lines, self.chip])
 
 
 def explain(
@@ -52,4 +56,6 @@ def explain(
     impl = choose_impl("auto", query, key, value, *blocks).impl
     faster = BACKENDS[: BACKENDS.index(impl)] if impl in BACKENDS else BACKENDS
     reasons = ((name, why_not(name, query, key, value, *blocks)) for name in faster)
-    return Explanation(impl, blocks, tuple((name, reason) for name, reason in reasons if reason is not None))
+    refused = tuple((name, reason) for name, reason in reasons if reason is not None)
+    on_gpu = query.device.type == "cuda" and impl in BACKENDS
+    return Explanation(impl, blocks, refused, chips.chip_of(query.device).standing if on_gpu else None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foveal.checks import cached_constant
+from foveal.kernels import chips
 
 # Gluon is experimental: its names and semantics change between minor releases of Triton. With these the kernels
 # compile, without spills in their loops; `gluon_names` has what differs.
@@ -65,17 +66,11 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-@cached_constant
-def _capability(device: torch.device) -> str:
-    # A string: torch.compile takes one as a constant, and stumbles over comparing tuples that it took as constants.
-    return "{}.{}".format(*torch.cuda.get_device_capability(device))
-
-
 def _why_not_device(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"it needs an NVIDIA GPU, got tensors on {device}"
-    if _capability(device) != "9.0":
-        return f"it needs a Hopper GPU (compute capability 9.0), got {_capability(device)}"
+    if chips.capability(device) != "9.0":
+        return f"it needs a Hopper GPU (compute capability 9.0), got {chips.capability(device)}"
     return None
 
 

@@ -206,8 +206,8 @@ class Forward(ForwardCall):
             "HAS_SIZES": sizes is not None,
             "DESCRIPTORS": descriptors,
             "FEATURE_MAP": None if linear is None else linear.feature_map,
-            # Without TMA, 128 rows of 128 features do not fit the registers of four warps.
-            "num_warps": 4 if descriptors or head_dim * block_q < 128 * 128 else 8,
+            # Without TMA, neither 128 rows of 128 features nor the linear branch of 64 fit the registers of four warps.
+            "num_warps": 4 if descriptors or head_dim * (block_q if linear is None else 128) < 128 * 128 else 8,
             # Blocks of 64 rows: three unpipelined programs an SM beat two pipelined ones (473 : 433 effective
             # TFLOP/s at 5 % on an H100); of 128 rows, the other way around (475 : 517).
             "num_stages": 1 if descriptors and block_q == 64 and head_dim == 128 else 2,

@@ -148,8 +148,9 @@ def _run_key_states(
 ) -> None:
     heads, length, head_dim = key.shape[1:]
     descriptors = tma_takes((key, value))
-    # Without TMA, two programs' share of the registers would spill kilobytes in the loop.
-    limits = {"num_stages": 3, **register_limit(128)} if descriptors else {"num_stages": 2}
+    # Without TMA, two programs' share of the registers would spill kilobytes in the loop. The assembler tries for them
+    # where it is not told of a limit.
+    limits = {"num_stages": 3, **register_limit(128)} if descriptors else {"num_stages": 2, **register_limit(192)}
     launch(
         _key_state_kernel,
         (-(-blocks // at_once) * len(pairs),),

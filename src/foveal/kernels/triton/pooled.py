@@ -7,11 +7,14 @@ Source: FlashAttention-2's recurrences for VSA (arXiv 2505.13389, section 2).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.kernels import chips
 from foveal.kernels.chips import Plan, fitting
 from foveal.kernels.host import launch
 from foveal.kernels.triton.await_previous import await_previous
@@ -21,7 +24,7 @@ from foveal.kernels.values import LOG2_E
 SMALL = Plan(73728, {"ROWS": 32, "COLUMNS": 32, "num_warps": 8, "num_stages": 1})
 FORWARD = {"ROWS": 64, "COLUMNS": 64, "num_warps": 8, "num_stages": 2}
 BACKWARD = {"ROWS": 64, "COLUMNS": 32, "num_warps": 8, "num_stages": 2}
-# By head_dim.
+# By head_dim. Where products read registers (without TMA), the larger tiles of head_dim 64 spill in their loops.
 FORWARD_PLANS = {64: [Plan(57344, FORWARD)], 128: [Plan(131072, FORWARD), SMALL]}
 BACKWARD_PLANS = {64: [Plan(57600, BACKWARD)], 128: [Plan(123136, BACKWARD), SMALL]}
 
@@ -144,6 +147,13 @@ def _pooled_dkdv_kernel(
     tl.store(grad_value_ptr + offsets, acc_v, mask=inside)
 
 
+def _plan(query: Tensor, plans: dict[int, list[Plan]]) -> dict[str, Any]:
+    head_dim = query.shape[-1]
+    if head_dim == 64 and not chips.chip_of(query.device).uses_tma:
+        return SMALL.options
+    return fitting(query.device, plans[head_dim])
+
+
 def pooled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(Q K^T * scale) V and the log2 of each row's sum of exponentials, float32 [B, H, C].
 
@@ -152,7 +162,7 @@ def pooled_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     """
     batch, heads, length, head_dim = query.shape
     output, lse = torch.empty_like(query), query.new_empty(query.shape[:3])
-    plan = fitting(query.device, FORWARD_PLANS[head_dim])
+    plan = _plan(query, FORWARD_PLANS)
     launch(
         _pooled_fwd_kernel,
         (-(-length // plan["ROWS"]), batch * heads),
@@ -176,7 +186,7 @@ def pooled_attention_backward(
     batch, heads, length, head_dim = query.shape
     grad_query, grad_key, grad_value = (torch.empty_like(query) for _ in range(3))
     delta = torch.empty_like(lse)
-    plan = fitting(query.device, BACKWARD_PLANS[head_dim])
+    plan = _plan(query, BACKWARD_PLANS)
     grid = (-(-length // plan["ROWS"]), batch * heads)
     both = {
         "query_ptr": query,
