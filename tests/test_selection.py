@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveal import select_blocks
-from foveal.blocks import pick_blocks, pool_blocks
+from foveal.blocks import pick_blocks, pool_blocks, pooled_scores
+from foveal.kernels import choice
 from foveal.testing import make_inputs
 
 
@@ -328,3 +329,16 @@ class TestErrors:
     def test_scale(self):
         with pytest.raises(ValueError, match=r"scale must be finite and above 0, got -1"):
             self.select(scale=-1)
+
+
+@pytest.mark.parametrize("most", [1, 40, 10**6])
+def test_blocks_are_chosen_piece_by_piece_as_at_once(monkeypatch, most):
+    """So many scores at a time, ties among them."""
+    monkeypatch.setattr(choice, "MOST_SCORES", most)
+    query, key = torch.randn(2, 3, 11, 8), torch.randn(2, 3, 13, 8)
+    key[:, :, 7] = key[:, :, 2]
+    critical, counts = choice.choose_in_pieces(query, key, 0.5, 4, 6)
+    expected, expected_counts, _ = pick_blocks(pooled_scores(query, key, 0.5), topk=4)
+    assert torch.equal(critical[..., :4], expected)
+    assert torch.equal(counts, expected_counts)
+    assert critical.shape[-1] == 6

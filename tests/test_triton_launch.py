@@ -12,14 +12,15 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from launched_calls import FEW, on_hopper  # noqa: E402
-from launched_kernels import checked_launches, guarded_launches  # noqa: E402
+from launched_calls import BF16, FEW, on_hopper  # noqa: E402
+from launched_calls import vsa as call_vsa  # noqa: E402
+from launched_kernels import checked_launches, guarded_launches, noted_launches  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from foveal.kernels import chips, host, sparse  # noqa: E402
+from foveal.kernels import api, chips, host, sparse  # noqa: E402
 from foveal.kernels.chips import Chip  # noqa: E402
 from foveal.kernels.hopper.support import missing_gluon  # noqa: E402
 from foveal.kernels.host import Descriptors  # noqa: E402
@@ -227,3 +228,13 @@ def test_launches_are_where_their_tensors_are(call, plain, monkeypatch):
         call()
     assert calls
     assert {name for name, tensor in calls if tensor is None} == set()
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_pytorch_chooses_among_more_cubes_than_a_kernel_can(monkeypatch, train):
+    """At a call's forward, and where the selection is asked for by itself."""
+    for most, picks in ((api.KERNEL_MAX_BLOCKS, True), (3, False)):
+        monkeypatch.setattr(api, "KERNEL_MAX_BLOCKS", most)
+        with noted_launches(monkeypatch, "sm_90") as launched:
+            call_vsa(64, BF16, "full slots", False, False, train)
+        assert ("_pick_kernel" in {x.name for x in launched.values()}) == picks

@@ -7,6 +7,7 @@ Shape legend: B batch, H heads, Lq / Lk query / key tokens, Tq / Tk query / key 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ from foveal.checks import check_choice, check_ratio
 from foveal.symbols import ceil_div
 
 SCORES = ("mean", "log_sum_exp")
+MOST_SCORES = 2**26  # that are sorted at a time; each takes about 24 bytes
 
 
 def check_rule(
@@ -95,6 +97,27 @@ def choose_cubes(
     if torch.compiler.is_compiling():
         return *_cubes_op(scores.detach(), topk, keep_mass, max_keep_ratio), None
     return pick_blocks(scores, topk=topk, keep_mass=keep_mass, max_keep_ratio=max_keep_ratio)
+
+
+@torch.no_grad()
+def choose_in_pieces(
+    pooled_query: Tensor, pooled_key: Tensor, scale: float, kept: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Lists int32 [B, H, Tq, width] of each row's `kept` best blocks, and their counts, a few rows' scores at a time.
+
+    Args:
+        pooled_query, pooled_key: [B, H, Tq, D] and [B, H, Tk, D].
+    """
+    rows, columns = pooled_query.shape[:3], pooled_key.shape[2]
+    critical = pooled_query.new_empty((*rows, width), dtype=torch.int32)
+    step = max(1, MOST_SCORES // columns)
+    for batch, head in itertools.product(range(rows[0]), range(rows[1])):
+        pair = slice(batch, batch + 1), slice(head, head + 1)
+        for start in range(0, rows[2], step):
+            some = slice(start, start + step)
+            scores = pooled_scores(pooled_query[(*pair, some)], pooled_key[pair], scale)
+            critical[(*pair, some, slice(kept))] = pick_blocks(scores, topk=kept)[0]
+    return critical, critical.new_full(rows, kept)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from foveal.checks import (
     validate_qkv,
     without_autocast,
 )
-from foveal.kernels.api import IMPLS, SLOW_SELECTION, Ran, choose_impl, may_note
+from foveal.kernels.api import IMPLS, KERNEL_MAX_BLOCKS, SLOW_SELECTION, Ran, choose_impl, may_note
 from foveal.kernels.choice import block_scores
 from foveal.kernels.dense import dense_attention
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
@@ -146,11 +146,12 @@ def _attend(
     tiles = CubeLayout(config, grid, key, kv_lengths) if packed is None else PackedTiles(config, packed, key.device)
     ran = choose_impl(impl, query, key, value, tiles.slot, tiles.slot)
     impl = ran.impl
+    slow = not config.counts_means or (packed is None and tiles.num_cubes > KERNEL_MAX_BLOCKS)
+    if selection is None and impl in ("triton", "gluon") and slow:
+        ran = ran.but(SLOW_SELECTION)
     if selection is not None:
         selection = tiles.checked(selection, query)
     elif impl == "reference" or packed is not None or not config.counts_means:
-        if impl in ("triton", "gluon") and not config.counts_means:
-            ran = ran.but(SLOW_SELECTION)
         selection = select_cubes(
             query, key, config=config, layout=grid if packed is None else packed, scale=scale, kv_lengths=kv_lengths
         )

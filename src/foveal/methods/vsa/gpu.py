@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from foveal.blocks import BlockSelection, SelectionRule
+from foveal.kernels import api
 from foveal.kernels.backend import Cubes, Gates, RasterGradients, backend_named
+from foveal.kernels.choice import choose_in_pieces
 from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
 from foveal.kernels.replay import replayed
 from foveal.kernels.triton.cube_gradients import return_gradients, split_gradient
@@ -123,6 +125,8 @@ def _(query, key, cube_tensors, cube_numbers, kept, width, scale):
 
 def _pick(query_c: Tensor, key_c: Tensor, cubes: Cubes, kept: int, width: int, scale: float) -> tuple[Tensor, Tensor]:
     """The `kept` highest-scoring cubes of each cube, int32 [B, H, C, width], ascending, and their counts."""
+    if cubes.num_cubes > api.KERNEL_MAX_BLOCKS:
+        return choose_in_pieces(query_c, key_c, scale, kept, width)
     rule = SelectionRule(cubes.slot, cubes.slot, width=width, critical=kept)
     return select(query_c, key_c, scale, rule, with_marginal=False)[:2]
 
