@@ -1,13 +1,14 @@
-"""Captioned clips of game video: walks through the maps of Freedoom, rendered by ViZDoom on all cores.
+"""Captioned clips of game video: walks through ViZDoom's scenarios and maps of Freedoom, rendered on all cores.
 
     python benchmarks/quality/clips.py --output FOLDER
 
-The walker steers by the depth buffer, so it follows corridors, opens doors, and does not stare at walls. Captions say
-which place it is, how the walker moved, and who was in sight, all from the game's own state. `train` and `held-out`
-share no map. A job (a map and a seed) always takes the same walks, with the same captions; only sparks and blood, about
-one pixel in a thousand, differ from run to run. Jobs that are on disk are not rendered again.
+The walker steers by the depth buffer, so it follows corridors, opens doors, and does not stare at walls; in some clips
+it stands and looks around. Captions say which place it is, how the walker moved, and who was in sight, all from the
+game's own state. The game is drawn at twice the size and averaged, which takes away the flicker of its textures, and
+brightened. A job (a scene and a seed) always gives the same clips. `held-out` has seeds of its own, and maps of its
+own. Jobs that are on disk are not rendered again.
 
-FOLDER/PART/JOB.npz holds `frames` uint8 [clips, 49, 144, 256, 3] at 17.5 frames a second, and `captions`. This file
+FOLDER/PART/JOB.npz holds `frames` uint8 [clips, 49, 144, 256, 3] at 35 frames a second, and `captions`. This file
 imports no torch, because each of its processes would load it.
 
 ViZDoom is under the MIT license, Freedoom's maps, textures, and sprites are under the BSD license.
@@ -21,60 +22,62 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from game import new_game
 
 FRAMES, HEIGHT, WIDTH = 49, 144, 256
-GAME_TICKS = 2  # a frame
+SCALE = 2  # the game draws this many times larger
+TURN = 2.5  # degrees a frame, at most: a faster turn shows a new picture every few frames
+BRIGHTER = (255 * np.linspace(0, 1, 256) ** (1 / 1.4)).astype(np.uint8)
 CLIPS_PER_JOB = 20
-PLACES = {
-    "map01": "a gray stone base with lit signs",
-    "map02": "brown corridors around a blue pool",
-    "map03": "a dark computer room",
-    "map04": "a white and gray hall",
-    "map05": "a green base with metal doors",
-    "map07": "a stone hall with screens",
-    "map08": "a brick base with bright lamps",
-    "map09": "a hall of concrete and blood",
-    "map10": "a rocky cave",
-    "map11": "a dark green sewer",
-    "map12": "a building by the water",
-    "map13": "a warehouse of crates",
-    "map14": "a night base",
-    "map15": "a wooden town under a red sky",
-    "map17": "a brown yard under a red sky",
-    "map18": "a sandy courtyard",
-    "map19": "a gray prison",
-    "map20": "a mossy ruin",
-    "map21": "a temple under a red sky",
-    "map22": "a green factory",
-    "map25": "a brown brick fort",
-    "map26": "a wooden house",
-    "map27": "a black rock castle",
-    "map28": "a green stone dungeon",
+SCENARIOS = {
+    "deadly_corridor": "a brown stone corridor",
+    "health_gathering": "a green room with mossy walls",
+    "health_gathering_supreme": "a green maze of gray walls",
+    "defend_the_center": "a round brick arena",
+    "defend_the_line": "a long brick hall",
+    "deathmatch": "an arena of brick and red pillars",
+    "basic": "a brick room",
 }
-HELD_OUT = ("map07", "map12", "map20", "map25")
-SEEDS = {"train": 8, "held-out": 3}
+MAPS = {
+    "map01": "a gray stone base with lit signs",
+    "map04": "a white and gray hall",
+    "map07": "a stone hall with screens",
+    "map09": "a hall of concrete and blood",
+    "map12": "a building by the water",
+    "map18": "a sandy courtyard",
+    "map21": "a temple under a red sky",
+}
+# Enemies come to the player here, who often stands where the game begins.
+ARENAS = ("deadly_corridor", "defend_the_center", "defend_the_line", "basic")
+PLACES = {**SCENARIOS, **MAPS}
+HELD_OUT = ("map07",)  # maps that no training clip shows
+SEEDS = {"train": range(14), "held-out": range(100, 101)}
 IN_SIGHT = {
     "Zombieman": "a soldier",
     "ShotgunGuy": "a soldier",
     "ChaingunGuy": "a soldier",
+    "MarineChainsawVzd": "a marine",
     "DoomImp": "an imp",
     "Demon": "a demon",
+    "HellKnight": "a hell knight",
     "Cacodemon": "a flying monster",
     "LostSoul": "a flying monster",
     "Revenant": "a skeleton",
     "ExplosiveBarrel": "a barrel",
     "BurningBarrel": "a barrel",
+    "CustomMedikit": "a medical kit",
+    "Medikit": "a medical kit",
 }
 
 
 @dataclass(frozen=True)
 class Job:
-    """One game: a map, a seed, and the file for its clips."""
+    """One game: a scenario or a map, a seed, and the file for its clips."""
 
-    map: str
+    scene: str
     seed: int
     file: Path
 
@@ -82,9 +85,9 @@ class Job:
 def jobs(output: Path) -> list[Job]:
     """All jobs, in an order that does not change."""
     found = []
-    for name in PLACES:
-        part = "held-out" if name in HELD_OUT else "train"
-        found += [Job(name, seed, output / part / f"{name}-{seed}.npz") for seed in range(SEEDS[part])]
+    for scene in PLACES:
+        for part in ("held-out",) if scene in HELD_OUT else ("train", "held-out"):
+            found += [Job(scene, seed, output / part / f"{scene}-{seed}.npz") for seed in SEEDS[part]]
     return found
 
 
@@ -94,32 +97,36 @@ class Walker:
     def __init__(self, random: np.random.RandomState) -> None:
         self.random, self.turn, self.side = random, 0.0, 1.0
         self.places: list[np.ndarray] = []
+        self.stands = False
 
     def action(self, depth: np.ndarray, place: np.ndarray, *, target: bool) -> list[float]:
-        """[forward, degrees to the right, attack, use] from the depth buffer and the position [2]."""
+        """[forward, degrees to the right, attack, use] from the depth [144, 256] and the position [2]."""
         left, ahead, right = (depth[50:100, a:b].astype(np.float32) for a, b in ((0, 85), (96, 160), (171, 256)))
         near = np.percentile(ahead, 20)
-        self.places = [*self.places[-12:], place]
-        stuck = len(self.places) > 12 and np.abs(self.places[0] - place).sum() < 24
-        if self.random.rand() < 0.01:
+        self.places = [*self.places[-24:], place]
+        stuck = len(self.places) > 24 and np.abs(self.places[0] - place).sum() < 24
+        if self.random.rand() < 0.005:
             self.side = -self.side
-        if stuck:
-            self.turn = 9.0 * self.side
-        elif near < 12:
-            if abs(self.turn) < 3:
+        if self.stands:
+            self.turn = 0.97 * self.turn + 0.03 * self.side + 0.05 * self.random.randn()
+        elif stuck:
+            self.turn = TURN * self.side
+        elif near < 14:
+            if abs(self.turn) < 0.8:
                 self.side = 1.0 if right.mean() > left.mean() else -1.0
-            self.turn = 0.6 * self.turn + 2.4 * self.side
+            self.turn = 0.8 * self.turn + 0.6 * self.side
         else:
             pull = np.clip((right.mean() - left.mean()) / 12, -1, 1)
-            self.turn = 0.85 * self.turn + 0.5 * pull + 0.35 * self.random.randn() + 0.1 * self.side
-        attack = target and self.random.rand() < 0.3
-        return [1, float(np.clip(self.turn, -10, 10)), int(attack), int(near < 8 and self.random.rand() < 0.2)]
+            self.turn = 0.93 * self.turn + 0.1 * pull + 0.06 * self.random.randn() + 0.02 * self.side
+        attack = target and self.random.rand() < 0.1
+        use = near < 8 and self.random.rand() < 0.3
+        return [float(not self.stands), float(np.clip(self.turn, -TURN, TURN)), int(attack), int(use)]
 
 
 def caption(place: str, turned: float, walked: float, seen: dict[str, int], shots: int) -> str:
     """A sentence from what the game knows about a clip."""
-    how = "walking forward" if walked > 350 else "moving slowly"
-    if abs(turned) > 35:
+    how = "walking forward" if walked > 200 else "moving slowly" if walked > 40 else "standing still"
+    if abs(turned) > 15:
         how += f" and turning {'right' if turned < 0 else 'left'}"
     text = f"first-person view of {place}, {how}"
     named = sorted({IN_SIGHT[name] for name, frames in seen.items() if frames > 8})
@@ -128,60 +135,95 @@ def caption(place: str, turned: float, walked: float, seen: dict[str, int], shot
     return text + (", shooting" if shots > 2 else "")
 
 
-def render(job: Job) -> tuple[str, int]:
-    """Renders a job's clips; (its file, how many clips it gave)."""
+def start_game(job: Job) -> Any:
+    """The game of a job, running, with a player who cannot die."""
     import vizdoom
     from vizdoom import Button, GameVariable
 
-    random = np.random.RandomState([job.seed, *job.map.encode()])
-    game = new_game(1000 * job.seed + sum(job.map.encode()))
-    game.set_doom_game_path(str(Path(vizdoom.__file__).with_name("freedoom2.wad")))
-    game.set_doom_scenario_path("")
-    game.set_doom_map(job.map)
-    game.set_doom_skill(2)
+    game = new_game(
+        1000 * job.seed + sum(job.scene.encode()), job.scene if job.scene in SCENARIOS else None, scale=SCALE
+    )
+    if job.scene in MAPS:
+        game.set_doom_game_path(str(Path(vizdoom.__file__).with_name("freedoom2.wad")))
+        game.set_doom_scenario_path("")
+        game.set_doom_map(job.scene)
+        game.set_doom_skill(2)
+    game.set_mode(vizdoom.Mode.PLAYER)
     game.set_available_buttons([Button.MOVE_FORWARD, Button.TURN_LEFT_RIGHT_DELTA, Button.ATTACK, Button.USE])
     game.set_available_game_variables([GameVariable.POSITION_X, GameVariable.POSITION_Y, GameVariable.ANGLE])
     game.set_labels_buffer_enabled(True)
+    game.set_render_crosshair(False)
+    game.set_render_decals(False)
     game.set_render_messages(False)
+    game.set_render_particles(False)
+    game.set_render_screen_flashes(False)
     game.set_episode_timeout(0)
-    game.add_game_args("+sv_cheats 1")
+    game.add_game_args("+sv_cheats 1 +cl_showsecretmessage 0")
     game.init()
     game.send_game_command("god")
+    return game
+
+
+def picture(screen: np.ndarray) -> np.ndarray:
+    """uint8 [144, 256, 3] of a screen that is `SCALE` times larger."""
+    rows = sum(screen[row::SCALE].astype(np.uint16) for row in range(SCALE))
+    return BRIGHTER[sum(rows[:, column::SCALE] for column in range(SCALE)) // SCALE**2]
+
+
+def render(job: Job) -> tuple[str, int]:
+    """Renders a job's clips; (its file, how many clips it gave)."""
+    random = np.random.RandomState([job.seed, *job.scene.encode()])
+    game = start_game(job)
     walker, clips, captions = Walker(random), [], []
 
-    def step() -> tuple[np.ndarray, np.ndarray, set[str], bool]:
+    def step(draw: bool) -> tuple[np.ndarray | None, np.ndarray, set[str], bool, bool]:
         state = game.get_state()
         x, y, angle = state.game_variables
-        names = {label.object_name for label in state.labels if label.width * label.height > 60}
-        target = bool(names & set(IN_SIGHT))
-        action = walker.action(state.depth_buffer, np.array([x, y]), target=target)
-        game.make_action(action, GAME_TICKS)
-        return state.screen_buffer, np.array([x, y, angle]), names, bool(action[2])
+        depth = state.depth_buffer[::SCALE, ::SCALE]
+        names = {x.object_name for x in state.labels if x.width * x.height > 60 * SCALE**2} & set(IN_SIGHT)
+        blocked = bool(np.median(depth[30:110, 48:208]) < 8)
+        action = walker.action(depth, np.array([x, y]), target=bool(names))
+        frame = picture(state.screen_buffer) if draw else None
+        game.make_action(action, 1)
+        return frame, np.array([x, y, angle]), names, bool(action[2]), blocked
 
-    for _ in range(40 + 60 * job.seed):  # another way into the map for each seed
-        if not game.is_episode_finished():
-            step()
-    for _ in range(3 * CLIPS_PER_JOB):
+    def skip(frames: int, *, restart: bool = False) -> None:
+        if restart:
+            game.new_episode()
+            game.send_game_command("god")
+        for _ in range(frames):
+            if not game.is_episode_finished():
+                step(draw=False)
+
+    skip(80 + 60 * (job.seed % 14))  # another way into the map for each seed
+    for _ in range(6 * CLIPS_PER_JOB):
         if len(clips) == CLIPS_PER_JOB:
             break
-        frames, states, seen, shots = [], [], {}, 0
+        frames, states, seen, shots, blocked = [], [], {}, 0, 0
+        arena = job.scene in ARENAS
+        walker.stands = random.rand() < (0.5 if arena else 0.15)
+        if arena and random.rand() < 0.5:
+            skip(random.randint(10, 100), restart=True)
         while len(frames) < FRAMES:
             if game.is_episode_finished():
-                game.new_episode()
-                game.send_game_command("god")
-                frames, states, seen, shots = [], [], {}, 0
-            frame, where, names, shot = step()
+                skip(random.randint(10, 200), restart=True)
+                frames, states, seen, shots, blocked = [], [], {}, 0, 0
+                continue
+            frame, where, names, shot, wall = step(draw=True)
             frames.append(frame)
             states.append(where)
             shots += shot
-            for name in names & set(IN_SIGHT):
+            blocked += wall
+            for name in names:
                 seen[name] = seen.get(name, 0) + 1
         states = np.array(states)
         walked = np.abs(np.diff(states[:, :2], axis=0)).sum()
         turned = ((np.diff(states[:, 2]) + 180) % 360 - 180).sum()
-        if walked > 200 and abs(turned) < 300:
+        moved = walker.stands or walked > 120
+        lively = any(frames > 8 for frames in seen.values()) or random.rand() < 0.5
+        if moved and lively and blocked < FRAMES // 4:
             clips.append(np.stack(frames))
-            captions.append(caption(PLACES[job.map], turned, walked, seen, shots))
+            captions.append(caption(PLACES[job.scene], turned, walked, seen, shots))
     game.close()
     part = job.file.with_suffix(".part.npz")
     shape = (0, FRAMES, HEIGHT, WIDTH, 3)

@@ -7,12 +7,13 @@ import tempfile
 from typing import Any
 
 
-def new_game(seed: int, scenario: str | None = None) -> Any:
-    """A `vizdoom.DoomGame` without a window, with RGB pictures of 144 x 256 and their depth.
+def new_game(seed: int, scenario: str | None = None, *, scale: int = 1) -> Any:
+    """A `vizdoom.DoomGame` without a window, with RGB pictures and their depth.
 
     Args:
         seed: of the game.
         scenario: one of ViZDoom's, whose settings it starts from; None leaves what is played to the caller.
+        scale: 1, 2, or 4; pictures have 144 x 256 pixels times this.
     """
     import vizdoom
 
@@ -21,7 +22,7 @@ def new_game(seed: int, scenario: str | None = None) -> Any:
     if scenario is not None:
         game.load_config(os.path.join(vizdoom.scenarios_path, f"{scenario}.cfg"))
     game.set_window_visible(False)
-    game.set_screen_resolution(vizdoom.ScreenResolution.RES_256X144)
+    game.set_screen_resolution(getattr(vizdoom.ScreenResolution, f"RES_{256 * scale}X{144 * scale}"))
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     game.set_depth_buffer_enabled(True)
     game.set_render_hud(False)

@@ -1,6 +1,6 @@
 """Game video for `run.py`: clips of ViZDoom's Freedoom scenarios, rendered on all cores into one array on disk.
 
-    python benchmarks/render.py --work FOLDER
+    python benchmarks/quality/render.py --work FOLDER
 
 The player walks by the depth buffer: it turns where a wall is near, so that it does not stare at walls. A clip is a
 function of its number alone, which picks the scenario and seeds the game. What is on disk is not rendered again.
