@@ -105,3 +105,17 @@ def test_makes_the_selection_on_the_way_and_never_waits(config, impl):
         assert torch.equal(results[0], expected[0])
         for one, other in zip(results[1:], expected[1:], strict=True):
             assert relative_error(one, other) < 5e-3
+
+
+@pytest.mark.parametrize("name", ["sla", "sla, tile order", "vsa"])
+def test_inductor_compiles_partial_blocks(name, impl):
+    torch._dynamo.reset()
+    layout, config = LAYOUTS["both sides"], CONFIGS[name]
+    inputs = inputs_of(config, layout, 128)
+    attention = attention_of(config, layout, None, impl)
+
+    def scaled(*tensors):
+        return attention(*(2 * x for x in tensors))  # exact, and something to fuse
+
+    with torch.no_grad():
+        assert torch.equal(torch.compile(scaled, fullgraph=True)(*inputs), scaled(*inputs))

@@ -205,3 +205,15 @@ def test_a_selection_of_another_layout():
     selection = module.select(*packed_inputs(TokenLayout(GRID, (7, 1), (22,)))[:2], layout=TokenLayout(GRID, (29, 1)))
     with pytest.raises(ValueError, match=r"selection was made for .* 90, 126\), but query and key have .* 90, 125"):
         sla_attention(*inputs, config=CONFIG, layout=other, selection=selection)
+
+
+@RASTER_AND_TILE
+def test_inductor_compiles_partial_blocks(token_order):
+    layout = TokenLayout(VideoGrid(3, 5, 7), (9,), (31,))
+    inputs = packed_inputs(layout)
+    config = CONFIG.replace(token_order=token_order)
+
+    def attention(*x):
+        return sla_attention(*(1.0 * each for each in x), config=config, layout=layout)
+
+    torch.testing.assert_close(torch.compile(attention, fullgraph=True)(*inputs), attention(*inputs))

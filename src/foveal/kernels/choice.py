@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.blocks import PARTS, list_width, pick_blocks, pool_blocks, pooled_scores, quarter_sizes, roomy
-from foveal.checks import check_choice, check_ratio
+from foveal.checks import cached_constant, check_choice, check_ratio
 from foveal.symbols import ceil_div
 
 SCORES = ("mean", "log_sum_exp")
@@ -83,7 +83,7 @@ def _quarters(x: Tensor, block: int, sizes: Tensor | None) -> tuple[Tensor, Tens
     """The means of each block's quarters, [B, H, T, 4, D], and which hold a valid token, bool [B or 1, T, 4]."""
     quarter, length = block // PARTS, x.shape[2]
     if sizes is None:
-        sizes = (length - torch.arange(ceil_div(length, block), device=x.device) * block).clamp(max=block)[None]
+        sizes = block_sizes(length, block, x.device)[None]
     valid = quarter_sizes(sizes, block)
     pooled = pool_blocks(x, quarter, valid)
     return pooled.unflatten(2, (-1, PARTS)), (valid > 0).unflatten(-1, (-1, PARTS))
@@ -161,6 +161,29 @@ def _choose(
         keep_mass=keep_mass,
         max_keep_ratio=max_keep_ratio,
     )
+
+
+def block_sizes(length: int, block: int, device: torch.device) -> Tensor:
+    """int32 [ceil(length / block)]: the tokens of each block of a sequence."""
+    make = _sizes_op if torch.compiler.is_compiling() else _block_sizes
+    return make(length, block, device)
+
+
+@cached_constant
+def _block_sizes(length: int, block: int, device: torch.device) -> Tensor:
+    starts = torch.arange(ceil_div(length, block), dtype=torch.int32, device=device) * block
+    return (length - starts).clamp(max=block)
+
+
+@torch.library.custom_op("foveal::block_sizes", mutates_args=())
+def _sizes_op(length: int, block: int, device: torch.device) -> Tensor:
+    """`_block_sizes` in a compiled graph: Inductor of PyTorch 2.11 fails over the minimum of a number and an index."""
+    return _block_sizes(length, block, device).clone()
+
+
+@_sizes_op.register_fake
+def _(length, block, device):
+    return torch.empty(ceil_div(length, block), dtype=torch.int32, device=device)
 
 
 def append_blocks(

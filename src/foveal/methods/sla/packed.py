@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foveal.blocks import BlockSelection
 from foveal.checks import cached_constant
-from foveal.kernels.choice import append_blocks
+from foveal.kernels.choice import append_blocks, block_sizes
 from foveal.layout import TokenLayout
 from foveal.symbols import ceil_div
 
@@ -92,11 +92,7 @@ class PackedKeys:
 
 def _block_sizes(video: int, protected: int, block: int, device: torch.device) -> Tensor:
     """int32 [1, T]: the keys of each block, if all of them are valid."""
-    sizes = [
-        (length - torch.arange(ceil_div(length, block), device=device) * block).clamp(max=block)
-        for length in (video, protected)
-    ]
-    return torch.cat(sizes).to(torch.int32)[None]
+    return torch.cat([block_sizes(length, block, device) for length in (video, protected)])[None]
 
 
 _kept_block_sizes = cached_constant(_block_sizes)
