@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -114,3 +115,20 @@ def test_full_width(script):
     kept = set(model._keep_in_fp32_modules)
     float32 = {x.split(".")[0] for x in dict(model.named_parameters()) if kept & set(x.split("."))}
     assert float32 == {"proj_in", "audio_proj_in", "time_embedder", "proj_out", "audio_proj_out"}
+
+
+def test_figures_of_the_page_are_those_of_the_run():
+    root = SCRIPT.parent.parent
+    page = (root / "docs" / "minimax-h3.md").read_text()
+    (name,) = re.findall(r"benchmarks/results/(minimax-h3-\S+\.json)", page)
+    groups = json.loads((root / "benchmarks" / "results" / name).read_text())["figures"]
+    rows = [
+        f"| {group} | {arm} | {x['block_milliseconds']:.1f} | {x['step_seconds']:.2f} | {x['speedup']:.2f}x |"
+        for group, found in groups.items()
+        for arm, x in found["arms"].items()
+        if "error" not in x
+    ]
+    assert re.findall(r"^\| \d+ s, .*$", page, re.M) == rows
+    arms = [found["arms"] for found in groups.values()]
+    bounds = [x["no attention"]["block_milliseconds"] / x["dense cuDNN"]["block_milliseconds"] for x in arms]
+    assert f"takes {100 * min(bounds):.0f} to {100 * max(bounds):.0f}% of a dense one's time" in page
