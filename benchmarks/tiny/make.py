@@ -1,7 +1,7 @@
 """Trains the tiny model: its VAE, its transformer, and what the package ships.
 
     python benchmarks/quality/clips.py --output WORK/clips
-    python benchmarks/tiny/make.py vae --work WORK --seconds 200
+    python benchmarks/tiny/make.py vae --work WORK --seconds 300
     python benchmarks/tiny/make.py latents --work WORK
     python benchmarks/tiny/make.py transformer --work WORK --steps 17400
     python benchmarks/tiny/make.py pipeline --work WORK --output FOLDER
@@ -200,8 +200,7 @@ def main() -> None:
     parser.add_argument("--commit", help="the commit of this tree, for the record")
     parser.add_argument("--sampling-steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--vae-batch", type=int, default=8)
-    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--vae-batch", type=int, default=3)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--guidance", type=float, default=2.0)
@@ -211,14 +210,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     if options.stage == "vae":
-        train_vae(
-            work,
-            seconds=options.seconds,
-            batch=options.vae_batch,
-            frames=17,
-            channels_last=options.channels_last,
-            commit=options.commit,
-        )
+        train_vae(work, seconds=options.seconds, batch=options.vae_batch, commit=options.commit)
     elif options.stage == "latents":
         write_latents(work)
     elif options.stage == "transformer":

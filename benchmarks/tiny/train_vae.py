@@ -26,16 +26,16 @@ def reconstruction_loss(output: Tensor, video: Tensor) -> Tensor:
     return loss
 
 
-def train_vae(work: Path, *, seconds: float, batch: int, frames: int, channels_last: bool, commit: str | None) -> None:
+def train_vae(work: Path, *, seconds: float, batch: int, commit: str | None) -> None:
+    """Trains on whole clips: a decoder that has seen 17 frames at most lets colors drift in those that follow."""
     torch.manual_seed(0)
     clips, _ = read_clips(work / "clips" / "train")
     clips = torch.from_numpy(clips).to(DEVICE)
     held_out = torch.from_numpy(read_clips(work / "clips" / "held-out")[0][::8][:16])
     vae = parts.build_vae().to(DEVICE)
-    if channels_last:
-        for module in vae.modules():
-            if isinstance(module, nn.Conv3d):
-                module.to(memory_format=torch.channels_last_3d)
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.to(memory_format=torch.channels_last_3d)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     average = {name: value.clone() for name, value in vae.state_dict().items()}
     generator = torch.Generator().manual_seed(1)
@@ -44,9 +44,7 @@ def train_vae(work: Path, *, seconds: float, batch: int, frames: int, channels_l
         rate = min(1.0, (step + 1) / 100) * max(0.02, min(1.0, 2 * (1 - elapsed / seconds)))
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * rate
-        picked = torch.randint(len(clips), (batch,), generator=generator).tolist()
-        starts = torch.randint(clips.shape[1] - frames + 1, (batch,), generator=generator).tolist()
-        video = to_video(torch.stack([clips[i, s : s + frames] for i, s in zip(picked, starts, strict=True)]))
+        video = to_video(clips[torch.randint(len(clips), (batch,), generator=generator).to(DEVICE)])
         if step % 2:
             video = video.flip(-1)
         with autocast():
