@@ -147,6 +147,8 @@ FEW = [
     partial(select_blocks, 128, BF16, True),
     partial(select_blocks, 128, BF16, True, "log_sum_exp"),
     partial(select_blocks, 64, FP32, False, "log_sum_exp"),
+    partial(select_blocks, 128, BF16, True, "mean_spread"),
+    partial(select_blocks, 64, FP16, False, "mean_spread"),
     partial(vsa, 128, BF16, "text", True, True),
     partial(vsa, 64, FP16, "wide slots", False, False),
     partial(vsa, 64, FP16, "wide slots", True, False, train=False),
@@ -169,7 +171,8 @@ def all_calls() -> Iterator[Callable]:
     yield from (partial(tail, *case) for case in itertools.product(dims, blocks, dtypes))
     columns = (100, 500, 1000, 2000, 4000, 8000, 16000)
     yield from (partial(pick, *case) for case in itertools.product(columns, both, both, (0, 1)))
-    yield from (partial(select_blocks, *case, "log_sum_exp") for case in itertools.product(dims, (*dtypes, FP32), both))
+    scores = ("log_sum_exp", "mean_spread")
+    yield from (partial(select_blocks, *case) for case in itertools.product(dims, (*dtypes, FP32), both, scores))
 
 
 def on_hopper(calls) -> list[Callable]:

@@ -26,6 +26,8 @@ from foveal.testing import make_inputs, output_and_gradients
 
 RULES = {
     "quarters": {"score": "log_sum_exp"},
+    "spread": {"score": "mean_spread"},
+    "mass of spread": {"score": "mean_spread", "keep_mass": 0.5},
     "mass": {"keep_mass": 0.6},
     "capped mass": {"keep_mass": 0.45, "max_keep_ratio": 0.4},
     "mass of quarters": {"score": "log_sum_exp", "keep_mass": 0.5, "max_keep_ratio": 0.7},
@@ -44,6 +46,13 @@ def score_of(query, key, block_q, block_k, scale, score):
 
     if score == "mean":
         return product(mean(query), mean(key)) if key else -math.inf
+    if score == "mean_spread":
+        if not key:
+            return -math.inf
+        center = mean(key)
+        variance = mean([[(a - b) ** 2 for a, b in zip(k, center, strict=True)] for k in key])
+        spread = sum(q * q * v for q, v in zip(mean(query), variance, strict=True))
+        return product(mean(query), center) + 0.5 * scale**2 * spread
     quarters = [
         [part for start in range(0, len(x), block // 4) if (part := x[start : start + block // 4])]
         for x, block in ((query, block_q), (key, block_k))
@@ -124,6 +133,7 @@ def test_one_key_in_a_dull_block_shows_in_its_quarter():
     blocks = {"block_q": 16, "block_k": 16, "keep_ratio": 0.25}
     assert select_blocks(query, key, **blocks).critical.item() == 0
     assert select_blocks(query, key, **blocks, score="log_sum_exp").critical.item() == 2
+    assert select_blocks(query, key, **blocks, score="mean_spread").critical.item() == 2
 
 
 def test_a_mass_of_all_keeps_all():

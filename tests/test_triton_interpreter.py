@@ -116,6 +116,8 @@ def run_selection() -> None:
         {"keep_ratio": 0.1, "keep_mass": 1.0, "max_keep_ratio": 0.5},
         {"keep_ratio": 0.1, "drop_ratio": 0.5, "keep_mass": 0.8, "kv_lengths": torch.tensor([450, 88])},
         {"keep_ratio": 0.3, "score": "log_sum_exp"},
+        {"keep_ratio": 0.3, "score": "mean_spread"},
+        {"keep_ratio": 0.2, "drop_ratio": 0.3, "score": "mean_spread", "kv_lengths": torch.tensor([450, 84])},
         {"keep_ratio": 0.3, "drop_ratio": 0.3, "score": "log_sum_exp", "kv_lengths": torch.tensor([450, 84])},
         {
             "keep_ratio": 0.1,

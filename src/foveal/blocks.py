@@ -306,6 +306,7 @@ class SelectionRule(NamedTuple):
     table: int32 [Tk + 1, 3] has how many are critical, negligible, and critical at most, by number of valid blocks.
     key_range, query_range: [start, stop) in blocks: critical for every row, and rows that attend to everything.
     quarters: 1 where blocks are ranked by the log-sum-exp over their quarters, else 0.
+    spread: 1 where the variance of the keys counts beside the means, else 0.
     mass: the share of the softmax of its scores that a row keeps, in `MASS_UNITS`; 0 for none.
     most: the most blocks that it may keep for that.
     """
@@ -323,6 +324,7 @@ class SelectionRule(NamedTuple):
     quarters: int = 0
     mass: int = 0
     most: int = 0
+    spread: int = 0
 
 
 def selection_rule(
@@ -380,6 +382,7 @@ def rule_of(
         key_range=key_range or (0, 0),
         query_range=query_range or (0, 0),
         quarters=int(score == "log_sum_exp"),
+        spread=int(score == "mean_spread"),
         mass=0 if keep_mass is None else max(1, round(keep_mass * MASS_UNITS)),
         most=num_critical(columns, max_keep_ratio, None),
     )

@@ -231,9 +231,10 @@ def select_blocks(
         protected_keys: token range [start, stop), such as text, whose key blocks are critical for every row, beside
             those picked.
         protected_queries: token range [start, stop) whose query blocks attend to every valid key.
-        score: what the blocks of a row are ranked by: "mean", the product of the blocks' means; or "log_sum_exp", which
-            cuts each block into quarters and takes the log-sum-exp of the 16 products of their means, so that a quarter
-            may stand out. It needs block sizes that are multiples of 4.
+        score: what the blocks of a row are ranked by: "mean", the product of the blocks' means; "mean_spread", which
+            adds half the variance of the mean query's scores over the keys of the block, so that one important key in
+            a dull block shows; or "log_sum_exp", which cuts each block into quarters and takes the log-sum-exp of the
+            16 products of their means, so that a quarter may stand out. That needs block sizes that are multiples of 4.
         keep_mass: in (0, 1], each row keeps further blocks, the best first, until those kept by rank have this share of
             the softmax of the row's scores. `keep_ratio` is then the least. None for no more.
         max_keep_ratio: the most that `keep_mass` may keep, and the width of the lists.

@@ -19,7 +19,7 @@ from foveal.blocks import PARTS, list_width, pick_blocks, pool_blocks, pooled_sc
 from foveal.checks import cached_constant, check_choice, check_ratio
 from foveal.symbols import ceil_div
 
-SCORES = ("mean", "log_sum_exp")
+SCORES = ("mean", "log_sum_exp", "mean_spread")
 MOST_SCORES = 2**26  # that are sorted at a time; each takes about 24 bytes
 
 
@@ -57,8 +57,10 @@ def block_scores(
 ) -> Tensor:
     """The scores of all pairs of blocks, [B, H, Tq, Tk], by one of `SCORES`.
 
-    "mean" is the product of the blocks' means. "log_sum_exp" cuts each block into quarters and takes the log-sum-exp of
-    the products of the quarters' means, of those quarters that hold a valid token; -inf for a block without any.
+    "mean" is the product of the blocks' means. "mean_spread" adds half the variance of the mean query's scores over the
+    keys of the block, channel by channel: the log of the mean of their exponentials, to second order. "log_sum_exp"
+    cuts each block into quarters and takes the log-sum-exp of the products of the quarters' means, of those quarters
+    that hold a valid token; -inf for a block without any.
 
     Args:
         query, key: [B, H, L, D].
@@ -68,6 +70,9 @@ def block_scores(
     if score == "mean":
         pooled = pool_blocks(query, block_q, query_sizes), pool_blocks(key, block_k, key_sizes)
         return pooled_scores(*pooled, scale)
+    if score == "mean_spread":
+        query = with_squares(pool_blocks(query, block_q, query_sizes), scale)
+        return pooled_scores(query, _means_and_variances(key, block_k, key_sizes), scale)
     query, in_query = _quarters(query, block_q, query_sizes)
     key, in_key = _quarters(key, block_k, key_sizes)
     scores = None
@@ -77,6 +82,18 @@ def block_scores(
         one = one.masked_fill(~in_query[:, None, :, part, None], -math.inf)
         scores = one if scores is None else torch.logaddexp(scores, one)
     return scores
+
+
+def with_squares(query: Tensor, scale: float) -> Tensor:
+    """Mean queries q, [..., D], as [q, scale * q^2 / 2], which [mean, variance] of keys are multiplied with."""
+    return torch.cat((query, query.square() * (0.5 * scale)), -1)
+
+
+def _means_and_variances(x: Tensor, block: int, sizes: Tensor | None) -> Tensor:
+    """The mean of each block's valid tokens and the variance of each channel, [B, H, T, 2 D]."""
+    mean = pool_blocks(x, block, sizes)
+    apart = x.to(mean.dtype) - mean.repeat_interleave(block, 2)[:, :, : x.shape[2]]
+    return torch.cat((mean, pool_blocks(apart.square(), block, sizes)), -1)
 
 
 def _quarters(x: Tensor, block: int, sizes: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ class _Generation(Command):
     drop_ratio: float | None = None
     """The share of key blocks that --method does not read at all, if it drops any."""
     score: str | None = None
-    """What --method ranks blocks by: mean, or log_sum_exp over their quarters."""
+    """What --method ranks blocks by: mean, mean_spread, or log_sum_exp over their quarters."""
     keep_mass: float | None = None
     """Keep further blocks, until those kept have this share of the softmax of their row's scores."""
     max_keep_ratio: float | None = None
@@ -270,7 +270,7 @@ class Calibrate(Command):
     by: str = "ratio"
     """What is chosen for each layer: a ratio of the blocks, or a mass, so that heads and rows keep what they need."""
     score: str | None = None
-    """What the method ranks blocks by: mean, or log_sum_exp over their quarters."""
+    """What the method ranks blocks by: mean, mean_spread, or log_sum_exp over their quarters."""
     token_order: str | None = None
     """The order that blocks are cut from, raster or tile, if the method has a choice."""
     linear_scope: str | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from foveal.blocks import MASS_UNITS, PARTS, SelectionRule, quarter_sizes
 from foveal.kernels import chips
+from foveal.kernels.choice import with_squares
 from foveal.kernels.host import is_plain, launch, on_device_of, register_limit
 from foveal.kernels.replay import replayed
 from foveal.kernels.triton.await_previous import await_previous
@@ -64,9 +65,12 @@ def store_first_row(pointers, x):
 @triton.jit(do_not_specialize=["heads", "pairs", "length", "size_stride", "block"])
 def _pool_kernel(
     x_ptr, pooled_ptr, size_ptr, strides, heads, pairs, length, size_stride, block,
-    D: tl.constexpr, ROWS: tl.constexpr, HAS_SIZES: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, HAS_SIZES: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """Mean over one block's valid tokens, in float32. Heads are neighbors: in [B, L, H, D] memory they are, too."""
+    """Mean over one block's valid tokens, in float32, and behind it the variance of each channel if SPREAD.
+
+    Heads are neighbors: in [B, L, H, D] memory they are, too.
+    """
     await_previous()
     index, pair = tl.program_id(0) // pairs, tl.program_id(0) % pairs
     batch, head = pair // heads, pair % heads
@@ -80,8 +84,19 @@ def _pool_kernel(
         row = first + tl.arange(0, ROWS)
         tokens = (start + row).to(tl.int64)[:, None] * strides[2]
         total = add_column_sums(total, tl.load(x_ptr + tokens, mask=(row < size)[:, None], other=0.0), row < size)
-    pooled_ptr += (pair.to(tl.int64) * tl.cdiv(length, block) + index) * D
-    store_first_row(pooled_ptr + tl.arange(0, D), block_mean(total, size))
+    mean = block_mean(total, size)
+    pooled_ptr += (pair.to(tl.int64) * tl.cdiv(length, block) + index) * (2 * D if SPREAD else D)
+    store_first_row(pooled_ptr + tl.arange(0, D), mean)
+    if SPREAD:
+        mean = tl.sum(tl.where(tl.arange(0, 16)[:, None] == 0, mean, 0.0), 0)
+        squares = tl.zeros([D], tl.float32)
+        for first in range(0, size, ROWS):
+            row = first + tl.arange(0, ROWS)
+            tokens = (start + row).to(tl.int64)[:, None] * strides[2]
+            x = tl.load(x_ptr + tokens, mask=(row < size)[:, None], other=0.0).to(tl.float32)
+            apart = tl.where((row < size)[:, None], x - mean[None, :], 0.0)
+            squares += tl.sum(apart * apart, 0)
+        tl.store(pooled_ptr + D + tl.arange(0, D), block_mean(squares, size))
 
 
 @triton.jit
@@ -233,16 +248,18 @@ def _pick_kernel(
         tl.store(marginal_ptr, tl.zeros([COLUMNS], tl.float32).to(marginal_ptr.dtype.element_ty), mask=inside)
 
 
-def pool(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
-    """Mean over each block's valid tokens, float32 [B, H, T, D].
+def pool(x: Tensor, block: int, sizes: Tensor | None = None, *, spread: bool = False) -> Tensor:
+    """Mean over each block's valid tokens, float32 [B, H, T, D]; [B, H, T, 2 D] with the variances behind the means.
 
     Args:
         x: [B, H, L, D], D a power of two.
         sizes: int32 [B or 1, T], valid tokens at the front of each block; None when all are full but the last.
+        spread: whether the variances are wanted.
     """
     batch, heads, length, head_dim = x.shape
     blocks = -(-length // block)
-    pooled = torch.empty((batch, heads, blocks, head_dim), dtype=torch.float32, device=x.device)
+    features = 2 * head_dim if spread else head_dim
+    pooled = torch.empty((batch, heads, blocks, features), dtype=torch.float32, device=x.device)
     launch(
         _pool_kernel,
         (blocks * batch * heads,),
@@ -258,6 +275,7 @@ def pool(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
         D=head_dim,
         ROWS=64,
         HAS_SIZES=sizes is not None,
+        SPREAD=spread,
         num_warps=4,
     )
     return pooled
@@ -418,8 +436,11 @@ def _select(tensors: Sequence[Tensor], given: tuple) -> tuple[Lists, None]:
     rule = unflatten(rule_tensors, numbers)
     with on_device_of(query):  # Triton launches on the current device
         if not rule.quarters:
-            pooled_key = pool(key, rule.block_k, rule.key_block_sizes)
-            return select(pool(query, rule.block_q), pooled_key, scale, rule, with_marginal), None
+            pooled_key = pool(key, rule.block_k, rule.key_block_sizes, spread=bool(rule.spread))
+            pooled_query = pool(query, rule.block_q)
+            if rule.spread:
+                pooled_query = with_squares(pooled_query, scale)
+            return select(pooled_query, pooled_key, scale, rule, with_marginal), None
         sizes = rule.key_block_sizes
         if sizes is not None:
             sizes = quarter_sizes(sizes, rule.block_k)[:, : ceil_div(key.shape[2], rule.block_k // PARTS)].contiguous()
