@@ -24,6 +24,7 @@ from torch import Tensor
 from foveal.blocks import BlockSelection, pool_blocks
 from foveal.checks import is_transformed, without_autocast
 from foveal.kernels.api import block_sparse_attention
+from foveal.kernels.choice import block_sizes
 from foveal.kernels.cpu import CHUNK_SCORES, CHUNK_SCORES_DEVICE, blocked
 
 
@@ -65,8 +66,7 @@ def pooled_tail(
 def _biases(selection: BlockSelection, dtype: torch.dtype) -> Tensor:
     sizes = selection.key_block_sizes
     if sizes is None:
-        starts = torch.arange(selection.num_key_blocks, device=selection.critical.device) * selection.block_k
-        sizes = (selection.key_length - starts).clamp(max=selection.block_k)[None]
+        sizes = block_sizes(selection.key_length, selection.block_k, selection.critical.device)[None]
     return torch.where(selection.critical_mask(), -math.inf, sizes.to(dtype).log()[:, None, None])
 
 
