@@ -2,14 +2,16 @@
 
     python benchmarks/calibrate.py --work WORK
 
-It measures once, writes a policy for each error, and evaluates each on prompts that it was not measured on; then the
-middle one again without the pooled tail. The figures go to benchmarks/results/calibrate-MODEL.json and into the table
-of docs/calibrate.md. WORK keeps the policies and the videos, and another run there uses finished videos.
+It measures once, with the pooled tail and without it, writes a policy for each error, and evaluates each on prompts
+that it was not measured on; then the middle one again without the tail. The figures go to
+benchmarks/results/calibrate-MODEL.json and into the tables of docs/calibrate.md. WORK keeps the policies and the
+videos.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,8 +20,8 @@ import torch
 
 import foveal
 from foveal.lab.calibrate.choose import Choice
-from foveal.lab.calibrate.measure import LayerErrors
-from foveal.lab.calibrate.run import CalibrationSettings, measure_pipeline, training_free, write_policy
+from foveal.lab.calibrate.measure import LayerErrors, StepErrors
+from foveal.lab.calibrate.run import BUDGETS, CalibrationSettings, measure_pipeline, training_free, write_policy
 from foveal.lab.evaluate.run import evaluate
 from foveal.lab.generate.run import GenerationSettings, environment
 from foveal.lab.generate.sparse import SparseChoice
@@ -72,8 +74,34 @@ def work_of(layers: list[LayerErrors], configs: list[Config], chosen: Choice) ->
     return total / calls
 
 
+def first_budgets(layer: LayerErrors, count: int) -> LayerErrors:
+    """What was measured at only the first budgets."""
+    steps = {
+        step: StepErrors(seen.missed[:count], seen.exact, seen.kept[:count], seen.prompts)
+        for step, seen in layer.steps.items()
+    }
+    return dataclasses.replace(layer, steps=steps)
+
+
+def median_errors(layers: list[LayerErrors]) -> list[float]:
+    """The median error over layers and steps, by budget."""
+    errors = torch.tensor([seen.layer() for layer in layers for seen in layer.steps.values()])
+    return [round(error, 4) for error in errors.median(0).values.tolist()]
+
+
+def error_table(results: dict) -> str:
+    """The lines of the page's table of errors by budget."""
+    budgets, errors = results["budgets"], results["median_errors"]
+    lines = [
+        f"| {results['by']} of each layer | {' | '.join(f'{budget:g}' for budget in budgets)} |",
+        "|---" * (len(budgets) + 1) + "|",
+    ]
+    lines += [f"| tail {tail} | {' | '.join(f'{e:.3f}' for e in found)} |" for tail, found in errors.items()]
+    return "\n".join(lines)
+
+
 def table(results: dict) -> str:
-    """The lines of the page's table."""
+    """The lines of the page's table of videos."""
     lines = [
         "| error allowed | tail | less attention work | dense steps | sparse layers | PSNR, dB | SSIM |",
         "|---|---|---|---|---|---|---|",
@@ -98,12 +126,20 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def tables(results: dict) -> str:
+    """What the page shows."""
+    return (
+        f"The median error of a layer in a step, by how much each layer reads:\n\n{error_table(results)}\n\n"
+        f"Videos under the policies:\n\n{table(results)}"
+    )
+
+
 def renew_page(results: dict) -> None:
     """Put the table into the page."""
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -127,7 +163,10 @@ def main() -> None:
     seeds = list(range(100, 100 + -(-given.pairs // len(others))))
     generation = GenerationSettings(steps=given.steps)
     settings = [CalibrationSettings(error, training_free("sla"), given.by) for error in given.errors]
-    layers = measure_pipeline(loaded, prompts, generation, settings[0].configs)
+    pooled = settings[0].configs
+    plain = [config.replace(tail="none") for config in pooled]
+    both = measure_pipeline(loaded, prompts, generation, [*pooled, *plain])
+    layers, medians = [first_budgets(layer, len(pooled)) for layer in both], median_errors(both)
 
     rows, steps = [], generation.call_arguments(loaded)["num_inference_steps"]
     for one in settings:
@@ -155,6 +194,8 @@ def main() -> None:
     results = {
         "model": given.model,
         "by": given.by,
+        "budgets": list(BUDGETS[given.by]),
+        "median_errors": {"pooled": medians[: len(pooled)], "none": medians[len(pooled) :]},
         "steps": steps,
         "layers": len(layers),
         "grid": list(layers[0].grid.shape),
@@ -168,7 +209,7 @@ def main() -> None:
     file = ROOT / "benchmarks" / "results" / f"calibrate-{name}.json"
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     renew_page(results)
-    print(table(results))
+    print(tables(results))
 
 
 if __name__ == "__main__":
