@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from foveal.blocks import BlockSelection, list_width, selection_rule
 from foveal.checks import (
     check_choice,
-    check_kv_lengths,
     check_positive_int,
     check_scale,
     validate_qkv,
@@ -27,15 +26,15 @@ from foveal.kernels.api import (
     select_blocks,
     validate_selection,
 )
-from foveal.kernels.dense import dense_attention
 from foveal.kernels.tail import attend_with_tail
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.feature_maps import apply_feature_map, linear_layer
 from foveal.methods.sla.linear import linear_branch
-from foveal.methods.sla.packed import PackedKeys
+from foveal.methods.sla.order import token_order, validate_tile_order, video_sorted
+from foveal.methods.sla.packed import packed_keys
 from foveal.methods.sla.projection import Projection
-from foveal.token_order import TileOrder, tile_indices
+from foveal.token_order import tile_indices
 
 # Parts that run in PyTorch although the rest of a call runs on a GPU's kernels.
 SLOW_LINEAR = 'the linear branch runs in PyTorch: it has no kernel for feature_map="hedgehog"'
@@ -124,7 +123,7 @@ def _attend(
 
     grid, packed = resolve_layout(grid, layout)
     if packed is not None:
-        keys = _packed_keys(query, key, packed, config, protected_keys, kv_lengths)
+        keys = packed_keys(query, key, packed, config, protected_keys, kv_lengths)
         output, inner = _packed_attention(query, key, value, keys, config, selection, kv_lengths, scale, impl, weights)
         return output, ran if inner.why is None else ran.but(inner.why)
     order = None
@@ -133,9 +132,9 @@ def _attend(
             raise ValueError('grid is required for token_order="tile": VideoGrid(frames, height, width) in tokens')
         grid.check_length(query.shape[2])
         if selection is None:
-            _validate_tile_order(grid, key, protected_keys, kv_lengths)
+            validate_tile_order(grid, key, protected_keys, kv_lengths)
         order = token_order(config, grid, query.device)
-        query, key, value = (_video_sorted(x, order) for x in (query, key, value))
+        query, key, value = (video_sorted(x, order) for x in (query, key, value))
     elif grid is not None:
         grid.check_length(query.shape[2])
 
@@ -211,24 +210,11 @@ def _attend(
     return output if order is None else order.unsort(output), ran
 
 
-def _packed_keys(query, key, layout, config, protected_keys, kv_lengths) -> PackedKeys:
-    """The key blocks of a call with a layout's protected segments; a ValueError unless its arguments fit together."""
-    layout.check_length(query.shape[2])
-    layout.check_length(key.shape[2])
-    if protected_keys is not None:
-        raise ValueError("a layout names the protected keys; give protected_keys or a layout with segments, not both")
-    if kv_lengths is not None:
-        check_kv_lengths(kv_lengths, key.shape[0], layout.video.stop, layout.num_tokens)
-    return PackedKeys(layout, config.tile_for(layout.grid), config.block_k, kv_lengths, key.device)
-
-
 def _packed_attention(
     query, key, value, keys, config, selection, kv_lengths, scale, impl, weights
 ) -> tuple[Tensor, Ran]:
     """SLA for the video's queries and dense attention for the protected ones, in sequence order."""
-    layout = keys.layout
-    video, protected = layout.split(query)
-    video = keys.video(video)
+    video = keys.video(keys.layout.split(query)[0])
     slow_selection = selection is None and impl in ("triton", "gluon") and not fits_kernel(video, key, config.block_k)
     if selection is None:
         # Without "marginal", what is negligible makes no difference.
@@ -237,13 +223,12 @@ def _packed_attention(
     else:
         validate_selection(selection, video, key[:, :, :1].expand(-1, -1, keys.length, -1))
         selection = dataclasses.replace(selection, key_block_sizes=keys.sizes)
-    protected = dense_attention(protected, key, value, kv_lengths, scale)
-    key, value = keys.in_blocks(key), keys.in_blocks(value)
     # They are in the order that blocks are cut from.
     config = config if keys.tile is None else config.replace(token_order="raster")
-    video, ran = _attend(video, key, value, config, selection, weights, (None,) * 4, scale, impl)
-    video = video if keys.tile is None else layout.grid.to_raster_order(video, keys.tile)
-    return layout.join(video, protected), ran.but(SLOW_SELECTION) if slow_selection else ran
+    blocks = keys.in_blocks(key), keys.in_blocks(value)
+    video, ran = _attend(video, *blocks, config, selection, weights, (None,) * 4, scale, impl)
+    output = keys.with_protected_queries(video, query, key, value, kv_lengths, scale)
+    return output, ran.but(SLOW_SELECTION) if slow_selection else ran
 
 
 def _packed_selection(video, key, keys, config, drop_ratio, scale=None) -> BlockSelection:
@@ -280,38 +265,6 @@ def _linear_output(query, key, value, config, selection, feature_weight) -> Tens
         phi_key = torch.where(valid, phi_key, 0)
     mask = selection.linear_mask(config.linear_scope)
     return linear_branch(phi_query, phi_key, value, mask, config.block_q, config.block_k)
-
-
-def token_order(config: SLAConfig, grid: VideoGrid | None, device: torch.device) -> TileOrder | None:
-    """The order that blocks are cut from; None for raster order."""
-    if config.token_order == "raster":
-        return None
-    return grid.answer(("sla", device), lambda: grid.tile_order(config.tile_for(grid), None, device))
-
-
-def _video_sorted(x: Tensor, order: TileOrder) -> Tensor:
-    """[B, H, L, D], the video's tokens to tile order; those after them (text) stay."""
-    video = order.to_raster.shape[0]
-    if x.shape[2] == video:
-        return order.sort(x)
-    return torch.cat((order.sort(x[:, :, :video]), x[:, :, video:]), 2)
-
-
-def _validate_tile_order(grid, key, protected_keys, kv_lengths) -> None:
-    video, length = grid.num_tokens, key.shape[2]
-    if length != video and (length < video or protected_keys is None):
-        grid.check_length(length)
-    if protected_keys is not None and tuple(protected_keys) != (video, length):
-        raise ValueError(
-            f'protected_keys must be all keys after the video\'s, ({video}, {length}), for token_order="tile", '
-            f"got {protected_keys!r}"
-        )
-    # Elsewhere a look at the values would make the host wait for the device.
-    on_host = kv_lengths is not None and kv_lengths.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_host and (kv_lengths < video).any():
-        raise ValueError(
-            f'kv_lengths must be at least the grid\'s {video} tokens for token_order="tile", got {kv_lengths.tolist()}'
-        )
 
 
 def _validate_weights(query, config, proj_weight, proj_bias, feature_weight) -> None:
@@ -424,11 +377,11 @@ class SparseLinearAttention(nn.Module):
         config = self.config if config is None else config
         grid, packed = resolve_layout(grid, layout)
         if packed is not None:
-            keys = _packed_keys(query, key, packed, config, protected_keys, kv_lengths)
+            keys = packed_keys(query, key, packed, config, protected_keys, kv_lengths)
             return _packed_selection(keys.video(packed.split(query)[0]), key, keys, config, config.drop_ratio)
         order = token_order(config, grid, query.device)
         if order is not None:
-            query, key = (_video_sorted(x, order) for x in (query, key))
+            query, key = (video_sorted(x, order) for x in (query, key))
         return select_blocks(
             query,
             key,

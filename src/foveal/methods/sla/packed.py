@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.blocks import BlockSelection
-from foveal.checks import cached_constant
+from foveal.checks import cached_constant, check_kv_lengths
 from foveal.kernels.choice import append_blocks, block_sizes
+from foveal.kernels.dense import dense_attention
 from foveal.layout import TokenLayout
+from foveal.methods.sla.config import SLAConfig
 from foveal.symbols import ceil_div
 
 
@@ -88,6 +90,32 @@ class PackedKeys:
             key_length=self.length,
             key_block_sizes=self.sizes,
         )
+
+    def with_protected_queries(
+        self, video: Tensor, query: Tensor, key: Tensor, value: Tensor, kv_lengths: Tensor | None, scale: float
+    ) -> Tensor:
+        """The output in sequence order: the video's, in the order of its blocks, and dense attention of the others."""
+        protected = dense_attention(self.layout.split(query)[1], key, value, kv_lengths, scale)
+        video = video if self.tile is None else self.layout.grid.to_raster_order(video, self.tile)
+        return self.layout.join(video, protected)
+
+
+def packed_keys(
+    query: Tensor,
+    key: Tensor,
+    layout: TokenLayout,
+    config: SLAConfig,
+    protected_keys: tuple[int, int] | None,
+    kv_lengths: Tensor | None,
+) -> PackedKeys:
+    """The key blocks of a call with a layout's protected segments; a ValueError unless its arguments fit together."""
+    layout.check_length(query.shape[2])
+    layout.check_length(key.shape[2])
+    if protected_keys is not None:
+        raise ValueError("a layout names the protected keys; give protected_keys or a layout with segments, not both")
+    if kv_lengths is not None:
+        check_kv_lengths(kv_lengths, key.shape[0], layout.video.stop, layout.num_tokens)
+    return PackedKeys(layout, config.tile_for(layout.grid), config.block_k, kv_lengths, key.device)
 
 
 def _block_sizes(video: int, protected: int, block: int, device: torch.device) -> Tensor:

@@ -1,0 +1,45 @@
+"""The order of tokens that SLA's blocks are cut from: raster order, or cube by cube."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveal.layout import VideoGrid
+from foveal.methods.sla.config import SLAConfig
+from foveal.token_order import TileOrder
+
+
+def token_order(config: SLAConfig, grid: VideoGrid | None, device: torch.device) -> TileOrder | None:
+    """The order that blocks are cut from; None for raster order."""
+    if config.token_order == "raster":
+        return None
+    return grid.answer(("sla", device), lambda: grid.tile_order(config.tile_for(grid), None, device))
+
+
+def video_sorted(x: Tensor, order: TileOrder) -> Tensor:
+    """[B, H, L, D], the video's tokens to tile order; those after them (text) stay."""
+    video = order.to_raster.shape[0]
+    if x.shape[2] == video:
+        return order.sort(x)
+    return torch.cat((order.sort(x[:, :, :video]), x[:, :, video:]), 2)
+
+
+def validate_tile_order(
+    grid: VideoGrid, key: Tensor, protected_keys: tuple[int, int] | None, kv_lengths: Tensor | None
+) -> None:
+    """Raise a ValueError unless the keys past the video's are protected, and the video's all valid."""
+    video, length = grid.num_tokens, key.shape[2]
+    if length != video and (length < video or protected_keys is None):
+        grid.check_length(length)
+    if protected_keys is not None and tuple(protected_keys) != (video, length):
+        raise ValueError(
+            f'protected_keys must be all keys after the video\'s, ({video}, {length}), for token_order="tile", '
+            f"got {protected_keys!r}"
+        )
+    # Elsewhere a look at the values would make the host wait for the device.
+    on_host = kv_lengths is not None and kv_lengths.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_host and (kv_lengths < video).any():
+        raise ValueError(
+            f'kv_lengths must be at least the grid\'s {video} tokens for token_order="tile", got {kv_lengths.tolist()}'
+        )
