@@ -5,12 +5,25 @@ import dataclasses
 import pytest
 import torch
 
-from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
+from foveal import (
+    RoutedSparseLinearAttention,
+    SLA2Config,
+    SLAConfig,
+    SparseLinearAttention,
+    VideoGrid,
+    VideoSparseAttention,
+    VSAConfig,
+)
 from foveal.methods.base import METHODS, config_from_dict, method_of
 from foveal.testing import make_inputs
 
-CONFIGS = {"sla": SLAConfig(keep_ratio=0.2, block_q=16, block_k=16), "vsa": VSAConfig(topk=2, tile=(2, 4, 4))}
-MODULES = {"sla": SparseLinearAttention, "vsa": VideoSparseAttention}
+CONFIGS = {
+    "sla": SLAConfig(keep_ratio=0.2, block_q=16, block_k=16),
+    "sla2": SLA2Config(keep_ratio=0.3, block_q=16, block_k=16),
+    "vsa": VSAConfig(topk=2, tile=(2, 4, 4)),
+}
+MODULES = {"sla": SparseLinearAttention, "sla2": RoutedSparseLinearAttention, "vsa": VideoSparseAttention}
+WITHOUT_HIDDEN_STATES = ("sla", "sla2")
 
 
 def test_every_method_is_in_these_tests():
@@ -35,7 +48,7 @@ def test_builds_and_attends(name):
     assert module.impl == "torch"
     output = METHODS[name].run(module, *qkv, hidden, grid)
     assert output.shape == qkv[0].shape
-    direct = module(*qkv, grid=grid) if name == "sla" else module(*qkv, hidden, grid=grid)
+    direct = module(*qkv, grid=grid) if name in WITHOUT_HIDDEN_STATES else module(*qkv, hidden, grid=grid)
     assert torch.equal(output, direct)
     output.sum().backward()
     assert all(parameter.grad is not None for parameter in module.parameters())
@@ -64,7 +77,7 @@ def test_schedule_keeps_the_parameters(name):
 
 
 def test_unknown_configuration():
-    with pytest.raises(TypeError, match=r"config must be one of SLAConfig, VSAConfig, got dict"):
+    with pytest.raises(TypeError, match=r"config must be one of SLAConfig, SLA2Config, VSAConfig, got dict"):
         method_of({"keep_ratio": 0.05})
     with pytest.raises(TypeError, match=r"got NoneType"):
         method_of(None)
@@ -73,7 +86,7 @@ def test_unknown_configuration():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"unknown method 'moba'; expected one of \('sla', 'vsa'\)"):
+    with pytest.raises(ValueError, match=r"unknown method 'moba'; expected one of \('sla', 'sla2', 'vsa'\)"):
         config_from_dict("moba", {})
     with pytest.raises(ValueError, match=r"unknown VSAConfig fields \['block_q'\]"):
         config_from_dict("vsa", {"block_q": 64})

@@ -12,6 +12,8 @@ from foveal.methods.cost import attention_cost
 from foveal.methods.explain import Explanation, explain
 from foveal.methods.sla.attention import SparseLinearAttention, sla_attention
 from foveal.methods.sla.config import SLAConfig
+from foveal.methods.sla2.attention import RoutedSparseLinearAttention, sla2_attention
+from foveal.methods.sla2.config import SLA2Config
 from foveal.methods.vsa.attention import VideoSparseAttention, vsa_attention
 from foveal.methods.vsa.config import VSAConfig
 from foveal.models import (
@@ -40,6 +42,8 @@ __all__ = [
     "Explanation",
     "Policy",
     "Report",
+    "RoutedSparseLinearAttention",
+    "SLA2Config",
     "SLAConfig",
     "SparseLinearAttention",
     "TokenLayout",
@@ -63,6 +67,7 @@ __all__ = [
     "select_blocks",
     "set_on_fallback",
     "set_policy",
+    "sla2_attention",
     "sla_attention",
     "sparse_parameters",
     "sparsify",

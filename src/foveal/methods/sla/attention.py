@@ -29,12 +29,11 @@ from foveal.kernels.api import (
 from foveal.kernels.tail import attend_with_tail
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.sla.config import SLAConfig
-from foveal.methods.sla.feature_maps import apply_feature_map, linear_layer
-from foveal.methods.sla.linear import linear_branch
-from foveal.methods.sla.order import token_order, validate_tile_order, video_sorted
+from foveal.methods.sla.feature_maps import linear_layer
+from foveal.methods.sla.linear import linear_output
+from foveal.methods.sla.order import token_order, token_places, validate_tile_order, video_sorted
 from foveal.methods.sla.packed import packed_keys
 from foveal.methods.sla.projection import Projection
-from foveal.token_order import tile_indices
 
 # Parts that run in PyTorch although the rest of a call runs on a GPU's kernels.
 SLOW_LINEAR = 'the linear branch runs in PyTorch: it has no kernel for feature_map="hedgehog"'
@@ -203,7 +202,7 @@ def _attend(
                 query, key, value, config, selection, scale, proj_weight, proj_bias, impl
             )
         elif config.linear_scope != "none":
-            linear = _linear_output(query, key, value, config, selection, feature_weight)
+            linear = linear_output(query, key, value, config, selection, feature_weight)
             if proj_weight is not None:
                 linear = linear_layer(linear, proj_weight, proj_bias)
             output = (output + linear).to(query.dtype)
@@ -251,20 +250,6 @@ def _packed_selection(video, key, keys, config, drop_ratio, scale=None) -> Block
 def _further_rule(config: SLAConfig) -> dict[str, object]:
     """What `select_blocks` takes of a configuration beside its blocks and ratios."""
     return {"score": config.score, "keep_mass": config.keep_mass, "max_keep_ratio": config.max_keep_ratio}
-
-
-def _linear_output(query, key, value, config, selection, feature_weight) -> Tensor:
-    valid = None if selection.key_block_sizes is None else selection.key_valid()[:, None, :, None]
-    if valid is not None:
-        # Before phi: its gradient at a NaN is NaN, whatever comes after.
-        key, value = torch.where(valid, key, 0), torch.where(valid, value, 0)
-    phi_query = apply_feature_map(query, config.feature_map, feature_weight)
-    phi_key = apply_feature_map(key, config.feature_map, feature_weight)
-    value = value.to(phi_key.dtype)
-    if valid is not None:
-        phi_key = torch.where(valid, phi_key, 0)
-    mask = selection.linear_mask(config.linear_scope)
-    return linear_branch(phi_query, phi_key, value, mask, config.block_q, config.block_k)
 
 
 def _validate_weights(query, config, proj_weight, proj_bias, feature_weight) -> None:
@@ -396,10 +381,7 @@ class SparseLinearAttention(nn.Module):
 
     def token_places(self, grid: VideoGrid) -> Tensor:
         """int64 [L]: where each token, in raster order, stands in the order that blocks are cut from."""
-        tile = self.config.tile_for(grid)
-        if tile is None:
-            return torch.arange(grid.num_tokens)
-        return tile_indices(grid.shape, tile, None, torch.device("cpu"))[1]
+        return token_places(self.config, grid)
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, config={self.config}, impl={self.impl!r}"

@@ -108,7 +108,7 @@ def _with_marginal(selection: BlockSelection, marginal: Tensor | None) -> BlockS
     )
 
 
-def _new_selection(query: Tensor, key: Tensor, rule: SelectionRule, scope: str) -> BlockSelection:
+def new_selection(query: Tensor, key: Tensor, rule: SelectionRule, scope: str) -> BlockSelection:
     """Memory for what a rule chooses. Its marginal mask is padded, as the products want it; None over all keys."""
     lists = new_lists(query, key, rule, with_marginal=scope != "all")
     return BlockSelection(
@@ -123,7 +123,7 @@ def _new_selection(query: Tensor, key: Tensor, rule: SelectionRule, scope: str) 
     )
 
 
-def _mask_operand(selection: BlockSelection, scope: str) -> Tensor | None:
+def mask_operand(selection: BlockSelection, scope: str) -> Tensor | None:
     """The block mask as a GEMM operand, bfloat16 [B, H, padded Tq, padded Tk]; None to sum over every key."""
     if scope == "all":
         return None
@@ -149,11 +149,11 @@ def _forward(
     """The results, and the selection that was given or made."""
     with on_device_of(query):  # Triton launches on the current device
         if isinstance(choice, SelectionRule):
-            rule, selection = choice, _new_selection(query, key, choice, options.scope)
+            rule, selection = choice, new_selection(query, key, choice, options.scope)
             mask = selection.marginal
         else:
             rule, selection = None, choice.with_contiguous_lists()
-            mask = _mask_operand(selection, options.scope)
+            mask = mask_operand(selection, options.scope)
         term = linear_term(options.feature_map, weight, bias, query)
         backend = backend_named(options.backend)
         results = forward_in_groups(query, key, value, selection, mask, rule, term, options.scale, backend, keep_states)
@@ -174,7 +174,7 @@ def _backward(
     assert results.state.shape[0] > 0, "the forward was told that no backward follows"
     with on_device_of(query):
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        mask = _mask_operand(selection, options.scope)
+        mask = mask_operand(selection, options.scope)
         mask = None if mask is None else mask.flatten(0, 1)
         term = linear_term(options.feature_map, weight, bias, query)
         backend = backend_named(options.backend)
@@ -240,10 +240,10 @@ def _forward_op(
     choice, options = unflatten(choice_tensors, choice_numbers), Options(scale, feature_map, scope, backend)
     results, selection = _forward(query, key, value, weight, bias, choice, options, keep_states)
     # An op may not return what it was given.
-    return *results, *_made(query, selection if isinstance(choice, SelectionRule) else None)
+    return *results, *made_by_rule(query, selection if isinstance(choice, SelectionRule) else None)
 
 
-def _made(query: Tensor, selection: BlockSelection | None) -> tuple[Tensor, Tensor, Tensor]:
+def made_by_rule(query: Tensor, selection: BlockSelection | None) -> tuple[Tensor, Tensor, Tensor]:
     """The lists, counts and marginal mask of a selection, empty for what there is not."""
     lists = (None,) * 3 if selection is None else (selection.critical, selection.critical_count, selection.marginal)
     dtypes = torch.int32, torch.int32, torch.bfloat16
@@ -259,8 +259,8 @@ def _(query, key, value, weight, bias, choice_tensors, choice_numbers, scale, fe
     kept = batch * heads if scope == "all" or keep_states else 0
     norm = lse.new_empty((kept, rows, head_dim))
     state = query.new_empty((kept, rows, head_dim, head_dim), dtype=torch.bfloat16)
-    made = _new_selection(query, key, choice, scope) if isinstance(choice, SelectionRule) else None
-    return torch.empty_like(query), lse, norm, state, *_made(query, made)
+    made = new_selection(query, key, choice, scope) if isinstance(choice, SelectionRule) else None
+    return torch.empty_like(query), lse, norm, state, *made_by_rule(query, made)
 
 
 @torch.library.custom_op("foveal::sla_gpu_bwd", mutates_args=())

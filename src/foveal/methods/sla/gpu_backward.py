@@ -23,7 +23,7 @@ from foveal.methods.sla.gpu_forward import Results
 GROUP_BYTES = 224 * 2**20
 
 
-def _own_states(
+def own_states(
     grad: Tensor,
     query: Tensor,
     output: Tensor,
@@ -33,8 +33,12 @@ def _own_states(
     grad_query: Tensor,
     delta: Tensor,
     backend: Backend,
+    norm_scale: Tensor | None = None,
 ) -> SharedGradients:
-    """What the query side gives, G and z for each key block, where each query block has an H of its own."""
+    """What the query side gives, G and z for each key block, where each query block has an H of its own.
+
+    norm_scale: float32 [B * H, padded Tq], what the rows' Z were multiplied by to become those of `term`; None for 1.
+    """
     pairs, rows, columns = mask.shape
     head_dim = query.shape[-1]
     linear = None
@@ -53,6 +57,8 @@ def _own_states(
         torch.bmm(mask[group].transpose(1, 2), grad_state.flatten(2), out=key_state[group].flatten(2))
         # Before the next group's: its memory becomes theirs.
         del grad_state
+    if norm_scale is not None:
+        grad_norm *= norm_scale[..., None]
     projection = (None, None) if linear is None else projection_gradients(grad, linear)
     return SharedGradients(key_state, masked_sum(mask.transpose(1, 2), grad_norm), *projection)
 
@@ -85,7 +91,7 @@ def gradients(
         run = backend.shared_query_gradients
         side = run(query, output, grad, term, selection.block_q, grad_query, delta)
     else:
-        side = _own_states(grad, query, output, term, mask, selection.block_q, grad_query, delta, backend)
+        side = own_states(grad, query, output, term, mask, selection.block_q, grad_query, delta, backend)
     columns = column_lists(selection)
     key_side = LinearTerm(term.feature_map, state=side.state, norm=side.norm)
     grads = backend.backward(grad, query, key, value, delta, lse, selection, columns, scale, grad_query, key_side)

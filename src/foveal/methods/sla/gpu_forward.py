@@ -60,6 +60,8 @@ def forward_in_groups(
     scale: float,
     backend: Backend,
     keep_states: bool,
+    projections: tuple[Tensor, Tensor] | None = None,
+    norm_scale: Tensor | None = None,
 ) -> Results:
     """The output and what the backward needs.
 
@@ -69,6 +71,10 @@ def forward_in_groups(
         rule: how to choose, into `selection` and `mask`; None if they hold a choice already.
         term: the linear branch without its states.
         keep_states: whether a backward follows.
+        projections: float32 [D, D] each, what maps pooled queries and keys (x W^T) before a rule scores them; not with
+            a sum over every key.
+        norm_scale: float32 [B * H, padded Tq], what Z of each row is multiplied by where it divides, which divides the
+            row's O^l; None for 1. `Results.norm` has Z as it was. Not with that sum either.
     """
     # One H for all may be projected before it is added.
     early = backend.projects_early and mask is None and term.weight is not None
@@ -77,7 +83,10 @@ def forward_in_groups(
     pooled_query = None if rule is None else pool(query, selection.block_q).flatten(0, 1)
     if mask is None:
         return _over_all_keys(key, value, call, lists, rule, pooled_query, scale, term, early)
-    return _by_masks(key, value, call, lists, rule, pooled_query, scale, term, backend, keep_states)
+    if projections is not None and rule is not None:
+        pooled_query = pooled_query @ projections[0].t()
+    more = projections, norm_scale
+    return _by_masks(key, value, call, lists, rule, pooled_query, scale, term, backend, keep_states, *more)
 
 
 def _over_all_keys(
@@ -115,6 +124,8 @@ def _by_masks(
     term: LinearTerm,
     backend: Backend,
     keep_states: bool,
+    projections: tuple[Tensor, Tensor] | None,
+    norm_scale: Tensor | None,
 ) -> Results:
     selection, (output, lse), mask = call.selection, call.results, lists.marginal
     head_dim, (rows, columns) = key.shape[-1], mask.shape[2:]
@@ -150,6 +161,7 @@ def _by_masks(
             z if count == largest else z[:count],
         )
         if rule is not None:
+            pooled = pooled if projections is None else pooled @ projections[1].t()
             queries = pooled_query if len(parts) == 1 else pooled_query[group.start : group.stop]
             pick(queries, pooled, scale, rule, group.start, lists)
 
@@ -173,6 +185,8 @@ def _by_masks(
         else:
             torch.bmm(group_mask, group_h, out=group_sums)
             group_state, group_norm = group_sums[..., :area].unflatten(2, square), group_sums[..., area:]
+        if norm_scale is not None:
+            group_norm = group_norm * norm_scale[group.start : group.stop, :, None]
         if side is not None:
             side.wait_stream(torch.cuda.current_stream())  # h and z are free again
         call.run(group, group_state, group_norm)

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveal.blocks import BlockSelection
 from foveal.checks import is_transformed, without_autocast
 from foveal.kernels.cpu import blocked
+from foveal.methods.sla.config import SLAConfig
+from foveal.methods.sla.feature_maps import apply_feature_map
 
 EPSILON = 1e-5
 
@@ -39,6 +42,28 @@ def linear_branch(
     if is_transformed(phi_query, phi_key, value):
         return _composed(phi_query, phi_key, value, mask, block_q, block_k)
     return _forward_op(phi_query, phi_key, value, mask, block_q, block_k)
+
+
+def linear_output(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: SLAConfig,
+    selection: BlockSelection,
+    feature_weight: Tensor | None = None,
+) -> Tensor:
+    """O^l of a selection, [B, H, Lq, D] in float32 or better, before the projection; the weight is hedgehog's."""
+    valid = None if selection.key_block_sizes is None else selection.key_valid()[:, None, :, None]
+    if valid is not None:
+        # Before phi: its gradient at a NaN is NaN, whatever comes after.
+        key, value = torch.where(valid, key, 0), torch.where(valid, value, 0)
+    phi_query = apply_feature_map(query, config.feature_map, feature_weight)
+    phi_key = apply_feature_map(key, config.feature_map, feature_weight)
+    value = value.to(phi_key.dtype)
+    if valid is not None:
+        phi_key = torch.where(valid, phi_key, 0)
+    mask = selection.linear_mask(config.linear_scope)
+    return linear_branch(phi_query, phi_key, value, mask, config.block_q, config.block_k)
 
 
 def _states(phi_key: Tensor, value: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from foveal.layout import VideoGrid
 from foveal.methods.sla.config import SLAConfig
-from foveal.token_order import TileOrder
+from foveal.token_order import TileOrder, tile_indices
 
 
 def token_order(config: SLAConfig, grid: VideoGrid | None, device: torch.device) -> TileOrder | None:
@@ -43,3 +43,11 @@ def validate_tile_order(
         raise ValueError(
             f'kv_lengths must be at least the grid\'s {video} tokens for token_order="tile", got {kv_lengths.tolist()}'
         )
+
+
+def token_places(config: SLAConfig, grid: VideoGrid) -> Tensor:
+    """int64 [L]: where each token, in raster order, stands in the order that blocks are cut from."""
+    tile = config.tile_for(grid)
+    if tile is None:
+        return torch.arange(grid.num_tokens)
+    return tile_indices(grid.shape, tile, None, torch.device("cpu"))[1]

@@ -1,0 +1,281 @@
+"""SLA2 for use: the function `sla2_attention` and the module `RoutedSparseLinearAttention` that owns its parameters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from foveal.blocks import BlockSelection, SelectionRule
+from foveal.checks import check_choice, check_positive_int, check_scale, validate_qkv, without_autocast
+from foveal.kernels.api import IMPLS, SLOW_SELECTION, Ran, choose_impl, may_note
+from foveal.layout import TokenLayout, VideoGrid
+from foveal.methods.sla.order import token_places
+from foveal.methods.sla.projection import PreciseParameters
+from foveal.methods.sla2.blocks import CallBlocks
+from foveal.methods.sla2.config import SLA2Config
+from foveal.methods.sla2.cpu import sla2_attention_torch
+from foveal.methods.sla2.mixing import block_logits, start_logits
+from foveal.methods.sla2.routing import Ranked, Router, ranked_scores
+from foveal.symbols import ceil_div
+
+SLAS_ROUTER = Router(None, None)  # which ranks blocks by the products of their means
+
+
+class Weights(NamedTuple):
+    """The parameters of a call.
+
+    alpha_logits: [H, R]; None for the configuration's alpha.
+    router: proj_q and proj_k.
+    """
+
+    alpha_logits: Tensor | None
+    router: Router
+
+
+def sla2_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    config: SLA2Config,
+    selection: BlockSelection | None = None,
+    alpha_logits: Tensor | None = None,
+    proj_query: Tensor | None = None,
+    proj_key: Tensor | None = None,
+    grid: VideoGrid | None = None,
+    layout: TokenLayout | VideoGrid | None = None,
+    protected_keys: tuple[int, int] | None = None,
+    kv_lengths: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Sparse-linear attention, routed: O = alpha O^s + (1 - alpha) O^l (SLA2, arXiv 2602.12675, eq. 13-16).
+
+    Args:
+        query: [B, H, Lq, D], bfloat16, float16, float32 or float64.
+        key, value: [B, H, Lk, D].
+        config: see `SLA2Config`.
+        selection: a fixed selection instead of the router's. The projections get the gradient of this choice then.
+        alpha_logits: [H, R], log-odds of alpha, R values for each head along the query blocks of the video; None for
+            `config.alpha` everywhere.
+        proj_query, proj_key: [D, D] each, the router's projections of pooled queries and keys; None for the identity.
+        grid, layout, protected_keys, kv_lengths: as in `sla_attention`. With a layout's protected segments the linear
+            branch sums over the video's keys.
+        scale: softmax scale; None for 1 / sqrt(D).
+        impl: "auto", "reference", "torch", "triton" or "gluon"; see `block_sparse_attention`.
+
+    Returns:
+        [B, H, Lq, D] in the dtype and token order of `query`. Gradients of query, key, value and alpha_logits are exact
+        for the selection; those of the projections are straight-through (`config.routing`).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    weights = Weights(alpha_logits, Router(proj_query, proj_key))
+    where = grid, layout, protected_keys, kv_lengths
+    return _attend(query, key, value, config, selection, weights, where, scale, impl)[0]
+
+
+@without_autocast
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: SLA2Config,
+    selection: BlockSelection | None,
+    weights: Weights,
+    where: tuple,
+    scale: float | None,
+    impl: str,
+) -> tuple[Tensor, Ran]:
+    """`sla2_attention`, and what ran; `where` is its grid, layout, protected_keys, and kv_lengths."""
+    if not isinstance(config, SLA2Config):
+        raise TypeError(f"config must be an SLA2Config, got {type(config).__name__}")
+    validate_qkv(query, key, value)
+    _validate_weights(query, weights)
+    ran = choose_impl(impl, query, key, value, config.block_q, config.block_k)
+    scale = check_scale(scale, query.shape[-1])
+    blocks = CallBlocks(query, key, config, where, selection)
+    on_kernels = ran.impl in ("triton", "gluon")
+    if selection is not None:
+        choice = blocks.checked(selection)
+    elif on_kernels and blocks.packed is None and not blocks.slow:
+        choice = blocks.rule()
+    else:
+        choice = blocks.choose(weights.router, scale)
+        if on_kernels and blocks.slow:
+            ran = ran.but(SLOW_SELECTION)
+    logits = weights.alpha_logits
+    if logits is None:
+        logits = start_logits(query.shape[1], 1, config.alpha, query.device)
+    inputs = blocks.query, blocks.in_blocks(key), blocks.in_blocks(value)
+    ranked = _ranked(inputs, blocks, choice, weights.router, scale)
+    if ran.impl == "reference":
+        from foveal.methods.sla2.reference import sla2_attention_reference
+
+        output = sla2_attention_reference(
+            *inputs,
+            config=config,
+            selection=choice,
+            scale=scale,
+            alpha_logits_HR=logits,
+            ranked_BC=None if ranked is None else blocks.ranked(choice.key_block_sizes),
+            proj_query_DD=weights.router.query,
+            proj_key_DD=weights.router.key,
+        )
+    elif on_kernels:
+        from foveal.methods.sla2.gpu import Options, sla2_attention_gpu
+
+        options = Options(scale, config.feature_map, config.temperature, ran.impl)
+        logits = block_logits(logits.float(), ceil_div(blocks.query.shape[2], config.block_q))
+        output = sla2_attention_gpu(*inputs, choice, weights.router, logits, ranked, options)
+    else:
+        output = sla2_attention_torch(*inputs, config, choice, scale, logits, ranked)
+    return blocks.output(output, query, key, value, scale), ran
+
+
+def _ranked(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    blocks: CallBlocks,
+    choice: BlockSelection | SelectionRule,
+    router: Router,
+    scale: float,
+) -> Ranked | None:
+    """The scores by which the router's projections get a gradient; None where they get none."""
+    config = blocks.config
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in router)
+    if config.routing == "fixed" or not learns:
+        return None
+    ranked = blocks.ranked(choice.key_block_sizes)
+    return Ranked(ranked_scores(*inputs[:2], router, choice, ranked, scale), config.temperature)
+
+
+def _validate_weights(query: Tensor, weights: Weights) -> None:
+    heads, head_dim = query.shape[1], query.shape[-1]
+    given = {"proj_query": weights.router.query, "proj_key": weights.router.key}
+    for name, weight in given.items():
+        if weight is not None and (not isinstance(weight, Tensor) or tuple(weight.shape) != (head_dim, head_dim)):
+            got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"{name} must have shape {(head_dim, head_dim)} for head_dim {head_dim}, got {got}")
+    logits = weights.alpha_logits
+    if logits is not None and (not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != heads):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"alpha_logits must have shape [{heads}, rows] for {heads} heads, got {got}")
+    for name, weight in {"alpha_logits": logits, **given}.items():
+        if weight is not None and weight.device != query.device:
+            raise ValueError(f"{name} is on {weight.device}, but query is on {query.device}")
+
+
+class RoutedSparseLinearAttention(nn.Module):
+    """Sparse-linear attention with a learned router and a learned ratio of its branches (SLA2).
+
+    Args:
+        num_heads, head_dim: H and D.
+        config: see `SLA2Config`.
+        impl: see `block_sparse_attention`.
+
+    Attributes:
+        router: proj_query and proj_key, [D, D] each, shared by the heads, float32, the identity at the start, which
+            ranks blocks as SLA does.
+        mixing: alpha_logits, float32 [H, `config.alpha_rows`], log-odds of alpha, `config.alpha` everywhere at the
+            start.
+        ran: what the last call ran (`Ran`: `impl`, and `why` if that is slower than asked); None before. Compiled
+            calls with gradients leave it.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, config: SLA2Config, *, impl: str = "auto") -> None:
+        super().__init__()
+        check_positive_int("num_heads", num_heads)
+        check_positive_int("head_dim", head_dim)
+        if not isinstance(config, SLA2Config):
+            raise TypeError(f"config must be an SLA2Config, got {type(config).__name__}")
+        check_choice("impl", impl, IMPLS)
+        self.num_heads, self.head_dim, self.config, self.impl = num_heads, head_dim, config, impl
+        self.ran: Ran | None = None
+        self.router = PreciseParameters(proj_query=torch.eye(head_dim), proj_key=torch.eye(head_dim))
+        self.mixing = PreciseParameters(alpha_logits=start_logits(num_heads, config.alpha_rows, config.alpha))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        alpha_logits: Tensor | None = None,
+        *,
+        grid: VideoGrid | None = None,
+        layout: TokenLayout | VideoGrid | None = None,
+        protected_keys: tuple[int, int] | None = None,
+        kv_lengths: Tensor | None = None,
+        selection: BlockSelection | None = None,
+        config: SLA2Config | None = None,
+    ) -> Tensor:
+        """[B, H, Lq, D], [B, H, Lk, D] twice to [B, H, Lq, D]; see `sla2_attention`.
+
+        A `config` stands in for the module's own; it must need the same parameters. `alpha_logits`, those of only some
+        of the heads, stand in for the module's where the tensors hold only these.
+        """
+        if query.shape[-1] != self.head_dim:
+            raise ValueError(f"query must have head_dim {self.head_dim}, got {query.shape[-1]}")
+        if alpha_logits is None:
+            (alpha_logits,) = self.mixing()
+        weights = Weights(alpha_logits, Router(*self.router()))
+        config, where = self.config if config is None else config, (grid, layout, protected_keys, kv_lengths)
+        output, ran = _attend(query, key, value, config, selection, weights, where, None, self.impl)
+        if may_note():
+            self.ran = ran
+        return output
+
+    def token_gates(self, hidden_states: Tensor) -> Tensor:
+        """The log-odds of alpha as one number of each head and token, [B, H, L, 1], of hidden_states [B, L, C].
+
+        Token t has the value t modulo `alpha_rows` of its head: so values travel with heads to other ranks.
+        """
+        (logits,) = self.mixing()
+        tokens = hidden_states.shape[1]
+        if tokens < logits.shape[1]:
+            raise ValueError(f"hidden_states must have at least alpha_rows={logits.shape[1]} tokens, got {tokens}")
+        logits = logits[:, torch.arange(tokens, device=logits.device) % logits.shape[1]]
+        return logits[None, :, :, None].expand(hidden_states.shape[0], -1, -1, -1)
+
+    def logits_of(self, gates: Tensor) -> Tensor:
+        """[h, `alpha_rows`] of the heads that `token_gates` of all tokens, [B, h, L, 1], are of."""
+        return gates[0, :, : self.config.alpha_rows, 0]
+
+    @staticmethod
+    def kernel_blocks(config: SLA2Config, grid: VideoGrid | None) -> tuple[int, int]:
+        """Tokens of the query and key blocks that kernels get."""
+        return config.block_q, config.block_k
+
+    def select(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        grid: VideoGrid | None = None,
+        layout: TokenLayout | VideoGrid | None = None,
+        protected_keys: tuple[int, int] | None = None,
+        kv_lengths: Tensor | None = None,
+        config: SLA2Config | None = None,
+    ) -> BlockSelection:
+        """The selection that `forward` makes for the same arguments, to look at."""
+        config = self.config if config is None else config
+        router = Router(*self.router())
+        return select_routed(query, key, config, router, (grid, layout, protected_keys, kv_lengths))
+
+    def token_places(self, grid: VideoGrid) -> Tensor:
+        """int64 [L]: where each token, in raster order, stands in the order that blocks are cut from."""
+        return token_places(self.config.branches, grid)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, config={self.config}, impl={self.impl!r}"
+
+
+@torch.no_grad()
+@without_autocast
+def select_routed(
+    query: Tensor, key: Tensor, config: SLA2Config, router: Router = SLAS_ROUTER, where: tuple = (None,) * 4
+) -> BlockSelection:
+    """The blocks that a router keeps; `where` is the grid, layout, protected_keys, and kv_lengths."""
+    return CallBlocks(query, key, config, where, None).choose(router, check_scale(None, query.shape[-1]))

@@ -1,0 +1,48 @@
+"""The calls of SLA2 that `foveal bench` checks and times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from foveal.blocks import BlockSelection
+from foveal.layout import VideoGrid
+from foveal.methods.bench import BenchCase
+from foveal.methods.sla2.attention import select_routed, sla2_attention
+from foveal.methods.sla2.config import SLA2Config
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, *, config: SLA2Config, **rest) -> Tensor:
+    """With the projections that training starts from, which take no gradient here."""
+    eye = torch.eye(query.shape[-1], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    return sla2_attention(query, key, value, config=config, proj_query=eye, proj_key=eye, **rest)
+
+
+def _select(query: Tensor, key: Tensor, *, config: SLA2Config, grid: VideoGrid) -> BlockSelection:
+    return select_routed(query, key, config)
+
+
+def _head(
+    in_chunks: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    config: SLA2Config,
+    grid: VideoGrid,
+    selection: BlockSelection,
+    dtype: torch.dtype,
+) -> Tensor:
+    def rows(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> Tensor:
+        return sla2_attention(query, key, value, config=config, selection=selection, impl="reference")
+
+    return in_chunks(rows, query, key, value, selection, dtype)
+
+
+CONFIGS = {
+    "SLA2 64x64": SLA2Config(keep_ratio=0.05, block_q=64),
+    "SLA2 128x64": SLA2Config(keep_ratio=0.05),
+}
+CASES = tuple(BenchCase(name, config, _call, _select, head=_head) for name, config in CONFIGS.items())

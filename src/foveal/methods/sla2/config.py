@@ -1,0 +1,86 @@
+"""`SLA2Config`: how many blocks the router keeps, how it learns, and how the two branches are mixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from foveal.checks import check_choice, check_positive_int, check_ratio
+from foveal.methods.config import MethodConfig
+from foveal.methods.sla.config import TOKEN_ORDERS, SLAConfig
+
+FEATURE_MAPS = ("softmax", "elu", "relu")
+ROUTINGS = ("straight_through", "fixed")
+
+
+@dataclass(frozen=True)
+class SLA2Config(MethodConfig):
+    """Sparse-linear attention with a learned router and a learned ratio (SLA2, arXiv 2602.12675).
+
+    Args:
+        keep_ratio: fraction of key blocks that each query block attends to exactly; the others are summed by the linear
+            branch. `sparsity` is 1 - keep_ratio.
+        block_q, block_k: block sizes in tokens. The GPU kernels take 64 and 128; `impl="torch"` takes any.
+        feature_map: phi of the linear branch: "softmax" (over the head dimension; the paper), "elu" (elu + 1), "relu".
+        routing: how the router's projections are trained. "straight_through" gives them the gradient of a soft top-k
+            behind the hard choice; "fixed" gives them none, as in the paper's second stage. The output is the same.
+        temperature: of that soft top-k (the paper's tau).
+        alpha: the exact branch's share of the output at the start, in (0, 1); it is learned.
+        alpha_rows: how many values of alpha each head has along the queries, each for as many of the query blocks. The
+            paper has one for each query block, which holds a model to one length.
+        token_order: "raster" (t, h, w) or "tile", as in `SLAConfig`.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    keep_ratio: float = 0.05
+    block_q: int = 128
+    block_k: int = 64
+    feature_map: str = "softmax"
+    routing: str = "straight_through"
+    temperature: float = 0.1
+    alpha: float = 0.9
+    alpha_rows: int = 1
+    token_order: str = "raster"
+
+    def __post_init__(self) -> None:
+        check_ratio("keep_ratio", self.keep_ratio)
+        if self.keep_ratio == 0.0:
+            raise ValueError("keep_ratio must be above 0 for SLA2: its router chooses what is attended to exactly")
+        check_positive_int("block_q", self.block_q)
+        check_positive_int("block_k", self.block_k)
+        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        check_choice("routing", self.routing, ROUTINGS)
+        for name in ("temperature", "alpha"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and above 0, got {self.temperature}")
+        if not 0.0 < self.alpha < 1.0:
+            raise ValueError(f"alpha must be between 0 and 1, got {self.alpha}")
+        check_positive_int("alpha_rows", self.alpha_rows)
+        check_choice("token_order", self.token_order, TOKEN_ORDERS)
+
+    @property
+    def sparsity(self) -> float:
+        """1 - keep_ratio."""
+        return 1.0 - self.keep_ratio
+
+    @property
+    def branches(self) -> SLAConfig:
+        """The configuration of SLA with the same blocks and branches, whose projection the ratio replaces."""
+        return SLAConfig(
+            keep_ratio=self.keep_ratio,
+            drop_ratio=0.0,
+            block_q=self.block_q,
+            block_k=self.block_k,
+            feature_map=self.feature_map,
+            projection=False,
+            token_order=self.token_order,
+        )
+
+    def tile_for(self, grid: Any) -> tuple[int, int, int] | None:
+        """The cube that tokens are sorted by on a `VideoGrid`, or None for raster order."""
+        return self.branches.tile_for(grid)

@@ -1,0 +1,120 @@
+"""SLA2 as in the paper (arXiv 2602.12675, sections 3 and 4): the oracle for the fused code.
+
+    O_s = softmax over the keys of the critical blocks                                                    (eq. 14)
+    O_l = norm(phi(Q) phi(K)^T) V over the keys of all other blocks                                       (eq. 14)
+    O   = alpha O_s + (1 - alpha) O_l, alpha = sigmoid(logit) of a head and a run of query blocks         (eq. 13)
+
+alpha is the share of a row's attention that falls on its critical blocks (eq. 7), so it is 1 where there are no others,
+and 0 where there are none.
+
+The router scores blocks by proj_q(pool(Q)) proj_k(pool(K))^T / sqrt(D) (eq. 16, Algorithm 2). For its gradient the mask
+is hard + soft - (soft without gradient), with soft = sigmoid(score / tau + lambda) and lambda such that a row sums to
+what it keeps (eq. 17). Of the change D that a block makes in a row's output, if it is read exactly and not linearly,
+the exact part takes the block as a token of its mean key and mean value that counts as often as it has tokens.
+
+Any floating dtype, dense memory, differentiated by autograd. Suffixes give shapes: B, H, M = Lq, N = Lk, D, S = query
+blocks, T = key blocks, C = those of them that the router ranks (the first ones), R values of alpha per head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveal.blocks import BlockSelection
+from foveal.kernels.reference import block_sparse_attention_reference
+from foveal.methods.sla.feature_maps import apply_feature_map
+from foveal.methods.sla2.config import SLA2Config
+
+EPSILON = 1e-5
+
+
+def sla2_attention_reference(
+    query_BHMD: Tensor,
+    key_BHND: Tensor,
+    value_BHND: Tensor,
+    *,
+    config: SLA2Config,
+    selection: BlockSelection,
+    scale: float,
+    alpha_logits_HR: Tensor,
+    ranked_BC: Tensor | None = None,
+    proj_query_DD: Tensor | None = None,
+    proj_key_DD: Tensor | None = None,
+) -> Tensor:
+    """The output [B, H, Lq, D], with tokens in the order in which the selection's blocks are cut.
+
+    ranked_BC: bool [B or 1, C], the key blocks that the router could have kept; None without a gradient for it.
+    """
+    sparse_BHMD, lse_BHM = block_sparse_attention_reference(query_BHMD, key_BHND, value_BHND, selection, scale)
+    dtype = torch.promote_types(query_BHMD.dtype, torch.float32)
+    critical_BHST, linear_BHST = selection.critical_mask(), selection.linear_mask("marginal") != 0
+    critical_BHMN, linear_BHMN = selection.expand(critical_BHST), selection.expand(linear_BHST)
+    valid_BHND = selection.key_valid()[:, None, :, None]
+    key_BHND, value_BHND = (torch.where(valid_BHND, x, 0).to(dtype) for x in (key_BHND, value_BHND))
+
+    phi_query_BHMD = apply_feature_map(query_BHMD, config.feature_map)
+    phi_key_BHND = apply_feature_map(key_BHND, config.feature_map)
+    weights_BHMN = torch.where(linear_BHMN, phi_query_BHMD @ phi_key_BHND.transpose(-1, -2), 0)
+    total_BHM1 = weights_BHMN.sum(-1, keepdim=True) + EPSILON
+    linear_BHMD = weights_BHMN @ value_BHND / total_BHM1
+
+    block_M = torch.arange(selection.query_length, device=query_BHMD.device) // selection.block_q
+    row_M = block_M * alpha_logits_HR.shape[1] // selection.num_query_blocks
+    alpha_BHM1 = torch.sigmoid(alpha_logits_HR.to(dtype))[:, row_M, None]
+    alpha_BHM1 = torch.where(critical_BHMN.any(-1, keepdim=True), alpha_BHM1, 0)
+    alpha_BHM1 = torch.where(linear_BHMN.any(-1, keepdim=True), alpha_BHM1, 1)
+    output_BHMD = alpha_BHM1 * sparse_BHMD + (1 - alpha_BHM1) * linear_BHMD
+    if ranked_BC is None:
+        return output_BHMD.to(query_BHMD.dtype)
+
+    # What follows is zero, and has a gradient for the projections.
+    ranked = ranked_BC.shape[1]
+    block_N = torch.arange(selection.key_length, device=key_BHND.device) // selection.block_k
+    member_BTN = (torch.arange(ranked, device=key_BHND.device)[:, None] == block_N) & selection.key_valid()[:, None]
+    member_BTN = member_BTN[:, None].to(dtype)
+    size_BT1 = member_BTN.sum(-1, keepdim=True)
+    row_SM = (torch.arange(selection.num_query_blocks, device=block_M.device)[:, None] == block_M).to(dtype)
+    with torch.no_grad():
+        mean_key_BHTD, mean_value_BHTD = (member_BTN @ x / size_BT1.clamp(min=1) for x in (key_BHND, value_BHND))
+        mean_query_BHSD = row_SM @ query_BHMD.to(dtype) / row_SM.sum(-1, keepdim=True)
+        log_share_BHMT = query_BHMD.to(dtype) @ mean_key_BHTD.transpose(-1, -2) * scale + size_BT1.log().mT
+        log_share_BHMT = torch.where(size_BT1.mT > 0, log_share_BHMT - lse_BHM[..., None], -torch.inf)
+        read_BHMT = critical_BHST[:, :, block_M, :ranked]
+        share_BHMT = torch.where(read_BHMT, log_share_BHMT.clamp(max=0).exp(), torch.sigmoid(log_share_BHMT))
+        exact_BHMTD = share_BHMT[..., None] * (mean_value_BHTD[:, :, None] - sparse_BHMD[..., None, :])
+        state_BHTDD = (member_BTN[..., None] * phi_key_BHND[:, :, None]).mT @ value_BHND[:, :, None]
+        sums_BHTD = member_BTN @ phi_key_BHND
+        linear_BHMTD = torch.einsum("bhmd,bhtde->bhmte", phi_query_BHMD, state_BHTDD)
+        normalizer_BHMT = phi_query_BHMD @ sums_BHTD.mT
+        linear_BHMTD = linear_BHMTD - normalizer_BHMT[..., None] * linear_BHMD[..., None, :]
+        change_BHMTD = alpha_BHM1[..., None] * exact_BHMTD - ((1 - alpha_BHM1) / total_BHM1)[..., None] * linear_BHMTD
+    scores_BHST = (mean_query_BHSD @ proj_query_DD.to(dtype).T) @ (mean_key_BHTD @ proj_key_DD.to(dtype).T).mT * scale
+    kept_BHST = critical_BHST[..., :ranked] & ranked_BC[:, None, None]
+    soft_BHST = soft_top_k(
+        scores_BHST.masked_fill(~ranked_BC[:, None, None], -torch.inf), kept_BHST, config.temperature
+    )
+    moved_BHST = soft_BHST - soft_BHST.detach()
+    output_BHMD = output_BHMD + torch.einsum("bhmt,bhmtd->bhmd", moved_BHST[:, :, block_M], change_BHMTD)
+    return output_BHMD.to(query_BHMD.dtype)
+
+
+def soft_top_k(scores: Tensor, kept: Tensor, temperature: float) -> Tensor:
+    """sigmoid(score / temperature + lambda), with lambda such that each row sums to the number of its kept blocks.
+
+    lambda is found by bisection; one step of Newton's method from there, which changes nothing, gives its gradient.
+    """
+    scaled, target = scores / temperature, kept.sum(-1, keepdim=True)
+    some = target < torch.isfinite(scaled).sum(-1, keepdim=True)
+    with torch.no_grad():
+        size = scaled.masked_fill(~torch.isfinite(scaled), 0).abs().amax(-1, keepdim=True) + 40
+        low, high = -size, size
+        for _ in range(100):
+            middle = (low + high) / 2
+            less = torch.sigmoid(scaled + middle).sum(-1, keepdim=True) < target
+            low, high = torch.where(less, middle, low), torch.where(less, high, middle)
+        at = torch.sigmoid(scaled + middle)
+        slope = (at * (1 - at)).sum(-1, keepdim=True).clamp(min=torch.finfo(scaled.dtype).tiny)
+    moved = torch.sigmoid(scaled + middle).sum(-1, keepdim=True)
+    soft = torch.sigmoid(scaled + middle - (moved - moved.detach()) / slope)
+    return torch.where(some & (target > 0), soft, soft.detach())

@@ -1,0 +1,160 @@
+"""SLA2 on Triton's kernels without a GPU: interpreted, see `interpreted`. The same cases run on GPUs."""
+
+import sys
+
+import pytest
+from interpreted import mend_interpreter, pretend_to_be_on, run_interpreted
+
+# name: (block_q, block_k, D, heads, queries, keys, valid keys of each sample or None, log-odds of alpha, dtype)
+CASES = {
+    "partial blocks": (64, 64, 64, 2, 150, 201, None, 1.0, "bfloat16"),
+    "wide query blocks": (128, 64, 64, 1, 150, 150, None, 2.2, "float16"),
+    "padding": (64, 128, 64, 1, 130, 201, (201, 70), 0.0, "bfloat16"),
+    "128 features": (64, 64, 128, 1, 70, 150, None, 0.5, "bfloat16"),
+}
+NAMES = ("output", "grad_query", "grad_key", "grad_value", "grad_alpha", "grad_proj_query", "grad_proj_key")
+
+
+def make_case(name, device):
+    """(query, key, value, alpha_logits, proj_query, proj_key), the configuration, and the options of the choice."""
+    import torch
+
+    from foveal import SLA2Config
+    from foveal.testing import make_inputs
+
+    block_q, block_k, head_dim, heads, length, keys, lengths, logit, dtype = CASES[name]
+    config = SLA2Config(keep_ratio=0.4, block_q=block_q, block_k=block_k, alpha_rows=2)
+    sizes = {"batch": 1 if lengths is None else 2, "heads": heads, "head_dim": head_dim, "device": device}
+    query, key, value = make_inputs(
+        query_length=length, key_length=keys, layout="BLHD", dtype=getattr(torch, dtype), **sizes
+    )
+    generator = torch.Generator().manual_seed(2)
+    logits = logit + torch.randn(heads, 2, generator=generator) / 4
+    projections = (torch.randn(head_dim, head_dim, generator=generator) / head_dim**0.5 for _ in range(2))
+    weights = (x.to(device) for x in (logits, *projections))
+    lengths = None if lengths is None else torch.tensor(lengths, device=device)
+    return (query, key, value + 1, *weights), config, lengths
+
+
+def check_case(name, device, attend):
+    """`attend`(tensors, config, selection or None, lengths) against the reference over the same blocks."""
+    import torch
+
+    from foveal import sla2_attention
+    from foveal.methods.sla2.attention import select_routed
+    from foveal.methods.sla2.routing import Router
+    from foveal.testing import assert_close_to_reference, output_and_gradients, poison_empty
+
+    inputs, config, lengths = make_case(name, device)
+    selection = select_routed(*inputs[:2], config, Router(*inputs[4:]), (None, None, None, lengths))
+
+    def reference(query, key, value, logits, *projections):
+        named = dict(zip(("proj_query", "proj_key"), projections, strict=True))
+        return sla2_attention(
+            query, key, value, config=config, selection=selection, alpha_logits=logits, impl="reference", **named
+        )
+
+    poisoned = inputs
+    if lengths is not None:
+        padding = (torch.arange(inputs[1].shape[2], device=device) >= lengths[:, None])[:, None, :, None]
+        poisoned = (inputs[0], *(x.masked_fill(padding, torch.nan) for x in inputs[1:3]), *inputs[3:])
+    exact = output_and_gradients(reference, [x.double() for x in inputs])
+    plain = output_and_gradients(reference, inputs)
+    for given in (selection, None):
+        with poison_empty():
+            ours = output_and_gradients(lambda *x, given=given: attend(x, config, given, lengths), poisoned)
+        for label, x, y, z in zip(NAMES, ours, exact, plain, strict=True):
+            if x.dtype == torch.float32:  # sums over rows whose parts cancel, from half-precision outputs
+                assert_close_to_reference(x, y, z, name=f"{name}: {label}", factor=6.0)
+            else:
+                assert_close_to_reference(x, y, z, name=f"{name}: {label}")
+
+
+def run_case(name: str) -> None:
+    from foveal.kernels import api
+    from foveal.methods.sla2 import attention, blocks
+
+    pretend_to_be_on("sm_90")
+    api.why_not = lambda backend, *_: None if backend == "triton" else "interpreted"
+    blocks.fits_kernel = lambda *_: True
+
+    def attend(tensors, config, selection, lengths):
+        query, key, value, logits, proj_query, proj_key = tensors
+        given = {"selection": selection} if selection is not None else {"kv_lengths": lengths}
+        named = {"alpha_logits": logits, "proj_query": proj_query, "proj_key": proj_key}
+        return attention.sla2_attention(query, key, value, config=config, impl="triton", **given, **named)
+
+    check_case(name, "cpu", attend)
+
+
+def run_ways() -> None:
+    """The custom operators, checkpointed or not, give the bits of the autograd function."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    from foveal.kernels import api
+    from foveal.methods.sla2 import attention, blocks, gpu
+    from foveal.testing import output_and_gradients
+
+    pretend_to_be_on("sm_90")
+    api.why_not = lambda backend, *_: None if backend == "triton" else "interpreted"
+    blocks.fits_kernel = lambda *_: True
+    inputs, config, _ = make_case("128 features", "cpu")
+
+    def attend(query, key, value, logits, proj_query, proj_key):
+        named = {"alpha_logits": logits, "proj_query": proj_query, "proj_key": proj_key}
+        return attention.sla2_attention(query, key, value, config=config, impl="triton", **named)
+
+    expected = output_and_gradients(attend, inputs)
+    gpu.is_plain = lambda *_: False
+    for way in (attend, lambda *x: checkpoint(attend, *x, use_reentrant=False)):
+        got = output_and_gradients(way, inputs)
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    with torch.no_grad():  # which keeps no states, and rounds Z as it rounds H
+        torch.testing.assert_close(attend(*inputs), expected[0])
+
+
+def main(names) -> None:
+    mend_interpreter()
+    for name in names:
+        if name == "ways":
+            run_ways()
+        else:
+            run_case(name)
+
+
+@pytest.mark.parametrize("name", [*CASES, "ways"])
+def test_interpreted(name):
+    pytest.importorskip("triton")
+    run_interpreted(__file__, [name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("impl", ["triton", "gluon"])
+def test_on_gpu(name, impl):
+    import torch
+
+    from foveal import sla2_attention
+    from foveal.kernels.api import why_not
+
+    inputs, config, _ = make_case(name, "cuda")
+    reason = why_not(impl, *inputs[:3], config.block_q, config.block_k)
+    if reason is not None:
+        pytest.skip(reason)
+
+    def attend(tensors, config, selection, lengths):
+        query, key, value, logits, proj_query, proj_key = tensors
+        given = {"selection": selection} if selection is not None else {"kv_lengths": lengths}
+        named = {"alpha_logits": logits, "proj_query": proj_query, "proj_key": proj_key}
+        return sla2_attention(query, key, value, config=config, impl=impl, **given, **named)
+
+    for _ in range(3):  # the second call is recorded, and the third one replayed
+        check_case(name, "cuda", attend)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    check_case(name, "cuda", compiled)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
