@@ -79,7 +79,7 @@ def test_own_modules_mistakes():
     query = torch.zeros(1, 2, 8, 16)
     grid, module = VideoGrid(1, 4, 4), SparseLinearAttention(16, SPARSE_SLA)
     with pytest.raises(
-        TypeError, match=r"attention must be a SparseLinearAttention or .*VideoSparseAttention, got Linear"
+        TypeError, match=r"attention must be a SparseLinearAttention or .* or SparseLinearVideoAttention, got Linear"
     ):
         context_parallel_attention(torch.nn.Linear(2, 2), query, query, query, grid=grid)
     with pytest.raises(ValueError, match=r"must have one shape, .* got \(1, 2, 8, 16\), \(1, 2, 7, 16\) and"):

@@ -185,7 +185,7 @@ def test_unknown_part():
 
 
 MISTAKES = [
-    ({"config": "sla"}, TypeError, r"config must be one of SLAConfig, .*VSAConfig, got str"),
+    ({"config": "sla"}, TypeError, r"config must be one of SLAConfig, .*, SLAVSAConfig, got str"),
     ({"grid": None}, ValueError, r"give grid, or query_length"),
     ({"query_length": 100}, ValueError, r"give grid or lengths, not both"),
     ({"grid": (1, 2, 3)}, TypeError, r"grid must be a VideoGrid, got \(1, 2, 3\)"),

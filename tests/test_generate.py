@@ -382,7 +382,7 @@ def test_mistakes_are_answered_in_one_line(wan, tmp_path, capsys):
         ((*cat, "--compare", "sparse"), "unknown comparison 'sparse'; expected dense"),
         ((*cat, "--compare", "dense"), "nothing to compare"),
         ((*cat, "--method", "nsa"), "unknown method 'nsa'; expected one of"),
-        ((*cat, "--keep-ratio", "0.1"), "give --method with keep_ratio; expected one of sla, sla2, vsa"),
+        ((*cat, "--keep-ratio", "0.1"), "give --method with keep_ratio; expected one of sla, sla2, vsa, sla_vsa"),
         ((*cat, "--method", "vsa", "--drop-ratio", "0.1"), "method vsa has no drop_ratio"),
         ((*cat, "--method", "sla", "--keep-ratio", "1.5"), "keep_ratio must be"),
         ((*cat, *SLA, "--impl", "cuda"), "impl"),

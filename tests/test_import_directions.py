@@ -42,10 +42,10 @@ BACKENDS = {"triton", "hopper", "gpu"}
 # Classes derived from a host's: loaded by functions, and by the host.
 HOST_CLASSES = {"hosts/vllm_omni/backend.py": {"vllm_omni"}}
 # They choose the implementation, and reach for the oracle when it is asked for.
-DISPATCHERS = {"kernels/api.py", *(f"methods/{name}/attention.py" for name in ("sla", "sla2", "vsa"))}
+DISPATCHERS = {"kernels/api.py", *(f"methods/{name}/attention.py" for name in ("sla", "sla2", "sla_vsa", "vsa"))}
 # Methods that others may build on, and those that do. The first know no other, and nobody knows the second.
 BUILT_ON = {"sla", "vsa"}
-BUILDS_ON = {"sla2": {"sla"}}
+BUILDS_ON = {"sla2": {"sla"}, "sla_vsa": {"sla", "vsa"}}
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ def test_references_stand_alone(path):
         "foveal.methods.sla.config",
         "foveal.methods.sla.feature_maps",
         "foveal.methods.sla2.config",
+        "foveal.methods.sla_vsa.config",
         "foveal.methods.vsa.config",
     }
     assert {i.target for i in imports_of(path) if i.target.startswith("foveal")} <= allowed

@@ -36,7 +36,7 @@ def test_configurations_by_layer(config, layers, expected):
 @pytest.mark.parametrize(
     ("config", "layers", "error", "match"),
     [
-        (None, None, TypeError, "config must be one of SLAConfig, .*VSAConfig, got NoneType"),
+        (None, None, TypeError, "config must be one of SLAConfig, .*, SLAVSAConfig, got NoneType"),
         (None, [0], TypeError, "config must be one of"),
         (None, {}, ValueError, "layers leaves every layer dense"),
         (None, {0: None}, ValueError, "layers leaves every layer dense"),
@@ -48,8 +48,8 @@ def test_configurations_by_layer(config, layers, expected):
         (SPARSE_SLA, {"attn1": None}, ValueError, "unknown layer 'attn1'"),
         (SPARSE_SLA, {(0, 1): None}, TypeError, r"layers must hold indices or names, got \(0, 1\)"),
         (SPARSE_SLA, {True: None}, TypeError, "layers must hold indices or names, got True"),
-        (SPARSE_SLA, {0: 0.5}, TypeError, "config must be one of SLAConfig, .*VSAConfig, got float"),
-        (None, lambda index, name: "sla", TypeError, "config must be one of SLAConfig, .*VSAConfig, got str"),
+        (SPARSE_SLA, {0: 0.5}, TypeError, "config must be one of SLAConfig, .*, SLAVSAConfig, got float"),
+        (None, lambda index, name: "sla", TypeError, "config must be one of SLAConfig, .*, SLAVSAConfig, got str"),
         (SPARSE_SLA, {0: None, range(2): SPARSE_VSA}, ValueError, r"layers has blocks\.0\.attn1 twice"),
         (SPARSE_SLA, {1: None, "blocks.1.attn1": None}, ValueError, r"layers has blocks\.1\.attn1 twice"),
     ],
@@ -95,7 +95,7 @@ def test_reconfigure_refuses():
         ({"config": SPARSE_VSA}, ValueError, "has parameters .*proj.* and would need .*to_gate_coarse.*densify"),
         ({"config": SPARSE_SLA.replace(linear_scope="none")}, ValueError, "would need none"),
         ({"config": SPARSE_SLA.replace(drop_ratio=0.3)}, ValueError, r"does not go with layer blocks\.0\.attn1"),
-        ({"config": "sla"}, TypeError, "config must be one of SLAConfig, .*VSAConfig, got str"),
+        ({"config": "sla"}, TypeError, "config must be one of SLAConfig, .*, SLAVSAConfig, got str"),
         ({"layers": {0: None}}, ValueError, "layers leaves every layer dense"),
     ):
         with pytest.raises(error, match=match):

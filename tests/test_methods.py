@@ -9,7 +9,9 @@ from foveal import (
     RoutedSparseLinearAttention,
     SLA2Config,
     SLAConfig,
+    SLAVSAConfig,
     SparseLinearAttention,
+    SparseLinearVideoAttention,
     VideoGrid,
     VideoSparseAttention,
     VSAConfig,
@@ -21,8 +23,14 @@ CONFIGS = {
     "sla": SLAConfig(keep_ratio=0.2, block_q=16, block_k=16),
     "sla2": SLA2Config(keep_ratio=0.3, block_q=16, block_k=16),
     "vsa": VSAConfig(topk=2, tile=(2, 4, 4)),
+    "sla_vsa": SLAVSAConfig(topk=2, tile=(2, 4, 4)),
 }
-MODULES = {"sla": SparseLinearAttention, "sla2": RoutedSparseLinearAttention, "vsa": VideoSparseAttention}
+MODULES = {
+    "sla": SparseLinearAttention,
+    "sla2": RoutedSparseLinearAttention,
+    "vsa": VideoSparseAttention,
+    "sla_vsa": SparseLinearVideoAttention,
+}
 WITHOUT_HIDDEN_STATES = ("sla", "sla2")
 
 
@@ -77,7 +85,9 @@ def test_schedule_keeps_the_parameters(name):
 
 
 def test_unknown_configuration():
-    with pytest.raises(TypeError, match=r"config must be one of SLAConfig, SLA2Config, VSAConfig, got dict"):
+    with pytest.raises(
+        TypeError, match=r"config must be one of SLAConfig, SLA2Config, VSAConfig, SLAVSAConfig, got dict"
+    ):
         method_of({"keep_ratio": 0.05})
     with pytest.raises(TypeError, match=r"got NoneType"):
         method_of(None)
@@ -86,7 +96,7 @@ def test_unknown_configuration():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"unknown method 'moba'; expected one of \('sla', 'sla2', 'vsa'\)"):
+    with pytest.raises(ValueError, match=r"unknown method 'moba'; expected one of \('sla', 'sla2', 'vsa', 'sla_vsa'\)"):
         config_from_dict("moba", {})
     with pytest.raises(ValueError, match=r"unknown VSAConfig fields \['block_q'\]"):
         config_from_dict("vsa", {"block_q": 64})

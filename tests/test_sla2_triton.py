@@ -75,7 +75,7 @@ def run_case(name: str) -> None:
     from foveal.methods.sla2 import attention, blocks
 
     pretend_to_be_on("sm_90")
-    api.why_not = lambda backend, *_: None if backend == "triton" else "interpreted"
+    api.why_not = lambda backend, *_, **__: None if backend == "triton" else "interpreted"
     blocks.fits_kernel = lambda *_: True
 
     def attend(tensors, config, selection, lengths):
@@ -97,7 +97,7 @@ def run_ways() -> None:
     from foveal.testing import output_and_gradients
 
     pretend_to_be_on("sm_90")
-    api.why_not = lambda backend, *_: None if backend == "triton" else "interpreted"
+    api.why_not = lambda backend, *_, **__: None if backend == "triton" else "interpreted"
     blocks.fits_kernel = lambda *_: True
     inputs, config, _ = make_case("128 features", "cpu")
 

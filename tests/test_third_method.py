@@ -179,7 +179,7 @@ def test_command_lines():
 def test_named_in_the_help(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
-    assert "sla or sla2 or vsa or window" in " ".join(capsys.readouterr().out.split())
+    assert "sla or sla2 or vsa or sla_vsa or window" in " ".join(capsys.readouterr().out.split())
 
 
 def test_one_registration_a_method():

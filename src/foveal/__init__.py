@@ -14,6 +14,8 @@ from foveal.methods.sla.attention import SparseLinearAttention, sla_attention
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla2.attention import RoutedSparseLinearAttention, sla2_attention
 from foveal.methods.sla2.config import SLA2Config
+from foveal.methods.sla_vsa.attention import SparseLinearVideoAttention, sla_vsa_attention
+from foveal.methods.sla_vsa.config import SLAVSAConfig
 from foveal.methods.vsa.attention import VideoSparseAttention, vsa_attention
 from foveal.methods.vsa.config import VSAConfig
 from foveal.models import (
@@ -45,7 +47,9 @@ __all__ = [
     "RoutedSparseLinearAttention",
     "SLA2Config",
     "SLAConfig",
+    "SLAVSAConfig",
     "SparseLinearAttention",
+    "SparseLinearVideoAttention",
     "TokenLayout",
     "VSAConfig",
     "VideoGrid",
@@ -69,6 +73,7 @@ __all__ = [
     "set_policy",
     "sla2_attention",
     "sla_attention",
+    "sla_vsa_attention",
     "sparse_parameters",
     "sparsify",
     "summary",

@@ -2,4 +2,5 @@
 
 from foveal.methods import sla as sla
 from foveal.methods import sla2 as sla2
+from foveal.methods import sla_vsa as sla_vsa
 from foveal.methods import vsa as vsa

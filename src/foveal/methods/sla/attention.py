@@ -115,7 +115,7 @@ def _attend(
     if not isinstance(config, SLAConfig):
         raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
     validate_qkv(query, key, value)
-    _validate_weights(query, config, proj_weight, proj_bias, feature_weight)
+    check_weights(query, config, proj_weight, proj_bias, feature_weight)
     ran = choose_impl(impl, query, key, value, config.block_q, config.block_k)
     impl = ran.impl
     scale = check_scale(scale, query.shape[-1])
@@ -252,7 +252,14 @@ def _further_rule(config: SLAConfig) -> dict[str, object]:
     return {"score": config.score, "keep_mass": config.keep_mass, "max_keep_ratio": config.max_keep_ratio}
 
 
-def _validate_weights(query, config, proj_weight, proj_bias, feature_weight) -> None:
+def check_weights(
+    query: Tensor,
+    config: SLAConfig,
+    proj_weight: Tensor | None,
+    proj_bias: Tensor | None,
+    feature_weight: Tensor | None,
+) -> None:
+    """Raise a ValueError unless these weights fit the queries and the configuration."""
     head_dim = query.shape[-1]
     shapes = {"proj_weight": (head_dim, head_dim), "proj_bias": (head_dim,), "feature_weight": (head_dim, head_dim)}
     given = {"proj_weight": proj_weight, "proj_bias": proj_bias, "feature_weight": feature_weight}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from foveal.blocks import BlockSelection
@@ -23,9 +22,9 @@ from foveal.kernels.dense import dense_attention
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cpu import vsa_attention_torch
-from foveal.methods.vsa.layout import CubeLayout, kept_cubes, resolve_tile, slot_size
+from foveal.methods.vsa.gates import check_gates, constant_linear, gates_of
+from foveal.methods.vsa.layout import CubeLayout, kept_cubes, resolve_tile, slot_size, token_places
 from foveal.methods.vsa.packed import PackedTiles
-from foveal.token_order import tile_indices
 
 
 @without_autocast
@@ -50,7 +49,7 @@ def select_cubes(
         A selection over the slotted tile order: one row per cube, one column per cube and per block of text or chunk of
         a protected segment. Every row lists all of these.
     """
-    grid, packed = _validate(query, key, key, config, grid, layout, kv_lengths)
+    grid, packed = validate_call(query, key, key, config, grid, layout, kv_lengths)
     scale = check_scale(scale, query.shape[-1])
     if packed is not None:
         tiles = PackedTiles(config, packed, key.device)
@@ -134,14 +133,9 @@ def _attend(
         where: its grid, layout, and kv_lengths.
     """
     grid, layout, kv_lengths = where
-    grid, packed = _validate(query, key, value, config, grid, layout, kv_lengths)
+    grid, packed = validate_call(query, key, value, config, grid, layout, kv_lengths)
     gate_coarse, gate_fine = gates
-    for name, gate in (("gate_coarse", gate_coarse), ("gate_fine", gate_fine)):
-        if gate is not None and (not isinstance(gate, Tensor) or gate.shape != query.shape):
-            got = tuple(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
-            raise ValueError(f"{name} must have the shape of query, {tuple(query.shape)}, got {got}")
-        if gate is not None and gate.device != query.device:
-            raise ValueError(f"{name} is on {gate.device}, but query is on {query.device}")
+    check_gates(query, gate_coarse, gate_fine)
     scale = check_scale(scale, query.shape[-1])
     tiles = CubeLayout(config, grid, key, kv_lengths) if packed is None else PackedTiles(config, packed, key.device)
     ran = choose_impl(impl, query, key, value, tiles.slot, tiles.slot)
@@ -192,7 +186,7 @@ def _run_with(impl: str) -> Callable[..., Tensor]:
     return functools.partial(vsa_attention_gpu, backend=impl)
 
 
-def _validate(query, key, value, config, grid, layout, kv_lengths) -> tuple[VideoGrid, TokenLayout | None]:
+def validate_call(query, key, value, config, grid, layout, kv_lengths) -> tuple[VideoGrid, TokenLayout | None]:
     """The grid, and the layout if it has protected segments; a TypeError or ValueError unless all fit together."""
     if not isinstance(config, VSAConfig):
         raise TypeError(f"config must be a VSAConfig, got {type(config).__name__}")
@@ -217,24 +211,6 @@ def _validate(query, key, value, config, grid, layout, kv_lengths) -> tuple[Vide
         limits = "between the video's {} tokens and all {} keys"
         check_kv_lengths(kv_lengths, key.shape[0], grid.num_tokens, key.shape[2], limits)
     return grid, None
-
-
-def _constant_linear(inputs: int, outputs: int, value: float) -> nn.Linear:
-    """A linear layer that gives `value` at the start. nn.Linear's own start would draw from the global generator."""
-    device = torch.get_default_device()
-    with torch.device("meta"):
-        layer = nn.Linear(inputs, outputs)
-    layer = layer.to_empty(device=device)
-    nn.init.zeros_(layer.weight)
-    nn.init.constant_(layer.bias, value)
-    return layer
-
-
-def _gate(to_gate: nn.Module, hidden_states: Tensor) -> Tensor:
-    """The gate in the dtype of the hidden states, whatever that of its parameters (float32, if only they train)."""
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        return to_gate(hidden_states)
-    return to_gate(hidden_states.to(to_gate.weight.dtype)).to(hidden_states.dtype)
 
 
 class VideoSparseAttention(nn.Module):
@@ -267,19 +243,13 @@ class VideoSparseAttention(nn.Module):
         self.hidden_dim, self.num_heads, self.head_dim = hidden_dim, num_heads, head_dim
         self.config, self.impl = config, impl
         self.ran: Ran | None = None
-        self.to_gate_coarse = _constant_linear(hidden_dim, num_heads * head_dim, 0.0)
-        self.to_gate_fine = _constant_linear(hidden_dim, num_heads * head_dim, 1.0) if config.fine_gate else None
+        self.to_gate_coarse = constant_linear(hidden_dim, num_heads * head_dim, 0.0)
+        self.to_gate_fine = constant_linear(hidden_dim, num_heads * head_dim, 1.0) if config.fine_gate else None
 
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gc and Gf, [B, H, L, D] each, from hidden_states [B, L, hidden_dim]; None for a fine gate fixed at 1."""
-        if not isinstance(hidden_states, Tensor) or hidden_states.shape[2:] != (self.hidden_dim,):
-            got = tuple(hidden_states.shape) if isinstance(hidden_states, Tensor) else type(hidden_states).__name__
-            raise ValueError(f"hidden_states must have shape [B, L, {self.hidden_dim}], got {got}")
-        shape = (self.num_heads, self.head_dim)
-        return tuple(
-            None if to_gate is None else _gate(to_gate, hidden_states).unflatten(-1, shape).transpose(1, 2)
-            for to_gate in (self.to_gate_coarse, self.to_gate_fine)
-        )
+        to_gates = self.to_gate_coarse, self.to_gate_fine
+        return gates_of(to_gates, hidden_states, self.hidden_dim, (self.num_heads, self.head_dim))
 
     def forward(
         self,
@@ -346,8 +316,7 @@ class VideoSparseAttention(nn.Module):
 
     def token_places(self, grid: VideoGrid) -> Tensor:
         """int64 [L]: where each token, in raster order, stands in the slotted tile order."""
-        tile = resolve_tile(self.config, grid)
-        return tile_indices(grid.shape, tile, slot_size(tile), torch.device("cpu"))[1]
+        return token_places(self.config, grid)
 
     def extra_repr(self) -> str:
         return f"hidden_dim={self.hidden_dim}, num_heads={self.num_heads}, head_dim={self.head_dim}, {self.config}"

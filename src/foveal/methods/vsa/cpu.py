@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from foveal.blocks import BlockSelection, pool_blocks, pooled_scores
@@ -19,8 +21,12 @@ def vsa_attention_torch(
     scale: float,
     gate_coarse: Tensor | None,
     gate_fine: Tensor | None,
+    beside: Callable[[Tensor, Tensor, Tensor, BlockSelection], Tensor] | None = None,
 ) -> Tensor:
-    """O = Gc * Oc + Gf * Of, [B, H, L, D] in raster order, differentiated by autograd."""
+    """O = Gc * Oc + Gf * Of, [B, H, L, D] in raster order, differentiated by autograd.
+
+    beside: what is added to Of, from the fine stage's query, key, value, and selection, all in tile order.
+    """
     length = query.shape[2]
     cubes = [layout.to_cubes(x) for x in (query, key[:, :, :length], value[:, :, :length])]
     query_c, key_c, value_c = (pool_blocks(x, layout.slot, layout.cube_sizes) for x in cubes)
@@ -31,9 +37,11 @@ def vsa_attention_torch(
     coarse = coarse.unsqueeze(3).expand(-1, -1, -1, layout.slot, -1).flatten(2, 3)
     fine_key, fine_value = layout.add_text(cubes[1], key), layout.add_text(cubes[2], value)
     fine = block_sparse_attention(cubes[0], fine_key, fine_value, selection, scale=scale, impl="torch")
+    if beside is not None:
+        fine = fine + beside(cubes[0], fine_key, fine_value, selection)
     coarse, fine = layout.to_raster(coarse), layout.to_raster(fine)
     if gate_coarse is not None:
         coarse = coarse * gate_coarse
     if gate_fine is not None:
         fine = fine * gate_fine
-    return (coarse + fine).to(fine.dtype)
+    return (coarse + fine).to(query.dtype)

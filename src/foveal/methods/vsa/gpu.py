@@ -114,7 +114,7 @@ def _select_op(
     cubes = unflatten(cube_tensors, cube_numbers)
     with on_device_of(query):  # Triton launches on the current device
         _, pooled = pool_cubes(query, key, None, cubes)
-        return _pick(*pooled, cubes, kept, width, scale)
+        return pick_cubes(*pooled, cubes, kept, width, scale)
 
 
 @_select_op.register_fake
@@ -123,7 +123,9 @@ def _(query, key, cube_tensors, cube_numbers, kept, width, scale):
     return query.new_empty((*rows, width), dtype=torch.int32), query.new_empty(rows, dtype=torch.int32)
 
 
-def _pick(query_c: Tensor, key_c: Tensor, cubes: Cubes, kept: int, width: int, scale: float) -> tuple[Tensor, Tensor]:
+def pick_cubes(
+    query_c: Tensor, key_c: Tensor, cubes: Cubes, kept: int, width: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """The `kept` highest-scoring cubes of each cube, int32 [B, H, C, width], ascending, and their counts."""
     if cubes.num_cubes > api.KERNEL_MAX_BLOCKS:
         return choose_in_pieces(query_c, key_c, scale, kept, width)
@@ -131,7 +133,7 @@ def _pick(query_c: Tensor, key_c: Tensor, cubes: Cubes, kept: int, width: int, s
     return select(query_c, key_c, scale, rule, with_marginal=False)[:2]
 
 
-def _with_text(critical: Tensor, counts: Tensor, text_counts: Tensor | None, num_blocks: int) -> tuple[Tensor, Tensor]:
+def with_text(critical: Tensor, counts: Tensor, text_counts: Tensor | None, num_blocks: int) -> tuple[Tensor, Tensor]:
     """The lists with the blocks of text behind the cubes, as `CubeLayout.selection` has them."""
     if text_counts is None:
         return critical, counts
@@ -157,8 +159,8 @@ def _forward(
     with on_device_of(query):  # Triton launches on the current device
         copies, pooled = pool_cubes(query, key, value, cubes, gather=backend.cube_copies)
         if choice.critical is None:
-            critical, counts = _pick(*pooled[:2], cubes, choice.kept, choice.width, scale)
-            critical, counts = _with_text(critical, counts, choice.text_counts, cubes.key_sizes.shape[1])
+            critical, counts = pick_cubes(*pooled[:2], cubes, choice.kept, choice.width, scale)
+            critical, counts = with_text(critical, counts, choice.text_counts, cubes.key_sizes.shape[1])
         else:
             critical, counts = choice.critical.contiguous(), choice.counts.contiguous()
         coarse, coarse_lse = pooled_attention(*pooled, scale)

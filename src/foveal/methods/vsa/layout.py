@@ -16,7 +16,7 @@ from foveal.kernels.choice import append_blocks, choose_cubes
 from foveal.layout import VideoGrid
 from foveal.methods.vsa.config import VSAConfig
 from foveal.symbols import ceil_div, larger
-from foveal.token_order import TileOrder
+from foveal.token_order import TileOrder, tile_indices
 
 
 def resolve_tile(config: VSAConfig, grid: VideoGrid) -> tuple[int, int, int]:
@@ -53,6 +53,12 @@ def cube_order(config: VSAConfig, grid: VideoGrid, device: torch.device) -> Tile
         return grid.tile_order(tile, slot_size(tile), device)
 
     return grid.answer(("vsa", config.tile, device), find)
+
+
+def token_places(config: VSAConfig, grid: VideoGrid) -> Tensor:
+    """int64 [L]: where each token, in raster order, stands in the slotted tile order."""
+    tile = resolve_tile(config, grid)
+    return tile_indices(grid.shape, tile, slot_size(tile), torch.device("cpu"))[1]
 
 
 class CubeLayout:
