@@ -94,7 +94,7 @@ def run_ways() -> None:
 
     from foveal.kernels import api
     from foveal.methods.sla2 import attention, blocks, gpu
-    from foveal.testing import output_and_gradients
+    from foveal.testing import output_and_gradients, relative_error
 
     pretend_to_be_on("sm_90")
     api.why_not = lambda backend, *_, **__: None if backend == "triton" else "interpreted"
@@ -111,7 +111,7 @@ def run_ways() -> None:
         got = output_and_gradients(way, inputs)
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
     with torch.no_grad():  # which keeps no states, and rounds Z as it rounds H
-        torch.testing.assert_close(attend(*inputs), expected[0])
+        assert relative_error(attend(*inputs), expected[0]) < 5e-3
 
 
 def main(names) -> None:

@@ -90,7 +90,7 @@ def run_ways() -> None:
 
     from foveal import sla_vsa_attention
     from foveal.methods.sla_vsa import gpu
-    from foveal.testing import output_and_gradients
+    from foveal.testing import output_and_gradients, relative_error
 
     qkv, rest, grid, config, _ = make_case("no coarse branch", "cpu")
 
@@ -105,7 +105,7 @@ def run_ways() -> None:
         got = output_and_gradients(way, inputs)
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
     with torch.no_grad():  # which keeps no states, and rounds Z as it rounds H
-        torch.testing.assert_close(attend(*inputs), expected[0])
+        assert relative_error(attend(*inputs), expected[0]) < 5e-3
 
 
 def main(names) -> None:
