@@ -371,8 +371,8 @@ def test_the_shift_is_the_models_own(folder):
     scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction")
     scheduler.save_pretrained(folder / "base" / "scheduler")
     without = dataclasses.replace(settings.objective, shift=None)
-    assert Trainer(settings.replace(objective=without)).shift == 5.0
-    assert Trainer(settings).shift == 2.0
+    assert Trainer(settings.replace(objective=without)).shifts == (5.0,)
+    assert Trainer(settings).shifts == (2.0,)
     random = config(folder, objective__shift=None)
     with pytest.raises(ValueError, match=r"objective\.shift is needed with model\.architecture"):
         Trainer(random)
@@ -739,20 +739,23 @@ def test_bad_steps_are_refused_and_counted():
     assert "5 times the median of the last 13" in lines[2]
 
 
+def spoil(trainer, change):
+    """Pass the losses of a trainer's batches through a function."""
+    of_batch = trainer.losses.of_batch
+    trainer.losses.of_batch = lambda *batch, **how: map(change, of_batch(*batch, **how))
+
+
 def test_a_step_with_a_nan_leaves_the_model_as_it_was(folder, capsys):
     states = []
 
     class Faulty(Trainer):
-        def _loss(self, *sample):
-            loss = super()._loss(*sample)
-            return loss * float("nan") if self.step + 1 == 3 else loss
-
         def _train_step(self, started):
             super()._train_step(started)
             states.append([p.detach().clone() for p in self.parameters.values()])
 
-    result = Faulty(config(folder)).run()
-    assert result.finished
+    trainer = Faulty(config(folder))
+    spoil(trainer, lambda loss: loss * float("nan") if trainer.step + 1 == 3 else loss)
+    assert trainer.run().finished
     same = [all(map(torch.equal, a, b)) for a, b in itertools.pairwise(states)]
     assert same == [False, True, False, False, False]
     assert metrics(folder, "skipped") == {3: 1}
@@ -760,12 +763,10 @@ def test_a_step_with_a_nan_leaves_the_model_as_it_was(folder, capsys):
 
 
 def test_too_many_bad_steps_end_the_run(folder):
-    class Faulty(Trainer):
-        def _loss(self, *sample):
-            return super()._loss(*sample) * float("inf")
-
+    trainer = Trainer(config(folder, faults__max_skipped=2))
+    spoil(trainer, lambda loss: loss * float("inf"))
     with pytest.raises(TrainingError, match="2 steps in a row were skipped"):
-        Faulty(config(folder, faults__max_skipped=2)).run()
+        trainer.run()
 
 
 def test_batches_that_cannot_be_read_are_left_out(tmp_path, capsys):

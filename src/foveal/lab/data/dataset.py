@@ -29,6 +29,7 @@ from foveal.lab.data.shards import (
     read_text,
     shape_name,
     shard_name,
+    text_tensors,
     write_empty_caption,
     write_shard,
 )
@@ -48,6 +49,7 @@ class LatentDataset(Dataset):
 
     - "latents" is [C, F, H, W], normalized as the family's transformer expects it; an image has F = 1. In pixel space
       it is [3, F, H, W] in [-1, 1].
+    - "audio_latents" is its sound, where the family makes sound: [2, C, L] for MiniMax-H3, one entry for each ear.
     - Text tensors have the names of the pipeline's arguments and no batch dimension: "prompt_embeds" [L, C], and the
       family's others. In pixel space there are none.
     - "caption" and "id" are strings.
@@ -99,6 +101,11 @@ class LatentDataset(Dataset):
         return self._index.text_shapes
 
     @property
+    def has_sound(self) -> bool:
+        """Whether the samples have sound."""
+        return any(self._samples[place].get("sound") for place in self._chosen)
+
+    @property
     def buckets(self) -> dict[tuple[int, ...], list[int]]:
         found: dict[tuple[int, ...], list[int]] = {}
         for index, place in enumerate(self._chosen):
@@ -112,6 +119,8 @@ class LatentDataset(Dataset):
         record = self._samples[self._chosen[index]]
         opened = self._open(record["file"])
         sample = {"latents": opened.get_tensor(record["latents"])}
+        if record.get("sound"):
+            sample["audio_latents"] = opened.get_tensor(f"audio_{record['latents']}")
         if self._index.text_shapes:
             sample.update(read_text(opened, f"text/{record['text']}/", self._index.text_shapes))
         return sample | {"caption": record["caption"], "id": record["id"]}
@@ -365,7 +374,8 @@ def write_latent_dataset(
     Args:
         folder: the folder to write; it must not hold a dataset yet.
         samples: what `LatentDataset` returns: "latents", text tensors with the same names and shapes in every sample,
-            "caption", and "id". "source" names the file that a sample comes from; the default is its id up to "#".
+            "caption", and "id"; "audio_latents" in all or in none. "source" names the file that a sample comes from;
+            the default is its id up to "#".
         settings: facts about the samples, to keep in the index.
         empty_prompt: the text tensors of the empty caption.
         samples_per_shard: the number of samples in a file.
@@ -395,8 +405,7 @@ def fill_with_samples(
     samples = [{"source": sample["id"].split("#")[0], **sample} for sample in samples]
     index = Index(settings=settings or {})
     if samples:
-        text = {key: value for key, value in samples[0].items() if isinstance(value, Tensor) and key != "latents"}
-        index.text_shapes = {name: list(tensor.shape) for name, tensor in text.items()}
+        index.text_shapes = {name: list(tensor.shape) for name, tensor in text_tensors(samples[0]).items()}
     for start in range(0, len(samples), samples_per_shard):
         part = samples[start : start + samples_per_shard]
         index.shards.append(write_shard(folder / shard_name(len(index.shards)), part, index.text_shapes))

@@ -28,6 +28,7 @@ from foveal.lab.data.shards import (
     read_index,
     shape_name,
     shard_name,
+    text_tensors,
     to_dtype,
     write_empty_caption,
     write_shard,
@@ -101,8 +102,7 @@ class _Run:
     def add(self, samples: list[dict[str, Any]]) -> None:
         for sample in samples:
             if not self.index.text_shapes and not self.index.shards and not self.pending:
-                text = {k: v for k, v in sample.items() if isinstance(v, Tensor) and k != "latents"}
-                self.index.text_shapes = {name: list(tensor.shape) for name, tensor in text.items()}
+                self.index.text_shapes = {name: list(x.shape) for name, x in text_tensors(sample).items()}
             self.pending.append(sample)
 
     @property

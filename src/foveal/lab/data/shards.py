@@ -1,10 +1,10 @@
 """Precomputed samples on the disk: safetensors shards, and an index that says what should be in them.
 
 A folder holds `index.json`, `shard-00000.safetensors`, and so on. A shard is written before the index that names it.
-Within a shard, `latents/I` is the latent of its sample I, and `text/J/NAME` is one tensor of its caption J. The header
-lists the samples:
+Within a shard, `latents/I` is the latent of its sample I, `audio_latents/I` that of its sound if it has any, and
+`text/J/NAME` is one tensor of its caption J. The header lists the samples:
 
-    {"samples": [{"id": "cat.mp4#0", "source": "cat.mp4", "caption": "a cat", "text": 0}, ...]}
+    {"samples": [{"id": "cat.mp4#0", "source": "cat.mp4", "caption": "a cat", "text": 0, "sound": true}, ...]}
 
 Rows of zeros at the end of a text tensor, such as Wan's padding, are not stored; the index has the whole shapes.
 """
@@ -27,6 +27,8 @@ INDEX_FILE = "index.json"
 EMPTY_CAPTION_FILE = "empty-caption.safetensors"
 HEADER_KEY = "foveal"
 EMPTY_CAPTION = "empty/"
+# A sample's tensors that are no text: its video, and its sound.
+LATENTS = ("latents", "audio_latents")
 
 
 @dataclass
@@ -129,7 +131,8 @@ def write_shard(file: Path, samples: list[dict[str, Any]], text_shapes: dict[str
 
     Args:
         file: the file to write.
-        samples: for each sample, "latents", one tensor for each name in `text_shapes`, "id", "source", and "caption".
+        samples: for each sample, "latents", "audio_latents" if it has sound, one tensor for each name in `text_shapes`,
+            "id", "source", and "caption".
         text_shapes: the shape of each text tensor, by name.
 
     Raises:
@@ -139,7 +142,11 @@ def write_shard(file: Path, samples: list[dict[str, Any]], text_shapes: dict[str
     for place, sample in enumerate(samples):
         record = {key: sample[key] for key in ("id", "source", "caption")}
         # A copy: safetensors refuses tensors that share memory, as those of one batch may.
-        tensors[f"latents/{place}"] = sample["latents"].clone(memory_format=torch.contiguous_format)
+        for name in LATENTS:
+            if name in sample:
+                tensors[f"{name}/{place}"] = sample[name].clone(memory_format=torch.contiguous_format)
+        if "audio_latents" in sample:
+            record["sound"] = True
         if text_shapes:
             text = _text_tensors(sample, text_shapes)
             same = (number for number, other in enumerate(texts) if _equal(text, other))
@@ -226,3 +233,8 @@ def shape_name(latents: Tensor) -> str:
 def to_dtype(text: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Convert floating-point tensors to `dtype`, and leave masks as they are."""
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in text.items()}
+
+
+def text_tensors(sample: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a sample that are its caption's."""
+    return {name: value for name, value in sample.items() if isinstance(value, Tensor) and name not in LATENTS}

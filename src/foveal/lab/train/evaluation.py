@@ -11,13 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from foveal.lab.data.dataset import LatentDataset
+from foveal.lab.data.shards import text_tensors
 from foveal.lab.train.config import TrainingConfig
 from foveal.lab.train.faults import TrainingError
-from foveal.lab.train.model import text_of, velocity
-from foveal.lab.train.objective import add_noise, flow_matching_loss, sample_noise, with_first_frame
+from foveal.lab.train.model import streams_of, velocities
+from foveal.lab.train.objective import (
+    levels_of,
+    noised,
+    sample_noise,
+    sample_sound_noise,
+    velocity_loss,
+    with_first_frame,
+)
 from foveal.lab.train.parallel import data_part, mean_of, sum_of
+from foveal.layout import TokenLayout
 from foveal.models import dense
 from foveal.models.processor import sparse_processors
+from foveal.models.training import Streams
 
 # Queries per layer to compare with dense attention. All queries would take as long as dense attention does.
 QUERIES = 128
@@ -79,15 +89,18 @@ class HeldOut:
         data: the held-out samples.
         config: the run's configuration.
         accelerator: the run's accelerator.
+        shifts: of the noise levels of each tensor of a sample. The levels of `evaluation.sigmas` are the video's.
     """
 
-    def __init__(self, data: LatentDataset, config: TrainingConfig, accelerator: Any) -> None:
-        self.data, self.settings, self.accelerator = data, config.evaluation, accelerator
+    def __init__(
+        self, data: LatentDataset, config: TrainingConfig, accelerator: Any, shifts: tuple[float, ...]
+    ) -> None:
+        self.data, self.settings, self.accelerator, self.shifts = data, config.evaluation, accelerator, shifts
         self.count, self.seed = min(config.data.held_out, len(data)), config.seed
         self.first_frame = config.objective.first_frame
         self.part = data_part(accelerator, config)
 
-    def sample(self, index: int) -> tuple[Tensor, Tensor, dict[str, Tensor], bool]:
+    def sample(self, index: int) -> tuple[Streams, Streams, dict[str, Tensor], bool]:
         """(clean, noise, text) of one sample as a batch of one, on the device; whether its first frame is given.
 
         First frames are given to the share of the samples that training gives them to, spread evenly over all.
@@ -100,11 +113,13 @@ class HeldOut:
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"held-out sample {index} cannot be read: {error}") from error
         batch = {key: value[None].to(device) for key, value in item.items() if isinstance(value, Tensor)}
-        clean = batch["latents"].float()
+        clean = streams_of(batch)
         # Training counts its samples up from 0, so evaluation uses numbers below 0.
-        noise, _ = sample_noise(tuple(clean.shape), first=-1 - index, seed=self.seed, shift=1.0)
+        numbered = {"first": -1 - index, "seed": self.seed}
+        noise = [sample_noise(tuple(clean[0].shape), **numbered, shift=1.0)[0]]
+        noise += [sample_sound_noise(tuple(sound.shape), **numbered) for sound in clean[1:]]
         given = int((index + 1) * self.first_frame) > int(index * self.first_frame)
-        return clean, noise.to(device), text_of(batch), given
+        return clean, tuple(x.to(device) for x in noise), text_tensors(batch), given
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> Evaluation:
@@ -140,12 +155,14 @@ class HeldOut:
         return (mean_of(self.accelerator, total) * parts / (self.count * len(self.settings.sigmas))).item()
 
     def _forward(self, model, clean, noise, text, given, sigma) -> Tensor:
-        sigmas = torch.full((len(clean),), sigma, device=clean.device)
+        video = clean[0]
+        sigmas = torch.full((len(video),), sigma, device=video.device)
         if self.first_frame:
-            sigmas = with_first_frame(sigmas, torch.full_like(sigmas, given, dtype=torch.bool), clean.shape[2])
-        noisy, target = add_noise(clean, noise, sigmas)
+            sigmas = with_first_frame(sigmas, torch.full_like(sigmas, given, dtype=torch.bool), video.shape[2])
+        levels = levels_of(sigmas, self.shifts)
+        noisy, target = noised(clean, noise, levels)
         with self.accelerator.autocast():
-            return flow_matching_loss(velocity(model, noisy, sigmas, text), target, sigmas)
+            return velocity_loss(velocities(model, noisy, levels, text), target, levels)
 
     def _layers(self, model: nn.Module) -> dict[str, LayerReport]:
         levels = sorted(self.settings.sigmas)
@@ -162,7 +179,7 @@ def comparing_layers(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def record(name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            found[name] = _sums(module, *args[:3], output, kwargs["grid"])
+            found[name] = _sums(module, *args[:3], output, kwargs.get("layout") or kwargs["grid"])
 
         return hook
 
@@ -185,7 +202,7 @@ def compare_with_dense(
     Args:
         attention: the method's module.
         query, key, value, output: [B, H, L, D], from one call of the module.
-        grid: the grid of that call.
+        grid: the grid of that call, or the layout of a packed sequence, whose video's queries count.
     """
     return _report(_sums(attention, query, key, value, output, grid))
 
@@ -203,16 +220,21 @@ def _sums(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, outpu
     They are the squared norm of the difference from dense attention, the squared norm of dense attention, the mass on
     the blocks that are attended to exactly, and the number of rows, each with a mass of 1.
     """
-    length = query.shape[2]
+    layout = grid if isinstance(grid, TokenLayout) else TokenLayout(grid)
+    video, length = layout.video, layout.grid.num_tokens
     picks = torch.linspace(0, length - 1, min(QUERIES, length), device=query.device).round().long()
-    rows = query[:, :, picks].float()
+    rows = query[:, :, video][:, :, picks].float()
     weights = (rows @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
     exact = weights @ value.float()
-    difference = output[:, :, picks].float() - exact
+    difference = output[:, :, video][:, :, picks].float() - exact
 
-    selection = attention.select(query, key, grid=grid)
-    places = attention.token_places(grid).to(query.device)
-    attended = selection.critical_mask()[:, :, places[picks] // selection.block_q][..., places // selection.block_k]
+    where = {"layout" if isinstance(grid, TokenLayout) else "grid": grid}
+    selection = attention.select(query, key, **where)
+    places = attention.token_places(layout.grid).to(query.device)
+    kept = selection.critical_mask()[:, :, places[picks] // selection.block_q][..., places // selection.block_k]
+    # All queries read the keys of protected segments, and of text behind the video.
+    attended = torch.ones_like(weights, dtype=torch.bool)
+    attended[..., video] = kept
     mass = (weights * attended).sum(-1).double()
     squares = (x.double().square().sum() for x in (difference, exact))
     return torch.stack([*squares, mass.sum(), torch.ones_like(mass).sum()])

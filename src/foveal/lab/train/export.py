@@ -11,6 +11,7 @@ from foveal.lab.train.checkpoint import Checkpoint, restore
 from foveal.lab.train.config import TrainingConfig
 from foveal.lab.train.model import anneal, build_model, trained_parameters
 from foveal.models import densify, save
+from foveal.models.families.table import family_of
 from foveal.models.files.checkpoints import export_checkpoint
 from foveal.models.files.persist import MANIFEST_FILE, WEIGHTS_FILE
 from foveal.models.files.policy_file import read_policy
@@ -84,10 +85,10 @@ def _write(config: TrainingConfig, model: nn.Module, folder: Path, report: Calla
 
 
 def _save_lora(model: nn.Module, folder: Path) -> None:
-    from diffusers import WanPipeline
+    import diffusers
     from peft import get_peft_model_state_dict
 
-    WanPipeline.save_lora_weights(
+    getattr(diffusers, family_of(model).training.lora_loader).save_lora_weights(
         folder,
         transformer_lora_layers=get_peft_model_state_dict(model),
         # Without it, alpha would be taken for the rank.

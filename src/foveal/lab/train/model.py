@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from foveal.lab.data.shards import LATENTS
 from foveal.lab.pipelines import hub_options
 from foveal.lab.train.config import TrainingConfig
-from foveal.lab.train.objective import NUM_TRAIN_TIMESTEPS, scheduler_shift
+from foveal.lab.train.objective import scheduler_shift
 from foveal.lab.train.settings import Annealing, ModelSettings, WanArchitecture
 from foveal.layout import VideoGrid
 from foveal.methods.base import Config, method_of
@@ -24,9 +25,10 @@ from foveal.models.families.table import FAMILIES, family_of
 from foveal.models.policy import attach_policy
 from foveal.models.processor import sparse_processors
 from foveal.models.readers import grid_of_latent
+from foveal.models.training import Streams, Training
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TRAINED_FAMILIES = ("wan",)
+TRAINED_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.training is not None)
 
 
 def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
@@ -43,7 +45,9 @@ def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
         ValueError: for layers that the model does not have.
     """
     torch.manual_seed(config.seed)
-    model = load_transformer(config.model, empty=empty)
+    frozen = config.optimizer.trainable in ("new", "lora")
+    dtype = DTYPES[config.model.frozen_dtype] if frozen else torch.float32
+    model = load_transformer(config.model, empty=empty, dtype=dtype)
     layers = config.sparsity.layer_configs(len(family_of(model).self_attention_layers(model)))
     how = {"impl": config.sparsity.impl, "on_fallback": config.sparsity.on_fallback}
     if layers:
@@ -121,8 +125,13 @@ def _save_nothing(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def load_transformer(settings: ModelSettings, *, empty: bool = False) -> nn.Module:
-    """The dense transformer in float32, from its folder or with random weights; on the meta device if `empty`.
+def load_transformer(settings: ModelSettings, *, empty: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The dense transformer, from its folder or with random weights; on the meta device if `empty`.
+
+    Args:
+        settings: which one.
+        empty: without weights.
+        dtype: of weights from a folder, without those that diffusers keeps in float32. Random weights are float32.
 
     Raises:
         FileNotFoundError, ValueError: as `transformer_fields` does.
@@ -137,7 +146,7 @@ def load_transformer(settings: ModelSettings, *, empty: bool = False) -> nn.Modu
         if empty:
             return cls.from_config(fields)
         options = hub_options(settings.place)
-        return cls.from_pretrained(settings.place, subfolder=settings.subfolder, torch_dtype=torch.float32, **options)
+        return cls.from_pretrained(settings.place, subfolder=settings.subfolder, torch_dtype=dtype, **options)
 
 
 def transformer_fields(settings: ModelSettings) -> dict[str, Any]:
@@ -161,14 +170,14 @@ def transformer_fields(settings: ModelSettings) -> dict[str, Any]:
     except OSError as error:
         raise FileNotFoundError(f"model.path: no config.json of {place} ({str(error).splitlines()[0]})") from error
     name = fields.get("_class_name")
-    if name not in {FAMILIES[family].transformer for family in TRAINED_FAMILIES}:
-        known = next((family.name for family in FAMILIES.values() if family.transformer == name), None)
-        what = f"family {known!r}, which converts but is not trained yet" if known else "no family that foveal knows"
+    family = next((family for family in FAMILIES.values() if family.transformer == name), None)
+    if family is None or family.training is None:
+        what = f"family {family.name!r}, which converts but is not trained yet" if family else "no known family"
         trained = " or ".join(map(repr, TRAINED_FAMILIES))
         raise ValueError(f"training takes transformers of family {trained}; {place} has a {name}, of {what}")
     taken = fields.get("in_channels")
     given = fields.get("out_channels") or taken
-    if fields.get("image_dim") is not None or taken != given:
+    if family.training.conditioned(fields) or taken != given:
         raise ValueError(
             f"training takes text-to-video transformers; {place} takes {taken} channels and gives {given}: "
             "it is conditioned on an image, which training does not provide"
@@ -200,6 +209,40 @@ def noise_shift(config: TrainingConfig) -> float:
             config.model.place, subfolder="scheduler", **hub_options(config.model.place)
         )
     )
+
+
+def noise_shifts(config: TrainingConfig) -> tuple[float, ...]:
+    """`noise_shift`, and that of the sound where samples have sound: the setting, or its scheduler's, or the video's.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `noise_shift`.
+    """
+    shift = noise_shift(config)
+    if not training_of(config.model).has_sound:
+        return (shift,)
+    if config.objective.sound_shift is not None:
+        return shift, config.objective.sound_shift
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    try:
+        settings = FlowMatchEulerDiscreteScheduler.load_config(
+            config.model.place, subfolder="audio_scheduler", **hub_options(config.model.place)
+        )
+    except OSError:  # the pipeline has one scheduler for both
+        return shift, shift
+    return shift, scheduler_shift(settings)
+
+
+def training_of(settings: ModelSettings) -> Training:
+    """How the transformer of these settings is trained.
+
+    Raises:
+        FileNotFoundError, ValueError: as `transformer_fields` does.
+    """
+    if settings.path is None:
+        return FAMILIES["wan"].training
+    name = transformer_fields(settings)["_class_name"]
+    return next(family.training for family in FAMILIES.values() if family.transformer == name)
 
 
 def check_first_frame(config: TrainingConfig) -> None:
@@ -306,29 +349,29 @@ def teaching(model: nn.Module) -> Iterator[None]:
                 model.enable_adapters()
 
 
-def velocity(model: nn.Module, noisy: Tensor, sigmas: Tensor, text: dict[str, Tensor]) -> Tensor:
-    """The model's prediction, float32 [B, C, F, H, W].
+def velocities(model: nn.Module, noisy: Streams, sigmas: Streams, text: dict[str, Tensor]) -> Streams:
+    """The model's predictions for each tensor of the samples, float32, in its shape.
 
     Args:
-        model: a Wan transformer, or one wrapped by DDP.
-        noisy: [B, C, F, H, W].
-        sigmas: noise levels [B], or [B, F] for a model with a timestep for each token.
-        text: a batch's text tensors; empty where there is no text, which gives the model one zero token.
+        model: a transformer of a family that is trained, or one wrapped by DDP.
+        noisy: the latents of the videos [B, C, F, H, W], and of their sound where the family has it.
+        sigmas: noise levels [B] of each; those of videos may be [B, F] for a model with a timestep for each token.
+        text: a batch's text tensors; empty where there is no text, which gives Wan one zero token.
     """
-    embeds = text.get("prompt_embeds")
-    if embeds is None:
-        inner = getattr(model, "module", model)
-        embeds = noisy.new_zeros(len(noisy), 1, inner.config.text_dim)
-    timesteps = sigmas * NUM_TRAIN_TIMESTEPS
-    if sigmas.dim() == 2:
-        grid = token_grid(getattr(model, "module", model), noisy.shape)
-        timesteps = timesteps.repeat_interleave(grid.height * grid.width, 1)
-    return model(noisy, timesteps, embeds.to(noisy.dtype), return_dict=False)[0].float()
+    inner = getattr(model, "module", model)
+    training = family_of(inner).training
+    outputs = model(**training.arguments(inner, noisy, sigmas, text), return_dict=False)
+    return tuple(x.float() for x in training.velocities(inner, outputs, noisy))
 
 
-def text_of(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """The text tensors of a dataset's item or batch."""
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "latents"}
+def velocity(model: nn.Module, noisy: Tensor, sigmas: Tensor, text: dict[str, Tensor]) -> Tensor:
+    """`velocities` for a model of videos without sound."""
+    return velocities(model, (noisy,), (sigmas,), text)[0]
+
+
+def streams_of(batch: dict[str, Any]) -> Streams:
+    """The latents of a dataset's item or batch, float32: the video's, and the sound's if it has sound."""
+    return tuple(batch[name].float() for name in LATENTS if name in batch)
 
 
 def token_grid(model: nn.Module, shape: tuple[int, ...]) -> VideoGrid:

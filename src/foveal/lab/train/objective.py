@@ -47,6 +47,33 @@ def flow_matching_loss(prediction: Tensor, target: Tensor, sigmas: Tensor | None
     return (squares * noised).flatten(1).sum(1) / noised.flatten(1).sum(1)
 
 
+def levels_of(sigmas: Tensor, shifts: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """The noise level of each tensor of a sample, from that of the video.
+
+    The others share the video's level before the shift, and have shifts of their own, as where they are generated
+    together.
+
+    Args:
+        sigmas: levels of videos under the first shift.
+        shifts: one for each tensor of a sample, the video's first.
+    """
+    unshifted = sigmas / (shifts[0] - (shifts[0] - 1) * sigmas)
+    return sigmas, *(shift * unshifted / (1 + (shift - 1) * unshifted) for shift in shifts[1:])
+
+
+def noised(
+    clean: tuple[Tensor, ...], noise: tuple[Tensor, ...], levels: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """`add_noise` for all tensors of a sample: (noisy ones, targets)."""
+    noisy, targets = zip(*map(add_noise, clean, noise, levels), strict=True)
+    return noisy, targets
+
+
+def velocity_loss(predictions: tuple[Tensor, ...], targets: tuple[Tensor, ...], levels: tuple[Tensor, ...]) -> Tensor:
+    """The sum of `flow_matching_loss` over the tensors of a sample, float32 [B]."""
+    return sum(map(flow_matching_loss, predictions, targets, levels))
+
+
 def with_first_frame(sigmas: Tensor, given: Tensor, frames: int) -> Tensor:
     """Noise levels [B, F] from levels [B]: 0 for the first frame of the samples that `given`, bool [B], names."""
     levels = sigmas[:, None].repeat(1, frames)
@@ -64,7 +91,7 @@ def sample_noise(
     shape: tuple[int, ...],
     *,
     first: int,
-    seed: int,
+    seed: int | str,
     shift: float,
     sigma_range: tuple[float, float] = (0.0, 1.0),
     first_frame: float = 0.0,
@@ -96,13 +123,19 @@ def sample_noise(
     return torch.stack(noise), with_first_frame(levels, torch.stack(given), shape[2]) if first_frame else levels
 
 
+def sample_sound_noise(shape: tuple[int, ...], *, first: int, seed: int) -> Tensor:
+    """Noise for the sound of samples, of which the same holds as of `sample_noise`; it is not that of the video."""
+    return sample_noise(shape, first=first, seed=f"{seed} sound", shift=1.0)[0]
+
+
 def scheduler_shift(scheduler: dict) -> float:
     """The resolution shift in a diffusers scheduler's configuration, or 1 if there is none.
 
     Raises:
         ValueError: the scheduler is not a flow-matching one, or shifts by resolution as it samples.
     """
-    flow = "FlowMatch" in scheduler.get("_class_name", "") or scheduler.get("use_flow_sigmas", False)
+    name = scheduler.get("_class_name", "")
+    flow = "FlowMatch" in name or name == "MiniMaxH3Scheduler" or scheduler.get("use_flow_sigmas", False)
     if not flow:
         raise ValueError(
             f"the model's scheduler, {scheduler.get('_class_name')}, is not for flow matching; give objective.shift"

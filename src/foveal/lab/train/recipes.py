@@ -32,6 +32,7 @@ from foveal.models.shipped import TINY
 
 WAN_1_3B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 WAN_14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+MINIMAX_H3 = "MiniMaxAI/MiniMax-H3"
 
 
 def tiny() -> TrainingConfig:
@@ -113,6 +114,34 @@ def wan_1_3b_lora() -> TrainingConfig:
     )
 
 
+def _minimax_h3(output: str, attention: Config, optimizer: OptimizerSettings) -> TrainingConfig:
+    """Only the dense model teaches: the weights are distilled for guidance, which plain flow matching would undo."""
+    return TrainingConfig(
+        model=ModelSettings(MINIMAX_H3, frozen_dtype="bfloat16"),
+        sparsity=SparsitySettings(attention),
+        data=DataSettings(caption_dropout=0.0),
+        output=Path(output),
+        batch_size=16,
+        objective=ObjectiveSettings(flow_matching=0.0, distillation=1.0, teacher="same"),
+        optimizer=optimizer,
+    )
+
+
+def minimax_h3_vsa() -> TrainingConfig:
+    """MiniMax-H3 to VSA, video and sound: trains LoRA and the gates, with the dense model as teacher.
+
+    The gates have 1.9 billion parameters. They and their optimizer take 31 GB.
+    """
+    settings = OptimizerSettings(trainable="lora", learning_rate=1e-4, new_learning_rate=1e-4)
+    return _minimax_h3("minimax-h3-vsa", VSAConfig(keep_ratio=0.1), settings)
+
+
+def minimax_h3_sla() -> TrainingConfig:
+    """MiniMax-H3 to SLA, video and sound: trains LoRA and the projections, with the dense model as teacher."""
+    settings = OptimizerSettings(trainable="lora", learning_rate=1e-4, new_learning_rate=1e-3, ema_decay=0.99)
+    return _minimax_h3("minimax-h3-sla", SLAConfig(keep_ratio=0.05, drop_ratio=0.10), settings)
+
+
 def _tiny_adapter(name: str, attention: Config) -> TrainingConfig:
     """LoRA and the new parameters, on a few thousand clips: the recipe of the adapters that come with foveal."""
     return TrainingConfig(
@@ -179,6 +208,8 @@ RECIPES: dict[str, Callable[[], TrainingConfig]] = {
     "wan-1.3b-vsa": wan_1_3b_vsa,
     "wan-14b-vsa": wan_14b_vsa,
     "wan-1.3b-lora": wan_1_3b_lora,
+    "minimax-h3-vsa": minimax_h3_vsa,
+    "minimax-h3-sla": minimax_h3_sla,
     "scratch-sla": scratch_sla,
     "scratch-vsa": scratch_vsa,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -257,7 +258,10 @@ class ObjectiveSettings:
         distillation: weight of the mean squared difference to a dense teacher's velocity.
         teacher: "same" is the model itself with dense attention and without LoRA, where its own weights are
             frozen; "copy" is a frozen dense copy of what training started from.
+        guidance_scale: the teacher's velocity is v_uncond + guidance_scale * (v_cond - v_uncond), v_uncond that of the
+            empty caption; None takes v_cond. 3 to 4 is usual, and for models that are not distilled for guidance.
         shift: of the noise schedule; None takes the model's own scheduler's.
+        sound_shift: the same for the sound of models that make video and sound.
         sigma_range: noise levels to train at: (0.875, 1) and (0, 0.875) are the experts of Wan2.2-T2V.
         first_frame: share of the samples whose first frame is given without noise and left out of the loss, for models
             that have a timestep for each token, as Wan2.2-TI2V-5B does. 0 trains text to video only.
@@ -266,7 +270,9 @@ class ObjectiveSettings:
     flow_matching: float = 1.0
     distillation: float = 0.0
     teacher: Literal["same", "copy"] = "copy"
+    guidance_scale: float | None = None
     shift: float | None = None
+    sound_shift: float | None = None
     sigma_range: tuple[float, float] = (0.0, 1.0)
     first_frame: float = 0.0
 
@@ -276,6 +282,14 @@ class ObjectiveSettings:
         if not 0 <= low < high <= 1:
             raise ValueError(f"objective.sigma_range must be two levels in [0, 1], ascending, got {self.sigma_range}")
         check_choice("objective.teacher", self.teacher, TEACHERS)
+        for name in ("shift", "sound_shift"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"objective.{name} must be above 0, got {getattr(self, name)}")
+        if self.guidance_scale is not None and not (self.distillation and math.isfinite(self.guidance_scale)):
+            raise ValueError(
+                "objective.guidance_scale must be finite, and is the teacher's: it needs objective.distillation above "
+                f"0, got {self.guidance_scale} and {self.distillation}"
+            )
         if min(self.flow_matching, self.distillation) < 0 or self.flow_matching + self.distillation == 0:
             raise ValueError(
                 "objective.flow_matching and objective.distillation must be at least 0 and not both 0, "

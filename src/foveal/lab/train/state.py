@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from foveal.lab.data.dataset import BatchStream
 from foveal.lab.train.checkpoint import Checkpoint, CheckpointError, CheckpointStore, restore, spread
+from foveal.lab.train.config import TrainingConfig
 from foveal.lab.train.evaluation import DivergenceAlarm
 from foveal.lab.train.faults import LossGuard
-from foveal.lab.train.optimization import set_steps_taken
+from foveal.lab.train.optimization import build_optimizer, parameter_groups, set_steps_taken, warmup_and_decay
 from foveal.lab.train.parallel import peers_of
+from foveal.models import sparse_parameters
 
 
 @dataclass
@@ -117,6 +119,39 @@ class RunState:
             restore_random({name.split("/")[0]: state for name, state in names.items()}, values[rank])
         else:
             torch.manual_seed(torch.initial_seed() + rank)
+
+
+def build_state(
+    config: TrainingConfig,
+    transformer: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    stream: BatchStream,
+    guard: LossGuard,
+    alarm: DivergenceAlarm,
+    accelerator: Any,
+) -> RunState:
+    """What a run changes, at its start: the optimizer, its schedule, and the average as the configuration says."""
+    settings = config.optimizer
+    groups = parameter_groups(
+        parameters.values(),
+        learning_rate=settings.learning_rate,
+        fast_parameters=sparse_parameters(transformer).values(),
+        fast_learning_rate=settings.new_learning_rate,
+    )
+    optimizer = build_optimizer(groups, name=settings.name, betas=settings.betas, weight_decay=settings.weight_decay)
+    schedule = warmup_and_decay(
+        optimizer,
+        steps=config.steps,
+        warmup=settings.warmup,
+        decay=settings.decay,
+        floor=settings.final_learning_rate / settings.learning_rate,
+    )
+    average = None
+    if settings.ema_decay is not None:
+        from diffusers.training_utils import EMAModel
+
+        average = EMAModel(parameters.values(), decay=settings.ema_decay)
+    return RunState(parameters, optimizer, schedule, average, stream, guard, alarm, accelerator)
 
 
 def optimizer_tensors(

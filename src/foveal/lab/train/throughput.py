@@ -36,8 +36,9 @@ def peak_flops(device: torch.device) -> float | None:
 def sample_flops(model: nn.Module, grid: VideoGrid, *, dense: bool = False) -> float:
     """FLOPs of one sample's forward and backward, as model FLOPs utilization counts them, without recomputation.
 
-    They are 6 per block weight and token, plus 3 times the forward of each attention as configured now, from
-    `attention_cost`. Cross-attention and everything that happens once per sample are not counted.
+    They are 6 per block weight and token of the video, plus 3 times the forward of each attention as configured now,
+    from `attention_cost`. Cross-attention, the tokens of text and sound, and everything that happens once per sample
+    are not counted.
 
     Args:
         model: the transformer.
@@ -49,8 +50,8 @@ def sample_flops(model: nn.Module, grid: VideoGrid, *, dense: bool = False) -> f
     flops = 0.0
     for name, attention in family.self_attention_layers(model).items():
         block = model.get_submodule(name.rpartition(".")[0])
-        # `attention_cost` counts the sparse parameters, and keys and values of cross-attention see only the text.
-        elsewhere = (".processor.", "attn2.to_k.", "attn2.to_v.")
+        # `attention_cost` counts the sparse parameters.
+        elsewhere = (".processor.", *family.training.not_per_token)
         weights = sum(
             p.numel() for n, p in block.named_parameters() if p.dim() == 2 and not any(part in n for part in elsewhere)
         )

@@ -6,7 +6,6 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,41 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveal.lab.data.dataset import BatchStream
+from foveal.lab.data.dataset import BatchStream, LatentDataset
 from foveal.lab.pipelines import check_torchvision
 from foveal.lab.train.checkpoint import MANIFEST, Checkpoint, CheckpointError, CheckpointStore
 from foveal.lab.train.config import TrainingConfig, differences
 from foveal.lab.train.evaluation import DivergenceAlarm, Evaluation, HeldOut
 from foveal.lab.train.export import export, export_files
 from foveal.lab.train.faults import LossGuard, TrainingError, out_of_memory, stopping_on_signals
-from foveal.lab.train.fit import check_fit
-from foveal.lab.train.inputs import NoiseAhead, check_sizes, micro_batches, open_data, read_batch
+from foveal.lab.train.fit import check_fit, check_training
+from foveal.lab.train.inputs import NoiseAhead, check_sizes, open_data, read_batch
 from foveal.lab.train.log import METRICS_FILE, RunLog, check_tracker
 from foveal.lab.train.loop import Action, run_steps
+from foveal.lab.train.losses import Losses
 from foveal.lab.train.model import (
     anneal,
     build_model,
     check_first_frame,
     compile_blocks,
     load_transformer,
-    noise_shift,
-    teaching,
-    text_of,
+    noise_shifts,
     token_grid,
     trained_parameters,
-    transformer_fields,
     velocity,
 )
-from foveal.lab.train.objective import add_noise, flow_matching_loss
 from foveal.lab.train.optimization import (
     StepReport,
-    build_optimizer,
     optimizer_step,
-    parameter_groups,
-    warmup_and_decay,
 )
 from foveal.lab.train.parallel import (
-    accumulating,
     any_of,
     build_accelerator,
     check_tokens,
@@ -58,9 +50,8 @@ from foveal.lab.train.parallel import (
     starts_empty,
 )
 from foveal.lab.train.sampling import dense_and_sparse, sample_file, visible, write_samples
-from foveal.lab.train.state import RunState
+from foveal.lab.train.state import build_state
 from foveal.lab.train.throughput import peak_flops, sample_flops
-from foveal.models import dense, sparse_parameters
 from foveal.models.report import report as forwards_report
 
 
@@ -111,7 +102,7 @@ class Trainer:
         check_torchvision()
         # At once, before data and output; a model of the hub is looked at when it is loaded.
         if config.model.place is not None and Path(config.model.place).is_dir():
-            transformer_fields(config.model)
+            check_training(config)
         check_sizes(config.data, config.model)
         check_tracker(config.tracker)
         if config.deterministic:
@@ -132,20 +123,21 @@ class Trainer:
         """Open the data, build the model, and put together what the run changes."""
         config = self.config
         train_data, held_out_data = open_data(config.data, config.output_folder(), self.accelerator)
+        check_training(config)
         check_fit(train_data, config.data, config.model)
         self.data_settings = train_data.settings
         if config.evaluation.sample_every and self.data_settings["space"] == "latent" and not self._pipeline():
             raise ValueError("evaluation.sample_every needs a pipeline to decode latents with, and the data names none")
-        self.shift = noise_shift(config)
+        self.shifts = noise_shifts(config)
         check_first_frame(config)
         self.noise = NoiseAhead(
             seed=config.seed,
-            shift=self.shift,
+            shift=self.shifts[0],
             sigma_range=config.objective.sigma_range,
             device=self.accelerator.device,
             first_frame=config.objective.first_frame,
         )
-        self.held_out = HeldOut(held_out_data, config, self.accelerator)
+        self.held_out = HeldOut(held_out_data, config, self.accelerator, self.shifts)
         self.part = data_part(self.accelerator, config)
         self.stream = BatchStream(
             train_data,
@@ -168,11 +160,23 @@ class Trainer:
             keep = config.model.keep_exchanged if config.context_parallel > 1 else None
             compile_blocks(self.transformer, keep_exchanged=keep)
         self.model = place(self.transformer, self.accelerator, config)
-        self.teacher = self._build_teacher()
+        self.losses = Losses(
+            config,
+            self.accelerator,
+            model=self.model,
+            transformer=self.transformer,
+            teacher=self._build_teacher(),
+            noise=self.noise,
+            shifts=self.shifts,
+            no_text=self._no_text(train_data),
+            part=self.part,
+        )
         self.parameters = trained_parameters(self.transformer)
         self.guard = LossGuard(config.faults, self.log.warn)
         self.alarm = DivergenceAlarm(config.evaluation.warn_gap)
-        self.state = self._build_state()
+        self.state = build_state(
+            config, self.transformer, self.parameters, self.stream, self.guard, self.alarm, self.accelerator
+        )
         # Weights are alike in every process, dropout is not.
         torch.manual_seed(config.seed + self.accelerator.process_index)
         self.step = 0
@@ -258,7 +262,8 @@ class Trainer:
             list(self.parameters.values()),
             self.state.optimizer,
             self.state.schedule,
-            self._losses(batch, dense_now),
+            # The stream has moved on already.
+            self.losses.of_batch(batch, self.stream.position - 1, dense_now=dense_now),
             accept=self.guard.accept,
             max_gradient_norm=config.optimizer.max_gradient_norm,
             # Gradients are the mean over processes, and each of a group has its part of a sample's.
@@ -281,52 +286,6 @@ class Trainer:
             f"{self.config.faults.max_skipped} batches in a row could not be read; check the data: "
             "LatentDataset(folder, verify=True) names what is damaged"
         )
-
-    def _losses(self, batch: dict[str, Any], dense_now: bool) -> Iterator[Tensor]:
-        """The losses of the micro-batches, whose sum is the batch's mean; each has its backward before the next."""
-        local, size = len(batch["latents"]), self.config.micro_batch_size
-        # The numbers of this process's first samples, of this batch (the stream has moved on already) and the next.
-        first, next_first = (
-            position * self.config.batch_size + self.part.rank * local
-            for position in (self.stream.position - 1, self.stream.position)
-        )
-        for start, part in micro_batches(batch, size):
-            last = start + size >= local
-            noise = self.noise.take(
-                tuple(part["latents"].shape), first + start, next_first if last else first + start + size
-            )
-            with accumulating(self.model, self.accelerator, last=last):
-                if dense_now:
-                    with dense(self.transformer):
-                        yield self._loss(part, *noise).sum() / local
-                else:
-                    yield self._loss(part, *noise).sum() / local
-
-    def _loss(self, part: dict[str, Any], noise: Tensor, sigmas: Tensor) -> Tensor:
-        """The objective of some samples, one figure each."""
-        objective, device = self.config.objective, self.accelerator.device
-        # No copy waits: the host is to be ahead of a GPU.
-        tensors = {key: value for key, value in part.items() if isinstance(value, Tensor)}
-        part = {key: value.to(device, non_blocking=True) for key, value in tensors.items()}
-        noise, sigmas = (x.to(device, non_blocking=True) for x in (noise, sigmas))
-        clean, text = part["latents"].float(), text_of(part)
-        noisy, target = add_noise(clean, noise, sigmas)
-        # The teacher first: later, the student's activations would be in memory beside its own.
-        taught = self._taught(noisy, sigmas, text) if objective.distillation else None
-        with self.accelerator.autocast():
-            predicted = velocity(self.model, noisy, sigmas, text)
-        loss = objective.flow_matching * flow_matching_loss(predicted, target, sigmas)
-        if taught is not None:
-            loss = loss + objective.distillation * flow_matching_loss(predicted, taught, sigmas)
-        return loss
-
-    @torch.no_grad()
-    def _taught(self, noisy: Tensor, sigmas: Tensor, text: dict[str, Tensor]) -> Tensor:
-        with self.accelerator.autocast():
-            if self.teacher is not None:
-                return velocity(self.teacher, noisy, sigmas, text)
-            with teaching(self.transformer):
-                return velocity(self.transformer, noisy, sigmas, text)
 
     def _note(
         self, step: int, report: StepReport, rate: float, kept: float | None, batch: dict[str, Any], seconds: float
@@ -369,7 +328,7 @@ class Trainer:
 
     def _sample(self) -> None:
         """A video from the first held-out sample's caption and noise, sparse on the right of dense."""
-        _, noise, text, _ = self.held_out.sample(0)
+        _, (noise,), text, _ = self.held_out.sample(0)
 
         def predicted(video: Tensor, sigmas: Tensor) -> Tensor:
             with self.accelerator.autocast():
@@ -377,7 +336,7 @@ class Trainer:
 
         steps = self.config.evaluation.sampling_steps
         with self.log.doing("sample"):
-            latents = dense_and_sparse(self.transformer, predicted, noise, shift=self.shift, steps=steps)
+            latents = dense_and_sparse(self.transformer, predicted, noise, shift=self.shifts[0], steps=steps)
         if self.accelerator.is_main_process:
             device, fps = self.accelerator.device, self.data_settings["fps"]
             try:
@@ -403,32 +362,16 @@ class Trainer:
         teacher = load_transformer(self.config.model, empty=empty).requires_grad_(False).eval()
         return place(teacher, self.accelerator, self.config, trained=False)
 
-    def _build_state(self) -> RunState:
-        settings = self.config.optimizer
-        groups = parameter_groups(
-            self.parameters.values(),
-            learning_rate=settings.learning_rate,
-            fast_parameters=sparse_parameters(self.transformer).values(),
-            fast_learning_rate=settings.new_learning_rate,
-        )
-        optimizer = build_optimizer(
-            groups, name=settings.name, betas=settings.betas, weight_decay=settings.weight_decay
-        )
-        schedule = warmup_and_decay(
-            optimizer,
-            steps=self.config.steps,
-            warmup=settings.warmup,
-            decay=settings.decay,
-            floor=settings.final_learning_rate / settings.learning_rate,
-        )
-        average = None
-        if settings.ema_decay is not None:
-            from diffusers.training_utils import EMAModel
-
-            average = EMAModel(self.parameters.values(), decay=settings.ema_decay)
-        return RunState(
-            self.parameters, optimizer, schedule, average, self.stream, self.guard, self.alarm, self.accelerator
-        )
+    def _no_text(self, data: LatentDataset) -> dict[str, Tensor]:
+        """The text tensors of the empty caption, where the teacher needs them."""
+        if self.config.objective.guidance_scale is None:
+            return {}
+        found = data.empty_prompt()
+        if not found:
+            raise ValueError(
+                "objective.guidance_scale needs data with text and the empty caption, as precompute writes"
+            )
+        return found
 
     def _save_on_the_way(self) -> None:
         """Save a checkpoint before the end. The run continues if that fails."""

@@ -13,6 +13,7 @@ D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ from torch import Tensor, nn
 from foveal.layout import VideoGrid
 from foveal.models.readers import grid_of_latent, layers_of_blocks
 from foveal.models.self_attention import LayerAttention, dimensions, joint_attention
+from foveal.models.training import Streams, Training
 
-__all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
+__all__ = ["TRAINING", "dimensions", "read_grid", "self_attention", "self_attention_layers"]
+
+# What its pipeline gives a guidance-distilled model by default, times 1000.
+GUIDANCE = 6000.0
 
 
 def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
@@ -120,3 +125,28 @@ def video_and_text_attention(
     if getattr(attn, "to_add_out", None) is not None:
         text_output = attn.to_add_out(text_output)
     return output, text_output
+
+
+def _arguments(transformer: nn.Module, noisy: Streams, sigmas: Streams, text: Mapping[str, Tensor]) -> dict[str, Any]:
+    (video,), (levels,) = noisy, sigmas
+    arguments = {
+        "hidden_states": video,
+        "timestep": levels * 1000,
+        "encoder_hidden_states": text["prompt_embeds"].to(video.dtype),
+        "encoder_attention_mask": text["prompt_attention_mask"],
+        "pooled_projections": text["pooled_prompt_embeds"].to(video.dtype),
+    }
+    if transformer.config.guidance_embeds:
+        arguments["guidance"] = torch.full_like(levels, GUIDANCE)
+    return arguments
+
+
+TRAINING = Training(
+    arguments=_arguments,
+    velocities=lambda transformer, outputs, noisy: (outputs[0],),
+    text_width=lambda config: config["text_embed_dim"],
+    lora_loader="HunyuanVideoPipeline",
+    conditioned=lambda config: config.get("image_condition_type") is not None,
+    # The text's own weights, and modulation, which is computed once a sample.
+    not_per_token=("_context.", "attn.add_", "attn.to_add_out.", "norm.linear.", "norm1.linear."),
+)

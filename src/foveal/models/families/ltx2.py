@@ -9,6 +9,7 @@ Shape legend: B batch, L tokens, C hidden width, H heads, D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from foveal.layout import VideoGrid
 from foveal.models.families.ltx_video import self_attention_layers
 from foveal.models.readers import patch_size
 from foveal.models.self_attention import LayerAttention, check_absent, dimensions, grid_of_coordinates, joint_attention
+from foveal.models.training import Streams, Training, to_tokens, to_video
 
-__all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
+__all__ = ["TRAINING", "dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
 
 def read_grid(transformer: nn.Module, arguments: dict[str, Any]) -> VideoGrid:
@@ -102,3 +104,58 @@ def self_attention(
         gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
         output = (output.unflatten(2, (attn.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
     return attn.to_out[1](attn.to_out[0](output))
+
+
+def _arguments(transformer: nn.Module, noisy: Streams, sigmas: Streams, text: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The sound is [B, channels, length, mel bins]. The text is what the pipeline's connectors make of it."""
+    video, sound = noisy
+    frames, height, width = video.shape[2:]
+    timesteps, sound_timesteps = (levels * transformer.config.timestep_scale_multiplier for levels in sigmas)
+    return {
+        "hidden_states": to_tokens(video, patch_size(transformer.config)),
+        "audio_hidden_states": sound.transpose(1, 2).flatten(2),
+        "encoder_hidden_states": text["prompt_embeds"].to(video.dtype),
+        "audio_encoder_hidden_states": text["audio_prompt_embeds"].to(video.dtype),
+        "encoder_attention_mask": text["prompt_attention_mask"],
+        "audio_encoder_attention_mask": text["prompt_attention_mask"],
+        "timestep": timesteps,
+        "audio_timestep": sound_timesteps,
+        "sigma": timesteps,
+        "audio_sigma": sound_timesteps,
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "audio_num_frames": sound.shape[2],
+        "use_cross_timestep": True,
+    }
+
+
+def _velocities(transformer: nn.Module, outputs: Any, noisy: Streams) -> Streams:
+    video, sound = noisy
+    sound_velocity = outputs[1].unflatten(2, (sound.shape[1], sound.shape[3])).transpose(1, 2)
+    return to_video(outputs[0], patch_size(transformer.config), video.shape), sound_velocity
+
+
+def _text_width(config: Mapping[str, Any]) -> int:
+    return config["caption_channels"] if config.get("use_prompt_embeddings", True) else config["cross_attention_dim"]
+
+
+TRAINING = Training(
+    arguments=_arguments,
+    velocities=_velocities,
+    text_width=_text_width,
+    lora_loader="LTX2Pipeline",
+    has_sound=True,
+    # The weights of the sound, and those that project what comes from the text or from the sound.
+    not_per_token=(
+        "audio_attn",
+        "audio_ff.",
+        "attn2.to_k.",
+        "attn2.to_v.",
+        "audio_to_video_attn.to_k.",
+        "audio_to_video_attn.to_v.",
+        "video_to_audio_attn.to_q.",
+        "video_to_audio_attn.to_out.",
+        "scale_shift_table",
+    ),
+)

@@ -13,17 +13,20 @@ Shape legend: B batch, N rows of the sequence, C hidden width, H heads, D head d
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from foveal.checks import cached_constant
 from foveal.layout import TokenLayout
-from foveal.models.readers import layers_of_blocks
+from foveal.models.readers import layers_of_blocks, patch_size
 from foveal.models.self_attention import LayerAttention, check_absent, dimensions, grid_of_coordinates
+from foveal.models.training import Streams, Training, to_tokens, to_video
 
-__all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
+__all__ = ["TRAINING", "dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
 
 class _Read(NamedTuple):
@@ -113,3 +116,58 @@ def self_attention(
     for layer in attn.to_out:
         output = layer(output)
     return output
+
+
+@cached_constant
+def _structure(
+    words: int, latent: tuple[int, ...], sound: int, patch: tuple[int, int, int], device: torch.device
+) -> dict[str, Tensor]:
+    """What the forward is told of a sequence of so many rows of text, of sound, and of a latent with these sides.
+
+    The same tensors each time, so that the layout is read once (`read_grid`).
+    """
+    from diffusers.modular_pipelines.minimax_h3 import modular_pipeline as facts
+    from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
+
+    tags = torch.full((words,), facts.MINIMAX_H3_TEXT_TAG)
+    kinds = facts.MINIMAX_H3_AUDIO_CHANNELS, facts.MINIMAX_H3_AUDIO_TAG, facts.MINIMAX_H3_VIDEO_TAG
+    packed = MiniMaxH3PrepareLayoutStep.build_packed_sequence(tags, *latent, sound, patch, *kinds)
+    names = ("position_ids", "token_tags", "video_indices", "audio_indices", "text_indices")
+    structure = dict(zip(names, packed, strict=False))
+    # The text has the timestep of the video.
+    structure["timestep_indices"] = (structure["token_tags"] == facts.MINIMAX_H3_AUDIO_TAG).long()
+    return {name: tensor.to(device) for name, tensor in structure.items()}
+
+
+def _arguments(transformer: nn.Module, noisy: Streams, sigmas: Streams, text: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The sound is [1, 2, channels, length], one entry for each ear."""
+    video, sound = noisy
+    patch = patch_size(transformer.config)
+    # The sequence has no padding. The count makes the host wait for the device, once a forward.
+    words = int(text["prompt_attention_mask"].sum())
+    return {
+        "hidden_states": to_tokens(video, patch),
+        "audio_hidden_states": sound.transpose(2, 3).flatten(1, 2),
+        "encoder_hidden_states": text["prompt_embeds"][:, :words].to(video.dtype),
+        # Its time runs from 0, noise, to 1.
+        "timestep": 1 - torch.cat(sigmas),
+        **_structure(words, tuple(video.shape[2:]), sound.shape[3], patch, video.device),
+    }
+
+
+def _velocities(transformer: nn.Module, outputs: Any, noisy: Streams) -> Streams:
+    """The transformer's point from noise to data."""
+    video, sound = noisy
+    sound_velocity = outputs[1].unflatten(1, (sound.shape[1], sound.shape[3])).transpose(2, 3)
+    return -to_video(outputs[0], patch_size(transformer.config), video.shape), -sound_velocity
+
+
+TRAINING = Training(
+    arguments=_arguments,
+    velocities=_velocities,
+    text_width=lambda config: config["text_dim"],
+    lora_loader="MiniMaxH3ModularPipeline",
+    has_sound=True,
+    one_sample=True,
+    not_per_token=("adaln_proj.",),
+)

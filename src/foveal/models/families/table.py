@@ -24,6 +24,7 @@ from foveal.models.families import (
     minimax_h3,
     wan,
 )
+from foveal.models.training import Training
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Family:
             runs the method over a packed sequence, protected segments included.
         self_attention: (attention module, the method's attention as a `LayerAttention`, *the processor's arguments) to
             the layer's output.
+        training: how its transformers are trained; None for those that `foveal train` does not know.
     """
 
     name: str
@@ -49,23 +51,32 @@ class Family:
     dimensions: Callable[[nn.Module], tuple[int, int, int]]
     read_grid: Callable[[nn.Module, dict[str, Any]], VideoGrid | TokenLayout]
     self_attention: Callable[..., Any]
+    training: Training | None = None
 
 
-def _family(name: str, transformer: str, processors: tuple[str, ...], module: ModuleType) -> Family:
+def _family(
+    name: str, transformer: str, processors: tuple[str, ...], module: ModuleType, *, training: Training | None = None
+) -> Family:
     functions = (module.self_attention_layers, module.dimensions, module.read_grid, module.self_attention)
-    return Family(name, transformer, processors, *functions)
+    return Family(name, transformer, processors, *functions, training)
 
 
 FAMILIES = {
     family.name: family
     for family in (
-        _family("wan", "WanTransformer3DModel", ("WanAttnProcessor",), wan),
+        _family("wan", "WanTransformer3DModel", ("WanAttnProcessor",), wan, training=wan.TRAINING),
         _family("wan_vace", "WanVACETransformer3DModel", ("WanAttnProcessor",), wan),
         _family("wan_animate", "WanAnimateTransformer3DModel", ("WanAttnProcessor",), wan),
         _family("skyreels_v2", "SkyReelsV2Transformer3DModel", ("SkyReelsV2AttnProcessor",), wan),
         _family("chronoedit", "ChronoEditTransformer3DModel", ("WanAttnProcessor",), wan),
         _family("anyflow", "AnyFlowTransformer3DModel", ("AnyFlowAttnProcessor",), anyflow),
-        _family("hunyuan_video", "HunyuanVideoTransformer3DModel", ("HunyuanVideoAttnProcessor2_0",), hunyuan_video),
+        _family(
+            "hunyuan_video",
+            "HunyuanVideoTransformer3DModel",
+            ("HunyuanVideoAttnProcessor2_0",),
+            hunyuan_video,
+            training=hunyuan_video.TRAINING,
+        ),
         _family(
             "hunyuan_video_framepack",
             "HunyuanVideoFramepackTransformer3DModel",
@@ -87,8 +98,15 @@ FAMILIES = {
             "LTX2VideoTransformer3DModel",
             ("LTX2AudioVideoAttnProcessor", "LTX2PerturbedAttnProcessor"),
             ltx2,
+            training=ltx2.TRAINING,
         ),
-        _family("minimax_h3", "MiniMaxH3Transformer3DModel", ("MiniMaxH3AttnProcessor",), minimax_h3),
+        _family(
+            "minimax_h3",
+            "MiniMaxH3Transformer3DModel",
+            ("MiniMaxH3AttnProcessor",),
+            minimax_h3,
+            training=minimax_h3.TRAINING,
+        ),
         _family("flux", "FluxTransformer2DModel", ("FluxAttnProcessor",), flux),
     )
 }

@@ -9,6 +9,7 @@ Shape legend: B batch, L tokens, C hidden width, H heads, D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from foveal.layout import VideoGrid
 from foveal.models.readers import grid_of_latent, layers_of_blocks
 from foveal.models.self_attention import LayerAttention, check_absent, dimensions
+from foveal.models.training import Streams, Training
 
-__all__ = ["dimensions", "read_grid", "self_attention", "self_attention_layers"]
+__all__ = ["TRAINING", "dimensions", "read_grid", "self_attention", "self_attention_layers"]
 
 
 def self_attention_layers(transformer: nn.Module) -> dict[str, nn.Module]:
@@ -101,3 +103,27 @@ def _from_firsts(table: Tensor) -> Tensor:
     """A table that holds each angle twice, rebuilt from the first of each pair."""
     pairs = table.unflatten(-1, (-1, 2))
     return pairs[..., :1].expand_as(pairs).flatten(-2)
+
+
+def _arguments(transformer: nn.Module, noisy: Streams, sigmas: Streams, text: Mapping[str, Tensor]) -> dict[str, Any]:
+    (video,), (levels,) = noisy, sigmas
+    embeds = text.get("prompt_embeds")
+    if embeds is None:  # as in pixel space; the model takes one token at least
+        embeds = video.new_zeros(len(video), 1, transformer.config.text_dim)
+    timesteps = levels * 1000
+    if levels.dim() == 2:
+        grid = grid_of_latent(transformer, video.shape[2:])
+        timesteps = timesteps.repeat_interleave(grid.height * grid.width, 1)
+    return {"hidden_states": video, "timestep": timesteps, "encoder_hidden_states": embeds.to(video.dtype)}
+
+
+TRAINING = Training(
+    arguments=_arguments,
+    velocities=lambda transformer, outputs, noisy: (outputs[0],),
+    text_width=lambda config: config["text_dim"],
+    lora_loader="WanPipeline",
+    conditioned=lambda config: config.get("image_dim") is not None,
+    frame_levels=True,
+    # Keys and values of cross-attention come from the text.
+    not_per_token=("attn2.to_k.", "attn2.to_v."),
+)
