@@ -199,3 +199,28 @@ def test_group_offloading(config, kind):
     blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
     model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind, **blocks)
     assert torch.equal(Tiny().run(model), Tiny().run(reference))
+
+
+@pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_VSA], ids=["sla", "vsa"])
+@torch.no_grad()
+def test_compile_repeated_blocks(config):
+    """diffusers compiles the blocks of the refiner too, which stay dense; one layout after the other."""
+    model, expected = sparsify(Tiny().model(), config), []
+    randomize(model)
+    requests = [Tiny().inputs(latent=latent, batch=1) for latent in Tiny.LATENTS]
+    expected = [Tiny().run(model, **inputs) for inputs in requests]
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for inputs, output in zip(requests, expected, strict=True):
+        torch.testing.assert_close(Tiny().run(model, **inputs), output, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_group_offloading_with_layerwise_casting():
+    """Both at once, as a GPU that is too small for the model needs it."""
+    model, reference = (mixed_precision(SPARSE_VSA) for _ in range(2))
+    for part in (model, reference):
+        part.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    cpu = torch.device("cpu")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    assert torch.equal(Tiny().run(model), Tiny().run(reference))

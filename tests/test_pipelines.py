@@ -12,7 +12,7 @@ import torch
 from tiny_media import diffusers, save_tiny_wan, write_clip
 from tiny_pipelines import tiny_cogvideox, tiny_flux, tiny_hunyuan, tiny_ltx
 
-from foveal.lab import cli, pipelines
+from foveal.lab import cli
 from foveal.lab.data.clips import Bucket, probe, read_clip
 from foveal.lab.data.dataset import LatentDataset, write_latent_dataset
 from foveal.lab.data.windows import to_model_range
@@ -332,5 +332,5 @@ def test_without_a_network_the_cache_is_read(offline, tmp_path, monkeypatch):
 
 
 def test_with_a_network_nothing_is_kept_from_the_hub(monkeypatch):
-    monkeypatch.setattr(pipelines, "hub_unreachable", lambda: None)
+    monkeypatch.setattr("foveal.lab.hub.hub_unreachable", lambda: None)
     assert hub_options("someone/something") == {}

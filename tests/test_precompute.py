@@ -22,7 +22,7 @@ from tiny_media import (
     write_sound,
 )
 
-from foveal.lab import cli, pipelines
+from foveal.lab import cli
 from foveal.lab.data.clips import Bucket, MediaInfo, choose_bucket, clip_starts, probe, read_clip
 from foveal.lab.data.dataset import LatentDataset
 from foveal.lab.data.precompute import PrecomputeSettings, precompute
@@ -528,7 +528,7 @@ def test_hub_failures_are_one_line(monkeypatch, clips, tmp_path, capsys):
     def offline(*args, **kwargs):
         raise OSError("cannot reach the hub\nat all")
 
-    monkeypatch.setattr(pipelines, "hub_unreachable", lambda: None)
+    monkeypatch.setattr("foveal.lab.hub.hub_unreachable", lambda: None)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", offline)
     arguments = ("--videos", clips, "--output", tmp_path / "data", "--model", "someone/something")
     assert run("precompute", *arguments) == 2

@@ -386,7 +386,7 @@ def test_another_family_is_named_before_its_scheduler_is_read(folder, monkeypatc
         return {"_class_name": "CogVideoXTransformer3DModel"}
 
     monkeypatch.setattr(WanTransformer3DModel, "load_config", load_config)
-    monkeypatch.setattr("foveal.lab.pipelines.hub_unreachable", lambda: None)
+    monkeypatch.setattr("foveal.lab.hub.hub_unreachable", lambda: None)
     settings = config(folder, model=ModelSettings("some/CogVideoX"), objective__shift=None)
     with pytest.raises(ValueError, match=r"some/CogVideoX/transformer has a CogVideoX.*, of family 'cogvideox'"):
         Trainer(settings)
@@ -421,7 +421,7 @@ def test_a_student_that_is_dense_agrees_with_its_teacher(folder, teacher):
     assert metrics(folder)[1] < 1e-9
     sparse = config(folder, output=folder / "sparse", steps=1, objective__distillation=2.0)
     trainer = Trainer(sparse)
-    assert all(not p.requires_grad for p in trainer.teacher.parameters())
+    assert all(not p.requires_grad for p in trainer.losses.teacher.parameters())
     trainer.run()
     with_teacher = json.loads((folder / "sparse" / "metrics.jsonl").read_text().splitlines()[1])["loss"]
     without = run_training(config(folder, output=folder / "without", steps=1))
@@ -825,10 +825,10 @@ def test_a_failed_export_keeps_the_checkpoint(folder, monkeypatch):
 
 
 def test_out_of_memory_says_what_to_change(folder, monkeypatch):
-    def exhaust(self, *sample):
+    def exhaust(self, *batch, **how):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr(Trainer, "_loss", exhaust)
+    monkeypatch.setattr("foveal.lab.train.losses.Losses.of_batch", exhaust)
     with pytest.raises(
         TrainingError, match=r"out of memory \(CUDA out of memory\).*model.gradient_checkpointing"
     ) as error:

@@ -8,7 +8,6 @@ Shape legend: B batch, F frames, H x W pixels, C latent channels, L text tokens.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveal.lab import modular
+from foveal.lab.hub import hub_options, is_hub_id, one_line
 from foveal.layout import VideoGrid
+from foveal.models.model_sizes import CHUNKS
+from foveal.models.readers import patch_size
 from foveal.models.shipped import local_path
 
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -41,6 +44,9 @@ class PipelineKind:
         fps: frames per second that its models were trained at; None for images.
         packed: latent pixels per side of a token that the pipeline packs, on top of the transformer's patch.
         vae_float32: generate with the VAE in float32, as the model's authors do.
+        pixels: mean and standard deviation, by channel of [0, 1], that its VAE takes videos normalized by; None for
+            [-1, 1].
+        sound: the pipeline makes sound beside the video.
     """
 
     name: str
@@ -49,6 +55,8 @@ class PipelineKind:
     fps: int | None
     packed: int = 1
     vae_float32: bool = False
+    pixels: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+    sound: bool = False
 
     @property
     def is_image(self) -> bool:
@@ -67,6 +75,14 @@ PIPELINES = {
         ),
         PipelineKind("CogVideoXPipeline", "cogvideox", ("prompt_embeds", None), fps=8),
         PipelineKind("LTXPipeline", "ltx_video", ("prompt_embeds", "prompt_attention_mask", None, None), fps=25),
+        PipelineKind(
+            modular.MINIMAX_H3,
+            "minimax_h3",
+            ("prompt_embeds", "prompt_attention_mask"),
+            fps=24,
+            pixels=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            sound=True,
+        ),
         PipelineKind("FluxPipeline", "flux", ("prompt_embeds", "pooled_prompt_embeds", None), fps=None, packed=2),
     )
 }
@@ -79,11 +95,14 @@ class Sizes:
     Args:
         temporal, spatial: pixels per latent pixel. The first frame is a latent frame of its own.
         patch: latent pixels per token, (time, height, width).
+        chunks: (frames and latent frames of a chunk, those of what is left at the end) for a VAE that takes frames in
+            chunks; None for one of `temporal`.
     """
 
     temporal: int
     spatial: int
     patch: tuple[int, int, int]
+    chunks: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     def check(self, frames: int, height: int, width: int) -> None:
         """Raise a ValueError for a size that the pipeline would round, or that gives no token."""
@@ -94,13 +113,20 @@ class Sizes:
                     f"{name} must be a positive multiple of {multiple} "
                     f"(the VAE's {self.spatial} times {patch} to a token), got {pixels}"
                 )
-        if frames < 1 or (frames - 1) % self.temporal:
-            raise ValueError(f"frames must be 1 more than a multiple of {self.temporal}, got {frames}")
+        (chunk, _), (end, _) = self._chunks
+        if frames < end or (frames - end) % chunk:
+            raise ValueError(f"frames must be {end} more than a multiple of {chunk}, got {frames}")
 
     def grid(self, frames: int, height: int, width: int) -> VideoGrid:
         """The token grid of a video of this size; call `check` first."""
-        latent = ((frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial)
+        (chunk, latents), (end, end_latents) = self._chunks
+        depth = (frames - end) // chunk * latents + end_latents
+        latent = (depth, height // self.spatial, width // self.spatial)
         return VideoGrid(*(-(-side // patch) for side, patch in zip(latent, self.patch, strict=True)))
+
+    @property
+    def _chunks(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return self.chunks or ((self.temporal, 1), (1, 1))
 
 
 @dataclass
@@ -167,12 +193,14 @@ def load_pipeline(
     source = str(source)
     place = local_path(source)
     if Path(place).is_dir():
-        if not Path(place, "model_index.json").is_file():
+        if not any(Path(place, name).is_file() for name in ("model_index.json", modular.INDEX_FILE)):
             raise ValueError(f"{source} has no model_index.json; expected a folder that a pipeline was saved to")
     elif not is_hub_id(place):
         raise FileNotFoundError(f"no such pipeline folder: {source} (nor does it look like a hub id, OWNER/NAME)")
     keyword = hub_options(place) | ({} if revision is None else {"revision": revision})
     try:
+        if modular.is_modular(place, keyword):
+            return _load_modular(place, keyword, source, device, dtype, revision, without_transformer, check)
         parts = diffusers.DiffusionPipeline.load_config(place, **keyword)
         kind = _kind(parts.get("_class_name", ""), source)
         left_out = {name: None for name in TRANSFORMERS if without_transformer and name in parts}
@@ -182,7 +210,7 @@ def load_pipeline(
         config = getattr(diffusers, class_name).load_config(place, subfolder="transformer", **keyword)
         pipe = _outline(kind, parts, place, keyword)
     except (OSError, ImportError) as error:
-        raise ValueError(f"cannot load pipeline {source}: {_one_line(error)}") from error
+        raise ValueError(f"cannot load pipeline {source}: {one_line(error)}") from error
     sizes = sizes_of(pipe, kind, config)
     defaults = _defaults(place)
     check(LoadedPipeline(pipe, kind, sizes, device, dtype, source, revision, defaults))
@@ -192,9 +220,34 @@ def load_pipeline(
         with _without_progress_bars():
             pipe = getattr(diffusers, kind.name).from_pretrained(place, dtype=dtypes, **left_out, **keyword)
     except (OSError, ImportError) as error:
-        raise ValueError(f"cannot load pipeline {source}: {_one_line(error)}") from error
+        raise ValueError(f"cannot load pipeline {source}: {one_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return LoadedPipeline(pipe.to(device), kind, sizes, device, dtype, source, revision, defaults)
+
+
+def _load_modular(
+    place: str,
+    keyword: dict[str, Any],
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None,
+    without_transformer: bool,
+    check: Callable[[LoadedPipeline], object],
+) -> LoadedPipeline:
+    """`load_pipeline` for a modular pipeline; `place` and `keyword` are what diffusers loads `source` by."""
+    pipe = modular.open_pipeline(place, keyword)
+    kind = _kind(type(pipe).__name__, source)
+    vae, transformer_config = modular.outline(pipe, keyword)
+    strides = vae.temporal_compression_ratio, vae.spatial_compression_ratio
+    sizes = Sizes(*strides, patch_size(transformer_config), CHUNKS[kind.family])
+    facts = kind, sizes, device, torch.float32 if without_transformer else dtype, source, revision
+    check(LoadedPipeline(modular.MiniMaxH3(pipe, vae=vae), *facts))
+    with _without_progress_bars():
+        # As in other pipelines, videos are encoded in float32.
+        dtypes = {"text_encoder": dtype, "default": facts[3]}
+        made = modular.load(pipe, dtypes, device, without_transformer=without_transformer)
+    return LoadedPipeline(made, kind, sizes, device, dtype, source, revision)
 
 
 def _outline(kind: PipelineKind, parts: Mapping[str, Any], source: str, keyword: dict[str, Any]) -> Any:
@@ -213,46 +266,6 @@ def _defaults(place: str) -> dict[str, Any]:
     """What a pipeline's folder says to call it with; nothing for one without the file, or of the hub."""
     file = Path(place, DEFAULTS_FILE)
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether this looks like OWNER/NAME and is no local path."""
-    return not Path(source).exists() and source.count("/") == 1 and not source.startswith((".", "/", "~"))
-
-
-def hub_options(source: str) -> dict[str, bool]:
-    """Options for whatever loads a folder or a hub id: only from the local cache if the hub cannot be reached.
-
-    Without them, every file is tried again and again, and the message at the end is about something else.
-
-    Raises:
-        ValueError: a hub id that cannot be downloaded and of which the local cache has nothing.
-    """
-    why = hub_unreachable() if is_hub_id(source) else None
-    if why is None:
-        return {}
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    if not Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=source, repo_type="model")).is_dir():
-        raise ValueError(
-            f"{source} cannot be downloaded: {constants.ENDPOINT} cannot be reached ({why}). Nor is it a local folder "
-            "or in the local cache"
-        )
-    return {"local_files_only": True}
-
-
-@functools.cache
-def hub_unreachable() -> str | None:
-    """Why the Hugging Face hub cannot be reached; None if it can. Each process asks once, and not again."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:  # Of the HTTP library, which is not always the same one.
-        return _one_line(error)
-    return None
 
 
 def sizes_of(pipe: Any, kind: PipelineKind, transformer_config: Mapping[str, Any]) -> Sizes:
@@ -294,12 +307,24 @@ def encode_video(loaded: LoadedPipeline, videos: Tensor) -> Tensor:
     The latents are the mode of the VAE's posterior, normalized with the VAE's statistics. An image has F = F' = 1.
     """
     vae = loaded.pipe.vae
+    if loaded.kind.pixels is not None:
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in loaded.kind.pixels)
+        videos = ((videos.cpu() + 1) / 2 - mean) / std
     videos = videos.to(loaded.device, vae.dtype)
     if loaded.kind.is_image:
         latents = vae.encode(videos.squeeze(2)).latent_dist.mode().unsqueeze(2)
     else:
         latents = vae.encode(videos).latent_dist.mode()
     return normalize_latents(vae, latents)
+
+
+@torch.no_grad()
+def encode_sound(loaded: LoadedPipeline, sound: Tensor) -> Tensor:
+    """Encode sound [2, samples] at the pipeline's rate into the latents [2, C, L] that the transformer trains on."""
+    vae = loaded.pipe.audio_vae
+    latents = vae.encode(sound[:, None].to(loaded.device, vae.dtype)).latent_dist.mode()
+    mean, std = (torch.tensor(getattr(vae.config, name)).to(latents) for name in ("latents_mean", "latents_std"))
+    return (latents - mean[:, None]) / std[:, None]
 
 
 def normalize_latents(vae: nn.Module, latents: Tensor) -> Tensor:
@@ -389,7 +414,7 @@ def check_torchvision() -> None:
         return
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"torchvision does not match torch {torch.__version__} ({_one_line(error)}): install the matching version, "
+            f"torchvision does not match torch {torch.__version__} ({one_line(error)}): install the matching version, "
             "or uninstall it; foveal does not need it, but diffusers cannot be imported next to it"
         ) from error
 
@@ -429,7 +454,3 @@ def _statistic(vae: nn.Module, name: str, latents: Tensor) -> Tensor | None:
     if values is None:
         return None
     return torch.as_tensor(values).to(latents).view(1, -1, 1, 1, 1)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -35,7 +35,7 @@ USUAL_VAE_STRIDES = {
 # Its pipeline folds squares of latents into tokens, which no configuration says. It makes images.
 _PACKED_IMAGES = {"flux": (1, 2, 2)}
 # Their VAEs take frames in chunks: (frames and latents of a chunk, frames and latents of the end).
-_CHUNKS = {"minimax_h3": ((17, 5), (5, 2))}
+CHUNKS = {"minimax_h3": ((17, 5), (5, 2))}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ModelSize:
         if self.family in _PACKED_IMAGES and frames != 1:
             raise ValueError(f"frames must be 1 for {self.name}, which makes images, got {frames}")
         # Most video VAEs keep the first frame separate. An odd latent frame at the end is padded.
-        (chunk, latents), (end, end_latents) = _CHUNKS.get(self.family, ((self.vae_strides[0], 1), (1, 1)))
+        (chunk, latents), (end, end_latents) = CHUNKS.get(self.family, ((self.vae_strides[0], 1), (1, 1)))
         if frames < end or (frames - end) % chunk:
             raise ValueError(f"frames must be {end} more than a multiple of {chunk} for {self.name}, got {frames}")
         cells = [-(-((frames - end) // chunk * latents + end_latents) // self.patch_size[0])]

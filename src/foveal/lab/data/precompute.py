@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,9 +33,10 @@ from foveal.lab.data.shards import (
     write_empty_caption,
     write_shard,
 )
+from foveal.lab.data.sound import read_sound
 from foveal.lab.data.sources import Source, read_sources
 from foveal.lab.data.windows import to_model_range
-from foveal.lab.pipelines import LoadedPipeline, default_size, encode_text, encode_video, vae_facts
+from foveal.lab.pipelines import LoadedPipeline, default_size, encode_sound, encode_text, encode_video, vae_facts
 from foveal.output_folder import OutputFolder
 
 SHARD_BYTES = 512 * 2**20
@@ -66,6 +67,13 @@ class PrecomputeSettings:
             raise ValueError(f"fps must be positive, got {self.fps}")
         if len(set(self.buckets)) != len(self.buckets):
             raise ValueError(f"a bucket is given twice: {', '.join(map(str, self.buckets))}")
+
+
+class _Clip(NamedTuple):
+    """The frames of a clip, uint8 [F, 3, H, W], and its sound, float32 [2, samples], where samples have sound."""
+
+    frames: Tensor
+    sound: Tensor | None = None
 
 
 class Progress:
@@ -160,7 +168,11 @@ def precompute(
     progress.start(run.total, run.total - len(run.left))
     with _saying_what_is_kept(output):
         try:
-            for source, clips, reason in _read_ahead(run.left, run.buckets, run.fps, settings.clips_per_video):
+            sound = None
+            if loaded is not None and loaded.kind.sound:
+                sound = loaded.pipe.audio_sampling_rate, loaded.pipe.audio_vae.hop_length
+            clips_of = run.buckets, run.fps, settings.clips_per_video, sound
+            for source, clips, reason in _read_ahead(run.left, *clips_of):
                 if reason is not None:
                     run.index.skipped.append({"file": source.name, "reason": reason})
                 else:
@@ -208,6 +220,8 @@ def _plan(videos: str | Path, output: Path, settings: PrecomputeSettings, loaded
     fps = settings.fps if settings.fps is not None or loaded is None else loaded.kind.fps
     if loaded is not None and loaded.kind.is_image:
         fps = None
+    if loaded is not None and loaded.kind.sound and fps != loaded.kind.fps:
+        raise ValueError(f"fps must be {loaded.kind.fps} for {loaded.kind.name}, whose sound has it, got {fps:g}")
     described = {
         "space": "pixel" if loaded is None else "latent",
         "pipeline": None if loaded is None else loaded.kind.name,
@@ -295,46 +309,62 @@ def _check_captions(sources: list[Source], done: dict[str, str], output: Path) -
 
 
 def _read_ahead(
-    sources: list[Source], buckets: tuple[Bucket, ...], fps: float | None, clips: int
-) -> Iterator[tuple[Source, list[Tensor], str | None]]:
-    """Yield each source with its clips, or the reason why there are none. Decodes one file ahead of the caller."""
+    sources: list[Source], buckets: tuple[Bucket, ...], fps: float | None, clips: int, sound: tuple[int, int] | None
+) -> Iterator[tuple[Source, list[_Clip], str | None]]:
+    """Yield each source with its clips, or the reason why there are none. Decodes one file ahead of the caller.
+
+    sound: samples per second, and per latent, of the sound to read; None for none.
+    """
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(_read_clips, sources[0], buckets, fps, clips) if sources else None
+        ahead = pool.submit(_read_clips, sources[0], buckets, fps, clips, sound) if sources else None
         for place, source in enumerate(sources):
             current, ahead = ahead, None
             decoded, reason = current.result()
             if place + 1 < len(sources):
-                ahead = pool.submit(_read_clips, sources[place + 1], buckets, fps, clips)
+                ahead = pool.submit(_read_clips, sources[place + 1], buckets, fps, clips, sound)
             yield source, decoded, reason
 
 
 def _read_clips(
-    source: Source, buckets: tuple[Bucket, ...], fps: float | None, clips: int
-) -> tuple[list[Tensor], str | None]:
+    source: Source, buckets: tuple[Bucket, ...], fps: float | None, clips: int, sound: tuple[int, int] | None
+) -> tuple[list[_Clip], str | None]:
     try:
         media = probe(source.path)
         bucket = choose_bucket(media, buckets, fps)
         starts = clip_starts(media, bucket, fps, clips)
-        return [read_clip(media, bucket, fps=fps, start=start) for start in starts], None
+        frames = [read_clip(media, bucket, fps=fps, start=start) for start in starts]
+        sounds = [
+            None if sound is None else _sound(source, start / fps, bucket.frames / fps, *sound) for start in starts
+        ]
+        return list(map(_Clip, frames, sounds)), None
     except (ValueError, FileNotFoundError) as error:
         return [], str(error)
 
 
+def _sound(source: Source, start: float, seconds: float, rate: int, hop: int) -> Tensor:
+    """The sound of a clip, as many samples as whole latents of `hop` cover best; silence for a file without sound."""
+    count = round(seconds * rate / hop) * hop
+    found = read_sound(source.path, rate=rate, start=start, seconds=count / rate)
+    return torch.zeros(2, count) if found is None else found
+
+
 def _encode(
-    source: Source, clips: list[Tensor], loaded: LoadedPipeline | None, dtype: torch.dtype
+    source: Source, clips: list[_Clip], loaded: LoadedPipeline | None, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """The samples of a file's clips, uint8 [F, 3, H, W] each, on the CPU."""
+    """The samples of a file's clips, on the CPU."""
     text = {}
     if loaded is not None:
         text = to_dtype(encode_text(loaded, [source.caption]), dtype)
         text = {name: tensor[0].cpu() for name, tensor in text.items()}
     samples = []
     for place, clip in enumerate(clips):
-        latents = to_model_range(clip)
+        latents, extra = to_model_range(clip.frames), {}
         if loaded is not None:
             latents = encode_video(loaded, latents[None])[0]
             if not latents.isfinite().all():
                 raise FloatingPointError(f"the VAE gives latents that are not finite for {source.name}")
+            if clip.sound is not None:
+                extra["audio_latents"] = encode_sound(loaded, clip.sound).to("cpu", dtype)
         sample = {"id": f"{source.name}#{place}", "source": source.name, "caption": source.caption}
-        samples.append({**sample, "latents": latents.to("cpu", dtype), **text})
+        samples.append({**sample, "latents": latents.to("cpu", dtype), **extra, **text})
     return samples

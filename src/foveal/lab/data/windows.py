@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.lab.data.decoding import open_video
+from foveal.lab.data.sound import Sound, encode_sound
 from foveal.lab.extras import how_to_install
 
 SAMPLE_CLIPS = {"bigbuckbunny": "bigbuckbunny.mp4", "bikes": "bikes.mp4"}
@@ -58,16 +59,23 @@ def read_video(path: str | Path, *, height: int, width: int, max_frames: int | N
     return torch.stack(frames)
 
 
-def write_video(path: str | Path, frames: Tensor, *, fps: int) -> None:
-    """Encode uint8 [frames, 3, height, width] as an H.264 MP4 that browsers play; height and width must be even."""
+def write_video(path: str | Path, frames: Tensor, *, fps: int, sound: Sound | None = None) -> None:
+    """Encode uint8 [frames, 3, height, width] as an H.264 MP4 that browsers play; height and width must be even.
+
+    Args:
+        sound: encoded beside it as AAC.
+    """
     import av
 
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "14"})
+        voice = None if sound is None else container.add_stream("aac", rate=sound.rate, layout="stereo")
         stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "yuv420p"
         for image in frames.permute(0, 2, 3, 1).contiguous().cpu().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
+        if sound is not None:
+            encode_sound(container, voice, sound)
 
 
 def to_model_range(frames: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How close two videos of one prompt and seed are, and how steady one is. Videos are uint8 [frames, 3, H, W]."""
+"""How close two videos of one prompt and seed are, and their sounds. Videos are uint8 [frames, 3, H, W]."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ IDENTICAL_DB = 100.0
 CHUNK = 8
 # SSIM's window is 11 pixels wide.
 SMALLEST_SIDE = 11
+# Samples of a window of sound.
+SPECTRUM = 1024
 
 
 def psnr(video: Tensor, reference: Tensor) -> float:
@@ -26,6 +28,26 @@ def psnr(video: Tensor, reference: Tensor) -> float:
     if error == 0:
         return IDENTICAL_DB
     return min(IDENTICAL_DB, 10 * math.log10(255**2 * video.numel() / error))
+
+
+def log_spectral_distance(sound: Tensor, reference: Tensor) -> float:
+    """How far two sounds are apart in dB: the root mean square of the difference of their log power spectra.
+
+    Both are [channels, samples]. Spectra are those of windows of 1,024 samples. The mean over windows and channels
+    counts; power below -80 dB counts as -80 dB, as silence would be infinitely far from anything.
+
+    Raises:
+        ValueError: for sounds of different shapes.
+    """
+    if sound.shape != reference.shape:
+        raise ValueError(f"two sounds must have one shape, got {tuple(sound.shape)} and {tuple(reference.shape)}")
+    window = torch.hann_window(SPECTRUM)
+    levels = []
+    for x in (sound, reference):
+        spectrum = torch.stft(x.float(), SPECTRUM, SPECTRUM // 2, window=window, return_complex=True)
+        power = (spectrum.abs() / window.sum()).square()
+        levels.append(10 * power.clamp(min=1e-8).log10())
+    return (levels[0] - levels[1]).square().mean(1).sqrt().mean().item()
 
 
 def ssim(video: Tensor, reference: Tensor) -> float:

@@ -10,12 +10,23 @@ from typing import Any
 
 from torch import Tensor
 
+from foveal.lab.data.sound import Sound
 from foveal.lab.evaluate import vbench
-from foveal.lab.evaluate.metrics import SMALLEST_SIDE, flicker, load_lpips, psnr, ssim
+from foveal.lab.evaluate.metrics import SMALLEST_SIDE, flicker, load_lpips, log_spectral_distance, psnr, ssim
 from foveal.lab.evaluate.report import EvaluationReport, Row
 from foveal.lab.evaluate.statistics import Estimate
 from foveal.lab.generate import run
-from foveal.lab.generate.run import DENSE, SPARSE, GenerationSettings, Job, Progress, frames_of, generate, plan
+from foveal.lab.generate.run import (
+    DENSE,
+    SPARSE,
+    GenerationSettings,
+    Job,
+    Progress,
+    frames_of,
+    generate,
+    plan,
+    sound_of,
+)
 from foveal.lab.generate.sparse import SparseChoice
 from foveal.lab.pipelines import LoadedPipeline
 from foveal.output_folder import OutputFolder
@@ -81,7 +92,8 @@ def evaluate(
     for (prompt, seed), pair in by_pair.items():
         frames = {arm: frames_of(output, record) for arm, record in pair.items()}
         own = {arm: _own(record, frames[arm]) for arm, record in pair.items()}
-        pairs.append({"prompt": prompt, "seed": seed, **_distances(frames, lpips), **own})
+        sounds = {arm: sound_of(output, record) for arm, record in pair.items()}
+        pairs.append({"prompt": prompt, "seed": seed, **_distances(frames, lpips), **_of_sound(sounds), **own})
         progress.step()
     some = next(record for job, record in records.items() if job.arm == SPARSE)
     report = EvaluationReport(
@@ -109,6 +121,12 @@ def _distances(frames: dict[str, Tensor], lpips: Callable[[Tensor, Tensor], floa
     return found if lpips is None else found | {"lpips": lpips(video, reference)}
 
 
+def _of_sound(sounds: dict[str, Sound | None]) -> dict[str, float]:
+    if sounds[DENSE] is None:
+        return {}
+    return {"sound_distance_db": log_spectral_distance(sounds[SPARSE].samples, sounds[DENSE].samples)}
+
+
 def _own(record: dict[str, Any], frames: Tensor) -> dict[str, Any]:
     seconds = record["seconds"]
     return {
@@ -134,6 +152,9 @@ def _rows(pairs: list[dict[str, Any]], *, is_image: bool) -> tuple[Row, ...]:
     ]
     if "lpips" in pairs[0]:
         rows.append(Row("LPIPS (AlexNet)", None, None, Estimate.of([pair["lpips"] for pair in pairs]), 4))
+    if "sound_distance_db" in pairs[0]:
+        distance = Estimate.of([pair["sound_distance_db"] for pair in pairs])
+        rows.append(Row("log-spectral distance of the sound (dB)", None, None, distance, 2))
     if not is_image:
         change = Estimate.of([pair[SPARSE]["flicker"] - pair[DENSE]["flicker"] for pair in pairs])
         rows.append(Row("flicker", own("flicker", DENSE), own("flicker", SPARSE), change, 3))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveal.lab.data.sound import Sound, encode_sound
 from foveal.lab.data.windows import read_video, write_video
 
 FORMAT = 1
@@ -40,26 +41,29 @@ def beside_name(name: str, *, is_image: bool) -> str:
     return f"{name}-beside-dense{media_suffix(is_image)}"
 
 
-def write_media(path: Path, frames: Tensor, *, fps: float) -> None:
-    """uint8 [frames, 3, height, width] as an MP4, or one frame as a PNG, by the suffix."""
+def write_media(path: Path, frames: Tensor, *, fps: float, sound: Sound | None = None) -> None:
+    """uint8 [frames, 3, height, width] as an MP4 with its sound, or one frame as a PNG, by the suffix."""
     if path.suffix == ".png":
         from PIL import Image
 
         Image.fromarray(frames[0].permute(1, 2, 0).contiguous().numpy()).save(path)
     else:
-        write_video(path, frames, fps=round(fps))
+        write_video(path, frames, fps=round(fps), sound=sound)
 
 
-def write_exact(path: Path, frames: Tensor, *, fps: float) -> None:
-    """uint8 [frames, 3, height, width] as a Matroska video that decodes to the same bits."""
+def write_exact(path: Path, frames: Tensor, *, fps: float, sound: Sound | None = None) -> None:
+    """uint8 [frames, 3, height, width] and its sound as a Matroska video that decodes to the same bits."""
     import av
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264rgb", rate=round(fps), options={"qp": "0", "preset": "veryfast"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[2], frames.shape[3], "rgb24"
+        voice = None if sound is None else container.add_stream("pcm_f32le", rate=sound.rate, layout="stereo")
         for image in frames.permute(0, 2, 3, 1).contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
+        if sound is not None:
+            encode_sound(container, voice, sound, format="flt")
 
 
 def read_media(path: Path, *, height: int, width: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from foveal.checks import check_choice
+from foveal.lab.data.sound import Sound, read_sound
 from foveal.lab.generate.outputs import (
     beside,
     beside_name,
@@ -92,6 +93,10 @@ class GenerationSettings:
         if loaded.kind.is_image and arguments["num_frames"] != 1:
             raise ValueError(f"{loaded.kind.name} makes images, which have 1 frame, got {self.frames} frames")
         loaded.sizes.check(arguments["num_frames"], arguments["height"], arguments["width"])
+        if loaded.kind.sound and self.fps not in (None, loaded.kind.fps):
+            raise ValueError(
+                f"fps must be {loaded.kind.fps} for {loaded.kind.name}, whose sound has it, got {self.fps}"
+            )
         options = {
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
@@ -103,6 +108,8 @@ class GenerationSettings:
                 arguments[name] = loaded.default(name) if value is None else value
             elif name == "negative_prompt" and value is not None:
                 raise ValueError(f"{loaded.kind.name} takes no negative prompt")
+            elif name == "guidance_scale" and value is not None and loaded.kind.sound:
+                raise ValueError(f"{loaded.kind.name} takes no guidance scale: its weights are distilled for guidance")
         if arguments["num_inference_steps"] < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         return arguments
@@ -294,7 +301,7 @@ def generate(
             reduction, installed = summary(loaded.pipe, grid).reduction, True
         progress.begin(job, states[job][1])
         with dense(loaded.pipe) if already and job.arm == DENSE else contextlib.nullcontext():
-            frames, seconds, memory = _generate_one(loaded, job, arguments, progress.step)
+            made, seconds, memory = _generate_one(loaded, job, arguments, progress.step)
         record = {
             "settings": wanted[job],
             "seconds": seconds,
@@ -303,7 +310,7 @@ def generate(
             "tokens": list(grid.shape),
             "environment": environment(loaded.device),
         }
-        records[job] = _write(folder, job, frames, record, loaded, settings)
+        records[job] = _write(folder, job, *made, record, loaded, settings)
         write_page(folder)
     for pair in stale:
         _write_side_by_side(folder, *pair, records, loaded)
@@ -315,6 +322,13 @@ def frames_of(output: Path, record: dict[str, Any]) -> Tensor:
     """The frames of an output, uint8 [frames, 3, height, width], bit for bit if they were kept so."""
     size = {name: record["settings"][name] for name in ("height", "width")}
     return read_media(output / record["outputs"][-1]["file"], **size)
+
+
+def sound_of(output: Path, record: dict[str, Any]) -> Sound | None:
+    """The sound of an output that was kept bit for bit; None if it has none."""
+    rate = record["settings"].get("sampling_rate")
+    samples = None if rate is None else read_sound(output / record["outputs"][-1]["file"], rate=rate)
+    return None if samples is None else Sound(samples, rate)
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -341,13 +355,15 @@ def _shared_settings(loaded: LoadedPipeline, settings: GenerationSettings, argum
         "fps": settings.frame_rate(loaded),
         "exact": settings.exact,
     }
+    if loaded.kind.sound:
+        shared["sampling_rate"] = loaded.pipe.audio_sampling_rate
     return json.loads(json.dumps(shared))
 
 
 def _generate_one(
     loaded: LoadedPipeline, job: Job, arguments: dict[str, Any], on_step: Callable[[], None]
-) -> tuple[Tensor, dict[str, Any], int | None]:
-    """(frames uint8 [F, 3, H, W], seconds of each part, peak memory in bytes) of one call of the pipeline."""
+) -> tuple[tuple[Tensor, Sound | None], dict[str, Any], int | None]:
+    """((frames uint8 [F, 3, H, W], sound), seconds of each part, peak memory in bytes) of one call of the pipeline."""
     device = loaded.device
     on_gpu = device.type == "cuda"
     times: list[float] = []
@@ -374,31 +390,33 @@ def _generate_one(
     hooks = [part.register_forward_pre_hook(first_forward) for part in parts if part is not None]
     start = now()
     try:
-        result = loaded.pipe(
+        result, *rest = loaded.pipe(
             prompt=job.prompt,
             generator=torch.Generator().manual_seed(job.seed),
             output_type="pt",
             return_dict=False,
             callback_on_step_end=end_of_step,
             **call,
-        )[0]
+        )
     finally:
         for hook in hooks:
             hook.remove()
     end = now()
     video = result if loaded.kind.is_image else result[0]
-    if not video.isfinite().all():
+    sound = Sound(rest[0].float().cpu(), loaded.pipe.audio_sampling_rate) if loaded.kind.sound else None
+    if not video.isfinite().all() or (sound is not None and not sound.samples.isfinite().all()):
         raise FloatingPointError(f"the {job.arm} output for prompt {job.prompt!r}, seed {job.seed}, is not finite")
     frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
     steps = [after - before for before, after in itertools.pairwise(times)]
     seconds = {"text_encoding": times[0] - start, "steps": steps, "decoding": end - times[-1], "total": end - start}
-    return frames, seconds, torch.cuda.max_memory_allocated(device) if on_gpu else None
+    return (frames, sound), seconds, torch.cuda.max_memory_allocated(device) if on_gpu else None
 
 
 def _write(
     folder: OutputFolder,
     job: Job,
     frames: Tensor,
+    sound: Sound | None,
     record: dict[str, Any],
     loaded: LoadedPipeline,
     settings: GenerationSettings,
@@ -408,7 +426,7 @@ def _write(
     record["outputs"] = []
     for name, write in zip(job.media(loaded, exact=settings.exact), (write_media, write_exact), strict=False):
         with folder.writing(name) as aside:
-            write(aside, frames, fps=settings.frame_rate(loaded))
+            write(aside, frames, fps=settings.frame_rate(loaded), sound=sound)
             record["outputs"].append({"file": name, "bytes": aside.stat().st_size})
     with folder.writing(f"{job.name}.json") as aside:
         write_record(aside, record)

@@ -24,7 +24,7 @@ from foveal.lab.inspect.statistics import (
     selection_quality,
     weight_distribution,
 )
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.sla.config import SLAConfig
 from foveal.models.convert import densify, sparsify
 from foveal.models.families.table import components_of
@@ -155,7 +155,8 @@ def watch(
         model: what `sparsify` takes, dense or converted. It is left as it was.
         run: runs the model, for example `lambda: pipe("a cat", num_inference_steps=20)`.
         look: called with (component, layer, progress, query [1, H, L, D], key and value [1, H, N, D], grid), after
-            norms and rotary embedding, with the video in raster order and then the valid text. It gets the last sample
+            norms and rotary embedding, with the video in raster order and then the valid text, or what else the queries
+            all read. It gets the last sample
             of a batch, which is the one with the prompt if guidance runs in one batch.
         calls: which calls of the model's transformers to observe, from 0.
         steps: which denoising steps to observe instead, from 0. Each step stands for its first call, which is the one
@@ -232,7 +233,12 @@ def _watch(
             lengths = kwargs.get("kv_lengths")
             if lengths is not None:
                 key, value = (x[:, :, : int(lengths[-1])] for x in (key, value))
-            look(component, name, progress, query, key, value, kwargs["grid"])
+            grid = kwargs.get("layout") or kwargs["grid"]
+            if isinstance(grid, TokenLayout):
+                query, _ = grid.split(query)
+                key, value = (torch.cat(grid.split(x), 2) for x in (key, value))
+                grid = grid.grid
+            look(component, name, progress, query, key, value, grid)
 
         return hook
 

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from foveal.lab.data.dataset import LatentDataset
-from foveal.lab.pipelines import PIPELINES, different_vae, hub_options, vae_facts
+from foveal.lab.hub import hub_options
+from foveal.lab.pipelines import PIPELINES, different_vae, vae_facts
 from foveal.lab.train.config import TrainingConfig
 from foveal.lab.train.model import training_of, transformer_fields
 from foveal.lab.train.settings import DataSettings, ModelSettings

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from foveal.lab.data.shards import LATENTS
-from foveal.lab.pipelines import hub_options
+from foveal.lab.hub import hub_options
 from foveal.lab.train.config import TrainingConfig
 from foveal.lab.train.objective import scheduler_shift
 from foveal.lab.train.settings import Annealing, ModelSettings, WanArchitecture

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.lab.data.windows import to_frames, upscale, write_video
-from foveal.lab.pipelines import hub_options
+from foveal.lab.hub import hub_options
 from foveal.models import dense
 from foveal.models.processor import sparse_processors
 from foveal.models.shipped import local_path
