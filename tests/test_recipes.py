@@ -153,7 +153,6 @@ def test_annealing_goes_down_step_by_step():
         ({"optimizer__trainable": "lora"}, "needs model.path"),
         ({"objective__distillation": 1.0, "objective__teacher": "same"}, "needs frozen weights"),
         ({"parallel": "fsdp", "optimizer__name": "adamw8bit"}, 'works only with parallel="ddp"'),
-        ({"parallel": "fsdp", "model__frozen_dtype": "bfloat16"}, "weights of one dtype"),
         ({"objective__sigma_range": (0.5, 0.5)}, "two levels in"),
         ({"evaluation__sigmas": (0.5, 1.0)}, "levels between 0 and 1"),
         (
@@ -227,3 +226,12 @@ def test_the_shift_is_read_from_the_models_scheduler():
         scheduler_shift({"_class_name": "DDIMScheduler"})
     with pytest.raises(ValueError, match="by resolution"):
         scheduler_shift({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True})
+
+
+def test_older_pytorch_shards_weights_of_one_dtype(tmp_path, monkeypatch):
+    changes = {"parallel": "fsdp", "model__frozen_dtype": "bfloat16"}
+    monkeypatch.setattr("torch.__version__", "2.9.0+cu128")
+    assert config(tmp_path, **changes).parallel == "fsdp"
+    monkeypatch.setattr("torch.__version__", "2.8.1")
+    with pytest.raises(ValueError, match=r"weights of one dtype with PyTorch 2\.8\.1"):
+        config(tmp_path, **changes)

@@ -1,6 +1,9 @@
 """The trainer beyond Wan: tiny random models of MiniMax-H3, LTX-2, and HunyuanVideo, saved, trained, and exported."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -243,6 +246,31 @@ def test_the_recipes_of_minimax_h3(run, recipe, tmp_path):
     assert (result.export / "lora" / "pytorch_lora_weights.safetensors").is_file()
     manifest = json.loads((result.export / "sparse" / "foveal.json").read_text())
     assert manifest["components"]["transformer"]["family"] == "minimax_h3"
+
+
+def test_minimax_h3_sharded_over_two_processes(run, tmp_path):
+    """Frozen weights in bfloat16, those that are trained in float32; the same losses as in one process."""
+    run("minimax_h3")
+    options = {"model.path": tmp_path / "base", "data.folder": tmp_path / "data", "data.held-out": 2, "batch-size": 2}
+    options |= {"steps": 2, "device": "cpu", "tracker": "none", "precision": "no"}
+    found = {}
+    for processes in (1, 2):
+        output = tmp_path / f"run{processes}"
+        arguments = [x for name, value in options.items() for x in (f"--{name}", str(value))]
+        arguments += ["--parallel", "fsdp" if processes > 1 else "ddp", "--output", str(output)]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        python = [sys.executable, "-c", "import sys; from foveal.lab.cli import main; sys.exit(main())"]
+        done = subprocess.run(
+            [*launcher, "--no-python", *python, "train", "minimax-h3-vsa", *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+        found[processes] = [line["loss"] for line in lines if "loss" in line]
+    assert found[2] == pytest.approx(found[1], rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from foveal.checks import check_choice, check_positive_int
 from foveal.lab.train.settings import (
     CheckpointSettings,
@@ -107,8 +109,11 @@ class TrainingConfig:
                 "objective.first_frame and context_parallel exclude each other, because timesteps of tokens are not "
                 f"divided among processes; got {self.objective.first_frame} and {self.context_parallel}"
             )
-        if self.parallel == "fsdp" and self.model.frozen_dtype != "float32":
-            raise ValueError('parallel="fsdp" shards weights of one dtype: set model.frozen_dtype to "float32"')
+        if self.parallel == "fsdp" and self.model.frozen_dtype != "float32" and not shards_mixed_dtypes():
+            raise ValueError(
+                f'parallel="fsdp" shards weights of one dtype with PyTorch {torch.__version__}: '
+                'set model.frozen_dtype to "float32", or take PyTorch 2.9'
+            )
         if self.parallel == "fsdp" and self.optimizer.name == "adamw8bit":
             raise ValueError('optimizer.name="adamw8bit" works only with parallel="ddp"')
 
@@ -123,6 +128,12 @@ class TrainingConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values, for people to read and to compare."""
         return _plain(dataclasses.asdict(self))
+
+
+def shards_mixed_dtypes() -> bool:
+    """Whether FSDP2 shards frozen weights of another dtype beside those that are trained."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 9)
 
 
 def _plain(value: Any) -> Any:
