@@ -28,6 +28,7 @@ from foveal.testing import (
     output_and_gradients,
     poison_empty,
     random_selection,
+    relative_error,
 )
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
@@ -177,7 +178,7 @@ def test_linear_only_is_textbook_linear_attention(feature_map, impl):
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 def test_branches_cover_the_keys_that_their_scope_names(impl):
-    """With value = one key's indicator and no projection, a zero output means that the key was not looked at."""
+    """With value = one key's indicator and no projection, an output of zero means that the key was not looked at."""
     labels = torch.tensor([[[[1, 0, -1], [1, 1, -1], [-1, 0, 0]]]])
     selection = BlockSelection.from_labels(labels, block_q=2, block_k=2, query_length=6, key_length=6)
     query, key, _ = make_inputs(heads=1, query_length=6, head_dim=8)
@@ -188,7 +189,7 @@ def test_branches_cover_the_keys_that_their_scope_names(impl):
         config = SLAConfig(block_q=2, block_k=2, linear_scope=scope, projection=False)
         output = sla_attention(query, key, value, config=config, selection=selection, impl=impl)
         expected = blocks.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        assert torch.equal(output[..., :6] != 0, expected), scope
+        assert torch.equal(output[..., :6].abs() > 1e-12, expected), scope
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
@@ -314,6 +315,31 @@ def test_module_in_tile_order_compiles_without_graph_break():
     compiled = torch.compile(lambda *qkv: module(*qkv, grid=grid), fullgraph=True, backend="aot_eager")
     eager = output_and_gradients(lambda *qkv: module(*qkv, grid=grid), inputs)
     assert_same(output_and_gradients(compiled, inputs), eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("run", [linear.linear_branch, linear._composed])
+@pytest.mark.parametrize("share", [0.8, 0.15])
+@pytest.mark.parametrize("key_mean", [0.0, 2.0])
+@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
+def test_a_mean_of_the_values_costs_the_gradients_no_accuracy(feature_map, key_mean, share, run):
+    """O^l is a weighted mean of V: the gradients of Q and K do not change with V's mean, nor should their errors."""
+    query, key, value = make_inputs(query_length=300, key_length=340, head_dim=32, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    mask = (torch.rand(*query.shape[:2], 10, 11, generator=generator) < share).to(torch.int8)
+
+    def attend(query, key, value):
+        phi = (apply_feature_map(x, feature_map, None) for x in (query, key))
+        return run(*phi, value, mask, 32, 32)
+
+    errors = {}
+    for mean in (0.0, 4.0, 16.0):
+        inputs = query, key + key_mean, value + mean
+        found = output_and_gradients(attend, inputs)
+        exact = output_and_gradients(attend, [x.double() for x in inputs])
+        errors[mean] = [relative_error(x, y) for x, y in zip(found, exact, strict=True)]
+    for mean in (4.0, 16.0):
+        for name, error, usual in zip(("output", "query", "key", "value"), errors[mean], errors[0.0], strict=True):
+            assert error <= 2 * usual, (mean, name)
 
 
 @pytest.mark.parametrize("masked", [True, False])

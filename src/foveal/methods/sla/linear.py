@@ -4,6 +4,10 @@
     H   = mask @ h                           one product of [Tq x Tk] by [Tk x F (D + 1)] per head, not a sum per row
     O^l = phi(Q_i) H_i / (phi(Q_i) Z_i + 1e-5)
 
+O^l is a weighted mean of V, and the gradients of Q and K are differences that cancel as far as V has a mean m. So the
+states are those of V - m, and O^l = phi(Q_i) H_i / n + m (1 - 1e-5 / n) with n = phi(Q_i) Z_i + 1e-5; m cancels in all
+gradients.
+
 The backward recomputes h and H instead of saving them, and uses the transposed mask once. Both passes process one head
 at a time, so the extra memory is one head's states. They are custom ops, opaque to `torch.compile`.
 Source: SLA (arXiv 2509.24006), eq. 5 and Algorithms 1 and 2, with the corrections of this project's tests.
@@ -80,7 +84,8 @@ class _Head:
             block_q, block_k = phi_query.shape[0], phi_key.shape[0]
         self.phi_query = blocked(phi_query, block_q)
         self.phi_key = blocked(phi_key, block_k)
-        self.value = blocked(value, block_k)
+        self.mean = value.mean(0)
+        self.value = blocked(value - self.mean, block_k)
         self.mask = None if mask is None else (mask != 0).to(phi_query.dtype)
         states = _states(self.phi_key, self.value)
         if self.mask is not None:
@@ -100,6 +105,7 @@ def _forward_op(
             head_mask = None if mask is None else mask[b, h]
             head = _Head(phi_query[b, h], phi_key[b, h], value[b, h], head_mask, block_q, block_k)
             out = torch.bmm(head.phi_query, head.state).div_(head.norm)
+            out += head.mean * (1.0 - EPSILON / head.norm)
             output[b, h] = out.flatten(0, 1)[:length]
     return output
 
@@ -119,7 +125,9 @@ def _backward_op(
             head_mask = None if mask is None else mask[b, h]
             head = _Head(phi_query[b, h], phi_key[b, h], value[b, h], head_mask, block_q, block_k)
             g = blocked(grad[b, h], head.phi_query.shape[1])
+            # Of what is left of O^l without m times the sum of the weights, and that sum is not quite 1.
             g_dot_o = (g * torch.bmm(head.phi_query, head.state) / head.norm).sum(-1, keepdim=True)
+            g_dot_o -= (g @ head.mean)[..., None] * (EPSILON / head.norm)
             d_phi_query = (torch.bmm(g, head.state.transpose(1, 2)) - g_dot_o * head.norm_state.transpose(1, 2)).div_(
                 head.norm
             )
@@ -152,13 +160,16 @@ def _composed(
     def blocks(x: Tensor, block: int) -> Tensor:
         return F.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
 
+    mean = value.detach().mean(2, keepdim=True)  # of which no derivative depends
+    value = value - mean
     rows, keys = blocks(phi_query, block_q), blocks(phi_key, block_k)
     ones = torch.ones_like(value[..., :1])
     states = keys.transpose(-1, -2) @ blocks(torch.cat((value, ones), -1), block_k)
     if mask is not None:
         states = ((mask != 0).to(states.dtype) @ states.flatten(3)).unflatten(3, states.shape[3:])
     summed = rows @ states
-    output = summed[..., :-1] / (summed[..., -1:] + EPSILON)
+    norm = summed[..., -1:] + EPSILON
+    output = summed[..., :-1] / norm + mean.unsqueeze(2) * (1.0 - EPSILON / norm)
     return output.flatten(2, 3)[:, :, :length]
 
 
