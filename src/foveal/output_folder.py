@@ -49,7 +49,7 @@ class OutputFolder:
         command: the command that owns the files, like "demo". Files of another command are treated like a user's.
     """
 
-    def __init__(self, path: str | os.PathLike, command: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], command: str) -> None:
         self.path, self.command = Path(path), command
         self._own: dict[str, list[tuple[int | None, str | None]]] = {}
         self._read_to = 0

@@ -24,7 +24,7 @@ class Patch:
     """
 
     def __init__(
-        self, replacements: list[tuple[Any, str, Callable]], *, also: Callable[[], None] | None = None
+        self, replacements: list[tuple[Any, str, Callable[..., Any]]], *, also: Callable[[], None] | None = None
     ) -> None:
         self._undo: list[Callable[[], None]] = [] if also is None else [also]
         for holder, name, function in replacements:

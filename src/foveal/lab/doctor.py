@@ -40,7 +40,7 @@ TEXT_TOKENS = 512
 
 
 def examine(
-    model: str | os.PathLike = "wan-1.3b",
+    model: str | os.PathLike[str] = "wan-1.3b",
     *,
     frames: int = 81,
     height: int = 480,

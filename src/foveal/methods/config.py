@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class MethodConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]):
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
         """The inverse of `to_dict`.
 
         Raises:
@@ -30,10 +30,10 @@ class MethodConfig:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
     @classmethod
-    def from_saved(cls, fields: dict[str, Any]):
+    def from_saved(cls, fields: dict[str, Any]) -> Self:
         """What `from_dict` makes of the fields in a saved file, which an older version may have written."""
         return cls.from_dict(fields)
 
-    def replace(self, **changes: Any):
+    def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)

@@ -33,7 +33,7 @@ def sparsify(
     config: Config | None = None,
     *,
     layers: Layers = None,
-    policy: Policy | str | os.PathLike | None = None,
+    policy: Policy | str | os.PathLike[str] | None = None,
     impl: str = "auto",
     on_fallback: str = "allow",
 ) -> Model:
@@ -95,7 +95,7 @@ def _install_all(model: Any, plans: list[tuple[nn.Module, dict[str, SparseAttent
     register_components(model)
 
 
-def _follow_file(model: Model, path: str | os.PathLike, *, impl: str, on_fallback: str) -> Model:
+def _follow_file(model: Model, path: str | os.PathLike[str], *, impl: str, on_fallback: str) -> Model:
     """`sparsify` by a policy file."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"policy must be a Policy or a policy file, got {path!r} ({type(path).__name__})")

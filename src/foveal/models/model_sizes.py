@@ -109,7 +109,7 @@ MODEL_SIZES = {
 }
 
 
-def model_size(model: str | os.PathLike) -> ModelSize:
+def model_size(model: str | os.PathLike[str]) -> ModelSize:
     """The size of a model by its name in `MODEL_SIZES`, or of the transformer in a local diffusers folder.
 
     Args:

@@ -305,6 +305,13 @@ class SparseLinearAttention(nn.Module):
         feature_weight: [D, D], the identity at the start, for feature_map "hedgehog"; else None.
     """
 
+    head_dim: int
+    config: SLAConfig
+    impl: str
+    ran: Ran | None
+    proj: Projection | None
+    feature_weight: nn.Parameter | None
+
     def __init__(self, head_dim: int, config: SLAConfig, *, impl: str = "auto") -> None:
         super().__init__()
         check_positive_int("head_dim", head_dim)
@@ -312,7 +319,7 @@ class SparseLinearAttention(nn.Module):
             raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
         check_choice("impl", impl, IMPLS)
         self.head_dim, self.config, self.impl = head_dim, config, impl
-        self.ran: Ran | None = None
+        self.ran = None
         linear = config.linear_scope != "none"
         self.proj = Projection(head_dim) if linear and config.projection else None
         hedgehog = linear and config.feature_map == "hedgehog"

@@ -45,6 +45,9 @@ class PreciseParameters(nn.Module):
 class Projection(PreciseParameters):
     """W and b of the linear branch, zero at the start; call it for both."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, head_dim: int) -> None:
         super().__init__(weight=torch.zeros(head_dim, head_dim), bias=torch.zeros(head_dim))
 

@@ -185,6 +185,14 @@ class RoutedSparseLinearAttention(nn.Module):
             calls with gradients leave it.
     """
 
+    num_heads: int
+    head_dim: int
+    config: SLA2Config
+    impl: str
+    ran: Ran | None
+    router: PreciseParameters
+    mixing: PreciseParameters
+
     def __init__(self, num_heads: int, head_dim: int, config: SLA2Config, *, impl: str = "auto") -> None:
         super().__init__()
         check_positive_int("num_heads", num_heads)
@@ -193,7 +201,7 @@ class RoutedSparseLinearAttention(nn.Module):
             raise TypeError(f"config must be an SLA2Config, got {type(config).__name__}")
         check_choice("impl", impl, IMPLS)
         self.num_heads, self.head_dim, self.config, self.impl = num_heads, head_dim, config, impl
-        self.ran: Ran | None = None
+        self.ran = None
         self.router = PreciseParameters(proj_query=torch.eye(head_dim), proj_key=torch.eye(head_dim))
         self.mixing = PreciseParameters(alpha_logits=start_logits(num_heads, config.alpha_rows, config.alpha))
 

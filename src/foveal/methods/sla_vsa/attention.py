@@ -209,6 +209,16 @@ class SparseLinearVideoAttention(nn.Module):
             calls with gradients leave it.
     """
 
+    hidden_dim: int
+    num_heads: int
+    head_dim: int
+    config: SLAVSAConfig
+    impl: str
+    ran: Ran | None
+    to_gate_coarse: nn.Linear | None
+    to_gate_fine: nn.Linear | None
+    proj: Projection | None
+
     def __init__(
         self, hidden_dim: int, num_heads: int, head_dim: int, config: SLAVSAConfig, *, impl: str = "auto"
     ) -> None:
@@ -220,7 +230,7 @@ class SparseLinearVideoAttention(nn.Module):
         check_choice("impl", impl, IMPLS)
         self.hidden_dim, self.num_heads, self.head_dim = hidden_dim, num_heads, head_dim
         self.config, self.impl = config, impl
-        self.ran: Ran | None = None
+        self.ran = None
         width = num_heads * head_dim
         self.to_gate_coarse = constant_linear(hidden_dim, width, 0.0) if config.coarse else None
         self.to_gate_fine = constant_linear(hidden_dim, width, 1.0) if config.fine_gate else None

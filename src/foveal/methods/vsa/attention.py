@@ -231,6 +231,15 @@ class VideoSparseAttention(nn.Module):
             the gate is then fixed at 1.
     """
 
+    hidden_dim: int
+    num_heads: int
+    head_dim: int
+    config: VSAConfig
+    impl: str
+    ran: Ran | None
+    to_gate_coarse: nn.Linear
+    to_gate_fine: nn.Linear | None
+
     def __init__(
         self, hidden_dim: int, num_heads: int, head_dim: int, config: VSAConfig, *, impl: str = "auto"
     ) -> None:
@@ -242,7 +251,7 @@ class VideoSparseAttention(nn.Module):
         check_choice("impl", impl, IMPLS)
         self.hidden_dim, self.num_heads, self.head_dim = hidden_dim, num_heads, head_dim
         self.config, self.impl = config, impl
-        self.ran: Ran | None = None
+        self.ran = None
         self.to_gate_coarse = constant_linear(hidden_dim, num_heads * head_dim, 0.0)
         self.to_gate_fine = constant_linear(hidden_dim, num_heads * head_dim, 1.0) if config.fine_gate else None
 

@@ -84,7 +84,7 @@ class CheckpointReport:
 
 
 def load_checkpoint(
-    model: Any, path: str | os.PathLike, *, format: str | None = None, impl: str = "auto", **changes: Any
+    model: Any, path: str | os.PathLike[str], *, format: str | None = None, impl: str = "auto", **changes: Any
 ) -> CheckpointReport:
     """Loads a released sparse checkpoint into a dense model: makes it sparse as trained, and loads every weight.
 
@@ -150,7 +150,7 @@ def load_checkpoint(
     )
 
 
-def check_checkpoint(path: str | os.PathLike) -> None:
+def check_checkpoint(path: str | os.PathLike[str]) -> None:
     """Whether `load_checkpoint` recognizes a file or folder, only from its names, without a model.
 
     Raises:
@@ -162,7 +162,7 @@ def check_checkpoint(path: str | os.PathLike) -> None:
         choose_format(file, without_prefix(file.shapes), file_header(file), None)
 
 
-def export_checkpoint(model: Any, path: str | os.PathLike, *, format: str) -> None:
+def export_checkpoint(model: Any, path: str | os.PathLike[str], *, format: str) -> None:
     """Writes a sparse model as another project reads it: the whole transformer, or for a LoRA format its one adapter.
 
     The file is written aside and renamed. A safetensors file carries the configuration in its header, for

@@ -13,7 +13,7 @@ EXPORTED = "sparse"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def load_export(model: Any, folder: str | os.PathLike, *, impl: str = "auto") -> Any:
+def load_export(model: Any, folder: str | os.PathLike[str], *, impl: str = "auto") -> Any:
     """A dense model with what `foveal train` exports: sparse attention, and weights or an adapter if it trained them.
 
     Args:

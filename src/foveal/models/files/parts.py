@@ -45,7 +45,9 @@ class SparseParameters:
         return f"{method_of(self.config).name} parameters of {len(self.layers)} layers; {self.config}, {origin}"
 
 
-def read_sparse_parameters(path: str | os.PathLike, *, format: str | None = None, **changes: Any) -> SparseParameters:
+def read_sparse_parameters(
+    path: str | os.PathLike[str], *, format: str | None = None, **changes: Any
+) -> SparseParameters:
     """The sparse parameters of a file or folder that `load_checkpoint` reads, for models of Wan.
 
     Args:
@@ -75,7 +77,7 @@ def read_sparse_parameters(path: str | os.PathLike, *, format: str | None = None
     return SparseParameters(str(path), found.name, found.source, config, header is not None, layers)
 
 
-def read_base_weights(path: str | os.PathLike, *, format: str | None = None) -> dict[str, Tensor]:
+def read_base_weights(path: str | os.PathLike[str], *, format: str | None = None) -> dict[str, Tensor]:
     """The other weights of such a file by their names in the Wan repository, on the CPU, in the file's dtypes.
 
     int8 weights are dequantized, and a patch embedding stored as a matrix becomes a convolution's.
@@ -106,7 +108,7 @@ def read_base_weights(path: str | os.PathLike, *, format: str | None = None) -> 
 
 @contextmanager
 def _opened(
-    path: str | os.PathLike, format: str | None
+    path: str | os.PathLike[str], format: str | None
 ) -> Iterator[tuple[TensorFile, dict[str, str], dict[str, Any] | None, CheckpointFormat]]:
     with open_tensors(path) as stored:
         file, _ = translated(stored)

@@ -51,7 +51,7 @@ HEADER_KEY = "foveal"
 Model = TypeVar("Model")
 
 
-def save(model: Any, folder: str | os.PathLike) -> None:
+def save(model: Any, folder: str | os.PathLike[str]) -> None:
     """Writes what `sparsify` added to a model: parameters bit for bit, each layer's configuration, and the policy.
 
     A model sharded by FSDP2, FSDP1, or ZeRO-3 is gathered: all ranks call this together, the first one writes, and all
@@ -103,7 +103,7 @@ def save(model: Any, folder: str | os.PathLike) -> None:
             dist.barrier()
 
 
-def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Model:
+def load(model: Model, folder: str | os.PathLike[str], *, impl: str = "auto") -> Model:
     """Puts what `save` wrote into a model: sparsifies a dense one as saved, and checks that a sparse one agrees.
 
     A saved policy takes the place of the model's, a pipeline's scheduler telling the step.
@@ -166,7 +166,7 @@ def load(model: Model, folder: str | os.PathLike, *, impl: str = "auto") -> Mode
     return model
 
 
-def check_saved(folder: str | os.PathLike) -> None:
+def check_saved(folder: str | os.PathLike[str]) -> None:
     """Check what `save` wrote as far as that goes without a model.
 
     Raises:
@@ -175,7 +175,7 @@ def check_saved(folder: str | os.PathLike) -> None:
     _read(Path(folder))
 
 
-def _check_model(folder: str | os.PathLike, component: str, transformer: nn.Module, entry: dict[str, Any]) -> None:
+def _check_model(folder: str | os.PathLike[str], component: str, transformer: nn.Module, entry: dict[str, Any]) -> None:
     """Raise a ValueError unless a model is the one that was saved; of files that do not say, warn of what is odd."""
     if entry["family"] != family_of(transformer).name:
         return  # `check_component` says that.

@@ -49,7 +49,7 @@ def policy_text(components: dict[str, ComponentPolicy], **more: Any) -> str:
     return json.dumps({FORMAT_KEY: FORMAT, "components": described, **more}, indent=1)
 
 
-def read_policy(path: str | os.PathLike) -> dict[str, ComponentPolicy]:
+def read_policy(path: str | os.PathLike[str]) -> dict[str, ComponentPolicy]:
     """The components of a policy file.
 
     Raises:

@@ -49,7 +49,7 @@ class TensorFile:
 
 
 @contextlib.contextmanager
-def open_tensors(path: str | os.PathLike) -> Iterator[TensorFile]:
+def open_tensors(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
     """Opens a `.safetensors` file, a `.pth`, `.pt`, `.bin` or `.ckpt` file, or a folder of safetensors.
 
     A folder holds one safetensors file, or shards and their index; of a whole pipeline's folder, the transformer's is
@@ -152,7 +152,7 @@ def _load_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return dict(loaded), {}
 
 
-def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], entry: str, text: str) -> None:
+def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], entry: str, text: str) -> None:
     """Write a `.safetensors` file with an entry in its header, or a `.pth` or `.pt` file, which has no place for one.
 
     Raises:
