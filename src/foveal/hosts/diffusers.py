@@ -16,7 +16,7 @@ from foveal.checks import check_choice
 from foveal.hosts.patching import Patch, import_host
 from foveal.kernels.api import IMPLS
 from foveal.methods.sla.attention import sla_attention
-from foveal.methods.sla.config import SLAConfig
+from foveal.methods.sla.config import SLAConfig, check_bare
 
 NAME = "foveal"
 HOW_TO_INSTALL = "pip install diffusers"
@@ -42,13 +42,7 @@ def register_attention_backend(config: SLAConfig, *, impl: str = "auto") -> Patc
         TypeError, ValueError: naming the argument, what was expected and what came; or the name is taken.
         ImportError: diffusers is absent, or has another registry than foveal knows.
     """
-    if not isinstance(config, SLAConfig):
-        raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
-    if config.linear_scope != "none" or config.projection or config.token_order != "raster":
-        raise ValueError(
-            'config must have linear_scope="none", projection=False, and token_order="raster": a backend of diffusers '
-            f"has neither parameters nor a grid, got {config}"
-        )
+    check_bare(config)
     check_choice("impl", impl, IMPLS)
     import_host("diffusers", "diffusers", HOW_TO_INSTALL)
     dispatch = import_host("diffusers.models.attention_dispatch", "diffusers", HOW_TO_INSTALL)

@@ -85,3 +85,14 @@ class SLAConfig(MethodConfig):
         if self.token_order == "raster":
             return None
         return (1, 8, 8) if grid.frames == 1 else (4, 4, 4)
+
+
+def check_bare(config: SLAConfig) -> None:
+    """Raises a TypeError or ValueError unless a configuration does without parameters and without a grid."""
+    if not isinstance(config, SLAConfig):
+        raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
+    if config.linear_scope != "none" or config.projection or config.token_order != "raster":
+        raise ValueError(
+            'config must have linear_scope="none", projection=False, and token_order="raster", for there are neither '
+            f"parameters nor a grid here, got {config}"
+        )
