@@ -120,7 +120,7 @@ NOT_TRAINED = ", of family {!r}, which converts but is not trained yet"
     ("transformer", "message"),
     [
         ("LTXVideoTransformer3DModel", NOT_TRAINED.format("ltx_video")),
-        ("HunyuanVideoTransformer3DModel", NOT_TRAINED.format("hunyuan_video")),
+        ("FluxTransformer2DModel", NOT_TRAINED.format("flux")),
         ("CogVideoXTransformer3DModel", NOT_TRAINED.format("cogvideox")),
         ("WanVACETransformer3DModel", NOT_TRAINED.format("wan_vace")),
         ("MochiTransformer3DModel", ", of no family that foveal knows"),
@@ -137,7 +137,8 @@ def test_models_that_cannot_be_trained_are_named_at_once(tmp_path, capsys, trans
     (place / "config.json").write_text(json.dumps({"_class_name": transformer}))
     output = tmp_path / "run"
     assert cli.main(["train", "wan-1.3b-sla", "--model.path", str(base), "--output", str(output)]) == 2
-    expected = f"training takes transformers of family 'wan'; {place} has a {transformer}{message}"
+    trained = "'wan' or 'hunyuan_video' or 'ltx2' or 'minimax_h3'"
+    expected = f"training takes transformers of family {trained}; {place} has a {transformer}{message}"
     assert capsys.readouterr().err == f"foveal: {expected}\n"
     assert not output.exists()
 

@@ -12,7 +12,7 @@ from tiny_wan import SPARSE_SLA, SPARSE_VSA, generate, inputs, run, tiny_pipelin
 
 import foveal
 from foveal import Policy, VSAConfig
-from foveal.kernels import api
+from foveal.kernels import api, chips
 from foveal.kernels.hopper import support
 from foveal.lab import cli
 from foveal.lab.train.trainer import run_training
@@ -77,7 +77,7 @@ WAYS = {
 def refusal(tensors, blocks, monkeypatch):
     """What "auto" takes on a Hopper GPU for tensors like these."""
     tensors = dict(tensors)
-    monkeypatch.setattr(support, "_capability", lambda device: "9.0")
+    monkeypatch.setattr(chips, "capability", lambda device: "9.0")
     no_triton, other_triton = (tensors.pop(name, False) for name in ("no_triton", "other_triton"))
     monkeypatch.setattr(api, "_HAS_TRITON", not no_triton)
     version = "it is written for Triton 3.6 to 3.9, got 2.0" if no_triton or other_triton else None

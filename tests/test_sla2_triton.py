@@ -123,7 +123,13 @@ def main(names) -> None:
             run_case(name)
 
 
-@pytest.mark.parametrize("name", [*CASES, "ways"])
+# The interpreter takes seconds for a case. The others are left out unless asked for.
+QUICK = ("padding", "ways")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.exhaustive) for x in (*CASES, "ways")]
+)
 def test_interpreted(name):
     pytest.importorskip("triton")
     run_interpreted(__file__, [name])

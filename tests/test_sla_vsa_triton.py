@@ -118,7 +118,13 @@ def main(names) -> None:
             check_case(name, "cpu", "triton")
 
 
-@pytest.mark.parametrize("name", [*CASES, "ways"])
+# The interpreter takes seconds for a case. The others are left out unless asked for.
+QUICK = ("partial cubes", "no linear branch", "ways")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.exhaustive) for x in (*CASES, "ways")]
+)
 def test_interpreted(name):
     pytest.importorskip("triton")
     run_interpreted(__file__, [name])

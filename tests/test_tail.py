@@ -264,7 +264,13 @@ def run_linear():
                 assert relative_error(x, y) < 0.01, (scope, label)
 
 
-@pytest.mark.parametrize("name", [*INTERPRETED, "linear"])
+# The interpreter takes seconds for a case. The others are left out unless asked for.
+QUICK = ("partial", "linear")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.exhaustive) for x in (*INTERPRETED, "linear")]
+)
 def test_kernels(name):
     run_interpreted(__file__, [name])
 

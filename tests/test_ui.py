@@ -284,7 +284,7 @@ def test_in_a_browser(address, tmp_path):
         keep.fill("20")
         keep.press("Tab")
         facts.get_by_text("1 of 6").wait_for()
-        tab.get_by_label("VSA").check()
+        tab.get_by_label("VSA", exact=True).check()
         tab.wait_for_function("document.querySelector('#drop input[type=number]').disabled")
         assert drop.is_disabled()
         clip = tab.locator("#clip input")

@@ -172,7 +172,9 @@ def transformer_fields(settings: ModelSettings) -> dict[str, Any]:
     name = fields.get("_class_name")
     family = next((family for family in FAMILIES.values() if family.transformer == name), None)
     if family is None or family.training is None:
-        what = f"family {family.name!r}, which converts but is not trained yet" if family else "no known family"
+        what = "no family that foveal knows"
+        if family is not None:
+            what = f"family {family.name!r}, which converts but is not trained yet"
         trained = " or ".join(map(repr, TRAINED_FAMILIES))
         raise ValueError(f"training takes transformers of family {trained}; {place} has a {name}, of {what}")
     taken = fields.get("in_channels")
