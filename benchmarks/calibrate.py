@@ -121,7 +121,7 @@ def table(results: dict) -> str:
     lines += [
         "",
         f"*`{results['model']}`, {size} tokens, mean of {results['pairs']} pairs with dense attention, calibrated on "
-        f"{results['prompts']} other prompts; {results['environment']['device']}, commit `{results['commit']}`.*",
+        f"{results['prompts']} other; {results['environment']['device']}, commit `{results['commit']}`.*",
     ]
     return "\n".join(lines)
 
