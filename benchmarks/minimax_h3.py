@@ -240,6 +240,18 @@ def protected_attention(steps: Steps, rows: int) -> Tensor:
     return found[0]
 
 
+def by_operation(steps: Steps, rows: int = 25) -> dict[str, float]:
+    """Milliseconds of a call with one block, by kernel on a GPU and by operator on a CPU; the slowest ones."""
+    on_gpu = steps.model.device.type == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profiler:
+        steps(1)
+    took = {
+        x.key: (x.self_device_time_total if on_gpu else x.self_cpu_time_total) / 1e3 for x in profiler.key_averages()
+    }
+    return dict(sorted(took.items(), key=lambda pair: -pair[1])[:rows])
+
+
 def prepare(
     arm: Arm, mode: str, request: Request, base: MiniMaxH3Transformer3DModel, dense: Tensor | None, smoke: bool
 ) -> tuple[Steps, dict[str, Any], Tensor]:
@@ -358,13 +370,16 @@ def time_group(
         try:
             ready[arm], known[arm], found = prepare(ARMS[arm], mode, request, base, dense, options.smoke)
             dense = found if arm == DENSE else dense
+            if options.profile:
+                known[arm]["profile"] = by_operation(ready[arm])
             known[arm]["peak_bytes"] = None
             if device.type == "cuda":
                 known[arm]["peak_bytes"] = peak_memory(device, lambda arm=arm: ready[arm](max(options.layers)))
         except RuntimeError as error:
             ready.pop(arm, None)
             known[arm] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-        print(f"{name}: {arm}: {known[arm]}", file=sys.stderr, flush=True)
+        facts = {key: value for key, value in known[arm].items() if key != "profile"}
+        print(f"{name}: {arm}: {facts}", file=sys.stderr, flush=True)
     for arm, about in known.items():
         entry = group["arms"].setdefault(arm, {"milliseconds": {str(layers): [] for layers in options.layers}})
         entry.update(about)
@@ -392,6 +407,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns of every arm")
     parser.add_argument("--calls", type=int, default=2, help="calls that count in a turn")
     parser.add_argument("--text-tokens", type=int, default=256, help="of the prompt, which has no fixed length")
+    parser.add_argument("--profile", action="store_true", help="also where the time of a call with one block goes")
     parser.add_argument("--quick", action="store_true", help="the 5 s clip only, in two rounds of one call")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and canvas, for a test of this script")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="begin no arm and no round later")

@@ -32,13 +32,14 @@ def script(monkeypatch):
 
 def test_every_arm(script, tmp_path):
     path = tmp_path / "h3.json"
-    script.main([*TINY, "--modes", "eager", "--rounds", "2", "--output", str(path)])
+    script.main([*TINY, "--modes", "eager", "--rounds", "2", "--profile", "--output", str(path)])
     found = json.loads(path.read_text())
     group = found["figures"]["5 s, eager"]
     assert group["rounds"] == 2
     assert list(group["arms"]) == list(script.ARMS)
     for name, arm in group["arms"].items():
         assert arm["ran"] == ("torch" if script.ARMS[name].config else None)
+        assert 0 < max(arm["profile"].values()) == next(iter(arm["profile"].values()))
         one, two = (arm["milliseconds"][layers] for layers in ("1", "2"))
         assert len(one) == len(two) == 2
         block = statistics.median(two) - statistics.median(one)
