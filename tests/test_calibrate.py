@@ -131,7 +131,7 @@ def test_settings():
     assert training_free("vsa") == VSAConfig()
     with pytest.raises(ValueError, match="method vsa has no token_order"):
         training_free("vsa", token_order="tile")
-    with pytest.raises(ValueError, match=r"error must be above 0, got 0"):
+    with pytest.raises(ValueError, match=r"error must be above 0 and below 1, got 0"):
         CalibrationSettings(0, TAIL)
     with pytest.raises(ValueError, match="unknown by 'heads'"):
         CalibrationSettings(0.1, TAIL, by="heads")
@@ -216,7 +216,7 @@ def test_the_command_line_says_what_is_wrong(calibrated, tmp_path, capsys):
     wan, file = calibrated
     for arguments, message in (
         (("calibrate", "--model", wan), "give --prompt or --prompt-file, one of them"),
-        (("calibrate", "--model", wan, "--prompt", "a", "--error", "-1"), "error must be above 0, got -1"),
+        (("calibrate", "--model", wan, "--prompt", "a", "--error", "-1"), "error must be above 0 and below 1, got -1"),
         (("generate", "--model", wan, "--prompt", "a", "--policy", tmp_path / "x.json"), "no such policy file"),
         (("generate", "--model", wan, "--prompt", "a", "--policy", file, "--keep-ratio", "0.1"), "give --policy, or"),
     ):

@@ -19,6 +19,7 @@ from foveal.lab.config_file import OPTION, Command, arguments_of, take_config
 from foveal.lab.extras import how_to_install, need
 from foveal.lab.media_commands import Calibrate, Eval, Generate, Precompute
 from foveal.methods.base import METHODS
+from foveal.models.record import FallbackError
 
 
 @dataclass
@@ -403,7 +404,9 @@ def _command_of(arguments: list[str]) -> Any:
 
 
 def _failure(error: RuntimeError) -> str:
-    """What PyTorch says in many lines, in one; of memory, with what to do about it."""
+    """What PyTorch says in many lines, in one; of memory, with what to do about it; what was asked for as it is."""
+    if isinstance(error, FallbackError):
+        return str(error)
     text = " ".join((str(error).strip().splitlines() or [type(error).__name__])[0].split())
     if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in text:
         return f"out of memory ({text.split('. ')[0]}): take fewer frames, a smaller size, or a smaller dtype"

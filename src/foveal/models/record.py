@@ -27,6 +27,10 @@ HELD_DENSE = Ran("dense", "the policy's dense_layers")
 UNTOLD = Ran("")  # of a method whose module has no `ran`
 
 
+class FallbackError(RuntimeError):
+    """A layer fell back whose `on_fallback` is "raise"."""
+
+
 class LayerRecord:
     """What one sparse layer did since the last forward of its transformer ended.
 
@@ -129,7 +133,7 @@ class ForwardRecord:
         """Counts a forward.
 
         Raises:
-            RuntimeError: a layer fell back whose `on_fallback` is "raise".
+            FallbackError: a layer fell back whose `on_fallback` is "raise".
         """
         kind = self.kinds.get(forward)
         if kind is None:
@@ -140,7 +144,7 @@ class ForwardRecord:
                 kind = self.kinds[forward] = _Kind(self._tell(layers_that_ran(forward, layers), layers))
         kind.count += 1
         if kind.error is not None:
-            raise RuntimeError(kind.error)
+            raise FallbackError(kind.error)
 
     def clear(self) -> None:
         self.kinds.clear()

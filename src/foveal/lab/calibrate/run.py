@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +52,8 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         if isinstance(self.error, bool) or not isinstance(self.error, int | float):
             raise TypeError(f"error must be a number, got {self.error!r}")
-        if not 0 < self.error < math.inf:
-            raise ValueError(f"error must be above 0, got {self.error}")
+        if not 0 < self.error < 1:
+            raise ValueError(f"error must be above 0 and below 1, got {self.error}")
         check_choice("by", self.by, tuple(BUDGETS))
         if self.min_tokens is not None:
             Policy(min_tokens=self.min_tokens)
