@@ -5,8 +5,9 @@
 The walker steers by the depth buffer, so it follows corridors, opens doors, and does not stare at walls; in some clips
 it stands and looks around. Captions say which place it is, how the walker moved, and who was in sight, all from the
 game's own state. The game is drawn at twice the size and averaged, which takes away the flicker of its textures, and
-brightened. A job (a scene and a seed) always gives the same clips. `held-out` has seeds of its own, and maps of its
-own. Jobs that are on disk are not rendered again.
+brightened. A job (a scene and a seed) always takes the same walks, with the same captions; pixels of effects differ
+from run to run in some scenes. `held-out` has seeds of its own, and maps of its own. Jobs that are on disk are not
+rendered again.
 
 FOLDER/PART/JOB.npz holds `frames` uint8 [clips, 49, 144, 256, 3] at 35 frames a second, and `captions`. This file
 imports no torch, because each of its processes would load it.

@@ -67,16 +67,18 @@ def train_vae(work: Path, *, seconds: float, batch: int, commit: str | None) -> 
                 flush=True,
             )
     vae.load_state_dict(average)
-    errors = []
+    errors = []  # of each frame
     with torch.no_grad(), autocast():
         for clip in held_out:
             video = to_video(clip[None])
             output = parts.decode(vae, parts.encode(vae, video).chunk(2, 1)[0].float()).float().clamp(-1, 1)
-            errors.append((output - video).square().mean().item() / 4)
-    psnr = -10 * math.log10(sum(errors) / len(errors))
+            errors.append((output - video).square().mean((0, 1, 3, 4)).double().cpu() / 4)
+    by_frame = torch.stack(errors).mean(0)
+    psnr = -10 * math.log10(by_frame.mean())
     print(f"vae: {step} steps, held-out PSNR {psnr:.2f} dB", flush=True)
     write({name: value.float() for name, value in vae.state_dict().items()}, work / "vae.safetensors")
-    (work / "vae.json").write_text(json.dumps({"steps": step, "psnr": psnr, "seconds": seconds, **machine(commit)}))
+    found = {"psnr": psnr, "psnr_by_frame": (-10 * by_frame.log10()).tolist()}
+    (work / "vae.json").write_text(json.dumps({"steps": step, **found, "seconds": seconds, **machine(commit)}))
 
 
 @torch.no_grad()
