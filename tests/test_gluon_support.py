@@ -102,4 +102,4 @@ def test_other_gpus_are_not_warned(monkeypatch, installed):
     installed("3.9.0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        api.choose_impl("auto", *inputs, 64, 64)
+        assert api.choose_impl("auto", *inputs, 64, 64) == api.Ran("triton")

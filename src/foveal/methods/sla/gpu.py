@@ -111,10 +111,25 @@ def _with_marginal(selection: BlockSelection, marginal: Tensor | None) -> BlockS
 def new_selection(query: Tensor, key: Tensor, rule: SelectionRule, scope: str) -> BlockSelection:
     """Memory for what a rule chooses. Its marginal mask is padded, as the products want it; None over all keys."""
     lists = new_lists(query, key, rule, with_marginal=scope != "all")
+    return _chosen_by(rule, query, key, lists.critical, lists.counts, lists.marginal)
+
+
+def made_selection(
+    choice: BlockSelection | SelectionRule, query: Tensor, key: Tensor, lists: Tensor, counts: Tensor, marginal: Tensor
+) -> BlockSelection:
+    """The selection that a forward used: the given one, or what `made_by_rule` returned of it."""
+    if not isinstance(choice, SelectionRule):
+        return choice
+    return _chosen_by(choice, query, key, lists, counts, marginal if marginal.dim() == 4 else None)
+
+
+def _chosen_by(
+    rule: SelectionRule, query: Tensor, key: Tensor, lists: Tensor, counts: Tensor, marginal: Tensor | None
+) -> BlockSelection:
     return BlockSelection(
-        critical=lists.critical,
-        critical_count=lists.counts,
-        marginal=lists.marginal,
+        critical=lists,
+        critical_count=counts,
+        marginal=marginal,
         block_q=rule.block_q,
         block_k=rule.block_k,
         query_length=query.shape[2],
@@ -294,18 +309,7 @@ def _(grad, query, key, value, weight, bias, *rest):
 def _setup_context(ctx, inputs, output) -> None:
     query, key, value, weight, bias, choice_tensors, choice_numbers, *ctx.options, _ = inputs
     *results, lists, counts, marginal = output
-    choice = unflatten(choice_tensors, choice_numbers)
-    if isinstance(choice, SelectionRule):
-        choice = BlockSelection(
-            critical=lists,
-            critical_count=counts,
-            marginal=marginal if marginal.dim() == 4 else None,
-            block_q=choice.block_q,
-            block_k=choice.block_k,
-            query_length=query.shape[2],
-            key_length=key.shape[2],
-            key_block_sizes=choice.key_block_sizes,
-        )
+    choice = made_selection(unflatten(choice_tensors, choice_numbers), query, key, lists, counts, marginal)
     tensors, ctx.numbers = flatten(choice)
     ctx.num_choice_tensors = len(choice_tensors)
     ctx.set_materialize_grads(False)

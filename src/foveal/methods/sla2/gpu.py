@@ -27,7 +27,7 @@ from foveal.kernels.triton.backward import output_delta
 from foveal.kernels.triton.lists import column_lists, padded_blocks
 from foveal.kernels.triton.select import pool, select
 from foveal.kernels.values import LinearTerm, flatten, linear_term, unflatten
-from foveal.methods.sla.gpu import made_by_rule, mask_operand, new_selection
+from foveal.methods.sla.gpu import made_by_rule, made_selection, mask_operand, new_selection
 from foveal.methods.sla.gpu_backward import own_states
 from foveal.methods.sla.gpu_forward import Results, forward_in_groups
 from foveal.methods.sla2.mixing import branch_weights, branches_with_keys, to_tokens
@@ -293,18 +293,7 @@ def _(grad, query, key, value, logits, scores, *rest):
 def _setup_context(ctx, inputs, output) -> None:
     query, key, value, logits, scores, _, _, choice_tensors, choice_numbers, *ctx.options, _ = inputs
     *results, lists, counts, marginal = output
-    choice = unflatten(choice_tensors, choice_numbers)
-    if isinstance(choice, SelectionRule):
-        choice = BlockSelection(
-            critical=lists,
-            critical_count=counts,
-            marginal=marginal,
-            block_q=choice.block_q,
-            block_k=choice.block_k,
-            query_length=query.shape[2],
-            key_length=key.shape[2],
-            key_block_sizes=choice.key_block_sizes,
-        )
+    choice = made_selection(unflatten(choice_tensors, choice_numbers), query, key, lists, counts, marginal)
     tensors, ctx.numbers = flatten(choice)
     ctx.num_choice_tensors = len(choice_tensors)
     ctx.set_materialize_grads(False)

@@ -12,6 +12,7 @@ from foveal.methods.sla_vsa.bench import CASES
 from foveal.methods.sla_vsa.config import SLAVSAConfig
 from foveal.methods.sla_vsa.cost import cost_parts
 from foveal.methods.vsa.layout import cube_order, kept_cubes, resolve_tile
+from foveal.methods.vsa.method import VSA
 from foveal.token_order import TileOrder
 
 
@@ -67,10 +68,6 @@ def _plan(config: SLAVSAConfig, grid: VideoGrid, device: torch.device) -> TileOr
     return cube_order(config.cubes, grid, device)
 
 
-def _kept(config: SLAVSAConfig) -> str:
-    return "keep_ratio" if config.topk is None else "topk"
-
-
 def _keep(config: SLAVSAConfig, amount: float) -> SLAVSAConfig:
     if config.topk is not None:
         return config.replace(topk=round(amount))
@@ -91,7 +88,7 @@ SLA_VSA = Method(
     gates=_gates,
     plan=_plan,
     needs_grid=True,
-    schedule=Schedule(kept=_kept, keep=_keep),
+    schedule=Schedule(kept=lambda config: VSA.schedule.kept(config.cubes), keep=_keep),
     presets={"SLA + VSA": SLAVSAConfig()},
     bench_cases=CASES,
 )
