@@ -14,12 +14,12 @@ from foveal.methods.base import METHODS, Config, method_of
 from foveal.models.shipped import shipped_clips
 
 EXPLANATION = (
-    "Click a token. **Bright** tokens it reads exactly, **dim** ones through the global branch (SLA's linear branch, "
-    "VSA's coarse stage), **dark** ones not at all. The red frame is the token itself."
+    "Click a token. **Bright** tokens it reads exactly, **dim** ones through the global branch (SLA's linear branch or "
+    "pooled tail, VSA's coarse stage), **dark** ones not at all. The red frame is the token itself."
 )
 
 # What the page calls the choice of a policy file.
-POLICY = "the policy file"
+POLICY = "the policy file, with its own ratios"
 
 # A number field is clamped to its range when it loses the focus; Enter is to do the same.
 ENTER_ENDS_TYPING = """() => document.addEventListener("keydown", (event) => {
