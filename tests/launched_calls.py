@@ -7,7 +7,6 @@ from functools import partial
 import torch
 
 from foveal import SLAConfig, VideoGrid, VSAConfig
-from foveal.blocks import SelectionRule, selection_rule
 from foveal.kernels.sparse import block_sparse_attention_gpu
 from foveal.kernels.tail import pooled_tail
 from foveal.kernels.triton import select
@@ -15,6 +14,7 @@ from foveal.kernels.triton.linear import key_state_sums
 from foveal.methods.sla.gpu import sla_attention_gpu
 from foveal.methods.vsa.gpu import select_cubes_gpu, vsa_attention_gpu
 from foveal.methods.vsa.layout import CubeLayout
+from foveal.rules import SelectionRule, selection_rule
 from foveal.testing import make_inputs, random_selection
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

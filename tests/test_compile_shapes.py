@@ -12,9 +12,9 @@ from tiny_wan import SPARSE_SLA, SPARSE_VSA, inputs, randomize, run, tiny_transf
 
 import foveal
 from foveal import SLAConfig, VideoGrid, VSAConfig, sla_attention, vsa_attention
-from foveal.blocks import count, num_critical
 from foveal.layout import PlannedGrid
 from foveal.methods.base import method_of
+from foveal.rules import count, num_critical
 from foveal.testing import make_inputs, output_and_gradients
 
 TILED_SLA = SPARSE_SLA.replace(token_order="tile")

@@ -16,7 +16,7 @@ ROOT = Path(foveal.__file__).parent
 LAYERS = [
     {"checks", "output_folder", "symbols"},
     {"token_order"},
-    {"layout"},
+    {"layout", "rules"},
     {"blocks"},
     {"testing", "kernels"},
     {"methods"},

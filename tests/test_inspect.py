@@ -11,7 +11,6 @@ from tiny_wan import SPARSE_SLA, inputs, run, tiny_pipeline, tiny_transformer
 
 import foveal
 from foveal import SLAConfig, VideoGrid, sparsify
-from foveal.blocks import count
 from foveal.lab import cli
 from foveal.lab.inspect.advice import Advice, advise
 from foveal.lab.inspect.probe import InspectSettings, LayerObservation, look_at, observe
@@ -20,6 +19,7 @@ from foveal.lab.inspect.statistics import reorder, selection_quality, weight_dis
 from foveal.lab.terminal import Progress
 from foveal.models.processor import sparse_processors
 from foveal.output_folder import LIST_FILE
+from foveal.rules import count
 
 TINY = InspectSettings(keep_ratios=(0.1, 0.3, 0.6), blocks=((16, 16), (32, 16)), query_blocks=None, rows=None)
 

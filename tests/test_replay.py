@@ -241,10 +241,10 @@ INTERPRETED = ["sla, marginal", "sla, all, strides", "sla, selection", "vsa", "v
 def run_replays(name: str) -> None:
     """SLA and VSA through Triton's interpreter: replays against calls that work everything out, with all gradients."""
     from foveal import SLAConfig, VideoGrid, VSAConfig, select_blocks
-    from foveal.blocks import selection_rule
     from foveal.methods.sla import gpu as sla
     from foveal.methods.vsa import gpu as vsa
     from foveal.methods.vsa.layout import CubeLayout
+    from foveal.rules import selection_rule
     from foveal.testing import make_inputs, output_and_gradients
 
     blocks = {"block_q": 64, "block_k": 64}

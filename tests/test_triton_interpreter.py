@@ -276,10 +276,10 @@ def run_selecting(name: str) -> None:
     import torch
 
     from foveal import SLAConfig, select_blocks
-    from foveal.blocks import selection_rule
     from foveal.kernels import api as module
     from foveal.methods.sla import gpu_forward
     from foveal.methods.sla.gpu import sla_attention_gpu
+    from foveal.rules import selection_rule
     from foveal.testing import make_inputs, output_and_gradients
 
     scope, block_k, heads, group_bytes, options = SELECTING_CASES[name]
@@ -321,12 +321,12 @@ def run_ways(name: str) -> None:
     from torch.utils.checkpoint import checkpoint
 
     from foveal import SLAConfig, VideoGrid, VSAConfig
-    from foveal.blocks import selection_rule
     from foveal.kernels import sparse
     from foveal.kernels.triton import select
     from foveal.methods.sla import gpu as sla
     from foveal.methods.vsa import gpu as vsa
     from foveal.methods.vsa.layout import CubeLayout
+    from foveal.rules import selection_rule
     from foveal.testing import make_inputs, output_and_gradients, random_selection
 
     query, key, value = make_inputs(batch=1, heads=1, query_length=100, head_dim=64, dtype=torch.bfloat16)

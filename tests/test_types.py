@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveal import BlockSelection, SLAConfig, VSAConfig
-from foveal.blocks import count, lists_from_mask
+from foveal.blocks import lists_from_mask
+from foveal.rules import count
 from foveal.testing import random_selection
 
 

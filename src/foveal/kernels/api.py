@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, SelectionRule, limits_of, rule_of
+from foveal.blocks import BlockSelection
 from foveal.checks import (
     cached_constant,
     check_choice,
@@ -22,6 +22,7 @@ from foveal.checks import (
 )
 from foveal.kernels import chips
 from foveal.kernels.choice import check_rule, choose_blocks
+from foveal.rules import SelectionRule, limits_of, rule_of
 from foveal.symbols import ceil_div
 
 IMPLS = ("auto", "reference", "torch", "triton", "gluon")

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveal.blocks import PARTS, list_width, pick_blocks, pool_blocks, pooled_scores, quarter_sizes, roomy
+from foveal.blocks import PARTS, pick_blocks, pool_blocks, pooled_scores, quarter_sizes
 from foveal.checks import cached_constant, check_choice, check_ratio
+from foveal.rules import list_width, roomy
 from foveal.symbols import ceil_div
 
 SCORES = ("mean", "log_sum_exp", "mean_spread")

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, SelectionRule
+from foveal.blocks import BlockSelection
 from foveal.checks import cached_constant
+from foveal.rules import SelectionRule
 
 LOG2_E = 1.4426950408889634
 

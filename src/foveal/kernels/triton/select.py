@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.blocks import MASS_UNITS, PARTS, SelectionRule, quarter_sizes
+from foveal.blocks import PARTS, quarter_sizes
 from foveal.kernels import chips
 from foveal.kernels.choice import with_squares
 from foveal.kernels.host import is_plain, launch, on_device_of, register_limit
@@ -25,6 +25,7 @@ from foveal.kernels.triton.lists import padded_blocks
 from foveal.kernels.triton.thresholds import count_for_mass, order_preserving, thresholds
 from foveal.kernels.triton.tiles import row_strides
 from foveal.kernels.values import flatten, size_stride, unflatten
+from foveal.rules import MASS_UNITS, SelectionRule
 from foveal.symbols import ceil_div
 
 SCORES_PER_THREAD = 16  # what a thread of a program holds in its registers

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, count
+from foveal.blocks import BlockSelection
 from foveal.checks import check_choice, check_positive_int
 from foveal.layout import VideoGrid
+from foveal.rules import count
 
 
 @dataclass(frozen=True)

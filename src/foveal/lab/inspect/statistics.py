@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveal.blocks import count, pool_blocks, pooled_scores
+from foveal.blocks import pool_blocks, pooled_scores
 from foveal.layout import VideoGrid
+from foveal.rules import count
 
 ORDERS = ("raster", "tile")
 RANKINGS = ("oracle", "pooled")

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from foveal.blocks import BlockSelection, list_width, selection_rule
+from foveal.blocks import BlockSelection
 from foveal.checks import (
     check_choice,
     check_positive_int,
@@ -34,6 +34,7 @@ from foveal.methods.sla.linear import linear_output
 from foveal.methods.sla.order import token_order, token_places, validate_tile_order, video_sorted
 from foveal.methods.sla.packed import packed_keys
 from foveal.methods.sla.projection import Projection
+from foveal.rules import list_width, selection_rule
 
 # Parts that run in PyTorch although the rest of a call runs on a GPU's kernels.
 SLOW_LINEAR = 'the linear branch runs in PyTorch: it has no kernel for feature_map="hedgehog"'

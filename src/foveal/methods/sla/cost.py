@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from foveal.blocks import count
 from foveal.methods.cost import FLOAT32_BYTES, INDEX_BYTES, AttentionShape, CostPart
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.feature_maps import feature_dim
+from foveal.rules import count
 
 
 def cost_parts(config: SLAConfig, shape: AttentionShape) -> tuple[CostPart, ...]:

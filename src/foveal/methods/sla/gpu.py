@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from foveal.blocks import BlockSelection, SelectionRule
+from foveal.blocks import BlockSelection
 from foveal.kernels.backend import backend_named
 from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
 from foveal.kernels.replay import replayed
@@ -28,6 +28,7 @@ from foveal.kernels.values import flatten, linear_term, unflatten
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.gpu_backward import gradients
 from foveal.methods.sla.gpu_forward import Results, forward_in_groups
+from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div
 
 

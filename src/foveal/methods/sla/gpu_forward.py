@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, SelectionRule
+from foveal.blocks import BlockSelection
 from foveal.kernels.backend import Backend, ForwardCall
 from foveal.kernels.host import side_stream
 from foveal.kernels.triton.linear import key_state_sums, key_states, masked_sum
 from foveal.kernels.triton.select import Lists, pick, pool
 from foveal.kernels.values import LinearTerm
+from foveal.rules import SelectionRule
 
 # What h and H of the heads in flight may take; or as much as the output, if that is more. Larger groups mean fewer
 # launches, and fewer times that the last programs of a kernel leave the device half idle.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from foveal.blocks import num_critical
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Method, Schedule, SummaryCells, keep_cell
 from foveal.methods.sla.attention import SparseLinearAttention, token_order
 from foveal.methods.sla.bench import CASES
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.cost import cost_parts
+from foveal.rules import num_critical
 
 
 def _build(config: SLAConfig, hidden_dim: int, num_heads: int, head_dim: int, impl: str) -> SparseLinearAttention:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from foveal.blocks import BlockSelection, SelectionRule
+from foveal.blocks import BlockSelection
 from foveal.checks import check_choice, check_positive_int, check_scale, validate_qkv, without_autocast
 from foveal.kernels.api import IMPLS, SLOW_SELECTION, Ran, choose_impl, may_note
 from foveal.layout import TokenLayout, VideoGrid
@@ -18,6 +18,7 @@ from foveal.methods.sla2.config import SLA2Config
 from foveal.methods.sla2.cpu import sla2_attention_torch
 from foveal.methods.sla2.mixing import block_logits, start_logits
 from foveal.methods.sla2.routing import Ranked, Router, ranked_scores
+from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div
 
 SLAS_ROUTER = Router(None, None)  # which ranks blocks by the products of their means

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, SelectionRule, limits_of, list_width, pool_blocks, selection_rule
+from foveal.blocks import BlockSelection, pool_blocks
 from foveal.kernels.api import fits_kernel, validate_selection
 from foveal.kernels.choice import choose_blocks
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
@@ -18,6 +18,7 @@ from foveal.methods.sla.order import token_order, validate_tile_order, video_sor
 from foveal.methods.sla.packed import packed_keys
 from foveal.methods.sla2.config import SLA2Config
 from foveal.methods.sla2.routing import Router
+from foveal.rules import SelectionRule, limits_of, list_width, selection_rule
 
 
 class CallBlocks:

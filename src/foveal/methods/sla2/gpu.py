@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from foveal.blocks import BlockSelection, SelectionRule
+from foveal.blocks import BlockSelection
 from foveal.kernels.backend import backend_named
 from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
 from foveal.kernels.replay import replayed
@@ -32,6 +32,7 @@ from foveal.methods.sla.gpu_backward import own_states
 from foveal.methods.sla.gpu_forward import Results, forward_in_groups
 from foveal.methods.sla2.mixing import branch_weights, branches_with_keys, to_tokens
 from foveal.methods.sla2.routing import Ranked, Router, RowFacts, score_gradient
+from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from foveal.blocks import num_critical
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Method, SummaryCells
 from foveal.methods.sla.order import token_order
@@ -13,6 +12,7 @@ from foveal.methods.sla2.attention import RoutedSparseLinearAttention
 from foveal.methods.sla2.bench import CASES
 from foveal.methods.sla2.config import SLA2Config
 from foveal.methods.sla2.cost import cost_parts
+from foveal.rules import num_critical
 from foveal.token_order import TileOrder
 
 

@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, SelectionRule, pool_blocks, pooled_scores
+from foveal.blocks import BlockSelection, pool_blocks, pooled_scores
 from foveal.checks import product
 from foveal.kernels.cpu import blocked
 from foveal.kernels.values import unflatten
 from foveal.methods.sla.feature_maps import apply_feature_map
 from foveal.methods.sla.linear import EPSILON
+from foveal.rules import SelectionRule
 
 # Halvings of the interval that holds lambda: to the precision of float32, and of float64.
 BISECTIONS = {torch.float32: 40, torch.float64: 70}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from foveal.blocks import BlockSelection, SelectionRule
+from foveal.blocks import BlockSelection
 from foveal.kernels import api
 from foveal.kernels.backend import Cubes, Gates, RasterGradients, backend_named
 from foveal.kernels.choice import choose_in_pieces
@@ -28,6 +28,7 @@ from foveal.kernels.triton.pooled import pooled_attention, pooled_attention_back
 from foveal.kernels.triton.select import select
 from foveal.kernels.values import flatten, packable, unflatten
 from foveal.methods.vsa.layout import CubeLayout
+from foveal.rules import SelectionRule
 
 
 @packable

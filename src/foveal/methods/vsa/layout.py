@@ -9,12 +9,13 @@ import operator
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, count_up, num_critical, roomy
+from foveal.blocks import BlockSelection
 from foveal.kernels.api import validate_selection
 from foveal.kernels.backend import Cubes
 from foveal.kernels.choice import append_blocks, choose_cubes
 from foveal.layout import VideoGrid
 from foveal.methods.vsa.config import VSAConfig
+from foveal.rules import count_up, num_critical, roomy
 from foveal.symbols import ceil_div, larger
 from foveal.token_order import TileOrder, tile_indices
 

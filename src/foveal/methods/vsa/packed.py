@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveal.blocks import BlockSelection, num_critical
+from foveal.blocks import BlockSelection
 from foveal.kernels.api import validate_selection
 from foveal.kernels.choice import append_blocks
 from foveal.layout import TokenLayout
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.layout import CubeLayout, kept_cubes, slot_size
+from foveal.rules import num_critical
 from foveal.symbols import larger
 
 
