@@ -23,10 +23,11 @@ from foveal.lab import cli  # noqa: E402
 from foveal.lab.data.dataset import LatentDataset  # noqa: E402
 from foveal.lab.data.sound import Sound, read_sound  # noqa: E402
 from foveal.lab.data.windows import write_video  # noqa: E402
+from foveal.lab.encoding import encode_sound, encode_text, encode_video  # noqa: E402
 from foveal.lab.evaluate.metrics import log_spectral_distance  # noqa: E402
 from foveal.lab.generate.outputs import write_exact  # noqa: E402
 from foveal.lab.modular import MAX_TEXT_TOKENS, is_modular  # noqa: E402
-from foveal.lab.pipelines import encode_sound, encode_text, encode_video, load_pipeline  # noqa: E402
+from foveal.lab.pipelines import load_pipeline  # noqa: E402
 
 CANVAS = ["--height", "64", "--width", "96", "--steps", "2"]
 SPARSE = ["--method", "sla", "--keep-ratio", "0.3"]

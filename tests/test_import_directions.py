@@ -30,6 +30,7 @@ CORE = set().union(*LAYERS[:5]) | {"hosts"}  # whose hosts load when they are pa
 LAB_LAYERS = [
     {"hub", "modular"},
     {"pipelines", "terminal", "config_file", "command_line", "extras"},
+    {"encoding"},
     {"data"},
     {"inspect", "bench", "train"},
     {"demo", "generate", "doctor"},

@@ -16,18 +16,10 @@ from foveal.lab import cli
 from foveal.lab.data.clips import Bucket, probe, read_clip
 from foveal.lab.data.dataset import LatentDataset, write_latent_dataset
 from foveal.lab.data.windows import to_model_range
+from foveal.lab.encoding import normalize_latents
 from foveal.lab.generate.outputs import output_name, read_media
 from foveal.lab.hub import hub_options, hub_unreachable
-from foveal.lab.pipelines import (
-    PIPELINES,
-    Sizes,
-    choose_device,
-    choose_dtype,
-    default_size,
-    load_pipeline,
-    normalize_latents,
-    sizes_of,
-)
+from foveal.lab.pipelines import PIPELINES, Sizes, choose_device, choose_dtype, default_size, load_pipeline, sizes_of
 
 pytest.importorskip("tyro")
 

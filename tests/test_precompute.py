@@ -29,7 +29,8 @@ from foveal.lab.data.precompute import PrecomputeSettings, precompute
 from foveal.lab.data.shards import INDEX_FILE
 from foveal.lab.data.sources import read_sources
 from foveal.lab.data.windows import read_video, sample_clip, to_model_range
-from foveal.lab.pipelines import PIPELINES, LoadedPipeline, Sizes, encode_text, normalize_latents
+from foveal.lab.encoding import encode_text, normalize_latents
+from foveal.lab.pipelines import PIPELINES, LoadedPipeline, Sizes
 from foveal.output_folder import LIST_FILE, OutputFolder
 
 pytest.importorskip("tyro")

@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 
 import foveal
 from foveal.lab import cli
-from foveal.lab.pipelines import default_size, encode_text, encode_video, load_pipeline
+from foveal.lab.encoding import encode_text, encode_video
+from foveal.lab.pipelines import default_size, load_pipeline
 from foveal.models.processor import sparse_processors
 from foveal.models.shipped import FOLDER, SHIPPED, TINY, local_path, shipped_clips, tiny
 

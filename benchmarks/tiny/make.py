@@ -35,7 +35,8 @@ from train_transformer import train_transformer
 from train_vae import train_vae, write_latents
 
 from foveal.lab.data.dataset import write_latent_dataset
-from foveal.lab.pipelines import DEFAULTS_FILE, encode_video, load_pipeline, vae_facts
+from foveal.lab.encoding import encode_video, vae_facts
+from foveal.lab.pipelines import DEFAULTS_FILE, load_pipeline
 from foveal.models.shipped import SHIPPED
 
 # What the pipeline is called with where nothing else is asked for.

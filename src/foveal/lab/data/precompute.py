@@ -36,7 +36,8 @@ from foveal.lab.data.shards import (
 from foveal.lab.data.sound import read_sound
 from foveal.lab.data.sources import Source, read_sources
 from foveal.lab.data.windows import to_model_range
-from foveal.lab.pipelines import LoadedPipeline, default_size, encode_sound, encode_text, encode_video, vae_facts
+from foveal.lab.encoding import encode_sound, encode_text, encode_video, vae_facts
+from foveal.lab.pipelines import LoadedPipeline, default_size
 from foveal.output_folder import OutputFolder
 
 SHARD_BYTES = 512 * 2**20

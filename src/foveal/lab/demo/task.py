@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from foveal.lab.data.windows import read_video
 from foveal.lab.demo.settings import DemoSettings
-from foveal.lab.pipelines import LoadedPipeline, encode_text, load_pipeline, step_callback
+from foveal.lab.encoding import encode_text
+from foveal.lab.pipelines import LoadedPipeline, load_pipeline, step_callback
 from foveal.lab.train.loop import TrainingRecord, train
 from foveal.lab.train.model import choose_trained, velocity
 from foveal.lab.train.objective import (

@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 from foveal.lab.data.dataset import LatentDataset
+from foveal.lab.encoding import different_vae, vae_facts
 from foveal.lab.hub import hub_options
-from foveal.lab.pipelines import PIPELINES, different_vae, vae_facts
+from foveal.lab.pipelines import PIPELINES
 from foveal.lab.train.config import TrainingConfig
 from foveal.lab.train.model import training_of, transformer_fields
 from foveal.lab.train.settings import DataSettings, ModelSettings

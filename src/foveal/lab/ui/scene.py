@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from foveal.lab.data.windows import read_video, to_model_range
+from foveal.lab.encoding import encode_text, encode_video
 from foveal.lab.inspect.capture import token_labels
 from foveal.lab.inspect.probe import watch
 from foveal.lab.inspect.statistics import sample
-from foveal.lab.pipelines import encode_text, encode_video, step_callback
+from foveal.lab.pipelines import step_callback
 from foveal.lab.train.model import velocity
 from foveal.lab.train.objective import add_noise
 from foveal.layout import VideoGrid
