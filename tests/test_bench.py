@@ -27,7 +27,7 @@ from foveal.lab.bench.candidates import (
 )
 from foveal.lab.bench.gate import Gate
 from foveal.lab.bench.run import BenchSettings, add_ratios, figures, run_bench
-from foveal.lab.bench.shapes import SHAPES, Inputs, shape_of_length
+from foveal.lab.bench.shapes import SHAPES, Inputs, Shape, shape_of_length
 from foveal.lab.bench.timing import CpuTimer, measure
 from foveal.layout import VideoGrid
 from foveal.output_folder import LIST_FILE
@@ -63,7 +63,7 @@ class FakeTimer:
     def sustained(self, function, calls):
         return 2 * self._time(function)
 
-    def host(self, function):
+    def host(self, function, calls):
         return 3 * self._time(function)
 
 
@@ -91,7 +91,7 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     assert results["schema"] == 2
     assert set(results) == {"schema", "started", "settings", "machine", "shapes", "results"}
     assert results["shapes"]["length 600"] == {
-        "batch": 1, "heads": 2, "length": 600, "head_dim": 64, "grid": [4, 10, 15]
+        "batch": 1, "heads": 2, "length": 600, "head_dim": 64, "grid": [4, 10, 15], "before": []
     }  # fmt: skip
     assert results["machine"]["torch"] == torch.__version__
     assert {"commit", "uncommitted_changes", "driver", "cuda", "triton", "foveal"} <= set(results["machine"])
@@ -328,6 +328,42 @@ def test_flops_of_a_method_leave_out_what_the_call_does_not_run():
     cost = attention_cost(SLAConfig(), grid=SMALL_GRID, heads=2, head_dim=64)
     assert inside.flops(shape) == (cost.flops, cost.backward_flops)
     assert given.flops(shape) == (cost.flops - cost.part("selection").flops, cost.backward_flops)
+
+
+def test_shapes_of_packed_sequences_time_kernels_only(monkeypatch):
+    """Those of MiniMax-H3: whole blocks of 64, one ratio, and fastvideo-kernel's two operators beside ours."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    shapes = BenchSettings(shapes=("h3",)).chosen_shapes()
+    assert [shape.length for shape in shapes] == [37_760, 109_632]
+    assert not any(shape.length % 64 for shape in shapes)
+    with pytest.raises(ValueError, match=r"only must be 'kernels' for the shapes \['h3-15s'\]"):
+        BenchSettings(shapes=("h3-15s",), only="methods")
+    names = [x.name for x in candidates_for("cuda", only="kernels", quick=True, keep_ratios=shapes[0].keep_ratios)]
+    sparse = [name for name in names if name.startswith("block-sparse 64x64")]
+    others = [f"fastvideo-kernel {kind}" for kind in ("Triton", "TK")]
+    assert sparse == [f"block-sparse 64x64 10 %, {impl}" for impl in ("triton", "gluon", *others)]
+
+
+def test_a_packed_shape_counts_its_protected_tokens():
+    shape = Shape("packed", 1, 2, VideoGrid(3, 8, 9), 64, before=(70, 9), keep_ratios=(0.3,))
+    (candidate,) = candidates_for("cpu", only="kernels", keep_ratios=shape.keep_ratios)[1:2]
+    problem = candidate.build(Inputs(shape, device=CPU, dtype=torch.float32, seed=0))
+    assert problem.grad.shape[2] == shape.length == 295
+    assert problem.run(*problem.tensors).shape == problem.grad.shape
+    # Five blocks of queries read one block each.
+    assert candidate.flops(shape)[0] == 4 * 2 * (5 * 64) * 64 * 64
+    assert ahead.run_job(ahead.job([candidate], (shape,), "cpu", torch.float32)) == [candidate.name]
+
+
+def test_the_host_is_timed_in_fewer_calls_where_each_is_long(monkeypatch):
+    asked = []
+    timer = FakeTimer()
+    timer.burst = lambda function, calls: [500.0]
+    timer.host = lambda function, calls: asked.append(calls)
+    timing.measure(timer, {"long": lambda: None}, rounds=1, calls=1, seconds=0.1)
+    timer.burst = lambda function, calls: [0.5]
+    timing.measure(timer, {"short": lambda: None}, rounds=1, calls=1, seconds=0.1)
+    assert asked == [timing.HOST_MILLISECONDS // 500, timing.HOST_CALLS]
 
 
 def test_candidates_of_a_gpu():

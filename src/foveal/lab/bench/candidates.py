@@ -4,13 +4,15 @@ Dense: `scaled_dot_product_attention` by cuDNN and by flash attention, and flash
 contiguous [B, H, L, D] tensors (flash-attn-4 contiguous [B, L, H, D]), which suits them best; everything of ours gets
 [B, H, L, D] views of [B, L, H, D] memory, as models hand them over.
 Block-sparse: ours at three block sizes, and compiled FlexAttention at 128x128 with the same blocks; it wants blocks
-that are multiples of 128. The block-sparse kernels of cudnn-frontend and fastvideo-kernel are not called.
+that are multiples of 128. At 64x64 also the two of fastvideo-kernel, where it is installed and the tokens are whole
+blocks. The block-sparse kernels of cudnn-frontend are not called.
 Methods: the cases that each method names, whole, with the selection made inside the call and with one given.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +33,8 @@ from foveal.methods.sla.config import SLAConfig
 QKV = ("query", "key", "value")
 KERNEL_BLOCKS = ((64, 64), (128, 64), (128, 128))
 KERNEL_KEEPS = (0.05, 0.125)
+# The operators of fastvideo-kernel, which chooses one by environment variables.
+FASTVIDEO = {"fastvideo-kernel Triton": "block_sparse_attn_triton", "fastvideo-kernel TK": "block_sparse_attn_sm90"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ def _part_flops(config: Config, shape: Shape, left_out: tuple[str, ...] = ()) ->
 
 
 def _sizes(shape: Shape) -> dict[str, Any]:
-    return {"grid": shape.grid, "batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim}
+    length = {"query_length": shape.length} if shape.before else {"grid": shape.grid}
+    return length | {"batch": shape.batch, "heads": shape.heads, "head_dim": shape.head_dim}
 
 
 def _flops(parts: Sequence[CostPart]) -> tuple[float, float]:
@@ -105,7 +110,12 @@ def _flops(parts: Sequence[CostPart]) -> tuple[float, float]:
 
 
 def candidates_for(
-    device: str, *, only: str | None = None, impls: tuple[str, ...] = (), quick: bool = False
+    device: str,
+    *,
+    only: str | None = None,
+    impls: tuple[str, ...] = (),
+    quick: bool = False,
+    keep_ratios: tuple[float, ...] = KERNEL_KEEPS,
 ) -> list[Candidate]:
     """Everything to compare on a device of this type ("cuda" or "cpu"), the dense baselines first.
 
@@ -114,16 +124,19 @@ def candidates_for(
         impls: our implementations to run; by default each GPU implementation for the kernels ("torch" on the CPU) and
             "auto" for the methods.
         quick: leave out FlexAttention, which takes long to compile.
+        keep_ratios: what the block-sparse kernels keep.
     """
     gpu_impls = tuple(impl for impl in IMPLS if impl not in ("auto", "reference", "torch"))
     chosen = [_sdpa("SDPA cuDNN"), _sdpa("SDPA flash"), _flash_attn_4()] if device == "cuda" else [_sdpa("SDPA")]
     if only != "methods":
         kernel_impls = impls or (gpu_impls if device == "cuda" else ("torch",))
         for block_q, block_k in KERNEL_BLOCKS:
-            for keep_ratio in KERNEL_KEEPS:
+            for keep_ratio in keep_ratios:
                 chosen += [_kernel(block_q, block_k, keep_ratio, impl) for impl in kernel_impls]
+        if device == "cuda":
+            chosen += [_fastvideo(impl, keep_ratio) for keep_ratio in keep_ratios for impl in FASTVIDEO]
         if device == "cuda" and not quick:
-            chosen += [_flex_attention(128, keep_ratio) for keep_ratio in KERNEL_KEEPS]
+            chosen += [_flex_attention(128, keep_ratio) for keep_ratio in keep_ratios]
     if only != "kernels":
         for impl in impls or ("auto",):
             for given in (False, True):
@@ -206,6 +219,26 @@ def _kernel(block_q: int, block_k: int, keep_ratio: float, impl: str) -> Candida
 
     return Candidate(
         _kernel_task(*blocks), impl, "kernel", True, build, _kernel_flops(*blocks), _kernel_options(*blocks)
+    )
+
+
+def _fastvideo(impl: str, keep_ratio: float) -> Candidate:
+    blocks = (64, 64, keep_ratio)
+
+    def build(inputs: Inputs) -> Problem:
+        # The package has a function of the module's name.
+        operators = importlib.import_module("fastvideo_kernel.block_sparse_attn")
+        if inputs.shape.length % 64:
+            raise ValueError(f"fastvideo-kernel takes whole blocks of 64 tokens, got {inputs.shape.length} tokens")
+        selection = inputs.random_selection(*blocks)
+        sizes = torch.full((inputs.shape.length // 64,), 64, dtype=torch.int32, device=inputs.device)
+        lists, operator = (selection.critical, selection.critical_count, sizes), getattr(operators, FASTVIDEO[impl])
+        *tensors, grad = inputs.tensors(*QKV, "grad", contiguous=True)
+        head = _sparse_head(selection)
+        return Problem(lambda *qkv: operator(*qkv, *lists)[0], tuple(tensors), QKV, grad, head=head)
+
+    return Candidate(
+        _kernel_task(*blocks), impl, "kernel", False, build, _kernel_flops(*blocks), _kernel_options(*blocks)
     )
 
 

@@ -75,6 +75,9 @@ class BenchSettings:
             check_choice("impl", impl, IMPLS)
         if self.only is not None:
             check_choice("only", self.only, ("kernels", "methods"))
+        packed = [shape.name for shape in self.chosen_shapes() if shape.before]
+        if packed and self.only == "methods":
+            raise ValueError(f"only must be 'kernels' for the shapes {packed}, whose sequence has more than a video")
         if self.shapes and self.length is not None:
             raise ValueError(f"give shapes or length, not both, got {self.shapes} and {self.length}")
         if self.device == "cpu" and self.length is None:
@@ -118,8 +121,7 @@ def run_bench(
         device, dtype = torch.device("cpu"), torch.float32
     if timer is None:
         timer = CudaTimer(device) if device.type == "cuda" else CpuTimer()
-    if candidates is None:
-        candidates = candidates_for(settings.device, only=settings.only, impls=settings.impls, quick=settings.quick)
+    how = {"impls": settings.impls, "quick": settings.quick}
     shapes = settings.chosen_shapes()
     results: dict[str, Any] = {
         "schema": SCHEMA,
@@ -130,7 +132,11 @@ def run_bench(
         "results": [],
     }
     for shape in shapes:
-        results["results"] += _run_shape(shape, candidates, settings, timer, device, dtype, log)
+        chosen = candidates
+        if chosen is None:
+            only = "kernels" if shape.before else settings.only
+            chosen = candidates_for(settings.device, only=only, **how, keep_ratios=shape.keep_ratios)
+        results["results"] += _run_shape(shape, chosen, settings, timer, device, dtype, log)
         keep(results)
     return results
 

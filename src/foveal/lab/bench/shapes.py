@@ -17,22 +17,30 @@ from foveal.rules import count
 
 @dataclass(frozen=True)
 class Shape:
-    """A self-attention call: `batch` x `heads` over the tokens of `grid`, `head_dim` wide."""
+    """A self-attention call: `batch` x `heads` over the tokens of `grid`, `head_dim` wide.
+
+    Args:
+        before: the lengths of the segments that stand before the video, in tokens. With any, only kernels are timed,
+            since the benchmark's references of the methods take videos only.
+        keep_ratios: what the block-sparse kernels keep.
+    """
 
     name: str
     batch: int
     heads: int
     grid: VideoGrid
     head_dim: int
+    before: tuple[int, ...] = ()
+    keep_ratios: tuple[float, ...] = (0.05, 0.125)
 
     @property
     def length(self) -> int:
-        return self.grid.num_tokens
+        return sum(self.before) + self.grid.num_tokens
 
     def to_dict(self) -> dict[str, object]:
         """The fields and the length in tokens as JSON-ready values."""
         sizes = {"batch": self.batch, "heads": self.heads, "length": self.length, "head_dim": self.head_dim}
-        return sizes | {"grid": list(self.grid.shape)}
+        return sizes | {"grid": list(self.grid.shape), "before": list(self.before)}
 
 
 SHAPES = {
@@ -45,10 +53,17 @@ SHAPES = {
         Shape("4k", 1, 12, VideoGrid(4, 32, 32), 128),
         Shape("8k", 1, 12, VideoGrid(8, 32, 32), 128),
         Shape("16k", 1, 12, VideoGrid(16, 32, 32), 128),
+        Shape("h3-5s", 1, 56, VideoGrid(37, 24, 42), 128, before=(256, 208), keep_ratios=(0.1,)),
+        Shape("h3-15s", 1, 56, VideoGrid(108, 24, 42), 128, before=(256, 512), keep_ratios=(0.1,)),
     )
 }
-# Names for several shapes. Short sequences show what a call costs the host, and where dense attention is faster.
-SHAPE_SETS = {"long": ("480p", "720p", "paper", "d64"), "short": ("4k", "8k", "16k")}
+# Names for several shapes. Short sequences show what a call costs the host, and where dense attention is faster. Those
+# of MiniMax-H3 have text and audio before the video: 37,760 and 109,632 tokens, whole blocks of 64.
+SHAPE_SETS = {
+    "long": ("480p", "720p", "paper", "d64"),
+    "short": ("4k", "8k", "16k"),
+    "h3": ("h3-5s", "h3-15s"),
+}
 
 
 def shape_of_length(length: int) -> Shape:

@@ -26,8 +26,9 @@ Function = Callable[[], object]
 FLUSH_BYTES = 2**28
 # Writes before a burst, about 6 ms of them on an H100. While they run, the host gets ahead with its launches.
 FLUSHES_AHEAD = 64
-# The host's clock counts so many calls, a few at a time behind the writes that keep the device busy meanwhile.
-HOST_CALLS, HOST_BATCH = 200, 8
+# The host's clock counts so many calls, a few at a time behind the writes that keep the device busy meanwhile; fewer of
+# those that would take the device longer than this altogether.
+HOST_CALLS, HOST_BATCH, HOST_MILLISECONDS = 200, 8, 2000
 
 
 class Timer(Protocol):
@@ -39,8 +40,8 @@ class Timer(Protocol):
     def sustained(self, function: Function, calls: int) -> float:
         """Mean milliseconds of `calls` calls back to back."""
 
-    def host(self, function: Function) -> float:
-        """Median milliseconds until a call returns, regardless of what it launched."""
+    def host(self, function: Function, calls: int = HOST_CALLS) -> float:
+        """Median milliseconds of `calls` calls until one returns, regardless of what it launched."""
 
 
 class CudaTimer:
@@ -79,13 +80,13 @@ class CudaTimer:
         torch.cuda.synchronize(self.device)
         return start.elapsed_time(stop) / calls
 
-    def host(self, function: Function) -> float:
-        times = []
-        for _ in range(HOST_CALLS // HOST_BATCH):
+    def host(self, function: Function, calls: int = HOST_CALLS) -> float:
+        times, batch = [], min(calls, HOST_BATCH)
+        for _ in range(calls // batch):
             torch.cuda.synchronize(self.device)
             for _ in range(FLUSHES_AHEAD):
                 self._flush.zero_()
-            times += [_host_milliseconds(function) for _ in range(HOST_BATCH)]
+            times += [_host_milliseconds(function) for _ in range(batch)]
         torch.cuda.synchronize(self.device)
         return statistics.median(times)
 
@@ -110,7 +111,7 @@ class CpuTimer:
             function()
         return 1e3 * (time.perf_counter() - start) / calls
 
-    def host(self, function: Function) -> float:
+    def host(self, function: Function, calls: int = HOST_CALLS) -> float:
         return _host_milliseconds(function)
 
 
@@ -142,11 +143,16 @@ def measure(
         Each function's (rested milliseconds, one per call; sustained milliseconds; host milliseconds).
     """
     rested = in_turns(timer, functions, rounds=rounds, calls=calls)
-    sustained = {}
-    for key, function in functions.items():
-        wanted = math.ceil(1e3 * seconds / max(statistics.median(rested[key]), 1e-3))
-        sustained[key] = timer.sustained(function, max(1, wanted))
-    return {key: (rested[key], sustained[key], timer.host(functions[key])) for key in functions}
+    medians = {key: max(statistics.median(times), 1e-3) for key, times in rested.items()}
+    sustained = {
+        key: timer.sustained(function, max(1, math.ceil(1e3 * seconds / medians[key])))
+        for key, function in functions.items()
+    }
+    host = {
+        key: timer.host(function, min(HOST_CALLS, max(2, int(HOST_MILLISECONDS / medians[key]))))
+        for key, function in functions.items()
+    }
+    return {key: (rested[key], sustained[key], host[key]) for key in functions}
 
 
 def peak_memory(device: torch.device, function: Callable[[], tuple[Tensor, ...]]) -> int:
