@@ -4,7 +4,9 @@
 
 FOLDER is the site-packages of SGLang 0.5.23, if it cannot be imported. Where it lacks what the rest of SGLang needs,
 `--files-only` loads only the files of its attention backends, with names in the place of what they import from
-elsewhere: `sglang/multimodal_gen/runtime/layers/attention/backends/` of the wheel is then all that must be there.
+elsewhere. Of the wheel, four files of `sglang/multimodal_gen/runtime/layers/attention/backends/` must then be there:
+`video_sparse_attn_h3.py`, `video_sparse_attn.py`, `vsa_h3_kernels.py`, and `sparse_linear_attn.py`, which the patch
+needs. Their kernels are Triton's.
 
 What is timed: one call of SGLang's `VideoSparseAttentionH3Impl.forward_varlen`, the metadata of the step made before,
 in bfloat16, with 56 heads of 128 (one GPU) and 7 (one of 8 under Ulysses), a gate, and 10 % or 20 % of the cubes kept.
@@ -17,9 +19,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import statistics
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -161,22 +165,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", nargs="+", type=int, default=list(HEADS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=4)
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="begin no case later")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--commit", help="the commit of this tree, where git cannot tell")
+    started = time.monotonic()
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device")
     device = torch.device("cuda")
     backend = load_backend(options.sglang, options.files_only)
     timer, cases = CudaTimer(device), []
-    for clip in options.clips:
-        for heads in options.heads:
-            for sparsity in SPARSITIES:
-                case = time_case(backend, timer, clip, heads, sparsity, options.rounds, options.calls)
-                cases.append(case)
-                print(json.dumps({name: value for name, value in case.items() if name != "spans"}), flush=True)
-    if options.output is not None:
-        write_json(options.output, {"machine": machine(device, options.commit), "cases": cases})
+    for clip, heads, sparsity in itertools.product(options.clips, options.heads, SPARSITIES):
+        if time.monotonic() - started > options.budget_seconds:
+            print(f"out of time before {clip}, {heads} heads, sparsity {sparsity}", flush=True)
+            break
+        case = time_case(backend, timer, clip, heads, sparsity, options.rounds, options.calls)
+        cases.append(case)
+        print(json.dumps({name: value for name, value in case.items() if name != "spans"}), flush=True)
+        if options.output is not None:
+            write_json(options.output, {"machine": machine(device, options.commit), "cases": cases})
 
 
 if __name__ == "__main__":
