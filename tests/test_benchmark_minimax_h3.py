@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -93,6 +94,71 @@ def test_a_wrong_arm_does_not_count(script, tmp_path, monkeypatch):
     arm = json.loads(path.read_text())["figures"]["5 s, eager"]["arms"]["VSA 10 %"]
     assert "the attention of text and audio differs from" in arm["error"]
     assert "speedup" not in arm
+
+
+@pytest.fixture
+def training(script, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setitem(sys.modules, "minimax_h3", script)
+    spec = importlib.util.spec_from_file_location("minimax_h3_training", SCRIPT.with_name("minimax_h3_training.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_training_step(training, tmp_path):
+    path = tmp_path / "h3.json"
+    training.main([*TINY, "--modes", "eager", "--rounds", "1", "--output", str(path)])
+    found = json.loads(path.read_text())
+    arms = found["figures"]["5 s, eager"]["arms"]
+    assert list(arms) == list(training.TRAINING_ARMS)
+    assert all(len(times) == 1 for arm in arms.values() for times in arm["milliseconds"].values())
+    dense, teacher = arms[training.DENSE], arms[training.TEACHER]
+    # Rank 32 on four projections of 48 and 64 wide, each to 64 or from it.
+    assert dense["trained_parameters_of_a_block"] == 4 * 32 * (48 + 64)
+    # The gates, with a bias.
+    assert arms["VSA 10 %"]["trained_parameters_of_a_block"] - dense["trained_parameters_of_a_block"] == 49 * 64
+    assert "speedup" not in teacher
+    for name in ("VSA 10 %", "SLA 5 %"):
+        assert arms[name]["ran"] == "torch"
+        taught = arms[name]["step_seconds"] + teacher["step_seconds"]
+        assert arms[name]["step_seconds_with_teacher"] == pytest.approx(taught)
+        assert arms[name]["speedup_with_teacher"] == pytest.approx(dense["step_seconds"] / taught)
+
+
+def test_an_arm_that_does_not_learn_does_not_count(training, tmp_path, monkeypatch):
+    """One factor of its LoRA gets a gradient of zeros."""
+
+    def chosen(model, trainable):
+        choose_trained(model, trainable)
+        for name, parameter in model.named_parameters():
+            if "to_v.lora_A" in name:
+                parameter.register_hook(torch.zeros_like)
+
+    choose_trained = training.choose_trained
+    monkeypatch.setattr(training, "choose_trained", chosen)
+    path = tmp_path / "h3.json"
+    with pytest.raises(SystemExit, match="1"):
+        training.main([*TINY, "--modes", "eager", "--arms", "VSA 10 %", "--rounds", "1", "--output", str(path)])
+    assert (
+        "no gradient for transformer_blocks.0.attn.to_v.lora_A"
+        in json.loads(path.read_text())["figures"]["5 s, eager"]["arms"]["VSA 10 %"]["error"]
+    )
+
+
+def test_two_ranks(tmp_path):
+    """`benchmarks/context_parallel.py` with MiniMax-H3: both ranks give what one gives, and it writes the times."""
+    script, sizes = SCRIPT.with_name("context_parallel.py"), ["--size", "h3-tiny", "--layers", "2", "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    how = ["--resolution", "5 s", "--arms", "dense", "VSA 10 %", "--rounds", "1", "--no-compile"]
+    subprocess.run([*command, *sizes, *how, "--output", str(tmp_path)], check=True, timeout=600)
+    (path,) = tmp_path.glob("context-parallel-h3-tiny-*.json")
+    found = json.loads(path.read_text())
+    assert found["settings"]["layers"] == 2
+    assert list(found["calls"]) == ["dense", "VSA 10 %"]
+    for arm in found["calls"].values():
+        assert len(arm["single"]["all_ms"]) == len(arm["parallel"]["all_ms"]) == 1
+        assert arm["relative_difference"] < 1e-5
 
 
 def test_packs_as_the_pipeline_does(script):
