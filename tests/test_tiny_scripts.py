@@ -1,6 +1,7 @@
 """The scripts that make the model in the box: encoding in two calls, given frames, and what a checkpoint keeps."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,18 +10,20 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 SCRIPTS = Path(__file__).parents[1] / "benchmarks" / "tiny"
-NAMES = ("common", "model", "train_transformer", "train_vae", "make")
+NAMES = ("common", "model", "train_transformer", "train_vae", "make", "arms")
 
 
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
+    import arms
     import common
     import make
     import model
     import train_transformer
+    import train_vae
 
-    yield {"common": common, "make": make, "model": model, "train": train_transformer}
+    yield {"arms": arms, "vae": train_vae, "common": common, "make": make, "model": model, "train": train_transformer}
     for name in NAMES:
         sys.modules.pop(name, None)
 
@@ -85,3 +88,42 @@ def test_training_goes_on_from_a_checkpoint(scripts, tmp_path, optimizer):
     step(again, found)
     for expected, value in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(expected, value)
+
+
+def test_the_lightened_vae_computes_the_same(scripts):
+    torch.manual_seed(0)
+    plain, light = scripts["model"].build_vae(), scripts["model"].build_vae()
+    light.load_state_dict(plain.state_dict())
+    scripts["vae"].lighten(light)
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    with torch.no_grad():
+        moments = scripts["model"].encode(plain, video)
+        torch.testing.assert_close(scripts["model"].encode(light, video), moments, rtol=1e-4, atol=1e-5)
+        latents = moments.chunk(2, 1)[0]
+        expected = scripts["model"].decode(plain, latents)
+        torch.testing.assert_close(scripts["model"].decode(light, latents), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_arm_trains_and_the_table_pairs_them(scripts, monkeypatch):
+    arms, torch_random = scripts["arms"], torch.Generator().manual_seed(0)
+    monkeypatch.setattr(scripts["model"], "TEXT_TOKENS", 8)
+    data = object.__new__(scripts["train"].Data)
+    data.latents = data.held_out = torch.randn(2, 16, 3, 8, 8, generator=torch_random)
+    data.texts, data.empty = torch.randn(1, 8, 64, generator=torch_random), 0
+    data.caption = data.held_out_caption = torch.zeros(2, dtype=torch.long)
+    options = Namespace(batch=2, steps=1, rate=1e-3, commit=None)
+    torch.manual_seed(0)
+    dense = scripts["model"].build_transformer()
+    dense.blocks = dense.blocks[:1]
+    runs = [
+        {"arm": name, "seed": 0, **arms.train_arm(dense, config, data, 0, options)}
+        for name, config in arms.ARMS.items()
+    ]
+    assert all(run["after"] != runs[0]["after"] for run in runs[1:])
+    assert {run["arm"]: len(run["added_norms"]) > 0 for run in runs} == {
+        name: any(word in name for word in ("coarse", "linear", "SLA2")) for name in arms.ARMS
+    }
+    rows = arms.table(runs).splitlines()
+    assert len(rows) == 2 + len(runs)
+    assert rows[2].startswith("| dense | 1 |")
+    assert rows[4].count("%") == 2

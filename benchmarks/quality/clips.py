@@ -55,7 +55,7 @@ MAPS = {
 ARENAS = ("deadly_corridor", "defend_the_center", "defend_the_line", "basic")
 PLACES = {**SCENARIOS, **MAPS}
 HELD_OUT = ("map07",)  # maps that no training clip shows
-SEEDS = {"train": range(12), "held-out": range(100, 101)}
+SEEDS = {"train": range(16), "held-out": range(100, 101)}
 IN_SIGHT = {
     "Zombieman": "a soldier",
     "ShotgunGuy": "a soldier",

@@ -9,10 +9,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+CUDA = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+DEVICE = torch.device(CUDA if torch.cuda.is_available() else "cpu")
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """A module for training on this process's share of a batch: itself, or under torchrun with averaged gradients."""
+    if RANKS == 1:
+        return module
+    if not dist.is_initialized():
+        if DEVICE.type == "cuda":
+            torch.cuda.set_device(DEVICE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo")
+    return DistributedDataParallel(module)
+
+
+def first_rank_says(value: float) -> float:
+    """Rank 0's value, on all ranks, without waiting for a GPU."""
+    if RANKS == 1:
+        return value
+    said = torch.tensor(value, dtype=torch.float64)
+    dist.broadcast(said, 0)
+    return said.item()
 
 
 def read_clips(folder: Path) -> tuple[np.ndarray, list[str]]:

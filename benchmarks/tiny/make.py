@@ -10,6 +10,7 @@
     python benchmarks/tiny/make.py ship --work WORK --pipeline FOLDER --output WORK/shipped_files
     python benchmarks/tiny/make.py samples --work WORK --pipeline FOLDER --output PICTURES
 
+`vae` and `transformer` use several GPUs under `torchrun --standalone --nproc-per-node 2 benchmarks/tiny/make.py`.
 `transformer` stops after `--seconds` with a checkpoint, and the same command goes on from it. What `ship` writes takes
 the place of src/foveal/models/shipped_files. What a run measured is in WORK/vae.json and WORK/transformer.jsonl; those
 of the model that ships are in benchmarks/results/tiny.

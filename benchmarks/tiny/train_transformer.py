@@ -10,7 +10,7 @@ from typing import Any
 
 import model as parts
 import torch
-from common import DEVICE, autocast, machine, write
+from common import DEVICE, RANK, RANKS, autocast, data_parallel, first_rank_says, machine, write
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,17 +25,17 @@ HELD_OUT = 64  # clips of the held-out loss
 class Data:
     """Latents, captions, and the index of each caption's embedding, on the device."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, held_out: int = HELD_OUT) -> None:
         tensors, facts = load_file(work / "latents.safetensors"), json.loads((work / "latents.json").read_text())
         number = {text: index for index, text in enumerate(facts["texts"])}
         names = ("train", "train-mirrored")
         captions = [text for name in names for text in facts["captions"][name]]
         self.latents = torch.cat([tensors[name] for name in names]).to(DEVICE)
         self.caption = torch.tensor([number[text] for text in captions], device=DEVICE)
-        stride = max(1, len(tensors["held-out"]) // HELD_OUT)
-        self.held_out = tensors["held-out"][::stride][:HELD_OUT].to(DEVICE)
-        held_out = facts["captions"]["held-out"][::stride][:HELD_OUT]
-        self.held_out_caption = torch.tensor([number[text] for text in held_out], device=DEVICE)
+        stride = max(1, len(tensors["held-out"]) // held_out)
+        self.held_out = tensors["held-out"][::stride][:held_out].to(DEVICE)
+        texts = facts["captions"]["held-out"][::stride][:held_out]
+        self.held_out_caption = torch.tensor([number[text] for text in texts], device=DEVICE)
         self.texts, self.empty = tensors["texts"].to(DEVICE), number[""]
 
     def text(self, caption: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Checkpoint:
 
 
 def batches(data: Data, batch: int, first: int, steps: int) -> Iterator[tuple[Tensor, ...]]:
-    """(clean, noise, sigmas, given, text) for each step; a step's batch depends only on its number."""
+    """(clean, noise, sigmas, given, text) for each step, this rank's share; the batch depends only on the number."""
     for step in range(first, steps):
         generator = torch.Generator(DEVICE).manual_seed(step)
         picked = torch.randint(len(data.latents), (batch,), generator=generator, device=DEVICE)
@@ -143,7 +143,8 @@ def batches(data: Data, batch: int, first: int, steps: int) -> Iterator[tuple[Te
         sigmas = sample_sigmas(batch, shift=parts.FLOW_SHIFT, generator=generator)
         chance = torch.rand(2, batch, generator=generator, device=DEVICE)
         caption = torch.where(chance[0] < 0.1, data.empty, data.caption[picked])
-        yield clean, noise, sigmas, chance[1] < 0.6, data.text(caption)
+        share = slice(RANK, None, RANKS)
+        yield clean[share], noise[share], sigmas[share], chance[1][share] < 0.6, data.text(caption[share])
 
 
 def train_transformer(
@@ -160,10 +161,12 @@ def train_transformer(
     if DEVICE.type == "cuda":
         compile_blocks(model, fullgraph=True)
         compile_blocks(average, fullgraph=True)
+    replica = data_parallel(model)
     sums, last = torch.zeros((), device=DEVICE), (time.time(), first)
     log = open(work / f"{name}.jsonl", "a")  # noqa: SIM115
-    how = {"steps": steps, "batch": batch, "rate": rate, "optimizer": optimizer}
-    log.write(json.dumps({"begin": first, **how, **machine(commit)}) + "\n")
+    how = {"steps": steps, "batch": batch, "rate": rate, "optimizer": optimizer, "ranks": RANKS}
+    if RANK == 0:
+        log.write(json.dumps({"begin": first, **how, **machine(commit)}) + "\n")
 
     def evaluate(step: int) -> None:
         losses = {key: round(value, 5) for key, value in held_out_loss(average, data, batch).items()}
@@ -176,7 +179,7 @@ def train_transformer(
         for each in found:
             for group in each.param_groups:
                 group["lr"] = group["peak"] * rate_at(step, steps)
-        loss = loss_of(model, *values).mean()
+        loss = loss_of(replica, *values).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for each in found:
@@ -186,16 +189,18 @@ def train_transformer(
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         sums += loss.detach()
         done = step + 1
-        if done % 200 == 0 or done == first + 20:
+        if RANK == 0 and (done % 200 == 0 or done == first + 20):
             value = sums.item() / (done - last[1])
             pace = (time.time() - last[0]) / (done - last[1])
             sums.zero_()
             last = (time.time(), done)
             print(f"{name} step {done} {time.time() - started:.0f} s loss {value:.4f} {1000 * pace:.0f} ms", flush=True)
-        if done % 1000 == 0:
+        if RANK == 0 and done % 1000 == 0:
             evaluate(done)
-        if time.time() - started > seconds:
+        if first_rank_says(time.time() - started) > seconds:
             break
+    if RANK:
+        return
     torch.cuda.synchronize() if DEVICE.type == "cuda" else None
     checkpoint.save(step + 1)
     evaluate(step + 1)

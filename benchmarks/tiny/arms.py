@@ -1,0 +1,194 @@
+"""Fine-tunes the tiny model's transformer with dense, sparse, linear, and pooled attention on equal batches.
+
+    python benchmarks/tiny/arms.py train --work WORK --output FILE.json --seeds 0 1 2
+    python benchmarks/tiny/arms.py table FILE.json
+
+WORK is that of `make.py` with its latents and its transformer. A run is an arm and a seed; the seed picks the batches
+and their noise, and all arms share them. All weights train, those that conversion adds at the same rate. `table`
+compares held-out losses, paired by clip and noise level. FILE gains a run as soon as it has ended, and what it has is
+not run again; several processes, each with a file of its own, take `--share 0/2` and `--share 1/2` of the runs.
+
+The cubes arms differ in nothing but their branches: the same exact cubes, with and without the coarse branch (VSA's),
+the linear branch (SLA's), or both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import model as parts
+import torch
+from common import DEVICE, machine
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from train_transformer import SIGMAS, Data, batches, loss_of
+
+from foveal import SLA2Config, SLAConfig, SLAVSAConfig, sparsify
+from foveal.methods.base import Config
+from foveal.models.processor import sparse_processors
+
+CUBES = SLAVSAConfig(keep_ratio=0.125, coarse=False, linear_scope="none")
+BLOCKS = SLAConfig(
+    keep_ratio=0.1, drop_ratio=0.0, linear_scope="none", token_order="tile", block_q=64, block_k=64, projection=False
+)
+MARGINAL = BLOCKS.replace(drop_ratio=0.1, linear_scope="marginal", projection=True)
+ARMS: dict[str, Config | None] = {
+    "dense": None,
+    "cubes": CUBES,
+    "cubes, coarse": CUBES.replace(coarse=True),
+    "cubes, linear": CUBES.replace(linear_scope="noncritical"),
+    "cubes, coarse, linear": CUBES.replace(coarse=True, linear_scope="noncritical"),
+    "blocks": BLOCKS,
+    "blocks, linear": MARGINAL,
+    "blocks, linear (relu)": MARGINAL.replace(feature_map="relu"),
+    "blocks, SLA2": SLA2Config(keep_ratio=0.1, block_q=64, block_k=64, token_order="tile"),
+}
+FIRST_STEP = 1_000_000  # seeds' batches begin here, far from those of pretraining
+
+
+def held_out_losses(model: nn.Module, data: Data, batch: int) -> Tensor:
+    """float64 [clips, levels] with one noise a clip; every second clip has its first frame given."""
+    noise = torch.randn(data.held_out.shape, generator=torch.Generator().manual_seed(11))
+    levels = []
+    with torch.no_grad():
+        for sigma in SIGMAS:
+            found = []
+            for start in range(0, len(noise), batch):
+                clean = data.held_out[start : start + batch].float()
+                given = torch.arange(start, start + len(clean), device=DEVICE) % 2 == 1
+                sigmas = torch.full((len(clean),), sigma, device=DEVICE)
+                text = data.text(data.held_out_caption[start : start + batch])
+                found.append(loss_of(model, clean, noise[start : start + batch].to(DEVICE), sigmas, given, text))
+            levels.append(torch.cat(found).double().cpu())
+    return torch.stack(levels, 1)
+
+
+def train_arm(dense: nn.Module, config: Config | None, data: Data, seed: int, options: argparse.Namespace) -> dict:
+    torch.manual_seed(seed)
+    model = copy.deepcopy(dense)
+    if config is not None:
+        sparsify(model, config)
+    added = [p for processor in sparse_processors(model).values() for p in processor.parameters()]
+    before = held_out_losses(model, data, options.batch)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=DEVICE.type == "cuda"
+    )
+    warmup, first, started, losses = max(1, options.steps // 10), FIRST_STEP * (seed + 1), time.time(), []
+    for step, values in enumerate(batches(data, options.batch, first, first + options.steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = options.rate * min(
+                (step + 1) / warmup, (options.steps - step) / max(1, options.steps - warmup)
+            )
+        loss = loss_of(model, *values).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+    training = torch.stack(losses).float().cpu()
+    if not training.isfinite().all():
+        raise FloatingPointError("a training loss is not finite")
+    seconds = time.time() - started
+    after = held_out_losses(model, data, options.batch)
+    return {
+        "config": None if config is None else {"method": type(config).__name__, **config.to_dict()},
+        "steps": options.steps,
+        "batch": options.batch,
+        "rate": options.rate,
+        "levels": list(SIGMAS),
+        "before": before.mean(0).tolist(),
+        "after": [[round(x, 7) for x in clip] for clip in after.tolist()],
+        "training_loss": [round(x, 6) for x in training.unflatten(0, (-1, 10)).mean(1).tolist()]
+        if options.steps % 10 == 0
+        else None,
+        "added_norms": [round(p.detach().float().norm().item(), 4) for p in added],
+        "seconds": round(seconds, 1),
+        **machine(options.commit),
+    }
+
+
+def train(options: argparse.Namespace) -> None:
+    data = Data(options.work, held_out=options.clips)
+    dense = parts.build_transformer()
+    tensors = load_file(options.work / f"{options.name}.safetensors")
+    dense.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("average/")})
+    dense.to(DEVICE)
+    found = json.loads(options.output.read_text()) if options.output.exists() else {}
+    mine, shares = (int(part) for part in options.share.split("/"))
+    runs = [(name, seed) for seed in options.seeds for name in options.arms or ARMS]
+    for name, seed in runs[mine::shares]:
+        key = f"{name} #{seed}"
+        if key in found or time.time() > options.deadline:
+            continue
+        found[key] = {"arm": name, "seed": seed, **train_arm(dense, ARMS[name], data, seed, options)}
+        aside = options.output.with_suffix(".part")
+        aside.write_text(json.dumps(found) + "\n")
+        os.replace(aside, options.output)
+        mean = torch.tensor(found[key]["after"]).mean().item()
+        before = sum(found[key]["before"]) / len(SIGMAS)
+        print(f"{key}: {before:.5f} -> {mean:.5f}, {found[key]['seconds']} s", flush=True)
+
+
+def interval(values: Tensor) -> str:
+    """Mean and half-width of its 95 % interval by Student's t, in %."""
+    freedom, normal = len(values) - 1, 1.96
+    student = normal + (normal**3 + normal) / (4 * max(1, freedom))
+    return f"{100 * values.mean():+.2f} ± {100 * student * values.std() / math.sqrt(len(values)):.2f}%"
+
+
+def table(runs: list[dict]) -> str:
+    """A Markdown table. An interval is over clips, of means over the seeds; the spread of the seeds is beside it."""
+    after = {(run["arm"], run["seed"]): torch.tensor(run["after"], dtype=torch.float64).mean(1) for run in runs}
+    before = {run["arm"]: sum(run["before"]) / len(run["before"]) for run in runs}
+    titles = ("arm", "seeds", "before", "after", "against dense", "by seed", "against no branch")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for arm in [name for name in ARMS if name in before]:
+        seeds = sorted(seed for name, seed in after if name == arm)
+
+        def against(other: str, arm: str = arm, seeds: list[int] = seeds) -> tuple[str, str]:
+            shared = [seed for seed in seeds if (other, seed) in after]
+            if other == arm or not shared:
+                return "", ""
+            relative = torch.stack([after[arm, seed] / after[other, seed] - 1 for seed in shared])
+            return interval(relative.mean(0)), " / ".join(f"{100 * x:+.2f}" for x in relative.mean(1).tolist())
+
+        mean = torch.stack([after[arm, seed] for seed in seeds]).mean().item()
+        of_dense, plain = against("dense"), against(arm.split(",")[0])
+        cells = [arm, str(len(seeds)), f"{before[arm]:.4f}", f"{mean:.4f}", *of_dense, plain[0]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    trains = stages.add_parser("train")
+    trains.add_argument("--work", type=Path, required=True)
+    trains.add_argument("--output", type=Path, required=True)
+    trains.add_argument("--name", default="transformer", help="of the checkpoint in WORK")
+    trains.add_argument("--seeds", type=int, nargs="+", default=[0])
+    trains.add_argument("--arms", nargs="+", choices=tuple(ARMS))
+    trains.add_argument("--share", default="0/1", help="I/N: run the I-th of every N runs")
+    trains.add_argument("--steps", type=int, default=300)
+    trains.add_argument("--batch", type=int, default=32)
+    trains.add_argument("--rate", type=float, default=3e-4)
+    trains.add_argument("--clips", type=int, default=256, help="held-out clips, at most")
+    trains.add_argument("--deadline", type=float, default=math.inf, help="Unix time after which no run begins")
+    trains.add_argument("--commit", help="of this tree, for the record")
+    stages.add_parser("table").add_argument("files", type=Path, nargs="+")
+    options = parser.parse_args()
+    if options.stage == "train":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        train(options)
+    else:
+        print(table([run for file in options.files for run in json.loads(file.read_text()).values()]))
+
+
+if __name__ == "__main__":
+    main()
