@@ -202,7 +202,7 @@ def test_dkdv(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_ma
     signature = {
         **dict.fromkeys(("video", "grad_key_strides", "grad_value_strides")),
         "query": tile, "key": tile, "value": tile, "grad": tile, "statistics": statistics, "grad_key": tile,
-        "grad_value": tile, "offset_ptr": "*i32", "count_ptr": "*i32", "row_ptr": "*i32",
+        "grad_value": tile, "offset_ptr": "*i64", "count_ptr": "*i32", "row_ptr": "*i32",
         "size_ptr": "*i32" if has_sizes else None, "scale": "fp32", "scale_log2": "fp32",
         "grad_state": tiles(64, head_dim, "bf16") if feature_map else None,
         "grad_norm_ptr": "*fp32" if feature_map else None, **dict.fromkeys(scalars, "i32"),

@@ -51,7 +51,7 @@ def columns_of(selection):
     mask = selection.critical_mask().transpose(-1, -2)
     counts = mask.sum(-1, dtype=torch.int32).flatten()
     rows = mask.nonzero()[:, -1].to(torch.int32)
-    return ColumnLists(counts.cumsum(0, dtype=torch.int32) - counts, counts, torch.cat([rows, rows.new_zeros(1)]))
+    return ColumnLists(counts.cumsum(0) - counts, counts, torch.cat([rows, rows.new_zeros(1)]))
 
 
 def random_case(

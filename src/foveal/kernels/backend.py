@@ -23,7 +23,7 @@ FOLDERS = {"gluon": f"{__package__}.hopper", "triton": f"{__package__}.triton"}
 class ColumnLists(NamedTuple):
     """The critical lists transposed: for each key block the query blocks that attend to it, ascending.
 
-    offsets: int32 [B * H * Tk], where each key block's list starts in `rows`.
+    offsets: int64 [B * H * Tk], where each key block's list starts in `rows`.
     counts: int32 [B * H * Tk].
     rows: int32 [B * H * Tq * W], query blocks; what no list covers is undefined.
     """

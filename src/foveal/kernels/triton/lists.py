@@ -48,11 +48,21 @@ def _count_kernel(marks_ptr, count_ptr, num_query_blocks, CHUNK: tl.constexpr):
     tl.store(count_ptr + column, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["num_query_blocks"])
-def _collect_kernel(marks_ptr, offset_ptr, rows_ptr, num_query_blocks, CHUNK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_query_blocks", "num_key_blocks", "width"])
+def _collect_kernel(
+    marks_ptr, count_ptr, offset_ptr, rows_ptr, num_query_blocks, num_key_blocks, width, CHUNK: tl.constexpr
+):
+    """Grid (Tk, B * H): the rows of one column, behind those of the pair's columns before it."""
     await_previous()
-    column = tl.program_id(0).to(tl.int64)
-    rows = rows_ptr + tl.load(offset_ptr + column)
+    block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    before = tl.zeros([CHUNK], tl.int32)
+    for start in range(0, block, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        before += tl.load(count_ptr + pair * num_key_blocks + other, mask=other < block, other=0)
+    offset = pair * num_query_blocks * width + tl.sum(before, 0)
+    column = pair * num_key_blocks + block
+    tl.store(offset_ptr + column, offset)
+    rows = rows_ptr + offset
     for start in range(0, num_query_blocks, CHUNK):
         row = start + tl.arange(0, CHUNK)
         mark = tl.load(marks_ptr + column * num_query_blocks + row, mask=row < num_query_blocks, other=0).to(tl.int32)
@@ -71,6 +81,7 @@ def column_lists(selection: BlockSelection) -> ColumnLists:
     pairs, columns = batch * heads, batch * heads * num_key_blocks
     marks = torch.zeros((columns, num_query_blocks), dtype=torch.int8, device=critical.device)
     column_counts = torch.empty(columns, dtype=torch.int32, device=critical.device)
+    offsets = torch.empty(columns, dtype=torch.int64, device=critical.device)
     rows = torch.empty(pairs * num_query_blocks * width, dtype=torch.int32, device=critical.device)
     launch(
         _mark_kernel,
@@ -93,14 +104,16 @@ def column_lists(selection: BlockSelection) -> ColumnLists:
         CHUNK=CHUNK,
         num_warps=4,
     )
-    offsets = column_counts.cumsum(0, dtype=torch.int32) - column_counts
     launch(
         _collect_kernel,
-        (columns,),
+        (num_key_blocks, pairs),
         marks_ptr=marks,
+        count_ptr=column_counts,
         offset_ptr=offsets,
         rows_ptr=rows,
         num_query_blocks=num_query_blocks,
+        num_key_blocks=num_key_blocks,
+        width=width,
         CHUNK=CHUNK,
         num_warps=4,
     )
