@@ -5,7 +5,7 @@ import torch
 
 from foveal import SLAConfig, VideoGrid, VSAConfig, sla_attention, vsa_attention
 from foveal.kernels import host
-from foveal.kernels.replay import POOL_BYTES, Record
+from foveal.kernels.record import POOL_BYTES, Record
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():

@@ -8,8 +8,9 @@ import pytest
 import torch
 from interpreted import all_strided, mend_interpreter, run_interpreted
 
-from foveal.kernels import host, replay
-from foveal.kernels.replay import Place, Record, replayed
+from foveal.kernels import host, record, replay
+from foveal.kernels.record import Allocation, DirectLaunch, Map, Place, Record
+from foveal.kernels.replay import replayed
 
 
 @pytest.fixture(autouse=True)
@@ -191,9 +192,9 @@ def test_temporary_memory_is_given_back():
 
     for seed in range(2):
         replayed(two_sums, inputs(seed, (64,)), None)
-    (record,) = (x for x in replay._RECORDS.values() if isinstance(x, Record))
+    (one,) = (x for x in replay._RECORDS.values() if isinstance(x, Record))
     held, most = 0, 0
-    for step in record.steps:
+    for step in one.steps:
         held += sum(slot is not None for slot in step.made)
         most = max(most, held)
         held -= len(step.done)
@@ -208,13 +209,13 @@ def test_small_memory_is_taken_at_once():
         target, source, size = arguments
         ctypes.memmove(target, source, size)
 
-    def allocation(slot: int, length: int) -> replay._Allocation:
-        return replay._Allocation(slot, torch.Size([length]), (1,), torch.float32, torch.device("cpu"))
+    def allocation(slot: int, length: int) -> Allocation:
+        return Allocation(slot, torch.Size([length]), (1,), torch.float32, torch.device("cpu"))
 
-    def launch(target: Place, source: Place, size: int) -> replay._DirectLaunch:
-        return replay._DirectLaunch(move, [None, None, size], ((0, target), (1, source)), (), ())
+    def launch(target: Place, source: Place, size: int) -> DirectLaunch:
+        return DirectLaunch(move, (target, source, size))
 
-    large = replay.POOL_BYTES // 4
+    large = record.POOL_BYTES // 4
     whole = {slot: Place(slot, 0, None) for slot in range(5)}
     steps = [
         allocation(1, 100),
@@ -227,12 +228,29 @@ def test_small_memory_is_taken_at_once():
         allocation(4, 100),
         launch(whole[4], Place(3, 40, None), 400)._replace(done=(3,)),
     ]
-    steps, values = replay._pooled(steps, [None] * 5, {4})
-    sizes = [step.size[0] for step in steps if isinstance(step, replay._Allocation)]
+    steps, values = record.pooled(steps, [None] * 5, {4})
+    sizes = [step.size[0] for step in steps if isinstance(step, Allocation)]
     assert sizes == [1024, large, 100]  # two temporaries at multiples of 512 bytes
     (x,) = inputs(0, (100,))
     ((result,), _) = Record(steps, values, [whole[4]], None).run([x])
     assert torch.equal(result, torch.cat((x[50:], x[:50])))
+
+
+def test_arguments_of_a_direct_launch():
+    """Addresses, TMA maps that are made once for each address, tuples, and constants as they are."""
+    launched, made = [], []
+    tiles = Map(Place(0, 8, None), lambda address: made.append(address) or f"map of {address}")
+    arguments = (Place(0, 0, None), tiles, (Place(1, 4, None), None, 2**40), "softmax", 0.1, float("inf"), True, None)
+    one = Record([DirectLaunch(launched.append, arguments)], [None, None], [None], ("rest", 1))
+    tensors = inputs(0, (8,), (8,))
+    first, second = (x.data_ptr() for x in tensors)
+    for _ in range(2):
+        assert one.run(tensors) == ((None,), ("rest", 1))
+    expected = [first, f"map of {first + 8}", (second + 4, None, 2**40), "softmax", 0.1, float("inf"), True, None]
+    assert launched == [expected, expected]
+    assert made == [first + 8]
+    one.run(tensors[::-1])
+    assert made == [first + 8, second + 8]
 
 
 INTERPRETED = ["sla, marginal", "sla, all, strides", "sla, selection", "vsa", "vsa, both gates, text"]

@@ -174,7 +174,8 @@ def validate_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(f"the last dimension of {name} must be contiguous, got strides {x.stride()}")
     if key.shape != value.shape:
         raise ValueError(f"key and value must have one shape, got {tuple(key.shape)} and {tuple(value.shape)}")
-    if query.shape[:2] != key.shape[:2] or query.shape[3] != key.shape[3]:
+    (batch, heads, _, head_dim), (key_batch, key_heads, _, key_head_dim) = query.shape, key.shape
+    if batch != key_batch or heads != key_heads or head_dim != key_head_dim:  # slices of a shape take longer
         raise ValueError(
             f"query and key must agree in batch, heads and head_dim, got {tuple(query.shape)} and {tuple(key.shape)}"
         )

@@ -1,0 +1,285 @@
+"""A recorded call: its steps, and the function that they are written out as.
+
+A replay should cost the host little beyond what PyTorch and the launches cost. So a `Record` becomes one Python
+function with a line for each step, in which all numbers but addresses are constants: no step is looked at twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from foveal.kernels.host import MOST
+
+# Small memory is taken at once: no more than so many bytes, each part at a multiple of what PyTorch's own are at.
+POOL_BYTES, ALIGNMENT = 4 * 2**20, 512
+
+Results = tuple[tuple[Tensor | None, ...], Hashable]
+
+
+class Place(NamedTuple):
+    """A tensor of a recorded call.
+
+    slot: the tensor whose memory it is in: an input, a constant, or what a step makes.
+    offset: bytes from that tensor's first.
+    lies: its size and stride where it is another tensor than that of the slot; else None.
+    """
+
+    slot: int
+    offset: int
+    lies: tuple[torch.Size, tuple[int, ...]] | None
+
+
+class Tiles(NamedTuple):
+    """A TMA descriptor of a tensor."""
+
+    descriptor: Any
+    place: Place
+
+
+class Source:
+    """The lines of a function, and the values that they name.
+
+    Args:
+        values: constants by slot, None for the others.
+    """
+
+    def __init__(self, values: Sequence[Tensor | None]) -> None:
+        self.lines: list[str] = []
+        self.names: dict[str, Any] = {f"v{slot}": x for slot, x in enumerate(values) if x is not None}
+        self._addressed: set[int] = set()
+
+    def constant(self, x: Any) -> str:
+        if x is None or type(x) in (bool, int):
+            return repr(x)
+        name = f"c{len(self.names)}"
+        self.names[name] = x
+        return name
+
+    def address(self, place: Place) -> str:
+        """That of a tensor's first byte; each slot is asked for its own once."""
+        if place.slot not in self._addressed:
+            self._addressed.add(place.slot)
+            self.lines.append(f"a{place.slot} = v{place.slot}.data_ptr()")
+        return f"a{place.slot} + {place.offset}" if place.offset else f"a{place.slot}"
+
+    def tensor(self, place: Place) -> str:
+        base = f"v{place.slot}"
+        if place.lies is None:
+            return base
+        size, stride = map(tuple, place.lies)
+        return f"{base}.as_strided({size}, {stride}, {base}.storage_offset() + {place.offset} // {base}.itemsize)"
+
+    def value(self, template: Any) -> str:
+        """A template with its places filled in."""
+        kind = type(template)
+        if kind is Place:
+            return self.tensor(template)
+        if kind in (list, tuple):
+            parts = "".join(f"{self.value(x)}, " for x in template)
+            return f"[{parts}]" if kind is list else f"({parts})"
+        if kind is Tiles:
+            return f"{self.constant(_tiles_of)}({self.constant(template.descriptor)}, {self.tensor(template.place)})"
+        return self.constant(template)
+
+
+def _tiles_of(descriptor: Any, x: Tensor) -> Any:
+    """The same descriptor of another tensor."""
+    descriptor = copy.copy(descriptor)
+    descriptor.base = x
+    return descriptor
+
+
+class Allocation(NamedTuple):
+    slot: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    done: tuple[int, ...] = ()
+
+    def write(self, source: Source) -> None:
+        make, dtype, device = map(source.constant, (torch.empty_strided, self.dtype, self.device))
+        lies = f"{tuple(self.size)}, {tuple(self.stride)}"
+        source.lines.append(f"v{self.slot} = {make}({lies}, dtype={dtype}, device={device})")
+
+    @property
+    def made(self) -> tuple[int, ...]:
+        return (self.slot,)
+
+    @property
+    def nbytes(self) -> int:
+        """What its memory spans."""
+        if 0 in self.size:
+            return 0
+        last = sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+
+class Operator(NamedTuple):
+    """An operator of PyTorch's; `made` are the slots of its results, None for what is not new.
+
+    several: it returns a sequence of results, not one.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple
+    named: tuple[tuple[str, Any], ...]
+    made: tuple[int | None, ...]
+    several: bool
+    done: tuple[int, ...] = ()
+
+    def write(self, source: Source) -> None:
+        named = [f"{name}={source.value(x)}" for name, x in self.named]
+        call = f"{source.constant(self.function)}({', '.join([*map(source.value, self.arguments), *named])})"
+        if all(slot is None for slot in self.made):
+            source.lines.append(call)
+            return
+        results = ", ".join("_" if slot is None else f"v{slot}" for slot in self.made)
+        source.lines.append(f"{results}{',' if self.several else ''} = {call}")
+        if None in self.made:
+            source.lines.append("del _")
+
+
+class Launch(NamedTuple):
+    """A kernel launched as `host.launch` does it."""
+
+    launcher: Callable[[tuple[int, ...], dict[str, Any]], None]
+    grid: tuple[int, ...]
+    named: tuple[tuple[str, Any], ...]
+    done: tuple[int, ...] = ()
+    made: tuple[int, ...] = ()
+
+    def write(self, source: Source) -> None:
+        named = ", ".join(f"{name!r}: {source.value(x)}" for name, x in self.named)
+        source.lines.append(f"{source.constant(self.launcher)}({self.grid}, {{{named}}})")
+
+
+class DirectLaunch(NamedTuple):
+    """A compiled kernel launched by its C launcher, with numbers for addresses.
+
+    arguments: a `Place` stands for its address.
+    """
+
+    launch: Callable[[list], None]
+    arguments: tuple
+    done: tuple[int, ...] = ()
+    made: tuple[int, ...] = ()
+
+    def write(self, source: Source) -> None:
+        arguments = ", ".join([self._argument(x, source) for x in self.arguments])
+        source.lines.append(f"{source.constant(self.launch)}([{arguments}])")
+
+    @staticmethod
+    def _argument(x: Any, source: Source) -> str:
+        if type(x) is Place:
+            return source.address(x)
+        if type(x) is tuple:
+            return f"({''.join(f'{DirectLaunch._argument(y, source)}, ' for y in x)})"
+        if type(x) is Map:
+            known = Maps(x.make)
+            address = source.address(x.place)
+            return f"{source.constant(known.get)}({address}) or {source.constant(known.new)}({address})"
+        return source.constant(x)
+
+
+class Map(NamedTuple):
+    """A TMA map of the memory at a place, among the arguments of a `DirectLaunch`."""
+
+    place: Place
+    make: Callable[[int], Any]
+
+
+class Maps(dict):
+    """TMA maps by address."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        super().__init__()
+        self._make = make
+
+    def new(self, address: int) -> Any:
+        if len(self) >= MOST:
+            self.clear()
+        made = self[address] = self._make(address)
+        return made
+
+
+class Record:
+    """The steps of a call.
+
+    Args:
+        steps: what it does, in order; `done` of each are the slots that no later step reads.
+        values: constants by slot, None for the others; the inputs come first.
+        results: the places of what it returns, None for None.
+        rest: what it returns beside tensors.
+    """
+
+    def __init__(
+        self, steps: Sequence[Any], values: list[Tensor | None], results: Sequence[Place | None], rest: Hashable
+    ) -> None:
+        self.steps = tuple(steps)
+        source = Source(values)
+        for step in self.steps:
+            step.write(source)
+            source.lines += [f"del v{slot}" for slot in step.done]
+        source.lines.append(f"return {source.value(tuple(results))}, {source.constant(rest)}")
+        made = {slot for step in self.steps for slot in step.made}
+        read = {slot for step in (*self.steps, tuple(results)) for slot in slots_of(step)}
+        given = [f"v{slot} = tensors[{slot}]" for slot in sorted(read - made) if values[slot] is None]
+        text = "def replay(tensors):\n" + "".join(f"    {line}\n" for line in (*given, *source.lines))
+        exec(compile(text, "<replay>", "exec"), source.names)
+        self._replay = source.names["replay"]
+
+    def run(self, tensors: Sequence[Tensor | None]) -> Results:
+        """The call's results for other tensors that lie like those that were recorded."""
+        return self._replay(tensors)
+
+
+def pooled(
+    steps: Sequence[Any], values: list[Tensor | None], returned: set[int]
+) -> tuple[list[Any], list[Tensor | None]]:
+    """The steps and values with one allocation for all small memory that only kernels see, by its address.
+
+    It is taken as long as the call runs, which is what `POOL_BYTES` bounds.
+    """
+    seen = {slot for step in steps if not isinstance(step, Allocation | DirectLaunch) for slot in slots_of(step)}
+    offsets: dict[int, int] = {}
+    total, device = 0, None
+    for step in steps:
+        if isinstance(step, Allocation) and step.slot not in seen | returned:
+            size = -(-step.nbytes // ALIGNMENT) * ALIGNMENT
+            if total + size <= POOL_BYTES and device in (None, step.device):
+                offsets[step.slot], total, device = total, total + size, step.device
+    if len(offsets) < 2:
+        return list(steps), values
+    pool = len(values)
+
+    def moved(x: Any) -> Any:
+        if type(x) is Place:
+            return Place(pool, offsets[x.slot] + x.offset, None) if x.slot in offsets else x
+        if type(x) is Map:
+            return Map(moved(x.place), x.make)
+        return tuple([moved(y) for y in x]) if type(x) is tuple else x
+
+    kept = [Allocation(pool, torch.Size([total]), (1,), torch.uint8, device)]
+    for step in steps:
+        if isinstance(step, Allocation) and step.slot in offsets:
+            continue
+        step = step._replace(done=tuple(slot for slot in step.done if slot not in offsets))
+        if isinstance(step, DirectLaunch):
+            step = step._replace(arguments=moved(step.arguments))
+        kept.append(step)
+    return kept, [*values, None]
+
+
+def slots_of(template: Any) -> list[int]:
+    """The slots that a step reads."""
+    if type(template) is Place:
+        return [template.slot]
+    if isinstance(template, list | tuple):
+        return [slot for x in template for slot in slots_of(x)]
+    return []
