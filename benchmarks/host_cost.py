@@ -7,6 +7,8 @@ launch runs and is timed: validation, the choice of the implementation, autograd
 search for the variant. Gluon's kernels need Triton 3.6.
 
 With `--gpu`, calls at 4,096 tokens run whole, back to back and behind other work, and every launch is timed by itself.
+Autograd runs a backward on the GPU in another thread, for which each call waits. So there are two more figures: the
+same in the calling thread, and a chain of eight layers with one backward, by layer, as in a model.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ from foveal.lab.bench.timing import HOST_CALLS, CudaTimer
 from foveal.methods.sla import attention as sla
 
 CALLS = 200
+LAYERS = 8
+ONE_THREAD, CHAIN = "both, in one thread", f"both, in {LAYERS} layers"
 
 
 class Launched:
@@ -183,14 +187,15 @@ def on_gpu(profiled: bool, out: Path | None, commit: str | None) -> None:
                 for _ in range(10):
                     function()
                 launches.report(1)
-                queued = timer.host(function)
-                per_launch, times = launches.report(HOST_CALLS), []
+                layers = calls_of(label)
+                queued = timer.host(function) / layers
+                per_launch, times = launches.report(HOST_CALLS * layers), []
                 for _ in range(CALLS // 10):
                     torch.cuda.synchronize()
                     start = time.perf_counter()
                     for _ in range(10):
                         function()
-                    times.append(100 * (time.perf_counter() - start))
+                    times.append(100 * (time.perf_counter() - start) / layers)
                 figures = {"back_to_back_ms": statistics.median(times), "queued_ms": queued}
                 way = "as it is" if name == "cuDNN" else "replayed" if replays else "worked out"
                 found.setdefault(name, {}).setdefault(label, {})[way] = figures
@@ -218,11 +223,31 @@ def passes(run, tensors) -> dict[str, Callable[[], object]]:
         with torch.no_grad():
             run(*tensors)
 
+    def both() -> None:
+        torch.autograd.grad(run(*leaves), leaves, grad)
+
+    def in_one_thread() -> None:
+        with torch.autograd.set_multithreading_enabled(False):
+            both()
+
+    def chain() -> None:
+        output, *others = leaves
+        for _ in range(LAYERS):
+            output = run(output, *others)
+        torch.autograd.grad(output, leaves, grad)
+
     return {
         "forward, inference": forward,
         "forward, training": lambda: run(*leaves),
-        "forward and backward": lambda: torch.autograd.grad(run(*leaves), leaves, grad),
+        "forward and backward": both,
+        ONE_THREAD: in_one_thread,
+        CHAIN: chain,
     }
+
+
+def calls_of(label: str) -> int:
+    """How many layers one call of a pass runs."""
+    return LAYERS if label == CHAIN else 1
 
 
 def main() -> None:
@@ -239,7 +264,7 @@ def main() -> None:
     with without_launches():
         for name, (run, tensors) in cases().items():
             for label, function in passes(run, tensors).items():
-                print(f"{name:14} {label:22} {milliseconds(function):.3f} ms")
+                print(f"{name:14} {label:22} {milliseconds(function) / calls_of(label):.3f} ms")
                 if options.profile:
                     show_profile(function)
 
