@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from foveal.kernels.hopper import launch, launch_linear
-from foveal.kernels.hopper.support import BLOCK_SIZES, HEAD_DIMS, copyable, why_not
+from foveal.kernels.hopper.support import BLOCK_SIZES, HEAD_DIMS, why_not
+from foveal.kernels.tma import copyable
 
 triton = pytest.importorskip("triton")
 
@@ -48,7 +49,7 @@ def test_supports_says_why_not():
     assert "NVIDIA GPU" in why_not(x, x, x, 64, 64)
 
 
-def test_which_strides_the_copy_engine_takes():
+def test_which_strides_tma_takes():
     packed = torch.zeros(2, 100, 3, 4, 64, dtype=torch.bfloat16)
     assert copyable(packed[:, :, 1].transpose(1, 2))
     assert not copyable(packed.transpose(-1, -2)[:, :, 0])

@@ -8,7 +8,7 @@ import torch
 
 from foveal import block_sparse_attention
 from foveal.checks import clear_constants
-from foveal.kernels import api, chips
+from foveal.kernels import api, chips, tma
 from foveal.kernels.hopper import support
 from foveal.testing import make_inputs, random_selection
 
@@ -27,7 +27,7 @@ def test_the_decision_compiles_whole(monkeypatch, length):
 
     def decide(x):
         hopper = chips.capability(x.device) == "9.0"
-        fits = support.copyable(x) and support.missing_gluon() != "nonsense"
+        fits = tma.copyable(x) and support.missing_gluon() != "nonsense"
         return x + 1 if hopper and fits else x - 1
 
     # A device that no other test asks about: the answer is cached.
@@ -38,14 +38,14 @@ def test_the_decision_compiles_whole(monkeypatch, length):
     assert torch.equal(compiled(view), view - 1)
 
 
-def test_what_the_copy_engine_can_walk():
+def test_what_tma_can_walk():
     base = torch.zeros(2, 3, 40, 64, dtype=torch.bfloat16)
-    assert support.copyable(base)
-    assert support.copyable(base.transpose(1, 2))
-    assert not support.copyable(base[..., 1:])
-    assert not support.copyable(torch.zeros(2, 3, 40, 60, dtype=torch.bfloat16))
-    assert not support.copyable(base.transpose(2, 3))
-    assert not support.copyable(base[:, :1].expand(2, 3, 40, 64))
+    assert tma.copyable(base)
+    assert tma.copyable(base.transpose(1, 2))
+    assert not tma.copyable(base[..., 1:])
+    assert not tma.copyable(torch.zeros(2, 3, 40, 60, dtype=torch.bfloat16))
+    assert not tma.copyable(base.transpose(2, 3))
+    assert not tma.copyable(base[:, :1].expand(2, 3, 40, 64))
 
 
 @pytest.fixture

@@ -163,17 +163,6 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
 # --- Descriptors ------------------------------------------------------------------------------------------------------
 
 
-def tma_strides(x: Tensor) -> list[int]:
-    """The strides of x [..., D] for TMA, the last 1.
-
-    That of a dimension of size 1 is free, and may be one that TMA refuses: it becomes another.
-    """
-    return [
-        *(stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)),
-        1,
-    ]
-
-
 class Descriptors:
     """Makes TMA descriptors of tensors; all but the address is made once for tensors with the same shape and strides.
 
@@ -203,19 +192,6 @@ class Descriptors:
         fields.update(attributes)
         fields["base"] = x
         return descriptor
-
-
-def tma_takes(tensors: Sequence[Tensor]) -> bool:
-    """Whether TMA is there and takes these tensors: 16-byte aligned starts and strides."""
-    return all(chips.chip_of(x.device).uses_tma and x.data_ptr() % 16 == 0 and _steps_aligned(x) for x in tensors)
-
-
-def _steps_aligned(x: Tensor) -> bool:
-    itemsize = x.element_size()
-    for size, stride in zip(x.shape[:-1], x.stride(), strict=False):
-        if size > 1 and (stride <= 0 or stride * itemsize % 16):
-            return False
-    return True
 
 
 # --- Launches ---------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from foveal.blocks import BlockSelection
 from foveal.kernels.backend import ColumnLists, ForwardCall, RasterGradients
-from foveal.kernels.hopper.support import copyable
-from foveal.kernels.host import Descriptors, launch, num_sms, tma_strides
+from foveal.kernels.host import Descriptors, launch, num_sms
+from foveal.kernels.tma import copyable, tma_strides
 from foveal.kernels.values import LOG2_E, LinearTerm, size_stride
 
 TILE = 64  # rows of most tiles

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foveal.checks import cached_constant
 from foveal.kernels import chips
+from foveal.kernels.tma import ALIGNMENT, copyable
 
 # Gluon is experimental: its names and semantics change between minor releases of Triton. With these the kernels
 # compile, without spills in their loops; `gluon_names` has what differs.
@@ -20,7 +21,6 @@ TRITON_RELEASES = ("3.6", "3.7", "3.8", "3.9")
 VERIFIED_RELEASES = ("3.6",)
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (64, 128)
-COPY_ALIGNMENT = 16  # bytes; TMA needs it of starts and strides
 
 
 @cached_constant
@@ -79,26 +79,6 @@ def written_for(device: torch.device) -> bool:
     return _why_not_device(device) is None
 
 
-def copyable(x: Tensor) -> bool:
-    """Whether TMA can read x [B, H, L, D] with the strides that it has."""
-    # torch.compile cannot trace an offset; the launchers look again, and copy what turns out not to fit.
-    if torch.compiler.is_compiling():
-        return _strides_fit(x.shape, x.stride(), x.element_size())
-    if x.storage_offset() * x.element_size() % COPY_ALIGNMENT:
-        return False
-    # The sizes of other kinds of tensors may be symbols, which no cache can look up.
-    fit = _strides_known if type(x) is Tensor else _strides_fit
-    return fit(x.shape, x.stride(), x.element_size())
-
-
-def _strides_fit(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
-    steps = [stride for size, stride in zip(shape[:-1], strides[:-1], strict=True) if size > 1]
-    return strides[-1] == 1 and all(step > 0 and step * itemsize % COPY_ALIGNMENT == 0 for step in steps)
-
-
-_strides_known = functools.lru_cache(maxsize=256)(_strides_fit)
-
-
 def why_not(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> str | None:
     """Why the Hopper kernels cannot run on these inputs; None if they can.
 
@@ -118,7 +98,7 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: in
         if not copyable(x):
             needed = (
                 f"{name} must be contiguous in its last dimension, with its start and its other strides multiples of "
-                f"{COPY_ALIGNMENT} bytes"
+                f"{ALIGNMENT} bytes"
             )
             # Strides may be symbols, which cannot be told.
             if torch.compiler.is_compiling():

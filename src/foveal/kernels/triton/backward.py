@@ -17,7 +17,8 @@ from torch import Tensor
 
 from foveal.blocks import BlockSelection
 from foveal.kernels.backend import ColumnLists
-from foveal.kernels.host import launch, tma_takes
+from foveal.kernels.host import launch
+from foveal.kernels.tma import tma_takes
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.forward import count_tiles, tile_valid
 from foveal.kernels.triton.linear_backward import add_key_gradients

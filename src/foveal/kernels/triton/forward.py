@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.kernels.backend import ForwardCall
-from foveal.kernels.host import launch, tma_takes
+from foveal.kernels.host import launch
+from foveal.kernels.tma import tma_takes
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.feature_maps import EPSILON, feature_map
 from foveal.kernels.triton.lists import full_blocks_first

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.kernels.chips import Plan, fitting
-from foveal.kernels.host import launch, num_sms, register_limit, tma_takes
+from foveal.kernels.host import launch, num_sms, register_limit
+from foveal.kernels.tma import tma_takes
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.feature_maps import feature_map
 from foveal.kernels.triton.select import add_column_sums, block_mean, store_first_row

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from foveal.kernels.host import Descriptors, tma_strides
+from foveal.kernels.host import Descriptors
+from foveal.kernels.tma import tma_strides
 
 TILE = 64
 LN_2 = tl.constexpr(0.6931471805599453)
