@@ -200,10 +200,16 @@ def test_training_on_what_was_precomputed(model, data, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     options = {"model.path": model, "data.folder": data, "data.held-out": 1, "batch-size": 1, "steps": 1}
     options |= {"device": "cpu", "tracker": "none", "output": tmp_path / "run"}
+    options |= {"evaluation.sample-every": 1, "evaluation.sampling-steps": 2}
     command = ["train", "minimax-h3-vsa", *(x for key, value in options.items() for x in (f"--{key}", str(value)))]
     assert cli.main(command) in (0, None)
     export = tmp_path / "run" / "export"
     assert (export / "sparse" / "foveal.json").is_file()
+    (sample,) = (tmp_path / "run" / "samples").glob("*.mp4")
+    with av.open(str(sample)) as written:
+        frames = [frame.to_ndarray(format="rgb24") for frame in written.decode(video=0)]
+    # Dense and sparse side by side, three times as large, to be seen.
+    assert (len(frames), *frames[0].shape) == (22, 3 * 64, 3 * 2 * 96, 3)
     # And the sparse pipeline that this made generates.
     command = ["generate", "--model", str(model), "--prompt", "A fox", *CANVAS, "--sparse", str(export)]
     assert cli.main([*command, "--output", str(tmp_path / "made")]) in (0, None)

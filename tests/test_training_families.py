@@ -278,7 +278,6 @@ def test_minimax_h3_sharded_over_two_processes(run, tmp_path):
     [
         ("minimax_h3", {"micro_batch_size": 2}, "micro_batch_size must be 1 for .*base, got 2"),
         ("minimax_h3", {"context_parallel": 2}, "context_parallel must be 1 for .*base, got 2"),
-        ("ltx2", {"evaluation__sample_every": 1}, "evaluation.sample_every must be 0 for .*base, got 1"),
         ("hunyuan_video", {"objective__first_frame": 0.5}, "objective.first_frame must be 0 for .*base, got 0.5"),
         ("hunyuan_video", {"objective__sound_shift": 3.0}, "objective.sound_shift must be None for .*base"),
     ],

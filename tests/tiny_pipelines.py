@@ -52,6 +52,65 @@ def tiny_ltx():
     )
 
 
+def tiny_ltx2():
+    """Video and sound; its VAE of sound has 8 mel bins, 2 of a latent."""
+    from diffusers.pipelines import ltx2
+
+    torch.manual_seed(0)
+    text = {"vocab_size": 128, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"image_size": 28, "patch_size": 14}
+    gemma = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    connectors = {"attention_head_dim": 8, "num_attention_heads": 2, "num_layers": 1, "num_learnable_registers": 4}
+    return diffusers.LTX2Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=diffusers.AutoencoderKLLTX2Video(
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 16, 32),
+            layers_per_block=(1,) * 5,
+            decoder_layers_per_block=(1,) * 4,
+            spatial_compression_ratio=32,
+            temporal_compression_ratio=8,
+        ),
+        audio_vae=diffusers.AutoencoderKLLTX2Audio(
+            base_channels=4, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=2, mel_bins=8, resolution=32
+        ),
+        text_encoder=transformers.Gemma3ForConditionalGeneration(gemma).eval(),
+        tokenizer=tiny_tokenizer(),
+        connectors=ltx2.LTX2TextConnectors(
+            caption_channels=16,
+            text_proj_in_factor=2,
+            rope_double_precision=False,
+            **{f"{kind}_connector_{name}": value for name, value in connectors.items() for kind in ("video", "audio")},
+        ),
+        transformer=diffusers.LTX2VideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            audio_in_channels=4,
+            audio_out_channels=4,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=8,
+            audio_cross_attention_dim=16,
+            num_layers=2,
+            caption_channels=16,
+            rope_double_precision=False,
+        ),
+        vocoder=ltx2.LTX2Vocoder(
+            in_channels=16,
+            hidden_channels=8,
+            upsample_kernel_sizes=[16, 15],
+            upsample_factors=[16, 15],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1, 3]],
+        ),
+    )
+
+
 def tiny_cogvideox():
     return diffusers.CogVideoXPipeline(
         tokenizer=tiny_tokenizer(),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveal.lab.pipelines import LoadedPipeline
+from foveal.lab.pipelines import LoadedPipeline, PipelineKind
 
 # Fields of a VAE's configuration that tell one latent space from another.
 VAE_FIELDS = ("z_dim", "latent_channels", "latents_mean", "latents_std", "scaling_factor", "shift_factor")
@@ -35,6 +35,8 @@ def encode_text(loaded: LoadedPipeline, captions: list[str]) -> dict[str, Tensor
     }
     options = {name: value for name, value in options.items() if name in accepted and value is not None}
     encoded = pipe.encode_prompt(captions, **options)
+    if loaded.kind.connect is not None:
+        encoded = loaded.kind.connect(pipe, encoded)
     named = dict(zip(loaded.kind.text, encoded, strict=True))
     return {name: tensor for name, tensor in named.items() if name is not None}
 
@@ -58,12 +60,23 @@ def encode_video(loaded: LoadedPipeline, videos: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def decode_video(vae: nn.Module, latents: Tensor, kind: PipelineKind) -> Tensor:
+    """The inverse of `encode_video`: videos [B, 3, F, H, W], about in [-1, 1], of latents of a `kind` of pipeline."""
+    latents = denormalize_latents(vae, latents)
+    more = {}
+    if getattr(vae.config, "timestep_conditioning", False):
+        more["temb"] = torch.zeros(len(latents), device=latents.device, dtype=latents.dtype)
+    videos = vae.decode(latents, **more, return_dict=False)[0]
+    if kind.pixels is not None:
+        mean, std = (torch.tensor(values).to(videos).view(1, -1, 1, 1, 1) for values in kind.pixels)
+        videos = (videos * std + mean) * 2 - 1
+    return videos
+
+
+@torch.no_grad()
 def encode_sound(loaded: LoadedPipeline, sound: Tensor) -> Tensor:
-    """Encode sound [2, samples] at the pipeline's rate into the latents [2, C, L] that the transformer trains on."""
-    vae = loaded.pipe.audio_vae
-    latents = vae.encode(sound[:, None].to(loaded.device, vae.dtype)).latent_dist.mode()
-    mean, std = (torch.tensor(getattr(vae.config, name)).to(latents) for name in ("latents_mean", "latents_std"))
-    return (latents - mean[:, None]) / std[:, None]
+    """Encode sound [2, samples] at the pipeline's rate into the latents that the transformer trains on."""
+    return loaded.kind.sound.encode(loaded.pipe, sound)
 
 
 def normalize_latents(vae: nn.Module, latents: Tensor) -> Tensor:
@@ -74,15 +87,26 @@ def normalize_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     Raises:
         ValueError: for a VAE with neither.
     """
+    shift, factor = _normalization(vae, latents)
+    return (latents - shift) * factor
+
+
+def denormalize_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """The inverse of `normalize_latents`, which raises the same."""
+    shift, factor = _normalization(vae, latents)
+    return latents / factor + shift
+
+
+def _normalization(vae: nn.Module, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """What is subtracted from latents, and what they are multiplied by afterwards."""
     mean, std = (_statistic(vae, name, latents) for name in ("latents_mean", "latents_std"))
     scale = getattr(vae.config, "scaling_factor", None)
     if mean is None and scale is None:
         raise ValueError(f"{type(vae).__name__} has neither latents_mean and latents_std nor a scaling_factor")
-    if mean is not None:
-        latents = (latents - mean) / std
-    else:
-        latents = latents - (getattr(vae.config, "shift_factor", None) or 0.0)
-    return latents * (1.0 if scale is None else scale)
+    factor = 1.0 if scale is None else scale
+    if mean is None:
+        return getattr(vae.config, "shift_factor", None) or 0.0, factor
+    return mean, factor / std
 
 
 def vae_facts(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:

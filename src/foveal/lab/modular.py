@@ -140,6 +140,14 @@ class MiniMaxH3:
         return part
 
 
+def encode_sound(pipe: Any, sound: Tensor) -> Tensor:
+    """The latents [2, C, N] of sound, float32 [2, samples], one for each ear, that the transformer trains on."""
+    vae = pipe.audio_vae
+    latents = vae.encode(sound[:, None].to(vae.device, vae.dtype)).latent_dist.mode()
+    mean, std = (torch.tensor(getattr(vae.config, name)).to(latents) for name in ("latents_mean", "latents_std"))
+    return (latents - mean[:, None]) / std[:, None]
+
+
 class _TextOnly:
     """In place of the vision processor, which needs torchvision: prompts have neither images nor videos."""
 

@@ -11,11 +11,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from foveal.lab import modular
+from foveal.lab import ltx2, modular
 from foveal.lab.hub import hub_options, is_hub_id, one_line
 from foveal.layout import VideoGrid
 from foveal.models.model_sizes import CHUNKS
@@ -28,6 +29,22 @@ DEFAULTS_FILE = "generation_config.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+class SoundKind(NamedTuple):
+    """How a pipeline's sound becomes latents; each function takes the pipeline first.
+
+    Args:
+        samples_of_a_latent: () to the samples, at `pipe.audio_sampling_rate`, that a latent stands for.
+        encode: (sound float32 [2, samples of whole latents]) to the latents that the transformer trains on.
+        made: (what the pipeline returns beside the video) to one sound, float [2, samples].
+        made_rate: () to its samples per second.
+    """
+
+    samples_of_a_latent: Callable[[Any], int]
+    encode: Callable[[Any, Tensor], Tensor]
+    made: Callable[[Any, Any], Tensor]
+    made_rate: Callable[[Any], int]
+
+
 @dataclass(frozen=True)
 class PipelineKind:
     """Facts about a pipeline class that diffusers does not keep in one place.
@@ -36,12 +53,13 @@ class PipelineKind:
         name: the class name.
         family: the family of its transformer, in `FAMILIES`.
         text: names for what `encode_prompt` returns without guidance; None for what a sample need not keep.
+        connect: (pipe, what `encode_prompt` returns) to what `text` names, where that is not the same.
         fps: frames per second that its models were trained at; None for images.
         packed: latent pixels per side of a token that the pipeline packs, on top of the transformer's patch.
         vae_float32: generate with the VAE in float32, as the model's authors do.
         pixels: mean and standard deviation, by channel of [0, 1], that its VAE takes videos normalized by; None for
             [-1, 1].
-        sound: the pipeline makes sound beside the video.
+        sound: of pipelines that make sound beside the video.
     """
 
     name: str
@@ -51,7 +69,8 @@ class PipelineKind:
     packed: int = 1
     vae_float32: bool = False
     pixels: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
-    sound: bool = False
+    sound: SoundKind | None = None
+    connect: Callable[[Any, tuple[Any, ...]], tuple[Any, ...]] | None = None
 
     @property
     def is_image(self) -> bool:
@@ -76,7 +95,25 @@ PIPELINES = {
             ("prompt_embeds", "prompt_attention_mask"),
             fps=24,
             pixels=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            sound=True,
+            sound=SoundKind(
+                samples_of_a_latent=lambda pipe: pipe.audio_vae.hop_length,
+                encode=modular.encode_sound,
+                made=lambda pipe, sound: sound,
+                made_rate=lambda pipe: pipe.audio_sampling_rate,
+            ),
+        ),
+        PipelineKind(
+            "LTX2Pipeline",
+            "ltx2",
+            ("prompt_embeds", "audio_prompt_embeds", "prompt_attention_mask"),
+            fps=24,
+            sound=SoundKind(
+                samples_of_a_latent=ltx2.samples_of_a_latent,
+                encode=ltx2.encode_sound,
+                made=lambda pipe, sound: sound[0],
+                made_rate=lambda pipe: pipe.vocoder.config.output_sampling_rate,
+            ),
+            connect=ltx2.connect,
         ),
         PipelineKind("FluxPipeline", "flux", ("prompt_embeds", "pooled_prompt_embeds", None), fps=None, packed=2),
     )
@@ -212,6 +249,8 @@ def load_pipeline(
     try:
         float32 = kind.vae_float32 or without_transformer
         dtypes = {"vae": torch.float32, "default": dtype} if float32 else dtype
+        if without_transformer and kind.sound:
+            dtypes["audio_vae"] = torch.float32
         with _without_progress_bars():
             pipe = getattr(diffusers, kind.name).from_pretrained(place, dtype=dtypes, **left_out, **keyword)
     except (OSError, ImportError) as error:

@@ -171,7 +171,7 @@ def precompute(
         try:
             sound = None
             if loaded is not None and loaded.kind.sound:
-                sound = loaded.pipe.audio_sampling_rate, loaded.pipe.audio_vae.hop_length
+                sound = loaded.pipe.audio_sampling_rate, loaded.kind.sound.samples_of_a_latent(loaded.pipe)
             clips_of = run.buckets, run.fps, settings.clips_per_video, sound
             for source, clips, reason in _read_ahead(run.left, *clips_of):
                 if reason is not None:

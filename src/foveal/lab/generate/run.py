@@ -356,7 +356,7 @@ def _shared_settings(loaded: LoadedPipeline, settings: GenerationSettings, argum
         "exact": settings.exact,
     }
     if loaded.kind.sound:
-        shared["sampling_rate"] = loaded.pipe.audio_sampling_rate
+        shared["sampling_rate"] = loaded.kind.sound.made_rate(loaded.pipe)
     return json.loads(json.dumps(shared))
 
 
@@ -403,7 +403,9 @@ def _generate_one(
             hook.remove()
     end = now()
     video = result if loaded.kind.is_image else result[0]
-    sound = Sound(rest[0].float().cpu(), loaded.pipe.audio_sampling_rate) if loaded.kind.sound else None
+    sound, kind = None, loaded.kind.sound
+    if kind is not None:
+        sound = Sound(kind.made(loaded.pipe, rest[0]).float().cpu(), kind.made_rate(loaded.pipe))
     if not video.isfinite().all() or (sound is not None and not sound.samples.isfinite().all()):
         raise FloatingPointError(f"the {job.arm} output for prompt {job.prompt!r}, seed {job.seed}, is not finite")
     frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()

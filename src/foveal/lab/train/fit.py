@@ -33,11 +33,6 @@ def check_training(config: TrainingConfig) -> None:
             f"context_parallel must be 1 for {model}, got {config.context_parallel}: training divides only the tokens "
             "of a video without sound"
         )
-    if training.has_sound and config.evaluation.sample_every:
-        raise ValueError(
-            f"evaluation.sample_every must be 0 for {model}, got {config.evaluation.sample_every}: training shows no "
-            "videos with sound; foveal generate makes them of an export"
-        )
     if config.objective.first_frame and not training.frame_levels:
         raise ValueError(
             f"objective.first_frame must be 0 for {model}, got {config.objective.first_frame}: its frames have no "

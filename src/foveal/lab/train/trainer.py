@@ -34,7 +34,7 @@ from foveal.lab.train.model import (
     noise_shifts,
     token_grid,
     trained_parameters,
-    velocity,
+    velocities,
 )
 from foveal.lab.train.optimization import (
     StepReport,
@@ -52,7 +52,9 @@ from foveal.lab.train.parallel import (
 from foveal.lab.train.sampling import dense_and_sparse, sample_file, visible, write_samples
 from foveal.lab.train.state import build_state
 from foveal.lab.train.throughput import peak_flops, sample_flops
+from foveal.models.families.table import family_of
 from foveal.models.report import report as forwards_report
+from foveal.models.training import Streams
 
 
 @dataclass(frozen=True)
@@ -327,22 +329,21 @@ class Trainer:
                 self.log.warn(warning)
 
     def _sample(self) -> None:
-        """A video from the first held-out sample's caption and noise, sparse on the right of dense."""
-        _, (noise,), text, _ = self.held_out.sample(0)
+        """A video from the first held-out sample's caption and noise, sparse on the right of dense; without sound."""
+        _, noise, text, _ = self.held_out.sample(0)
 
-        def predicted(video: Tensor, sigmas: Tensor) -> Tensor:
+        def predicted(noisy: Streams, sigmas: Streams) -> Streams:
             with self.accelerator.autocast():
-                return velocity(self.transformer, video, sigmas, text)
+                return velocities(self.transformer, noisy, sigmas, text)
 
         steps = self.config.evaluation.sampling_steps
         with self.log.doing("sample"):
-            latents = dense_and_sparse(self.transformer, predicted, noise, shift=self.shifts[0], steps=steps)
+            latents = dense_and_sparse(self.transformer, predicted, noise, shifts=self.shifts, steps=steps)
         if self.accelerator.is_main_process:
             device, fps = self.accelerator.device, self.data_settings["fps"]
             try:
-                videos = [
-                    visible(x, self.data_settings["space"], pipeline=self._pipeline(), device=device) for x in latents
-                ]
+                how = {"family": family_of(self.transformer).name, "pipeline": self._pipeline(), "device": device}
+                videos = [visible(x, self.data_settings["space"], **how) for x in latents]
                 with self.config.output_folder().writing(sample_file(self.step)) as aside:
                     write_samples(aside, videos, fps=fps)
             except OSError as error:
