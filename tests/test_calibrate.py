@@ -1,6 +1,7 @@
 """`foveal calibrate`: what is measured, what is chosen from it, and the policy that the commands follow."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,14 +11,24 @@ from tiny_training import write_data
 from tiny_wan import inputs, run, tiny_transformer
 
 import foveal
-from foveal import Policy, SLAConfig, VideoGrid, VSAConfig, get_policy, sla_attention
+from foveal import (
+    Policy,
+    SLAConfig,
+    TokenLayout,
+    VideoGrid,
+    VSAConfig,
+    attention_cost,
+    get_policy,
+    sla_attention,
+    vsa_attention,
+)
 from foveal.lab import cli
 from foveal.lab.calibrate.choose import choose, least_tokens
 from foveal.lab.calibrate.measure import LayerErrors, StepErrors, compare, measure
 from foveal.lab.calibrate.run import CalibrationSettings, training_free
 from foveal.lab.generate.sparse import choose_sparse
-from foveal.lab.train.model import build_model, load_transformer
-from foveal.lab.train.settings import SparsitySettings
+from foveal.lab.train.model import build_model, load_transformer, policy_component
+from foveal.lab.train.settings import ModelSettings, SparsitySettings
 from foveal.lab.train.trainer import run_training
 from foveal.lab.ui.page import by_policy
 from foveal.models.files.policy_file import ComponentPolicy, policy_text, read_policy
@@ -49,6 +60,28 @@ def test_errors_are_those_of_the_method_by_head_and_layer():
     both.add(seen)
     assert both.layer() == pytest.approx(seen.layer())
     assert both.prompts == 2
+
+
+@pytest.mark.parametrize("method", ["sla", "vsa"])
+def test_errors_of_a_packed_sequence_are_those_of_the_method_over_it(method):
+    """As MiniMax-H3 runs it: the scores of VSA are over the protected tiles too, and its gate starts at zero."""
+    layout = TokenLayout(VideoGrid(3, 6, 8), before=(5, 21))
+    query, key, value = make_inputs(query_length=170, key_length=170, head_dim=16, dtype=torch.float32)
+    config = TAIL if method == "sla" else VSAConfig(tile=(2, 2, 4), keep_ratio=0.3)
+    seen = compare(query, key, value, layout, [config])
+    if method == "sla":
+        output = sla_attention(query, key, value, config=config, layout=layout)
+    else:
+        output = vsa_attention(query, key, value, config=config, layout=layout, gate_coarse=torch.zeros_like(query))
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    of_video = (x[:, :, layout.video] for x in (output, dense))
+    assert seen.layer()[0] == pytest.approx(relative_error(*of_video), abs=1e-6)
+    assert relative_error(output[:, :, :26], dense[:, :, :26]) < 1e-6
+    cubes = 9 if method == "sla" else 2 * 3 * 2
+    assert float(seen.kept) == (2 if method == "sla" else math.ceil(0.3 * cubes)) / cubes
+    layer = LayerErrors("transformer", "attn", layout.grid, 2, 16, {0: seen}, layout)
+    cost = attention_cost(config, layout=layout, heads=2, head_dim=16)
+    assert layer.work(config, 0) == pytest.approx(cost.flops_ratio)
 
 
 @pytest.mark.parametrize("config", [VSAConfig(tile=(2, 2, 4)), TAIL.replace(keep_mass=0.5)])
@@ -204,6 +237,34 @@ def test_a_run_trains_by_the_policy_and_exports_all_of_it(tmp_path):
     run_training(config)
     loaded = foveal.load(load_transformer(config.model), tmp_path / "run" / "export" / "sparse")
     assert get_policy(loaded) == policy
+
+
+def test_a_run_trains_its_part_of_a_policy_for_two_transformers(tmp_path):
+    """As of Wan 2.2, whose second transformer is trained by `model.subfolder`."""
+    parts = {
+        name: ComponentPolicy("wan", {f"blocks.{index}.attn1": TAIL}, Policy(dense_first_steps=index, min_tokens=7))
+        for index, name in enumerate(("transformer", "transformer_2"))
+    }
+    for name in parts:
+        tiny_transformer().save_pretrained(tmp_path / "base" / name)
+    path = tmp_path / "policy.json"
+
+    def settings(subfolder):
+        model = ModelSettings(str(tmp_path / "base"), subfolder=subfolder)
+        return training_config(tmp_path, sparsity=SparsitySettings(policy=path), model=model)
+
+    path.write_text(policy_text(parts))
+    for index, name in enumerate(parts):
+        model = build_model(settings(name))
+        assert list(sparse_processors(model)) == [f"blocks.{index}.attn1"]
+        assert get_policy(model) == Policy(min_tokens=7)
+        assert policy_component(settings(name)).policy.dense_first_steps == index
+    path.write_text(policy_text({"transformer": parts["transformer"]}))
+    with pytest.raises(ValueError, match=r"policy\.json is for transformer, but training takes transformer_2 of the"):
+        build_model(settings("transformer_2"))
+    path.write_text(policy_text({"transformer": ComponentPolicy("flux", parts["transformer"].layers, Policy())}))
+    with pytest.raises(ValueError, match=r"policy\.json: transformer was saved from family 'flux', but the model's is"):
+        build_model(settings("transformer"))
 
 
 def test_the_page_offers_what_each_layer_runs():

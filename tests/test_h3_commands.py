@@ -141,6 +141,24 @@ def test_inspect_looks_at_the_video_in_the_packed_sequence(model, tmp_path):
     assert (tmp_path / "index.html").is_file()
 
 
+def test_calibrate_and_generate_by_its_policy(model, tmp_path, capsys):
+    size = ["--frames", "124", "--height", "64", "--width", "96", "--steps", "2"]
+    command = ["calibrate", "--model", str(model), "--prompt", "A fox", *size, "--error", "0.5"]
+    assert cli.main([*command, "--output", str(tmp_path)]) in (0, None)
+    found = json.loads((tmp_path / "policy.json").read_text())
+    (component,) = found["components"].values()
+    assert component["family"] == "minimax_h3"
+    # The blocks' attention only; the token refiner, of the same class, stays as it is.
+    assert set(component["layers"]) == {f"transformer_blocks.{index}.attn" for index in range(3)}
+    assert all(set(steps) == {"0", "1"} for steps in found["measured"].values())
+    assert 0 < found["calibration"]["largest_error"] <= 0.5
+    assert found["calibration"]["work"] < 1
+    command = ["generate", "--model", str(model), "--prompt", "A fox", *size, "--policy", str(tmp_path / "policy.json")]
+    assert cli.main([*command, "--output", str(tmp_path / "made")]) in (0, None)
+    (record,) = (tmp_path / "made").glob("*.json")
+    assert json.loads(record.read_text())["attention_flops_reduction"] > 1
+
+
 @pytest.fixture(scope="module")
 def data(model, tmp_path_factory):
     """What `foveal precompute` makes of a clip with sound, one without, and captions; of 22 frames each."""

@@ -6,6 +6,7 @@ dense attention and the method at every budget. So the errors are those of a lay
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from foveal.kernels.dense import dense_attention
 from foveal.lab.inspect.probe import Progress, watch
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Config, method_of
 from foveal.methods.cost import attention_cost
 
@@ -60,6 +61,7 @@ class LayerErrors:
         grid: the video's grid.
         heads, head_dim: of the layer.
         steps: what was measured, by denoising step.
+        layout: of the packed sequence that the method runs over; None where it runs over the video.
     """
 
     component: str
@@ -68,6 +70,7 @@ class LayerErrors:
     heads: int
     head_dim: int
     steps: dict[int, StepErrors] = field(default_factory=dict)
+    layout: TokenLayout | None = None
 
     def work(self, config: Config, budget: int, grid: VideoGrid | None = None) -> float:
         """The FLOPs of a budget's configuration over those of dense attention.
@@ -79,10 +82,12 @@ class LayerErrors:
             grid: another video than the measured one.
         """
         method = method_of(config)
-        if method.kept_blocks(config, self.grid, False) is None:
+        if method.kept_blocks(config, self.grid, self.layout is not None) is None:
             kept = [float(step.kept[budget]) / step.prompts for step in self.steps.values()]
             config = method.follow(config, keep_ratio=sum(kept) / len(kept))
-        return attention_cost(config, grid=grid or self.grid, heads=self.heads, head_dim=self.head_dim).flops_ratio
+        grid = grid or self.grid
+        where = {"grid": grid} if self.layout is None else {"layout": dataclasses.replace(self.layout, grid=grid)}
+        return attention_cost(config, **where, heads=self.heads, head_dim=self.head_dim).flops_ratio
 
 
 def measure(
@@ -107,7 +112,9 @@ def measure(
 
     def look(component, layer, progress, query, key, value, grid) -> None:
         sizes = query.shape[1], query.shape[3]
-        known = found.setdefault((component, layer), LayerErrors(component, layer, grid, *sizes))
+        layout = grid if isinstance(grid, TokenLayout) else None
+        known = LayerErrors(component, layer, grid if layout is None else layout.grid, *sizes, layout=layout)
+        known = found.setdefault((component, layer), known)
         seen = compare(query, key, value, grid, configs)
         if progress.step in known.steps:
             known.steps[progress.step].add(seen)
@@ -116,30 +123,44 @@ def measure(
         on_layer(progress)
 
     for run in runs:
-        watch(model, run, look, steps=range(steps))
+        watch(model, run, look, steps=range(steps), packed=True)
     return list(found.values())
 
 
 @torch.no_grad()
-def compare(query: Tensor, key: Tensor, value: Tensor, grid: VideoGrid, configs: Sequence[Config]) -> StepErrors:
-    """One call of a layer: query [1, H, L, D], key and value [1, H, N, D] with the text behind the video."""
+def compare(
+    query: Tensor, key: Tensor, value: Tensor, grid: VideoGrid | TokenLayout, configs: Sequence[Config]
+) -> StepErrors:
+    """One call of a layer: query [1, H, L, D], key and value [1, H, N, D] with the text behind the video.
+
+    With a `TokenLayout` for the grid they are the whole packed sequence. The output of its video counts, since that of
+    the protected segments is exact.
+    """
     _, heads, length, head_dim = query.shape
-    exact = dense_attention(query, key, value).float()
+    packed = isinstance(grid, TokenLayout)
+
+    def of_video(x: Tensor) -> Tensor:
+        return grid.split(x)[0] if packed else x
+
+    exact = dense_attention(of_video(query), key, value).float()
     method = method_of(configs[0])
     module = method.build(configs[0], heads * head_dim, heads, head_dim, "auto").to(query.device)
     # What a module makes of hidden states is constant before it is trained.
     hidden = query.new_zeros(1, length, heads * head_dim)
     missed, kept = [], []
     for config in configs:
-        output = method.run(module, query, key, value, hidden, grid, None, config).float()
+        output = of_video(method.run(module, query, key, value, hidden, grid, None, config)).float()
         missed.append((output - exact).square().sum((0, 2, 3), dtype=torch.float64).cpu())
-        kept.append(_kept_share(module, query, key[:, :, : grid.num_tokens], grid, config))
+        video_key = of_video(key) if packed else key[:, :, : grid.num_tokens]
+        video = grid.grid if packed else grid
+        kept.append(_kept_share(module, of_video(query), video_key, video, config, packed=packed))
     total = exact.square().sum((0, 2, 3), dtype=torch.float64).cpu()
     return StepErrors(torch.stack(missed), total, torch.tensor(kept, dtype=torch.float64))
 
 
-def _kept_share(module: Any, query: Tensor, key: Tensor, grid: VideoGrid, config: Config) -> float:
-    counted = method_of(config).kept_blocks(config, grid, False)
+def _kept_share(module: Any, query: Tensor, key: Tensor, grid: VideoGrid, config: Config, *, packed: bool) -> float:
+    """The share of the video's key blocks that its rows read."""
+    counted = method_of(config).kept_blocks(config, grid, packed)
     if counted is not None:
         return counted[0] / counted[1]
     selection = module.select(query, key, grid=grid, config=config)

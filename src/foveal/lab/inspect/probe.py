@@ -137,7 +137,7 @@ class Progress:
 
 
 # What a watched layer passes on: (component, layer, progress, query, key, value, grid).
-Look = Callable[[str, str, Progress, Tensor, Tensor, Tensor, VideoGrid], None]
+Look = Callable[[str, str, Progress, Tensor, Tensor, Tensor, VideoGrid | TokenLayout], None]
 
 
 def watch(
@@ -148,6 +148,7 @@ def watch(
     calls: Sequence[int] | None = None,
     steps: Sequence[int] | None = None,
     layers: Sequence[str] | None = None,
+    packed: bool = False,
 ) -> None:
     """Run a model, and pass query, key, and value of its self-attention layers to `look` as they come.
 
@@ -162,6 +163,8 @@ def watch(
         steps: which denoising steps to observe instead, from 0. Each step stands for its first call, which is the one
             with the prompt if guidance takes two calls. Without calls or steps, the first call is observed.
         layers: names ("blocks.0.attn1") of the layers to observe; None for all.
+        packed: where a method runs over a whole packed sequence, pass that, with its `TokenLayout` for the grid,
+            instead of the video's queries and the keys in another order.
 
     Raises:
         TypeError: the model is not supported.
@@ -172,7 +175,7 @@ def watch(
     progress = Progress((0,) if calls is None and steps is None else calls, steps)
     with contextlib.ExitStack() as stack:
         for component, transformer in components_of(model).items():
-            stack.enter_context(_watch(component, transformer, progress, layers, look))
+            stack.enter_context(_watch(component, transformer, progress, layers, look, packed))
         run()
     missing = sorted(progress.wanted - progress.seen)
     if missing:
@@ -218,7 +221,7 @@ def observe(
 
 @contextlib.contextmanager
 def _watch(
-    component: str, transformer: nn.Module, progress: Progress, layers: Sequence[str] | None, look: Look
+    component: str, transformer: nn.Module, progress: Progress, layers: Sequence[str] | None, look: Look, packed: bool
 ) -> Iterator[None]:
     was_sparse = bool(sparse_processors(transformer))
     if not was_sparse:
@@ -234,7 +237,7 @@ def _watch(
             if lengths is not None:
                 key, value = (x[:, :, : int(lengths[-1])] for x in (key, value))
             grid = kwargs.get("layout") or kwargs["grid"]
-            if isinstance(grid, TokenLayout):
+            if isinstance(grid, TokenLayout) and not packed:
                 query, _ = grid.split(query)
                 key, value = (torch.cat(grid.split(x), 2) for x in (key, value))
                 grid = grid.grid

@@ -9,12 +9,11 @@ from torch import nn
 
 from foveal.lab.train.checkpoint import Checkpoint, restore
 from foveal.lab.train.config import TrainingConfig
-from foveal.lab.train.model import anneal, build_model, trained_parameters
+from foveal.lab.train.model import anneal, build_model, policy_component, trained_parameters
 from foveal.models import densify, save
 from foveal.models.families.table import family_of
 from foveal.models.files.checkpoints import export_checkpoint
 from foveal.models.files.persist import MANIFEST_FILE, WEIGHTS_FILE
-from foveal.models.files.policy_file import read_policy
 from foveal.models.policy import attach_policy
 from foveal.models.processor import sparse_processors
 
@@ -45,7 +44,7 @@ def export(config: TrainingConfig, checkpoint: Checkpoint, *, report: Callable[[
     if config.sparsity.annealing is not None:
         anneal(model, config.sparsity.attention, config.sparsity.annealing, max(1, checkpoint.step))
     if config.sparsity.policy is not None:
-        attach_policy(model, read_policy(config.sparsity.policy)["transformer"].policy)
+        attach_policy(model, policy_component(config).policy)
     with config.output_folder().renewing(below=FOLDER, last=_names(config)[0]) as new:
         _write(config, model, new, report)
     return config.output / FOLDER

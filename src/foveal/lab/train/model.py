@@ -20,8 +20,10 @@ from foveal.lab.train.objective import scheduler_shift
 from foveal.lab.train.settings import Annealing, ModelSettings, WanArchitecture
 from foveal.layout import VideoGrid
 from foveal.methods.base import Config, method_of
-from foveal.models import dense, get_policy, reconfigure, sparse_parameters, sparsify
+from foveal.models import dense, reconfigure, sparse_parameters, sparsify
 from foveal.models.families.table import FAMILIES, family_of
+from foveal.models.files.manifest import check_component
+from foveal.models.files.policy_file import ComponentPolicy, read_policy
 from foveal.models.policy import attach_policy
 from foveal.models.processor import sparse_processors
 from foveal.models.readers import grid_of_latent
@@ -42,7 +44,7 @@ def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
 
     Raises:
         FileNotFoundError, ValueError: as `transformer_fields` does.
-        ValueError: for layers that the model does not have.
+        ValueError: for layers that the model does not have, or a policy file that is not for it.
     """
     torch.manual_seed(config.seed)
     frozen = config.optimizer.trainable in ("new", "lora")
@@ -53,9 +55,11 @@ def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
     if layers:
         sparsify(model, layers=layers, **how)
     if config.sparsity.policy is not None:
-        sparsify(model, policy=config.sparsity.policy, **how)
+        component, where = policy_component(config), f"{config.sparsity.policy}: {config.model.subfolder}"
+        check_component(where, model, component.family, component.layers, component.policy)
+        sparsify(model, layers=component.layers, **how)
         # Evaluations and samples are no generations whose steps a policy could count.
-        attach_policy(model, dataclasses.replace(get_policy(model), dense_first_steps=0, dense_last_steps=0))
+        attach_policy(model, dataclasses.replace(component.policy, dense_first_steps=0, dense_last_steps=0))
     if config.optimizer.trainable == "lora":
         _add_lora(model, config)
     choose_trained(model, config.optimizer.trainable)
@@ -67,6 +71,22 @@ def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
+
+
+def policy_component(config: TrainingConfig) -> ComponentPolicy:
+    """What the policy file of a run says of the transformer that is trained, one of those of its pipeline.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_policy` does; and for a file that does not name this transformer.
+    """
+    path, name = config.sparsity.policy, config.model.subfolder
+    found = read_policy(path)
+    if name not in found:
+        raise ValueError(
+            f"policy file {path} is for {' and '.join(found)}, but training takes {name} of the pipeline; "
+            "model.subfolder chooses another"
+        )
+    return found[name]
 
 
 def compile_blocks(model: nn.Module, *, keep_exchanged: bool | None = None, **settings: Any) -> None:
