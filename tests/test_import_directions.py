@@ -28,7 +28,7 @@ LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 CORE = set().union(*LAYERS[:5]) | {"hosts"}  # whose hosts load when they are patched
 # The same inside the lab.
 LAB_LAYERS = [
-    {"hub", "modular"},
+    {"hub", "ltx2", "modular"},
     {"pipelines", "terminal", "config_file", "command_line", "extras"},
     {"encoding"},
     {"data"},
