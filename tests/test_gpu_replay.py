@@ -6,6 +6,7 @@ import torch
 from foveal import SLAConfig, VideoGrid, VSAConfig, sla_attention, vsa_attention
 from foveal.kernels import host
 from foveal.kernels.record import POOL_BYTES, Record
+from foveal.methods.sla import gpu_forward
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -88,6 +89,18 @@ def runs(monkeypatch):
     monkeypatch.setattr(Record, "run", lambda self, tensors: found.append(self) or run(self, tensors))
     yield found
     host.clear()
+
+
+def test_groups_beside_each_other_are_replayed(runs, monkeypatch):
+    """Groups of heads of which one is prepared on a second stream while another attends."""
+    monkeypatch.setattr(gpu_forward, "GROUP_BYTES", 0)
+    function, _ = attention("sla")
+    for seed in range(20):
+        tensors = tensors_of("sla", seed, 128)
+        found = with_gradients(function, tensors, seed)
+        for x, y in zip(found, plainly(with_gradients, function, tensors, seed), strict=True):
+            assert torch.equal(x, y)
+    assert len(runs) == 2 * 18  # forward and backward, from the third call on
 
 
 @pytest.mark.parametrize(("name", "head_dim"), [*((name, 128) for name in NAMES), ("sla", 64), ("vsa", 64)])

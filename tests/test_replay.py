@@ -11,6 +11,7 @@ from interpreted import all_strided, mend_interpreter, run_interpreted
 from foveal.kernels import host, record, replay
 from foveal.kernels.record import Allocation, DirectLaunch, Map, Place, Record
 from foveal.kernels.replay import replayed
+from foveal.kernels.side_stream import side_stream
 
 
 @pytest.fixture(autouse=True)
@@ -124,19 +125,58 @@ def reads(tensors, options):
     return (tensors[0] * tensors[0].sum().item(),), None
 
 
-def second_stream(tensors, options):
-    host.side_stream(tensors[0].device)
-    return (tensors[0] + 1,), None
-
-
-@pytest.mark.parametrize("function", [reads, second_stream])
-def test_what_is_not_recorded_goes_on(monkeypatch, function):
+def test_what_is_not_recorded_goes_on(monkeypatch):
     runs = runs_of(monkeypatch)
-    monkeypatch.setattr(host, "_side_stream", lambda device: None)  # a CPU has none
     for seed in range(4):
         tensors = inputs(seed, (8,))
-        check(replayed(function, tensors, None), function(tensors, None))
+        check(replayed(reads, tensors, None), reads(tensors, None))
     assert not runs
+
+
+class Stream:
+    """A stream of a CPU, which has none: it notes who waits for whom."""
+
+    current, log = None, []
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def wait_stream(self, other) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def beside(tensors, options):
+    side = side_stream(tensors[0].device)
+    side.follow()
+    product = tensors[0] * 2
+    with side:
+        Stream.log.append(f"recorded on {Stream.current.name}")
+        total = torch.square(tensors[1]).sum()
+    return (product + total,), None
+
+
+def test_a_second_stream(monkeypatch):
+    """A replay waits and changes streams as the call did, and comes back from an error inside."""
+    runs, log, main = runs_of(monkeypatch), [], Stream("main")
+    monkeypatch.setattr(Stream, "log", log)
+    monkeypatch.setattr(Stream, "current", main)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream.current)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(Stream, "current", stream))
+    for seed in range(4):
+        x, y = inputs(seed, (8,), (8,))
+        log.clear()
+        ((found,), _) = replayed(beside, [x, y], None)
+        assert torch.equal(found, 2 * x + y.square().sum())
+        recorded = [] if seed > 1 else ["recorded on side"]
+        assert log == ["side waits for main", *recorded, "main waits for side"]
+        assert Stream.current is main
+    assert len(runs) == 2
+
+    with pytest.raises(RuntimeError, match="got None"):
+        runs[-1].run([x, None])
+    assert log[-1] == "main waits for side"
+    assert Stream.current is main
 
 
 def test_off_switch_and_clear(monkeypatch):

@@ -108,18 +108,6 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device_of(x)
 
 
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream of higher priority, for kernels that fit beside those of the current stream."""
-    if RECORDING.recorder is not None:
-        RECORDING.recorder.why_not = "it uses a second stream"
-    return _side_stream(device)
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
-
-
 def current_device_of(x: Tensor) -> int | None:
     """The index of the device of `x` if it is the current one, -1 for a CPU; None for any other."""
     device = x.device
@@ -422,6 +410,6 @@ def clear() -> None:
     """Empties every cache: compiled variants, descriptors, streams, facts about devices, and constant tensors."""
     for cache in CACHES:
         cache.clear()
-    for function in (chips.chip_of, num_sms, _side_stream):
+    for function in (chips.chip_of, num_sms):
         function.cache_clear()
     clear_constants()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -50,8 +51,12 @@ class Source:
 
     def __init__(self, values: Sequence[Tensor | None]) -> None:
         self.lines: list[str] = []
+        self.depth = 1
         self.names: dict[str, Any] = {f"v{slot}": x for slot, x in enumerate(values) if x is not None}
         self._addressed: set[int] = set()
+
+    def line(self, text: str) -> None:
+        self.lines.append("    " * self.depth + text)
 
     def constant(self, x: Any) -> str:
         if x is None or type(x) in (bool, int):
@@ -64,7 +69,7 @@ class Source:
         """That of a tensor's first byte; each slot is asked for its own once."""
         if place.slot not in self._addressed:
             self._addressed.add(place.slot)
-            self.lines.append(f"a{place.slot} = v{place.slot}.data_ptr()")
+            self.line(f"a{place.slot} = v{place.slot}.data_ptr()")
         return f"a{place.slot} + {place.offset}" if place.offset else f"a{place.slot}"
 
     def tensor(self, place: Place) -> str:
@@ -105,7 +110,7 @@ class Allocation(NamedTuple):
     def write(self, source: Source) -> None:
         make, dtype, device = map(source.constant, (torch.empty_strided, self.dtype, self.device))
         lies = f"{tuple(self.size)}, {tuple(self.stride)}"
-        source.lines.append(f"v{self.slot} = {make}({lies}, dtype={dtype}, device={device})")
+        source.line(f"v{self.slot} = {make}({lies}, dtype={dtype}, device={device})")
 
     @property
     def made(self) -> tuple[int, ...]:
@@ -137,12 +142,12 @@ class Operator(NamedTuple):
         named = [f"{name}={source.value(x)}" for name, x in self.named]
         call = f"{source.constant(self.function)}({', '.join([*map(source.value, self.arguments), *named])})"
         if all(slot is None for slot in self.made):
-            source.lines.append(call)
+            source.line(call)
             return
         results = ", ".join("_" if slot is None else f"v{slot}" for slot in self.made)
-        source.lines.append(f"{results}{',' if self.several else ''} = {call}")
+        source.line(f"{results}{',' if self.several else ''} = {call}")
         if None in self.made:
-            source.lines.append("del _")
+            source.line("del _")
 
 
 class Launch(NamedTuple):
@@ -156,7 +161,7 @@ class Launch(NamedTuple):
 
     def write(self, source: Source) -> None:
         named = ", ".join(f"{name!r}: {source.value(x)}" for name, x in self.named)
-        source.lines.append(f"{source.constant(self.launcher)}({self.grid}, {{{named}}})")
+        source.line(f"{source.constant(self.launcher)}({self.grid}, {{{named}}})")
 
 
 class DirectLaunch(NamedTuple):
@@ -172,7 +177,7 @@ class DirectLaunch(NamedTuple):
 
     def write(self, source: Source) -> None:
         arguments = ", ".join([self._argument(x, source) for x in self.arguments])
-        source.lines.append(f"{source.constant(self.launch)}([{arguments}])")
+        source.line(f"{source.constant(self.launch)}([{arguments}])")
 
     @staticmethod
     def _argument(x: Any, source: Source) -> str:
@@ -208,6 +213,37 @@ class Maps(dict):
         return made
 
 
+class Call(NamedTuple):
+    """Something else that the host does."""
+
+    function: Callable[[], object]
+    done: tuple[int, ...] = ()
+    made: tuple[int, ...] = ()
+
+    def write(self, source: Source) -> None:
+        source.line(f"{source.constant(self.function)}()")
+
+
+class Enter(NamedTuple):
+    """The steps from here to the next `Leave` run in a context."""
+
+    context: AbstractContextManager
+    done: tuple[int, ...] = ()
+    made: tuple[int, ...] = ()
+
+    def write(self, source: Source) -> None:
+        source.line(f"with {source.constant(self.context)}:")
+        source.depth += 1
+
+
+class Leave(NamedTuple):
+    done: tuple[int, ...] = ()
+    made: tuple[int, ...] = ()
+
+    def write(self, source: Source) -> None:
+        source.depth -= 1
+
+
 class Record:
     """The steps of a call.
 
@@ -225,12 +261,13 @@ class Record:
         source = Source(values)
         for step in self.steps:
             step.write(source)
-            source.lines += [f"del v{slot}" for slot in step.done]
-        source.lines.append(f"return {source.value(tuple(results))}, {source.constant(rest)}")
+            for slot in step.done:
+                source.line(f"del v{slot}")
+        source.line(f"return {source.value(tuple(results))}, {source.constant(rest)}")
         made = {slot for step in self.steps for slot in step.made}
         read = {slot for step in (*self.steps, tuple(results)) for slot in slots_of(step)}
-        given = [f"v{slot} = tensors[{slot}]" for slot in sorted(read - made) if values[slot] is None]
-        text = "def replay(tensors):\n" + "".join(f"    {line}\n" for line in (*given, *source.lines))
+        given = [f"    v{slot} = tensors[{slot}]" for slot in sorted(read - made) if values[slot] is None]
+        text = "\n".join(["def replay(tensors):", *given, *source.lines])
         exec(compile(text, "<replay>", "exec"), source.names)
         self._replay = source.names["replay"]
 

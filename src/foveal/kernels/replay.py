@@ -6,13 +6,14 @@ To work all that out in Python takes longer than the kernels of a short sequence
 a replay does nothing but take memory, fill in addresses and launch.
 
 Recorded are the operators that PyTorch runs, by a dispatch mode, and the kernels, by `host.launch`. Views are not
-steps: a view is an offset into the tensor that it is of. What waits for the device, or changes streams, is not
-recorded, and such calls go on as they are.
+steps: a view is an offset into the tensor that it is of. What runs on a `side_stream` does so in a replay, too. What
+waits for the device is not recorded, and such calls go on as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,8 +24,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from foveal.kernels import host
 from foveal.kernels.record import (
     Allocation,
+    Call,
     DirectLaunch,
+    Enter,
     Launch,
+    Leave,
     Map,
     Operator,
     Place,
@@ -133,6 +137,17 @@ class Recorder(TorchDispatchMode):
             else:
                 arguments.append(x)
         self._steps.append(DirectLaunch(direct.launch_with(grid), tuple(arguments)))
+
+    def called(self, function: Callable[[], object]) -> None:
+        """The host did something else, which it is to do in a replay."""
+        self._steps.append(Call(function))
+
+    def entered(self, context: AbstractContextManager) -> None:
+        """What follows, until `left`, runs in this context."""
+        self._steps.append(Enter(context))
+
+    def left(self) -> None:
+        self._steps.append(Leave())
 
     def record(self, results: Sequence[Tensor | None], rest: Hashable) -> Record | None:
         """What was recorded, of a call that returned this; None if `why_not`."""

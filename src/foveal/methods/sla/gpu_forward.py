@@ -18,7 +18,7 @@ from torch import Tensor
 
 from foveal.blocks import BlockSelection
 from foveal.kernels.backend import Backend, ForwardCall
-from foveal.kernels.host import side_stream
+from foveal.kernels.side_stream import side_stream
 from foveal.kernels.triton.linear import key_state_sums, key_states, masked_sum
 from foveal.kernels.triton.select import Lists, pick, pool
 from foveal.kernels.values import LinearTerm
@@ -188,12 +188,10 @@ def _by_masks(
             group_state, group_norm = group_sums[..., :area].unflatten(2, square), group_sums[..., area:]
         if norm_scale is not None:
             group_norm = group_norm * norm_scale[group.start : group.stop, :, None]
-        if side is not None:
-            side.wait_stream(torch.cuda.current_stream())  # h and z are free again
+        if side is not None and following is not None:
+            side.follow()  # h and z are free again
         call.run(group, group_state, group_norm)
         if following is not None:
-            with contextlib.nullcontext() if side is None else torch.cuda.stream(side):
+            with contextlib.nullcontext() if side is None else side:
                 prepare(following)
-            if side is not None:
-                torch.cuda.current_stream().wait_stream(side)
     return Results(output, lse, norm, state)
