@@ -346,9 +346,9 @@ def quality(pattern: str = "quality-arms-*.json", base: str = "sparse5", seed: i
 
 
 def host() -> str:
-    """The host's milliseconds of calls at 4,096 tokens, queued behind other work."""
+    """The host's milliseconds of a layer's call at 4,096 tokens, queued behind other work."""
     run = latest("host-cost-*.json")
-    passes = ("forward, inference", "forward, training", "forward and backward")
+    passes = tuple(run["calls"]["cuDNN"])
     lines = [_row("ms", *passes), "|---" * (len(passes) + 1) + "|"]
     for name, found in run["calls"].items():
         for way in found[passes[0]]:
