@@ -9,7 +9,7 @@ import torch
 from foveal import SLAConfig, VideoGrid, VSAConfig
 from foveal.kernels.sparse import block_sparse_attention_gpu
 from foveal.kernels.tail import pooled_tail
-from foveal.kernels.triton import select
+from foveal.kernels.triton import pooling, select
 from foveal.kernels.triton.linear import key_state_sums
 from foveal.methods.sla.gpu import sla_attention_gpu
 from foveal.methods.vsa.gpu import select_cubes_gpu, vsa_attention_gpu
@@ -119,7 +119,7 @@ def select_blocks(head_dim, dtype, padded, score="mean"):
 
 def pool(head_dim, dtype, padded):
     sizes = torch.ones(1, 4, dtype=torch.int32) if padded else None
-    select.pool(torch.zeros(1, 2, 256, head_dim, dtype=dtype), 64, sizes)
+    pooling.pool(torch.zeros(1, 2, 256, head_dim, dtype=dtype), 64, sizes)
 
 
 def pick(columns, with_marginal, per_sample, mass=0):

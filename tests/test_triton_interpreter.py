@@ -97,7 +97,7 @@ def run_selection() -> None:
 
     from foveal import select_blocks
     from foveal.kernels import api as module
-    from foveal.kernels.triton import select as kernel
+    from foveal.kernels.triton import picking as kernel
 
     generator = torch.Generator().manual_seed(0)
     # Small integers and blocks of powers of two: scores are exact, in whatever order a processor sums them.
@@ -148,7 +148,7 @@ def run_states() -> None:
     import torch
 
     from foveal.kernels.triton.linear import key_state_sums, key_states, masked_sum
-    from foveal.kernels.triton.select import pool
+    from foveal.kernels.triton.pooling import pool
     from foveal.testing import make_inputs, relative_error
 
     made = make_inputs(batch=2, heads=2, query_length=127, head_dim=64, dtype=torch.bfloat16)
