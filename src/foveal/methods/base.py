@@ -47,11 +47,6 @@ class SummaryCells:
     blocks: str = ""
 
 
-def keep_cell(least: str, keep_mass: float | None) -> str:
-    """The cell `keep`, where more may be kept for a mass."""
-    return least if keep_mass is None else f"{least}, mass {keep_mass:g}"
-
-
 def _keep_ratio(config: Config, ratio: float) -> Config:
     return config.replace(keep_ratio=min(1.0, ratio))
 

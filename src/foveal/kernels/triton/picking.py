@@ -35,13 +35,15 @@ HIGHEST = tl.constexpr(2**31 - 1)
     do_not_specialize=[
         "heads", "query_blocks", "key_blocks", "width", "padded_rows", "column_tiles", "critical_wanted",
         "negligible_wanted", "most_wanted", "mass", "key_start", "key_stop", "query_start", "query_stop", "first_pair",
+        "head_stride", "num_ranges",
     ]
 )  # fmt: skip
 def _pick_kernel(
-    score_ptr, critical_ptr, count_ptr, marginal_ptr, valid_ptr, wanted_ptr,
+    score_ptr, critical_ptr, count_ptr, marginal_ptr, valid_ptr, wanted_ptr, range_ptr,
     heads, query_blocks, key_blocks, width, padded_rows, column_tiles, critical_wanted, negligible_wanted,
-    most_wanted, mass, key_start, key_stop, query_start, query_stop, first_pair,
-    COLUMNS: tl.constexpr, TILE: tl.constexpr, MARGINAL: tl.constexpr, PER_SAMPLE: tl.constexpr, MASS: tl.constexpr,
+    most_wanted, mass, key_start, key_stop, query_start, query_stop, first_pair, head_stride, num_ranges,
+    COLUMNS: tl.constexpr, TILE: tl.constexpr, MARGINAL: tl.constexpr, PER_SAMPLE: tl.constexpr, TABLE: tl.constexpr,
+    MASS: tl.constexpr, RANGES: tl.constexpr,
 ):  # fmt: skip
     """One row of scores to its list, its count and its row of the mask."""
     await_previous()
@@ -56,12 +58,20 @@ def _pick_kernel(
         blocks = key_blocks
         if PER_SAMPLE:
             blocks = tl.load(valid_ptr + pair // heads)
-            critical_wanted = tl.load(wanted_ptr + 3 * blocks)
-            negligible_wanted = tl.load(wanted_ptr + 3 * blocks + 1)
+            wanted_ptr += 3 * blocks
+        if TABLE:
+            wanted_ptr += (pair % heads) * head_stride
+            critical_wanted = tl.load(wanted_ptr)
+            negligible_wanted = tl.load(wanted_ptr + 1)
             if MASS:
-                most_wanted = tl.load(wanted_ptr + 3 * blocks + 2)
+                most_wanted = tl.load(wanted_ptr + 2)
         valid = column < blocks
         protected = (column >= key_start) & (column < key_stop)
+        if RANGES:
+            range_ptr += row * num_ranges * 2
+            for i in range(num_ranges):
+                start, stop = tl.load(range_ptr + 2 * i), tl.load(range_ptr + 2 * i + 1)
+                protected = protected | ((column >= start) & (column < stop))
         scores = score_ptr + (score_pair * query_blocks + row) * padded_columns + column
         keys = tl.where(valid, tl.load(scores, mask=inside, other=LOWEST), LOWEST)
         lowest = tl.min(tl.where(valid, keys, HIGHEST), 0)
@@ -182,6 +192,7 @@ def pick(
             marginal_ptr=critical if marginal is None else marginal,
             valid_ptr=counts if rule.valid_blocks is None else rule.valid_blocks,
             wanted_ptr=counts if rule.table is None else rule.table,
+            range_ptr=counts if rule.ranges is None else rule.ranges,
             heads=heads,
             query_blocks=rows,
             key_blocks=columns,
@@ -197,11 +208,15 @@ def pick(
             query_start=rule.query_range[0],
             query_stop=rule.query_range[1],
             first_pair=first_pair + start,
+            head_stride=0 if rule.table is None or rule.table.shape[0] == 1 else rule.table.stride(0),
+            num_ranges=0 if rule.ranges is None else rule.ranges.shape[1],
             COLUMNS=held,
             TILE=row_tile,
             MARGINAL=marginal is not None,
             PER_SAMPLE=rule.valid_blocks is not None,
+            TABLE=rule.table is not None,
             MASS=rule.mass > 0,
+            RANGES=rule.ranges is not None,
             num_warps=max(1, held // (SCORES_PER_THREAD * chip.warp_size)),
             **register_limit(96 if held <= 8192 else 64),
         )
