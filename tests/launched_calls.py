@@ -9,7 +9,7 @@ import torch
 from foveal import SLAConfig, VideoGrid, VSAConfig
 from foveal.kernels.sparse import block_sparse_attention_gpu
 from foveal.kernels.tail import pooled_tail
-from foveal.kernels.triton import pooling, select
+from foveal.kernels.triton import select
 from foveal.kernels.triton.linear import key_state_sums
 from foveal.methods.sla.gpu import sla_attention_gpu
 from foveal.methods.vsa.gpu import select_cubes_gpu, vsa_attention_gpu
@@ -17,6 +17,7 @@ from foveal.methods.vsa.layout import CubeLayout
 from foveal.rules import SelectionRule, selection_rule
 from foveal.testing import make_inputs, random_selection
 
+INT8 = "triton_int8"  # the backend of `precision="int8"`
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = {"batch": 1, "heads": 2, "query_length": 400, "key_length": 400}
 CUBES = {
@@ -119,17 +120,14 @@ def select_blocks(head_dim, dtype, padded, score="mean"):
 
 def pool(head_dim, dtype, padded):
     sizes = torch.ones(1, 4, dtype=torch.int32) if padded else None
-    pooling.pool(torch.zeros(1, 2, 256, head_dim, dtype=dtype), 64, sizes)
+    select.pool(torch.zeros(1, 2, 256, head_dim, dtype=dtype), 64, sizes)
 
 
-def pick(columns, with_marginal, per_sample, mass=0, per_head=False, fixed=False):
-    """Lists and mask of rows with so many key blocks, by sample, by head, and with what is fixed beside."""
+def pick(columns, with_marginal, per_sample, mass=0):
+    """Lists and mask of rows with so many key blocks, for all samples or by each sample's valid blocks."""
     valid = torch.ones(1, dtype=torch.int32) if per_sample else None
-    table = torch.ones(2 if per_head else 1, columns + 1 if per_sample else 1, 3, dtype=torch.int32)
-    table = table if per_sample or per_head else None
-    ranges = torch.zeros(64, 2, 2, dtype=torch.int32) if fixed else None
-    counts = {"width": 9, "critical": 9, "negligible": 9, "mass": mass, "most": 9}
-    rule = SelectionRule(1, 1, valid_blocks=valid, table=table, ranges=ranges, **counts)
+    table = torch.ones(columns + 1, 3, dtype=torch.int32) if per_sample else None
+    rule = SelectionRule(1, 1, width=9, critical=9, negligible=9, valid_blocks=valid, table=table, mass=mass, most=9)
     query, key = torch.zeros(1, 2, 64, 64), torch.zeros(1, 2, columns, 64)
     select.select(query, key, 0.125, rule, with_marginal)
 
@@ -144,6 +142,10 @@ FEW = [
     partial(sla, 64, 128, 128, FP16, True, "elu", "noncritical", projected=False, train=False),
     partial(sparse, 128, 128, 128, BF16, True),
     partial(sparse, 64, 64, 64, FP16, False, with_lse=False),
+    partial(sparse, 128, 64, 64, BF16, True, backend=INT8),
+    partial(sparse, 64, 128, 128, FP16, False, with_lse=False, backend=INT8),
+    partial(sla, 128, 64, 64, BF16, False, "softmax", "marginal", backend=INT8),
+    partial(sla, 128, 128, 64, BF16, True, "softmax", "all", train=False, backend=INT8),
     partial(state_sums, 128, BF16),
     partial(tail, 128, 64, BF16),
     partial(tail, 64, 128, FP16),
@@ -159,8 +161,6 @@ FEW = [
     *(partial(pick, *case) for case in ((500, True, False), (1000, False, True), (2000, True, True))),
     *(partial(pick, columns, True, True) for columns in (4000, 8000, 16000)),
     *(partial(pick, columns, True, True, 1) for columns in (1000, 16000)),
-    partial(pick, 1000, True, False, per_head=True),
-    *(partial(pick, columns, True, False, fixed=True) for columns in (1000, 16000)),
 ]
 
 
@@ -169,17 +169,20 @@ def all_calls() -> Iterator[Callable]:
     dims, blocks, dtypes, both = (64, 128), (64, 128), (BF16, FP16), (False, True)
     for case in itertools.product(dims, blocks, blocks, dtypes, both):
         yield from (partial(sparse, *case, with_lse) for with_lse in both)
+        yield partial(sparse, *case, backend=INT8)
+        yield from (partial(sla, *case, "softmax", scope, backend=INT8) for scope in ("marginal", "all"))
         scopes = itertools.product(("softmax", "elu", "relu"), ("marginal", "noncritical", "all"), both, both, both)
         yield from (partial(sla, *case, *scope) for scope in scopes)
     yield from (partial(vsa, *case) for case in itertools.product(dims, dtypes, CUBES, both, both, both))
     yield from (partial(pool, *case) for case in itertools.product(dims, (*dtypes, FP32), both))
     yield from (partial(tail, *case) for case in itertools.product(dims, blocks, dtypes))
     columns = (100, 500, 1000, 2000, 4000, 8000, 16000)
-    yield from (partial(pick, *case) for case in itertools.product(columns, both, both, (0, 1), both, both))
+    yield from (partial(pick, *case) for case in itertools.product(columns, both, both, (0, 1)))
     scores = ("log_sum_exp", "mean_spread")
     yield from (partial(select_blocks, *case) for case in itertools.product(dims, (*dtypes, FP32), both, scores))
 
 
 def on_hopper(calls) -> list[Callable]:
     """Those of the calls that have Gluon kernels, through them."""
-    return [partial(call, backend="gluon") for call in calls if call.func in (sparse, sla, vsa)]
+    calls = [call for call in calls if call.func in (sparse, sla, vsa) and "backend" not in call.keywords]
+    return [partial(call, backend="gluon") for call in calls]

@@ -46,6 +46,7 @@ def on_the_policy(field, value=1, **more):
 
 
 HEDGEHOG = SPARSE_SLA.replace(feature_map="hedgehog")
+INT8 = SPARSE_SLA.replace(precision="int8")
 WAYS = {
     "a CPU": Way(ON_CPU),
     "a CPU, cubes": Way(ON_CPU, SPARSE_VSA),
@@ -59,6 +60,7 @@ WAYS = {
     "strides": Way("not gluon: query must be contiguous", **on_a_gpu(strided=True)),
     "no Triton": Way("not triton: the package triton is not installed", **on_a_gpu(no_triton=True)),
     "another Triton": Way("not gluon: it is written for", **on_a_gpu(other_triton=True)),
+    "eight bits": Way('not gluon: it has no kernels for precision="int8"', INT8, **on_a_gpu(precision="int8")),
     "feature map": Way(sla.SLOW_LINEAR, HEDGEHOG, slow=(sla.SLOW_LINEAR,)),
     "choice of blocks": Way(sla.SLOW_SELECTION, HEDGEHOG, slow=(sla.SLOW_SELECTION,)),
     "choice of cubes": Way(sla.SLOW_SELECTION, SPARSE_VSA.replace(keep_mass=0.5), slow=(sla.SLOW_SELECTION,)),
@@ -77,12 +79,13 @@ WAYS = {
 def refusal(tensors, blocks, monkeypatch):
     """What "auto" takes on a Hopper GPU for tensors like these."""
     tensors = dict(tensors)
+    precision = tensors.pop("precision", "input")
     monkeypatch.setattr(chips, "capability", lambda device: "9.0")
     no_triton, other_triton = (tensors.pop(name, False) for name in ("no_triton", "other_triton"))
     monkeypatch.setattr(api, "_HAS_TRITON", not no_triton)
     version = "it is written for Triton 3.6 to 3.9, got 2.0" if no_triton or other_triton else None
     monkeypatch.setattr(support, "missing_gluon", lambda: version)
-    return api.choose_impl("auto", *cuda_inputs(**tensors), *blocks)
+    return api.choose_impl("auto", *cuda_inputs(**tensors), *blocks, precision)
 
 
 def prepare(way, monkeypatch):
@@ -97,7 +100,7 @@ def prepare(way, monkeypatch):
             monkeypatch.setattr(module, "choose_impl", lambda *_: api.Ran("triton"))
         real = sla.block_sparse_attention
         monkeypatch.setattr(sla, "block_sparse_attention", lambda *x, impl, **named: real(*x, impl="torch", **named))
-        monkeypatch.setattr(vsa, "_run_with", lambda impl: vsa.vsa_attention_torch)
+        monkeypatch.setattr(vsa, "_run_with", lambda *_: vsa.vsa_attention_torch)
     model = tiny_pipeline() if way.pipeline else tiny_transformer()
     foveal.sparsify(model, way.config, **way.options)
     if way.policy is not None:

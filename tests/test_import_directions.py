@@ -17,7 +17,7 @@ LAYERS = [
     {"checks", "output_folder", "symbols"},
     {"token_order"},
     {"layout", "rules"},
-    {"blocks", "fixed_blocks"},
+    {"blocks"},
     {"testing", "kernels"},
     {"methods"},
     {"models"},
@@ -40,7 +40,7 @@ LAB_LAYERS = [
 ]
 LAB_LAYER_OF = {name: layer for layer, names in enumerate(LAB_LAYERS) for name in names}
 # Kernels: loaded when named, so that what they need need not be there.
-BACKENDS = {"triton", "hopper", "gpu"}
+BACKENDS = {"triton", "triton_int8", "hopper", "gpu"}
 # Classes derived from a host's: loaded by functions, and by the host.
 HOST_CLASSES = {"hosts/vllm_omni/backend.py": {"vllm_omni"}}
 # They choose the implementation, and reach for the oracle when it is asked for.
@@ -161,6 +161,7 @@ def test_references_stand_alone(path):
     allowed = {
         "foveal.blocks",
         "foveal.layout",
+        "foveal.kernels.int8",  # the rounding itself, which test_int8.py compares with loops
         "foveal.kernels.reference",
         "foveal.methods.sla.config",
         "foveal.methods.sla.feature_maps",

@@ -76,6 +76,7 @@ def variants(arch, every):
 # the most that Triton 3.6 and 3.9 made of them. What is not here spills nothing.
 SPILLS = [
     ("_block_sparse_fwd_kernel", 80, {"D": 128, "BLOCK_Q": 64}, 0, 128),
+    ("_block_sparse_fwd_kernel", 80, {"D": 64, "BLOCK_Q": 128}, 0, 12),
     ("_block_sparse_fwd_kernel", 90, {"D": 128, "BLOCK_Q": 128, "HAS_SIZES": False}, 64, 64),
     ("_block_sparse_fwd_kernel", 90, {"D": 128, "BLOCK_Q": 128}, 164, 124),
     ("_block_sparse_dq_kernel", 80, {"D": 64, "ADD": True}, 0, 24),
@@ -99,10 +100,8 @@ SPILLS = [
     ("_tail_dq_kernel", 80, {"D": 128}, 0, 16),
     ("_tail_means_kernel", 90, {"D": 128}, 0, 8),
     ("_tail_means_kernel", 100, {"D": 128}, 0, 4),
-    *(("_pick_kernel", arch, {"COLUMNS": 16384, "RANGES": True}, 0, 660) for arch in ARCHITECTURES),
     *(("_pick_kernel", arch, {"COLUMNS": 16384, "MASS": True}, 0, 588) for arch in ARCHITECTURES),
-    *(("_pick_kernel", arch, {"COLUMNS": 16384}, 0, 448) for arch in ARCHITECTURES),
-    *(("_pick_kernel", arch, {"RANGES": True}, 0, 180) for arch in ARCHITECTURES),
+    *(("_pick_kernel", arch, {"COLUMNS": 16384}, 0, 400) for arch in ARCHITECTURES),
     *(("_pick_kernel", arch, {}, 0, 96) for arch in ARCHITECTURES),
 ]
 

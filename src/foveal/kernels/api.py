@@ -20,9 +20,10 @@ from foveal.checks import (
     validate_qkv,
     without_autocast,
 )
-from foveal.kernels import chips
+from foveal.kernels import chips, int8
+from foveal.kernels.backend import name_of
 from foveal.kernels.choice import check_rule, choose_blocks
-from foveal.rules import FixedBlocks, SelectionRule, selection_rule
+from foveal.rules import SelectionRule, limits_of, rule_of
 from foveal.symbols import ceil_div
 
 IMPLS = ("auto", "reference", "torch", "triton", "gluon")
@@ -70,6 +71,7 @@ def block_sparse_attention(
     scale: float | None = None,
     impl: str = "auto",
     return_lse: bool = False,
+    precision: str = "input",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over only each query block's critical key blocks.
 
@@ -84,6 +86,9 @@ def block_sparse_attention(
             bfloat16 and float16, D and blocks of 64 and 128), "gluon" (the same on Hopper) or "auto": the last of
             these that can take the inputs. A named implementation never falls back.
         return_lse: also return the log-sum-exp of each row's scores.
+        precision: of the products of queries and keys: "input", that of the tensors; or "int8", eight bits with a
+            scale for each block and keys less their mean (docs/precision.md). "gluon" has no kernels for it. Gradients
+            are then those of the rounded queries and keys, and pass straight through the rounding.
 
     Returns:
         [B, H, Lq, D] in the dtype of `query`; with `return_lse` also the natural log-sum-exp [B, H, Lq] in float32
@@ -95,8 +100,13 @@ def block_sparse_attention(
     """
     validate_qkv(query, key, value)
     validate_selection(selection, query, key)
+    check_choice("precision", precision, int8.PRECISIONS)
     scale = check_scale(scale, query.shape[-1])
-    match choose_impl(impl, query, key, value, selection.block_q, selection.block_k).impl:
+    inputs = query, key, value
+    impl = choose_impl(impl, *inputs, selection.block_q, selection.block_k, precision).impl
+    if precision == "int8" and impl not in BACKENDS:
+        inputs = *int8.dequantized(query, key, selection), value
+    match impl:
         case "reference":
             from foveal.kernels.reference import block_sparse_attention_reference as run
         case "torch":
@@ -104,12 +114,17 @@ def block_sparse_attention(
         case backend:
             from foveal.kernels.sparse import block_sparse_attention_gpu
 
-            run = functools.partial(block_sparse_attention_gpu, backend=backend)
-    output, lse = run(query, key, value, selection, scale)
-    return (output, lse) if return_lse else output
+            run = functools.partial(block_sparse_attention_gpu, backend=name_of(backend, precision))
+    output, lse = run(*inputs, selection, scale)
+    output = output.to(query.dtype)
+    if not return_lse:
+        return output
+    return output, lse if precision == "input" else lse + int8.lse_shift(query, key, selection, scale)
 
 
-def choose_impl(impl: str, query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int) -> Ran:
+def choose_impl(
+    impl: str, query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int, precision: str = "input"
+) -> Ran:
     """The implementation that `impl` stands for, for tensors like these and these block sizes, and why no faster one.
 
     "auto" prefers "gluon" to "triton" wherever it can run: it was faster forward and backward at every shape measured
@@ -122,13 +137,13 @@ def choose_impl(impl: str, query: Tensor, key: Tensor, value: Tensor, block_q: i
     if impl in ("reference", "torch"):
         return _AS_ASKED[impl]
     if impl != "auto":
-        reason = why_not(impl, query, key, value, block_q, block_k, named=True)
+        reason = why_not(impl, query, key, value, block_q, block_k, precision, named=True)
         if reason is not None:
             raise ValueError(f'impl="{impl}" cannot run here: {reason}; impl="auto" takes what fits')
         return _AS_ASKED[impl]
     refused = None
     for name in BACKENDS:
-        reason = why_not(name, query, key, value, block_q, block_k)
+        reason = why_not(name, query, key, value, block_q, block_k, precision)
         if reason is None:
             return _AS_ASKED[name] if refused is None else Ran(name, refused)
         if _written_for(name, query.device):
@@ -145,13 +160,23 @@ def _written_for(backend: str, device: torch.device) -> bool:
 
 
 def why_not(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, block_q: int, block_k: int, *, named: bool = False
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_q: int,
+    block_k: int,
+    precision: str = "input",
+    *,
+    named: bool = False,
 ) -> str | None:
     """Why "auto" does not run a backend on these inputs, or if it is `named` why it cannot run; None if it does."""
     if backend == "gluon":
         from foveal.kernels.hopper import support
 
         reason = support.why_not(query, key, value, block_q, block_k)
+        if reason is None and precision != "input":
+            reason = f'it has no kernels for precision="{precision}"'
         return reason if named or reason is not None else support.unverified_release()
     return _why_no_triton(query, block_q, block_k)
 
@@ -214,7 +239,6 @@ def select_blocks(
     score: str = "mean",
     keep_mass: float | None = None,
     max_keep_ratio: float = 1.0,
-    fixed: FixedBlocks | None = None,
 ) -> BlockSelection:
     """Choose the critical, marginal and negligible key blocks of every query block.
 
@@ -240,7 +264,6 @@ def select_blocks(
         keep_mass: in (0, 1], each row keeps further blocks, the best first, until those kept by rank have this share of
             the softmax of the row's scores. `keep_ratio` is then the least. None for no more.
         max_keep_ratio: the most that `keep_mass` may keep, and the width of the lists.
-        fixed: key blocks that rows keep whatever their scores, beside those picked, from `foveal.fixed_blocks`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -264,32 +287,28 @@ def select_blocks(
         raise ValueError(f"keep_ratio + drop_ratio must be at most 1, got {keep_ratio} + {drop_ratio}")
     check_rule(score, keep_mass, max_keep_ratio, keep_ratio, block_q, block_k)
     scale = check_scale(scale, query.shape[-1])
-    rule = selection_rule(
-        query,
-        key,
-        block_q=block_q,
-        block_k=block_k,
-        kv_lengths=kv_lengths,
-        protected_keys=protected_keys,
-        protected_queries=protected_queries,
-        keep_ratio=keep_ratio,
-        drop_ratio=drop_ratio,
-        score=score,
-        keep_mass=keep_mass,
-        max_keep_ratio=max_keep_ratio,
-        fixed=fixed,
-    )
-    choose = _select_on_device if fits_kernel(query, key, block_k) else choose_blocks
-    critical, counts, marginal = choose(query, key, scale, rule, drop_ratio > 0.0)
+    query_length, key_length = query.shape[2], key.shape[2]
+
+    limits = limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries)
+    sizes, valid_blocks, key_range, query_range = limits
+    if fits_kernel(query, key, block_k):
+        further = score, keep_mass, max_keep_ratio
+        rule = rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits, *further)
+        critical, counts, marginal = _select_on_device(query, key, scale, rule, drop_ratio > 0.0)
+    else:
+        critical, counts, marginal = choose_blocks(
+            query, key, scale, block_q, block_k, keep_ratio, drop_ratio, sizes, valid_blocks, key_range, query_range,
+            score, keep_mass, max_keep_ratio,
+        )  # fmt: skip
     return BlockSelection(
         critical=critical,
         critical_count=counts,
         marginal=marginal,
         block_q=block_q,
         block_k=block_k,
-        query_length=query.shape[2],
-        key_length=key.shape[2],
-        key_block_sizes=rule.key_block_sizes,
+        query_length=query_length,
+        key_length=key_length,
+        key_block_sizes=sizes,
     )
 
 

@@ -16,8 +16,12 @@ from torch import Tensor
 from foveal.blocks import BlockSelection
 from foveal.kernels.values import LOG2_E, LinearTerm, packable, size_stride
 
-# Where each backend lies, the fastest first.
-FOLDERS = {"gluon": f"{__package__}.hopper", "triton": f"{__package__}.triton"}
+# Where each backend lies, the fastest first; then those of other precisions than that of the inputs, see `name_of`.
+FOLDERS = {
+    "gluon": f"{__package__}.hopper",
+    "triton": f"{__package__}.triton",
+    "triton_int8": f"{__package__}.triton_int8",
+}
 
 
 class ColumnLists(NamedTuple):
@@ -121,7 +125,10 @@ class ForwardCall(ABC):
     Attributes:
         results: the output, strided like `query`, and the natural log-sum-exp, float32 [B, H, Lq]; 0 and -inf for empty
             rows.
+        wants_means: whether each launch of `run` comes after `take_means`.
     """
+
+    wants_means: bool = False
 
     def __init__(
         self,
@@ -155,6 +162,10 @@ class ForwardCall(ABC):
         Args:
             state, norm: H and Z of only these pairs, as in `LinearTerm`; Z may be bfloat16.
         """
+
+    def take_means(self, pairs: range, pooled: Tensor) -> None:
+        """Gets the means of each block's keys, float32 [pairs, Tk, D], contiguous, of these pairs."""
+        raise NotImplementedError
 
     def run_all(self) -> tuple[Tensor, Tensor]:
         """All of it in one launch, and its results."""
@@ -279,8 +290,13 @@ class Backend(ABC):
         """
 
 
+def name_of(impl: str, precision: str) -> str:
+    """The name of the backend of an `impl`, "triton" or "gluon", for a `precision` that it has kernels for."""
+    return impl if precision == "input" else f"{impl}_{precision}"
+
+
 def backend_named(name: str) -> Backend:
-    """The backend that an `impl` names: "triton" or "gluon"."""
+    """The backend of a name: that of an `impl`, "triton" or "gluon", or what `name_of` returns."""
     backend = _loaded.get(name)
     if backend is None:
         backend = _loaded[name] = importlib.import_module(f"{FOLDERS[name]}.backend").BACKEND

@@ -29,7 +29,13 @@ from foveal.kernels.cpu import CHUNK_SCORES, CHUNK_SCORES_DEVICE, blocked
 
 
 def attend_with_tail(
-    query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, scale: float, impl: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    impl: str,
+    precision: str = "input",
 ) -> Tensor:
     """Softmax attention over the critical blocks and the means of all others, differentiable.
 
@@ -37,11 +43,13 @@ def attend_with_tail(
         query: [B, H, Lq, D]. key, value: [B, H, Lk, D].
         selection: the critical blocks. Marginal and negligible blocks are unread alike.
         impl: "torch", "triton" or "gluon".
+        precision: of the products over the critical blocks; those with the means keep that of the inputs.
 
     Returns:
         [B, H, Lq, D] in the dtype of `query`.
     """
-    output, lse = block_sparse_attention(query, key, value, selection, scale=scale, impl=impl, return_lse=True)
+    options = {"scale": scale, "impl": impl, "precision": precision}
+    output, lse = block_sparse_attention(query, key, value, selection, return_lse=True, **options)
     means = (pool_blocks(x, selection.block_k, selection.key_block_sizes) for x in (key, value))
     tail, tail_lse = pooled_tail(query, *means, _biases(selection, lse.dtype), selection.block_q, scale, impl)
     return _merged(output, lse, tail, tail_lse).to(query.dtype)

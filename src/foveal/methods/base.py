@@ -38,13 +38,23 @@ class SummaryCells:
         keep: how much is attended to exactly, "0.05" or "top 32".
         drop: how much is skipped altogether.
         linear: what the linear branch sums over.
-        blocks: the block sizes in tokens, "64x64" or "4x4x4".
+        blocks: the block sizes in tokens, "64x64" or "4x4x4", with the precision of their products, "64x64 int8".
     """
 
     keep: str = ""
     drop: str = ""
     linear: str = ""
     blocks: str = ""
+
+
+def keep_cell(least: str, keep_mass: float | None) -> str:
+    """The cell `keep`, where more may be kept for a mass."""
+    return least if keep_mass is None else f"{least}, mass {keep_mass:g}"
+
+
+def blocks_cell(blocks: str, precision: str) -> str:
+    """The cell `blocks`, where products may be in another precision than that of the inputs."""
+    return blocks if precision == "input" else f"{blocks} {precision}"
 
 
 def _keep_ratio(config: Config, ratio: float) -> Config:
@@ -105,6 +115,7 @@ class Method:
         kept_blocks: (config, grid, packed) to how many of a video's key blocks each query block reads exactly, and how
             many there are; packed says whether protected segments stand around the video. The default returns None,
             for a method that does not say.
+        precision: configuration to the precision that it asks of kernels (see `block_sparse_attention`).
         run: (module, query, key, value, hidden_states, grid, kv_lengths=None, config=None, gates=None) to the
             output, [B, H, L, D] like query. hidden_states is [B, L, C]. Every query reads the keys past the grid's
             tokens, such as text. kv_lengths, int [B], counts each sample's valid keys. A config stands in for the
@@ -136,6 +147,7 @@ class Method:
     cells: Callable[[Config, VideoGrid | None], SummaryCells]
     key_blocks: Callable[[Config, VideoGrid], tuple[int, str]]
     kept_blocks: Callable[[Config, VideoGrid, bool], tuple[int, int] | None] = lambda config, grid, packed: None
+    precision: Callable[[Config], str] = lambda config: "input"
     run: Callable[..., Tensor] = _run
     gates: Callable[[nn.Module, Tensor], tuple[Tensor | None, ...] | None] = lambda module, hidden_states: None
     idle: Callable[[nn.Module, Tensor], Iterable[Tensor | None]] = lambda module, hidden_states: module.parameters()

@@ -53,9 +53,10 @@ def explain(
     validate_qkv(query, key, value)
     grid, _ = resolve_layout(None, layout)
     blocks = method.module_type.kernel_blocks(config, grid)
-    impl = choose_impl("auto", query, key, value, *blocks).impl
+    precision = method.precision(config)
+    impl = choose_impl("auto", query, key, value, *blocks, precision).impl
     faster = BACKENDS[: BACKENDS.index(impl)] if impl in BACKENDS else BACKENDS
-    reasons = ((name, why_not(name, query, key, value, *blocks)) for name in faster)
+    reasons = ((name, why_not(name, query, key, value, *blocks, precision)) for name in faster)
     refused = tuple((name, reason) for name, reason in reasons if reason is not None)
     on_gpu = query.device.type == "cuda" and impl in BACKENDS
     return Explanation(impl, blocks, refused, chips.chip_of(query.device).standing if on_gpu else None)

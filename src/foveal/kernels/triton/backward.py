@@ -20,7 +20,8 @@ from foveal.kernels.backend import ColumnLists
 from foveal.kernels.host import launch
 from foveal.kernels.tma import tma_takes
 from foveal.kernels.triton.await_previous import await_previous
-from foveal.kernels.triton.forward import count_tiles, tile_valid
+from foveal.kernels.triton.forward import count_tiles, scores_and_scale, tile_valid
+from foveal.kernels.triton.int8 import Int8
 from foveal.kernels.triton.linear_backward import add_key_gradients
 from foveal.kernels.triton.lists import full_blocks_first
 from foveal.kernels.triton.tiles import (
@@ -59,12 +60,12 @@ def _delta_kernel(
 
 @triton.jit(do_not_specialize=["heads", "query_length", "key_length", "width", "size_stride", "scale", "scale_log2"])
 def _block_sparse_dq_kernel(
-    query, key, value, grad, grad_query_ptr, lse_ptr, delta_ptr,
-    query_strides, key_strides, value_strides, grad_strides, grad_query_strides,
+    query, key, value, grad, query_8, key_8, query_step_ptr, key_step_ptr, grad_query_ptr, lse_ptr, delta_ptr,
+    query_strides, key_strides, value_strides, grad_strides, query_8_strides, key_8_strides, grad_query_strides,
     critical_ptr, count_ptr, full_count_ptr, size_ptr,
     heads, query_length, key_length, width, size_stride, scale, scale_log2,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
-    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, ADD: tl.constexpr,
+    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, INT8: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     await_previous()
     start_q, pair = tl.program_id(0) * TILE, tl.program_id(1)
@@ -75,28 +76,43 @@ def _block_sparse_dq_kernel(
     full, tiles = count_tiles(list_ptr, full_count_ptr, row, count, key_length, TILE, BLOCK_K, HAS_SIZES)
     SPLIT: tl.constexpr = BLOCK_K // TILE
 
-    q = load_rows(query, query_strides, batch, head, start_q, query_length, TILE, D, DESCRIPTORS)
     g = load_rows(grad, grad_strides, batch, head, start_q, query_length, TILE, D, DESCRIPTORS)
+    if INT8:
+        q = load_rows(query_8, query_8_strides, batch, head, start_q, query_length, TILE, D, DESCRIPTORS)
+        scale_log2 *= tl.load(query_step_ptr + row)
+        key_step_ptr += pair.to(tl.int64) * tl.cdiv(key_length, BLOCK_K)
+    else:
+        q = load_rows(query, query_strides, batch, head, start_q, query_length, TILE, D, DESCRIPTORS)
     rows = start_q + tl.arange(0, TILE)
     offsets = pair.to(tl.int64) * query_length + rows
     lse = tl.load(lse_ptr + offsets, mask=rows < query_length, other=0.0)
     delta = tl.load(delta_ptr + offsets, mask=rows < query_length, other=0.0)
     acc = tl.zeros([TILE, D], tl.float32)
     for step in tl.range(0, full):
-        start = (tl.load(list_ptr + step // SPLIT) * SPLIT + step % SPLIT) * TILE
+        listed = tl.load(list_ptr + step // SPLIT)
+        start = (listed * SPLIT + step % SPLIT) * TILE
         k = load_rows(key, key_strides, batch, head, start, key_length, TILE, D, DESCRIPTORS)
         v = load_rows(value, value_strides, batch, head, start, key_length, TILE, D, DESCRIPTORS)
-        p = probabilities(tl.dot(q, k.T), lse[:, None], scale_log2)
+        scored = k
+        if INT8:
+            scored = load_rows(key_8, key_8_strides, batch, head, start, key_length, TILE, D, DESCRIPTORS)
+        scores, tile_scale = scores_and_scale(q, scored, key_step_ptr, listed, scale_log2, INT8)
+        p = probabilities(scores, lse[:, None], tile_scale)
         ds = p * (tl.dot(g, v.T) - delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc)
     for step in tl.range(full, tiles, num_stages=1):
-        start = (tl.load(list_ptr + step // SPLIT) * SPLIT + step % SPLIT) * TILE
+        listed = tl.load(list_ptr + step // SPLIT)
+        start = (listed * SPLIT + step % SPLIT) * TILE
         valid = tile_valid(size_ptr, size_stride, batch, start, key_length, TILE, BLOCK_K, HAS_SIZES)
         k = load_rows(key, key_strides, batch, head, start, key_length, TILE, D, DESCRIPTORS)
         v = load_rows(value, value_strides, batch, head, start, key_length, TILE, D, DESCRIPTORS)
         if HAS_SIZES:
             k = tl.where(valid[:, None], k, 0.0)
-        p = probabilities(tl.dot(q, k.T), lse[:, None], scale_log2)
+        scored = k
+        if INT8:
+            scored = load_rows(key_8, key_8_strides, batch, head, start, key_length, TILE, D, DESCRIPTORS)
+        scores, tile_scale = scores_and_scale(q, scored, key_step_ptr, listed, scale_log2, INT8)
+        p = probabilities(scores, lse[:, None], tile_scale)
         ds = tl.where(valid[None, :], p * (tl.dot(g, v.T) - delta[:, None]), 0.0)
         acc = tl.dot(ds.to(k.dtype), k, acc)
     acc *= scale
@@ -107,12 +123,13 @@ def _block_sparse_dq_kernel(
 
 @triton.jit(do_not_specialize=["heads", "query_length", "key_length", "size_stride", "scale", "scale_log2"])
 def _block_sparse_dkdv_kernel(
-    query, key, value, grad, grad_key_ptr, grad_value_ptr, lse_ptr, delta_ptr,
-    query_strides, key_strides, value_strides, grad_strides, grad_key_strides, grad_value_strides,
+    query, key, value, grad, query_8, key_8, query_step_ptr, key_step_ptr, grad_key_ptr, grad_value_ptr,
+    lse_ptr, delta_ptr, query_strides, key_strides, value_strides, grad_strides, query_8_strides, key_8_strides,
+    grad_key_strides, grad_value_strides,
     offset_ptr, count_ptr, row_ptr, size_ptr,
     heads, query_length, key_length, size_stride, scale, scale_log2,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
-    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     await_previous()
     start_k, pair = tl.program_id(0) * TILE, tl.program_id(1)
@@ -123,7 +140,12 @@ def _block_sparse_dkdv_kernel(
     SPLIT: tl.constexpr = BLOCK_Q // TILE
 
     # Padding keys stay in their own rows of S^T, so they need no mask before the end.
-    k = load_rows(key, key_strides, batch, head, start_k, key_length, TILE, D, DESCRIPTORS)
+    if INT8:
+        k = load_rows(key_8, key_8_strides, batch, head, start_k, key_length, TILE, D, DESCRIPTORS)
+        scale_log2 *= tl.load(key_step_ptr + column)
+        query_step_ptr += pair.to(tl.int64) * tl.cdiv(query_length, BLOCK_Q)
+    else:
+        k = load_rows(key, key_strides, batch, head, start_k, key_length, TILE, D, DESCRIPTORS)
     v = load_rows(value, value_strides, batch, head, start_k, key_length, TILE, D, DESCRIPTORS)
     lse_ptr += pair.to(tl.int64) * query_length
     delta_ptr += pair.to(tl.int64) * query_length
@@ -131,13 +153,18 @@ def _block_sparse_dkdv_kernel(
     acc_v = tl.zeros([TILE, D], tl.float32)
     for step in tl.range(0, count * SPLIT):
         # Queries past the end read as zeros: P = 1 there, but dO = 0 and delta = 0, so they add nothing.
-        start = (tl.load(list_ptr + step // SPLIT) * SPLIT + step % SPLIT) * TILE
+        listed = tl.load(list_ptr + step // SPLIT)
+        start = (listed * SPLIT + step % SPLIT) * TILE
         rows = start + tl.arange(0, TILE)
         q = load_rows(query, query_strides, batch, head, start, query_length, TILE, D, DESCRIPTORS)
         g = load_rows(grad, grad_strides, batch, head, start, query_length, TILE, D, DESCRIPTORS)
         lse = tl.load(lse_ptr + rows, mask=rows < query_length, other=0.0)
         delta = tl.load(delta_ptr + rows, mask=rows < query_length, other=0.0)
-        p = probabilities(tl.dot(k, q.T), lse[None, :], scale_log2)
+        scored = q
+        if INT8:
+            scored = load_rows(query_8, query_8_strides, batch, head, start, query_length, TILE, D, DESCRIPTORS)
+        scores, tile_scale = scores_and_scale(k, scored, query_step_ptr, listed, scale_log2, INT8)
+        p = probabilities(scores, lse[None, :], tile_scale)
         acc_v = tl.dot(p.to(g.dtype), g, acc_v)
         ds = p * (tl.dot(v, g.T) - delta[None, :])
         acc_k = tl.dot(ds.to(q.dtype), q, acc_k)
@@ -185,8 +212,12 @@ def backward(
     grad_query: Tensor | None = None,
     linear: LinearTerm | None = None,
     raster: None = None,
+    scored: tuple[Int8, Int8] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `Backend.backward`; this one does not write raster order."""
+    """See `Backend.backward`; this one does not write raster order.
+
+    scored: queries and keys whose products are the scores, in int8; None for `query` and `key` themselves.
+    """
     assert raster is None
     batch, heads, query_length, head_dim = query.shape
     key_length, sizes = key.shape[2], selection.key_block_sizes
@@ -196,15 +227,22 @@ def backward(
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     lse = lse * LOG2_E
     descriptors = tma_takes((query, key, value, grad))
+    query_8, key_8 = (Int8(query, delta), Int8(key, delta)) if scored is None else scored
     both = {
         "query": tile_argument(query, TILE, descriptors),
         "key": tile_argument(key, TILE, descriptors),
         "value": tile_argument(value, TILE, descriptors),
         "grad": tile_argument(grad, TILE, descriptors),
+        "query_8": tile_argument(query_8.values, TILE, descriptors),
+        "key_8": tile_argument(key_8.values, TILE, descriptors),
+        "query_step_ptr": query_8.steps,
+        "key_step_ptr": key_8.steps,
         "query_strides": row_strides(query),
         "key_strides": row_strides(key),
         "value_strides": row_strides(value),
         "grad_strides": row_strides(grad),
+        "query_8_strides": row_strides(query_8.values),
+        "key_8_strides": row_strides(key_8.values),
         "lse_ptr": lse,
         "delta_ptr": delta,
         "size_ptr": selection.critical_count if sizes is None else sizes,
@@ -220,6 +258,7 @@ def backward(
         "TILE": TILE,
         "HAS_SIZES": sizes is not None,
         "DESCRIPTORS": descriptors,
+        "INT8": scored is not None,
         # Without TMA a tile of 128 features does not fit the registers of four warps.
         "num_warps": 4 if descriptors or head_dim == 64 else 8,
         "num_stages": 2,

@@ -238,11 +238,12 @@ def attend_cubes(
     gates: Gates,
     scale: float,
     save_fine: bool,
+    forward: type[Forward] = Forward,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """See `Backend.attend_cubes`; `copies` are query, key and value."""
+    """See `Backend.attend_cubes`; `copies` are query, key and value, and `forward` attends."""
     lse = torch.empty(copies[0].shape[:3], dtype=torch.float32, device=query.device)
     # Every program is done with its queries when it writes its output: into their memory.
-    fine, lse = Forward(*copies, selection, scale, results=(copies[0], lse)).run_all()
+    fine, lse = forward(*copies, selection, scale, results=(copies[0], lse)).run_all()
     output = torch.empty_like(query)
     combine(fine, coarse, gates, cubes, output)
     return output, fine if save_fine else None, lse

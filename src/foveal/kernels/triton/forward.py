@@ -16,6 +16,7 @@ from foveal.kernels.host import launch
 from foveal.kernels.tma import tma_takes
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.feature_maps import EPSILON, feature_map
+from foveal.kernels.triton.int8 import to_int8
 from foveal.kernels.triton.lists import full_blocks_first
 from foveal.kernels.triton.tiles import (
     LN_2,
@@ -32,12 +33,12 @@ from foveal.kernels.values import identity
 def online_softmax_update(scores, top, total, acc, scale_log2):
     """One step of the softmax recurrence: weights of this tile, and top, total and acc rescaled to the new maximum.
 
-    `scores` are before the scale; `top` is their running maximum. At least one score per row must be finite.
+    `scores` are before the scale, which is above 0 and may change from tile to tile; `top` is their running maximum
+    after it. At least one score per row must be finite.
     """
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    shift = new_top * scale_log2
-    weights = tl.math.exp2(scores * scale_log2 - shift[:, None])
-    decay = tl.math.exp2(top * scale_log2 - shift)
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+    weights = tl.math.exp2(scores * scale_log2 - new_top[:, None])
+    decay = tl.math.exp2(top - new_top)
     return weights, new_top, total * decay + tl.sum(weights, 1), acc * decay[:, None]
 
 
@@ -45,11 +46,23 @@ def online_softmax_update(scores, top, total, acc, scale_log2):
 def masked_softmax_update(scores, top, total, acc, scale_log2, valid):
     """`online_softmax_update` for a tile where only the columns `valid` [N] count, maybe none."""
     scores = tl.where(valid[None, :], scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    shift = tl.where(new_top == -float("inf"), 0.0, new_top * scale_log2)
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
     weights = tl.math.exp2(scores * scale_log2 - shift[:, None])
-    decay = tl.math.exp2(top * scale_log2 - shift)
+    decay = tl.math.exp2(top - shift)
     return weights, new_top, total * decay + tl.sum(weights, 1), acc * decay[:, None]
+
+
+@triton.jit
+def scores_and_scale(q, k, key_step_ptr, block, scale_log2, INT8: tl.constexpr):
+    """q k^T before the scale, float32 [M, N], and the scale of key block `block` in log2 units.
+
+    In int8 their products are exact, and the steps of the queries are in `scale_log2` already.
+    """
+    if INT8:
+        return tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32), scale_log2 * tl.load(key_step_ptr + block)
+    else:
+        return tl.dot(q, k.T), scale_log2
 
 
 @triton.jit
@@ -106,12 +119,12 @@ def add_linear_branch(
     do_not_specialize=["heads", "first_pair", "query_length", "key_length", "width", "size_stride", "scale_log2"]
 )
 def _block_sparse_fwd_kernel(
-    query, key, value, query_ptr, output_ptr, lse_ptr,
+    query, key, value, query_ptr, key_step_ptr, output_ptr, lse_ptr,
     query_strides, key_strides, value_strides, output_strides,
     critical_ptr, count_ptr, full_count_ptr, size_ptr, state_ptr, norm_ptr, weight_ptr, bias_ptr,
     heads, first_pair, query_length, key_length, width, size_stride, state_strides, scale_log2,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
-    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, FEATURE_MAP: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     await_previous()
     block, state_pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -125,22 +138,28 @@ def _block_sparse_fwd_kernel(
 
     start_q = block * BLOCK_Q
     q = load_rows(query, query_strides, batch, head, start_q, query_length, BLOCK_Q, D, DESCRIPTORS)
+    if INT8:
+        q, query_step = to_int8(q.to(tl.float32))
+        scale_log2 *= query_step
+        key_step_ptr += pair.to(tl.int64) * tl.cdiv(key_length, BLOCK_K)
     top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, D], tl.float32)
     for step in tl.range(0, full):
-        start = (tl.load(list_ptr + step // SPLIT) * SPLIT + step % SPLIT) * TILE_K
+        listed = tl.load(list_ptr + step // SPLIT)
+        start = (listed * SPLIT + step % SPLIT) * TILE_K
         k = load_rows(key, key_strides, batch, head, start, key_length, TILE_K, D, DESCRIPTORS)
-        scores = tl.dot(q, k.T)
-        weights, top, total, acc = online_softmax_update(scores, top, total, acc, scale_log2)
+        scores, scale = scores_and_scale(q, k, key_step_ptr, listed, scale_log2, INT8)
+        weights, top, total, acc = online_softmax_update(scores, top, total, acc, scale)
         v = load_rows(value, value_strides, batch, head, start, key_length, TILE_K, D, DESCRIPTORS)
         acc = tl.dot(weights.to(v.dtype), v, acc)
     for step in tl.range(full, tiles, num_stages=1):
-        start = (tl.load(list_ptr + step // SPLIT) * SPLIT + step % SPLIT) * TILE_K
+        listed = tl.load(list_ptr + step // SPLIT)
+        start = (listed * SPLIT + step % SPLIT) * TILE_K
         valid = tile_valid(size_ptr, size_stride, batch, start, key_length, TILE_K, BLOCK_K, HAS_SIZES)
         k = load_rows(key, key_strides, batch, head, start, key_length, TILE_K, D, DESCRIPTORS)
-        scores = tl.dot(q, k.T)
-        weights, top, total, acc = masked_softmax_update(scores, top, total, acc, scale_log2, valid)
+        scores, scale = scores_and_scale(q, k, key_step_ptr, listed, scale_log2, INT8)
+        weights, top, total, acc = masked_softmax_update(scores, top, total, acc, scale, valid)
         v = load_rows(value, value_strides, batch, head, start, key_length, TILE_K, D, DESCRIPTORS)
         if HAS_SIZES:
             v = tl.where(valid[:, None], v, 0.0)
@@ -148,11 +167,13 @@ def _block_sparse_fwd_kernel(
 
     some = total != 0.0
     acc = acc * tl.where(some, 1.0 / tl.where(some, total, 1.0), 0.0)[:, None]
-    lse = tl.where(some, (top * scale_log2 + tl.math.log2(tl.where(some, total, 1.0))) * LN_2, -float("inf"))
+    lse = tl.where(some, (top + tl.math.log2(tl.where(some, total, 1.0))) * LN_2, -float("inf"))
     if FEATURE_MAP is not None:
         state_ptr += state_pair * state_strides[0] + block * state_strides[1]
         norm_ptr += state_pair * state_strides[2] + block * state_strides[3]
         if BLOCK_Q == TILE_K:
+            if INT8:
+                q = load_rows(query, query_strides, batch, head, start_q, query_length, BLOCK_Q, D, DESCRIPTORS)
             acc = add_linear_branch(acc, q, state_ptr, norm_ptr, weight_ptr, bias_ptr, D, 32, FEATURE_MAP)
     rows = start_q + tl.arange(0, BLOCK_Q)
     tl.store(lse_ptr + pair.to(tl.int64) * query_length + rows, lse, mask=rows < query_length)
@@ -184,6 +205,7 @@ class Forward(ForwardCall):
             "key": tile_argument(key, TILE, descriptors),
             "value": tile_argument(value, TILE, descriptors),
             "query_ptr": query,
+            "key_step_ptr": lse,
             "output_ptr": output,
             "lse_ptr": lse,
             "query_strides": row_strides(query),
@@ -207,6 +229,7 @@ class Forward(ForwardCall):
             "HAS_SIZES": sizes is not None,
             "DESCRIPTORS": descriptors,
             "FEATURE_MAP": None if linear is None else linear.feature_map,
+            "INT8": False,
             # Without TMA, neither 128 rows of 128 features nor the linear branch of 64 fit the registers of four warps.
             "num_warps": 4 if descriptors or head_dim * (block_q if linear is None else 128) < 128 * 128 else 8,
             # Blocks of 64 rows: three unpipelined programs an SM beat two pipelined ones (473 : 433 effective

@@ -20,8 +20,7 @@ from foveal.blocks import BlockSelection
 from foveal.kernels.backend import Backend, ForwardCall
 from foveal.kernels.side_stream import side_stream
 from foveal.kernels.triton.linear import key_state_sums, key_states, masked_sum
-from foveal.kernels.triton.picking import Lists, pick
-from foveal.kernels.triton.pooling import pool
+from foveal.kernels.triton.select import Lists, pick, pool
 from foveal.kernels.values import LinearTerm
 from foveal.rules import SelectionRule
 
@@ -104,9 +103,11 @@ def _over_all_keys(
 ) -> Results:
     selection, (output, lse) = call.selection, call.results
     pooled = None
-    if rule is not None:
+    if rule is not None or call.wants_means:
         pooled = lse.new_empty((call.pairs, selection.num_key_blocks, key.shape[-1]))
     state, norm = key_state_sums(key, value, selection.key_block_sizes, selection.block_k, term.feature_map, pooled)
+    if call.wants_means:
+        call.take_means(range(call.pairs), pooled)
     if rule is not None:
         pick(pooled_query, pooled, scale, rule, 0, lists)
     rows = selection.critical.shape[2]
@@ -148,9 +149,11 @@ def _by_masks(
     mask_of_pairs = mask.flatten(0, 1)
 
     def prepare(group: range) -> None:
-        """The key states of a group in h and z, and its lists and mask."""
+        """The key states of a group in h and z, its keys where the call wants their means, and its lists and mask."""
         count = len(group)
-        pooled = None if rule is None else lse.new_empty((count, selection.num_key_blocks, head_dim))
+        pooled = None
+        if rule is not None or call.wants_means:
+            pooled = lse.new_empty((count, selection.num_key_blocks, head_dim))
         key_states(
             key,
             value,
@@ -162,6 +165,8 @@ def _by_masks(
             squares if count == largest else squares[:count],
             z if count == largest else z[:count],
         )
+        if call.wants_means:
+            call.take_means(group, pooled)
         if rule is not None:
             pooled = pooled if projections is None else pooled @ projections[1].t()
             queries = pooled_query if len(parts) == 1 else pooled_query[group.start : group.stop]

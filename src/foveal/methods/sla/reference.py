@@ -5,6 +5,7 @@
           over the marginal blocks j; written here with its token weights phi(Q) phi(K)^T, which is the same
     O   = O^s + O^l W^T + b                                                                               (eq. 6)
 
+With precision="int8" O^s is that of queries and keys after a round trip through eight bits (`foveal.kernels.int8`).
 With tail="pooled" O^s is one softmax over the critical blocks' keys and, for each other block of n valid keys, n copies
 of the mean of its keys with the mean of its values.
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.blocks import BlockSelection
+from foveal.kernels.int8 import dequantized, lse_shift
 from foveal.kernels.reference import block_sparse_attention_reference
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.feature_maps import apply_feature_map
@@ -42,9 +44,10 @@ def sla_attention_reference(
 ) -> Tensor:
     """The output [B, H, Lq, D], with tokens in the order in which the selection's blocks are cut."""
     if config.tail == "pooled":
-        sparse_BHMD = _softmax_with_tail(query_BHMD, key_BHND, value_BHND, selection, scale)
+        sparse_BHMD = _softmax_with_tail(query_BHMD, key_BHND, value_BHND, selection, scale, config.precision)
     else:
-        sparse_BHMD, _ = block_sparse_attention_reference(query_BHMD, key_BHND, value_BHND, selection, scale)
+        read = (query_BHMD, key_BHND) if config.precision == "input" else dequantized(query_BHMD, key_BHND, selection)
+        sparse_BHMD, _ = block_sparse_attention_reference(*read, value_BHND, selection, scale)
     if config.linear_scope == "none":
         return sparse_BHMD.to(query_BHMD.dtype)
 
@@ -68,7 +71,12 @@ def sla_attention_reference(
 
 
 def _softmax_with_tail(
-    query_BHMD: Tensor, key_BHND: Tensor, value_BHND: Tensor, selection: BlockSelection, scale: float
+    query_BHMD: Tensor,
+    key_BHND: Tensor,
+    value_BHND: Tensor,
+    selection: BlockSelection,
+    scale: float,
+    precision: str,
 ) -> Tensor:
     dtype = torch.promote_types(query_BHMD.dtype, torch.float32)
     key_BHND, value_BHND = (torch.where(selection.key_valid()[:, None, :, None], x, 0) for x in (key_BHND, value_BHND))
@@ -80,7 +88,13 @@ def _softmax_with_tail(
     mean_key_BHTD, mean_value_BHTD = mean_BHTN @ key_BHND.to(dtype), mean_BHTN @ value_BHND.to(dtype)
 
     read_BHMN = selection.expand(selection.critical_mask())
-    scores_BHMN = (query_BHMD @ key_BHND.transpose(-1, -2) * scale).to(dtype).masked_fill(~read_BHMN, -math.inf)
+    if precision == "int8":
+        rounded_BHMD, rounded_BHND = dequantized(query_BHMD, key_BHND, selection)
+        scores_BHMN = rounded_BHMD @ rounded_BHND.transpose(-1, -2) * scale
+        scores_BHMN += lse_shift(query_BHMD, key_BHND, selection, scale)[..., None]
+    else:
+        scores_BHMN = (query_BHMD @ key_BHND.transpose(-1, -2) * scale).to(dtype)
+    scores_BHMN = scores_BHMN.masked_fill(~read_BHMN, -math.inf)
     unread_BHMT = ~selection.critical_mask().repeat_interleave(selection.block_q, 2)[:, :, : selection.query_length]
     tail_BHMT = query_BHMD.to(dtype) @ mean_key_BHTD.transpose(-1, -2) * scale + count_BT.log()[:, None, None]
     tail_BHMT = tail_BHMT.masked_fill(~unread_BHMT, -math.inf)

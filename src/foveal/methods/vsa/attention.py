@@ -17,13 +17,14 @@ from foveal.checks import (
     without_autocast,
 )
 from foveal.kernels.api import IMPLS, KERNEL_MAX_BLOCKS, SLOW_SELECTION, Ran, choose_impl, may_note
+from foveal.kernels.backend import name_of
 from foveal.kernels.choice import block_scores
 from foveal.kernels.dense import dense_attention
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cpu import vsa_attention_torch
 from foveal.methods.vsa.gates import check_gates, constant_linear, gates_of
-from foveal.methods.vsa.layout import CubeLayout, resolve_tile, slot_size, token_places
+from foveal.methods.vsa.layout import CubeLayout, kept_cubes, resolve_tile, slot_size, token_places
 from foveal.methods.vsa.packed import PackedTiles
 
 
@@ -53,13 +54,13 @@ def select_cubes(
     scale = check_scale(scale, query.shape[-1])
     if packed is not None:
         tiles = PackedTiles(config, packed, key.device)
-        video_config = config if config.topk is not None else config.replace(rounding="up")
+        video_config = config.replace(topk=kept_cubes(config, tiles.video_cubes, packed=True))
         video = query[:, :, packed.video], key[:, :, packed.video]
         return tiles.with_protected(select_cubes(*video, config=video_config, grid=grid, scale=scale))
     layout = CubeLayout(config, grid, key, kv_lengths)
     query, key = query.detach(), key.detach()
     on_gpu = choose_impl("auto", query, key, key, layout.slot, layout.slot).impl in ("triton", "gluon")
-    if on_gpu and config.ranks_means:
+    if on_gpu and config.counts_means:
         from foveal.methods.vsa.gpu import select_cubes_gpu
 
         return select_cubes_gpu(query, key, layout, scale)
@@ -138,14 +139,14 @@ def _attend(
     check_gates(query, gate_coarse, gate_fine)
     scale = check_scale(scale, query.shape[-1])
     tiles = CubeLayout(config, grid, key, kv_lengths) if packed is None else PackedTiles(config, packed, key.device)
-    ran = choose_impl(impl, query, key, value, tiles.slot, tiles.slot)
+    ran = choose_impl(impl, query, key, value, tiles.slot, tiles.slot, config.precision)
     impl = ran.impl
-    slow = not config.ranks_means or (packed is None and tiles.num_cubes > KERNEL_MAX_BLOCKS)
+    slow = not config.counts_means or (packed is None and tiles.num_cubes > KERNEL_MAX_BLOCKS)
     if selection is None and impl in ("triton", "gluon") and slow:
         ran = ran.but(SLOW_SELECTION)
     if selection is not None:
         selection = tiles.checked(selection, query)
-    elif impl == "reference" or packed is not None or not config.ranks_means:
+    elif impl == "reference" or packed is not None or not config.counts_means:
         selection = select_cubes(
             query, key, config=config, layout=grid if packed is None else packed, scale=scale, kv_lengths=kv_lengths
         )
@@ -163,9 +164,10 @@ def _attend(
             gate_coarse_BHLD=gate_coarse,
             gate_fine_BHLD=gate_fine,
             kv_lengths_B=kv_lengths,
+            precision=config.precision,
         )
         return output, ran
-    run = _run_with(impl)
+    run = _run_with(impl, config.precision)
     if packed is None:
         return run(query, key, value, tiles, selection, scale, gate_coarse, gate_fine), ran
     output = run(query, key, value, tiles, tiles.with_all_rows(selection), scale, gate_coarse, gate_fine)
@@ -177,13 +179,13 @@ def _attend(
     return packed.join(video, (coarse + fine).to(output.dtype)), ran
 
 
-def _run_with(impl: str) -> Callable[..., Tensor]:
+def _run_with(impl: str, precision: str) -> Callable[..., Tensor]:
     """The method over the tiles of a `CubeLayout`, by an implementation other than the reference."""
     if impl == "torch":
-        return vsa_attention_torch
+        return functools.partial(vsa_attention_torch, precision=precision)
     from foveal.methods.vsa.gpu import vsa_attention_gpu
 
-    return functools.partial(vsa_attention_gpu, backend=impl)
+    return functools.partial(vsa_attention_gpu, backend=name_of(impl, precision))
 
 
 def validate_call(query, key, value, config, grid, layout, kv_lengths) -> tuple[VideoGrid, TokenLayout | None]:

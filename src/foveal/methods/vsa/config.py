@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveal.checks import check_choice, check_positive_int, check_ratio, check_triple
-from foveal.methods.choosing import check_choosing
+from foveal.kernels.choice import check_rule
+from foveal.kernels.int8 import PRECISIONS
 from foveal.methods.config import MethodConfig
 
 ROUNDINGS = ("up", "down")
@@ -27,11 +28,7 @@ class VSAConfig(MethodConfig):
             Over a layout with protected segments both round up, as they always did. Not with `topk`.
         score, keep_mass, max_keep_ratio: what cubes are ranked by, and how many more than `topk` or `keep_ratio` are
             kept where that is not enough; see `select_blocks`. The coarse branch stays that of the cubes' means.
-        sink_frames: the cubes that hold a token of so many first frames are kept by every cube, beside those picked.
-            Text and other protected segments are kept in any case.
-        window: cubes (frames, height, width) around the query's own that it keeps, beside those picked. As in sliding
-            tile attention (arXiv 2502.04507) the window is shifted inward at the borders of the video, so that every
-            cube has as many neighbors.
+        precision: of the products of queries and keys in the fine branch; see `block_sparse_attention`.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -45,8 +42,7 @@ class VSAConfig(MethodConfig):
     keep_mass: float | None = None
     max_keep_ratio: float = 1.0
     rounding: str = "up"
-    sink_frames: int = 0
-    window: tuple[int, int, int] | None = None
+    precision: str = "input"
 
     def __post_init__(self) -> None:
         if self.topk is None:
@@ -65,9 +61,10 @@ class VSAConfig(MethodConfig):
         if not isinstance(self.fine_gate, bool):
             raise TypeError(f"fine_gate must be a bool, got {self.fine_gate!r}")
         check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("precision", self.precision, PRECISIONS)
         if self.topk is not None and self.rounding != "up":
             raise ValueError(f"rounding is how keep_ratio rounds, and topk replaces it, got {self.rounding=}")
-        check_choosing(self)
+        check_rule(self.score, self.keep_mass, self.max_keep_ratio, self.keep_ratio)
 
     def replace(self, **changes: Any) -> VSAConfig:
         """A copy with some fields changed, validated again. A `topk` replaces a ratio, and a ratio a `topk`."""
@@ -84,9 +81,9 @@ class VSAConfig(MethodConfig):
         return super().from_saved(older | fields)
 
     @property
-    def ranks_means(self) -> bool:
-        """Whether cubes are ranked by the products of their means, as the paper and the kernels do."""
-        return self.score == "mean"
+    def counts_means(self) -> bool:
+        """Whether the rule is the paper's: a fixed number of cubes, by the products of means."""
+        return self.score == "mean" and self.keep_mass is None
 
     @property
     def sparsity(self) -> float | None:

@@ -22,10 +22,12 @@ def vsa_attention_torch(
     gate_coarse: Tensor | None,
     gate_fine: Tensor | None,
     beside: Callable[[Tensor, Tensor, Tensor, BlockSelection], Tensor] | None = None,
+    precision: str = "input",
 ) -> Tensor:
     """O = Gc * Oc + Gf * Of, [B, H, L, D] in raster order, differentiated by autograd.
 
     beside: what is added to Of, from the fine stage's query, key, value, and selection, all in tile order.
+    precision: of the products of queries and keys in the fine stage.
     """
     length = query.shape[2]
     cubes = [layout.to_cubes(x) for x in (query, key[:, :, :length], value[:, :, :length])]
@@ -36,7 +38,8 @@ def vsa_attention_torch(
     coarse = product(scores.softmax(-1), value_c)
     coarse = coarse.unsqueeze(3).expand(-1, -1, -1, layout.slot, -1).flatten(2, 3)
     fine_key, fine_value = layout.add_text(cubes[1], key), layout.add_text(cubes[2], value)
-    fine = block_sparse_attention(cubes[0], fine_key, fine_value, selection, scale=scale, impl="torch")
+    options = {"scale": scale, "impl": "torch", "precision": precision}
+    fine = block_sparse_attention(cubes[0], fine_key, fine_value, selection, **options)
     if beside is not None:
         fine = fine + beside(cubes[0], fine_key, fine_value, selection)
     coarse, fine = layout.to_raster(coarse), layout.to_raster(fine)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from foveal.layout import TokenLayout, VideoGrid
-from foveal.methods.base import Method, Schedule, SummaryCells
-from foveal.methods.choosing import keep_cell, rows_alike
+from foveal.methods.base import Method, Schedule, SummaryCells, blocks_cell, keep_cell
 from foveal.methods.vsa.attention import VideoSparseAttention
 from foveal.methods.vsa.bench import CASES
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cost import cost_parts
-from foveal.methods.vsa.layout import kept_cubes, plan, resolve_tile
+from foveal.methods.vsa.layout import cube_order, kept_cubes, resolve_tile
 
 
 def _build(config: VSAConfig, hidden_dim: int, num_heads: int, head_dim: int, impl: str) -> VideoSparseAttention:
@@ -44,8 +43,8 @@ def _idle(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor |
 def _cells(config: VSAConfig, grid: VideoGrid | None) -> SummaryCells:
     tile = config.tile if grid is None else resolve_tile(config, grid)
     return SummaryCells(
-        keep=keep_cell(f"{config.keep_ratio:g}" if config.topk is None else f"top {config.topk}", config),
-        blocks=tile if isinstance(tile, str) else _sides(tile),
+        keep=keep_cell(f"{config.keep_ratio:g}" if config.topk is None else f"top {config.topk}", config.keep_mass),
+        blocks=blocks_cell(tile if isinstance(tile, str) else _sides(tile), config.precision),
     )
 
 
@@ -55,7 +54,7 @@ def _key_blocks(config: VSAConfig, grid: VideoGrid) -> tuple[int, str]:
 
 
 def _kept_blocks(config: VSAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int] | None:
-    if not rows_alike(config):
+    if config.keep_mass is not None:  # the device knows
         return None
     cubes, _ = _key_blocks(config, grid)
     return kept_cubes(config, cubes, packed=packed), cubes
@@ -88,8 +87,9 @@ VSA = Method(
     cells=_cells,
     key_blocks=_key_blocks,
     kept_blocks=_kept_blocks,
+    precision=lambda config: config.precision,
     gates=_gates,
-    plan=plan,
+    plan=cube_order,
     needs_grid=True,
     schedule=Schedule(kept=_kept, keep=_keep),
     presets={"VSA": VSAConfig()},

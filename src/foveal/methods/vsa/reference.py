@@ -4,6 +4,9 @@
     fine    softmax over the tokens of the cubes that A's top-k names, and over the text keys
     O = Gc * Oc + Gf * Of
 
+With precision="int8" the fine stage of cubes has queries and keys after a round trip through eight bits, tile by tile
+(`foveal.kernels.int8`).
+
 In a packed sequence chunks of protected segments are tiles beside the cubes: the coarse stage has all of them, the fine
 stage of each cube reads all chunks, and that of a chunk reads everything.
 
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.blocks import BlockSelection
+from foveal.kernels.int8 import centered_keys, through_int8
 from foveal.layout import TokenLayout
 
 
@@ -36,6 +40,7 @@ def vsa_attention_reference(
     gate_coarse_BHLD: Tensor | None = None,
     gate_fine_BHLD: Tensor | None = None,
     kv_lengths_B: Tensor | None = None,
+    precision: str = "input",
 ) -> Tensor:
     """The output [B, H, L, D]; `selection` has a row per cube, and a column per tile and block of text."""
     tile_L, num_tiles = _tiles(layout, tile)
@@ -54,12 +59,19 @@ def vsa_attention_reference(
     kept_BHCT = selection.critical_mask()
     kept_BHCT = F.pad(kept_BHCT, (0, 0, 0, num_tiles - kept_BHCT.shape[2]), value=True)
     kept_BHLN = kept_BHCT[:, :, tile_L][..., block_N]
+    valid_BN = torch.ones_like(block_N, dtype=torch.bool)[None]
     if kv_lengths_B is not None:
         valid_BN = torch.arange(block_N.numel(), device=tile_L.device) < kv_lengths_B[:, None].to(tile_L.device)
         kept_BHLN = kept_BHLN & valid_BN[:, None, None]
         # Padding may hold anything, including NaN, and 0 * NaN would spread it, also in the backward.
         key_BHND, value_BHND = (torch.where(valid_BN[:, None, :, None], x, 0) for x in (key_BHND, value_BHND))
-    scores_BHLN = (query_BHLD @ key_BHND.transpose(-1, -2) * scale).to(dtype).masked_fill(~kept_BHLN, -math.inf)
+    scores_BHLN = (query_BHLD @ key_BHND.transpose(-1, -2) * scale).to(dtype)
+    if precision == "int8":
+        rounded_BHLD = through_int8(query_BHLD, tile_L, num_tiles)
+        rounded_BHND = through_int8(centered_keys(key_BHND, valid_BN), block_N, kept_BHCT.shape[3])
+        of_video_L1 = (tile_L < selection.num_query_blocks)[:, None]
+        scores_BHLN = torch.where(of_video_L1, rounded_BHLD @ rounded_BHND.transpose(-1, -2) * scale, scores_BHLN)
+    scores_BHLN = scores_BHLN.masked_fill(~kept_BHLN, -math.inf)
     fine_BHLD = torch.softmax(scores_BHLN, -1).to(value_BHND.dtype) @ value_BHND
 
     if gate_coarse_BHLD is not None:
