@@ -341,7 +341,7 @@ def test_shapes_of_packed_sequences_time_kernels_only(monkeypatch):
     names = [x.name for x in candidates_for("cuda", only="kernels", quick=True, keep_ratios=shapes[0].keep_ratios)]
     sparse = [name for name in names if name.startswith("block-sparse 64x64")]
     others = [f"fastvideo-kernel {kind}" for kind in ("Triton", "TK")]
-    assert sparse == [f"block-sparse 64x64 10 %, {impl}" for impl in ("triton", "gluon", *others)]
+    assert sparse == [f"block-sparse 64x64 10 %, {impl}" for impl in ("triton", "gluon", "int8, triton", *others)]
 
 
 def test_a_packed_shape_counts_its_protected_tokens():
@@ -369,7 +369,8 @@ def test_the_host_is_timed_in_fewer_calls_where_each_is_long(monkeypatch):
 def test_candidates_of_a_gpu():
     names = [candidate.name for candidate in candidates_for("cuda")]
     assert names[:3] == ["SDPA cuDNN", "SDPA flash", "flash-attn-4"]
-    assert "block-sparse 64x64 5 %, triton" in names
+    assert {"block-sparse 64x64 5 %, triton", "block-sparse 64x64 5 %, int8, triton"} <= set(names)
+    assert {"SLA 64x64 marginal, int8, auto", "VSA 12.5 %, int8, auto"} <= set(names)
     assert "block-sparse 128x128 12.5 %, FlexAttention" in names
     assert not any("FlexAttention" in candidate.name for candidate in candidates_for("cuda", quick=True))
     assert len(set(names)) == len(names)

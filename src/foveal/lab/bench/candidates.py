@@ -3,9 +3,9 @@
 Dense: `scaled_dot_product_attention` by cuDNN and by flash attention, and flash-attn-4 where it is installed. They get
 contiguous [B, H, L, D] tensors (flash-attn-4 contiguous [B, L, H, D]), which suits them best; everything of ours gets
 [B, H, L, D] views of [B, L, H, D] memory, as models hand them over.
-Block-sparse: ours at three block sizes, and compiled FlexAttention at 128x128 with the same blocks; it wants blocks
-that are multiples of 128. At 64x64 also the two of fastvideo-kernel, where it is installed and the tokens are whole
-blocks. The block-sparse kernels of cudnn-frontend are not called.
+Block-sparse: ours at three block sizes, the smallest in int8 too, and compiled FlexAttention at 128x128 with the same
+blocks; it wants blocks that are multiples of 128. At 64x64 also the two of fastvideo-kernel, where it is installed and
+the tokens are whole blocks. The block-sparse kernels of cudnn-frontend are not called.
 Methods: the cases that each method names, whole, with the selection made inside the call and with one given.
 """
 
@@ -133,6 +133,8 @@ def candidates_for(
         for block_q, block_k in KERNEL_BLOCKS:
             for keep_ratio in keep_ratios:
                 chosen += [_kernel(block_q, block_k, keep_ratio, impl) for impl in kernel_impls]
+        for keep_ratio in keep_ratios:  # "gluon" has no kernels in int8
+            chosen += [_kernel(64, 64, keep_ratio, impl, "int8") for impl in kernel_impls if impl != "gluon"]
         if device == "cuda":
             chosen += [_fastvideo(impl, keep_ratio) for keep_ratio in keep_ratios for impl in FASTVIDEO]
         if device == "cuda" and not quick:
@@ -178,13 +180,13 @@ def _flash_attn_4() -> Candidate:
     return Candidate("flash-attn-4", "flash-attn-4", "dense", False, build, dense_flops)
 
 
-def _sparse_reference(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> Tensor:
-    return block_sparse_attention(query, key, value, selection, impl="reference")
+def _sparse_reference(precision: str) -> Callable[..., Tensor]:
+    return functools.partial(block_sparse_attention, impl="reference", precision=precision)
 
 
-def _sparse_head(selection: BlockSelection) -> Callable[..., Tensor]:
+def _sparse_head(selection: BlockSelection, precision: str = "input") -> Callable[..., Tensor]:
     def head(batch: int, head: int, dtype: torch.dtype, *qkv: Tensor) -> Tensor:
-        return in_chunks(_sparse_reference, *qkv, head_of(selection, batch, head), dtype)
+        return in_chunks(_sparse_reference(precision), *qkv, head_of(selection, batch, head), dtype)
 
     return head
 
@@ -202,24 +204,25 @@ def _kernel_options(block_q: int, block_k: int, keep_ratio: float) -> dict[str, 
     return {"block_q": block_q, "block_k": block_k, "keep_ratio": keep_ratio, "selection": "random"}
 
 
-def _kernel(block_q: int, block_k: int, keep_ratio: float, impl: str) -> Candidate:
+def _kernel(block_q: int, block_k: int, keep_ratio: float, impl: str, precision: str = "input") -> Candidate:
     blocks = (block_q, block_k, keep_ratio)
 
     def build(inputs: Inputs) -> Problem:
         selection = inputs.random_selection(*blocks)
         *tensors, grad = inputs.tensors(*QKV, "grad")
         return Problem(
-            lambda *qkv: block_sparse_attention(*qkv, selection, impl=impl),
+            lambda *qkv: block_sparse_attention(*qkv, selection, impl=impl, precision=precision),
             tuple(tensors),
             QKV,
             grad,
-            oracle=lambda *qkv: _sparse_reference(*qkv, selection),
-            head=_sparse_head(selection),
+            oracle=lambda *qkv: _sparse_reference(precision)(*qkv, selection),
+            head=_sparse_head(selection, precision),
         )
 
-    return Candidate(
-        _kernel_task(*blocks), impl, "kernel", True, build, _kernel_flops(*blocks), _kernel_options(*blocks)
-    )
+    task, options = _kernel_task(*blocks), _kernel_options(*blocks)
+    if precision != "input":
+        task, options = f"{task}, {precision}", options | {"precision": precision}
+    return Candidate(task, impl, "kernel", True, build, _kernel_flops(*blocks), options)
 
 
 def _fastvideo(impl: str, keep_ratio: float) -> Candidate:

@@ -45,6 +45,7 @@ def _head(
 
 CONFIGS = {
     "SLA 64x64 marginal": SLAConfig(keep_ratio=0.05, drop_ratio=0.10),
+    "SLA 64x64 marginal, int8": SLAConfig(keep_ratio=0.05, drop_ratio=0.10, precision="int8"),
     "SLA 128x64 marginal": SLAConfig(keep_ratio=0.05, drop_ratio=0.10, block_q=128),
     # Over all keys nothing is negligible.
     "SLA 128x64 all": SLAConfig(keep_ratio=0.05, drop_ratio=0.0, block_q=128, linear_scope="all"),

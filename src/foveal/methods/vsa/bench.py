@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,8 +17,8 @@ from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.layout import resolve_tile
 
 
-def _fine(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> Tensor:
-    return block_sparse_attention(query, key, value, selection, impl="reference")
+def _fine(precision: str) -> Callable[..., Tensor]:
+    return functools.partial(block_sparse_attention, impl="reference", precision=precision)
 
 
 def _head(
@@ -39,7 +40,7 @@ def _head(
     query_c, key_c, value_c = (pool_blocks(x.to(dtype), slot, sizes) for x in (query, key, value))
     coarse = pooled_scores(query_c, key_c, query.shape[-1] ** -0.5).softmax(-1) @ value_c
     coarse = coarse.double().repeat_interleave(slot, 2)
-    fine = in_chunks(_fine, query, key, value, selection, dtype)
+    fine = in_chunks(_fine(config.precision), query, key, value, selection, dtype)
     branches = (grid.to_raster_order(x, tile, slot=slot) for x in (coarse, fine))
     gates = (gate_coarse, gate_fine)
     return sum(x if gate is None else x * gate for x, gate in zip(branches, gates, strict=True))
@@ -53,6 +54,7 @@ def _case(name: str, config: VSAConfig) -> BenchCase:
 
 CASES = (
     _case("VSA 12.5 %", VSAConfig(keep_ratio=0.125)),
+    _case("VSA 12.5 %, int8", VSAConfig(keep_ratio=0.125, precision="int8")),
     # The cube that wastes least: at Wan's grids (3, 5, 4), where (4, 4, 4) computes a fifth for nothing.
     _case("VSA 12.5 %, auto tile", VSAConfig(keep_ratio=0.125, tile="auto")),
     # Half the memory traffic for a coarser choice.
