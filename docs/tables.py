@@ -22,6 +22,7 @@ PAGES = (
     ROOT / "docs" / "training.md",
     ROOT / "docs" / "vsa.md",
     ROOT / "docs" / "evidence.md",
+    ROOT / "docs" / "precision.md",
     ROOT / "README.md",
 )
 
@@ -412,6 +413,26 @@ def branches() -> str:
     return "\n".join([*lines, "", _machine(run) + "."])
 
 
+def int8_instructions() -> str:
+    """What a tile takes in bfloat16 and in int8 on chips that kernels are only compiled for, and the predicted gain."""
+    run = json.loads((RESULTS / "int8-instructions.json").read_text())
+    chips = run["chips"].items()
+    heads = [f"{facts['card']} ({chip}), {kind}" for chip, facts in chips for kind in ("bf16", "int8")]
+    lines = [_row("instructions of a warp", *heads), _row("---", *["---"] * len(heads))]
+    columns = [facts["counts"][kind] for _, facts in chips for kind in ("bf16", "int8")]
+    names = {name: name for name in columns[0]} | {
+        "registers": "registers a thread",
+        "shared_memory": "shared memory, bytes",
+        "loop_spills": "spills in the loop, bytes",
+    }
+    lines += [_row(title, *(f"{column[name]:,}" for column in columns)) for name, title in names.items()]
+    cycles = [facts["predicted"][f"product_cycles_{kind}"] for _, facts in chips for kind in ("bf16", "int8")]
+    lines.append(_row("cycles of the products, predicted", *(f"{x:,.0f}" for x in cycles)))
+    for name, title in (("loop", "gain of the loop, predicted"), ("call", "gain of the call, predicted")):
+        lines.append(_row(title, *(x for _, facts in chips for x in ("", f"{facts['predicted'][name]:.2f}x"))))
+    return "\n".join([*lines, "", f"Triton {run['triton']}."])
+
+
 def _machine(run: dict) -> str:
     machine = run["machine"]
     commit = f", commit {machine['commit'][:7]}" if machine["commit"] else ""
@@ -457,6 +478,7 @@ TABLES = {
     "quality_scratch_1": lambda: quality("quality-scratch-*.json", "sparse5-tile", seed=1),
     "attention_mass": attention_mass,
     "branches": branches,
+    "int8_instructions": int8_instructions,
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

@@ -203,19 +203,25 @@ def compiled(launched: Launched):
 
 def figures(binary) -> Figures:
     """Read from the machine code that a launch would load."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(binary.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", path]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    report = machine_code(binary)
     registers = int(re.search(r"REG:(\d+)", report).group(1))
     return Figures(registers, binary.metadata.shared, *_spills(report))
 
 
-def _spills(sass: str) -> tuple[int, int]:
+def machine_code(binary) -> str:
+    """What `cuobjdump` says of a kernel: what it takes, and its instructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def product_loops(sass: str) -> tuple[list[tuple[int, str]], list[tuple[int, int]]]:
+    """Instructions with their addresses, and where each innermost loop around tensor-core products begins and ends."""
     instructions = [(int(at, 16), text) for at, text in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass, re.M)]
     assert instructions, "no machine code found"
-    products = [at for at, text in instructions if re.search(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", text)]
+    products = [at for at, text in instructions if re.search(r"\b(?:HMMA|IMMA|HGMMA|IGMMA|UTC\w*MMA)\b", text)]
     loops = {}  # where each begins and ends, of those with products
     before = ("", "")
     for at, text in instructions:
@@ -232,6 +238,11 @@ def _spills(sass: str) -> tuple[int, int]:
         for first, last in loops.items()
         if not any((a, b) != (first, last) and first <= a and b <= last for a, b in loops.items())
     ]
+    return instructions, innermost
+
+
+def _spills(sass: str) -> tuple[int, int]:
+    instructions, innermost = product_loops(sass)
     in_loops = total = 0
     for at, text in instructions:
         access = re.search(r"\b(STL|LDL)((?:\.\w+)*)", text)
