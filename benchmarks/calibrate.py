@@ -20,7 +20,7 @@ import torch
 
 import foveal
 from foveal.lab.calibrate.choose import Choice
-from foveal.lab.calibrate.measure import LayerErrors, StepErrors
+from foveal.lab.calibrate.measure import LayerErrors
 from foveal.lab.calibrate.run import BUDGETS, CalibrationSettings, measure_pipeline, training_free, write_policy
 from foveal.lab.evaluate.run import evaluate
 from foveal.lab.generate.run import GenerationSettings, environment
@@ -77,7 +77,7 @@ def work_of(layers: list[LayerErrors], configs: list[Config], chosen: Choice) ->
 def first_budgets(layer: LayerErrors, count: int) -> LayerErrors:
     """What was measured at only the first budgets."""
     steps = {
-        step: StepErrors(seen.missed[:count], seen.exact, seen.kept[:count], seen.prompts)
+        step: dataclasses.replace(seen, missed=seen.missed[:count], kept=seen.kept[:count])
         for step, seen in layer.steps.items()
     }
     return dataclasses.replace(layer, steps=steps)

@@ -1,5 +1,6 @@
 """`foveal calibrate`: what is measured, what is chosen from it, and the policy that the commands follow."""
 
+import dataclasses
 import json
 import math
 
@@ -60,6 +61,11 @@ def test_errors_are_those_of_the_method_by_head_and_layer():
     both.add(seen)
     assert both.layer() == pytest.approx(seen.layer())
     assert both.prompts == 2
+    every = SLAConfig(keep_ratio=1.0, drop_ratio=0.0, linear_scope="none", precision="int8")
+    rounded = sla_attention(query, key, value, config=every, protected_keys=(144, 150))
+    assert seen.int8_error() == pytest.approx(relative_error(rounded, dense), rel=1e-3)
+    assert both.int8_error() == pytest.approx(seen.int8_error())
+    assert 1e-3 < seen.int8_error() < 0.02
 
 
 @pytest.mark.parametrize("method", ["sla", "vsa"])
@@ -146,15 +152,13 @@ def test_min_tokens_is_where_sparse_begins_to_be_less_work():
     assert least_tokens(grid, lambda smaller: 0.5) == 1
     assert least_tokens(grid, lambda smaller: 0.9 if smaller.num_tokens > 300 else 1.1) == 343
     config = TAIL.replace(block_q=64, block_k=64)
-    step = StepErrors(torch.zeros(1, 2), torch.ones(2), torch.ones(1))
+    step = StepErrors(torch.zeros(1, 2), torch.ones(2), torch.ones(1), torch.zeros(2, 2))
     layer = LayerErrors("transformer", "x", VideoGrid(8, 30, 52), 2, 64, {0: step})
     least = least_tokens(layer.grid, lambda smaller: layer.work(config, 0, smaller))
     assert 64 < least < 600
     # A mass counts what was kept.
     mass = config.replace(keep_mass=0.5, keep_ratio=0.1)
-    kept = LayerErrors(
-        "transformer", "x", layer.grid, 2, 64, {0: StepErrors(*[torch.zeros(1)] * 2, torch.ones(1) * 0.4)}
-    )
+    kept = LayerErrors("transformer", "x", layer.grid, 2, 64, {0: dataclasses.replace(step, kept=torch.ones(1) * 0.4)})
     assert kept.work(mass, 0) == pytest.approx(layer.work(config.replace(keep_ratio=0.4), 0), rel=0.02)
 
 
@@ -209,6 +213,7 @@ def test_the_command_writes_what_sparsify_reads(calibrated):
     assert component.layers
     for config in component.layers.values():
         assert config.tail == "pooled"
+    assert all(0 < step["int8_error"] < 0.05 for layer in found["measured"].values() for step in layer.values())
     heads = [step["heads"] for layer in found["measured"].values() for step in layer.values()]
     assert all(len(budgets) == len(found["calibration"]["budgets"]) for budgets in heads)
 

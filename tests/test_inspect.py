@@ -10,16 +10,17 @@ import torch
 from tiny_wan import SPARSE_SLA, inputs, run, tiny_pipeline, tiny_transformer
 
 import foveal
-from foveal import SLAConfig, VideoGrid, sparsify
+from foveal import SLAConfig, VideoGrid, sla_attention, sparsify
 from foveal.lab import cli
 from foveal.lab.inspect.advice import Advice, advise
 from foveal.lab.inspect.probe import InspectSettings, LayerObservation, look_at, observe
 from foveal.lab.inspect.run import inspect_model
-from foveal.lab.inspect.statistics import reorder, selection_quality, weight_distribution
+from foveal.lab.inspect.statistics import int8_squares, reorder, selection_quality, weight_distribution
 from foveal.lab.terminal import Progress
 from foveal.models.processor import sparse_processors
 from foveal.output_folder import LIST_FILE
 from foveal.rules import count
+from foveal.testing import relative_error
 
 TINY = InspectSettings(keep_ratios=(0.1, 0.3, 0.6), blocks=((16, 16), (32, 16)), query_blocks=None, rows=None)
 
@@ -94,6 +95,23 @@ def test_chunks_change_nothing():
     for name in ("oracle", "pooled"):
         torch.testing.assert_close(whole.recall[name], pieces.recall[name])
         torch.testing.assert_close(whole.error[name], pieces.error[name])
+
+
+@pytest.mark.parametrize(("length", "keys"), [(200, 200), (90, 110)])
+def test_int8_error_is_that_of_the_method(length, keys):
+    query, key, value = qkv(length, keys)
+    every = SLAConfig(keep_ratio=1.0, drop_ratio=0.0, block_q=16, block_k=16, linear_scope="none")
+    exact, rounded = (
+        sla_attention(query, key, value, config=every.replace(precision=precision)) for precision in ("input", "int8")
+    )
+    missed, squares = int8_squares(query, key, value, block=16, query_blocks=None)
+    expected = [relative_error(rounded[:, head], exact[:, head]) for head in range(2)]
+    assert (missed / squares).sqrt().tolist() == pytest.approx(expected, rel=1e-3)
+    pieces = int8_squares(query, key, value, block=16, query_blocks=None, memory_bytes=1)
+    torch.testing.assert_close(pieces, torch.stack((missed, squares)))
+    rows = torch.cat([torch.arange(start, min(start + 16, length)) for start in (0, (length - 1) // 16 * 16)])
+    _, some = int8_squares(query, key, value, block=16, query_blocks=2)
+    torch.testing.assert_close(some, exact[0, :, rows].double().square().sum((1, 2)), rtol=1e-4, atol=0)
 
 
 def test_overlap_of_known_choices():
@@ -302,6 +320,9 @@ def test_report(tmp_path):
     assert document["advice"]["config"] == advice.config.to_dict()
     first = document["observations"][0]
     assert len(first["distribution"]["stable_rank"]) == 2
+    assert all(0 < error < 0.05 for error in first["int8_error"])
+    layers = {observation.layer for observation in observations}
+    assert len(re.findall(r"<tr><td>blocks[^<]*</td><td>0\.\d{4}</td><td>0\.\d{4}</td></tr>", text)) == len(layers)
     quality = observations[0].quality["raster", 16, 16]
     assert first["quality"][0]["recall"]["pooled"][0] == pytest.approx(quality.recall["pooled"][0].tolist(), rel=1e-5)
 

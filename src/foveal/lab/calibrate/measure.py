@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foveal.kernels.dense import dense_attention
 from foveal.lab.inspect.probe import Progress, watch
+from foveal.lab.inspect.statistics import int8_squares
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Config, method_of
 from foveal.methods.cost import attention_cost
@@ -29,18 +30,21 @@ class StepErrors:
         missed: float64 [budgets, H], the sum of the squared differences between the method's output and the dense one.
         exact: float64 [H], the sum of the squares of the dense output.
         kept: float64 [budgets], the sum over prompts of the share of the key blocks that rows read.
+        int8: float64 [2, H], what `int8_squares` says of the layer with all blocks read.
         prompts: how many.
     """
 
     missed: Tensor
     exact: Tensor
     kept: Tensor
+    int8: Tensor
     prompts: int = 1
 
     def add(self, other: StepErrors) -> None:
         self.missed += other.missed
         self.exact += other.exact
         self.kept += other.kept
+        self.int8 += other.int8
         self.prompts += other.prompts
 
     def heads(self) -> Tensor:
@@ -50,6 +54,11 @@ class StepErrors:
     def layer(self) -> list[float]:
         """The relative error of the whole layer's output, by budget."""
         return (self.missed.sum(1) / self.exact.sum().clamp_min(1e-300)).sqrt().tolist()
+
+    def int8_error(self) -> float:
+        """The relative error that `precision="int8"` makes in the layer's dense output."""
+        missed, exact = self.int8.sum(1).tolist()
+        return (missed / max(exact, 1e-300)) ** 0.5
 
 
 @dataclass
@@ -155,7 +164,8 @@ def compare(
         video = grid.grid if packed else grid
         kept.append(_kept_share(module, of_video(query), video_key, video, config, packed=packed))
     total = exact.square().sum((0, 2, 3), dtype=torch.float64).cpu()
-    return StepErrors(torch.stack(missed), total, torch.tensor(kept, dtype=torch.float64))
+    int8 = int8_squares(of_video(query), key, value)
+    return StepErrors(torch.stack(missed), total, torch.tensor(kept, dtype=torch.float64), int8)
 
 
 def _kept_share(module: Any, query: Tensor, key: Tensor, grid: VideoGrid, config: Config, *, packed: bool) -> float:

@@ -219,7 +219,11 @@ def describe(
             components[name] = ComponentPolicy(family_of(transformer).name, found, policy)
     measured = {
         f"{layer.component}.{layer.layer}": {
-            str(step): {"error": _rounded(seen.layer()), "heads": _rounded(seen.heads().tolist())}
+            str(step): {
+                "error": _rounded(seen.layer()),
+                "heads": _rounded(seen.heads().tolist()),
+                "int8_error": _rounded(seen.int8_error()),
+            }
             for step, seen in sorted(layer.steps.items())
         }
         for layer in layers
@@ -249,7 +253,7 @@ def table(layers: Sequence[LayerErrors], chosen: Choice, settings: CalibrationSe
     ends = f"first {chosen.dense_first_steps} and last {chosen.dense_last_steps} steps dense"
     lines = [
         f"{1 / chosen.work:.2f}x less attention work than dense attention; {ends}; largest error {chosen.error:.3f}",
-        f"{'layer':<32}{settings.by:>8}{'error':>8}{'worst head':>12}",
+        f"{'layer':<32}{settings.by:>8}{'error':>8}{'worst head':>12}{'int8 error':>12}",
     ]
     for layer, budget in zip(layers, chosen.budgets, strict=True):
         name = f"{layer.component}.{layer.layer}"
@@ -258,5 +262,6 @@ def table(layers: Sequence[LayerErrors], chosen: Choice, settings: CalibrationSe
             continue
         seen = [found for step, found in layer.steps.items() if step in sparse]
         error, head = max(x.layer()[budget] for x in seen), max(float(x.heads()[budget].max()) for x in seen)
-        lines.append(f"{name:<32}{BUDGETS[settings.by][budget]:>8g}{error:>8.3f}{head:>12.3f}")
+        int8 = max(x.int8_error() for x in seen)
+        lines.append(f"{name:<32}{BUDGETS[settings.by][budget]:>8g}{error:>8.3f}{head:>12.3f}{int8:>12.4f}")
     return "\n".join(lines)

@@ -154,6 +154,7 @@ def to_json(observations: Sequence[LayerObservation], settings: InspectSettings)
             "step": o.step,
             "timestep": o.timestep,
             "grid": list(o.grid.shape),
+            "int8_error": _rounded(o.int8_error),
             "distribution": {name: _rounded(value) for name, value in vars(o.distribution).items()},
             "quality": [
                 {

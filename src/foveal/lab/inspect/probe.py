@@ -20,6 +20,7 @@ from foveal.lab.inspect.statistics import (
     ORDERS,
     SelectionQuality,
     WeightDistribution,
+    int8_squares,
     reorder,
     selection_quality,
     weight_distribution,
@@ -91,6 +92,8 @@ class LayerObservation:
         grid: the video's grid, in tokens.
         distribution: the distribution of the attention weights.
         quality: what the kept blocks retain, by (order, block_q, block_k).
+        int8_error: float32 [H] on the CPU, what `precision="int8"` changes by itself: |O_int8 - O| / |O| over sampled
+            query blocks, both over all keys.
     """
 
     component: str
@@ -101,6 +104,7 @@ class LayerObservation:
     grid: VideoGrid
     distribution: WeightDistribution
     quality: dict[tuple[str, int, int], SelectionQuality]
+    int8_error: Tensor
 
 
 class Progress:
@@ -265,7 +269,7 @@ def _watch(
 @torch.no_grad()
 def look_at(
     query: Tensor, key: Tensor, value: Tensor, grid: VideoGrid, settings: InspectSettings
-) -> tuple[WeightDistribution, dict[tuple[str, int, int], SelectionQuality]]:
+) -> tuple[WeightDistribution, dict[tuple[str, int, int], SelectionQuality], Tensor]:
     """Observe one call: query [1, H, L, D] in raster order, key and value [1, H, N, D] with text after the video."""
     distribution = weight_distribution(
         query, key, rows=settings.rows, top=settings.top, memory_bytes=settings.memory_bytes
@@ -285,4 +289,6 @@ def look_at(
                 query_blocks=settings.query_blocks,
                 memory_bytes=settings.memory_bytes,
             )
-    return distribution, quality
+    limits = {"query_blocks": settings.query_blocks, "memory_bytes": settings.memory_bytes}
+    missed, exact = int8_squares(query, key, value, **limits)
+    return distribution, quality, (missed / exact.clamp_min(1e-300)).sqrt().float()

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,8 @@ def _layers_figure(observations: Sequence[LayerObservation], settings: InspectSe
     """Output error of each layer and head with the recommended blocks."""
     variant = (advice.config.token_order, advice.config.block_q, advice.config.block_k)
     index = settings.keep_ratios.index(advice.config.keep_ratio)
-    grouped: dict[str, list[torch.Tensor]] = {}
-    for o in observations:
-        name = o.layer if o.component == "transformer" else f"{o.component}: {o.layer}"
-        grouped.setdefault(name, []).append(o.quality[variant].error["pooled"][:, index])
-    table = torch.stack([torch.stack(values).mean(0) for values in grouped.values()])
+    grouped = _by_layer(observations, lambda o: o.quality[variant].error["pooled"][:, index])
+    table = torch.stack(list(grouped.values()))
     figure = _figure(10, 1.4 + 0.2 * len(grouped))
     axis = figure.subplots()
     image = axis.imshow(table.numpy(), cmap="magma_r", aspect="auto", vmin=0)
@@ -118,6 +115,24 @@ def _layers_figure(observations: Sequence[LayerObservation], settings: InspectSe
     axis.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axis, label="relative error")
     return figure
+
+
+def _by_layer(
+    observations: Sequence[LayerObservation], figure: Callable[[LayerObservation], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A figure [H] of each observation, as its mean over the calls of each layer."""
+    grouped: dict[str, list[torch.Tensor]] = {}
+    for o in observations:
+        name = o.layer if o.component == "transformer" else f"{o.component}: {o.layer}"
+        grouped.setdefault(name, []).append(figure(o))
+    return {name: torch.stack(values).mean(0) for name, values in grouped.items()}
+
+
+def _int8_rows(observations: Sequence[LayerObservation]) -> str:
+    return "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{float(heads.mean()):.4f}</td><td>{float(heads.max()):.4f}</td></tr>"
+        for name, heads in _by_layer(observations, lambda o: o.int8_error).items()
+    )
 
 
 def _distribution_figure(observations: Sequence[LayerObservation]):
@@ -207,6 +222,10 @@ gain of sorting tokens by cubes.</p>
 one keeps too, at the recommended ratio.</p>
 <h2>Layer by layer</h2>
 {picture("layers", "output error of every layer and head")}
+<p>What <code>precision="int8"</code> would change by itself, with all blocks read:</p>
+<div class="table"><table><thead>
+<tr><th>layer</th><th>int8 error</th><th>worst head</th></tr>
+</thead><tbody>{_int8_rows(observations)}</tbody></table></div>
 <h2>The weights themselves</h2>
 {picture("distribution", "spread of the weights and stable ranks")}
 <p>SLA rests on two things: few weights are large, and without them what is left has a low stable rank, so that a linear

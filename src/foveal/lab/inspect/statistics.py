@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from foveal.blocks import pool_blocks, pooled_scores
+from foveal.kernels.int8 import centered_keys, through_int8
 from foveal.layout import VideoGrid
 from foveal.rules import count
 
@@ -179,6 +180,52 @@ def weight_distribution(
         largest = weights.topk(max(1, count(top, keys)), -1, sorted=False).indices
         found["stable_rank_rest"].append(_stable_rank(weights.scatter_(-1, largest, 0.0)))
     return WeightDistribution(**{name: torch.cat(parts).float().cpu() for name, parts in found.items()})
+
+
+@torch.no_grad()
+def int8_squares(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block: int = 64,
+    scale: float | None = None,
+    query_blocks: int | None = 16,
+    memory_bytes: int = 2**30,
+) -> Tensor:
+    """What `precision="int8"` changes in dense attention over evenly sampled query blocks, by head.
+
+    Args:
+        query, key, value: [1, H, L, D], [1, H, N, D] twice.
+        block: tokens a block of queries and of keys, each with a scale of its own.
+        scale: softmax scale; None for 1 / sqrt(D).
+        query_blocks, memory_bytes: as in `selection_quality`.
+
+    Returns:
+        float64 [2, H] on the CPU: the sums of (O_int8 - O)^2 and of O^2. The error is the root of their quotient.
+
+    Raises:
+        ValueError: the batch has more than one sample.
+    """
+    _check_single(query)
+    heads, length, head_dim = query.shape[1:]
+    keys, scale = key.shape[2], head_dim**-0.5 if scale is None else scale
+    sampled = sample(-(-length // block), query_blocks).to(query.device)
+    squares = torch.zeros(2, heads, dtype=torch.float64, device=query.device)
+    of_query, of_key = (torch.arange(tokens, device=query.device) // block for tokens in (length, keys))
+    every = torch.ones(1, keys, dtype=torch.bool, device=query.device)
+    bytes_each = block * keys * 4 * LIVE_COPIES
+    for block_range, some in _chunks(len(sampled), heads, bytes_each, memory_bytes):
+        row, valid = _rows(sampled[block_range], block, length)
+        rounded_query = through_int8(query[:, some], of_query, -(-length // block))
+        rounded_key = through_int8(centered_keys(key[:, some], every), of_key, -(-keys // block))
+        exact, rounded = (
+            _weights(q[0], k[0], row, scale) @ value[0, some].float() * valid[:, None]
+            for q, k in ((query[:, some], key[:, some]), (rounded_query, rounded_key))
+        )
+        squares[0, some] += (rounded - exact).double().square().sum((1, 2))
+        squares[1, some] += exact.double().square().sum((1, 2))
+    return squares.cpu()
 
 
 def sample(total: int, wanted: int | None) -> Tensor:
