@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,16 @@ from typing_extensions import Doc
 from foveal.lab.config_file import Command
 from foveal.lab.extras import need
 from foveal.methods.base import METHODS
+
+
+@contextlib.contextmanager
+def _kept_when_interrupted() -> Iterator[None]:
+    """Turns an interrupt into a line that says how to go on, and status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("foveal: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 @dataclass
@@ -67,25 +78,21 @@ class Precompute(Command):
         device = choose_device(self.device)
         loaded = None
         console = Console(stderr=True)
-        try:
-            with Progress(console) as progress:
-                if self.model is not None:
-                    dtype = choose_dtype(self.dtype, device)
-                    with progress.stage(f"load {self.model}", brief=True):
-                        loaded = load_pipeline(
-                            self.model,
-                            device=device,
-                            dtype=dtype,
-                            revision=self.revision,
-                            without_transformer=True,
-                            check=lambda outline: check_request(self.videos, self.output, settings, outline),
-                        )
-                    if self.tiling:
-                        loaded.pipe.vae.enable_tiling()
-                index = precompute(self.videos, self.output, settings, loaded=loaded, progress=FileProgress(progress))
-        except KeyboardInterrupt:
-            print("foveal: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
-            raise SystemExit(130) from None
+        with _kept_when_interrupted(), Progress(console) as progress:
+            if self.model is not None:
+                dtype = choose_dtype(self.dtype, device)
+                with progress.stage(f"load {self.model}", brief=True):
+                    loaded = load_pipeline(
+                        self.model,
+                        device=device,
+                        dtype=dtype,
+                        revision=self.revision,
+                        without_transformer=True,
+                        check=lambda outline: check_request(self.videos, self.output, settings, outline),
+                    )
+                if self.tiling:
+                    loaded.pipe.vae.enable_tiling()
+            index = precompute(self.videos, self.output, settings, loaded=loaded, progress=FileProgress(progress))
         console.print(f"{index.samples} samples: " + ", ".join(f"{n} of {s}" for s, n in index.latent_shapes.items()))
         if index.skipped:
             console.print(f"{len(index.skipped)} files left out; {self.output / 'index.json'} lists them all")
@@ -214,15 +221,11 @@ class Generate(_Generation):
 
         if self.compare not in (None, "dense"):
             raise ValueError(f"unknown comparison {self.compare!r}; expected dense")
-        try:
-            with Progress(Console(stderr=True)) as progress:
-                prepared = self.prepare(progress, exact=self.exact, check=check_request)
-                dense_too = self.compare == "dense"
-                generate(**prepared, output=self.output, compare_dense=dense_too, progress=StepProgress(progress))
-                say_what_ran(prepared["loaded"].pipe, progress)
-        except KeyboardInterrupt:
-            print("foveal: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
-            raise SystemExit(130) from None
+        with _kept_when_interrupted(), Progress(Console(stderr=True)) as progress:
+            prepared = self.prepare(progress, exact=self.exact, check=check_request)
+            dense_too = self.compare == "dense"
+            generate(**prepared, output=self.output, compare_dense=dense_too, progress=StepProgress(progress))
+            say_what_ran(prepared["loaded"].pipe, progress)
         print(self.output)
 
 
@@ -242,14 +245,10 @@ class Eval(_Generation):
         from foveal.lab.terminal import Progress, StepProgress
 
         console = Console(stderr=True)
-        try:
-            with Progress(console) as progress:
-                prepared = self.prepare(progress, exact=True, check=check_request)
-                report = evaluate(**prepared, output=self.output, progress=StepProgress(progress))
-                say_what_ran(prepared["loaded"].pipe, progress)
-        except KeyboardInterrupt:
-            print("foveal: interrupted; what is done is kept, run the same command again to go on", file=sys.stderr)
-            raise SystemExit(130) from None
+        with _kept_when_interrupted(), Progress(console) as progress:
+            prepared = self.prepare(progress, exact=True, check=check_request)
+            report = evaluate(**prepared, output=self.output, progress=StepProgress(progress))
+            say_what_ran(prepared["loaded"].pipe, progress)
         console.print(report)
         print(self.output / TABLE_FILE)
 

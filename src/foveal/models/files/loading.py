@@ -7,9 +7,10 @@ others were loaded, and notes. If anything is wrong with the file, it raises a V
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,7 @@ def _load_weights(
     extra = [file_name for name, file_name in base.items() if name not in former]
     _check_names(file, sorted(missing), extra)
 
-    sparsify(transformer, config, impl=impl)
-    try:
+    with _converted(transformer, config, impl):
         # From the name in the file, which the messages give, to what it fills.
         targets = {names[name]: former[model_name] for model_name, name in base.items()}
         fresh = {layer: one.attention.state_dict() for layer, one in sparse_processors(transformer).items()}
@@ -76,13 +76,28 @@ def _load_weights(
                 tensor = file.read(name)
                 dtypes.add((_short(tensor.dtype), _short(target.dtype)))
                 target.copy_(tensor.reshape(target.shape))
-    except BaseException:
-        densify(transformer)
-        raise
     notes = [f"{given} cast to {taken}" for given, taken in sorted(dtypes) if given != taken]
     if not base:
         notes.append("the file has no base weights: the model's own were kept")
     return len(wanted), len(base), tuple(notes)
+
+
+@contextlib.contextmanager
+def _converted(transformer: nn.Module, config: Config, impl: str) -> Iterator[None]:
+    """Makes the transformer sparse, and dense again if what is done with it fails."""
+    sparsify(transformer, config, impl=impl)
+    try:
+        yield
+    except BaseException:
+        densify(transformer)
+        raise
+
+
+def _fill(targets: dict[str, Tensor], file: TensorFile) -> None:
+    """Copies tensors of a file, by name, into tensors of their shapes."""
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(file.read(name))
 
 
 def _check_depth(file: TensorFile, names: dict[str, str], num_layers: int) -> None:
@@ -130,12 +145,8 @@ def _load_lora(
     adapter = read_adapter(
         transformer, tensors, str(file.path), family_of(transformer).name, file.metadata.get("alpha")
     )
-    sparsify(transformer, config, impl=impl)
-    try:
+    with _converted(transformer, config, impl):
         load_adapter(transformer, adapter, found.name)
-    except BaseException:
-        densify(transformer)
-        raise
     return 0, len(adapter), (f"a LoRA, loaded as adapter {found.name!r}: fuse_lora() merges it",)
 
 
@@ -156,18 +167,12 @@ def _load_updates(
     base, gates = transformer.state_dict(), [name for name in names if name.endswith(".set_weight")]
     _check_names(file, sorted(set(wanted) - set(gates)), sorted(set(gates) - set(wanted)))
     updates = read_updates(file, {name: given for name, given in names.items() if name not in wanted}, base)
-    sparsify(transformer, config, impl=impl)
-    try:
+    with _converted(transformer, config, impl):
         sparse = sparse_processors(transformer)
         targets = {names[name]: sparse[layer].attention.state_dict()[parameter] for name, layer in wanted.items()}
         _check_tensors(file, targets, None)
-        with torch.no_grad():
-            for name, target in targets.items():
-                target.copy_(file.read(name))
+        _fill(targets, file)
         merged = updates.apply(base, file)
-    except BaseException:
-        densify(transformer)
-        raise
     return len(wanted), merged, ("the updates were merged into the base weights",)
 
 
@@ -189,19 +194,13 @@ def _load_shared(
     owners = {f"{head_dim}." for head_dim in head_dims}
     ours = [name for name in names if name.startswith(tuple(owners))]
     _check_names(file, sorted(set(wanted.values()) - set(ours)), sorted(set(ours) - set(wanted.values())))
-    sparsify(transformer, config, impl=impl)
-    try:
+    with _converted(transformer, config, impl):
         for layer, processor in sparse_processors(transformer).items():
             head_dim = family.dimensions(transformer.get_submodule(layer))[2]
             parameters = processor.attention.state_dict()
             targets = {names[wanted[head_dim, parameter]]: parameters[parameter] for parameter in found.sparse_keys}
             _check_tensors(file, targets, None)
-            with torch.no_grad():
-                for name, target in targets.items():
-                    target.copy_(file.read(name))
-    except BaseException:
-        densify(transformer)
-        raise
+            _fill(targets, file)
     notes = ["one projection for all layers: each has a copy of it, which training changes by itself"]
     others = sorted({name.partition(".")[0] for name in names if name not in ours}, key=int)
     if others:
