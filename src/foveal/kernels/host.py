@@ -75,7 +75,7 @@ DOORS = {
     "direct": Door("triton", ("3.6",)),
     # Calls after the second of a kind go through a record of its operators and launches.
     "replay": Door("torch", ("2.8", "2.9", "2.10", "2.11", "2.12", "2.13")),
-    # A descriptor of a tensor that lies like an earlier one takes over that one's fields without their checks.
+    # A descriptor of a tensor with the shape and strides of an earlier one copies its fields without checking them.
     "descriptor": Door("triton", ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")),
     # Whether a mode or a transform is active, from the stacks that torch keeps.
     "modes": Door("torch", ("2.8", "2.9", "2.10", "2.11", "2.12", "2.13")),
@@ -349,7 +349,7 @@ class DirectKernel:
 
     @staticmethod
     def tensor_map(descriptor: Any, known: Any) -> tuple[Callable[[int], Any], list[int]]:
-        """What makes the TMA map of a tensor at an address that lies as the descriptor says; the arguments after it."""
+        """What makes the TMA map of a tensor with the descriptor's shape at an address, and the arguments after it."""
         from triton.backends.nvidia.driver import make_tensordesc_arg
 
         there = copy.copy(descriptor)

@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
     slot: the tensor whose memory it is in: an input, a constant, or what a step makes.
     offset: bytes from that tensor's first.
-    lies: its size and stride where it is another tensor than that of the slot; else None.
+    lies: its size and stride if it is a view of the slot's tensor; else None.
     """
 
     slot: int
@@ -66,7 +66,7 @@ class Source:
         return name
 
     def address(self, place: Place) -> str:
-        """That of a tensor's first byte; each slot is asked for its own once."""
+        """An expression for the address of a tensor's first byte. The function asks each slot for its address once."""
         if place.slot not in self._addressed:
             self._addressed.add(place.slot)
             self.line(f"a{place.slot} = v{place.slot}.data_ptr()")
@@ -225,7 +225,7 @@ class Call(NamedTuple):
 
 
 class Enter(NamedTuple):
-    """The steps from here to the next `Leave` run in a context."""
+    """The steps from this one to the next `Leave` run in a context."""
 
     context: AbstractContextManager
     done: tuple[int, ...] = ()
@@ -272,7 +272,7 @@ class Record:
         self._replay = source.names["replay"]
 
     def run(self, tensors: Sequence[Tensor | None]) -> Results:
-        """The call's results for other tensors that lie like those that were recorded."""
+        """The call's results for other tensors of the same shapes, strides, and dtypes as when it was recorded."""
         return self._replay(tensors)
 
 

@@ -139,7 +139,7 @@ class Recorder(TorchDispatchMode):
         self._steps.append(DirectLaunch(direct.launch_with(grid), tuple(arguments)))
 
     def called(self, function: Callable[[], object]) -> None:
-        """The host did something else, which it is to do in a replay."""
+        """The host did something else, which a replay does too."""
         self._steps.append(Call(function))
 
     def entered(self, context: AbstractContextManager) -> None:
@@ -214,8 +214,8 @@ def replayed(function: Callable[..., Results], tensors: Sequence[Tensor | None],
     The first call of its kind compiles kernels and fills caches, the second is recorded, later ones are replayed.
 
     Args:
-        function: what to call, the same function for good. What it does may depend on how its tensors lie, not on what
-            they hold. It returns tensors, and what else there is.
+        function: what to call, the same function for good. What it does may depend on the shapes and strides of its
+            tensors, not on their values. It returns tensors, and what else there is.
         tensors: all tensors that it reads and that are not constants, or None.
         options: all else that it depends on.
     """

@@ -12,7 +12,7 @@ from foveal.kernels.host import CACHES, RECORDING
 class SideStream:
     """A stream of higher priority, for kernels that fit beside those of the current stream.
 
-    It runs what is launched inside `with side:`, for which the current stream waits from there on.
+    Launches inside `with side:` go to it. When the block ends, the current stream waits for them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -20,7 +20,7 @@ class SideStream:
         self._from = threading.local()
 
     def follow(self) -> None:
-        """Has it wait for what the current stream was given so far."""
+        """Makes it wait for everything that the current stream has been given so far."""
         self._stream.wait_stream(torch.cuda.current_stream())
         if RECORDING.recorder is not None:
             RECORDING.recorder.called(self.follow)
@@ -43,7 +43,7 @@ CACHES.append(_STREAMS)
 
 
 def side_stream(device: torch.device) -> SideStream:
-    """The only one of a device."""
+    """The side stream of a device. There is one."""
     if device not in _STREAMS:
         _STREAMS[device] = SideStream(device)
     return _STREAMS[device]
