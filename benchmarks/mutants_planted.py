@@ -33,6 +33,8 @@ LINEAR_BACKWARD = "kernels/triton/linear_backward.py"
 CUBES = "kernels/triton/cubes.py"
 CUBE_GRADIENTS = "kernels/triton/cube_gradients.py"
 POOLED = "kernels/triton/pooled.py"
+PICKING = "kernels/triton/picking.py"
+POOLING = "kernels/triton/pooling.py"
 SELECT = "kernels/triton/select.py"
 ROW_LISTS = "kernels/triton/lists.py"
 SPARSE = "kernels/sparse.py"
@@ -102,7 +104,7 @@ FULL_TILES = [
         (STATES,),
     ),
     Mutant(
-        "pooling: the mean", SELECT, "block_mean(total, size))", "block_mean(total, size + (size == 63)))", (STATES,)
+        "pooling: the mean", POOLING, "block_mean(total, size))", "block_mean(total, size + (size == 63)))", (STATES,)
     ),
     Mutant("VSA: the mean", CUBES, "total / size.to(", "total / (size + (size == 63)).to(", (VSA_63,)),
     Mutant("VSA: shares of the mean", CUBE_GRADIENTS, "share = 1.0 / tl", "share = 63 / 64 / tl", (VSA_63,)),
@@ -175,13 +177,13 @@ GROUPS = [
         (SLA_PADDING,),
     ),
     Mutant(
-        "selection: groups of scores", SELECT, "first_pair=first_pair + start", "first_pair=first_pair", (SELECTION,)
+        "selection: groups of scores", PICKING, "first_pair=first_pair + start", "first_pair=first_pair", (SELECTION,)
     ),
     Mutant(
         "selection: queries of a group",
-        SELECT,
-        "query_ptr=query[start:] if start else query",
-        "query_ptr=query",
+        PICKING,
+        "(query[start:], key[start:]) if start",
+        "(query, key[start:]) if start",
         (SELECTION,),
     ),
 ]
@@ -213,7 +215,7 @@ STRIDED = [
         (STRIDES,),
     ),
     Mutant(
-        "pooling: as contiguous", SELECT, "strides=row_strides(x)", "strides=row_strides(x.contiguous())", (STATES,)
+        "pooling: as contiguous", POOLING, "strides=row_strides(x)", "strides=row_strides(x.contiguous())", (STATES,)
     ),
     strides("key states: K as contiguous", LINEAR, "key", "key.contiguous()", "def _run_key_states(", STATES),
     strides("key states: V as contiguous", LINEAR, "value", "value.contiguous()", "def _run_key_states(", STATES),

@@ -9,7 +9,7 @@ import torch
 from foveal import SLAConfig, VideoGrid, VSAConfig
 from foveal.kernels.sparse import block_sparse_attention_gpu
 from foveal.kernels.tail import pooled_tail
-from foveal.kernels.triton import select
+from foveal.kernels.triton import pooling, select
 from foveal.kernels.triton.linear import key_state_sums
 from foveal.methods.sla.gpu import sla_attention_gpu
 from foveal.methods.vsa.gpu import select_cubes_gpu, vsa_attention_gpu
@@ -120,14 +120,17 @@ def select_blocks(head_dim, dtype, padded, score="mean"):
 
 def pool(head_dim, dtype, padded):
     sizes = torch.ones(1, 4, dtype=torch.int32) if padded else None
-    select.pool(torch.zeros(1, 2, 256, head_dim, dtype=dtype), 64, sizes)
+    pooling.pool(torch.zeros(1, 2, 256, head_dim, dtype=dtype), 64, sizes)
 
 
-def pick(columns, with_marginal, per_sample, mass=0):
-    """Lists and mask of rows with so many key blocks, for all samples or by each sample's valid blocks."""
+def pick(columns, with_marginal, per_sample, mass=0, per_head=False, fixed=False):
+    """Lists and mask of rows with so many key blocks, by sample, by head, and with what is fixed beside."""
     valid = torch.ones(1, dtype=torch.int32) if per_sample else None
-    table = torch.ones(columns + 1, 3, dtype=torch.int32) if per_sample else None
-    rule = SelectionRule(1, 1, width=9, critical=9, negligible=9, valid_blocks=valid, table=table, mass=mass, most=9)
+    table = torch.ones(2 if per_head else 1, columns + 1 if per_sample else 1, 3, dtype=torch.int32)
+    table = table if per_sample or per_head else None
+    ranges = torch.zeros(64, 2, 2, dtype=torch.int32) if fixed else None
+    counts = {"width": 9, "critical": 9, "negligible": 9, "mass": mass, "most": 9}
+    rule = SelectionRule(1, 1, valid_blocks=valid, table=table, ranges=ranges, **counts)
     query, key = torch.zeros(1, 2, 64, 64), torch.zeros(1, 2, columns, 64)
     select.select(query, key, 0.125, rule, with_marginal)
 
@@ -161,6 +164,8 @@ FEW = [
     *(partial(pick, *case) for case in ((500, True, False), (1000, False, True), (2000, True, True))),
     *(partial(pick, columns, True, True) for columns in (4000, 8000, 16000)),
     *(partial(pick, columns, True, True, 1) for columns in (1000, 16000)),
+    partial(pick, 1000, True, False, per_head=True),
+    *(partial(pick, columns, True, False, fixed=True) for columns in (1000, 16000)),
 ]
 
 
@@ -177,7 +182,7 @@ def all_calls() -> Iterator[Callable]:
     yield from (partial(pool, *case) for case in itertools.product(dims, (*dtypes, FP32), both))
     yield from (partial(tail, *case) for case in itertools.product(dims, blocks, dtypes))
     columns = (100, 500, 1000, 2000, 4000, 8000, 16000)
-    yield from (partial(pick, *case) for case in itertools.product(columns, both, both, (0, 1)))
+    yield from (partial(pick, *case) for case in itertools.product(columns, both, both, (0, 1), both, both))
     scores = ("log_sum_exp", "mean_spread")
     yield from (partial(select_blocks, *case) for case in itertools.product(dims, (*dtypes, FP32), both, scores))
 

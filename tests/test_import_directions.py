@@ -17,7 +17,7 @@ LAYERS = [
     {"checks", "output_folder", "symbols"},
     {"token_order"},
     {"layout", "rules"},
-    {"blocks"},
+    {"blocks", "fixed_blocks"},
     {"testing", "kernels"},
     {"methods"},
     {"models"},

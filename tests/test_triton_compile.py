@@ -100,8 +100,10 @@ SPILLS = [
     ("_tail_dq_kernel", 80, {"D": 128}, 0, 16),
     ("_tail_means_kernel", 90, {"D": 128}, 0, 8),
     ("_tail_means_kernel", 100, {"D": 128}, 0, 4),
+    *(("_pick_kernel", arch, {"COLUMNS": 16384, "RANGES": True}, 0, 660) for arch in ARCHITECTURES),
     *(("_pick_kernel", arch, {"COLUMNS": 16384, "MASS": True}, 0, 588) for arch in ARCHITECTURES),
-    *(("_pick_kernel", arch, {"COLUMNS": 16384}, 0, 400) for arch in ARCHITECTURES),
+    *(("_pick_kernel", arch, {"COLUMNS": 16384}, 0, 448) for arch in ARCHITECTURES),
+    *(("_pick_kernel", arch, {"RANGES": True}, 0, 180) for arch in ARCHITECTURES),
     *(("_pick_kernel", arch, {}, 0, 96) for arch in ARCHITECTURES),
 ]
 

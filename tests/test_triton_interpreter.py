@@ -97,7 +97,8 @@ def run_selection() -> None:
 
     from foveal import select_blocks
     from foveal.kernels import api as module
-    from foveal.kernels.triton import select as kernel
+    from foveal.kernels.triton import picking as kernel
+    from foveal.rules import FixedBlocks
 
     generator = torch.Generator().manual_seed(0)
     # Small integers and blocks of powers of two: scores are exact, in whatever order a processor sums them.
@@ -106,6 +107,8 @@ def run_selection() -> None:
     # Ties: equal key blocks score the same against every query block.
     key[:, :, 64:320] = key[:, :, :64].repeat(1, 1, 4, 1)
     query[1, 0, :128] = 0
+    ranges = [[[0, 2], [5 * i, 5 * i + 3], [20 + i, 60]] for i in range(4)]
+    fixed = FixedBlocks(torch.tensor(ranges, dtype=torch.int32), torch.zeros(30, dtype=torch.int8))
     options = [
         {"keep_ratio": 0.3},
         {"keep_ratio": 0.3, "drop_ratio": 0.4},
@@ -126,6 +129,8 @@ def run_selection() -> None:
             "max_keep_ratio": 0.6,
             "protected_keys": (400, 450),
         },
+        {"keep_ratio": 0.1, "fixed": fixed},
+        {"keep_ratio": 0.1, "drop_ratio": 0.8, "fixed": fixed, "kv_lengths": torch.tensor([450, 88])},
     ]
     for option in options:
         module.fits_kernel = lambda *_: False
@@ -148,7 +153,7 @@ def run_states() -> None:
     import torch
 
     from foveal.kernels.triton.linear import key_state_sums, key_states, masked_sum
-    from foveal.kernels.triton.select import pool
+    from foveal.kernels.triton.pooling import pool
     from foveal.testing import make_inputs, relative_error
 
     made = make_inputs(batch=2, heads=2, query_length=127, head_dim=64, dtype=torch.bfloat16)

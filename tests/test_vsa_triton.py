@@ -22,6 +22,12 @@ CASES = {
     "strides, one gate": ((2, 5, 7), (4, 4, 4), 2, 2, 64, None, "coarse"),
 }
 
+RULES = {
+    "sinks": {"topk": 2, "sink_frames": 1, "tile": (2, 2, 4)},
+    "window": {"topk": 1, "window": (1, 2, 1), "tile": (2, 2, 4)},
+    "mass": {"topk": 1, "keep_mass": 0.5, "max_keep_ratio": 0.9, "tile": (2, 2, 4)},
+}
+
 
 def make_case(name, dtype, device):
     """(query, key, value), gates, grid, config and kv_lengths.
@@ -122,17 +128,20 @@ def run_selection(name: str) -> None:
     import torch
 
     from foveal.methods.vsa.attention import select_cubes
-    from foveal.methods.vsa.gpu import Choice, _forward, select_cubes_gpu
+    from foveal.methods.vsa.gpu import _forward, choice_of, select_cubes_gpu
     from foveal.methods.vsa.layout import CubeLayout
 
+    name, _, rule = name.partition(": ")
     (query, key, value), _, grid, config, lengths = make_case(name, torch.float16, "cpu")
+    config = config.replace(**RULES.get(rule, {}))
     layout = CubeLayout(config, grid, key, lengths)
     expected = select_cubes(query, key, config=config, grid=grid, kv_lengths=lengths)
     ours = select_cubes_gpu(query, key, layout, query.shape[-1] ** -0.5)
     assert torch.equal(ours.labels(), expected.labels())
     assert torch.equal(ours.critical_count, expected.critical_count)
     assert torch.equal(ours.key_block_sizes, expected.key_block_sizes)
-    cubes, choice = layout.cubes(), Choice(layout.kept, layout.width, layout.text_counts)
+    assert not rule or ours.critical_count.unique().numel() > 1
+    cubes, choice = layout.cubes(), choice_of(layout, None)
     options = query.shape[-1] ** -0.5, "triton"
     _, saved = _forward(query, key, value, None, None, cubes, choice, *options, save=False)
     assert torch.equal(saved.critical, ours.critical)
@@ -157,6 +166,14 @@ def main(names) -> None:
         pytest.param(["63 tokens of 64"], id="63 tokens"),
         pytest.param(["strides", "strides, one gate"], id="strides"),
         pytest.param(["selection: partial cubes", "selection: text with padding"], id="selection"),
+        pytest.param(
+            [
+                "selection: partial cubes: sinks",
+                "selection: partial cubes: mass",
+                "selection: text with padding: window",
+            ],
+            id="selection by rules",
+        ),
     ],
 )
 def test_interpreted(names):

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.checks import check_positive_int, product
-from foveal.rules import count, count_table, list_width, num_critical
+from foveal.rules import MASS_UNITS, FixedBlocks, Limits, SelectionRule, rule_of
 from foveal.symbols import ceil_div
 
 PARTS = 4  # of a block, where its quarters are scored
@@ -200,11 +202,10 @@ def pooled_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return product(query * scale, key.transpose(-1, -2))
 
 
-@torch.no_grad()
 def pick_blocks(
     scores: Tensor,
     *,
-    keep_ratio: float | None = None,
+    keep_ratio: float | Sequence[float] | None = None,
     topk: int | None = None,
     drop_ratio: float = 0.0,
     valid_blocks: Tensor | None = None,
@@ -212,57 +213,77 @@ def pick_blocks(
     protected_queries: tuple[int, int] | None = None,
     keep_mass: float | None = None,
     max_keep_ratio: float = 1.0,
+    fixed: FixedBlocks | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scores to lists, by the counting rule, ties to the lower block for critical and the higher one for negligible.
 
     Args:
         scores: [B, H, Tq, Tk].
         keep_ratio or topk: how many are critical: max(1, floor(keep_ratio * n)) of n blocks (none for 0), or topk
-            capped at n.
+            capped at n. A ratio for each head, or one for all.
         drop_ratio: fraction that is negligible, at most what is left.
         valid_blocks: int [B], leading key blocks that hold a valid token; None for all.
         protected_keys, protected_queries: [start, stop) in *blocks*: key blocks critical for every row, query blocks
             that attend to everything.
         keep_mass: each row keeps further blocks, the best first, until those that it keeps by score have this share of
             the softmax of its scores; at most max_keep_ratio of the blocks. None for no more.
+        fixed: blocks that rows keep whatever their scores, beside those picked.
 
     Returns:
         critical int32 [B, H, Tq, W], counts int32 [B, H, Tq], and marginal bool [B, H, Tq, Tk] or None if nothing is
         dropped. W does not depend on the scores.
     """
+    rule = rule_of(
+        scores.shape[-1],
+        scores.device,
+        block_q=1,
+        block_k=1,
+        keep_ratio=keep_ratio,
+        topk=topk,
+        drop_ratio=drop_ratio,
+        limits=Limits(None, valid_blocks, protected_keys, protected_queries),
+        keep_mass=keep_mass,
+        max_keep_ratio=max_keep_ratio,
+        fixed=fixed,
+    )
+    return pick_by_rule(scores, rule, drop_ratio > 0.0)
+
+
+@torch.no_grad()
+def pick_by_rule(scores: Tensor, rule: SelectionRule, with_marginal: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`pick_blocks` by a rule, over scores [B, H, Tq, Tk]; the marginal mask only where it is wanted."""
     total = scores.shape[-1]
     index = torch.arange(total, device=scores.device)
-    if valid_blocks is None:
-        blocks = torch.full((1, 1, 1, 1), total, device=scores.device)
-        n_critical, n_negligible = num_critical(total, keep_ratio, topk), count(drop_ratio, total)
-        most = num_critical(total, max_keep_ratio, None)
-    else:
-        blocks = valid_blocks.to(scores.device).long().view(-1, 1, 1, 1)
-        table = count_table(total, keep_ratio, topk, drop_ratio, max_keep_ratio, scores.device)
-        n_critical, n_negligible, most = table[blocks].unbind(-1)
+    n_critical, n_negligible, most = rule.critical, rule.negligible, rule.most
+    if rule.table is not None:
+        places = 0 if rule.valid_blocks is None else rule.valid_blocks.long()
+        # [H or 1, B, 3] to [B, H or 1, 1, 1] each
+        of_rows = rule.table[:, places].view(rule.table.shape[0], -1, 3).transpose(0, 1)[:, :, None, None]
+        n_critical, n_negligible, most = of_rows.unbind(-1)
+    blocks = total
+    if rule.valid_blocks is not None:
+        blocks = rule.valid_blocks.long().view(-1, 1, 1, 1)
         scores = scores.masked_fill(index >= blocks, -math.inf)
 
     values, order = scores.sort(dim=-1, descending=True, stable=True)
-    if keep_mass is not None:
-        n_critical = _count_for_mass(values, keep_mass, n_critical, most)
-    plain = valid_blocks is None and protected_keys is None and protected_queries is None
-    if plain and drop_ratio == 0.0 and keep_mass is None and n_critical:
+    if rule.mass:
+        n_critical = _count_for_mass(values, rule.mass / MASS_UNITS, n_critical, most)
+    if not (rule.ragged or with_marginal or rule.query_range != (0, 0)) and n_critical:
         critical = order[..., :n_critical].sort(-1).values.to(torch.int32)
-        return critical, torch.full(critical.shape[:-1], n_critical, dtype=torch.int32, device=scores.device), None
+        counts = torch.full(critical.shape[:-1], n_critical, dtype=torch.int32, device=scores.device)
+        return F.pad(critical, (0, rule.width - n_critical)), counts, None
 
     in_order = (index < n_critical).expand(order.shape)
     critical = torch.zeros_like(in_order, dtype=torch.bool).scatter(-1, order, in_order)
-    if protected_keys is not None:
-        critical[..., protected_keys[0] : protected_keys[1]] = True
-    if protected_queries is not None:
-        critical[:, :, protected_queries[0] : protected_queries[1]] = True
-    if not plain:
-        critical &= index < blocks
+    critical[..., rule.key_range[0] : rule.key_range[1]] = True
+    critical[:, :, rule.query_range[0] : rule.query_range[1]] = True
+    if rule.ranges is not None:
+        starts, stops = rule.ranges[..., None].unbind(2)
+        critical |= ((index >= starts) & (index < stops)).any(1)
+    critical &= index < blocks
     lists, counts = lists_from_mask(critical)
-    most_ratio = None if keep_mass is None else max_keep_ratio
-    width = list_width(total, keep_ratio, topk, protected_keys, protected_queries, most_ratio)
-    lists = lists[..., :width].contiguous()
-    if drop_ratio == 0.0:
+    lists = lists[..., : rule.width].contiguous()
+    if not with_marginal:
         return lists, counts, None
 
     rest = ~critical & (index < blocks)

@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from foveal.checks import cached_constant, check_positive_int, check_triple
 from foveal.symbols import ceil_div
 from foveal.token_order import TileOrder, cube_sizes, of_any_size, tile_order
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class VideoGrid:
         """The tensors behind `to_tile_order` and `to_raster_order`."""
         return tile_order((self.frames, self.height, self.width), (), (), tile, slot, device)
 
-    def answer(self, question: tuple[Hashable, ...], find: Callable[[], TileOrder]) -> TileOrder:
+    def answer(self, question: tuple[Hashable, ...], find: Callable[[], Answer]) -> Answer:
         """`find()`, which a `PlannedGrid` keeps for whoever has the same question."""
         return find()
 
@@ -119,7 +122,7 @@ class PlannedGrid(VideoGrid):
     """
 
     tokens: Tensor = field(repr=False)
-    _answers: dict[tuple[Hashable, ...], TileOrder] = field(default_factory=dict, repr=False)
+    _answers: dict[tuple[Hashable, ...], Any] = field(default_factory=dict, repr=False)
 
     def __eq__(self, other: object) -> bool:
         return self.shape == other.shape if isinstance(other, VideoGrid) else NotImplemented
@@ -139,7 +142,7 @@ class PlannedGrid(VideoGrid):
     def num_tokens(self) -> int:
         return self.tokens.shape[0]
 
-    def answer(self, question: tuple[Hashable, ...], find: Callable[[], TileOrder]) -> TileOrder:
+    def answer(self, question: tuple[Hashable, ...], find: Callable[[], Answer]) -> Answer:
         if question not in self._answers:
             self._answers[question] = find()
         return self._answers[question]

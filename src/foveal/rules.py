@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,16 +31,50 @@ def count_up(ratio: float, total: int) -> int:
     return ceil_div(total * round(ratio * 10**12) - 10**6, 10**12)
 
 
+class FixedBlocks(NamedTuple):
+    """Key blocks that rows keep whatever their scores, beside those picked: the same for all samples and heads.
+
+    ranges: int32 [Tq, R, 2], contiguous: ranges [start, stop) of key blocks of each row; an empty one keeps nothing.
+    room: int8 [n + 1], for its size: no row's ranges hold more than n blocks. Compiled code reads sizes of tensors
+        where a number would be a constant of its graph.
+    """
+
+    ranges: Tensor
+    room: Tensor
+
+    @property
+    def most(self) -> int:
+        """The most blocks that a row's ranges hold."""
+        return self.room.shape[0] - 1
+
+
+class Limits(NamedTuple):
+    """What a call's lengths and protected ranges say in blocks.
+
+    key_block_sizes: int32 [B, Tk], valid tokens at the front of each key block; None when all are full but the last.
+    valid_blocks: int [B], leading key blocks with a valid token; None for all.
+    key_range, query_range: [start, stop): key blocks critical for every row, and rows that attend to everything; or
+        None.
+    """
+
+    key_block_sizes: Tensor | None = None
+    valid_blocks: Tensor | None = None
+    key_range: tuple[int, int] | None = None
+    query_range: tuple[int, int] | None = None
+
+
 class SelectionRule(NamedTuple):
-    """How to choose: what `select_blocks` settles before it looks at a score, for kernels that select as they run.
+    """How to choose: what is settled before a score is seen. PyTorch and the kernels follow the same one.
 
     block_q, block_k: block sizes in tokens.
     width: of the critical lists; no row may have more critical blocks.
-    critical, negligible: how many blocks a row gets, if every sample has all its keys.
+    critical, negligible: how many blocks a row gets, where there is no table.
     key_block_sizes: int32 [B, Tk] or None, as in `BlockSelection`.
-    valid_blocks: int32 [B], leading key blocks with a valid token, or None for all; then
-    table: int32 [Tk + 1, 3] has how many are critical, negligible, and critical at most, by number of valid blocks.
+    valid_blocks: int32 [B], leading key blocks with a valid token, or None for all.
+    table: int32 [H or 1, N, 3], how many are critical, negligible, and critical at most, by head and by number of valid
+        blocks, or with N = 1 for all blocks. None where all heads count alike and all blocks are valid.
     key_range, query_range: [start, stop) in blocks: critical for every row, and rows that attend to everything.
+    ranges: int32 [Tq, R, 2], the ranges of `FixedBlocks`, or None.
     quarters: 1 where blocks are ranked by the log-sum-exp over their quarters, else 0.
     spread: 1 where the variance of the keys counts beside the means, else 0.
     mass: the share of the softmax of its scores that a row keeps, in `MASS_UNITS`; 0 for none.
@@ -57,10 +91,77 @@ class SelectionRule(NamedTuple):
     table: Tensor | None = None
     key_range: tuple[int, int] = (0, 0)
     query_range: tuple[int, int] = (0, 0)
+    ranges: Tensor | None = None
     quarters: int = 0
     mass: int = 0
     most: int = 0
     spread: int = 0
+
+    @property
+    def score(self) -> str:
+        """What blocks are ranked by, as `select_blocks` names it."""
+        return "log_sum_exp" if self.quarters else "mean_spread" if self.spread else "mean"
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows may have fewer critical blocks than others."""
+        several = (self.valid_blocks, self.table, self.ranges)
+        return bool(self.mass) or self.key_range != (0, 0) or any(x is not None for x in several)
+
+
+def rule_of(
+    columns: int,
+    device: torch.device,
+    *,
+    block_q: int,
+    block_k: int,
+    keep_ratio: float | Sequence[float] | None = None,
+    topk: int | None = None,
+    round_up: bool = False,
+    drop_ratio: float = 0.0,
+    limits: Limits | None = None,
+    score: str = "mean",
+    keep_mass: float | None = None,
+    max_keep_ratio: float = 1.0,
+    fixed: FixedBlocks | None = None,
+) -> SelectionRule:
+    """The rule over so many key blocks.
+
+    Args:
+        keep_ratio or topk: how many are critical, as `num_critical` counts; a ratio for each head, or one for all.
+        round_up: whether a ratio rounds up.
+        limits: see `Limits`; None for none.
+        drop_ratio, score, keep_mass, max_keep_ratio: see `select_blocks`.
+        fixed: what rows keep beside what they pick.
+    """
+    limits = Limits() if limits is None else limits
+    ratios = tuple(keep_ratio) if isinstance(keep_ratio, Sequence) else (keep_ratio or 0.0,)
+    most_ratio = None if keep_mass is None else max_keep_ratio
+    kept = num_critical(columns, max(ratios), topk, round_up)
+    width = _list_width(columns, kept, limits, most_ratio, fixed)
+    table, valid_blocks = None, limits.valid_blocks
+    if valid_blocks is not None:
+        valid_blocks = valid_blocks.to(device=device, dtype=torch.int32)
+    if valid_blocks is not None or len(set(ratios)) > 1:
+        counted = columns, ratios, topk, round_up, drop_ratio, max_keep_ratio, valid_blocks is not None, device
+        table = _table_op(*counted) if torch.compiler.is_compiling() else _count_table(*counted)
+    return SelectionRule(
+        block_q=block_q,
+        block_k=block_k,
+        width=roomy(width, columns) if torch.compiler.is_compiling() else width,
+        critical=kept,
+        negligible=count(drop_ratio, columns),
+        key_block_sizes=limits.key_block_sizes,
+        valid_blocks=valid_blocks,
+        table=table,
+        key_range=limits.key_range or (0, 0),
+        query_range=limits.query_range or (0, 0),
+        ranges=None if fixed is None else fixed.ranges,
+        quarters=int(score == "log_sum_exp"),
+        spread=int(score == "mean_spread"),
+        mass=0 if keep_mass is None else max(1, round(keep_mass * MASS_UNITS)),
+        most=num_critical(columns, max_keep_ratio, None),
+    )
 
 
 def selection_rule(
@@ -69,87 +170,48 @@ def selection_rule(
     *,
     block_q: int,
     block_k: int,
-    keep_ratio: float,
-    drop_ratio: float,
     kv_lengths: Tensor | None = None,
     protected_keys: tuple[int, int] | None = None,
     protected_queries: tuple[int, int] | None = None,
-    score: str = "mean",
-    keep_mass: float | None = None,
-    max_keep_ratio: float = 1.0,
+    **rule: Any,
 ) -> SelectionRule:
-    """The rule of `select_blocks` for inputs that `fits_kernel` accepts, with the same arguments and errors."""
+    """The rule of `select_blocks`, with the same arguments and errors; `rule` is what `rule_of` takes beside limits."""
     limits = limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries)
-    further = score, keep_mass, max_keep_ratio
-    return rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits, *further)
+    columns = ceil_div(key.shape[2], block_k)
+    return rule_of(columns, key.device, block_q=block_q, block_k=block_k, limits=limits, **rule)
 
 
-def limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries):
-    """Sizes of key blocks, valid blocks, and protected blocks of keys and queries, each None if it does not exist."""
+def limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries) -> Limits:
+    """What the lengths and protected token ranges of `select_blocks` say in blocks."""
     sizes = valid_blocks = None
     if kv_lengths is not None:
         sizes, valid_blocks = _sizes_from_lengths(kv_lengths, query.shape[0], key.shape[2], block_k, key.device)
     key_range = _token_to_block_range("protected_keys", protected_keys, key.shape[2], block_k)
     query_range = _token_to_block_range("protected_queries", protected_queries, query.shape[2], block_q)
-    return sizes, valid_blocks, key_range, query_range
+    return Limits(sizes, valid_blocks, key_range, query_range)
 
 
-def rule_of(
-    query, key, block_q, block_k, keep_ratio, drop_ratio, limits, score, keep_mass, max_keep_ratio
-) -> SelectionRule:
-    sizes, valid_blocks, key_range, query_range = limits
-    columns = ceil_div(key.shape[2], block_k)
-    most_ratio = None if keep_mass is None else max_keep_ratio
-    width = list_width(columns, keep_ratio, None, key_range, query_range, most_ratio)
-    table = None
-    if valid_blocks is not None:
-        valid_blocks = valid_blocks.to(torch.int32)
-        counted = columns, keep_ratio, None, drop_ratio, max_keep_ratio, key.device
-        table = _table_op(*counted) if torch.compiler.is_compiling() else count_table(*counted)
-    return SelectionRule(
-        block_q=block_q,
-        block_k=block_k,
-        width=roomy(width, columns) if torch.compiler.is_compiling() else width,
-        critical=num_critical(columns, keep_ratio, None),
-        negligible=count(drop_ratio, columns),
-        key_block_sizes=sizes,
-        valid_blocks=valid_blocks,
-        table=table,
-        key_range=key_range or (0, 0),
-        query_range=query_range or (0, 0),
-        quarters=int(score == "log_sum_exp"),
-        spread=int(score == "mean_spread"),
-        mass=0 if keep_mass is None else max(1, round(keep_mass * MASS_UNITS)),
-        most=num_critical(columns, max_keep_ratio, None),
-    )
-
-
-def num_critical(total: int, keep_ratio: float | None, topk: int | None) -> int:
-    """How many of `total` blocks, one at least, are critical."""
+def num_critical(total: int, keep_ratio: float | None, topk: int | None, round_up: bool = False) -> int:
+    """How many of `total` blocks, one at least, are critical; none for a ratio of 0."""
     if topk is not None:
         return smaller(topk, total)
-    return larger(1, count(keep_ratio, total)) if keep_ratio else 0
+    return larger(1, (count_up if round_up else count)(keep_ratio, total)) if keep_ratio else 0
 
 
-def list_width(
-    total: int,
-    keep_ratio: float | None,
-    topk: int | None,
-    protected_keys: Sequence[int] | None = None,
-    protected_queries: Sequence[int] | None = None,
-    max_keep_ratio: float | None = None,
-) -> int:
-    """How long a row's list of critical blocks may be, from protected ranges in blocks.
+def _list_width(total: int, kept: int, limits: Limits, max_keep_ratio: float | None, fixed: FixedBlocks | None) -> int:
+    """How long a row's list of critical blocks may be, with `kept` of `total` blocks picked.
 
     max_keep_ratio: where rows keep a mass, the most that they may keep for it.
     """
-    if protected_queries is not None:
+    if limits.query_range is not None:
         return total
-    protected = 0 if protected_keys is None else protected_keys[1] - protected_keys[0]
-    kept = num_critical(total, keep_ratio, topk)
     if max_keep_ratio is not None:
         kept = larger(kept, num_critical(total, max_keep_ratio, None))
-    return larger(1, smaller(kept + protected, total))
+    if limits.key_range is not None:
+        kept = kept + (limits.key_range[1] - limits.key_range[0])
+    if fixed is not None:
+        kept = kept + fixed.most
+    return larger(1, smaller(kept, total))
 
 
 def roomy(width: int, total: int) -> int:
@@ -158,41 +220,47 @@ def roomy(width: int, total: int) -> int:
 
 
 @cached_constant
-def count_table(
+def _count_table(
     total: int,
-    keep_ratio: float | None,
+    keep_ratios: tuple[float, ...],
     topk: int | None,
+    round_up: bool,
     drop_ratio: float,
     max_keep_ratio: float,
+    by_valid: bool,
     device: torch.device,
 ) -> Tensor:
-    """int32 [total + 1, 3]: how many blocks are critical, negligible, and critical at most, by number of valid ones.
+    """int32 [ratios, N, 3]: how many blocks are critical, negligible, and critical at most, as `SelectionRule` has it.
 
-    So that no device rounds a ratio itself.
+    N is total + 1, by number of valid blocks, or 1 if not `by_valid`. So that no device rounds a ratio itself.
     """
-    table = [
-        (num_critical(n, keep_ratio, topk), count(drop_ratio, n), num_critical(n, max_keep_ratio, None))
-        for n in range(1, total + 1)
-    ]
-    return torch.tensor([(0, 0, 0), *table], dtype=torch.int32, device=device)
+    numbers = range(1, total + 1) if by_valid else (total,)
+    others = [(count(drop_ratio, n), num_critical(n, max_keep_ratio, None)) for n in numbers]
+    known: dict[float, list[tuple[int, int, int]]] = {}
+    for ratio in set(keep_ratios):
+        rows = [(num_critical(n, ratio, topk, round_up), *other) for n, other in zip(numbers, others, strict=True)]
+        known[ratio] = [(0, 0, 0), *rows] if by_valid else rows
+    return torch.tensor([known[ratio] for ratio in keep_ratios], dtype=torch.int32, device=device)
 
 
 @torch.library.custom_op("foveal::count_table", mutates_args=())
 def _table_op(
     total: int,
-    keep_ratio: float | None,
+    keep_ratios: list[float],
     topk: int | None,
+    round_up: bool,
     drop_ratio: float,
     max_keep_ratio: float,
+    by_valid: bool,
     device: torch.device,
 ) -> Tensor:
-    """`count_table` in a compiled graph, where a constant would hold it to one `total`."""
-    return count_table(total, keep_ratio, topk, drop_ratio, max_keep_ratio, device).clone()
+    """`_count_table` in a compiled graph, where a constant would hold it to one `total`."""
+    return _count_table(total, tuple(keep_ratios), topk, round_up, drop_ratio, max_keep_ratio, by_valid, device).clone()
 
 
 @_table_op.register_fake
-def _(total, keep_ratio, topk, drop_ratio, max_keep_ratio, device):
-    return torch.empty((total + 1, 3), dtype=torch.int32, device=device)
+def _(total, keep_ratios, topk, round_up, drop_ratio, max_keep_ratio, by_valid, device):
+    return torch.empty((len(keep_ratios), total + 1 if by_valid else 1, 3), dtype=torch.int32, device=device)
 
 
 def _sizes_from_lengths(

@@ -23,7 +23,7 @@ from foveal.checks import (
 from foveal.kernels import chips, int8
 from foveal.kernels.backend import name_of
 from foveal.kernels.choice import check_rule, choose_blocks
-from foveal.rules import SelectionRule, limits_of, rule_of
+from foveal.rules import FixedBlocks, SelectionRule, selection_rule
 from foveal.symbols import ceil_div
 
 IMPLS = ("auto", "reference", "torch", "triton", "gluon")
@@ -239,6 +239,7 @@ def select_blocks(
     score: str = "mean",
     keep_mass: float | None = None,
     max_keep_ratio: float = 1.0,
+    fixed: FixedBlocks | None = None,
 ) -> BlockSelection:
     """Choose the critical, marginal and negligible key blocks of every query block.
 
@@ -264,6 +265,7 @@ def select_blocks(
         keep_mass: in (0, 1], each row keeps further blocks, the best first, until those kept by rank have this share of
             the softmax of the row's scores. `keep_ratio` is then the least. None for no more.
         max_keep_ratio: the most that `keep_mass` may keep, and the width of the lists.
+        fixed: key blocks that rows keep whatever their scores, beside those picked, from `foveal.fixed_blocks`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -287,28 +289,32 @@ def select_blocks(
         raise ValueError(f"keep_ratio + drop_ratio must be at most 1, got {keep_ratio} + {drop_ratio}")
     check_rule(score, keep_mass, max_keep_ratio, keep_ratio, block_q, block_k)
     scale = check_scale(scale, query.shape[-1])
-    query_length, key_length = query.shape[2], key.shape[2]
-
-    limits = limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries)
-    sizes, valid_blocks, key_range, query_range = limits
-    if fits_kernel(query, key, block_k):
-        further = score, keep_mass, max_keep_ratio
-        rule = rule_of(query, key, block_q, block_k, keep_ratio, drop_ratio, limits, *further)
-        critical, counts, marginal = _select_on_device(query, key, scale, rule, drop_ratio > 0.0)
-    else:
-        critical, counts, marginal = choose_blocks(
-            query, key, scale, block_q, block_k, keep_ratio, drop_ratio, sizes, valid_blocks, key_range, query_range,
-            score, keep_mass, max_keep_ratio,
-        )  # fmt: skip
+    rule = selection_rule(
+        query,
+        key,
+        block_q=block_q,
+        block_k=block_k,
+        kv_lengths=kv_lengths,
+        protected_keys=protected_keys,
+        protected_queries=protected_queries,
+        keep_ratio=keep_ratio,
+        drop_ratio=drop_ratio,
+        score=score,
+        keep_mass=keep_mass,
+        max_keep_ratio=max_keep_ratio,
+        fixed=fixed,
+    )
+    choose = _select_on_device if fits_kernel(query, key, block_k) else choose_blocks
+    critical, counts, marginal = choose(query, key, scale, rule, drop_ratio > 0.0)
     return BlockSelection(
         critical=critical,
         critical_count=counts,
         marginal=marginal,
         block_q=block_q,
         block_k=block_k,
-        query_length=query_length,
-        key_length=key_length,
-        key_block_sizes=sizes,
+        query_length=query.shape[2],
+        key_length=key.shape[2],
+        key_block_sizes=rule.key_block_sizes,
     )
 
 

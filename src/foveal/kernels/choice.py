@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveal.blocks import PARTS, pick_blocks, pool_blocks, pooled_scores, quarter_sizes
+from foveal.blocks import PARTS, pick_by_rule, pool_blocks, pooled_scores, quarter_sizes
 from foveal.checks import cached_constant, check_choice, check_ratio
-from foveal.rules import list_width, roomy
+from foveal.kernels.values import flatten, unflatten
+from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div
 
 SCORES = ("mean", "log_sum_exp", "mean_spread")
@@ -108,77 +108,55 @@ def _quarters(x: Tensor, block: int, sizes: Tensor | None) -> tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def choose_cubes(
-    scores: Tensor, topk: int, keep_mass: float | None = None, max_keep_ratio: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`pick_blocks` for scores [B, H, Tq, Tk]."""
+def choose_from_scores(scores: Tensor, rule: SelectionRule) -> tuple[Tensor, Tensor]:
+    """The lists and counts of `pick_by_rule` for scores [B, H, Tq, Tk]."""
     if torch.compiler.is_compiling():
-        return *_cubes_op(scores.detach(), topk, keep_mass, max_keep_ratio), None
-    return pick_blocks(scores, topk=topk, keep_mass=keep_mass, max_keep_ratio=max_keep_ratio)
+        return _from_scores_op(scores.detach(), *flatten(rule))
+    return pick_by_rule(scores, rule, False)[:2]
 
 
 @torch.no_grad()
 def choose_in_pieces(
-    pooled_query: Tensor, pooled_key: Tensor, scale: float, kept: int, width: int
+    pooled_query: Tensor, pooled_key: Tensor, scale: float, rule: SelectionRule
 ) -> tuple[Tensor, Tensor]:
-    """Lists int32 [B, H, Tq, width] of each row's `kept` best blocks, and their counts, a few rows' scores at a time.
+    """Lists and counts by a rule without a mask, a few rows' scores at a time.
 
     Args:
         pooled_query, pooled_key: [B, H, Tq, D] and [B, H, Tk, D].
+        rule: one for samples that have all their keys.
     """
     rows, columns = pooled_query.shape[:3], pooled_key.shape[2]
-    critical = pooled_query.new_empty((*rows, width), dtype=torch.int32)
+    critical = pooled_query.new_empty((*rows, rule.width), dtype=torch.int32)
+    counts = critical.new_empty(rows)
     step = max(1, MOST_SCORES // columns)
     for batch, head in itertools.product(range(rows[0]), range(rows[1])):
-        pair = slice(batch, batch + 1), slice(head, head + 1)
+        pair, of_head = (slice(batch, batch + 1), slice(head, head + 1)), rule
+        if rule.table is not None:
+            of_head = rule._replace(table=rule.table[head : head + 1])
         for start in range(0, rows[2], step):
             some = slice(start, start + step)
+            piece = of_head if rule.ranges is None else of_head._replace(ranges=rule.ranges[some])
             scores = pooled_scores(pooled_query[(*pair, some)], pooled_key[pair], scale)
-            critical[(*pair, some, slice(kept))] = pick_blocks(scores, topk=kept)[0]
-    return critical, critical.new_full(rows, kept)
+            critical[(*pair, some)], counts[(*pair, some)] = pick_by_rule(scores, piece, False)[:2]
+    return critical, counts
 
 
 @torch.no_grad()
 def choose_blocks(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    keep_ratio: float,
-    drop_ratio: float,
-    key_block_sizes: Tensor | None,
-    valid_blocks: Tensor | None,
-    protected_keys: Sequence[int] | None,
-    protected_queries: Sequence[int] | None,
-    score: str = "mean",
-    keep_mass: float | None = None,
-    max_keep_ratio: float = 1.0,
+    query: Tensor, key: Tensor, scale: float, rule: SelectionRule, with_marginal: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`pick_blocks` for the scores of query [B, H, Lq, D] and key [B, H, Lk, D]; the ranges are in blocks."""
-    ranges = (None if blocks is None else list(blocks) for blocks in (protected_keys, protected_queries))
-    rule = scale, block_q, block_k, keep_ratio, drop_ratio, key_block_sizes, valid_blocks, *ranges
-    rule = *rule, score, keep_mass, max_keep_ratio
+    """`pick_by_rule` for the scores of query [B, H, Lq, D] and key [B, H, Lk, D]."""
     if not torch.compiler.is_compiling():
-        return _choose(query, key, *rule)
-    critical, counts, marginal = _blocks_op(query.detach(), key.detach(), *rule)
-    return critical, counts, marginal if drop_ratio else None
+        return _choose(query, key, scale, rule, with_marginal)
+    critical, counts, marginal = _blocks_op(query.detach(), key.detach(), *flatten(rule), scale, with_marginal)
+    return critical, counts, marginal if with_marginal else None
 
 
 def _choose(
-    query, key, scale, block_q, block_k, keep_ratio, drop_ratio, sizes, valid_blocks, protected_keys, protected_queries,
-    score, keep_mass, max_keep_ratio,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    return pick_blocks(
-        block_scores(query, key, block_q, block_k, scale, score, sizes),
-        keep_ratio=keep_ratio,
-        drop_ratio=drop_ratio,
-        valid_blocks=valid_blocks,
-        protected_keys=protected_keys,
-        protected_queries=protected_queries,
-        keep_mass=keep_mass,
-        max_keep_ratio=max_keep_ratio,
-    )
+    query: Tensor, key: Tensor, scale: float, rule: SelectionRule, with_marginal: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    scores = block_scores(query, key, rule.block_q, rule.block_k, scale, rule.score, rule.key_block_sizes)
+    return pick_by_rule(scores, rule, with_marginal)
 
 
 def block_sizes(length: int, block: int, device: torch.device) -> Tensor:
@@ -226,61 +204,33 @@ def _appended(critical: Tensor, counts: Tensor | None, start: int, stop: int) ->
     return F.pad(critical, (0, stop - start)).scatter(-1, places.long(), more)
 
 
-@torch.library.custom_op("foveal::choose_cubes", mutates_args=())
-def _cubes_op(scores: Tensor, topk: int, keep_mass: float | None, max_keep_ratio: float) -> tuple[Tensor, Tensor]:
-    critical, counts, _ = pick_blocks(scores, topk=topk, keep_mass=keep_mass, max_keep_ratio=max_keep_ratio)
-    return _with_room(critical, scores.shape[3]), counts
+@torch.library.custom_op("foveal::choose_from_scores", mutates_args=())
+def _from_scores_op(scores: Tensor, rule_tensors: list[Tensor], rule_numbers: list[int]) -> tuple[Tensor, Tensor]:
+    return pick_by_rule(scores, unflatten(rule_tensors, rule_numbers), False)[:2]
 
 
-def _with_room(critical: Tensor, columns: int) -> Tensor:
-    width = critical.shape[-1]
-    return F.pad(critical, (0, roomy(width, columns) - width))
-
-
-@_cubes_op.register_fake
-def _(scores, topk, keep_mass, max_keep_ratio):
+@_from_scores_op.register_fake
+def _(scores, rule_tensors, rule_numbers):
     counts = scores.new_empty(scores.shape[:3], dtype=torch.int32)
-    most = None if keep_mass is None else max_keep_ratio
-    width = roomy(list_width(scores.shape[3], None, topk, max_keep_ratio=most), scores.shape[3])
-    return counts.new_empty((*counts.shape, width)), counts
+    return counts.new_empty((*counts.shape, unflatten(rule_tensors, rule_numbers).width)), counts
 
 
 @torch.library.custom_op("foveal::choose_blocks", mutates_args=())
 def _blocks_op(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    block_q: int,
-    block_k: int,
-    keep_ratio: float,
-    drop_ratio: float,
-    key_block_sizes: Tensor | None,
-    valid_blocks: Tensor | None,
-    protected_keys: list[int] | None,
-    protected_queries: list[int] | None,
-    score: str,
-    keep_mass: float | None,
-    max_keep_ratio: float,
+    query: Tensor, key: Tensor, rule_tensors: list[Tensor], rule_numbers: list[int], scale: float, with_marginal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_choose`; an empty marginal mask for None."""
-    rule = scale, block_q, block_k, keep_ratio, drop_ratio, key_block_sizes, valid_blocks
-    rule = *rule, protected_keys, protected_queries, score, keep_mass, max_keep_ratio
-    critical, counts, marginal = _choose(query, key, *rule)
-    marginal = counts.new_empty(0, dtype=torch.bool) if marginal is None else marginal
-    return _with_room(critical, ceil_div(key.shape[2], block_k)), counts, marginal
+    critical, counts, marginal = _choose(query, key, scale, unflatten(rule_tensors, rule_numbers), with_marginal)
+    return critical, counts, counts.new_empty(0, dtype=torch.bool) if marginal is None else marginal
 
 
 @_blocks_op.register_fake
-def _(
-    query, key, scale, block_q, block_k, keep_ratio, drop_ratio, sizes, valid_blocks, keys, queries, score, keep_mass,
-    max_keep_ratio,
-):  # fmt: skip
-    rows, columns = ceil_div(query.shape[2], block_q), ceil_div(key.shape[2], block_k)
+def _(query, key, rule_tensors, rule_numbers, scale, with_marginal):
+    rule = unflatten(rule_tensors, rule_numbers)
+    rows, columns = ceil_div(query.shape[2], rule.block_q), ceil_div(key.shape[2], rule.block_k)
     counts = query.new_empty((*query.shape[:2], rows), dtype=torch.int32)
-    most = None if keep_mass is None else max_keep_ratio
-    width = roomy(list_width(columns, keep_ratio, None, keys, queries, most), columns)
-    marginal = counts.new_empty((*counts.shape, columns) if drop_ratio else 0, dtype=torch.bool)
-    return counts.new_empty((*counts.shape, width)), counts, marginal
+    marginal = counts.new_empty((*counts.shape, columns) if with_marginal else 0, dtype=torch.bool)
+    return counts.new_empty((*counts.shape, rule.width)), counts, marginal
 
 
 @torch.library.custom_op("foveal::append_blocks", mutates_args=())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,8 +70,9 @@ _place: dict[type, int] = {}
 
 
 def packable(kind: type) -> type:
-    """Registers a NamedTuple or dataclass whose fields are tensors (or None), ints, or ranges of two ints."""
+    """Registers a NamedTuple or dataclass of tensors (or None), ints, ranges of two ints, or a rule (or None)."""
     kinds = {"Tensor": "tensor", "Tensor | None": "tensor", "int": "int", "tuple[int, int]": "range"}
+    kinds["SelectionRule | None"] = "packed"
     fields = tuple((name, kinds[annotation]) for name, annotation in _annotations(kind).items())
     _place[kind] = len(_packed)
     _packed.append((kind, fields))
@@ -99,14 +100,21 @@ def flatten(value: Any) -> tuple[list[Tensor], list[int]]:
                 tensors.append(field)
         elif what == "int":
             numbers.append(field)
-        else:
+        elif what == "range":
             numbers.extend(field)
+        else:
+            inside = ([], []) if field is None else flatten(field)
+            tensors.extend(inside[0])
+            numbers.extend((int(field is not None), *inside[1]))
     return tensors, numbers
 
 
 def unflatten(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
     """The value that `flatten` took apart."""
-    tensors, numbers = iter(tensors), iter(numbers)
+    return _unflatten(iter(tensors), iter(numbers))
+
+
+def _unflatten(tensors: Iterator[Tensor], numbers: Iterator[int]) -> Any:
     kind, described = _packed[next(numbers)]
     fields = {}
     for name, what in described:
@@ -114,6 +122,8 @@ def unflatten(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
             fields[name] = next(tensors) if next(numbers) else None
         elif what == "int":
             fields[name] = next(numbers)
-        else:
+        elif what == "range":
             fields[name] = (next(numbers), next(numbers))
+        else:
+            fields[name] = _unflatten(tensors, numbers) if next(numbers) else None
     return kind(**fields)

@@ -47,11 +47,6 @@ class SummaryCells:
     blocks: str = ""
 
 
-def keep_cell(least: str, keep_mass: float | None) -> str:
-    """The cell `keep`, where more may be kept for a mass."""
-    return least if keep_mass is None else f"{least}, mass {keep_mass:g}"
-
-
 def blocks_cell(blocks: str, precision: str) -> str:
     """The cell `blocks`, where products may be in another precision than that of the inputs."""
     return blocks if precision == "input" else f"{blocks} {precision}"

@@ -20,7 +20,7 @@ from foveal.kernels.host import launch, num_sms, register_limit
 from foveal.kernels.tma import tma_takes
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.feature_maps import feature_map
-from foveal.kernels.triton.select import add_column_sums, block_mean, store_first_row
+from foveal.kernels.triton.pooling import add_column_sums, block_mean, store_first_row
 from foveal.kernels.triton.tiles import TILE, load_rows, row_strides, tile_argument
 from foveal.kernels.values import size_stride
 

@@ -29,13 +29,14 @@ from foveal.kernels.api import (
 from foveal.kernels.backend import name_of
 from foveal.kernels.tail import attend_with_tail
 from foveal.layout import TokenLayout, VideoGrid, resolve_layout
+from foveal.methods.choosing import rows_alike, rule_fields
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.feature_maps import linear_layer
 from foveal.methods.sla.linear import linear_output
-from foveal.methods.sla.order import token_order, token_places, validate_tile_order, video_sorted
+from foveal.methods.sla.order import fixed_of, token_order, token_places, validate_tile_order, video_sorted
 from foveal.methods.sla.packed import packed_keys
 from foveal.methods.sla.projection import Projection
-from foveal.rules import list_width, selection_rule
+from foveal.rules import num_critical, selection_rule
 
 # Parts that run in PyTorch although the rest of a call runs on a GPU's kernels.
 SLOW_LINEAR = 'the linear branch runs in PyTorch: it has no kernel for feature_map="hedgehog"'
@@ -152,7 +153,8 @@ def _attend(
             "drop_ratio": config.drop_ratio,
             "protected_keys": protected_keys,
             "kv_lengths": kv_lengths,
-            **_further_rule(config),
+            "fixed": fixed_of(config, grid, query.device),
+            **rule_fields(config),
         }
         fits = on_kernels and fits_kernel(query, key, config.block_k)
         if on_kernels and not fits:
@@ -226,8 +228,8 @@ def _packed_attention(
     else:
         validate_selection(selection, video, key[:, :, :1].expand(-1, -1, keys.length, -1))
         selection = dataclasses.replace(selection, key_block_sizes=keys.sizes)
-    # They are in the order that blocks are cut from.
-    config = config if keys.tile is None else config.replace(token_order="raster")
+    # They are in the order that blocks are cut from, and the selection has what is fixed.
+    config = config if keys.tile is None else config.replace(token_order="raster", window=None)
     blocks = keys.in_blocks(key), keys.in_blocks(value)
     video, ran = _attend(video, *blocks, config, selection, weights, (None,) * 4, scale, impl)
     output = keys.with_protected_queries(video, query, key, value, kv_lengths, scale)
@@ -236,6 +238,7 @@ def _packed_attention(
 
 def _packed_selection(video, key, keys, config, drop_ratio, scale=None) -> BlockSelection:
     """The blocks that each block of the video's queries reads; `video` is in the order that blocks are cut from."""
+    grid = keys.layout.grid
     selection = select_blocks(
         video,
         keys.video(key[:, :, keys.layout.video]),
@@ -244,16 +247,11 @@ def _packed_selection(video, key, keys, config, drop_ratio, scale=None) -> Block
         keep_ratio=config.keep_ratio,
         drop_ratio=drop_ratio,
         scale=scale,
-        **_further_rule(config),
+        fixed=fixed_of(config, grid, key.device),
+        **rule_fields(config),
     )
-    most = None if config.keep_mass is None else config.max_keep_ratio
-    width = list_width(keys.video_blocks, config.keep_ratio, None, max_keep_ratio=most)
-    return keys.with_protected(selection, width if config.keep_ratio else 0, ragged=config.keep_mass is not None)
-
-
-def _further_rule(config: SLAConfig) -> dict[str, object]:
-    """What `select_blocks` takes of a configuration beside its blocks and ratios."""
-    return {"score": config.score, "keep_mass": config.keep_mass, "max_keep_ratio": config.max_keep_ratio}
+    kept = num_critical(keys.video_blocks, config.keep_ratio, None) if rows_alike(config) else None
+    return keys.with_protected(selection, kept)
 
 
 def check_weights(
@@ -394,7 +392,8 @@ class SparseLinearAttention(nn.Module):
             drop_ratio=config.drop_ratio,
             protected_keys=protected_keys,
             kv_lengths=kv_lengths,
-            **_further_rule(config),
+            fixed=fixed_of(config, grid, query.device),
+            **rule_fields(config),
         )
 
     def token_places(self, grid: VideoGrid) -> Tensor:

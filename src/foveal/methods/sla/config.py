@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveal.checks import check_choice, check_positive_int, check_ratio
-from foveal.kernels.choice import check_rule
 from foveal.kernels.int8 import PRECISIONS
+from foveal.methods.choosing import check_choosing
 from foveal.methods.config import MethodConfig
 
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
@@ -35,6 +35,12 @@ class SLAConfig(MethodConfig):
             into blocks, which needs a `grid`.
         score, keep_mass, max_keep_ratio: what blocks are ranked by, and how many more than `keep_ratio` are kept where
             that is not enough; see `select_blocks`.
+        sink_frames: the key blocks of so many first frames are kept by every query, beside those picked, which needs a
+            `grid`; in tile order, of all cubes that hold a token of these frames. Text is kept in any case.
+        window: cubes (frames, height, width) around the query's own whose key blocks it keeps, beside those picked. It
+            needs token_order "tile", whose cubes it counts. As in sliding tile attention (arXiv 2502.04507) it is
+            shifted inward at the borders of the video, so that every cube has as many neighbors. A query block that
+            holds tokens of several cubes keeps the windows of all of them.
         tail: what the softmax makes of the blocks that are not critical: "none", they do not count; or "pooled", each
             counts as copies of its mean key and mean value, negligible blocks too (docs/sla.md). It has no parameters,
             and makes a model usable that was not trained for sparse attention.
@@ -57,6 +63,8 @@ class SLAConfig(MethodConfig):
     max_keep_ratio: float = 1.0
     tail: str = "none"
     precision: str = "input"
+    sink_frames: int = 0
+    window: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         check_ratio("keep_ratio", self.keep_ratio)
@@ -73,7 +81,12 @@ class SLAConfig(MethodConfig):
         check_choice("token_order", self.token_order, TOKEN_ORDERS)
         check_choice("tail", self.tail, TAILS)
         check_choice("precision", self.precision, PRECISIONS)
-        check_rule(self.score, self.keep_mass, self.max_keep_ratio, self.keep_ratio, self.block_q, self.block_k)
+        check_choosing(self, self.block_q, self.block_k)
+        if self.window is not None and self.token_order == "raster":
+            raise ValueError(
+                f'window counts cubes, which token_order="raster" does not have; expected token_order="tile" with '
+                f"window={self.window}"
+            )
         if not isinstance(self.projection, bool):
             raise TypeError(f"projection must be a bool, got {self.projection!r}")
         if self.keep_ratio == 0.0 and self.linear_scope == self.tail == "none":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
+from foveal.methods.choosing import mean_kept
 from foveal.methods.cost import FLOAT32_BYTES, INDEX_BYTES, AttentionShape, CostPart
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.feature_maps import feature_dim
-from foveal.rules import count
+from foveal.methods.sla.order import fixed_of
+from foveal.rules import num_critical
 
 
 def cost_parts(config: SLAConfig, shape: AttentionShape) -> tuple[CostPart, ...]:
@@ -13,7 +17,7 @@ def cost_parts(config: SLAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
 
     - `reorder`: to tile order and back (token_order "tile"), and protected keys to behind the video's.
     - `selection`: pooling and pooled scores. It has no backward.
-    - `sparse`: softmax attention on the critical blocks.
+    - `sparse`: softmax attention on the critical blocks; of those that are kept beside the picked ones all, on average.
     - `tail`: the means of blocks, and softmax attention on them (tail "pooled").
     - `feature map`: the products of "hedgehog".
     - `state build`: phi(K)^T V of every key block, or of the whole sequence for linear_scope "all".
@@ -33,7 +37,8 @@ def cost_parts(config: SLAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
     rows, ranked = -(-query_length // config.block_q), -(-(key_length - protected_length) // config.block_k)
     columns = ranked + protected
     padded_queries, padded_keys = rows * config.block_q, columns * config.block_k
-    critical = (max(1, count(config.keep_ratio, ranked)) if config.keep_ratio else 0) + protected
+    fixed = fixed_of(config, shape.grid, torch.device("cpu"))
+    critical = mean_kept(num_critical(ranked, config.keep_ratio, None), ranked, fixed) + protected
     masked = config.linear_scope in ("marginal", "noncritical")
 
     query_bytes = pairs * query_length * head_dim * dtype_bytes

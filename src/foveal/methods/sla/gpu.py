@@ -23,7 +23,7 @@ from foveal.kernels.backend import backend_named
 from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
 from foveal.kernels.replay import replayed
 from foveal.kernels.triton.lists import noncritical_mask, padded_blocks
-from foveal.kernels.triton.select import new_lists
+from foveal.kernels.triton.picking import new_lists
 from foveal.kernels.values import flatten, linear_term, unflatten
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.gpu_backward import gradients

@@ -20,7 +20,8 @@ from foveal.blocks import BlockSelection
 from foveal.kernels.backend import Backend, ForwardCall
 from foveal.kernels.side_stream import side_stream
 from foveal.kernels.triton.linear import key_state_sums, key_states, masked_sum
-from foveal.kernels.triton.select import Lists, pick, pool
+from foveal.kernels.triton.picking import Lists, pick
+from foveal.kernels.triton.pooling import pool
 from foveal.kernels.values import LinearTerm
 from foveal.rules import SelectionRule
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from foveal.layout import TokenLayout, VideoGrid
-from foveal.methods.base import Method, Schedule, SummaryCells, blocks_cell, keep_cell
-from foveal.methods.sla.attention import SparseLinearAttention, token_order
+from foveal.methods.base import Method, Schedule, SummaryCells, blocks_cell
+from foveal.methods.choosing import keep_cell, rows_alike
+from foveal.methods.sla.attention import SparseLinearAttention
 from foveal.methods.sla.bench import CASES
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.cost import cost_parts
+from foveal.methods.sla.order import plan
 from foveal.rules import num_critical
 
 
@@ -40,7 +42,7 @@ def _idle(module: SparseLinearAttention, hidden_states: Tensor) -> tuple[Tensor 
 
 def _cells(config: SLAConfig, grid: VideoGrid | None) -> SummaryCells:
     blocks = f"{config.block_q}x{config.block_k}" + (" tile" if config.token_order == "tile" else "")
-    keep = keep_cell(f"{config.keep_ratio:g}", config.keep_mass)
+    keep = keep_cell(f"{config.keep_ratio:g}", config)
     return SummaryCells(keep, f"{config.drop_ratio:g}", config.linear_scope, blocks_cell(blocks, config.precision))
 
 
@@ -49,7 +51,7 @@ def _key_blocks(config: SLAConfig, grid: VideoGrid) -> tuple[int, str]:
 
 
 def _kept_blocks(config: SLAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int] | None:
-    if config.keep_mass is not None:  # the device knows
+    if not rows_alike(config):
         return None
     blocks, _ = _key_blocks(config, grid)
     return num_critical(blocks, config.keep_ratio, None), blocks
@@ -73,7 +75,7 @@ SLA = Method(
     key_blocks=_key_blocks,
     kept_blocks=_kept_blocks,
     precision=lambda config: config.precision,
-    plan=token_order,
+    plan=plan,
     schedule=Schedule(ratios=("keep_ratio", "drop_ratio"), keep=_keep),
     presets={"SLA, raster order": SLAConfig(), "SLA, tile order": SLAConfig(token_order="tile")},
     training_free=SLAConfig(drop_ratio=0.0, linear_scope="none", tail="pooled", token_order="tile"),

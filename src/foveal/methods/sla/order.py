@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveal.fixed_blocks import fixed_blocks
 from foveal.layout import VideoGrid
+from foveal.methods.choosing import fixes_blocks
 from foveal.methods.sla.config import SLAConfig
+from foveal.rules import FixedBlocks
 from foveal.token_order import TileOrder, tile_indices
 
 
@@ -15,6 +18,23 @@ def token_order(config: SLAConfig, grid: VideoGrid | None, device: torch.device)
     if config.token_order == "raster":
         return None
     return grid.answer(("sla", device), lambda: grid.tile_order(config.tile_for(grid), None, device))
+
+
+def fixed_of(config: SLAConfig, grid: VideoGrid | None, device: torch.device) -> FixedBlocks | None:
+    """What each query block of a video keeps whatever the scores; None for a configuration without such blocks."""
+    if not fixes_blocks(config):
+        return None
+    if grid is None:
+        raise ValueError("grid is required for sink_frames and window: VideoGrid(frames, height, width) in tokens")
+    rule = (config.block_q, config.block_k), config.sink_frames, config.window, device
+    question = "sla, fixed blocks", config.token_order, *rule
+    return grid.answer(question, lambda: fixed_blocks(grid.shape, config.tile_for(grid), *rule))
+
+
+def plan(config: SLAConfig, grid: VideoGrid, device: torch.device) -> None:
+    """Asks a grid for all that layers of this configuration will ask for."""
+    token_order(config, grid, device)
+    fixed_of(config, grid, device)
 
 
 def video_sorted(x: Tensor, order: TileOrder) -> Tensor:

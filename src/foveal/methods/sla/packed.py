@@ -73,14 +73,14 @@ class PackedKeys:
         video, protected = self.layout.split(x)
         return torch.cat((self.video(video), x.new_zeros((*x.shape[:2], self.padding, x.shape[3])), protected), 2)
 
-    def with_protected(self, selection: BlockSelection, kept: int, *, ragged: bool) -> BlockSelection:
-        """A selection over the video's keys, of which rows keep `kept` blocks, with the protected ones beside.
+    def with_protected(self, selection: BlockSelection, kept: int | None) -> BlockSelection:
+        """A selection over the video's keys with the protected ones beside.
 
-        ragged: rows may keep fewer.
+        kept: how many blocks each row has; None where that differs.
         """
         ends = self.video_blocks, self.video_blocks + self.protected_blocks
         lists = selection.critical[..., :kept], selection.critical_count
-        critical, counts = append_blocks(*lists, *ends, self._protected_counts, ragged=ragged)
+        critical, counts = append_blocks(*lists, *ends, self._protected_counts, ragged=kept is None)
         marginal = selection.marginal
         return dataclasses.replace(
             selection,

@@ -18,7 +18,7 @@ from foveal.methods.sla.order import token_order, validate_tile_order, video_sor
 from foveal.methods.sla.packed import packed_keys
 from foveal.methods.sla2.config import SLA2Config
 from foveal.methods.sla2.routing import Router
-from foveal.rules import SelectionRule, limits_of, list_width, selection_rule
+from foveal.rules import SelectionRule, num_critical, selection_rule
 
 
 class CallBlocks:
@@ -91,10 +91,8 @@ class CallBlocks:
             return self.packed.with_protected_queries(video, query, key, value, self.padding, scale)
         return video if self.order is None else self.order.unsort(video)
 
-    def rule(self) -> SelectionRule | None:
-        """How to choose among the blocks that the router ranks, for kernels that choose; None where they cannot."""
-        if self.slow:
-            return None
+    def rule(self) -> SelectionRule:
+        """How to choose among the blocks that the router ranks."""
         config = self.config
         return selection_rule(
             self.query,
@@ -110,19 +108,16 @@ class CallBlocks:
     def choose(self, router: Router, scale: float) -> BlockSelection:
         """The blocks that the router keeps, and the protected ones."""
         config, query, key = self.config, self.query, self.video_key
-        block_q, block_k = config.block_q, config.block_k
-        limits = limits_of(query, key, block_q, block_k, self.kv_lengths, self.protected_keys, None)
-        sizes, valid_blocks, key_range, _ = limits
+        block_q, block_k, rule = config.block_q, config.block_k, self.rule()
         if self.slow:
             with torch.no_grad():
-                pooled = router.project(pool_blocks(query, block_q), pool_blocks(key, block_k, sizes))
-            # Its blocks are the pooled tokens.
-            ratios = config.keep_ratio, 0.0
-            critical, counts, _ = choose_blocks(*pooled, scale, 1, 1, *ratios, None, valid_blocks, key_range, None)
+                pooled = router.project(pool_blocks(query, block_q), pool_blocks(key, block_k, rule.key_block_sizes))
+            of_pooled = rule._replace(block_q=1, block_k=1, key_block_sizes=None)  # whose tokens are blocks
+            critical, counts, _ = choose_blocks(*pooled, scale, of_pooled, False)
         else:
             from foveal.methods.sla2.gpu import choose_gpu
 
-            critical, counts = choose_gpu(query, key, self.rule(), router, scale)
+            critical, counts = choose_gpu(query, key, rule, router, scale)
         selection = BlockSelection(
             critical=critical,
             critical_count=counts,
@@ -131,12 +126,11 @@ class CallBlocks:
             block_k=block_k,
             query_length=query.shape[2],
             key_length=key.shape[2],
-            key_block_sizes=sizes,
+            key_block_sizes=rule.key_block_sizes,
         )
         if self.packed is None:
             return selection
-        width = list_width(self.packed.video_blocks, config.keep_ratio, None)
-        return self.packed.with_protected(selection, width, ragged=False)
+        return self.packed.with_protected(selection, num_critical(self.packed.video_blocks, config.keep_ratio, None))
 
     def checked(self, selection: BlockSelection) -> BlockSelection:
         """A caller's selection; a TypeError or ValueError unless it was made for such a call."""

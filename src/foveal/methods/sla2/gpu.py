@@ -25,7 +25,8 @@ from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
 from foveal.kernels.replay import replayed
 from foveal.kernels.triton.backward import output_delta
 from foveal.kernels.triton.lists import column_lists, padded_blocks
-from foveal.kernels.triton.select import pool, select
+from foveal.kernels.triton.pooling import pool
+from foveal.kernels.triton.select import select
 from foveal.kernels.values import LinearTerm, flatten, linear_term, unflatten
 from foveal.methods.sla.gpu import made_by_rule, made_selection, mask_operand, new_selection
 from foveal.methods.sla.gpu_backward import own_states

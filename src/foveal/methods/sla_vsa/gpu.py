@@ -32,7 +32,7 @@ from foveal.kernels.values import flatten, linear_term, unflatten
 from foveal.methods.sla.gpu import mask_operand
 from foveal.methods.sla.gpu_backward import gradients
 from foveal.methods.sla.gpu_forward import Results, forward_in_groups
-from foveal.methods.vsa.gpu import Choice, pick_cubes, with_text
+from foveal.methods.vsa.gpu import Choice, choice_of, lists_of
 from foveal.methods.vsa.layout import CubeLayout
 
 NUM_INPUTS = 7
@@ -85,9 +85,7 @@ def sla_vsa_attention_gpu(
     inputs = query, key, value, gate_coarse, gate_fine, proj_weight, proj_bias
     refuse_forward_mode(*inputs)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    choice = Choice(layout.kept, layout.width, layout.text_counts)
-    if selection is not None:
-        choice = choice._replace(critical=selection.critical, counts=selection.critical_count)
+    choice = choice_of(layout, selection)
     cube_tensors, cube_numbers = flatten(layout.cubes())
     choice_tensors, choice_numbers = flatten(choice)
     if is_plain(*inputs):
@@ -115,11 +113,7 @@ def _forward(
     scale, backend = options.scale, backend_named(options.backend)
     with on_device_of(query):  # Triton launches on the current device
         copies, pooled = pool_cubes(query, key, value, cubes, gather="qkv")
-        if choice.critical is None:
-            critical, counts = pick_cubes(*pooled[:2], cubes, choice.kept, choice.width, scale)
-            critical, counts = with_text(critical, counts, choice.text_counts, cubes.key_sizes.shape[1])
-        else:
-            critical, counts = choice.critical.contiguous(), choice.counts.contiguous()
+        critical, counts = lists_of(choice, *pooled[:2], cubes, scale)
         coarse, coarse_lse = pooled_attention(*pooled, scale)
         selection = cubes.selection(critical, counts)
         if options.scope == "none":
@@ -252,7 +246,7 @@ def _(query, key, value, gate_coarse, gate_fine, weight, bias, cube_tensors, cub
     batch, heads, _, head_dim = query.shape
     cubes_shape = (batch, heads, cubes.num_cubes)
     text_blocks = cubes.key_sizes.shape[1] - cubes.num_cubes
-    width = choice.width + text_blocks if choice.critical is None else choice.critical.shape[-1]
+    width = choice.critical.shape[-1] if choice.rule is None else choice.rule.width + text_blocks
     attended = query.new_empty((batch, heads, cubes.num_cubes * cubes.slot, head_dim))
     lse = attended.new_empty(attended.shape[:3], dtype=torch.float32)
     norm, state = lse.new_empty(0), query.new_empty(0, dtype=torch.bfloat16)

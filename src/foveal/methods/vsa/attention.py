@@ -24,7 +24,7 @@ from foveal.layout import TokenLayout, VideoGrid, resolve_layout
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cpu import vsa_attention_torch
 from foveal.methods.vsa.gates import check_gates, constant_linear, gates_of
-from foveal.methods.vsa.layout import CubeLayout, kept_cubes, resolve_tile, slot_size, token_places
+from foveal.methods.vsa.layout import CubeLayout, resolve_tile, slot_size, token_places
 from foveal.methods.vsa.packed import PackedTiles
 
 
@@ -54,13 +54,13 @@ def select_cubes(
     scale = check_scale(scale, query.shape[-1])
     if packed is not None:
         tiles = PackedTiles(config, packed, key.device)
-        video_config = config.replace(topk=kept_cubes(config, tiles.video_cubes, packed=True))
+        video_config = config if config.topk is not None else config.replace(rounding="up")
         video = query[:, :, packed.video], key[:, :, packed.video]
         return tiles.with_protected(select_cubes(*video, config=video_config, grid=grid, scale=scale))
     layout = CubeLayout(config, grid, key, kv_lengths)
     query, key = query.detach(), key.detach()
     on_gpu = choose_impl("auto", query, key, key, layout.slot, layout.slot).impl in ("triton", "gluon")
-    if on_gpu and config.counts_means:
+    if on_gpu and config.ranks_means:
         from foveal.methods.vsa.gpu import select_cubes_gpu
 
         return select_cubes_gpu(query, key, layout, scale)
@@ -141,12 +141,12 @@ def _attend(
     tiles = CubeLayout(config, grid, key, kv_lengths) if packed is None else PackedTiles(config, packed, key.device)
     ran = choose_impl(impl, query, key, value, tiles.slot, tiles.slot, config.precision)
     impl = ran.impl
-    slow = not config.counts_means or (packed is None and tiles.num_cubes > KERNEL_MAX_BLOCKS)
+    slow = not config.ranks_means or (packed is None and tiles.num_cubes > KERNEL_MAX_BLOCKS)
     if selection is None and impl in ("triton", "gluon") and slow:
         ran = ran.but(SLOW_SELECTION)
     if selection is not None:
         selection = tiles.checked(selection, query)
-    elif impl == "reference" or packed is not None or not config.counts_means:
+    elif impl == "reference" or packed is not None or not config.ranks_means:
         selection = select_cubes(
             query, key, config=config, layout=grid if packed is None else packed, scale=scale, kv_lengths=kv_lengths
         )

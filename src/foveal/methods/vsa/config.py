@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveal.checks import check_choice, check_positive_int, check_ratio, check_triple
-from foveal.kernels.choice import check_rule
 from foveal.kernels.int8 import PRECISIONS
+from foveal.methods.choosing import check_choosing
 from foveal.methods.config import MethodConfig
 
 ROUNDINGS = ("up", "down")
@@ -29,6 +29,11 @@ class VSAConfig(MethodConfig):
         score, keep_mass, max_keep_ratio: what cubes are ranked by, and how many more than `topk` or `keep_ratio` are
             kept where that is not enough; see `select_blocks`. The coarse branch stays that of the cubes' means.
         precision: of the products of queries and keys in the fine branch; see `block_sparse_attention`.
+        sink_frames: the cubes that hold a token of so many first frames are kept by every cube, beside those picked.
+            Text and other protected segments are kept in any case.
+        window: cubes (frames, height, width) around the query's own that it keeps, beside those picked. As in sliding
+            tile attention (arXiv 2502.04507) the window is shifted inward at the borders of the video, so that every
+            cube has as many neighbors.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -43,6 +48,8 @@ class VSAConfig(MethodConfig):
     max_keep_ratio: float = 1.0
     rounding: str = "up"
     precision: str = "input"
+    sink_frames: int = 0
+    window: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.topk is None:
@@ -64,7 +71,7 @@ class VSAConfig(MethodConfig):
         check_choice("precision", self.precision, PRECISIONS)
         if self.topk is not None and self.rounding != "up":
             raise ValueError(f"rounding is how keep_ratio rounds, and topk replaces it, got {self.rounding=}")
-        check_rule(self.score, self.keep_mass, self.max_keep_ratio, self.keep_ratio)
+        check_choosing(self)
 
     def replace(self, **changes: Any) -> VSAConfig:
         """A copy with some fields changed, validated again. A `topk` replaces a ratio, and a ratio a `topk`."""
@@ -81,9 +88,9 @@ class VSAConfig(MethodConfig):
         return super().from_saved(older | fields)
 
     @property
-    def counts_means(self) -> bool:
-        """Whether the rule is the paper's: a fixed number of cubes, by the products of means."""
-        return self.score == "mean" and self.keep_mass is None
+    def ranks_means(self) -> bool:
+        """Whether cubes are ranked by the products of their means, as the paper and the kernels do."""
+        return self.score == "mean"
 
     @property
     def sparsity(self) -> float | None:

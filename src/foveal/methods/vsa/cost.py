@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
+
+from foveal.methods.choosing import mean_kept
 from foveal.methods.cost import FLOAT32_BYTES, INDEX_BYTES, AttentionShape, CostPart
 from foveal.methods.vsa.config import VSAConfig
-from foveal.methods.vsa.layout import kept_cubes, resolve_tile, slot_size
+from foveal.methods.vsa.layout import fixed_of, kept_cubes, resolve_tile, slot_size
 
 
 def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]:
@@ -15,7 +18,8 @@ def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
     - `reorder`: to the slotted tile order and back.
     - `coarse`: pooling and pooled attention.
     - `selection`: only the ranking, so no FLOPs.
-    - `fine`: softmax attention on the chosen cubes, and on the protected chunks of a packed sequence.
+    - `fine`: softmax attention on the chosen cubes, on average if some are kept beside the picked ones, and on the
+      protected chunks of a packed sequence.
     - `gates`: their linear projections, from hidden states of width heads * head_dim.
     - `combine`: Gc * Oc + Gf * Of.
 
@@ -29,7 +33,7 @@ def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
     if shape.layout is not None:
         chunks, kept = shape.layout.num_chunks(math.prod(tile)), kept_cubes(config, cubes, packed=True)
     tiles = cubes + chunks
-    critical = kept + chunks
+    critical = mean_kept(kept, cubes, fixed_of(config, shape.grid, torch.device("cpu"))) + chunks
     query_slots, slots = cubes * slot, tiles * slot
 
     token_bytes = pairs * tokens * head_dim * dtype_bytes

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from foveal.blocks import BlockSelection
 from foveal.kernels import api
 from foveal.kernels.backend import Cubes, Gates, RasterGradients, backend_named
-from foveal.kernels.choice import choose_in_pieces
+from foveal.kernels.choice import append_blocks, choose_in_pieces
 from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
 from foveal.kernels.replay import replayed
 from foveal.kernels.triton.cube_gradients import return_gradients, split_gradient
@@ -35,14 +35,12 @@ from foveal.rules import SelectionRule
 class Choice(NamedTuple):
     """Which blocks to attend to.
 
-    kept: how many cubes each cube attends to, by the coarse scores, where no lists are given.
-    width: the width of the lists of cubes then.
+    rule: how cubes are chosen, by the coarse scores; None where lists are given.
     text_counts: int32 [B or 1], blocks of text that hold a valid key; None without text.
     critical, counts: given lists, int32 [B, H, C, W] and [B, H, C], or None.
     """
 
-    kept: int
-    width: int
+    rule: SelectionRule | None
     text_counts: Tensor | None = None
     critical: Tensor | None = None
     counts: Tensor | None = None
@@ -84,10 +82,7 @@ def vsa_attention_gpu(
     inputs = query, key, value, gate_coarse, gate_fine
     refuse_forward_mode(*inputs)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    cubes = layout.cubes()
-    choice = Choice(layout.kept, layout.width, layout.text_counts)
-    if selection is not None:
-        choice = choice._replace(critical=selection.critical, counts=selection.critical_count)
+    cubes, choice = layout.cubes(), choice_of(layout, selection)
     if is_plain(*inputs):
         (cube_tensors, cube_numbers), (choice_tensors, choice_numbers) = flatten(cubes), flatten(choice)
         given = tuple(cube_numbers), tuple(choice_numbers), len(cube_tensors), scale, backend, train
@@ -99,7 +94,8 @@ def vsa_attention_gpu(
 
 def select_cubes_gpu(query: Tensor, key: Tensor, layout: CubeLayout, scale: float) -> BlockSelection:
     """The selection that `vsa_attention_gpu` makes, from [B, H, L, D] and [B, H, L + text, D] in raster order."""
-    return layout.selection(*_select_op(query, key, *flatten(layout.cubes()), layout.kept, layout.width, scale))
+    rule = layout.rule()
+    return layout.selection(*_select_op(query, key, *flatten(layout.cubes()), *flatten(rule), scale), rule.ragged)
 
 
 @torch.library.custom_op("foveal::vsa_select_gpu", mutates_args=())
@@ -108,39 +104,46 @@ def _select_op(
     key: Tensor,
     cube_tensors: list[Tensor],
     cube_numbers: list[int],
-    kept: int,
-    width: int,
+    rule_tensors: list[Tensor],
+    rule_numbers: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     cubes = unflatten(cube_tensors, cube_numbers)
     with on_device_of(query):  # Triton launches on the current device
         _, pooled = pool_cubes(query, key, None, cubes)
-        return pick_cubes(*pooled, cubes, kept, width, scale)
+        return _picked(*pooled, cubes, unflatten(rule_tensors, rule_numbers), scale)
 
 
 @_select_op.register_fake
-def _(query, key, cube_tensors, cube_numbers, kept, width, scale):
+def _(query, key, cube_tensors, cube_numbers, rule_tensors, rule_numbers, scale):
     rows = (*query.shape[:2], unflatten(cube_tensors, cube_numbers).num_cubes)
+    width = unflatten(rule_tensors, rule_numbers).width
     return query.new_empty((*rows, width), dtype=torch.int32), query.new_empty(rows, dtype=torch.int32)
 
 
-def pick_cubes(
-    query_c: Tensor, key_c: Tensor, cubes: Cubes, kept: int, width: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The `kept` highest-scoring cubes of each cube, int32 [B, H, C, width], ascending, and their counts."""
+def choice_of(layout: CubeLayout, selection: BlockSelection | None) -> Choice:
+    """What a call attends to: a given selection, or what the layout's rule picks."""
+    if selection is None:
+        return Choice(layout.rule(), layout.text_counts)
+    return Choice(None, layout.text_counts, selection.critical, selection.critical_count)
+
+
+def _picked(query_c: Tensor, key_c: Tensor, cubes: Cubes, rule: SelectionRule, scale: float) -> tuple[Tensor, Tensor]:
+    """The cubes that a rule picks for each cube, int32 [B, H, C, width], ascending, and their counts."""
     if cubes.num_cubes > api.KERNEL_MAX_BLOCKS:
-        return choose_in_pieces(query_c, key_c, scale, kept, width)
-    rule = SelectionRule(cubes.slot, cubes.slot, width=width, critical=kept)
+        return choose_in_pieces(query_c, key_c, scale, rule)
     return select(query_c, key_c, scale, rule, with_marginal=False)[:2]
 
 
-def with_text(critical: Tensor, counts: Tensor, text_counts: Tensor | None, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """The lists with the blocks of text behind the cubes, as `CubeLayout.selection` has them."""
-    if text_counts is None:
+def lists_of(choice: Choice, query_c: Tensor, key_c: Tensor, cubes: Cubes, scale: float) -> tuple[Tensor, Tensor]:
+    """The lists of a choice, contiguous, with the blocks of text behind the cubes that it picks, and their counts."""
+    if choice.rule is None:
+        return choice.critical.contiguous(), choice.counts.contiguous()
+    critical, counts = _picked(query_c, key_c, cubes, choice.rule, scale)
+    if choice.text_counts is None:
         return critical, counts
-    text = torch.arange(critical.shape[2], num_blocks, dtype=torch.int32, device=critical.device)
-    critical = torch.cat([critical, text.expand(*critical.shape[:3], -1)], -1)
-    return critical, counts + text_counts[:, None, None]
+    ends = cubes.num_cubes, cubes.key_sizes.shape[1]
+    return append_blocks(critical, counts, *ends, choice.text_counts, ragged=choice.rule.ragged)
 
 
 def _forward(
@@ -159,11 +162,7 @@ def _forward(
     backend, gates = backend_named(backend), Gates(gate_coarse, gate_fine)
     with on_device_of(query):  # Triton launches on the current device
         copies, pooled = pool_cubes(query, key, value, cubes, gather=backend.cube_copies)
-        if choice.critical is None:
-            critical, counts = pick_cubes(*pooled[:2], cubes, choice.kept, choice.width, scale)
-            critical, counts = with_text(critical, counts, choice.text_counts, cubes.key_sizes.shape[1])
-        else:
-            critical, counts = choice.critical.contiguous(), choice.counts.contiguous()
+        critical, counts = lists_of(choice, *pooled[:2], cubes, scale)
         coarse, coarse_lse = pooled_attention(*pooled, scale)
         selection, save_fine = cubes.selection(critical, counts), save and gate_fine is not None
         output, fine, lse = backend.attend_cubes(query, copies, cubes, selection, coarse, gates, scale, save_fine)
@@ -279,7 +278,7 @@ def _(query, key, value, gate_coarse, gate_fine, cube_tensors, cube_numbers, cho
     batch, heads, _, head_dim = query.shape
     num_cubes = cubes.num_cubes
     text_blocks = cubes.key_sizes.shape[1] - num_cubes
-    width = choice.width + text_blocks if choice.critical is None else choice.critical.shape[-1]
+    width = choice.critical.shape[-1] if choice.rule is None else choice.rule.width + text_blocks
     rows = (batch, heads, num_cubes)
     fine = (batch, heads, num_cubes * cubes.slot, head_dim)
     shapes = fine[:3], *((*rows, head_dim) for _ in range(4)), rows

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from foveal.blocks import BlockSelection
+from foveal.fixed_blocks import fixed_blocks
 from foveal.kernels.api import validate_selection
 from foveal.kernels.backend import Cubes
-from foveal.kernels.choice import append_blocks, choose_cubes
+from foveal.kernels.choice import append_blocks, choose_from_scores
 from foveal.layout import VideoGrid
+from foveal.methods.choosing import fixes_blocks, rule_fields
 from foveal.methods.vsa.config import VSAConfig
-from foveal.rules import count_up, num_critical, roomy
-from foveal.symbols import ceil_div, larger
+from foveal.rules import FixedBlocks, SelectionRule, num_critical, rule_of
+from foveal.symbols import ceil_div
 from foveal.token_order import TileOrder, tile_indices
 
 
@@ -37,13 +39,11 @@ def slot_size(tile: tuple[int, int, int]) -> int:
 
 
 def kept_cubes(config: VSAConfig, cubes: int, *, packed: bool = False) -> int:
-    """How many of a video's cubes each cube attends to.
+    """How many of a video's cubes each cube picks.
 
     packed: whether the video is part of a packed sequence, where a ratio always rounds up.
     """
-    if config.topk is None and (packed or config.rounding == "up"):
-        return larger(1, count_up(config.keep_ratio, cubes))
-    return num_critical(cubes, config.keep_ratio, config.topk)
+    return num_critical(cubes, config.keep_ratio, config.topk, packed or config.rounding == "up")
 
 
 def cube_order(config: VSAConfig, grid: VideoGrid, device: torch.device) -> TileOrder:
@@ -54,6 +54,21 @@ def cube_order(config: VSAConfig, grid: VideoGrid, device: torch.device) -> Tile
         return grid.tile_order(tile, slot_size(tile), device)
 
     return grid.answer(("vsa", config.tile, device), find)
+
+
+def fixed_of(config: VSAConfig, grid: VideoGrid, device: torch.device) -> FixedBlocks | None:
+    """What each cube keeps whatever the scores; None for a configuration without such cubes."""
+    if not fixes_blocks(config):
+        return None
+    rule = None, config.sink_frames, config.window, device
+    question = "vsa, fixed blocks", config.tile, *rule
+    return grid.answer(question, lambda: fixed_blocks(grid.shape, resolve_tile(config, grid), *rule))
+
+
+def plan(config: VSAConfig, grid: VideoGrid, device: torch.device) -> None:
+    """Asks a grid for all that layers of this configuration will ask for."""
+    cube_order(config, grid, device)
+    fixed_of(config, grid, device)
 
 
 def token_places(config: VSAConfig, grid: VideoGrid) -> Tensor:
@@ -99,23 +114,21 @@ class CubeLayout:
     def num_cubes(self) -> int:
         return self.cube_sizes.shape[1]
 
-    @property
-    def kept(self) -> int:
-        """Cubes that each cube attends to."""
-        return kept_cubes(self.config, self.num_cubes)
-
-    @property
-    def most(self) -> int:
-        """The most cubes that a cube may attend to."""
-        if self.config.keep_mass is None:
-            return self.kept
-        return larger(self.kept, num_critical(self.num_cubes, self.config.max_keep_ratio, None))
-
-    @property
-    def width(self) -> int:
-        """Of the lists that kernels write, to which they append text: room for `kept`."""
-        alone = self.text_counts is None and torch.compiler.is_compiling()
-        return roomy(self.kept, self.num_cubes) if alone else self.kept
+    def rule(self) -> SelectionRule:
+        """How to choose among the cubes. Lists to which text is appended have no room but where rows differ."""
+        config = self.config
+        rule = rule_of(
+            self.num_cubes,
+            self.cube_sizes.device,
+            block_q=self.slot,
+            block_k=self.slot,
+            keep_ratio=config.keep_ratio,
+            topk=config.topk,
+            round_up=config.rounding == "up",
+            fixed=fixed_of(config, self.grid, self.cube_sizes.device),
+            **rule_fields(config),
+        )
+        return rule if rule.ragged or self.text_counts is None else rule._replace(width=rule.critical)
 
     def cubes(self) -> Cubes:
         """The same for the kernels."""
@@ -136,15 +149,14 @@ class CubeLayout:
 
     def pick(self, scores: Tensor) -> BlockSelection:
         """Scores of cubes [B, H, C, C] to the selection."""
-        critical, counts, _ = choose_cubes(scores, self.kept, self.config.keep_mass, self.config.max_keep_ratio)
-        return self.selection(critical, counts)
+        rule = self.rule()
+        return self.selection(*choose_from_scores(scores, rule), rule.ragged)
 
-    def selection(self, critical: Tensor, counts: Tensor) -> BlockSelection:
-        """Lists of cubes, int32 [B, H, C, W] and their counts [B, H, C], to a selection that names all text as well."""
+    def selection(self, critical: Tensor, counts: Tensor, ragged: bool) -> BlockSelection:
+        """Lists of cubes by `rule`, int32 [B, H, C, W] and [B, H, C], to a selection that names all text as well."""
         if self.text_counts is not None:
             ends = self.num_cubes, self.key_sizes.shape[1]
-            ragged = self.config.keep_mass is not None
-            critical, counts = append_blocks(critical[..., : self.most], counts, *ends, self.text_counts, ragged=ragged)
+            critical, counts = append_blocks(critical, counts, *ends, self.text_counts, ragged=ragged)
         query_length = self.num_cubes * self.slot
         return BlockSelection(
             critical=critical,

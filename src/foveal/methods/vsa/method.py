@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from foveal.layout import TokenLayout, VideoGrid
-from foveal.methods.base import Method, Schedule, SummaryCells, blocks_cell, keep_cell
+from foveal.methods.base import Method, Schedule, SummaryCells, blocks_cell
+from foveal.methods.choosing import keep_cell, rows_alike
 from foveal.methods.vsa.attention import VideoSparseAttention
 from foveal.methods.vsa.bench import CASES
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cost import cost_parts
-from foveal.methods.vsa.layout import cube_order, kept_cubes, resolve_tile
+from foveal.methods.vsa.layout import kept_cubes, plan, resolve_tile
 
 
 def _build(config: VSAConfig, hidden_dim: int, num_heads: int, head_dim: int, impl: str) -> VideoSparseAttention:
@@ -43,7 +44,7 @@ def _idle(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor |
 def _cells(config: VSAConfig, grid: VideoGrid | None) -> SummaryCells:
     tile = config.tile if grid is None else resolve_tile(config, grid)
     return SummaryCells(
-        keep=keep_cell(f"{config.keep_ratio:g}" if config.topk is None else f"top {config.topk}", config.keep_mass),
+        keep=keep_cell(f"{config.keep_ratio:g}" if config.topk is None else f"top {config.topk}", config),
         blocks=blocks_cell(tile if isinstance(tile, str) else _sides(tile), config.precision),
     )
 
@@ -54,7 +55,7 @@ def _key_blocks(config: VSAConfig, grid: VideoGrid) -> tuple[int, str]:
 
 
 def _kept_blocks(config: VSAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int] | None:
-    if config.keep_mass is not None:  # the device knows
+    if not rows_alike(config):
         return None
     cubes, _ = _key_blocks(config, grid)
     return kept_cubes(config, cubes, packed=packed), cubes
@@ -89,7 +90,7 @@ VSA = Method(
     kept_blocks=_kept_blocks,
     precision=lambda config: config.precision,
     gates=_gates,
-    plan=cube_order,
+    plan=plan,
     needs_grid=True,
     schedule=Schedule(kept=_kept, keep=_keep),
     presets={"VSA": VSAConfig()},

@@ -17,10 +17,9 @@ from foveal.blocks import BlockSelection
 from foveal.kernels.api import validate_selection
 from foveal.kernels.choice import append_blocks
 from foveal.layout import TokenLayout
+from foveal.methods.choosing import rows_alike
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.layout import CubeLayout, kept_cubes, slot_size
-from foveal.rules import num_critical
-from foveal.symbols import larger
 
 
 class PackedTiles(CubeLayout):
@@ -41,12 +40,11 @@ class PackedTiles(CubeLayout):
 
     def with_protected(self, selection: BlockSelection) -> BlockSelection:
         """A selection of the video's cubes among each other, with all protected chunks beside those picked."""
-        kept, ragged = kept_cubes(self.config, self.video_cubes, packed=True), self.config.keep_mass is not None
-        if ragged:
-            kept = larger(kept, num_critical(self.video_cubes, self.config.max_keep_ratio, None))
+        alike = rows_alike(self.config)
+        kept = kept_cubes(self.config, self.video_cubes, packed=True) if alike else None
         ends = self.video_cubes, self.num_cubes
         lists = selection.critical[..., :kept], selection.critical_count
-        critical, counts = append_blocks(*lists, *ends, self.num_cubes - self.video_cubes, ragged=ragged)
+        critical, counts = append_blocks(*lists, *ends, self.num_cubes - self.video_cubes, ragged=not alike)
         return dataclasses.replace(
             selection,
             critical=critical,

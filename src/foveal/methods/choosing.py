@@ -1,0 +1,59 @@
+"""What the configurations of SLA and VSA share: the fields that say which blocks a row keeps.
+
+They are `keep_ratio`, `score`, `keep_mass`, `max_keep_ratio`, `sink_frames`, and `window`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from foveal.checks import check_triple
+from foveal.kernels.choice import check_rule
+from foveal.rules import FixedBlocks
+
+
+def check_choosing(config: Any, *blocks: int) -> None:
+    """Raises a TypeError or ValueError unless the fields choose blocks of these sizes."""
+    check_rule(config.score, config.keep_mass, config.max_keep_ratio, config.keep_ratio, *blocks)
+    frames = config.sink_frames
+    if isinstance(frames, bool) or not isinstance(frames, int):
+        raise TypeError(f"sink_frames must be an int, got {frames!r} ({type(frames).__name__})")
+    if frames < 0:
+        raise ValueError(f"sink_frames must be at least 0, got {frames}")
+    if config.window is not None:
+        check_triple("window", config.window)
+
+
+def rule_fields(config: Any) -> dict[str, Any]:
+    """What `rule_of` takes of a configuration, beside numbers of blocks and what is fixed on a grid."""
+    return {"score": config.score, "keep_mass": config.keep_mass, "max_keep_ratio": config.max_keep_ratio}
+
+
+def fixes_blocks(config: Any) -> bool:
+    """Whether rows keep blocks whatever their scores."""
+    return bool(config.sink_frames) or config.window is not None
+
+
+def mean_kept(picked: int, total: int, fixed: FixedBlocks | None) -> int:
+    """How many of `total` blocks rows keep on average, rounded, if what they pick is none of what is fixed."""
+    if fixed is None:
+        return picked
+    beside = (fixed.ranges[..., 1] - fixed.ranges[..., 0]).sum(1)
+    return round((beside + picked).clamp(max=total).double().mean().item())
+
+
+def rows_alike(config: Any) -> bool:
+    """Whether each row keeps as many blocks as any other; if not, only the device knows how many."""
+    return config.keep_mass is None and not fixes_blocks(config)
+
+
+def keep_cell(least: str, config: Any) -> str:
+    """The cell `keep` of a summary: how much is kept at least, and what is kept beside."""
+    cells = [least]
+    if config.keep_mass is not None:
+        cells.append(f"mass {config.keep_mass:g}")
+    if config.sink_frames:
+        cells.append(f"sinks {config.sink_frames}")
+    if config.window is not None:
+        cells.append(f"window {'x'.join(map(str, config.window))}")
+    return ", ".join(cells)
