@@ -16,16 +16,15 @@ from foveal.lab.evaluate.metrics import SMALLEST_SIDE, flicker, load_lpips, log_
 from foveal.lab.evaluate.report import EvaluationReport, Row
 from foveal.lab.evaluate.statistics import Estimate
 from foveal.lab.generate import run
+from foveal.lab.generate.outputs import frames_of, sound_of
 from foveal.lab.generate.run import (
     DENSE,
     SPARSE,
     GenerationSettings,
     Job,
     Progress,
-    frames_of,
     generate,
     plan,
-    sound_of,
 )
 from foveal.lab.generate.sparse import SparseChoice
 from foveal.lab.pipelines import LoadedPipeline

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.lab.data.sound import Sound, encode_sound
+from foveal.lab.data.sound import Sound, encode_sound, read_sound
 from foveal.lab.data.windows import read_video, write_video
 
 FORMAT = 1
@@ -69,6 +69,19 @@ def write_exact(path: Path, frames: Tensor, *, fps: float, sound: Sound | None =
 def read_media(path: Path, *, height: int, width: int) -> Tensor:
     """uint8 [frames, 3, height, width] of what the functions above wrote."""
     return read_video(path, height=height, width=width)
+
+
+def frames_of(output: Path, record: dict[str, Any]) -> Tensor:
+    """The frames of an output, uint8 [frames, 3, height, width], bit for bit if they were kept so."""
+    size = {name: record["settings"][name] for name in ("height", "width")}
+    return read_media(output / record["outputs"][-1]["file"], **size)
+
+
+def sound_of(output: Path, record: dict[str, Any]) -> Sound | None:
+    """The sound of an output that was kept bit for bit; None if it has none."""
+    rate = record["settings"].get("sampling_rate")
+    samples = None if rate is None else read_sound(output / record["outputs"][-1]["file"], rate=rate)
+    return None if samples is None else Sound(samples, rate)
 
 
 def beside(left: Tensor, right: Tensor) -> Tensor:

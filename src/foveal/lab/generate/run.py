@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from foveal.checks import check_choice
-from foveal.lab.data.sound import Sound, read_sound
+from foveal.lab.data.sound import Sound
 from foveal.lab.generate.outputs import (
     beside,
     beside_name,
     finished,
+    frames_of,
     media_suffix,
     output_name,
-    read_media,
     write_exact,
     write_media,
     write_record,
@@ -316,19 +316,6 @@ def generate(
         _write_side_by_side(folder, *pair, records, loaded)
     write_page(folder)
     return {job: records[job] for job in jobs}
-
-
-def frames_of(output: Path, record: dict[str, Any]) -> Tensor:
-    """The frames of an output, uint8 [frames, 3, height, width], bit for bit if they were kept so."""
-    size = {name: record["settings"][name] for name in ("height", "width")}
-    return read_media(output / record["outputs"][-1]["file"], **size)
-
-
-def sound_of(output: Path, record: dict[str, Any]) -> Sound | None:
-    """The sound of an output that was kept bit for bit; None if it has none."""
-    rate = record["settings"].get("sampling_rate")
-    samples = None if rate is None else read_sound(output / record["outputs"][-1]["file"], rate=rate)
-    return None if samples is None else Sound(samples, rate)
 
 
 def environment(device: torch.device) -> dict[str, str]:
