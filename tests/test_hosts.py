@@ -2,11 +2,14 @@
 
 import importlib.util
 import inspect
+import json
 import math
 import os
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -458,3 +461,23 @@ for feature_map, block_q in (("softmax", 64), ("elu", 128), ("relu", 64)):
 print("equal")
 """
     assert run_with_host("SLA", script, TRITON_INTERPRET="1", OMP_NUM_THREADS="1") == ["equal"]
+
+
+def test_figures_of_the_page_are_those_of_the_runs():
+    """The speed-ups in the table, from the files that the page names."""
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "hosts.md").read_text()
+    names = re.findall(r"`((?:wan|minimax-h3|training-step)-[\w.-]+\.json)`", page)
+    wan, h3, training = (json.loads((root / "benchmarks" / "results" / name).read_text()) for name in names)
+    steps = training["arms"]
+    wan, h3 = wan["calls"]["480p"], h3["figures"]["15 s, eager"]["arms"]
+    pairs = [
+        (wan["SLA 64x64 marginal"]["speedup"], wan["VSA 12.5 %"]["speedup"]),
+        (h3["VSA 10 %"]["speedup"], h3["SLA 5 %"]["speedup"]),
+        [
+            steps["dense"]["median_seconds"] / steps[name]["median_seconds"]
+            for name in ("sla 5% 64x64 marginal", "vsa 12.5% wide")
+        ],
+    ]
+    found = re.findall(r"a step ([\d.]+)x with [SLVA]+ [\d.]+%, ([\d.]+)x with", page)
+    assert found == [(f"{first:.2f}", f"{second:.2f}") for first, second in pairs]
