@@ -31,7 +31,7 @@ EXPORTS = {
     "methods.vsa.attention": ["VideoSparseAttention", "vsa_attention"],
 }
 # Loaded by name.
-BACKENDS = ["kernels.triton.backend", "kernels.hopper.backend"]
+BACKENDS = ["kernels.triton.backend", "kernels.triton_int8.backend", "kernels.hopper.backend"]
 PROJECT_FILES = ["build.toml", "flake.nix", "CARD.md", "pytest.ini", "tests/test_foveal.py"]
 IMPORT = re.compile(r"^(\s*)from foveal\.([\w.]+) import ", re.MULTILINE)
 OPERATOR = re.compile(r'"foveal::(\w+)"')

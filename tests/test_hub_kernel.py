@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import foveal
+from foveal.kernels.backend import FOLDERS
 from foveal.testing import make_inputs, output_and_gradients
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +70,11 @@ def test_the_files_import_only_each_other_and_what_torch_brings(variant):
                 assert node.module.split(".")[0] in allowed, path
         # Neither does a name in a string, nor an operator of foveal's.
         assert not re.search(r'["\']foveal(\.|::)', path.read_text()), path
+
+
+def test_every_backend_is_exported():
+    folders = (folder.removeprefix("foveal.") for folder in FOLDERS.values())
+    assert set(export.BACKENDS) == {f"{folder}.backend" for folder in folders}
 
 
 def test_every_module_of_the_tree_that_it_needs_is_in_it(kernel, variant):
