@@ -187,15 +187,36 @@ def test_full_width(script):
 def test_figures_of_the_page_are_those_of_the_run():
     root = SCRIPT.parent.parent
     page = (root / "docs" / "minimax-h3.md").read_text()
-    (name,) = re.findall(r"benchmarks/results/(minimax-h3-\S+\.json)", page)
-    groups = json.loads((root / "benchmarks" / "results" / name).read_text())["figures"]
+    names = re.findall(r"benchmarks/results/(minimax-h3-\S+\.json)", page)
+    assert len(names) == 2
+    runs = [json.loads((root / "benchmarks" / "results" / name).read_text())["figures"] for name in names]
+    groups = [group for run in runs for group in run.items()]
     rows = [
         f"| {group} | {arm} | {x['block_milliseconds']:.1f} | {x['step_seconds']:.2f} | {x['speedup']:.2f}x |"
-        for group, found in groups.items()
+        for group, found in groups
         for arm, x in found["arms"].items()
         if "error" not in x
     ]
     assert re.findall(r"^\| \d+ s, .*$", page, re.M) == rows
-    arms = [found["arms"] for found in groups.values()]
+    arms = [found["arms"] for _, found in groups]
     bounds = [x["no attention"]["block_milliseconds"] / x["dense cuDNN"]["block_milliseconds"] for x in arms]
     assert f"takes {100 * min(bounds):.0f} to {100 * max(bounds):.0f}% of a dense one's time" in page
+
+
+def test_parts_of_a_compiled_block_are_those_of_its_profile():
+    root = SCRIPT.parent.parent
+    page = (root / "docs" / "minimax-h3.md").read_text()
+    file = root / "benchmarks" / "results" / "minimax-h3-compiled-nvidia-h200-2026-11-29.json"
+    arms = json.loads(file.read_text())["figures"]["15 s, compiled"]["arms"]
+    parts = arms["SLA 5 %"]["profile"]
+
+    def part(*kernels):
+        return round(sum(ms for name, ms in parts.items() if name.startswith(kernels)))
+
+    whole = arms["SLA 5 %"]["block_milliseconds"] - arms["no attention"]["block_milliseconds"]
+    chosen = part("_pick_kernel", "_score_kernel", "_pool_kernel", "_key_state_kernel")
+    words = " ".join(page.split())
+    assert f"Where SLA's {whole:.0f} ms go" in words
+    assert f"{part('block_sparse_fwd_kernel')} ms in the block-sparse kernel" in words
+    assert f"{part('cudnn_generated_fort_native_sdpa')} ms in dense attention" in words
+    assert f"{part('nvjet_sm90_tst_320x128')} ms in the projection, {chosen} ms in pooling" in words

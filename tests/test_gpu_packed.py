@@ -117,5 +117,6 @@ def test_inductor_compiles_partial_blocks(name, impl):
     def scaled(*tensors):
         return attention(*(2 * x for x in tensors))  # exact, and something to fuse
 
+    # Inductor keeps VSA's pooled means and gates in float32 where eager PyTorch rounds them.
     with torch.no_grad():
-        assert torch.equal(torch.compile(scaled, fullgraph=True)(*inputs), scaled(*inputs))
+        assert relative_error(torch.compile(scaled, fullgraph=True)(*inputs), scaled(*inputs)) < 5e-3
