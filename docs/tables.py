@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import statistics
 from pathlib import Path
 
@@ -346,6 +347,16 @@ def quality(pattern: str = "quality-arms-*.json", base: str = "sparse5", seed: i
     return "\n".join([*lines, "", caption])
 
 
+def quality_tiny() -> str:
+    """Held-out losses of the tiny model's arms, as benchmarks/tiny/arms.py prints them."""
+    runs = list(json.loads((RESULTS / "quality-tiny-nvidia-h200-2026-11-29.json").read_text()).values())
+    first = runs[0]
+    clips = f"{first['steps']} steps of {first['batch']} clips, {len(first['after'])} held-out clips"
+    made = f"{first['device']}, torch {first['torch']}, commit {first['commit']}"
+    table = runpy.run_path(str(ROOT / "benchmarks" / "tiny" / "arms_table.py"))["table"]
+    return f"{table(runs)}\n\n{made}; {clips}."
+
+
 def host() -> str:
     """The host's milliseconds of a layer's call at 4,096 tokens, queued behind other work."""
     run = latest("host-cost-*.json")
@@ -476,6 +487,7 @@ TABLES = {
     "quality_long": lambda: quality("quality-long-*.json", "sparse5-tile"),
     "quality_scratch": lambda: quality("quality-scratch-*.json", "sparse5-tile"),
     "quality_scratch_1": lambda: quality("quality-scratch-*.json", "sparse5-tile", seed=1),
+    "quality_tiny": quality_tiny,
     "attention_mass": attention_mass,
     "branches": branches,
     "int8_instructions": int8_instructions,

@@ -19,7 +19,7 @@ from foveal.lab.pipelines import default_size, load_pipeline
 from foveal.models.processor import sparse_processors
 from foveal.models.shipped import FOLDER, SHIPPED, TINY, local_path, shipped_clips, tiny
 
-PROMPT = "first-person view of a rocky cave"
+PROMPT = "first-person view of a brown stone corridor"
 SIZE = ("--frames", "9", "--height", "96", "--width", "128")
 
 
@@ -56,7 +56,7 @@ def test_every_word_of_the_captions_is_known(loaded):
     tokenizer = loaded.pipe.tokenizer
     for clip in (*shipped_clips("train"), *shipped_clips("held-out")):
         assert tokenizer.unk_token_id not in tokenizer(clip.caption).input_ids
-    one, other = encode_text(loaded, ["a rocky cave", "a green base"])["prompt_embeds"]
+    one, other = encode_text(loaded, ["a brown stone corridor", "a green maze"])["prompt_embeds"]
     assert not torch.equal(one, other)
 
 
@@ -110,23 +110,36 @@ def test_figures_of_its_page_are_those_of_its_runs():
     root = Path(__file__).parents[1]
     page, runs = (root / "docs" / "tiny.md").read_text(), root / "benchmarks" / "results" / "tiny"
     vae = json.loads((runs / "vae.json").read_text())
-    assert f"{vae['steps']:,} steps of 8 windows" in page
-    assert f"clips: {vae['psnr']:.1f} dB" in page
-    losses = {line["step"]: line["text"] for line in map(json.loads, (runs / "transformer.jsonl").open())}
-    shown = [f"{losses[step]:.4f}" for step in (1000, 15000, max(losses))]
-    assert f"{shown[0]} after 1,000 steps,\n   {shown[1]} after 15,000, and {shown[2]} at the end" in page
+    assert f"{vae['steps']:,} steps of {vae['batch']} whole clips" in page
+    assert page.count(f"{vae['psnr']:.1f} dB") == 2
+    losses = {
+        line["step"]: line["text"] for line in map(json.loads, (runs / "transformer.jsonl").open()) if "step" in line
+    }
+    shown = [f"{losses[step]:.4f}" for step in (1000, 10000, max(losses))]
+    assert f"{shown[0]} after 1,000 steps, {shown[1]} after 10,000, and {shown[2]} at the end" in " ".join(page.split())
     assert f"**Transformer**: {max(losses):,} steps" in page
-    lines = [line for line in map(json.loads, (runs / "sla-adapter.jsonl").open()) if "held_out/sparse" in line]
-    dense, steps = lines[0]["held_out/dense"], [line["step"] for line in lines]
-    assert steps[-1] == 400
-    rows = [("dense", "100%", dense), ("SLA, no training", "10%", lines[0]["held_out/sparse"])]
-    rows += [("SLA adapter", "10%", lines[-1]["held_out/sparse"])]
-    said = dict(re.findall(r"step (\d+): held-out loss sparse ([\d.]+)", (runs / "vsa-adapter.log").read_text()))
-    rows += [("VSA, no training", "12.5%", float(said["0"]))]
-    rows += [("VSA, 300 of 400 steps of the same recipe", "12.5%", float(said["300"]))]
+    rows = []
+    for method, kept in (("sla", "10%"), ("vsa", "12.5%")):
+        lines = [
+            line for line in map(json.loads, (runs / f"{method}-adapter.jsonl").open()) if "held_out/sparse" in line
+        ]
+        assert [lines[0]["step"], lines[-1]["step"]] == [0, 400]
+        dense, name = lines[0]["held_out/dense"], method.upper()
+        rows += [("dense", "100%", dense), (f"{name}, no training", kept, lines[0]["held_out/sparse"])]
+        rows += [(f"{name} adapter", kept, lines[-1]["held_out/sparse"])]
     for name, kept, loss in rows:
         against = "" if name == "dense" else f" {100 * (loss / dense - 1):+.1f}%"
         assert f"| {name} | {kept} | {loss:.4f} |{against} |" in page
+
+
+def test_words_of_its_page_are_known(loaded):
+    page = " ".join((Path(__file__).parents[1] / "docs" / "tiny.md").read_text().split())
+    known = loaded.pipe.tokenizer.get_vocab()
+    assert f"a word tokenizer of {len(known)} words" in page
+    places = page[page.index("The places are") : page.index("## What it was trained on")]
+    quoted = re.findall('"([^"]+)"', places)
+    assert len(quoted) > 15
+    assert {word for text in quoted for word in text.split()} <= set(known)
 
 
 def test_inspect_takes_its_name(tmp_path, capsys):

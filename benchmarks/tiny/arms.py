@@ -24,6 +24,7 @@ from pathlib import Path
 
 import model as parts
 import torch
+from arms_table import table
 from common import DEVICE, machine
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -135,36 +136,6 @@ def train(options: argparse.Namespace) -> None:
         print(f"{key}: {before:.5f} -> {mean:.5f}, {found[key]['seconds']} s", flush=True)
 
 
-def interval(values: Tensor) -> str:
-    """Mean and half-width of its 95 % interval by Student's t, in %."""
-    freedom, normal = len(values) - 1, 1.96
-    student = normal + (normal**3 + normal) / (4 * max(1, freedom))
-    return f"{100 * values.mean():+.2f} ± {100 * student * values.std() / math.sqrt(len(values)):.2f}%"
-
-
-def table(runs: list[dict]) -> str:
-    """A Markdown table. An interval is over clips, of means over the seeds; the spread of the seeds is beside it."""
-    after = {(run["arm"], run["seed"]): torch.tensor(run["after"], dtype=torch.float64).mean(1) for run in runs}
-    before = {run["arm"]: sum(run["before"]) / len(run["before"]) for run in runs}
-    titles = ("arm", "seeds", "before", "after", "against dense", "by seed", "against no branch")
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for arm in [name for name in ARMS if name in before]:
-        seeds = sorted(seed for name, seed in after if name == arm)
-
-        def against(other: str, arm: str = arm, seeds: list[int] = seeds) -> tuple[str, str]:
-            shared = [seed for seed in seeds if (other, seed) in after]
-            if other == arm or not shared:
-                return "", ""
-            relative = torch.stack([after[arm, seed] / after[other, seed] - 1 for seed in shared])
-            return interval(relative.mean(0)), " / ".join(f"{100 * x:+.2f}" for x in relative.mean(1).tolist())
-
-        mean = torch.stack([after[arm, seed] for seed in seeds]).mean().item()
-        of_dense, plain = against("dense"), against(arm.split(",")[0])
-        cells = [arm, str(len(seeds)), f"{before[arm]:.4f}", f"{mean:.4f}", *of_dense, plain[0]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(dest="stage", required=True)
@@ -187,7 +158,8 @@ def main() -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         train(options)
     else:
-        print(table([run for file in options.files for run in json.loads(file.read_text()).values()]))
+        runs = [run for file in options.files for run in json.loads(file.read_text()).values()]
+        print(table(sorted(runs, key=lambda run: list(ARMS).index(run["arm"]))))
 
 
 if __name__ == "__main__":

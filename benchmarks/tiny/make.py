@@ -7,6 +7,7 @@
     python benchmarks/tiny/make.py pipeline --work WORK --output FOLDER
     python benchmarks/tiny/make.py shards --work WORK --pipeline FOLDER --output WORK/shards
     foveal train tiny-sla --model.path FOLDER --data.folder WORK/shards --output WORK/sla
+    foveal train tiny-vsa --model.path FOLDER --data.folder WORK/shards --output WORK/vsa
     python benchmarks/tiny/make.py ship --work WORK --pipeline FOLDER --output WORK/shipped_files
     python benchmarks/tiny/make.py samples --work WORK --pipeline FOLDER --output PICTURES
 
@@ -50,16 +51,21 @@ DEFAULTS = {
 }
 # Clips that the package gets, by the name of their job and their number in it.
 SHIPPED_CLIPS = {
-    "held-out": (("map12-0", 6), ("map20-0", 6), ("map12-0", 0), ("map20-0", 18)),
+    "held-out": (
+        ("health_gathering_supreme-100", 4),
+        ("deathmatch-100", 2),
+        ("deadly_corridor-100", 2),
+        ("map07-100", 8),
+    ),
     "train": (
-        ("map09-0", 6),
-        ("map09-0", 12),
-        ("map01-0", 4),
-        ("map02-1", 4),
-        ("map03-2", 4),
-        ("map04-3", 4),
-        ("map01-5", 10),
-        ("map04-6", 10),
+        ("deadly_corridor-1", 4),
+        ("health_gathering-2", 4),
+        ("defend_the_center-0", 6),
+        ("map09-1", 4),
+        ("deadly_corridor-1", 14),
+        ("map04-0", 6),
+        ("defend_the_center-0", 16),
+        ("health_gathering-2", 12),
     ),
 }
 
@@ -82,16 +88,17 @@ def write_pipeline(work: Path, name: str, output: Path) -> None:
 
 
 def ship(work: Path, pipeline: Path, output: Path) -> None:
-    """A new folder for the package: the pipeline, its adapter in bfloat16, and a few clips with their latents."""
+    """A new folder for the package: the pipeline, its adapters in bfloat16, and a few clips with their latents."""
     output.mkdir(parents=True)
     shutil.copytree(pipeline, output / SHIPPED["foveal/tiny"])
-    trained, adapter = work / "sla" / "export", output / SHIPPED["foveal/tiny-sla"]
-    shutil.copytree(trained / "sparse", adapter / "sparse")
-    (adapter / "lora").mkdir()
-    lora = "lora/pytorch_lora_weights.safetensors"
-    with safe_open(trained / lora, "pt") as opened:
-        metadata = opened.metadata()
-    save_file({name: x.bfloat16() for name, x in load_file(trained / lora).items()}, adapter / lora, metadata)
+    for method in ("sla", "vsa"):
+        trained, adapter = work / method / "export", output / SHIPPED[f"foveal/tiny-{method}"]
+        shutil.copytree(trained / "sparse", adapter / "sparse")
+        (adapter / "lora").mkdir()
+        lora = "lora/pytorch_lora_weights.safetensors"
+        with safe_open(trained / lora, "pt") as opened:
+            metadata = opened.metadata()
+        save_file({name: x.bfloat16() for name, x in load_file(trained / lora).items()}, adapter / lora, metadata)
     loaded = load_pipeline(pipeline, device=DEVICE, dtype=torch.float32)
     folder, captions = output / "clips", {}
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""The models that come with foveal: "foveal/tiny", a Wan pipeline of 8 M parameters, and its SLA adapter.
+"""The models that come with foveal: "foveal/tiny", a Wan pipeline of 8 M parameters, and its SLA and VSA adapters.
 
 Every command takes these names where it takes a folder or a hub id, and needs no network for them.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).with_name("shipped_files")
 TINY = "foveal/tiny"
-SHIPPED = {TINY: "tiny", "foveal/tiny-sla": "tiny-sla"}
+SHIPPED = {TINY: "tiny", "foveal/tiny-sla": "tiny-sla", "foveal/tiny-vsa": "tiny-vsa"}
 
 
 def local_path(source: str) -> str:
@@ -25,8 +25,8 @@ def local_path(source: str) -> str:
 def tiny(**options: Any) -> Any:
     """The tiny model, a `WanPipeline`: 49 frames of 144 x 256 pixels, 1,872 tokens, from text.
 
-    It knows the corridors of one game and is for trying things out: seconds a video on a CPU. With a first frame it is
-    `WanImageToVideoPipeline.from_pipe(tiny())`. How it was made is in docs/tiny.md.
+    It knows rooms, corridors, and arenas of one game and is for trying things out: seconds a video on a CPU. With a
+    first frame it is `WanImageToVideoPipeline.from_pipe(tiny())`. How it was made is in docs/tiny.md.
 
     Args:
         options: of `from_pretrained`, such as `dtype`.
@@ -60,7 +60,7 @@ def shipped_clips(part: str) -> list[Clip]:
     """The clips that come with foveal.
 
     Args:
-        part: "train", or "held-out" for maps that the tiny model was not trained on.
+        part: "train", or "held-out" for walks that the tiny model was not trained on.
     """
     from safetensors.torch import load_file
 

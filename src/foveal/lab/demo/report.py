@@ -16,6 +16,7 @@ from foveal.lab.demo.settings import (
     PICTURED,
     SLA_ADAPTER,
     SLA_CONVERTED,
+    VSA_ADAPTER,
     VSA_CONVERTED,
     VSA_TRAINED,
 )
@@ -28,6 +29,7 @@ COLORS = {
     SLA_CONVERTED: "#c1666b",
     SLA_ADAPTER: "#2a7f8e",
     VSA_CONVERTED: "#6a4c93",
+    VSA_ADAPTER: "#a06cd5",
     VSA_TRAINED: "#d19a2e",
 }
 PAGE, LOSS_FIGURE, SIDE_BY_SIDE, REAL = "index.html", "loss.png", "side-by-side.mp4", "the real clip"
@@ -35,7 +37,7 @@ FPS = 16
 BRIGHTNESS = {1: 1.0, 0: 0.42, -1: 0.10}
 # The page is this many pixels wide at most: what is drawn for it keeps its letters readable at that width.
 PAGE_WIDTH = 1080
-VIDEO_COLUMNS, FRAME_COLUMNS = 3, 3
+VIDEO_COLUMNS, FRAME_COLUMNS = 4, 3
 
 
 def report_files() -> list[str]:
@@ -181,7 +183,7 @@ def conclusions(results: dict[str, Any]) -> list[str]:
         f"Leaving blocks out has a price at first. The dense model has a held-out loss of {dense:.4f}. Untrained, "
         f"SLA has {against(SLA_CONVERTED)} with {work[SLA_CONVERTED]} of the attention arithmetic, and VSA "
         f"{against(VSA_CONVERTED)} with {work[VSA_CONVERTED]}.",
-        f"The SLA adapter that comes with foveal brings it to {against(SLA_ADAPTER)}.",
+        f"The adapters that come with foveal bring SLA to {against(SLA_ADAPTER)} and VSA to {against(VSA_ADAPTER)}.",
         f"{tuning[-1][0]} steps here, with a few clips, bring VSA to {against(VSA_TRAINED)}.",
     ]
     missed = [verdict["expected"] for verdict in results["expectations"] if not verdict["met"]]
@@ -245,7 +247,7 @@ dt {{ color: #4a5866; }} dd {{ margin: 0; }}
 </head>
 <body>
 <h1>A video transformer, dense and sparse</h1>
-<p class="lead">A small video model continues the first frame of a clip from a part of the game that it never saw in
+<p class="lead">A small video model continues the first frame of a clip of a game, a walk that it never saw in
 training: “{html.escape(clip["caption"])}”. All videos but the real one start from that frame and from the same
 noise.</p>
 <video src="{SIDE_BY_SIDE}" autoplay loop muted playsinline controls></video>
@@ -255,9 +257,10 @@ noise.</p>
 {results["tokens"]:,} tokens, or about quality at scale, since the model is tiny. Videos of the same quality may differ
 much in PSNR, because a continuation is free to go elsewhere.</p>
 <p>To go on with this model: <code>foveal ui</code> shows where its tokens look,
-<code>foveal inspect --model foveal/tiny --prompt "first-person view of a rocky cave"</code> measures what sparsity
-costs it, and <code>foveal generate --model foveal/tiny --sparse foveal/tiny-sla --compare dense --prompt "..."</code>
-makes videos. On a pretrained model, begin with <code>foveal inspect</code>.</p>
+<code>foveal inspect --model foveal/tiny --prompt "first-person view of a brown stone corridor"</code> measures what
+sparsity costs it, and
+<code>foveal generate --model foveal/tiny --sparse foveal/tiny-sla --compare dense --prompt "..."</code> makes videos.
+On a pretrained model, begin with <code>foveal inspect</code>.</p>
 <h2>Measured</h2>
 <div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 <ul>{verdicts}</ul>

@@ -12,8 +12,8 @@ from foveal.methods.vsa.config import VSAConfig
 
 # What the demo compares, in this order.
 DENSE, SLA_CONVERTED, SLA_ADAPTER = "dense", "SLA, no training", "SLA adapter"
-VSA_CONVERTED, VSA_TRAINED = "VSA, no training", "VSA, trained here"
-ARMS = (DENSE, SLA_CONVERTED, SLA_ADAPTER, VSA_CONVERTED, VSA_TRAINED)
+VSA_CONVERTED, VSA_ADAPTER, VSA_TRAINED = "VSA, no training", "VSA adapter", "VSA, trained here"
+ARMS = (DENSE, SLA_CONVERTED, SLA_ADAPTER, VSA_CONVERTED, VSA_ADAPTER, VSA_TRAINED)
 # Arms whose choice of blocks the report draws.
 PICTURED = (SLA_ADAPTER, VSA_TRAINED)
 
@@ -62,7 +62,7 @@ class DemoSettings:
 
     @property
     def configs(self) -> dict[str, Config]:
-        """What the arms without an adapter are converted to. SLA's is that of the adapter."""
+        """What the arms without an adapter are converted to, which is what the adapters were trained for."""
         sla = SLAConfig(keep_ratio=0.1, drop_ratio=0.1, token_order="tile")
         vsa = VSAConfig(keep_ratio=0.125)
         return {SLA_CONVERTED: sla, VSA_CONVERTED: vsa, VSA_TRAINED: vsa}

@@ -1,0 +1,37 @@
+"""The table of `arms.py`: held-out losses, paired by clip and noise level. docs/tables.py prints it too."""
+
+from __future__ import annotations
+
+import statistics
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half-width of its 95 % interval by Student's t, of shares, in %."""
+    freedom, normal = len(values) - 1, 1.96
+    student = normal + (normal**3 + normal) / (4 * max(1, freedom))
+    half = student * statistics.stdev(values) / len(values) ** 0.5
+    return f"{100 * statistics.mean(values):+.2f} ± {100 * half:.2f}%"
+
+
+def table(runs: list[dict]) -> str:
+    """A Markdown table: an interval is over clips, of their means over the seeds.
+
+    Args:
+        runs: as `arms.py` writes them, in the order of the rows. An arm is compared with "dense" and with the arm that
+            its name begins with, up to the first comma: the same without a branch.
+    """
+    losses = {(run["arm"], run["seed"]): [statistics.mean(levels) for levels in run["after"]] for run in runs}
+    before = {run["arm"]: statistics.mean(run["before"]) for run in runs}
+    titles = ("attention", "seeds", "loss before", "after", "against dense", "against no branch")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for arm in before:
+        seeds = [seed for name, seed in losses if name == arm]
+        mean = statistics.mean(statistics.mean(losses[arm, seed]) for seed in seeds)
+        cells = [arm, str(len(seeds)), f"{before[arm]:.4f}", f"{mean:.4f}"]
+        for other in ("dense", arm.split(",")[0]):
+            shared = [seed for seed in seeds if (other, seed) in losses and other != arm]
+            pairs = [zip(losses[arm, seed], losses[other, seed], strict=True) for seed in shared]
+            relative = [[mine / theirs - 1 for mine, theirs in pair] for pair in pairs]
+            cells.append(interval([statistics.mean(clip) for clip in zip(*relative, strict=True)]) if shared else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
