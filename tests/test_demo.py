@@ -112,7 +112,7 @@ def test_report_is_complete(report):
         *(name for name in FILES if name.startswith("blocks")),
     ):
         assert f'"{name}"' in page
-    side_by_side = read_video(folder / "side-by-side.mp4", height=2 * (96 + 28), width=3 * 128)
+    side_by_side = read_video(folder / "side-by-side.mp4", height=2 * (96 + 28), width=4 * 128)
     assert len(side_by_side) == TINY.frames
     assert [path.name for path in folder.parent.iterdir()] == ["report"]
 
