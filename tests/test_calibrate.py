@@ -142,6 +142,35 @@ def test_steps_that_no_budget_serves_are_dense_at_the_ends():
     assert found.work == pytest.approx((2 + 2 * 0.2) / 4)
 
 
+def test_heads_that_need_less_get_less():
+    work = [[0.1, 0.2, 0.5]]
+    # The first head is easy; of the second a small budget costs most of the error that is allowed.
+    shares = {0: [[4e-4, 9e-3], [1e-4, 1.5e-3], [0.0, 1e-4]], 1: [[2e-4, 9e-3], [1e-4, 1e-3], [0.0, 1e-4]]}
+    errors = {step: [sum(heads) ** 0.5 for heads in budgets] for step, budgets in shares.items()}
+    target = 2e-3**0.5
+    uniform = choose([errors], work, 2, target)
+    assert (uniform.budgets, uniform.work) == ((1,), 0.2)
+    found = choose([errors], work, 2, target, [shares])
+    assert found.budgets == ((0, 1),)
+    assert found.work == pytest.approx(0.15)
+    assert found.error == pytest.approx(max(4e-4 + 1.5e-3, 2e-4 + 1e-3) ** 0.5)
+    # No less work, no budgets by head.
+    alike = {step: [[x, x] for x in (1e-3, 1e-4, 1e-5)] for step in range(2)}
+    errors = {step: [sum(heads) ** 0.5 for heads in budgets] for step, budgets in alike.items()}
+    assert choose([errors], work, 2, target, [alike]).budgets == (0,)
+    # Where heads together are too much, the layer is dense.
+    with pytest.raises(ValueError, match="no budget saves work"):
+        choose([errors], work, 2, 1e-5, [alike])
+
+
+def test_errors_at_budgets_of_heads():
+    missed, exact = torch.tensor([[4.0, 9.0], [1.0, 2.0]]).double(), torch.tensor([16.0, 84.0]).double()
+    step = StepErrors(missed, exact, torch.ones(2), torch.zeros(2, 2))
+    assert step.at(0)[0] == pytest.approx(step.layer()[0])
+    assert step.at((0, 1)) == (pytest.approx(0.06**0.5), pytest.approx([0.5, (2 / 84) ** 0.5]))
+    assert step.shares() == [[0.04, 0.09], [0.01, 0.02]]
+
+
 def test_an_error_that_no_budget_reaches_is_refused():
     with pytest.raises(ValueError, match=r"no budget saves work within an error of 0\.001; the smallest .* is 0\.01"):
         choose([{0: [0.04, 0.01]}], [[0.2, 0.5]], 1, 0.001)
@@ -172,6 +201,11 @@ def test_settings():
         CalibrationSettings(0, TAIL)
     with pytest.raises(ValueError, match="unknown by 'heads'"):
         CalibrationSettings(0.1, TAIL, by="heads")
+    by_head = CalibrationSettings(0.1, TAIL, by="head")
+    assert by_head.at(1) == TAIL.replace(keep_ratio=0.075)
+    assert by_head.at((0, 2)) == TAIL.replace(keep_ratio=(0.05, 0.1))
+    with pytest.raises(ValueError, match=r'by="head" needs a method whose heads may keep different shares'):
+        CalibrationSettings(0.1, foveal.SLA2Config(), by="head")
     with pytest.raises(ValueError, match="min_tokens must be at least 0, got -1"):
         CalibrationSettings(0.1, TAIL, min_tokens=-1)
     assert len({c.keep_mass for c in CalibrationSettings(0.1, TAIL, by="mass").configs}) > 4
@@ -216,6 +250,19 @@ def test_the_command_writes_what_sparsify_reads(calibrated):
     assert all(0 < step["int8_error"] < 0.05 for layer in found["measured"].values() for step in layer.values())
     heads = [step["heads"] for layer in found["measured"].values() for step in layer.values()]
     assert all(len(budgets) == len(found["calibration"]["budgets"]) for budgets in heads)
+
+
+def test_the_command_writes_a_ratio_for_each_head(calibrated, tmp_path, capsys):
+    wan, _ = calibrated
+    arguments = ("calibrate", "--model", wan, "--prompt", "a cat", "--error", "0.3", "--by", "head")
+    assert cli.main([str(x) for x in (*arguments, "--output", tmp_path, *SIZE, "--device", "cpu")]) == 0
+    found = json.loads((tmp_path / "policy.json").read_text())
+    assert (found["calibration"]["by"], found["calibration"]["largest_error"] <= 0.3) == ("head", True)
+    (component,) = read_policy(tmp_path / "policy.json").values()
+    ratios = [config.keep_ratio for config in component.layers.values()]
+    assert any(isinstance(ratio, tuple) and len(set(ratio)) > 1 for ratio in ratios)
+    arguments = ("generate", "--model", wan, "--prompt", "a cat", "--policy", tmp_path / "policy.json")
+    assert cli.main([str(x) for x in (*arguments, "--output", tmp_path / "videos", *SIZE)]) == 0
 
 
 def test_generate_follows_the_policy(calibrated, tmp_path, capsys):

@@ -132,7 +132,14 @@ def run_selection() -> None:
         {"keep_ratio": 0.1, "fixed": fixed},
         {"keep_ratio": 0.1, "drop_ratio": 0.8, "fixed": fixed, "kv_lengths": torch.tensor([450, 88])},
     ]
-    for option in options:
+    ratios = {"keep_ratio": (0.1, 0.5), "fixed": fixed}
+    by_head = [
+        ratios | {"keep_mass": 0.4, "max_keep_ratio": 0.6},
+        ratios | {"drop_ratio": 0.4, "kv_lengths": torch.tensor([450, 88])},
+    ]
+    for option in options + by_head:
+        if option is by_head[0]:
+            query, key = query.repeat(1, 2, 1, 1), key.repeat(1, 2, 1, 1)
         module.fits_kernel = lambda *_: False
         expected = select_blocks(query, key, block_q=64, block_k=16, **option)
         module.fits_kernel = lambda *_: True

@@ -25,6 +25,7 @@ CASES = {
 RULES = {
     "sinks": {"topk": 2, "sink_frames": 1, "tile": (2, 2, 4)},
     "window": {"topk": 1, "window": (1, 2, 1), "tile": (2, 2, 4)},
+    "heads": {"keep_ratio": (0.1, 0.6), "tile": (2, 2, 4)},
     "mass": {"topk": 1, "keep_mass": 0.5, "max_keep_ratio": 0.9, "tile": (2, 2, 4)},
 }
 
@@ -170,6 +171,7 @@ def main(names) -> None:
             [
                 "selection: partial cubes: sinks",
                 "selection: partial cubes: mass",
+                "selection: partial cubes: heads",
                 "selection: text with padding: window",
             ],
             id="selection by rules",

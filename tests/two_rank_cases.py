@@ -109,9 +109,9 @@ def exchange_is_a_permutation():
         raises("even shards", lambda: Shards(dist.group.WORLD, uneven=True).send(whole[:, :, :4], 6, 1))
 
 
-def own_modules(name):
+def own_modules(name, **fields):
     """`context_parallel_attention` on shards of 105 tokens: outputs, gradients of the inputs and of the parameters."""
-    config, grid, rank = CONFIGS[name], VideoGrid(3, 5, 7), dist.get_rank()
+    config, grid, rank = CONFIGS[name].replace(**fields), VideoGrid(3, 5, 7), dist.get_rank()
     torch.manual_seed(0)
     if isinstance(config, SLAConfig):
         module = SparseLinearAttention(8, config).double()
@@ -155,17 +155,17 @@ def gather_uneven(tensor, dim, group):
     return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim)
 
 
-def wan(name, *, latent, checkpointing=False, sparse_first=True, **settings):
+def wan(name, *, latent, checkpointing=False, sparse_first=True, ratios=None, **settings):
     """Wan under `enable_parallelism`: output and the gradients of all parameters."""
-    fed = inputs(**latent)
+    fed, config = inputs(**latent), CONFIGS[name] if ratios is None else CONFIGS[name].replace(keep_ratio=ratios)
     single, model = (tiny_transformer() for _ in range(2))
-    foveal.sparsify(single, CONFIGS[name])
+    foveal.sparsify(single, config)
     if sparse_first:
-        foveal.sparsify(model, CONFIGS[name])
+        foveal.sparsify(model, config)
         parallel(model, **settings)
     else:
         parallel(model, **settings)
-        foveal.sparsify(model, CONFIGS[name])
+        foveal.sparsify(model, config)
     randomize(single)
     randomize(model)
     if checkpointing:
@@ -681,6 +681,11 @@ CONTEXT_PARALLEL = {
     "exchange": exchange_is_a_permutation,
     **{f"own modules, {name}": lambda name=name: own_modules(name) for name in CONFIGS},
     **{f"wan, {name}": lambda name=name: wan(name, latent=EVEN) for name in CONFIGS},
+    **{
+        f"own modules, ratios by head, {name}": lambda name=name: own_modules(name, keep_ratio=(0.1, 0.6, 0.3, 0.5))
+        for name in ("sla", "vsa")
+    },
+    "wan, ratios by head, sla": lambda: wan("sla", latent=EVEN, ratios=(0.1, 0.6)),
     "wan, uneven": wan_uneven,
     "wan, dense again": wan_dense_again,
     "wan, compiled": lambda: wan_compiled("vsa"),

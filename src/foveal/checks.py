@@ -127,6 +127,17 @@ def check_ratio(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
+def check_head_ratios(name: str, value: Any) -> None:
+    """Raise a TypeError or ValueError unless this is a number in [0, 1], or a tuple of them, one for each head."""
+    if not isinstance(value, tuple):
+        check_ratio(name, value)
+        return
+    if not value:
+        raise ValueError(f"{name} must be a number in [0, 1], or a tuple of one for each head, got ()")
+    for head, ratio in enumerate(value):
+        check_ratio(f"{name}[{head}]", ratio)
+
+
 def check_triple(name: str, value: Any) -> None:
     if not isinstance(value, tuple) or len(value) != 3:
         raise TypeError(f"{name} must be a tuple of three ints (frames, height, width), got {value!r}")

@@ -31,6 +31,25 @@ def count_up(ratio: float, total: int) -> int:
     return ceil_div(total * round(ratio * 10**12) - 10**6, 10**12)
 
 
+def ratios_of(keep_ratio: float | Sequence[float]) -> tuple[float, ...]:
+    """The ratio of each head; of all heads, if there is only one."""
+    return tuple(keep_ratio) if isinstance(keep_ratio, Sequence) else (keep_ratio,)
+
+
+def mean_ratio(keep_ratio: float | Sequence[float]) -> float:
+    """The mean over heads."""
+    ratios = ratios_of(keep_ratio)
+    return ratios[0] if len(set(ratios)) == 1 else sum(ratios) / len(ratios)
+
+
+def check_heads(keep_ratio: float | Sequence[float] | None, heads: int) -> None:
+    """Raise a ValueError unless there is a ratio for each head, or one for all."""
+    if isinstance(keep_ratio, Sequence) and len(keep_ratio) != heads:
+        raise ValueError(
+            f"keep_ratio must be a number, or a tuple of one for each of the {heads} heads, got {len(keep_ratio)}"
+        )
+
+
 class FixedBlocks(NamedTuple):
     """Key blocks that rows keep whatever their scores, beside those picked: the same for all samples and heads.
 
@@ -135,7 +154,7 @@ def rule_of(
         fixed: what rows keep beside what they pick.
     """
     limits = Limits() if limits is None else limits
-    ratios = tuple(keep_ratio) if isinstance(keep_ratio, Sequence) else (keep_ratio or 0.0,)
+    ratios = (0.0,) if keep_ratio is None else ratios_of(keep_ratio)
     most_ratio = None if keep_mass is None else max_keep_ratio
     kept = num_critical(columns, max(ratios), topk, round_up)
     width = _list_width(columns, kept, limits, most_ratio, fixed)
@@ -176,6 +195,7 @@ def selection_rule(
     **rule: Any,
 ) -> SelectionRule:
     """The rule of `select_blocks`, with the same arguments and errors; `rule` is what `rule_of` takes beside limits."""
+    check_heads(rule["keep_ratio"], query.shape[1])
     limits = limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries)
     columns = ceil_div(key.shape[2], block_k)
     return rule_of(columns, key.device, block_q=block_q, block_k=block_k, limits=limits, **rule)

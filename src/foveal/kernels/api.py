@@ -14,6 +14,7 @@ from foveal.blocks import BlockSelection
 from foveal.checks import (
     cached_constant,
     check_choice,
+    check_head_ratios,
     check_positive_int,
     check_ratio,
     check_scale,
@@ -23,7 +24,7 @@ from foveal.checks import (
 from foveal.kernels import chips, int8
 from foveal.kernels.backend import name_of
 from foveal.kernels.choice import check_rule, choose_blocks
-from foveal.rules import FixedBlocks, SelectionRule, selection_rule
+from foveal.rules import FixedBlocks, SelectionRule, ratios_of, selection_rule
 from foveal.symbols import ceil_div
 
 IMPLS = ("auto", "reference", "torch", "triton", "gluon")
@@ -230,7 +231,7 @@ def select_blocks(
     *,
     block_q: int,
     block_k: int,
-    keep_ratio: float,
+    keep_ratio: float | tuple[float, ...],
     drop_ratio: float = 0.0,
     scale: float | None = None,
     kv_lengths: Tensor | None = None,
@@ -251,7 +252,7 @@ def select_blocks(
         query: [B, H, Lq, D], floating point, any strides.
         key: [B, H, Lk, D].
         block_q, block_k: block sizes in tokens; the last block may be partial.
-        keep_ratio, drop_ratio: in [0, 1], together at most 1.
+        keep_ratio, drop_ratio: in [0, 1], together at most 1. A tuple of one keep_ratio for each head lets them differ.
         scale: softmax scale; None for 1 / sqrt(D).
         kv_lengths: int [B], valid keys at the front of each sample, at most Lk; the rest is padding. The ratios
             then count each sample's own blocks.
@@ -283,9 +284,9 @@ def select_blocks(
         raise ValueError(f"query and key must be on one device, got {query.device} and {key.device}")
     check_positive_int("block_q", block_q)
     check_positive_int("block_k", block_k)
-    check_ratio("keep_ratio", keep_ratio)
+    check_head_ratios("keep_ratio", keep_ratio)
     check_ratio("drop_ratio", drop_ratio)
-    if keep_ratio + drop_ratio > 1.0 + 1e-9:
+    if max(ratios_of(keep_ratio)) + drop_ratio > 1.0 + 1e-9:
         raise ValueError(f"keep_ratio + drop_ratio must be at most 1, got {keep_ratio} + {drop_ratio}")
     check_rule(score, keep_mass, max_keep_ratio, keep_ratio, block_q, block_k)
     scale = check_scale(scale, query.shape[-1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor
 from foveal.blocks import PARTS, pick_by_rule, pool_blocks, pooled_scores, quarter_sizes
 from foveal.checks import cached_constant, check_choice, check_ratio
 from foveal.kernels.values import flatten, unflatten
-from foveal.rules import SelectionRule
+from foveal.rules import SelectionRule, ratios_of
 from foveal.symbols import ceil_div
 
 SCORES = ("mean", "log_sum_exp", "mean_spread")
@@ -25,7 +26,11 @@ MOST_SCORES = 2**26  # that are sorted at a time; each takes about 24 bytes
 
 
 def check_rule(
-    score: str, keep_mass: float | None, max_keep_ratio: float, keep_ratio: float | None, *blocks: int
+    score: str,
+    keep_mass: float | None,
+    max_keep_ratio: float,
+    keep_ratio: float | Sequence[float] | None,
+    *blocks: int,
 ) -> None:
     """Raises a TypeError or ValueError unless these choose blocks of these sizes, see `select_blocks`."""
     check_choice("score", score, SCORES)
@@ -37,7 +42,7 @@ def check_rule(
         check_ratio("keep_mass", keep_mass)
         if keep_mass == 0.0:
             raise ValueError("keep_mass must be above 0; None keeps no more than keep_ratio")
-        if keep_ratio is not None and keep_ratio > max_keep_ratio:
+        if keep_ratio is not None and max(ratios_of(keep_ratio)) > max_keep_ratio:
             raise ValueError(
                 f"keep_ratio is the least that keep_mass keeps, and must be at most max_keep_ratio, got {keep_ratio} "
                 f"and {max_keep_ratio}"

@@ -267,7 +267,8 @@ class Calibrate(Command):
     """The largest relative error of a layer's output in a step where it is sparse."""
     method: Annotated[str, Doc(f"{' or '.join(METHODS)}.")] = "sla"
     by: str = "ratio"
-    """What is chosen for each layer: a ratio of the blocks, or a mass, so that heads and rows keep what they need."""
+    """What is chosen for each layer: ratio, a share of the blocks; head, one for each of its heads; or mass, so that
+    heads and rows keep what they need."""
     score: str | None = None
     """What the method ranks blocks by: mean, mean_spread, or log_sum_exp over their quarters."""
     token_order: str | None = None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from foveal.checks import check_choice
 from foveal.layout import VideoGrid
 from foveal.methods.config import MethodConfig
+from foveal.rules import mean_ratio
 
 if TYPE_CHECKING:
     from foveal.methods.bench import BenchCase
@@ -72,8 +73,8 @@ class Schedule:
     keep: Callable[[Config, float], Config] = _keep_ratio
 
     def amount(self, config: Config) -> float:
-        """How much a configuration keeps, in the unit of its field `kept`."""
-        return getattr(config, self.kept(config))
+        """How much a configuration keeps, in the unit of its field `kept`; on average over heads where they differ."""
+        return mean_ratio(getattr(config, self.kept(config)))
 
 
 def _run(

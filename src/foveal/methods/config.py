@@ -34,6 +34,11 @@ class MethodConfig:
         """What `from_dict` makes of the fields in a saved file, which an older version may have written."""
         return cls.from_dict(fields)
 
+    def of_heads(self, start: int, stop: int) -> Self:
+        """The configuration of only some of a layer's heads, where it says something for each head."""
+        ratio = getattr(self, "keep_ratio", None)
+        return self.replace(keep_ratio=ratio[start:stop]) if isinstance(ratio, tuple) else self
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from foveal.layout import TokenLayout, VideoGrid
-from foveal.methods.base import METHODS, method_of
+from foveal.methods.base import METHODS, Config, method_of
 
 # Families whose transformers diffusers can shard, and whose sharded attention the tests cover.
 FAMILIES_WITH_PLAN = ("wan", "ltx_video", "flux", "minimax_h3")
@@ -157,6 +157,10 @@ class Shards:
             arrived = _video_first(arrived.split(counts), sizes)
         return arrived.permute(1, 2, 0, 3)
 
+    def of_heads(self, config: Config, heads: int) -> Config:
+        """A layer's configuration for the heads that `receive` gives this rank, so many."""
+        return config.of_heads(self.rank * heads, (self.rank + 1) * heads)
+
     def to_tokens(self, x: Tensor, sizes: list[int]) -> Tensor:
         """This rank's tokens of all heads, [B, H, l, D], from all tokens of its heads, [B, h, L, D].
 
@@ -219,7 +223,8 @@ def context_parallel_attention(
     gates = send_gates(attention, hidden_states, grid, shards)
     query, key, value = (shards.receive(x, grid.num_tokens) for x in under_way)
     gates = receive_gates(gates, grid, shards)
-    output = method_of(attention.config).run(attention, query, key, value, None, grid, gates=gates)
+    config = shards.of_heads(attention.config, query.shape[1])
+    output = method_of(config).run(attention, query, key, value, None, grid, config=config, gates=gates)
     return shards.to_tokens(output, shards.sizes(grid.num_tokens))
 
 

@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from foveal.checks import check_ratio
+from foveal.checks import check_head_ratios, check_ratio
 from foveal.methods.base import Config
+from foveal.methods.choosing import ratio_cell
 from foveal.models.families.table import components_of, family_of
 from foveal.models.layers import choose_layers
 from foveal.models.processor import sparse_processors, state_of
@@ -26,7 +27,8 @@ from foveal.models.schedules import TIMESTEP_SCALES, TimestepScale, calling_pipe
 from foveal.models.state import Phase
 
 Model = TypeVar("Model")
-Table = tuple[tuple[float, float], ...]
+Ratio = float | tuple[float, ...]  # of all heads, or of each
+Table = tuple[tuple[float, Ratio], ...]
 
 # A function of the timestep is tabulated here: the timesteps of diffusers' schedulers.
 TABULATED = range(1001)
@@ -60,7 +62,8 @@ class Policy:
         keep_ratio, drop_ratio: instead of those of the layers' configurations, by timestep. Either a table, {0: 0.1,
             800: 0.3} for 0.1 below timestep 800 and 0.3 from there on, where timesteps below the first entry leave
             only the configuration; or a function of the timestep, which is called at 0, 1, ... 1000 right away and
-            kept as a table. `keep_ratio` takes the place of a `topk`. `drop_ratio` is SLA's.
+            kept as a table. `keep_ratio` takes the place of a `topk`, and may be a tuple of one ratio for each head.
+            `drop_ratio` is SLA's.
         min_tokens: forwards of videos of fewer tokens are dense; protected segments do not count.
 
     Raises:
@@ -72,7 +75,7 @@ class Policy:
     dense_above: float | None = None
     dense_below: float | None = None
     dense_layers: tuple[int | str, ...] = ()
-    keep_ratio: Mapping[float, float] | Callable[[float], float] | Table | None = None
+    keep_ratio: Mapping[float, Ratio] | Callable[[float], Ratio] | Table | None = None
     drop_ratio: Mapping[float, float] | Callable[[float], float] | Table | None = None
     min_tokens: int = 0
 
@@ -168,7 +171,7 @@ class Policy:
         for name in ("keep_ratio", "drop_ratio"):
             table = getattr(self, name)
             if table is not None:
-                shown = [f"{ratio:g} from {timestep:g}" for timestep, ratio in table[:3]]
+                shown = [f"{ratio_cell(ratio)} from {timestep:g}" for timestep, ratio in table[:3]]
                 more = [f"and {len(table) - 3} more"] if len(table) > 3 else []
                 parts.append(f"{name}: {', '.join(shown + more)}")
         return "; ".join(parts) or "none"
@@ -360,7 +363,7 @@ def _as_table(name: str, given: Any) -> Table | None:
     if given is None:
         return None
     if callable(given):
-        pairs = [(float(timestep), given(float(timestep))) for timestep in TABULATED]
+        pairs = [(timestep, given(float(timestep))) for timestep in TABULATED]
     else:
         if isinstance(given, Mapping):
             given = given.items()
@@ -374,19 +377,20 @@ def _as_table(name: str, given: Any) -> Table | None:
         raise ValueError(f"{name} is an empty table; None leaves the configurations' ratios")
     for timestep, ratio in pairs:
         _check_timestep(f"{name} entry", timestep)
-        check_ratio(f"{name} at timestep {timestep:g}", ratio)
-    pairs.sort()
+        check = check_head_ratios if name == "keep_ratio" else check_ratio
+        check(f"{name} at timestep {timestep:g}", tuple(ratio) if isinstance(ratio, list) else ratio)
+    pairs.sort(key=lambda pair: pair[0])
     times = [timestep for timestep, _ in pairs]
     if len(set(times)) < len(times):
         raise ValueError(f"{name} has a timestep twice, got {sorted(t for t in set(times) if times.count(t) > 1)}")
     return tuple(
-        (float(timestep), float(ratio))
+        (float(timestep), tuple(map(float, ratio)) if isinstance(ratio, tuple | list) else float(ratio))
         for index, (timestep, ratio) in enumerate(pairs)
         if index == 0 or ratio != pairs[index - 1][1]
     )
 
 
-def _at(table: Table | None, timestep: float | None) -> float | None:
+def _at(table: Table | None, timestep: float | None) -> Ratio | None:
     """A table's ratio at a timestep; None before its first entry."""
     if table is None or timestep is None:
         return None

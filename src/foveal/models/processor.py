@@ -177,7 +177,7 @@ class SparseAttentionProcessor(nn.Module):
             gates, hidden_states = send_gates(self.attention, hidden_states, tokens, shards), None
         query, key, value = map(receive, (query, key, value))
         if shards is not None:
-            gates = receive_gates(gates, tokens, shards)
+            gates, config = receive_gates(gates, tokens, shards), shards.of_heads(config, query.shape[1])
         output = method.run(self.attention, query, key, value, hidden_states, tokens, kv_lengths, config, gates)
         if may_note():
             self.record.ran = getattr(self.attention, "ran", UNTOLD)

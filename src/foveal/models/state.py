@@ -35,19 +35,21 @@ class Phase(NamedTuple):
     """
 
     dense: bool = False
-    keep_ratio: float | None = None
+    keep_ratio: float | tuple[float, ...] | None = None
     drop_ratio: float | None = None
     why: str | None = None
 
     def as_text(self) -> tuple[str, str, str]:
         """The fields that layers follow as text, for `from_text`."""
-        return str(self.dense), str(self.keep_ratio), str(self.drop_ratio)
+        keep = ",".join(map(str, self.keep_ratio)) if isinstance(self.keep_ratio, tuple) else str(self.keep_ratio)
+        return str(self.dense), keep, str(self.drop_ratio)
 
     @classmethod
     def from_text(cls, fields: tuple[str, str, str]) -> Phase:
         """The inverse of `as_text`."""
-        ratios = (None if text == "None" else float(text) for text in fields[1:])
-        return cls(fields[0] == "True", *ratios)
+        ratios = [None if text == "None" else tuple(map(float, text.split(","))) for text in fields[1:]]
+        keep, drop = (x[0] if x is not None and len(x) == 1 else x for x in ratios)
+        return cls(fields[0] == "True", keep, drop)
 
     def apply(self, config: Config) -> Config:
         """A layer's configuration with these ratios."""

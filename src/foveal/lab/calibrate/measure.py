@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.dense import dense_attention
+from foveal.lab.calibrate.choose import Budget
 from foveal.lab.inspect.probe import Progress, watch
 from foveal.lab.inspect.statistics import int8_squares
 from foveal.layout import TokenLayout, VideoGrid
@@ -50,6 +51,18 @@ class StepErrors:
     def heads(self) -> Tensor:
         """The relative error of each head, [budgets, H]."""
         return (self.missed / self.exact.clamp_min(1e-300)).sqrt()
+
+    def shares(self) -> list[list[float]]:
+        """What each head adds to the square of the layer's relative error, [budgets][H]."""
+        return (self.missed / self.exact.sum().clamp_min(1e-300)).tolist()
+
+    def at(self, budget: Budget) -> tuple[float, list[float]]:
+        """The relative error of the layer and of each head, at one budget for all heads or at one for each."""
+        heads = range(self.missed.shape[1])
+        chosen = [budget] * len(heads) if isinstance(budget, int) else budget
+        missed = torch.stack([self.missed[index, head] for index, head in zip(chosen, heads, strict=True)])
+        layer = (missed.sum() / self.exact.sum().clamp_min(1e-300)).sqrt()
+        return float(layer), (missed / self.exact.clamp_min(1e-300)).sqrt().tolist()
 
     def layer(self) -> list[float]:
         """The relative error of the whole layer's output, by budget."""

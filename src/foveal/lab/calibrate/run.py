@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from foveal.checks import check_choice
-from foveal.lab.calibrate.choose import Choice, choose, least_tokens
+from foveal.lab.calibrate.choose import Budget, Choice, choose, least_tokens
 from foveal.lab.calibrate.measure import LayerErrors, measure
 from foveal.lab.generate.run import GenerationSettings, environment
 from foveal.lab.generate.sparse import configs_of
 from foveal.lab.pipelines import LoadedPipeline, step_callback
+from foveal.layout import VideoGrid
 from foveal.methods.base import METHODS, Config, method_of
 from foveal.models.families.table import components_of, family_of
 from foveal.models.files.policy_file import ComponentPolicy, policy_text
@@ -26,7 +27,7 @@ from foveal.output_folder import OutputFolder
 POLICY_FILE = "policy.json"
 RATIOS = (0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)
 MASSES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
-BUDGETS = {"ratio": RATIOS, "mass": MASSES}
+BUDGETS = {"ratio": RATIOS, "head": RATIOS, "mass": MASSES}
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class CalibrationSettings:
     Args:
         error: the largest relative error of a layer's output in a step where it is sparse.
         config: the configuration whose budget is varied; see `training_free`.
-        by: "ratio" gives each layer a `keep_ratio`; "mass" a `keep_mass`, so that heads and rows keep as many blocks as
-            each of them needs.
+        by: "ratio" gives each layer a `keep_ratio`; "head" gives it one for each head, if that is less work; "mass" a
+            `keep_mass`, so that heads and rows keep as many blocks as each of them needs.
         min_tokens: of the policy; None for where sparse attention begins to be less work than dense attention.
 
     Raises:
@@ -55,6 +56,11 @@ class CalibrationSettings:
         if not 0 < self.error < 1:
             raise ValueError(f"error must be above 0 and below 1, got {self.error}")
         check_choice("by", self.by, tuple(BUDGETS))
+        if self.by == "head":
+            try:
+                self.of_heads((0, 1))
+            except TypeError as error:
+                raise ValueError(f'by="head" needs a method whose heads may keep different shares: {error}') from None
         if self.min_tokens is not None:
             Policy(min_tokens=self.min_tokens)
 
@@ -62,10 +68,18 @@ class CalibrationSettings:
     def configs(self) -> list[Config]:
         """The configurations to measure, one for each budget."""
         method = method_of(self.config)
-        if self.by == "ratio":
+        if self.by in ("ratio", "head"):
             return [method.follow(self.config, keep_ratio=ratio) for ratio in RATIOS]
         least = method.follow(self.config, keep_ratio=RATIOS[0])
         return [least.replace(keep_mass=mass, max_keep_ratio=RATIOS[-1]) for mass in MASSES]
+
+    def of_heads(self, budgets: tuple[int, ...]) -> Config:
+        """The configuration with a budget for each head."""
+        return method_of(self.config).follow(self.config, keep_ratio=tuple(RATIOS[budget] for budget in budgets))
+
+    def at(self, budget: Budget) -> Config:
+        """The configuration of a budget, of all heads or of each."""
+        return self.configs[budget] if isinstance(budget, int) else self.of_heads(budget)
 
 
 def training_free(method: str, **fields: Any) -> Config:
@@ -172,7 +186,7 @@ def write_policy(
         FileExistsError, ValueError: as in `calibrate`.
     """
     arguments = generation.call_arguments(loaded)
-    chosen = choose_budgets(layers, settings.configs, arguments["num_inference_steps"], settings.error)
+    chosen = choose_budgets(layers, settings, arguments["num_inference_steps"])
     facts = {
         "model": loaded.source,
         "revision": loaded.revision,
@@ -180,24 +194,32 @@ def write_policy(
         "environment": environment(loaded.device),
         **facts,
     }
-    text = describe(loaded.pipe, layers, settings.configs, chosen, settings, facts)
+    text = describe(loaded.pipe, layers, chosen, settings, facts)
     folder = OutputFolder(output, "calibrate")
     with folder.writing(POLICY_FILE) as aside:
         aside.write_text(text + "\n", encoding="utf-8")
     return folder.path / POLICY_FILE, chosen
 
 
-def choose_budgets(layers: Sequence[LayerErrors], configs: Sequence[Config], steps: int, error: float) -> Choice:
+def choose_budgets(layers: Sequence[LayerErrors], settings: CalibrationSettings, steps: int) -> Choice:
     """`choose` for what was measured."""
     errors = [{step: found.layer() for step, found in layer.steps.items()} for layer in layers]
-    work = [[layer.work(config, index) for index, config in enumerate(configs)] for layer in layers]
-    return choose(errors, work, steps, error)
+    work = [[layer.work(config, index) for index, config in enumerate(settings.configs)] for layer in layers]
+    shares = None
+    if settings.by == "head":
+        shares = [{step: found.shares() for step, found in layer.steps.items()} for layer in layers]
+    return choose(errors, work, steps, settings.error, shares)
+
+
+def _work(layer: LayerErrors, budget: Budget, settings: CalibrationSettings, grid: VideoGrid) -> float:
+    """What a layer takes on another grid, over dense attention."""
+    indices = (budget,) if isinstance(budget, int) else budget
+    return sum(layer.work(settings.at(index), index, grid) for index in indices) / len(indices)
 
 
 def describe(
     model: Any,
     layers: Sequence[LayerErrors],
-    configs: Sequence[Config],
     chosen: Choice,
     settings: CalibrationSettings,
     facts: dict[str, Any],
@@ -207,14 +229,14 @@ def describe(
     min_tokens = settings.min_tokens
     if min_tokens is None:
         min_tokens = least_tokens(
-            sparse[0][0].grid, lambda grid: max(layer.work(configs[budget], budget, grid) for layer, budget in sparse)
+            sparse[0][0].grid, lambda grid: max(_work(layer, budget, settings, grid) for layer, budget in sparse)
         )
     policy = Policy(
         dense_first_steps=chosen.dense_first_steps, dense_last_steps=chosen.dense_last_steps, min_tokens=min_tokens
     )
     components = {}
     for name, transformer in components_of(model).items():
-        found = {layer.layer: configs[budget] for layer, budget in sparse if layer.component == name}
+        found = {layer.layer: settings.at(budget) for layer, budget in sparse if layer.component == name}
         if found:
             components[name] = ComponentPolicy(family_of(transformer).name, found, policy)
     measured = {
@@ -261,7 +283,9 @@ def table(layers: Sequence[LayerErrors], chosen: Choice, settings: CalibrationSe
             lines.append(f"{name:<32}{'dense':>8}")
             continue
         seen = [found for step, found in layer.steps.items() if step in sparse]
-        error, head = max(x.layer()[budget] for x in seen), max(float(x.heads()[budget].max()) for x in seen)
+        error, head = max(x.at(budget)[0] for x in seen), max(max(x.at(budget)[1]) for x in seen)
+        indices = (budget,) if isinstance(budget, int) else budget
+        mean = sum(BUDGETS[settings.by][index] for index in indices) / len(indices)
         int8 = max(x.int8_error() for x in seen)
-        lines.append(f"{name:<32}{BUDGETS[settings.by][budget]:>8g}{error:>8.3f}{head:>12.3f}{int8:>12.4f}")
+        lines.append(f"{name:<32}{mean:>8.3g}{error:>8.3f}{head:>12.3f}{int8:>12.4f}")
     return "\n".join(lines)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from foveal.checks import check_choice, check_positive_int, check_ratio
+from foveal.checks import check_choice, check_head_ratios, check_positive_int, check_ratio
 from foveal.kernels.int8 import PRECISIONS
 from foveal.methods.choosing import check_choosing
 from foveal.methods.config import MethodConfig
+from foveal.rules import mean_ratio, ratios_of
 
 FEATURE_MAPS = ("softmax", "elu", "relu", "hedgehog")
 LINEAR_SCOPES = ("marginal", "noncritical", "all", "none")
@@ -22,7 +23,7 @@ class SLAConfig(MethodConfig):
 
     Args:
         keep_ratio: fraction of key blocks that each query block attends to exactly (critical; the paper's k_h).
-            `sparsity` is 1 - keep_ratio. With 0 only the linear branch is left.
+            `sparsity` is 1 - keep_ratio. With 0 only the linear branch is left. A tuple has one for each head.
         drop_ratio: fraction that is skipped altogether (negligible; k_l).
         block_q, block_k: block sizes in tokens. The GPU kernels take 64 and 128; `impl="torch"` takes any.
         feature_map: phi of the linear branch: "softmax" (over the head dimension), "elu" (elu + 1), "relu",
@@ -50,7 +51,7 @@ class SLAConfig(MethodConfig):
         TypeError, ValueError: naming the field, what was expected and what came.
     """
 
-    keep_ratio: float = 0.05
+    keep_ratio: float | tuple[float, ...] = 0.05
     drop_ratio: float = 0.10
     block_q: int = 64
     block_k: int = 64
@@ -67,9 +68,9 @@ class SLAConfig(MethodConfig):
     window: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
-        check_ratio("keep_ratio", self.keep_ratio)
+        check_head_ratios("keep_ratio", self.keep_ratio)
         check_ratio("drop_ratio", self.drop_ratio)
-        if self.keep_ratio + self.drop_ratio > 1.0 + 1e-9:
+        if max(ratios_of(self.keep_ratio)) + self.drop_ratio > 1.0 + 1e-9:
             raise ValueError(
                 f"keep_ratio + drop_ratio must be at most 1, got {self.keep_ratio} + {self.drop_ratio}; "
                 "they are fractions of the same key blocks"
@@ -89,13 +90,13 @@ class SLAConfig(MethodConfig):
             )
         if not isinstance(self.projection, bool):
             raise TypeError(f"projection must be a bool, got {self.projection!r}")
-        if self.keep_ratio == 0.0 and self.linear_scope == self.tail == "none":
+        if min(ratios_of(self.keep_ratio)) == 0.0 and self.linear_scope == self.tail == "none":
             raise ValueError('keep_ratio=0 with linear_scope="none" leaves neither branch: nothing would be computed')
 
     @property
     def sparsity(self) -> float:
-        """1 - keep_ratio."""
-        return 1.0 - self.keep_ratio
+        """1 - keep_ratio, on average over the heads."""
+        return 1.0 - mean_ratio(self.keep_ratio)
 
     def tile_for(self, grid: Any) -> tuple[int, int, int] | None:
         """The cube that tokens are sorted by on a `VideoGrid`, or None for raster order."""

@@ -8,8 +8,7 @@ from foveal.methods.choosing import mean_kept
 from foveal.methods.cost import FLOAT32_BYTES, INDEX_BYTES, AttentionShape, CostPart
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.feature_maps import feature_dim
-from foveal.methods.sla.order import fixed_of
-from foveal.rules import num_critical
+from foveal.methods.sla.order import fixed_of, picked_by_head
 
 
 def cost_parts(config: SLAConfig, shape: AttentionShape) -> tuple[CostPart, ...]:
@@ -38,7 +37,7 @@ def cost_parts(config: SLAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
     columns = ranked + protected
     padded_queries, padded_keys = rows * config.block_q, columns * config.block_k
     fixed = fixed_of(config, shape.grid, torch.device("cpu"))
-    critical = mean_kept(num_critical(ranked, config.keep_ratio, None), ranked, fixed) + protected
+    critical = mean_kept(picked_by_head(config, ranked), ranked, fixed) + protected
     masked = config.linear_scope in ("marginal", "noncritical")
 
     query_bytes = pairs * query_length * head_dim * dtype_bytes

@@ -6,16 +6,17 @@ from torch import Tensor, nn
 
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Method, Schedule, SummaryCells, blocks_cell
-from foveal.methods.choosing import keep_cell, rows_alike
+from foveal.methods.choosing import keep_cell, known_on_host, mean_kept, ratio_cell, scaled
 from foveal.methods.sla.attention import SparseLinearAttention
 from foveal.methods.sla.bench import CASES
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.cost import cost_parts
-from foveal.methods.sla.order import plan
-from foveal.rules import num_critical
+from foveal.methods.sla.order import picked_by_head, plan
+from foveal.rules import check_heads, ratios_of
 
 
 def _build(config: SLAConfig, hidden_dim: int, num_heads: int, head_dim: int, impl: str) -> SparseLinearAttention:
+    check_heads(config.keep_ratio, num_heads)
     return SparseLinearAttention(head_dim, config, impl=impl)
 
 
@@ -42,7 +43,7 @@ def _idle(module: SparseLinearAttention, hidden_states: Tensor) -> tuple[Tensor 
 
 def _cells(config: SLAConfig, grid: VideoGrid | None) -> SummaryCells:
     blocks = f"{config.block_q}x{config.block_k}" + (" tile" if config.token_order == "tile" else "")
-    keep = keep_cell(f"{config.keep_ratio:g}", config)
+    keep = keep_cell(ratio_cell(config.keep_ratio), config)
     return SummaryCells(keep, f"{config.drop_ratio:g}", config.linear_scope, blocks_cell(blocks, config.precision))
 
 
@@ -51,16 +52,17 @@ def _key_blocks(config: SLAConfig, grid: VideoGrid) -> tuple[int, str]:
 
 
 def _kept_blocks(config: SLAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int] | None:
-    if not rows_alike(config):
+    if not known_on_host(config):
         return None
     blocks, _ = _key_blocks(config, grid)
-    return num_critical(blocks, config.keep_ratio, None), blocks
+    return mean_kept(picked_by_head(config, blocks), blocks), blocks
 
 
 def _keep(config: SLAConfig, ratio: float) -> SLAConfig:
-    ratio = min(1.0, ratio)
-    most = config.max_keep_ratio if config.keep_mass is None else max(ratio, config.max_keep_ratio)
-    return config.replace(keep_ratio=ratio, drop_ratio=min(config.drop_ratio, 1 - ratio), max_keep_ratio=most)
+    ratio = scaled(config.keep_ratio, ratio)
+    highest = max(ratios_of(ratio))
+    most = config.max_keep_ratio if config.keep_mass is None else max(highest, config.max_keep_ratio)
+    return config.replace(keep_ratio=ratio, drop_ratio=min(config.drop_ratio, 1 - highest), max_keep_ratio=most)
 
 
 SLA = Method(

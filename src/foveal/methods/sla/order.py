@@ -9,7 +9,7 @@ from foveal.fixed_blocks import fixed_blocks
 from foveal.layout import VideoGrid
 from foveal.methods.choosing import fixes_blocks
 from foveal.methods.sla.config import SLAConfig
-from foveal.rules import FixedBlocks
+from foveal.rules import FixedBlocks, num_critical, ratios_of
 from foveal.token_order import TileOrder, tile_indices
 
 
@@ -29,6 +29,11 @@ def fixed_of(config: SLAConfig, grid: VideoGrid | None, device: torch.device) ->
     rule = (config.block_q, config.block_k), config.sink_frames, config.window, device
     question = "sla, fixed blocks", config.token_order, *rule
     return grid.answer(question, lambda: fixed_blocks(grid.shape, config.tile_for(grid), *rule))
+
+
+def picked_by_head(config: SLAConfig, blocks: int) -> list[int]:
+    """How many of so many key blocks the rows of each head pick; one number for all heads if they are alike."""
+    return [num_critical(blocks, ratio, None) for ratio in ratios_of(config.keep_ratio)]
 
 
 def plan(config: SLAConfig, grid: VideoGrid, device: torch.device) -> None:

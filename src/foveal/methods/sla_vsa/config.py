@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from foveal.checks import check_choice
+from foveal.checks import check_choice, check_ratio
 from foveal.methods.config import MethodConfig
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.vsa.config import VSAConfig
@@ -40,6 +40,8 @@ class SLAVSAConfig(MethodConfig):
     feature_map: str = "softmax"
 
     def __post_init__(self) -> None:
+        if self.topk is None:
+            check_ratio("keep_ratio", self.keep_ratio)
         object.__setattr__(self, "keep_ratio", self.cubes.keep_ratio)
         check_choice("linear_scope", self.linear_scope, LINEAR_SCOPES)
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)

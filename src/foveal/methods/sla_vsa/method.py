@@ -11,7 +11,7 @@ from foveal.methods.sla_vsa.attention import SparseLinearVideoAttention
 from foveal.methods.sla_vsa.bench import CASES
 from foveal.methods.sla_vsa.config import SLAVSAConfig
 from foveal.methods.sla_vsa.cost import cost_parts
-from foveal.methods.vsa.layout import cube_order, kept_cubes, resolve_tile
+from foveal.methods.vsa.layout import cube_order, picked_by_head, resolve_tile
 from foveal.methods.vsa.method import VSA
 from foveal.token_order import TileOrder
 
@@ -61,7 +61,7 @@ def _key_blocks(config: SLAVSAConfig, grid: VideoGrid) -> tuple[int, str]:
 
 def _kept_blocks(config: SLAVSAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int]:
     cubes, _ = _key_blocks(config, grid)
-    return kept_cubes(config.cubes, cubes, packed=packed), cubes
+    return picked_by_head(config.cubes, cubes, packed=packed)[0], cubes
 
 
 def _plan(config: SLAVSAConfig, grid: VideoGrid, device: torch.device) -> TileOrder:

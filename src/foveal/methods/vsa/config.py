@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from foveal.checks import check_choice, check_positive_int, check_ratio, check_triple
+from foveal.checks import check_choice, check_head_ratios, check_positive_int, check_triple
 from foveal.kernels.int8 import PRECISIONS
 from foveal.methods.choosing import check_choosing
 from foveal.methods.config import MethodConfig
+from foveal.rules import mean_ratio, ratios_of
 
 ROUNDINGS = ("up", "down")
 
@@ -19,7 +20,8 @@ class VSAConfig(MethodConfig):
 
     Args:
         topk: cubes that each cube attends to, capped at the number of cubes; None takes `keep_ratio` instead.
-        keep_ratio: fraction of cubes kept, when `topk` is None. Left at its default beside a `topk`, it becomes None.
+        keep_ratio: fraction of cubes kept, when `topk` is None. Left at its default beside a `topk`, it becomes None. A
+            tuple has one for each head.
         tile: cube of tokens (frames, height, width); "auto" takes the compact cube of at most 64 tokens that wastes
             least at the grid it meets, "wide" the one of at most 128: a coarser choice, at half the memory traffic.
         fine_gate: learn the fine branch's gate too (pretraining from scratch). False fixes it to 1 (retrofit).
@@ -40,7 +42,7 @@ class VSAConfig(MethodConfig):
     """
 
     topk: int | None = None
-    keep_ratio: float | None = 0.125
+    keep_ratio: float | tuple[float, ...] | None = 0.125
     tile: tuple[int, int, int] | str = (4, 4, 4)
     fine_gate: bool = False
     score: str = "mean"
@@ -53,8 +55,8 @@ class VSAConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         if self.topk is None:
-            check_ratio("keep_ratio", self.keep_ratio)
-            if self.keep_ratio == 0.0:
+            check_head_ratios("keep_ratio", self.keep_ratio)
+            if min(ratios_of(self.keep_ratio)) == 0.0:
                 raise ValueError("keep_ratio must be above 0 for VSA: its fine branch has to attend to something")
         else:
             check_positive_int("topk", self.topk)
@@ -94,5 +96,5 @@ class VSAConfig(MethodConfig):
 
     @property
     def sparsity(self) -> float | None:
-        """1 - keep_ratio, or None where `topk` decides."""
-        return None if self.keep_ratio is None else 1.0 - self.keep_ratio
+        """1 - keep_ratio, on average over the heads, or None where `topk` decides."""
+        return None if self.keep_ratio is None else 1.0 - mean_ratio(self.keep_ratio)

@@ -9,7 +9,7 @@ import torch
 from foveal.methods.choosing import mean_kept
 from foveal.methods.cost import FLOAT32_BYTES, INDEX_BYTES, AttentionShape, CostPart
 from foveal.methods.vsa.config import VSAConfig
-from foveal.methods.vsa.layout import fixed_of, kept_cubes, resolve_tile, slot_size
+from foveal.methods.vsa.layout import fixed_of, picked_by_head, resolve_tile, slot_size
 
 
 def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]:
@@ -29,11 +29,11 @@ def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
     pairs, head_dim, dtype_bytes = shape.pairs, shape.head_dim, shape.dtype_bytes
     tile = resolve_tile(config, shape.grid)
     cubes, slot = shape.grid.num_cubes(tile), slot_size(tile)
-    tokens, chunks, kept = shape.key_length, 0, kept_cubes(config, cubes)
+    tokens, chunks, picked = shape.key_length, 0, picked_by_head(config, cubes, packed=shape.layout is not None)
     if shape.layout is not None:
-        chunks, kept = shape.layout.num_chunks(math.prod(tile)), kept_cubes(config, cubes, packed=True)
+        chunks = shape.layout.num_chunks(math.prod(tile))
     tiles = cubes + chunks
-    critical = mean_kept(kept, cubes, fixed_of(config, shape.grid, torch.device("cpu"))) + chunks
+    critical = mean_kept(picked, cubes, fixed_of(config, shape.grid, torch.device("cpu"))) + chunks
     query_slots, slots = cubes * slot, tiles * slot
 
     token_bytes = pairs * tokens * head_dim * dtype_bytes

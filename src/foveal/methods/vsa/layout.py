@@ -17,7 +17,7 @@ from foveal.kernels.choice import append_blocks, choose_from_scores
 from foveal.layout import VideoGrid
 from foveal.methods.choosing import fixes_blocks, rule_fields
 from foveal.methods.vsa.config import VSAConfig
-from foveal.rules import FixedBlocks, SelectionRule, num_critical, rule_of
+from foveal.rules import FixedBlocks, SelectionRule, check_heads, num_critical, ratios_of, rule_of
 from foveal.symbols import ceil_div
 from foveal.token_order import TileOrder, tile_indices
 
@@ -38,12 +38,13 @@ def slot_size(tile: tuple[int, int, int]) -> int:
     return max(16, 1 << (math.prod(tile) - 1).bit_length())
 
 
-def kept_cubes(config: VSAConfig, cubes: int, *, packed: bool = False) -> int:
-    """How many of a video's cubes each cube picks.
+def picked_by_head(config: VSAConfig, cubes: int, *, packed: bool = False) -> list[int]:
+    """How many of a video's cubes the cubes of each head pick; one number for all heads if they are alike.
 
     packed: whether the video is part of a packed sequence, where a ratio always rounds up.
     """
-    return num_critical(cubes, config.keep_ratio, config.topk, packed or config.rounding == "up")
+    ratios = (0.0,) if config.keep_ratio is None else ratios_of(config.keep_ratio)
+    return [num_critical(cubes, ratio, config.topk, packed or config.rounding == "up") for ratio in ratios]
 
 
 def cube_order(config: VSAConfig, grid: VideoGrid, device: torch.device) -> TileOrder:
@@ -94,6 +95,7 @@ class CubeLayout:
     """
 
     def __init__(self, config: VSAConfig, grid: VideoGrid, key: Tensor, kv_lengths: Tensor | None) -> None:
+        check_heads(config.keep_ratio, key.shape[1])
         self.config, self.grid, self.order = config, grid, cube_order(config, grid, key.device)
         # index() changes nothing in plain Python. Under torch.compile it makes the slot a constant of the graph.
         self.slot = operator.index(self.order.slot)

@@ -6,15 +6,17 @@ from torch import Tensor, nn
 
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Method, Schedule, SummaryCells, blocks_cell
-from foveal.methods.choosing import keep_cell, rows_alike
+from foveal.methods.choosing import keep_cell, known_on_host, mean_kept, ratio_cell, scaled
 from foveal.methods.vsa.attention import VideoSparseAttention
 from foveal.methods.vsa.bench import CASES
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cost import cost_parts
-from foveal.methods.vsa.layout import kept_cubes, plan, resolve_tile
+from foveal.methods.vsa.layout import picked_by_head, plan, resolve_tile
+from foveal.rules import check_heads, ratios_of
 
 
 def _build(config: VSAConfig, hidden_dim: int, num_heads: int, head_dim: int, impl: str) -> VideoSparseAttention:
+    check_heads(config.keep_ratio, num_heads)
     return VideoSparseAttention(hidden_dim, num_heads, head_dim, config, impl=impl)
 
 
@@ -44,7 +46,7 @@ def _idle(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor |
 def _cells(config: VSAConfig, grid: VideoGrid | None) -> SummaryCells:
     tile = config.tile if grid is None else resolve_tile(config, grid)
     return SummaryCells(
-        keep=keep_cell(f"{config.keep_ratio:g}" if config.topk is None else f"top {config.topk}", config),
+        keep=keep_cell(ratio_cell(config.keep_ratio) if config.topk is None else f"top {config.topk}", config),
         blocks=blocks_cell(tile if isinstance(tile, str) else _sides(tile), config.precision),
     )
 
@@ -55,10 +57,10 @@ def _key_blocks(config: VSAConfig, grid: VideoGrid) -> tuple[int, str]:
 
 
 def _kept_blocks(config: VSAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int] | None:
-    if not rows_alike(config):
+    if not known_on_host(config):
         return None
     cubes, _ = _key_blocks(config, grid)
-    return kept_cubes(config, cubes, packed=packed), cubes
+    return mean_kept(picked_by_head(config, cubes, packed=packed), cubes), cubes
 
 
 def _sides(tile: tuple[int, int, int]) -> str:
@@ -72,8 +74,8 @@ def _kept(config: VSAConfig) -> str:
 def _keep(config: VSAConfig, amount: float) -> VSAConfig:
     if config.topk is not None:
         return config.replace(topk=round(amount))
-    ratio = min(1.0, amount)
-    most = config.max_keep_ratio if config.keep_mass is None else max(ratio, config.max_keep_ratio)
+    ratio = scaled(config.keep_ratio, amount)
+    most = config.max_keep_ratio if config.keep_mass is None else max(*ratios_of(ratio), config.max_keep_ratio)
     return config.replace(keep_ratio=ratio, max_keep_ratio=most)
 
 

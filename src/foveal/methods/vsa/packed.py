@@ -19,7 +19,7 @@ from foveal.kernels.choice import append_blocks
 from foveal.layout import TokenLayout
 from foveal.methods.choosing import rows_alike
 from foveal.methods.vsa.config import VSAConfig
-from foveal.methods.vsa.layout import CubeLayout, kept_cubes, slot_size
+from foveal.methods.vsa.layout import CubeLayout, picked_by_head, slot_size
 
 
 class PackedTiles(CubeLayout):
@@ -41,7 +41,7 @@ class PackedTiles(CubeLayout):
     def with_protected(self, selection: BlockSelection) -> BlockSelection:
         """A selection of the video's cubes among each other, with all protected chunks beside those picked."""
         alike = rows_alike(self.config)
-        kept = kept_cubes(self.config, self.video_cubes, packed=True) if alike else None
+        kept = picked_by_head(self.config, self.video_cubes, packed=True)[0] if alike else None
         ends = self.video_cubes, self.num_cubes
         lists = selection.critical[..., :kept], selection.critical_count
         critical, counts = append_blocks(*lists, *ends, self.num_cubes - self.video_cubes, ragged=not alike)
