@@ -1,0 +1,293 @@
+"""Recall and output error of every score and rule, at equal shares of kept blocks, on a small model.
+
+    python benchmarks/selection.py --commit COMMIT
+
+The model makes a video of each prompt with dense attention. In every step and layer each rule
+chooses blocks at several budgets, from the same query, key, and value, of which a fourth of the queries is looked at.
+Recall is the share of attention's mass in the blocks that are kept, error is |O_kept - O| / |O| of a layer's output,
+where O_kept attends only to these. Rules that keep different numbers of blocks are compared at the same share by
+interpolation between their budgets. The ratios of single heads are chosen on the first prompt, which does not count
+for any rule.
+
+The figures go to benchmarks/results/selection-MODEL.json and into the tables of docs/selection.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
+from foveal.lab.generate.run import GenerationSettings, environment
+from foveal.lab.inspect.probe import Progress, watch
+from foveal.lab.pipelines import choose_device, choose_dtype, load_pipeline
+from foveal.methods.base import Config
+from foveal.models.shipped import shipped_clips
+
+ROOT = Path(__file__).parents[1]
+PAGE, BEGIN, END = ROOT / "docs" / "selection.md", "<!-- benchmarks/selection.py begins -->", "<!-- and ends -->"
+
+RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
+MASSES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 0.95)
+QUERY_STEP = 4  # of the tokens of each block so many times fewer are looked at as queries
+SHARES = (0.1, 0.2, 0.3, 0.5)  # of the table
+
+SLA = {"drop_ratio": 0.0, "linear_scope": "none", "projection": False}
+METHODS = {
+    "SLA, raster": SLAConfig(**SLA),
+    "SLA, tile": SLAConfig(**SLA, token_order="tile"),
+    "VSA": VSAConfig(tile="auto"),
+}
+# name: (fields, whether a mass is varied instead of the ratio)
+RULES = {
+    "mean": ({}, False),
+    "mean_spread": ({"score": "mean_spread"}, False),
+    "log_sum_exp": ({"score": "log_sum_exp"}, False),
+    "mean, mass": ({}, True),
+    "log_sum_exp, mass": ({"score": "log_sum_exp"}, True),
+    "mean, first frame": ({"sink_frames": 1}, False),
+    "mean, window 1x3x3": ({"window": (1, 3, 3)}, False),
+    "mean, window 3x1x1": ({"window": (3, 1, 1)}, False),
+}
+BY_HEAD, ORACLE = "mean, ratios by head", "oracle"
+
+
+def budgets_of(method: Config, rule: str) -> list[Config]:
+    """A rule's configurations, one for each budget; none where the method does not have the rule."""
+    fields, by_mass = RULES[rule]
+    if "window" in fields and getattr(method, "token_order", "tile") == "raster":
+        return []
+    config = method.replace(**fields)
+    if by_mass:
+        return [config.replace(keep_ratio=RATIOS[0], keep_mass=mass) for mass in MASSES]
+    return [config.replace(keep_ratio=ratio) for ratio in RATIOS]
+
+
+class Blocks:
+    """Dense attention of one call by key blocks. Shape legend: H heads, L tokens, M queries of them, T blocks, D.
+
+    Args:
+        places: int64 [L], where each token stands in the order that blocks are cut from.
+        size: tokens of a block.
+
+    Attributes:
+        block: int64 [M], the block that each query stands in.
+        mass: float32 [H, M, T], each query's attention mass in each block.
+        parts: float32 [H, M, T, D], what each block adds to its output.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, places: Tensor, size: int) -> None:
+        block, looked_at = places // size, places % QUERY_STEP == 0
+        weights = (query[0, :, looked_at].float() @ key[0].float().mT * query.shape[-1] ** -0.5).softmax(-1)
+        self.block = block[looked_at]
+        members = [(block == index).nonzero().flatten() for index in range(int(block.max()) + 1)]
+        self.mass = torch.stack([weights[..., tokens].sum(-1) for tokens in members], -1)
+        self.parts = torch.stack([weights[..., tokens] @ value[0, :, tokens].float() for tokens in members], 2)
+        self.exact = self.parts.sum(2)
+
+    def oracle(self, kept: int) -> Tensor:
+        """bool [H, T, T]: for each block of queries those with the most mass."""
+        rows = self.mass.new_zeros(self.mass.shape[0], self.mass.shape[2], self.mass.shape[2])
+        best = rows.index_add_(1, self.block, self.mass).topk(kept, -1).indices
+        return torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, best, True)
+
+    def of(self, kept: Tensor) -> Tensor:
+        """float64 [4, H] of a choice, bool [H, T, T]: share of blocks, recall, squared error, squared output."""
+        mask = kept[:, self.block].float()
+        mass = torch.einsum("hlt,hlt->hl", mask, self.mass)
+        output = torch.einsum("hlt,hltd->hld", mask, self.parts) / mass.clamp_min(1e-30)[..., None]
+        missed = (output - self.exact).double().square().sum((1, 2))
+        share, recall = kept.double().mean((1, 2)), mass.double().mean(1)
+        return torch.stack((share, recall, missed, self.exact.double().square().sum((1, 2))))
+
+
+# {(method, rule): {(prompt, layer, step): float64 [budgets, 4, H]}}
+Found = dict[tuple[str, str], dict[tuple[int, str, int], Tensor]]
+
+
+@torch.no_grad()
+def look_at(query: Tensor, key: Tensor, value: Tensor, grid: VideoGrid) -> dict[tuple[str, str], Tensor]:
+    """One call of a layer: for each method and rule what `Blocks.of` says at each budget, [budgets, 4, H]."""
+    heads, head_dim = query.shape[1], query.shape[3]
+    found = {}
+    for name, method in METHODS.items():
+        if isinstance(method, SLAConfig):
+            module = SparseLinearAttention(head_dim, method, impl="torch")
+        else:
+            module = VideoSparseAttention(heads * head_dim, heads, head_dim, method, impl="torch")
+        size = module.kernel_blocks(method, grid)[0]
+        blocks = Blocks(query, key, value, module.token_places(grid).to(query.device), size)
+        for rule in RULES:
+            masks = [
+                module.select(query, key, grid=grid, config=config).critical_mask()[0]
+                for config in budgets_of(method, rule)
+            ]
+            if masks:
+                found[name, rule] = torch.stack([blocks.of(mask) for mask in masks])
+            if rule == "mean":
+                kept = [int(mask[0, 0].sum()) for mask in masks]
+                found[name, ORACLE] = torch.stack([blocks.of(blocks.oracle(count)) for count in kept])
+    return found
+
+
+def by_head(calibrated: list[Tensor], measured: list[Tensor]) -> list[Tensor]:
+    """Figures with a budget for each head, [budgets, 4, H]: for each mean share, that which the squared error asks for.
+
+    Args:
+        calibrated: of one layer, by step, [budgets, 4, H], to choose from.
+        measured: of the same layer, other calls.
+    """
+    shares, missed = calibrated[0][:, 0], sum(call[:, 2] for call in calibrated)
+    budgets, heads = missed.shape
+    place, wanted, chosen = [0] * heads, shares.mean(1).tolist(), []
+    for share in wanted:
+        while True:
+            now = sum(float(shares[at, head]) for head, at in enumerate(place))
+            steps = [
+                (float(missed[at, head] - missed[to, head]) / float(shares[to, head] - shares[at, head]), head, to)
+                for head, at in enumerate(place)
+                for to in range(at + 1, budgets)
+                if shares[to, head] > shares[at, head]
+                and now + float(shares[to, head] - shares[at, head]) <= heads * share + 1e-9
+            ]
+            if not steps:
+                break
+            _, head, to = max(steps)
+            place[head] = to
+        chosen.append(list(place))
+    return [
+        torch.stack([torch.stack([call[b, :, h] for h, b in enumerate(one)], -1) for one in chosen])
+        for call in measured
+    ]
+
+
+def points_of(calls: list[Tensor]) -> list[dict[str, float]]:
+    """Means over calls, by budget: the share of blocks, the recall, and the layer's relative error."""
+    points = []
+    for figures in torch.stack(calls).unbind(1):  # [calls, 4, H]
+        share, recall, missed, exact = figures.unbind(1)
+        error = (missed.sum(1) / exact.sum(1)).sqrt().mean()
+        values = share.mean(), recall.mean(), error
+        points.append({k: round(float(x), 5) for k, x in zip(("kept", "recall", "error"), values, strict=True)})
+    return points
+
+
+def at_share(points: list[dict[str, float]], share: float, figure: str) -> float | None:
+    """A figure at a share of kept blocks, between the two budgets around it; None where there are none."""
+    points = sorted(points, key=lambda point: point["kept"])
+    for lower, upper in itertools.pairwise(points):
+        if lower["kept"] <= share <= upper["kept"] and lower["kept"] < upper["kept"]:
+            part = (share - lower["kept"]) / (upper["kept"] - lower["kept"])
+            return lower[figure] + part * (upper[figure] - lower[figure])
+    return None
+
+
+def tables(results: dict[str, Any]) -> str:
+    """What the page shows."""
+    shares = results["shares"]
+    lines = []
+    for figure, of in (("error", "Output error"), ("recall", "Recall")):
+        lines += [
+            f"{of}, by the share of key blocks that rows read:",
+            "",
+            f"| method | rule | {' | '.join(f'{100 * share:g} %' for share in shares)} |",
+            "|---" * (len(shares) + 2) + "|",
+        ]
+        for row in results["rows"]:
+            values = [at_share(row["points"], share, figure) for share in shares]
+            cells = ["" if value is None else f"{value:.3f}" for value in values]
+            lines.append(f"| {row['method']} | {row['rule']} | {' | '.join(cells)} |")
+        lines.append("")
+    grid = "x".join(map(str, results["grid"]))
+    lines.append(
+        f"*`{results['model']}`, {grid} tokens, mean of {results['layers']} layers, {results['steps']} steps, and "
+        f"{results['prompts']} prompts; {results['environment']['device']}, commit `{results['commit']}`.*"
+    )
+    return "\n".join(lines)
+
+
+def renew_page(results: dict[str, Any]) -> None:
+    """Put the tables into the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}", encoding="utf-8")
+
+
+def rows_of(found: Found) -> list[dict[str, Any]]:
+    """The rows of the table; the calls of the first prompt serve only to choose the ratios of single heads."""
+    rows = []
+    for method in METHODS:
+        for rule in (*RULES, BY_HEAD, ORACLE):
+            calls = found.get((method, "mean" if rule == BY_HEAD else rule), {})
+            counted = {call: figures for call, figures in calls.items() if call[0] > 0}
+            if rule == BY_HEAD:
+                by_layer: dict[str, tuple[list, list]] = defaultdict(lambda: ([], []))
+                for (prompt, layer, _), figures in calls.items():
+                    by_layer[layer][int(prompt > 0)].append(figures)
+                figures = [x for calibrated, measured in by_layer.values() for x in by_head(calibrated, measured)]
+            else:
+                figures = list(counted.values())
+            if figures:
+                rows.append({"method": method, "rule": rule, "points": points_of(figures)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="foveal/tiny")
+    parser.add_argument("--prompts", type=int, default=2, help="how many count")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--commit", required=True, help="of this tree, for the record")
+    given = parser.parse_args()
+
+    device = choose_device(given.device)
+    loaded = load_pipeline(given.model, device=device, dtype=choose_dtype("auto", device))
+    captions = [next(clip.caption for clip in shipped_clips("train"))]
+    captions += dict.fromkeys(clip.caption for clip in shipped_clips("held-out"))
+    arguments = GenerationSettings(steps=given.steps).call_arguments(loaded)
+    steps, found, grids, layers = arguments["num_inference_steps"], defaultdict(dict), set(), set()
+
+    for prompt, caption in enumerate(captions[: given.prompts + 1]):
+
+        def look(component, layer, progress: Progress, query, key, value, grid, prompt=prompt) -> None:
+            grids.add(grid)
+            layers.add(layer)
+            for name, figures in look_at(query, key, value, grid).items():
+                found[name][prompt, layer, progress.step] = figures
+            print(f"prompt {prompt}, step {progress.step}, {layer}", flush=True)
+
+        def run(caption=caption, prompt=prompt) -> None:
+            generator = torch.Generator().manual_seed(prompt)
+            loaded.pipe(prompt=caption, generator=generator, output_type="latent", **arguments)
+
+        watch(loaded.pipe, run, look, steps=range(steps))
+    (grid,) = grids
+    results = {
+        "model": given.model,
+        "grid": list(grid.shape),
+        "layers": len(layers),
+        "steps": steps,
+        "prompts": given.prompts,
+        "shares": list(SHARES),
+        "commit": given.commit,
+        "environment": environment(torch.device(device)),
+        "rows": rows_of(found),
+    }
+    name = given.model.replace("/", "-").removeprefix("foveal-")
+    file = ROOT / "benchmarks" / "results" / f"selection-{name}.json"
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    renew_page(results)
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    main()
