@@ -296,3 +296,21 @@ def test_windows_need_cubes_and_sinks_a_grid():
     tensors = make_inputs(query_length=100, head_dim=16)
     with pytest.raises(ValueError, match="grid is required for sink_frames and window"):
         sla_attention(*tensors, config=SLAConfig(sink_frames=1, projection=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "budget", [{"keep_ratio": 0.1}, {"keep_ratio": (0.1, 0.4), "drop_ratio": 0.2}], ids=["one", "heads"]
+)
+@pytest.mark.parametrize("mass", [{}, {"keep_mass": 0.5, "max_keep_ratio": 0.6}], ids=["ratio", "mass"])
+def test_the_kernels_keep_what_pytorch_keeps(budget, mass):
+    shape, rule = (5, 12, 26), {"block_q": 64, "block_k": 64, **budget, **mass}
+    query, key, _ = make_inputs(heads=2, query_length=1560, head_dim=128, dtype=torch.bfloat16)
+    fixed = [fixed_blocks(shape, (4, 4, 4), (64, 64), 1, (1, 3, 3), torch.device(x)) for x in ("cpu", "cuda")]
+    expected = select_blocks(query, key, **rule, fixed=fixed[0]).labels()
+    ours = select_blocks(query.cuda(), key.cuda(), **rule, fixed=fixed[1]).labels()
+    assert (ours.cpu() == expected).double().mean() > 0.995  # sums in another order may part neighbors in rank
+    config = VSAConfig(keep_ratio=budget["keep_ratio"], tile="auto", sink_frames=1, window=(1, 3, 3), **mass)
+    module, grid = VideoSparseAttention(256, 2, 128, config), VideoGrid(*shape)
+    expected = module.select(query, key, grid=grid).labels()
+    assert (module.select(query.cuda(), key.cuda(), grid=grid).labels().cpu() == expected).double().mean() > 0.995
