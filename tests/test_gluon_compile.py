@@ -105,7 +105,13 @@ def assert_fits(compiled, folder, programs, threads, spill_limit=0, loop_limit=0
     assert programs * threads * made.registers <= REGISTERS
 
 
-def compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=False, norm="*fp32"):
+# A mean of V's and its strides over pairs and blocks.
+MEAN = ("*fp32", "i32", "i32")
+
+
+def compile_forward(
+    head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=False, norm="*fp32", mean=MEAN
+):
     plan = launch.forward_plan(head_dim, block_q, block_k, has_sizes, feature_map, projected)
     tile = tiles(64, head_dim, dtype)
     scalars = (
@@ -115,14 +121,14 @@ def compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, p
     signature = {
         "query": tile, "key": tile, "value": tile, "output": tile, "lse_ptr": "*fp32", "critical_ptr": "*i32",
         "count_ptr": "*i32", "size_ptr": "*i32" if has_sizes else None, "scale_log2": "fp32",
-        **dict.fromkeys(("state", "weight", "norm_ptr", "bias_ptr")), **dict.fromkeys(scalars, "i32"),
+        **dict.fromkeys(("state", "weight", "norm_ptr", "mean", "bias_ptr")), **dict.fromkeys(scalars, "i32"),
     }  # fmt: skip
     if feature_map is not None:
         box = plan["state_box"]
         signature["state"] = tiles(*box, "bf16")
         if not projected:
             signature["weight"] = f"tensordesc<bf16{list(box)},{gl.NVMMASharedLayout(128, 16, 2)!r}>"
-        signature["norm_ptr"], signature["bias_ptr"] = norm, "*fp32"
+        signature |= {"norm_ptr": norm, "mean": mean, "bias_ptr": "*fp32"}
     if plan["wide"]:
         return compile_for_hopper(forward_wide_kernel.block_sparse_fwd_wide_kernel, signature, plan), 1, 384
     return compile_for_hopper(forward_kernel.block_sparse_fwd_kernel, signature, plan), 3, 128
@@ -159,8 +165,8 @@ def test_forward_with_projected_states(tmp_path, head_dim, block_q, block_k, has
 @pytest.mark.parametrize("projected", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), QUICK)
 def test_forward_in_inference(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, projected):
-    """Where Z comes from the product that sums H: in bfloat16."""
-    options = {"projected": projected, "norm": "*bf16"}
+    """Where Z comes from the product that sums H, in bfloat16, and H is that of V with its mean."""
+    options = {"projected": projected, "norm": "*bf16", "mean": None}
     compiled, *programs = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, "softmax", **options)
     assert_fits(compiled, tmp_path, *programs, spill_limit=96, loop_limit=16)
 
@@ -206,7 +212,8 @@ def test_dkdv(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_ma
         "grad_value": tile, "offset_ptr": "*i64", "count_ptr": "*i32", "row_ptr": "*i32",
         "size_ptr": "*i32" if has_sizes else None, "scale": "fp32", "scale_log2": "fp32",
         "grad_state": tiles(64, head_dim, "bf16") if feature_map else None,
-        "grad_norm_ptr": "*fp32" if feature_map else None, **dict.fromkeys(scalars, "i32"),
+        **dict.fromkeys(("grad_norm_ptr", "mean_ptr"), "*fp32" if feature_map else None),
+        **dict.fromkeys(scalars, "i32"),
     }  # fmt: skip
     plan = {**plan, "constants": {**plan["constants"], "FEATURE_MAP": feature_map}}
     compiled = compile_for_hopper(dkdv_kernel.block_sparse_dkdv_kernel, signature, plan)
@@ -231,7 +238,8 @@ def test_linear_query_gradient(tmp_path, feature_map, head_dim, block_q, dtype, 
         "query": rows, "output": rows, "grad": rows, "state": tiles(head_dim, head_dim, "bf16"),
         "weight": weight if projected else None, "grad_query": rows,
         "linear": tiles(block_q, head_dim, "bf16") if projected else None,
-        "grad_state": tiles(min(block_q, head_dim), head_dim, "bf16"), **pointers, **dict.fromkeys(scalars, "i32"),
+        "grad_state": tiles(min(block_q, head_dim), head_dim, "bf16"), "mean": MEAN, **pointers,
+        **dict.fromkeys(scalars, "i32"),
     }  # fmt: skip
     plan = {"constants": {"FEATURE_MAP": feature_map}, "options": {"num_warps": block_q // 16}}
     compiled = compile_for_hopper(linear_gradients.linear_query_grad_kernel, signature, plan)
@@ -249,7 +257,7 @@ def test_linear_query_gradient(tmp_path, feature_map, head_dim, block_q, dtype, 
 )
 def test_shared_query_gradient(tmp_path, feature_map, head_dim, dtype):
     rows = tiles(launch_linear.SHARED_ROWS, head_dim, dtype)
-    pointers = ("grad_state_ptr", "norm_ptr", "bias_ptr", "delta_ptr", "grad_norm_ptr", "grad_bias_ptr")
+    pointers = ("grad_state_ptr", "norm_ptr", "mean_ptr", "bias_ptr", "delta_ptr", "grad_norm_ptr", "grad_bias_ptr")
     scalars = ("heads", "query_length", "num_blocks", "per_program")
     signature = {
         "query": rows, "output": rows, "grad": rows, "state": tiles(head_dim, head_dim, "bf16"), "grad_query": rows,

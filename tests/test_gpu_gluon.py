@@ -135,7 +135,7 @@ def test_large_logits_and_every_block_kept(block_q, block_k):
     assert_close(random_case(torch.bfloat16, 128, block_q, block_k, (2000, 1500), keep=0.1, batch=1))
 
 
-def random_linear_term(query, selection, feature_map, shared):
+def random_linear_term(query, selection, feature_map, shared, centered):
     torch.manual_seed(1)
     batch, heads, _, head_dim = query.shape
     rows = 1 if shared else selection.num_query_blocks + 3
@@ -144,7 +144,11 @@ def random_linear_term(query, selection, feature_map, shared):
     if shared:
         state, norm = (x.expand(-1, selection.num_query_blocks, *x.shape[2:]) for x in (state, norm))
     weight = (torch.randn(head_dim, head_dim, device="cuda") * head_dim**-0.5).to(torch.bfloat16)
-    return LinearTerm(feature_map, weight, torch.randn(head_dim, device="cuda"), state, norm)
+    means = None
+    if centered:
+        mean = torch.randn(batch * heads, 1, head_dim, device="cuda")
+        means = torch.stack((mean, mean @ weight.float().t()))
+    return LinearTerm(feature_map, weight, torch.randn(head_dim, device="cuda"), state, norm, means)
 
 
 def expected_linear_branch(query, selection, term, dtype):
@@ -159,6 +163,9 @@ def expected_linear_branch(query, selection, term, dtype):
     linear = torch.stack(
         [((phi / norm).to(narrow)[:, :, i, None] @ state[:, :, b]).squeeze(2) for i, b in enumerate(block.tolist())], 2
     )
+    if term.means is not None:
+        mean = term.means[0].unflatten(0, query.shape[:2])
+        linear = (linear.to(wide) + mean.to(wide) * (1 - 1e-5 / norm)).to(narrow)
     return (linear @ term.weight.to(narrow).T).to(wide) + term.bias.to(wide)
 
 
@@ -166,10 +173,11 @@ def expected_linear_branch(query, selection, term, dtype):
 @pytest.mark.parametrize(("feature_map", "head_dim"), [("softmax", 128), ("elu", 128), ("relu", 128), ("softmax", 64)])
 @pytest.mark.parametrize(("block_q", "block_k"), BLOCKS)
 def test_linear_branch(block_q, block_k, feature_map, head_dim, with_sizes):
-    cases = itertools.product((torch.bfloat16, torch.float16), (False, True), ((200, 321), (513, 130)))
-    for dtype, shared, lengths in cases:
+    both = False, True
+    cases = itertools.product((torch.bfloat16, torch.float16), both, both, ((200, 321), (513, 130)))
+    for dtype, shared, centered, lengths in cases:
         query, key, value, _, selection = random_case(dtype, head_dim, block_q, block_k, lengths, with_sizes=with_sizes)
-        term = random_linear_term(query, selection, feature_map, shared)
+        term = random_linear_term(query, selection, feature_map, shared, centered)
         scale = head_dim**-0.5
         got, lse = Forward(query, key, value, selection, scale, term).run_all()
         sparse_alone, lse_alone = Forward(query, key, value, selection, scale).run_all()

@@ -159,7 +159,7 @@ def run_states() -> None:
     """Pooled blocks and key states of strided tensors whose blocks have 63 valid tokens, 64, or none."""
     import torch
 
-    from foveal.kernels.triton.linear import key_state_sums, key_states, masked_sum
+    from foveal.kernels.triton.linear import Means, key_state_sums, key_states, masked_sum
     from foveal.kernels.triton.pooling import pool
     from foveal.testing import make_inputs, relative_error
 
@@ -195,6 +195,25 @@ def run_states() -> None:
             assert torch.equal(pooled.unflatten(0, (2, 2)), apart), name
             assert relative_error(state, expected.sum(1, keepdim=True)) < 4e-3, name
             assert relative_error(norm, norms.sum(1, keepdim=True)) < 1e-3, name
+            # Of V - m, where V has a mean that the states would drown in.
+            weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+            for whole in (False, True):
+                centers = Means(*torch.full((2, 4, 64), float("nan")), weight)
+                if whole:
+                    state, norm = key_state_sums(key, value + 16, sizes, block, "elu", None, centers)
+                else:
+                    state, norm = torch.empty_like(expected, dtype=torch.bfloat16), torch.empty_like(norms).float()
+                    key_states(key, value + 16, sizes, block, "elu", range(4), None, state, norm, centers)
+                mean = centers.mean.double()
+                rows = torch.where(valid, (value + 16).double() - mean.unflatten(0, (2, 2))[:, :, None], 0)
+                wanted = (blocks @ rows[:, :, None]).flatten(0, 1)
+                wanted = wanted.sum(1, keepdim=True) if whole else wanted
+                assert relative_error(state, wanted) < 4e-3, (name, whole)
+                assert relative_error(centers.projected, mean @ weight.double().t()) < 1e-5, (name, whole)
+                if not whole:
+                    valid_rows = valid.sum(2).clamp(min=1).repeat_interleave(2, 0)[:, 0]
+                    sums_of_rows = torch.where(valid, (value + 16).double(), 0).sum(2).flatten(0, 1)
+                    assert relative_error(mean, sums_of_rows / valid_rows) < 1e-6, name
     mask = (torch.rand(2, 64, 64) < 0.5).bfloat16().transpose(1, 2)
     terms = torch.rand(2, 64, 64)
     assert relative_error(masked_sum(mask, terms), mask.double() @ terms.double()) < 1e-5

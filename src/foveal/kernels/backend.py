@@ -156,11 +156,13 @@ class ForwardCall(ABC):
         """What else the launches of this backend share."""
 
     @abstractmethod
-    def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
+    def run(
+        self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None, means: Tensor | None = None
+    ) -> None:
         """Writes the results of these pairs.
 
         Args:
-            state, norm: H and Z of only these pairs, as in `LinearTerm`; Z may be bfloat16.
+            state, norm, means: H, Z, and m with W m of only these pairs, as in `LinearTerm`; Z may be bfloat16.
         """
 
     def take_means(self, pairs: range, pooled: Tensor) -> None:
@@ -170,7 +172,8 @@ class ForwardCall(ABC):
     def run_all(self) -> tuple[Tensor, Tensor]:
         """All of it in one launch, and its results."""
         linear = self.linear
-        self.run(range(self.pairs), *((None, None) if linear is None else (linear.state, linear.norm)))
+        states = () if linear is None else (linear.state, linear.norm, linear.means)
+        self.run(range(self.pairs), *states)
         return self.results
 
 

@@ -18,8 +18,9 @@ LOG2_E = 1.4426950408889634
 class LinearTerm(NamedTuple):
     """The linear branch as the kernels see it.
 
-    On the query side the forward adds (phi(Q_i) H_i / (phi(Q_i) Z_i + eps)) W^T + b to the sparse output. On the key
-    side the backward adds dphi(K_j) = V_j G_j^T + z_j and dV_j = phi(K_j) G_j, with G and z in the place of H and Z.
+    On the query side the forward adds O^l W^T + b to the sparse output: O^l = phi(Q_i) H_i / n with
+    n = phi(Q_i) Z_i + eps, and (1 - eps / n) m more where H is the state of V - m. On the key side the backward adds
+    dphi(K_j) = (V_j - m) G_j^T + z_j and dV_j = phi(K_j) G_j, with G and z in the place of H and Z.
 
     feature_map: "softmax", "elu" or "relu".
     weight: W, bfloat16 [D, D], contiguous; None for the identity, or where H is projected already.
@@ -27,6 +28,8 @@ class LinearTerm(NamedTuple):
     state: H, bfloat16 [B * H, blocks, D, D], each state contiguous; with one block, or a stride of 0, all blocks of a
         head share it. None where it comes with each launch.
     norm: Z, float32 [B * H, blocks, D].
+    means: m, what was taken from V, and W m, float32 [2, B * H, blocks, D], with one block where all of a head share
+        them. None in a forward that no backward follows: its H is that of V itself.
     """
 
     feature_map: str
@@ -34,6 +37,7 @@ class LinearTerm(NamedTuple):
     bias: Tensor | None = None
     state: Tensor | None = None
     norm: Tensor | None = None
+    means: Tensor | None = None
 
 
 def linear_term(feature_map: str, weight: Tensor | None, bias: Tensor | None, query: Tensor) -> LinearTerm:
@@ -57,6 +61,12 @@ def no_bias(head_dim: int, device: torch.device) -> Tensor:
 def identity(head_dim: int, device: torch.device) -> Tensor:
     """bfloat16 [D, D], for kernels that always multiply by a W."""
     return torch.eye(head_dim, dtype=torch.bfloat16, device=device)
+
+
+def state_strides(*states: Tensor | None) -> tuple[int, ...]:
+    """Strides over pairs and blocks of H, Z, and m, say, two for each; no step between blocks where there is one."""
+    steps = ((0, 0) if x is None else (x.stride(0), 0 if x.shape[1] == 1 else x.stride(1)) for x in states)
+    return tuple(n for pair in steps for n in pair)
 
 
 def size_stride(sizes: Tensor | None) -> int:

@@ -26,7 +26,6 @@ from foveal.kernels.hopper.linear_gradients import (
     features,
     features_backward,
     halves_of,
-    load_halves,
     store_halves,
 )
 from foveal.kernels.hopper.raster import return_gradient
@@ -137,10 +136,10 @@ def add_queries(queries, slot, v, scores, grad_k, grad_v, scale_log2):
 
 @gluon.jit
 def add_key_branch(
-    k, v, grad_k, grad_v, state_0, state_1, staging, norm_ptr, grad_key, grad_value, batch, head, start, valid,
-    FEATURE_MAP: gl.constexpr,
+    k, v, grad_k, grad_v, state_0, state_1, staging, norm_ptr, mean_ptr, grad_key, grad_value, batch, head, start,
+    valid, FEATURE_MAP: gl.constexpr,
 ):  # fmt: skip
-    """Adds dV = phi(K) G and dK through dphi(K) = V G^T + z, and starts the copies of both sums to memory.
+    """Adds dV = phi(K) G and dK through dphi(K) = (V - m) G^T + z, and starts the copies of both sums to memory.
 
     state_0 and state_1 hold the first and last 64 rows of G (the same at head_dim 64). One after the other, for the
     registers. Padding keys spoil only their own rows, which are zeroed.
@@ -155,9 +154,11 @@ def add_key_branch(
         grad_v = warpgroup_mma(gl.convert_layout(right.to(gl.bfloat16), operand), state_1, grad_v)
     store_rows(grad_value, batch, head, start, keep_rows(grad_v, valid), staging)
     v_narrow = reinterpret(v, gl.bfloat16, [rows, head_dim], v.layout)
-    if v.dtype != gl.bfloat16:
-        v_left, v_right = load_halves(v, half)
-        store_halves(v_narrow, v_left, v_right)
+    for i in gl.static_range(head_dim // HALF_WIDTH):
+        x = v.slice(i * HALF_WIDTH, HALF_WIDTH, 1).load(half).to(gl.float32)
+        x -= load_row(mean_ptr + i * HALF_WIDTH, HALF_WIDTH, half)
+        v_narrow.slice(i * HALF_WIDTH, HALF_WIDTH, 1).store(x.to(gl.bfloat16))
+    fence_async_shared()
     zeros = gl.zeros([rows, HALF_WIDTH], gl.float32, half)
     grad_left = warpgroup_mma(v_narrow, state_0.permute((1, 0)), zeros, use_acc=False)
     grad_left += load_row(norm_ptr, HALF_WIDTH, half)
@@ -180,16 +181,17 @@ def add_key_branch(
 )  # fmt: skip
 def block_sparse_dkdv_kernel(
     query, key, value, grad, statistics, grad_key, grad_value, offset_ptr, count_ptr, row_ptr, size_ptr,
-    grad_state, grad_norm_ptr, video, grad_key_strides, grad_value_strides, video_length, video_key_length,
+    grad_state, grad_norm_ptr, mean_ptr, video, grad_key_strides, grad_value_strides, video_length, video_key_length,
     scale, scale_log2, query_length, key_length, size_stride, state_step, norm_pair_stride, norm_block_stride,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, SLOTS: gl.constexpr, HAS_SIZES: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
 ):  # fmt: skip
     """Grid (key tiles, H, B). K and V stay in shared memory, query tiles go through a ring of SLOTS, which is 2.
 
-    With a FEATURE_MAP the linear branch's part is added, from G (grad_state) and z (grad_norm_ptr) of the key block;
-    `state_step` is 0 where all key blocks share one, else 1. With a `video` (gradients of pooled keys and values,
-    places, sizes) tensors stand in tile order and the gradients, pointers then, in raster order.
+    With a FEATURE_MAP the linear branch's part is added, from G (grad_state) and z (grad_norm_ptr) of the key block,
+    and m (mean_ptr) of the head; `state_step` is 0 where all key blocks share one, else 1. With a `video` (gradients of
+    pooled keys and values, places, sizes) tensors stand in tile order, and the gradients, pointers then, in raster
+    order.
     """
     await_previous()
     head_dim: gl.constexpr = query.block_type.shape[3]
@@ -277,8 +279,8 @@ def block_sparse_dkdv_kernel(
         grad_v = gl.where(listed > 0, grad_v, 0.0)
         mbarrier.wait(state_full.index(0), 0)
         add_key_branch(
-            k, v, grad_k, grad_v, state_0, state_1, q.index(slot), grad_norm_ptr, grad_key, grad_value, batch, head,
-            start_k, valid, FEATURE_MAP,
+            k, v, grad_k, grad_v, state_0, state_1, q.index(slot), grad_norm_ptr,
+            mean_ptr + pair.to(gl.int64) * head_dim, grad_key, grad_value, batch, head, start_k, valid, FEATURE_MAP,
         )  # fmt: skip
     tma.store_wait(0)
     if FEATURE_MAP is not None:

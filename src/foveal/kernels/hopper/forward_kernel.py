@@ -18,12 +18,12 @@ from foveal.kernels.hopper.gluon_names import reinterpret
 from foveal.kernels.hopper.linear_branch import (
     HALF_WIDTH,
     add_columns,
+    add_constants,
     add_projected,
     copy_state,
     copy_state_rows,
     copy_weight,
     features_and_inverse,
-    load_row,
 )
 from foveal.kernels.hopper.tiles import (
     barriers,
@@ -146,7 +146,7 @@ def finished(acc, top, total, kept, row_layout: gl.constexpr):
     ]
 )  # fmt: skip
 def block_sparse_fwd_kernel(
-    query, key, value, output, lse_ptr, critical_ptr, count_ptr, size_ptr, state, weight, norm_ptr, bias_ptr,
+    query, key, value, output, lse_ptr, critical_ptr, count_ptr, size_ptr, state, weight, norm_ptr, mean, bias_ptr,
     scale_log2, heads, first_pair, query_length, key_length, width, size_stride,
     state_step, norm_pair_stride, norm_block_stride,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, HAS_SIZES: gl.constexpr, FEATURE_MAP: gl.constexpr,
@@ -155,7 +155,8 @@ def block_sparse_fwd_kernel(
     programs, three per SM.
 
     With a FEATURE_MAP the linear branch is added, from states of only these pairs: state and weight travel through the
-    slots that fall free, 64 columns at a time. Without a weight states are projected already, and travel by rows.
+    slots that fall free, 64 columns at a time. Without a weight states are projected already, and travel by rows. A
+    mean comes with states of V - m; see `linear_branch`.
     `state_step` is 0 where all query blocks share one state, else 1.
     """
     await_previous()
@@ -266,7 +267,7 @@ def block_sparse_fwd_kernel(
         )
         if weight is not None:
             copy_weight(weight, 0, weight_full.index(0), v.index(slot), head_dim)
-            left, right, inverse = features_and_inverse(q, norm_ptr, FEATURE_MAP)
+            left, right, inverse, share = features_and_inverse(q, norm_ptr, FEATURE_MAP)
             if head_dim == 128:
                 copy_weight(weight, 64, weight_full.index(1), q, head_dim)
             result = add_columns(
@@ -278,14 +279,14 @@ def block_sparse_fwd_kernel(
                     head_dim,
                 )  # fmt: skip
         else:
-            left, right, inverse = features_and_inverse(q, norm_ptr, FEATURE_MAP)
+            left, right, inverse, share = features_and_inverse(q, norm_ptr, FEATURE_MAP)
             upper = reinterpret(k, gl.bfloat16, [HALF_WIDTH, head_dim], tile_layout)
             lower = reinterpret(v.index(1 - slot), gl.bfloat16, [HALF_WIDTH, head_dim], tile_layout)
             mbarrier.wait(state_full.index(0), 0)
             if head_dim == 128:
                 mbarrier.wait(state_full.index(1), 0)
             result = add_projected(result, left, right, inverse, upper, lower)
-        result += load_row(bias_ptr, head_dim, acc_layout)
+        result = add_constants(result, share, mean, gl.program_id(1), start_q // BLOCK_Q, bias_ptr)
         out = k
     store_rows(output, batch, head, start_q, result, out)
     tma.store_wait(0)

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from foveal.kernels.hopper.forward_kernel import finished, keep_valid, online_softmax_update, sums_by_eight
 from foveal.kernels.hopper.gluon_names import async_load, reinterpret
-from foveal.kernels.hopper.linear_branch import add_projected, features_and_inverse, load_row, times_state
+from foveal.kernels.hopper.linear_branch import add_constants, add_projected, features_and_inverse, times_state
 from foveal.kernels.hopper.tiles import barriers, keep_columns, retire, store_rows
 from foveal.kernels.triton.await_previous import await_previous
 
@@ -144,7 +144,7 @@ def add_wide_tile(
 @gluon.jit
 def attend_queries(
     part, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr, count_ptr,
-    norm_ptr, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length, width,
+    norm_ptr, mean, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length, width,
     norm_pair_stride,
     norm_block_stride, SPLIT: gl.constexpr, FEATURE_MAP: gl.constexpr, PROJECT: gl.constexpr,
 ):  # fmt: skip
@@ -209,7 +209,7 @@ def attend_queries(
             phase = (step // SLOTS) & 1
             step += 1
             norms = norm_ptr + pair.to(gl.int64) * norm_pair_stride + block.to(gl.int64) * norm_block_stride
-            left, right, inverse = features_and_inverse(tile_q, norms, FEATURE_MAP)
+            left, right, inverse, share = features_and_inverse(tile_q, norms, FEATURE_MAP)
             mbarrier.wait(k_full.index(slot), phase)
             if PROJECT:
                 linear = times_state(left, right, inverse, square(k.index(slot)))
@@ -223,7 +223,7 @@ def attend_queries(
                 mbarrier.arrive(k_empty.index(slot), count=1)
                 mbarrier.wait(v_full.index(slot), phase)
             mbarrier.arrive(v_empty.index(slot), count=1)
-            result += load_row(bias_ptr, head_dim, acc_layout)
+            result = add_constants(result, share, mean, pair, block, bias_ptr)
         store_rows(output, batch, head, start, result, tile_q)
     tma.store_wait(0)
 
@@ -236,7 +236,7 @@ def attend_queries(
     ]
 )  # fmt: skip
 def block_sparse_fwd_wide_kernel(
-    query, key, value, output, lse_ptr, critical_ptr, count_ptr, state, weight, norm_ptr, bias_ptr,
+    query, key, value, output, lse_ptr, critical_ptr, count_ptr, state, weight, norm_ptr, mean, bias_ptr,
     scale_log2, heads, first_pair, num_blocks, total, query_length, key_length, width,
     state_step, norm_pair_stride, norm_block_stride,
     BLOCK_K: gl.constexpr, SLOTS: gl.constexpr, FEATURE_MAP: gl.constexpr,
@@ -244,8 +244,8 @@ def block_sparse_fwd_wide_kernel(
     """Any grid; `total` = pairs * num_blocks query blocks of 128, of the pairs of batch and head from `first_pair` on.
 
     Key blocks have 64 or 128 tokens, full but for the last. With a FEATURE_MAP the linear branch is added, from states
-    of only these pairs, already projected if there is no weight. `state_step` is 0 where all query blocks share one
-    state, else 1.
+    of only these pairs, already projected if there is no weight, and with a mean as in `linear_branch`. `state_step` is
+    0 where all query blocks share one state, else 1.
     """
     await_previous()
     head_dim: gl.constexpr = query.block_type.shape[3]
@@ -266,13 +266,13 @@ def block_sparse_fwd_wide_kernel(
     gl.warp_specialize([
         (attend_queries, (
             0, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr,
-            count_ptr, norm_ptr, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length,
-            width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP, weight is not None,
+            count_ptr, norm_ptr, mean, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length,
+            key_length, width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP, weight is not None,
         )),
         (attend_queries, (
             1, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr,
-            count_ptr, norm_ptr, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length,
-            width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP, weight is not None,
+            count_ptr, norm_ptr, mean, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length,
+            key_length, width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP, weight is not None,
         )),
         (load_shared_tiles, (
             query, key, value, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, state, weight,

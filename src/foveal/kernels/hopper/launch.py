@@ -16,7 +16,7 @@ from foveal.blocks import BlockSelection
 from foveal.kernels.backend import ColumnLists, ForwardCall, RasterGradients
 from foveal.kernels.host import Descriptors, launch, num_sms
 from foveal.kernels.tma import copyable, tma_strides
-from foveal.kernels.values import LOG2_E, LinearTerm, size_stride
+from foveal.kernels.values import LOG2_E, LinearTerm, size_stride, state_strides
 
 TILE = 64  # rows of most tiles
 TAIL = 8  # masks of so many columns at a tile's end are cheap
@@ -138,7 +138,9 @@ class Forward(ForwardCall):
         if not self.plan["wide"]:
             self.shared |= {"size_ptr": sizes, "size_stride": self.size_stride}
 
-    def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
+    def run(
+        self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None, means: Tensor | None = None
+    ) -> None:
         from foveal.kernels.hopper.forward_kernel import block_sparse_fwd_kernel
         from foveal.kernels.hopper.forward_wide_kernel import block_sparse_fwd_wide_kernel
 
@@ -147,7 +149,8 @@ class Forward(ForwardCall):
             one_for_all = state.stride(1) == 0 or state.shape[1] == 1
             states["state"] = tiles(state[:, :1] if one_for_all else state, *self.plan["state_box"])
             states["state_step"] = 0 if one_for_all else 1
-            states["norm_pair_stride"], states["norm_block_stride"] = norm.stride()[:2]
+            states["norm_pair_stride"], states["norm_block_stride"] = state_strides(norm)
+        states["mean"] = None if means is None else (means[1], *state_strides(means[1]))
         named = self.shared | states
         if self.plan["wide"]:
             total = len(pairs) * self.blocks
@@ -286,6 +289,7 @@ def _key_side(linear: LinearTerm | None, head_dim: int) -> dict[str, Any]:
         return {
             "grad_state": None,
             "grad_norm_ptr": None,
+            "mean_ptr": None,
             "state_step": 0,
             "norm_pair_stride": 0,
             "norm_block_stride": 0,
@@ -295,6 +299,7 @@ def _key_side(linear: LinearTerm | None, head_dim: int) -> dict[str, Any]:
     return {
         "grad_state": tiles(linear.state, min(TILE, head_dim)),
         "grad_norm_ptr": linear.norm,
+        "mean_ptr": linear.means[0],
         "state_step": step,
         "norm_pair_stride": linear.norm.stride(0),
         "norm_block_stride": step * linear.norm.stride(1),

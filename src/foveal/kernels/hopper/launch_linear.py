@@ -8,7 +8,7 @@ from torch import Tensor
 from foveal.kernels.backend import SharedGradients
 from foveal.kernels.hopper.launch import tiles, walkable
 from foveal.kernels.host import launch, num_sms
-from foveal.kernels.values import LinearTerm
+from foveal.kernels.values import LinearTerm, state_strides
 
 SHARED_ROWS = 128  # rows of a block where all share one H
 
@@ -44,6 +44,7 @@ def query_gradients(
         linear=tiles(linear, block_q) if projected else None,
         grad_state=tiles(grad_state, min(block_q, head_dim)),
         norm_ptr=term.norm,
+        mean=(term.means[0], *state_strides(term.means[0])),
         bias_ptr=term.bias,
         delta_ptr=delta,
         grad_norm_ptr=grad_norm,
@@ -88,6 +89,7 @@ def shared_query_gradients(
         grad_query=tiles(grad_query, SHARED_ROWS),
         grad_state_ptr=grad_states,
         norm_ptr=term.norm,
+        mean_ptr=term.means[1],
         bias_ptr=term.bias,
         delta_ptr=delta,
         grad_norm_ptr=grad_norm,
@@ -103,6 +105,7 @@ def shared_query_gradients(
     narrow = grad_state.to(torch.bfloat16).unsqueeze(1)
     if not projected:
         return SharedGradients(narrow, norm, None, None)
-    # dO^T O^l of a head is (dH W^-T)^T H: the sum over its rows is in dH already.
-    grad_weight = grad_state.flatten(0, 1).t() @ term.state.float().flatten(0, 2)
+    # dO^T O^l of a head is (dH W^-T)^T times the state of V, H + Z m^T: the sum over its rows is in dH already.
+    whole = torch.addcmul(term.state, term.norm.unsqueeze(3), term.means[0].unsqueeze(2))
+    grad_weight = grad_state.flatten(0, 1).t() @ whole.flatten(0, 2)
     return SharedGradients(narrow @ term.weight, norm, grad_weight, grad_bias.sum((0, 1)))

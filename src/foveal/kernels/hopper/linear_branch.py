@@ -1,6 +1,8 @@
-"""The linear branch of SLA in the epilogue of the forward: (phi(Q_i) H_i / (phi(Q_i) Z_i + eps)) W^T + b.
+"""The linear branch of SLA in the epilogue of the forward: O^l W^T + b, O^l = phi(Q_i) H_i / n, n = phi(Q_i) Z_i + eps.
 
-Source: SLA (arXiv 2509.24006), eq. 5 and 6. H and W are bfloat16 whatever the dtype of Q.
+Where H is the state of V - m, O^l has (1 - eps / n) m more. A mean is None or a tuple: a pointer to m or W m, and its
+strides over pairs and blocks. H and W are bfloat16 whatever the dtype of Q.
+Source: SLA (arXiv 2509.24006), eq. 5 and 6.
 """
 
 from triton.experimental import gluon
@@ -26,6 +28,12 @@ def load_row(pointer, COLUMNS: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def mean_of_block(mean, pair, block):
+    """Where the mean of one block lies."""
+    return mean[0] + pair.to(gl.int64) * mean[1] + block.to(gl.int64) * mean[2]
+
+
+@gluon.jit
 def part_of_features(q, top, norm_ptr, column: gl.constexpr, layout: gl.constexpr, FEATURE_MAP: gl.constexpr):
     """Some columns of phi(q), for "softmax" before its division: bfloat16; their sums, and their products with Z."""
     LOG2_E: gl.constexpr = 1.4426950408889634
@@ -42,9 +50,9 @@ def part_of_features(q, top, norm_ptr, column: gl.constexpr, layout: gl.constexp
 
 @gluon.jit
 def features_and_inverse(q, norm_ptr, FEATURE_MAP: gl.constexpr):
-    """phi(q) in bfloat16 as left and right columns (the same at head_dim 64), and the inverse of phi(q) Z + eps.
+    """phi(q) in bfloat16 as left and right columns (the same at head_dim 64), the inverse of n, and 1 - eps / n.
 
-    For "softmax" both come without the division by the sum over columns: the product with H is scaled once, after it.
+    For "softmax" all come without the division by the sum over columns: the product with H is scaled once, after it.
     A part at a time, for the registers.
     """
     gl.static_assert(FEATURE_MAP == "softmax" or FEATURE_MAP == "elu" or FEATURE_MAP == "relu")
@@ -64,7 +72,8 @@ def features_and_inverse(q, norm_ptr, FEATURE_MAP: gl.constexpr):
         product += right_product
     if FEATURE_MAP != "softmax":
         total = gl.full([q.shape[0]], 1.0, gl.float32, gl.SliceLayout(1, layout))
-    return left, right, 1.0 / (product + total * 1e-5)
+    inverse = 1.0 / (product + total * 1e-5)
+    return left, right, inverse, product * inverse
 
 
 @gluon.jit
@@ -94,6 +103,21 @@ def add_projected(acc, left, right, inverse, upper, lower):
     if acc.shape[1] == 128:
         acc = warpgroup_mma(gl.convert_layout(right, operand), lower, acc)
     return acc * inverse
+
+
+@gluon.jit
+def add_constants(acc, share, mean, pair, block, bias_ptr):
+    """acc + b, and share * W m where there is a mean: what the linear branch adds beside products.
+
+    W m goes through shared memory: with the addresses of two rows in registers the main loop's scalars spill.
+    """
+    layout: gl.constexpr = acc.type.layout
+    if mean is not None:
+        place: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        row = gl.load(mean_of_block(mean, pair, block) + gl.arange(0, acc.shape[1], place))
+        row = gl.expand_dims(gl.convert_layout(row, gl.SliceLayout(0, layout)), 0)
+        acc += gl.expand_dims(gl.convert_layout(share, gl.SliceLayout(1, layout)), 1) * row
+    return acc + load_row(bias_ptr, acc.shape[1], layout)
 
 
 @gluon.jit

@@ -2,11 +2,12 @@
 
 With phi / n the features of a row over its normalizer and g = dO W, for the rows of one query block:
 
-    R = g H^T        D^l = rowsum(phi / n * R)        dphi = (R - D^l Z) / n
-    dH = (phi / n)^T g        dZ = -(phi / n)^T D^l        O^l = (phi / n) H, for the projection's gradient
-    delta of the sparse branch = rowsum(dO * (O - b)) - D^l
+    R = g H^T        C = rowsum(phi / n * R) - (eps / n) rowsum(g * m)        dphi = (R - C Z) / n
+    dH = (phi / n)^T g        dZ = -(phi / n)^T C        O^l = (phi / n) H + (1 - eps / n) m, for dW
+    delta of the sparse branch = rowsum(dO * (O - b)) - rowsum(g * O^l)
 
-Where all rows share one H, W is folded into it beforehand (H W^T takes the place of H, and dO that of g).
+H is the state of V - m, so that nothing of the mean's size cancels; see `triton.linear_backward`. Where all rows share
+one H, W is folded into it beforehand (H W^T takes the place of H, W m that of m, and dO that of g).
 Source: SLA (arXiv 2509.24006), Algorithm 2. H, W and g are bfloat16 whatever the dtype of Q.
 """
 
@@ -15,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 from foveal.kernels.hopper.gluon_names import async_load, async_store, reinterpret
-from foveal.kernels.hopper.linear_branch import HALF_WIDTH, load_row
+from foveal.kernels.hopper.linear_branch import HALF_WIDTH, load_row, mean_of_block
 from foveal.kernels.hopper.tiles import barriers, copy_rows, retire, store_rows
 from foveal.kernels.triton.await_previous import await_previous
 
@@ -111,8 +112,8 @@ def store_column_sums(pointer, x):
 
 @gluon.jit
 def row_gradients(
-    q, o, g, h, w, q_full, og_full, h_full, phase, grad_query, linear, norm_ptr, bias_ptr, delta_ptr, grad_norm_ptr,
-    grad_bias_ptr, batch, head, start, query_length, FEATURE_MAP: gl.constexpr,
+    q, o, g, h, w, q_full, og_full, h_full, phase, grad_query, linear, norm_ptr, mean_ptr, bias_ptr, delta_ptr,
+    grad_norm_ptr, grad_bias_ptr, batch, head, start, query_length, FEATURE_MAP: gl.constexpr,
 ):  # fmt: skip
     """Everything of one block but dH, for which phi / n stays in o's slot and g in its own, both bfloat16.
 
@@ -131,12 +132,15 @@ def row_gradients(
 
     mbarrier.wait(og_full, phase)
     delta = gl.zeros([rows], gl.float32, gl.SliceLayout(1, half))
+    grad_dot_mean = delta
     for i in gl.static_range(head_dim // HALF_WIDTH):
         x = g.slice(i * HALF_WIDTH, HALF_WIDTH, 1).load(half).to(gl.float32)
         if grad_bias_ptr is not None:
             store_column_sums(grad_bias_ptr + i * HALF_WIDTH, x)
         out = o.slice(i * HALF_WIDTH, HALF_WIDTH, 1).load(half).to(gl.float32)
         delta += gl.sum(x * (out - load_row(bias_ptr + i * HALF_WIDTH, HALF_WIDTH, half)), 1)
+        if w is None:
+            grad_dot_mean += gl.sum(x * load_row(mean_ptr + i * HALF_WIDTH, HALF_WIDTH, half), 1)
         if g.dtype != gl.bfloat16:
             g_narrow.slice(i * HALF_WIDTH, HALF_WIDTH, 1).store(x.to(gl.bfloat16))
     if g.dtype != gl.bfloat16:
@@ -147,6 +151,8 @@ def row_gradients(
         )
         g_narrow.store(projected.to(gl.bfloat16))
         fence_async_shared()
+        grad_dot_mean = gl.sum(projected * load_row(mean_ptr, head_dim, full), 1)
+        grad_dot_mean = gl.convert_layout(grad_dot_mean, gl.SliceLayout(1, half))
 
     mbarrier.wait(q_full, phase)
     left, right = features(q, half, FEATURE_MAP)
@@ -164,8 +170,9 @@ def row_gradients(
         grad_right = warpgroup_mma(g_narrow, h.slice(64, HALF_WIDTH, 0).permute((1, 0)), half_zeros, use_acc=False)
     product = sum_rows(left * grad_left, right * grad_right, head_dim) * inverse
     row = start + gl.arange(0, rows, gl.SliceLayout(1, half))
-    gl.store(delta_ptr + row, delta - product, mask=row < query_length)
-    product = gl.expand_dims(product, 1)
+    share = normalizer * inverse  # 1 - eps / n
+    gl.store(delta_ptr + row, delta - product - share * grad_dot_mean, mask=row < query_length)
+    product = gl.expand_dims(product - 1e-5 * inverse * grad_dot_mean, 1)
     grad_left = (grad_left - product * load_row(norm_ptr, HALF_WIDTH, half)) * by_row
     if head_dim == 128:
         grad_right = (grad_right - product * load_row(norm_ptr + 64, HALF_WIDTH, half)) * by_row
@@ -178,13 +185,15 @@ def row_gradients(
     async_store(grad_query, [batch, head, start, 0], q)
     if w is not None:
         values = warpgroup_mma(scaled, h, gl.zeros([rows, head_dim], gl.float32, full), use_acc=False)
+        share = gl.expand_dims(gl.convert_layout(share, gl.SliceLayout(1, full)), 1)
+        values += share * load_row(mean_ptr, head_dim, full)
         store_rows(linear, batch, head, start, values, w.slice(0, rows, 0))
 
 
 @gluon.jit(do_not_specialize=["heads", "query_length", "first_pair", "norm_pair_stride", "norm_block_stride"])
 def linear_query_grad_kernel(
-    query, output, grad, state, weight, grad_query, linear, grad_state, norm_ptr, bias_ptr, delta_ptr, grad_norm_ptr,
-    heads, query_length, first_pair, norm_pair_stride, norm_block_stride, FEATURE_MAP: gl.constexpr,
+    query, output, grad, state, weight, grad_query, linear, grad_state, norm_ptr, mean, bias_ptr, delta_ptr,
+    grad_norm_ptr, heads, query_length, first_pair, norm_pair_stride, norm_block_stride, FEATURE_MAP: gl.constexpr,
 ):  # fmt: skip
     """Grid (blocks, pairs of batch and head from first_pair on): one query block each, with its own H.
 
@@ -222,9 +231,9 @@ def linear_query_grad_kernel(
     place = (all_pairs * gl.num_programs(0) + block) * head_dim
     norm_ptr += pair.to(gl.int64) * norm_pair_stride + block.to(gl.int64) * norm_block_stride
     row_gradients(
-        q, o, g, h, w, full.index(1), full.index(0), full.index(2), 0, grad_query, linear, norm_ptr, bias_ptr,
-        delta_ptr + all_pairs * query_length, grad_norm_ptr + place, None, batch, head, start, query_length,
-        FEATURE_MAP,
+        q, o, g, h, w, full.index(1), full.index(0), full.index(2), 0, grad_query, linear, norm_ptr,
+        mean_of_block(mean, pair, block), bias_ptr, delta_ptr + all_pairs * query_length, grad_norm_ptr + place, None,
+        batch, head, start, query_length, FEATURE_MAP,
     )  # fmt: skip
     g = reinterpret(g, gl.bfloat16, [rows, head_dim], tile_layout)
     scaled = reinterpret(o, gl.bfloat16, [rows, head_dim], tile_layout).permute((1, 0))
@@ -257,7 +266,7 @@ def copy_block(query, output, grad, batch, head, start, og_full, q_full, q, o, g
 
 @gluon.jit(do_not_specialize=["heads", "query_length", "num_blocks", "per_program"])
 def shared_query_grad_kernel(
-    query, output, grad, state, grad_query, grad_state_ptr, norm_ptr, bias_ptr, delta_ptr, grad_norm_ptr,
+    query, output, grad, state, grad_query, grad_state_ptr, norm_ptr, mean_ptr, bias_ptr, delta_ptr, grad_norm_ptr,
     grad_bias_ptr, heads, query_length, num_blocks, per_program, FEATURE_MAP: gl.constexpr,
 ):  # fmt: skip
     """Grid (parts, B * H): each program walks `per_program` blocks of 128 rows of one head, which share one H.
@@ -290,6 +299,7 @@ def shared_query_grad_kernel(
     count = gl.minimum(num_blocks - first, per_program)
     all_pairs = pair.to(gl.int64)
     norm_ptr += all_pairs * head_dim
+    mean_ptr += all_pairs * head_dim
     copy_block(query, output, grad, batch, head, first * rows, og_full, q_full, q, o, g, 0, count > 0)
     for i in range(count):
         stage = i % 2
@@ -301,7 +311,7 @@ def shared_query_grad_kernel(
         place = (all_pairs * num_blocks + first + i) * head_dim
         row_gradients(
             q.index(stage), o.index(stage), g.index(stage), h, None, q_full.index(stage), og_full.index(stage), None,
-            (i // 2) & 1, grad_query, None, norm_ptr, bias_ptr, delta_ptr + all_pairs * query_length,
+            (i // 2) & 1, grad_query, None, norm_ptr, mean_ptr, bias_ptr, delta_ptr + all_pairs * query_length,
             grad_norm_ptr + place, grad_bias_ptr + place, batch, head, (first + i) * rows, query_length, FEATURE_MAP,
         )  # fmt: skip
         scaled = reinterpret(o.index(stage), gl.bfloat16, [rows, head_dim], tile_layout)

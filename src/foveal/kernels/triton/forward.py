@@ -26,7 +26,7 @@ from foveal.kernels.triton.tiles import (
     store_rows,
     tile_argument,
 )
-from foveal.kernels.values import identity
+from foveal.kernels.values import identity, state_strides
 
 
 @triton.jit
@@ -96,22 +96,31 @@ def tile_valid(
 
 @triton.jit
 def add_linear_branch(
-    acc, q, state_ptr, norm_ptr, weight_ptr, bias_ptr, D: tl.constexpr, COLUMNS: tl.constexpr, FEATURE_MAP: tl.constexpr
-):
-    """acc + (phi(q) H / (phi(q) Z + eps)) W^T + b for one block's state H [D, D] and Z [D].
+    acc, q, state_ptr, norm_ptr, mean_ptr, weight_ptr, bias_ptr,
+    D: tl.constexpr, COLUMNS: tl.constexpr, FEATURE_MAP: tl.constexpr,
+):  # fmt: skip
+    """acc + O^l W^T + b for one block's state H [D, D] and Z [D].
 
-    H and W are taken a few columns at a time: a second accumulator of full width would cost too many registers.
+    O^l = phi(q) H / n with n = phi(q) Z + eps, and (phi(q) Z / n) m more where H is the state of V - m: there is a
+    mean_ptr then. All are taken a few columns at a time: of full width they would cost too many registers.
     """
     phi = feature_map(q, FEATURE_MAP)
     feature = tl.arange(0, D)
-    norm = tl.sum(phi * tl.load(norm_ptr + feature)[None, :], 1) + EPSILON
-    phi = (phi * (1.0 / norm)[:, None]).to(tl.bfloat16)
+    total = tl.sum(phi * tl.load(norm_ptr + feature)[None, :], 1)
+    inverse = 1.0 / (total + EPSILON)
+    phi = (phi * inverse[:, None]).to(tl.bfloat16)
     for start in tl.static_range(0, D, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         state = tl.load(state_ptr + feature[:, None] * D + column[None, :])
-        linear = tl.dot(phi, state).to(tl.bfloat16)
+        linear = tl.dot(phi, state)
+        if mean_ptr is not None:
+            linear += (total * inverse)[:, None] * tl.load(mean_ptr + column)[None, :]
         weight = tl.load(weight_ptr + feature[None, :] * D + column[:, None])
-        acc = tl.dot(linear, weight, acc)
+        high = linear.to(tl.bfloat16)
+        acc = tl.dot(high, weight, acc)
+        if mean_ptr is not None:
+            # The backward takes O^l off again where it has more digits.
+            acc = tl.dot((linear - high.to(tl.float32)).to(tl.bfloat16), weight, acc)
     return acc + tl.load(bias_ptr + feature)[None, :]
 
 
@@ -121,7 +130,7 @@ def add_linear_branch(
 def _block_sparse_fwd_kernel(
     query, key, value, query_ptr, key_step_ptr, output_ptr, lse_ptr,
     query_strides, key_strides, value_strides, output_strides,
-    critical_ptr, count_ptr, full_count_ptr, size_ptr, state_ptr, norm_ptr, weight_ptr, bias_ptr,
+    critical_ptr, count_ptr, full_count_ptr, size_ptr, state_ptr, norm_ptr, mean_ptr, weight_ptr, bias_ptr,
     heads, first_pair, query_length, key_length, width, size_stride, state_strides, scale_log2,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
     HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, FEATURE_MAP: tl.constexpr, INT8: tl.constexpr,
@@ -171,10 +180,12 @@ def _block_sparse_fwd_kernel(
     if FEATURE_MAP is not None:
         state_ptr += state_pair * state_strides[0] + block * state_strides[1]
         norm_ptr += state_pair * state_strides[2] + block * state_strides[3]
+        if mean_ptr is not None:
+            mean_ptr += state_pair * state_strides[4] + block * state_strides[5]
         if BLOCK_Q == TILE_K:
             if INT8:
                 q = load_rows(query, query_strides, batch, head, start_q, query_length, BLOCK_Q, D, DESCRIPTORS)
-            acc = add_linear_branch(acc, q, state_ptr, norm_ptr, weight_ptr, bias_ptr, D, 32, FEATURE_MAP)
+            acc = add_linear_branch(acc, q, state_ptr, norm_ptr, mean_ptr, weight_ptr, bias_ptr, D, 32, FEATURE_MAP)
     rows = start_q + tl.arange(0, BLOCK_Q)
     tl.store(lse_ptr + pair.to(tl.int64) * query_length + rows, lse, mask=rows < query_length)
     store_rows(output_ptr, output_strides, batch, head, start_q, query_length, acc, BLOCK_Q, D)
@@ -186,7 +197,7 @@ def _block_sparse_fwd_kernel(
             q_tile = load_rows(query_ptr, query_strides, batch, head, start, query_length, TILE_K, D, False)
             o = load_rows(output_ptr, output_strides, batch, head, start, query_length, TILE_K, D, False)
             o = o.to(tl.float32)
-            o = add_linear_branch(o, q_tile, state_ptr, norm_ptr, weight_ptr, bias_ptr, D, 64, FEATURE_MAP)
+            o = add_linear_branch(o, q_tile, state_ptr, norm_ptr, mean_ptr, weight_ptr, bias_ptr, D, 64, FEATURE_MAP)
             store_rows(output_ptr, output_strides, batch, head, start, query_length, o, TILE_K, D)
 
 
@@ -237,7 +248,10 @@ class Forward(ForwardCall):
             "num_stages": 1 if descriptors and block_q == 64 and head_dim == 128 else 2,
         }
 
-    def run(self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None) -> None:
+    def run(
+        self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None, means: Tensor | None = None
+    ) -> None:
+        mean = None if means is None else means[0]
         selection, lse = self.selection, self.results[1]
         critical = selection.critical
         full = selection.critical_count
@@ -251,7 +265,8 @@ class Forward(ForwardCall):
             full_count_ptr=full,
             state_ptr=lse if state is None else state,
             norm_ptr=lse if state is None else norm,
-            state_strides=(0, 0, 0, 0) if state is None else (*state.stride()[:2], *norm.stride()[:2]),
+            mean_ptr=mean,
+            state_strides=state_strides(state, norm, mean),
             first_pair=pairs.start,
             **self.shared,
         )

@@ -4,11 +4,19 @@
     H_i = sum of h_j            Z_i = sum of z_j                       one batched GEMM with the block mask
     O^l = phi(Q_i) H_i / n      n = phi(Q_i) Z_i + eps                 in the epilogue of the forward kernel
 
-States are bfloat16 whatever the input dtype: sums over a whole video leave the range of float16.
+States are bfloat16 whatever the input dtype: sums over a whole video leave the range of float16. Where a backward
+follows they are those of V - m, for a constant m of each head near the mean of V, and the epilogue adds what they lack:
+
+    H_i = sum of (h_j - z_j m^T)                    O^l = phi(Q_i) H_i / n + (1 - eps / n) m
+
+Any m gives the same O^l. The gradients of Q and K are differences that cancel as far as V has a mean, and what is left
+of H's rounding then is not small; without the mean nothing cancels. h_j - z_j m^T is a difference of float32 sums.
 Source: SLA (arXiv 2509.24006), eq. 5 and Algorithms 1 and 2, with G_j and z_j the masked sums of dH_i and dZ_i.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +32,11 @@ from foveal.kernels.triton.pooling import add_column_sums, block_mean, store_fir
 from foveal.kernels.triton.tiles import TILE, load_rows, row_strides, tile_argument
 from foveal.kernels.values import size_stride
 
+# The rows of V whose mean is m: all of a short sequence, one in MEAN_STEP of a long one. Where rows are independent,
+# one in four makes H 1.4 times as large, and its rounding is a small part of the errors of the gradients.
+MEAN_ROWS, MEAN_STEP = 4096, 4
+MEAN_PARTS = 32  # programs that a head's rows are cut into
+
 # By head_dim.
 MASKED_SUM_PLANS = {
     64: [Plan(40960, {"num_stages": 3})],
@@ -31,16 +44,62 @@ MASKED_SUM_PLANS = {
 }
 
 
+@triton.jit
+def store_means(mean, weight_ptr, mean_ptr, projected_ptr, D: tl.constexpr):
+    """Stores m [D] and W m, the same where there is no W."""
+    feature = tl.arange(0, D)
+    tl.store(mean_ptr + feature, mean)
+    if weight_ptr is None:
+        tl.store(projected_ptr + feature, mean)
+    else:
+        for first in range(0, D, 16):
+            row = first + tl.arange(0, 16)
+            weight = tl.load(weight_ptr + row[:, None] * D + feature[None, :]).to(tl.float32)
+            tl.store(projected_ptr + row, tl.sum(weight * mean[None, :], 1))
+
+
+@triton.jit(do_not_specialize=["heads", "pairs", "first_pair", "length", "step", "size_stride"])
+def _value_sum_kernel(
+    value_ptr, sum_ptr, count_ptr, size_ptr, strides, heads, pairs, first_pair, length, step, size_stride,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, HAS_SIZES: tl.constexpr,
+):  # fmt: skip
+    """The sum over every `step`-th valid row in one of PARTS parts of a head, and how many there are."""
+    await_previous()
+    part, pair = tl.program_id(0) // pairs, tl.program_id(0) % pairs
+    batch, head = (first_pair + pair) // heads, (first_pair + pair) % heads
+    value_ptr += batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + tl.arange(0, D)[None, :]
+    rows = tl.cdiv(length, step)
+    each = tl.cdiv(rows, PARTS)
+    total = tl.zeros([ROWS, D], tl.float32)
+    count = tl.zeros([ROWS], tl.float32)
+    stop = tl.minimum((part + 1) * each, rows)
+    for first in tl.range(part * each, stop, ROWS):
+        place = first + tl.arange(0, ROWS)
+        row = place * step
+        valid = place < stop
+        if HAS_SIZES:
+            listed = size_ptr + batch.to(tl.int64) * size_stride + row // BLOCK_K
+            valid &= row % BLOCK_K < tl.load(listed, mask=valid, other=0)
+        offsets = row.to(tl.int64)[:, None] * strides[2]
+        total += tl.load(value_ptr + offsets, mask=valid[:, None], other=0.0).to(tl.float32)
+        count += tl.where(valid, 1.0, 0.0)
+    index = pair * PARTS + part
+    tl.store(sum_ptr + index * D + tl.arange(0, D), tl.sum(total, 0))
+    tl.store(count_ptr + index, tl.sum(count, 0))
+
+
 @triton.jit(do_not_specialize=["heads", "pairs", "length", "size_stride", "first_pair", "blocks", "at_once"])
 def _key_state_kernel(
-    key, value, state_ptr, norm_ptr, pooled_ptr, size_ptr, key_strides, value_strides,
-    heads, pairs, length, size_stride, first_pair, blocks, at_once, state_step, norm_step,
+    key, value, state_ptr, norm_ptr, pooled_ptr, size_ptr, mean_ptr, projected_ptr, weight_ptr, value_sums,
+    key_strides, value_strides, heads, pairs, length, size_stride, first_pair, blocks, at_once, state_step, norm_step,
     D: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, PER_BLOCK: tl.constexpr, POOL: tl.constexpr,
-    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, FEATURE_MAP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """h and z of `at_once` key blocks, of each block or of their sum, and their pooled keys, in one pass over K and V.
 
     Blocks past the end get zeros, which the padding of the mask product needs. Heads are neighbors, as in `pool`.
+    With a mean_ptr the h of each block is that of V - m, and m and W m are stored, from `value_sums` (what
+    `_value_sum_kernel` made). For the sum of blocks mean_ptr takes its sums over the features of K, of which m is made.
     """
     await_previous()
     SPLIT: tl.constexpr = BLOCK_K // TILE
@@ -49,6 +108,17 @@ def _key_state_kernel(
     key_blocks = tl.cdiv(length, BLOCK_K)
     feature = tl.arange(0, D)
     square = feature[:, None] * D + feature[None, :]
+    if PER_BLOCK and mean_ptr is not None:
+        # Through memory: in registers m would take those of the loop. Every program of a head stores the same.
+        sums = value_sums[0] + pair * (PARTS * D) + tl.arange(0, PARTS)[:, None] * D + feature[None, :]
+        count = tl.sum(tl.load(value_sums[1] + pair * PARTS + tl.arange(0, PARTS)), 0)
+        mean_ptr += pair * D
+        mean_value = tl.sum(tl.load(sums), 0) / tl.maximum(count, 1.0)
+        if part == 0:
+            store_means(mean_value, weight_ptr, mean_ptr, projected_ptr + pair * D, D)
+        else:
+            tl.store(mean_ptr + feature, mean_value)
+        tl.debug_barrier()
     state = tl.zeros([D, D], tl.float32)
     norm = tl.zeros([16, D], tl.float32)
     total = tl.zeros([16, D], tl.float32)
@@ -86,26 +156,47 @@ def _key_state_kernel(
         if PER_BLOCK:  # noqa: SIM102
             if tile % SPLIT == SPLIT - 1:
                 index = pair.to(tl.int64) * blocks + block
+                if mean_ptr is not None:
+                    z = tl.max(norm, 0)  # which each row of norm is
+                    state -= z[:, None] * tl.load(mean_ptr + feature)[None, :]
                 tl.store(state_ptr + index * state_step + square, state.to(state_ptr.dtype.element_ty))
                 store_first_row(norm_ptr + index * norm_step + feature, norm)
     if not PER_BLOCK:
         index = pair.to(tl.int64) * (tl.num_programs(0) // pairs) + part
         tl.store(state_ptr + index * state_step + square, state)
         store_first_row(norm_ptr + index * norm_step + feature, norm)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + index * D + feature, tl.sum(state, 0))
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _sum_parts_kernel(part_ptr, norm_part_ptr, state_ptr, norm_ptr, parts, D: tl.constexpr, ROWS: tl.constexpr):
-    """Sums what the parts of one head's keys gave: a few rows of the state, and Z with the first."""
+def _sum_parts_kernel(
+    part_ptr, norm_part_ptr, value_part_ptr, state_ptr, norm_ptr, mean_ptr, projected_ptr, weight_ptr, parts,
+    D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sums what the parts of one head's keys gave: a few rows of the state, and Z, m and W m with the first.
+
+    With a mean_ptr the state is that of V - m, and m is the mean of V by weights, the sums over the features of K.
+    """
     await_previous()
     strip, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    feature = tl.arange(0, D)
-    square = (strip * ROWS + tl.arange(0, ROWS))[:, None] * D + feature[None, :]
+    feature, row = tl.arange(0, D), strip * ROWS + tl.arange(0, ROWS)
+    square = row[:, None] * D + feature[None, :]
     state = tl.zeros([ROWS, D], tl.float32)
     norm = tl.zeros([D], tl.float32)
+    norm_of_rows = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([D], tl.float32)
     for part in range(parts):
         state += tl.load(part_ptr + (pair * parts + part) * D * D + square)
         norm += tl.load(norm_part_ptr + (pair * parts + part) * D + feature)
+        if mean_ptr is not None:
+            norm_of_rows += tl.load(norm_part_ptr + (pair * parts + part) * D + row)
+            weighted += tl.load(value_part_ptr + (pair * parts + part) * D + feature)
+    if mean_ptr is not None:
+        mean = weighted / tl.maximum(tl.sum(norm, 0), 1e-30)
+        state -= norm_of_rows[:, None] * mean[None, :]
+        if strip == 0:
+            store_means(mean, weight_ptr, mean_ptr + pair * D, projected_ptr + pair * D, D)
     tl.store(state_ptr + pair * D * D + square, state.to(state_ptr.dtype.element_ty))
     tl.store(norm_ptr + pair * D + feature, norm, mask=strip + feature * 0 == 0)
 
@@ -134,6 +225,17 @@ def _masked_sum_kernel(
     tl.store(sum_ptr + rows[:, None] * D + feature[None, :], acc)
 
 
+class Means(NamedTuple):
+    """Where m of some heads and W m go, float32 [pairs, D], contiguous, and W, bfloat16 [D, D], None for the identity.
+
+    For sums of blocks, `mean` takes what m is made of, and the others are None.
+    """
+
+    mean: Tensor
+    projected: Tensor | None
+    weight: Tensor | None
+
+
 def _run_key_states(
     key: Tensor,
     value: Tensor,
@@ -146,6 +248,8 @@ def _run_key_states(
     state: Tensor,
     norm: Tensor,
     pooled: Tensor | None,
+    means: Means | None,
+    value_sums: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     heads, length, head_dim = key.shape[1:]
     descriptors = tma_takes((key, value))
@@ -161,6 +265,10 @@ def _run_key_states(
         norm_ptr=norm,
         pooled_ptr=norm if pooled is None else pooled,
         size_ptr=norm if sizes is None else sizes,
+        mean_ptr=None if means is None else means.mean,
+        projected_ptr=None if means is None else means.projected,
+        weight_ptr=None if means is None else means.weight,
+        value_sums=value_sums,
         key_strides=row_strides(key),
         value_strides=row_strides(value),
         heads=heads,
@@ -180,9 +288,40 @@ def _run_key_states(
         HAS_SIZES=sizes is not None,
         DESCRIPTORS=descriptors,
         FEATURE_MAP=feature_map,
+        PARTS=MEAN_PARTS,
         num_warps=8 if head_dim == 128 else 4,
         **limits,
     )
+
+
+def _value_sums(value: Tensor, sizes: Tensor | None, block_k: int, pairs: range) -> tuple[Tensor, Tensor]:
+    """Sums of rows of V, float32 [pairs, MEAN_PARTS, D], and how many they are, float32 [pairs, MEAN_PARTS]."""
+    heads, length, head_dim = value.shape[1:]
+    sums = torch.empty((len(pairs), MEAN_PARTS, head_dim), dtype=torch.float32, device=value.device)
+    counts = torch.empty((len(pairs), MEAN_PARTS), dtype=torch.float32, device=value.device)
+    launch(
+        _value_sum_kernel,
+        (MEAN_PARTS * len(pairs),),
+        value_ptr=value,
+        sum_ptr=sums,
+        count_ptr=counts,
+        size_ptr=sums if sizes is None else sizes,
+        strides=row_strides(value),
+        heads=heads,
+        pairs=len(pairs),
+        first_pair=pairs.start,
+        length=length,
+        step=max(1, min(MEAN_STEP, length // MEAN_ROWS)),
+        size_stride=size_stride(sizes),
+        D=head_dim,
+        BLOCK_K=block_k,
+        ROWS=32,
+        PARTS=MEAN_PARTS,
+        HAS_SIZES=sizes is not None,
+        num_warps=4,
+        num_stages=3,
+    )
+    return sums, counts
 
 
 def _blocks_at_once(blocks: int, device: torch.device) -> int:
@@ -200,8 +339,9 @@ def key_states(
     pooled: Tensor | None,
     state: Tensor,
     norm: Tensor,
+    means: Means | None = None,
 ) -> None:
-    """Writes h and z of each key block; zero for blocks past the last.
+    """Writes h and z of each key block; zero for blocks past the last. With `means`, h of V - m.
 
     Args:
         key, value: [B, H, Lk, D].
@@ -210,32 +350,51 @@ def key_states(
         pooled: float32 [pairs, Tk, D], contiguous, for the means of each block's keys; None if they are not wanted.
         state: h, bfloat16 [pairs, Tk or more, D, D]; blocks may stand apart.
         norm: z, float32 or bfloat16 [pairs, Tk or more, D]; blocks may stand apart.
+        means: where m and W m go. They take a launch and a look at V (see `MEAN_STEP`) of their own.
     """
     blocks = state.shape[1]
     at_once = _blocks_at_once(blocks * len(pairs), key.device)
-    _run_key_states(key, value, sizes, block_k, feature_map, pairs, blocks, at_once, state, norm, pooled)
+    value_sums = None if means is None else _value_sums(value, sizes, block_k, pairs)
+    _run_key_states(
+        key, value, sizes, block_k, feature_map, pairs, blocks, at_once, state, norm, pooled, means, value_sums
+    )
 
 
 def key_state_sums(
-    key: Tensor, value: Tensor, sizes: Tensor | None, block_k: int, feature_map: str, pooled: Tensor | None = None
+    key: Tensor,
+    value: Tensor,
+    sizes: Tensor | None,
+    block_k: int,
+    feature_map: str,
+    pooled: Tensor | None = None,
+    means: Means | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """H [B * H, 1, D, D] in bfloat16 and Z [B * H, 1, D] in float32 over all keys; arguments as in `key_states`."""
+    """H [B * H, 1, D, D] in bfloat16 and Z [B * H, 1, D] in float32 over all keys; arguments as in `key_states`.
+
+    m is a weighted mean of V here, which comes out of the sums: it takes neither a launch nor a look at V.
+    """
     pairs, blocks, head_dim = key.shape[0] * key.shape[1], -(-key.shape[2] // block_k), key.shape[-1]
     at_once = _blocks_at_once(blocks * pairs, key.device)
     parts = -(-blocks // at_once)
-    part, norm_part, norm = (
-        torch.empty((pairs, n, *shape), dtype=torch.float32, device=key.device)
-        for n, shape in ((parts, (head_dim, head_dim)), (parts, (head_dim,)), (1, (head_dim,)))
-    )
+    memory = {"dtype": torch.float32, "device": key.device}
+    part = torch.empty((pairs, parts, head_dim, head_dim), **memory)
+    norm_part, norm = torch.empty((pairs, parts, head_dim), **memory), torch.empty((pairs, 1, head_dim), **memory)
+    value_part = None if means is None else torch.empty_like(norm_part)
     state = torch.empty((pairs, 1, head_dim, head_dim), dtype=torch.bfloat16, device=key.device)
-    _run_key_states(key, value, sizes, block_k, feature_map, range(pairs), blocks, at_once, part, norm_part, pooled)
+    of_all = key, value, sizes, block_k, feature_map, range(pairs), blocks, at_once
+    of_parts = None if means is None else Means(value_part, None, None)
+    _run_key_states(*of_all, part, norm_part, pooled, of_parts)
     launch(
         _sum_parts_kernel,
         (head_dim // 8, pairs),
         part_ptr=part,
         norm_part_ptr=norm_part,
+        value_part_ptr=value_part,
         state_ptr=state,
         norm_ptr=norm,
+        mean_ptr=None if means is None else means.mean,
+        projected_ptr=None if means is None else means.projected,
+        weight_ptr=None if means is None else means.weight,
         parts=parts,
         D=head_dim,
         ROWS=8,

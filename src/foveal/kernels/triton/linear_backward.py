@@ -1,10 +1,12 @@
 """The linear branch's backward on the device: dQ, dH and the projection on the query side, dK and dV on the key side.
 
-    g = dO W                  dphi(Q_i) = (g H_i^T - D^l Z_i) / n       D^l = rowsum(g * O^l)
-    dH_i = (phi(Q_i) / n)^T g                dZ_i = -(phi(Q_i) / n)^T D^l
+    g = dO W                  dphi(Q_i) = (g H_i^T - C Z_i) / n         C = rowsum(g * (O^l - m))
+    dH_i = (phi(Q_i) / n)^T g                dZ_i = -(phi(Q_i) / n)^T C
     G_j = sum of dH_i         z_j = sum of dZ_i                         one batched GEMM with the block mask
-    dphi(K_j) = V_j G_j^T + z_j              dV_j = phi(K_j) G_j
+    dphi(K_j) = (V_j - m) G_j^T + z_j        dV_j = phi(K_j) G_j
 
+H_i is the state of V - m, as in `linear`. With O^l = phi(Q_i) H_i / n + (1 - eps / n) m nothing of the mean's size is
+subtracted from another such thing: C = rowsum(g * phi(Q_i) H_i / n) - (eps / n) rowsum(g * m).
 Source: SLA (arXiv 2509.24006), Algorithm 2.
 """
 
@@ -22,16 +24,16 @@ from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.feature_maps import EPSILON, feature_map, feature_map_backward
 from foveal.kernels.triton.forward import tile_valid
 from foveal.kernels.triton.tiles import TILE, load_rows, row_strides, store_rows
-from foveal.kernels.values import LinearTerm, identity, size_stride
+from foveal.kernels.values import LinearTerm, identity, size_stride, state_strides
 
 
 @triton.jit(do_not_specialize=["heads", "length", "first_pair"])
 def _query_grad_kernel(
-    query_ptr, output_ptr, grad_ptr, state_ptr, norm_ptr, weight_ptr, bias_ptr,
+    query_ptr, output_ptr, grad_ptr, state_ptr, norm_ptr, mean_ptr, projected_ptr, weight_ptr, bias_ptr,
     grad_query_ptr, delta_ptr, linear_ptr, grad_state_ptr, grad_norm_ptr,
     query_strides, output_strides, grad_strides, grad_query_strides, state_strides,
     heads, length, first_pair,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, FEATURE_MAP: tl.constexpr,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, FEATURE_MAP: tl.constexpr,
 ):  # fmt: skip
     """The query side of the linear branch's backward for one block, and delta of the sparse branch.
 
@@ -47,6 +49,8 @@ def _query_grad_kernel(
     square = feature[:, None] * D + feature[None, :]
     state_ptr += pair.to(tl.int64) * state_strides[0] + block * state_strides[1]
     norm_ptr += pair.to(tl.int64) * state_strides[2] + block * state_strides[3]
+    mean_ptr += pair.to(tl.int64) * state_strides[4] + block * state_strides[5]
+    projected_ptr += pair.to(tl.int64) * state_strides[4] + block * state_strides[5]
     norm_state = tl.load(norm_ptr + feature)
     grad_state = tl.zeros([D, D], tl.float32)
     grad_norm = tl.zeros([D], tl.float32)
@@ -56,21 +60,29 @@ def _query_grad_kernel(
         do = load_rows(grad_ptr, grad_strides, batch, head, start, length, TILE, D, False)
         o = load_rows(output_ptr, output_strides, batch, head, start, length, TILE, D, False)
         q = load_rows(query_ptr, query_strides, batch, head, start, length, TILE, D, False)
-        state = tl.load(state_ptr + square)
         delta = tl.sum(do.to(tl.float32) * (o.to(tl.float32) - tl.load(bias_ptr + feature)[None, :]), 1)
+        grad_dot_mean = tl.sum(do.to(tl.float32) * tl.load(projected_ptr + feature)[None, :], 1)
         g = tl.dot(do.to(tl.bfloat16), tl.load(weight_ptr + square)).to(tl.bfloat16)
         phi = feature_map(q, FEATURE_MAP)
-        inverse = 1.0 / (tl.sum(phi * norm_state[None, :], 1) + EPSILON)
+        total = tl.sum(phi * norm_state[None, :], 1)
+        inverse = 1.0 / (total + EPSILON)
+        share = total * inverse  # 1 - eps / n, and 0 for a row without marginal blocks
         scaled = (phi * inverse[:, None]).to(tl.bfloat16)
-        linear = tl.dot(scaled, state)
-        linear_offsets = (all_pairs * length + rows)[:, None] * D + feature[None, :]
-        tl.store(linear_ptr + linear_offsets, linear.to(tl.bfloat16), mask=(rows < length)[:, None])
-        grad_dot_linear = tl.sum(g.to(tl.float32) * linear, 1)
-        tl.store(delta_ptr + all_pairs * length + rows, delta - grad_dot_linear, mask=rows < length)
-        grad_phi = (tl.dot(g, tl.trans(state)) - grad_dot_linear[:, None] * norm_state[None, :]) * inverse[:, None]
+        for first in tl.static_range(0, D, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            linear = tl.dot(scaled, tl.load(state_ptr + feature[:, None] * D + column[None, :]))
+            linear += share[:, None] * tl.load(mean_ptr + column)[None, :]
+            linear_offsets = (all_pairs * length + rows)[:, None] * D + column[None, :]
+            tl.store(linear_ptr + linear_offsets, linear.to(tl.bfloat16), mask=(rows < length)[:, None])
+        product = tl.dot(g, tl.trans(tl.load(state_ptr + square)))
+        grad_dot_linear = tl.sum(phi * product, 1) * inverse
+        delta -= grad_dot_linear + share * grad_dot_mean
+        tl.store(delta_ptr + all_pairs * length + rows, delta, mask=rows < length)
+        change = grad_dot_linear - EPSILON * inverse * grad_dot_mean
+        grad_phi = (product - change[:, None] * norm_state[None, :]) * inverse[:, None]
         grad_query = feature_map_backward(q, phi, grad_phi, FEATURE_MAP)
         store_rows(grad_query_ptr, grad_query_strides, batch, head, start, length, grad_query, TILE, D)
-        grad_norm -= tl.sum(scaled.to(tl.float32) * grad_dot_linear[:, None], 0)
+        grad_norm -= tl.sum(scaled.to(tl.float32) * change[:, None], 0)
         grad_state = tl.dot(tl.trans(scaled), g, grad_state)
     blocks = tl.num_programs(0)
     tl.store(grad_norm_ptr + (all_pairs * blocks + block) * D + feature, grad_norm)
@@ -102,12 +114,12 @@ def _projection_grad_kernel(
 
 @triton.jit(do_not_specialize=["heads", "length", "size_stride"])
 def _key_grad_kernel(
-    key_ptr, value_ptr, grad_state_ptr, grad_norm_ptr, size_ptr, grad_key_ptr, grad_value_ptr,
+    key_ptr, value_ptr, grad_state_ptr, grad_norm_ptr, mean_ptr, size_ptr, grad_key_ptr, grad_value_ptr,
     key_strides, value_strides, grad_key_strides, grad_value_strides, state_strides,
     heads, length, size_stride,
     D: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, HAS_SIZES: tl.constexpr, FEATURE_MAP: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dK and dV: dphi(K_j) = V_j G_j^T + z_j, dV_j = phi(K_j) G_j, of one tile of keys."""
+    """Adds to dK and dV: dphi(K_j) = (V_j - m) G_j^T + z_j, dV_j = phi(K_j) G_j, of one tile of keys."""
     await_previous()
     start, pair = tl.program_id(0) * TILE, tl.program_id(1)
     batch, head = pair // heads, pair % heads
@@ -117,20 +129,22 @@ def _key_grad_kernel(
     norm = pair.to(tl.int64) * state_strides[2] + block * state_strides[3]
     valid = tile_valid(size_ptr, size_stride, batch, start, length, TILE, BLOCK_K, HAS_SIZES)
     k = load_rows(key_ptr, key_strides, batch, head, start, length, TILE, D, False)
-    v = load_rows(value_ptr, value_strides, batch, head, start, length, TILE, D, False)
     grad_state = tl.load(grad_state_ptr + state + feature[:, None] * D + feature[None, :])
     grad_norm = tl.load(grad_norm_ptr + norm + feature)
     grad_value = load_rows(grad_value_ptr, grad_value_strides, batch, head, start, length, TILE, D, False)
-    grad_key = load_rows(grad_key_ptr, grad_key_strides, batch, head, start, length, TILE, D, False)
     phi = feature_map(k, FEATURE_MAP)
     grad_value = tl.dot(phi.to(tl.bfloat16), grad_state, grad_value.to(tl.float32))
-    grad_phi = tl.dot(v.to(tl.bfloat16), tl.trans(grad_state)) + grad_norm[None, :]
+    if HAS_SIZES:
+        grad_value = tl.where(valid[:, None], grad_value, 0.0)
+    store_rows(grad_value_ptr, grad_value_strides, batch, head, start, length, grad_value, TILE, D)
+    v = load_rows(value_ptr, value_strides, batch, head, start, length, TILE, D, False)
+    grad_key = load_rows(grad_key_ptr, grad_key_strides, batch, head, start, length, TILE, D, False)
+    mean = tl.load(mean_ptr + pair * state_strides[4] + block * state_strides[5] + feature)
+    grad_phi = tl.dot((v.to(tl.float32) - mean[None, :]).to(tl.bfloat16), tl.trans(grad_state)) + grad_norm[None, :]
     grad_key = grad_key.to(tl.float32) + feature_map_backward(k, phi, grad_phi, FEATURE_MAP)
     if HAS_SIZES:
         grad_key = tl.where(valid[:, None], grad_key, 0.0)
-        grad_value = tl.where(valid[:, None], grad_value, 0.0)
     store_rows(grad_key_ptr, grad_key_strides, batch, head, start, length, grad_key, TILE, D)
-    store_rows(grad_value_ptr, grad_value_strides, batch, head, start, length, grad_value, TILE, D)
 
 
 def query_gradients(
@@ -159,6 +173,8 @@ def query_gradients(
         grad_ptr=grad,
         state_ptr=term.state,
         norm_ptr=term.norm,
+        mean_ptr=term.means[0],
+        projected_ptr=term.means[1],
         weight_ptr=identity(head_dim, query.device) if term.weight is None else term.weight,
         bias_ptr=term.bias,
         grad_query_ptr=grad_query,
@@ -170,13 +186,14 @@ def query_gradients(
         output_strides=row_strides(output),
         grad_strides=row_strides(grad),
         grad_query_strides=row_strides(grad_query),
-        state_strides=(*term.state.stride()[:2], *term.norm.stride()[:2]),
+        state_strides=state_strides(term.state, term.norm, term.means[0]),
         heads=heads,
         length=length,
         first_pair=pairs.start,
         D=head_dim,
         BLOCK_Q=block_q,
         TILE=TILE,
+        COLUMNS=64,
         FEATURE_MAP=term.feature_map,
         num_warps=8 if head_dim == 128 else 4,
         num_stages=1,
@@ -197,7 +214,6 @@ def shared_query_gradients(
     pairs, rows = query.shape[0] * query.shape[1], -(-query.shape[2] // block_q)
     linear = torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
     grad_norm = term.norm.new_empty((pairs, rows, query.shape[3]))
-    term = term._replace(state=term.state.expand(-1, rows, -1, -1), norm=term.norm.expand(-1, rows, -1))
     grad_state = query_gradients(query, output, grad, term, block_q, range(pairs), grad_query, delta, linear, grad_norm)
     state = grad_state.sum(1, keepdim=True, dtype=torch.float32).to(torch.bfloat16)
     projection = (None, None) if term.weight is None else projection_gradients(grad, linear)
@@ -234,26 +250,25 @@ def projection_gradients(grad: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
 def add_key_gradients(
     key: Tensor, value: Tensor, term: LinearTerm, selection: BlockSelection, grad_key: Tensor, grad_value: Tensor
 ) -> None:
-    """Adds the linear branch's dK and dV in place; `term` has G and z."""
+    """Adds the linear branch's dK and dV in place; `term` has G, z, and m."""
     batch, heads, length, head_dim = key.shape
-    sizes, state, norm = selection.key_block_sizes, term.state, term.norm
-    # Where all key blocks share one state, none is a step from the next one.
-    block_steps = (0, 0) if state.shape[1] == 1 else (state.stride(1), norm.stride(1))
+    sizes = selection.key_block_sizes
     launch(
         _key_grad_kernel,
         (-(-length // TILE), batch * heads),
         key_ptr=key,
         value_ptr=value,
-        grad_state_ptr=state,
-        grad_norm_ptr=norm,
-        size_ptr=norm if sizes is None else sizes,
+        grad_state_ptr=term.state,
+        grad_norm_ptr=term.norm,
+        mean_ptr=term.means[0],
+        size_ptr=term.norm if sizes is None else sizes,
         grad_key_ptr=grad_key,
         grad_value_ptr=grad_value,
         key_strides=row_strides(key),
         value_strides=row_strides(value),
         grad_key_strides=row_strides(grad_key),
         grad_value_strides=row_strides(grad_value),
-        state_strides=(state.stride(0), block_steps[0], norm.stride(0), block_steps[1]),
+        state_strides=state_strides(term.state, term.norm, term.means[0]),
         heads=heads,
         length=length,
         size_stride=size_stride(sizes),

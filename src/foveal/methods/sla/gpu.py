@@ -214,7 +214,7 @@ def _flat_forward(tensors: Sequence[Tensor | None], given: tuple) -> tuple[tuple
 def _flat_backward(tensors: Sequence[Tensor | None], given: tuple) -> tuple[tuple[Tensor | None, ...], None]:
     """`_backward` for `replayed`, of the gradient, the inputs, and what `_flat_forward` returned."""
     numbers, options = given
-    return _backward(*tensors[:6], Results(*tensors[6:10]), unflatten(tensors[10:], numbers), options), None
+    return _backward(*tensors[:6], Results(*tensors[6:11]), unflatten(tensors[11:], numbers), options), None
 
 
 class _Attention(torch.autograd.Function):
@@ -247,7 +247,7 @@ def _forward_op(
     scope: str,
     backend: str,
     keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Results`, and the lists, counts and marginal mask that a rule made, which are empty for a selection.
 
     Numbers come in a list: where there are gradients, PyTorch spends time on an op that grows with the square of the
@@ -275,8 +275,9 @@ def _(query, key, value, weight, bias, choice_tensors, choice_numbers, scale, fe
     kept = batch * heads if scope == "all" or keep_states else 0
     norm = lse.new_empty((kept, rows, head_dim))
     state = query.new_empty((kept, rows, head_dim, head_dim), dtype=torch.bfloat16)
+    means = lse.new_empty((2, batch * heads if keep_states else 0, 1, head_dim))
     made = new_selection(query, key, choice, scope) if isinstance(choice, SelectionRule) else None
-    return torch.empty_like(query), lse, norm, state, *made_by_rule(query, made)
+    return torch.empty_like(query), lse, norm, state, means, *made_by_rule(query, made)
 
 
 @torch.library.custom_op("foveal::sla_gpu_bwd", mutates_args=())
@@ -295,9 +296,9 @@ def _backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients, those of weight and bias empty where these are None; `saved` is `Results` and a selection."""
-    selection = unflatten(saved[4:], selection_numbers)
+    selection = unflatten(saved[5:], selection_numbers)
     options = Options(scale, feature_map, scope, backend)
-    grads = _backward(grad, query, key, value, weight, bias, Results(*saved[:4]), selection, options)
+    grads = _backward(grad, query, key, value, weight, bias, Results(*saved[:5]), selection, options)
     return tuple(grad.new_empty(0) if x is None else x for x in grads)
 
 

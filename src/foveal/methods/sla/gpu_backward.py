@@ -49,7 +49,7 @@ def own_states(
     most = max(1, GROUP_BYTES // (rows * head_dim**2 * 2))
     for start in range(0, pairs, most):
         group = slice(start, min(start + most, pairs))
-        part = term._replace(state=term.state[group], norm=term.norm[group])
+        part = term._replace(state=term.state[group], norm=term.norm[group], means=term.means[:, group])
         some_pairs = range(group.start, group.stop)
         grad_state = backend.query_gradients(
             query, output, grad, part, block_q, some_pairs, grad_query, delta, linear, grad_norm
@@ -84,15 +84,15 @@ def gradients(
         mask: bfloat16 [B * H, padded Tq, padded Tk], what H was summed over; None for every key.
         term: the same term as in the forward.
     """
-    output, lse, norm, state = results
+    output, lse, norm, state, means = results
     grad_query, delta = torch.empty_like(query), torch.empty_like(lse)
-    term = term._replace(state=state, norm=norm)
+    term = term._replace(state=state, norm=norm, means=means)
     if mask is None:
         run = backend.shared_query_gradients
         side = run(query, output, grad, term, selection.block_q, grad_query, delta)
     else:
         side = own_states(grad, query, output, term, mask, selection.block_q, grad_query, delta, backend)
     columns = column_lists(selection)
-    key_side = LinearTerm(term.feature_map, state=side.state, norm=side.norm)
+    key_side = LinearTerm(term.feature_map, state=side.state, norm=side.norm, means=means)
     grads = backend.backward(grad, query, key, value, delta, lse, selection, columns, scale, grad_query, key_side)
     return *grads, side.weight, side.bias

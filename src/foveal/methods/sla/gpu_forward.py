@@ -19,7 +19,7 @@ from torch import Tensor
 from foveal.blocks import BlockSelection
 from foveal.kernels.backend import Backend, ForwardCall
 from foveal.kernels.side_stream import side_stream
-from foveal.kernels.triton.linear import key_state_sums, key_states, masked_sum
+from foveal.kernels.triton.linear import Means, key_state_sums, key_states, masked_sum
 from foveal.kernels.triton.picking import Lists, pick
 from foveal.kernels.triton.pooling import pool
 from foveal.kernels.values import LinearTerm
@@ -36,12 +36,15 @@ class Results(NamedTuple):
     output: [B, H, Lq, D]. lse: float32 [B, H, Lq].
     norm, state: Z, float32 [B * H, padded Tq, D], and H, bfloat16 [B * H, padded Tq, D, D]. Over all keys their blocks
         are one; else both are empty unless they were to be kept.
+    means: m of each head and W m, float32 [2, B * H, 1, D], and H is the state of V - m; empty unless states were to be
+        kept, and H is that of V then.
     """
 
     output: Tensor
     lse: Tensor
     norm: Tensor
     state: Tensor
+    means: Tensor
 
 
 def groups(pairs: int, most: int) -> Iterator[range]:
@@ -76,7 +79,7 @@ def forward_in_groups(
         projections: float32 [D, D] each, what maps pooled queries and keys (x W^T) before a rule scores them; not with
             a sum over every key.
         norm_scale: float32 [B * H, padded Tq], what Z of each row is multiplied by where it divides, which divides the
-            row's O^l; None for 1. `Results.norm` has Z as it was. Not with that sum either.
+            row's O^l, so m of that row too; None for 1. `Results.norm` has Z as it was. Not with that sum either.
     """
     # One H for all may be projected before it is added.
     early = backend.projects_early and mask is None and term.weight is not None
@@ -84,7 +87,7 @@ def forward_in_groups(
     lists = Lists(selection.critical, selection.critical_count, mask)
     pooled_query = None if rule is None else pool(query, selection.block_q).flatten(0, 1)
     if mask is None:
-        return _over_all_keys(key, value, call, lists, rule, pooled_query, scale, term, early)
+        return _over_all_keys(key, value, call, lists, rule, pooled_query, scale, term, early, keep_states)
     if projections is not None and rule is not None:
         pooled_query = pooled_query @ projections[0].t()
     more = projections, norm_scale
@@ -101,20 +104,22 @@ def _over_all_keys(
     scale: float,
     term: LinearTerm,
     early: bool,
+    keep_states: bool,
 ) -> Results:
     selection, (output, lse) = call.selection, call.results
+    means = lse.new_empty((2, call.pairs if keep_states else 0, 1, key.shape[-1]))
     pooled = None
     if rule is not None or call.wants_means:
         pooled = lse.new_empty((call.pairs, selection.num_key_blocks, key.shape[-1]))
-    state, norm = key_state_sums(key, value, selection.key_block_sizes, selection.block_k, term.feature_map, pooled)
+    of_keys = key, value, selection.key_block_sizes, selection.block_k, term.feature_map
+    state, norm = key_state_sums(*of_keys, pooled, Means(means[0], means[1], term.weight) if keep_states else None)
     if call.wants_means:
         call.take_means(range(call.pairs), pooled)
     if rule is not None:
         pick(pooled_query, pooled, scale, rule, 0, lists)
-    rows = selection.critical.shape[2]
     projected = state @ term.weight.t() if early else state
-    call.run(range(call.pairs), projected.expand(-1, rows, -1, -1), norm.expand(-1, rows, -1))
-    return Results(output, lse, norm, state)
+    call.run(range(call.pairs), projected, norm, means if keep_states else None)
+    return Results(output, lse, norm, state, means)
 
 
 def _by_masks(
@@ -139,6 +144,7 @@ def _by_masks(
     largest, kept = len(parts[0]), call.pairs if keep_states else 0
     norm = lse.new_empty((kept, rows, head_dim))
     state = mask.new_empty((kept, rows, *square))
+    means = lse.new_empty((2, kept, 1, head_dim))
     if keep_states:
         h, z, sums = mask.new_empty((largest, columns, area)), lse.new_empty((largest, columns, head_dim)), None
     else:
@@ -165,6 +171,7 @@ def _by_masks(
             pooled,
             squares if count == largest else squares[:count],
             z if count == largest else z[:count],
+            Means(*(x[group.start : group.stop] for x in (means[0], means[1])), term.weight) if keep_states else None,
         )
         if call.wants_means:
             call.take_means(group, pooled)
@@ -193,12 +200,15 @@ def _by_masks(
         else:
             torch.bmm(group_mask, group_h, out=group_sums)
             group_state, group_norm = group_sums[..., :area].unflatten(2, square), group_sums[..., area:]
+        group_means = means[:, group.start : group.stop] if keep_states else None
         if norm_scale is not None:
-            group_norm = group_norm * norm_scale[group.start : group.stop, :, None]
+            group_scale = norm_scale[group.start : group.stop, :, None]
+            group_norm = group_norm * group_scale
+            group_means = group_means / group_scale if keep_states else None
         if side is not None and following is not None:
             side.follow()  # h and z are free again
-        call.run(group, group_state, group_norm)
+        call.run(group, group_state, group_norm, group_means)
         if following is not None:
             with contextlib.nullcontext() if side is None else side:
                 prepare(following)
-    return Results(output, lse, norm, state)
+    return Results(output, lse, norm, state, means)

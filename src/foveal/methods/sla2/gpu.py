@@ -171,14 +171,16 @@ def _backward(
         mask = mask_operand(selection, "marginal").flatten(0, 1)
         norm_scale = _in_pairs(torch.where(rest > 0, 1 / rest, 1), query, mask.shape[1])
         term = linear_term(options.feature_map, None, None, query)
-        term = term._replace(state=results.state, norm=results.norm * norm_scale[..., None])
+        # O^l of a Z that is larger by a factor is smaller by it, and so is its share of m.
+        norm, means = results.norm * norm_scale[..., None], results.means / norm_scale[..., None]
+        term = term._replace(state=results.state, norm=norm, means=means)
         backend, output = backend_named(options.backend), results.output
         grad_query, delta = torch.empty_like(query), torch.empty_like(results.lse)
         side = own_states(grad, query, output, term, mask, block_q, grad_query, delta, backend, norm_scale)
         total, alpha_tokens = output_delta(grad, output, None), to_tokens(alpha, block_q, length)
         of_exact = torch.empty_like(grad)
         torch.mul(grad, alpha_tokens, out=of_exact)
-        key_side = LinearTerm(options.feature_map, state=side.state, norm=side.norm)
+        key_side = LinearTerm(options.feature_map, state=side.state, norm=side.norm, means=results.means)
         lists = selection, column_lists(selection), options.scale
         grads = backend.backward(of_exact, query, key, value, delta, results.lse, *lists, grad_query, key_side)
         of_rows = F.pad(delta - alpha_tokens[..., 0] * total, (0, -length % block_q)).unflatten(2, (-1, block_q))
@@ -207,7 +209,7 @@ def _flat_forward(tensors: Sequence[Tensor | None], given: tuple) -> tuple[tuple
 def _flat_backward(tensors: Sequence[Tensor | None], given: tuple) -> tuple[tuple[Tensor | None, ...], None]:
     """`_backward` for `replayed`, of the gradient, the inputs, and what `_flat_forward` returned."""
     numbers, options = given
-    return _backward(*tensors[:6], Results(*tensors[6:10]), unflatten(tensors[10:], numbers), options), None
+    return _backward(*tensors[:6], Results(*tensors[6:11]), unflatten(tensors[11:], numbers), options), None
 
 
 class _Attention(torch.autograd.Function):
@@ -243,7 +245,7 @@ def _forward_op(
     temperature: float,
     backend: str,
     keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Results`, and the lists, counts and marginal mask that a rule made, which are empty for a selection."""
     choice = unflatten(choice_tensors, choice_numbers)
     options, projections = Options(scale, feature_map, temperature, backend), (proj_query, proj_key)
@@ -261,8 +263,9 @@ def _(query, key, value, logits, scores, proj_query, proj_key, choice_tensors, c
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     norm = lse.new_empty((kept, rows, head_dim))
     state = query.new_empty((kept, rows, head_dim, head_dim), dtype=torch.bfloat16)
+    means = lse.new_empty((2, kept, 1, head_dim))
     made = new_selection(query, key, choice, "marginal") if isinstance(choice, SelectionRule) else None
-    return torch.empty_like(query), lse, norm, state, *made_by_rule(query, made)
+    return torch.empty_like(query), lse, norm, state, means, *made_by_rule(query, made)
 
 
 @torch.library.custom_op("foveal::sla2_gpu_bwd", mutates_args=())
@@ -281,8 +284,8 @@ def _backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients, that of scores empty where these are None; `saved` is `Results` and a selection."""
-    selection, options = unflatten(saved[4:], selection_numbers), Options(scale, feature_map, temperature, backend)
-    grads = _backward(grad, query, key, value, logits, scores, Results(*saved[:4]), selection, options)
+    selection, options = unflatten(saved[5:], selection_numbers), Options(scale, feature_map, temperature, backend)
+    grads = _backward(grad, query, key, value, logits, scores, Results(*saved[:5]), selection, options)
     return tuple(grad.new_empty(0) if x is None else x for x in grads)
 
 

@@ -50,7 +50,8 @@ class Options(NamedTuple):
 class Saved(NamedTuple):
     """What the backward reads beside the inputs.
 
-    attended: Of + Ol W^T + b in tile order. lse: of the exact branch, in tile order. norm, state: as in `Results`.
+    attended: Of + Ol W^T + b in tile order. lse: of the exact branch, in tile order.
+    norm, state, means: as in `Results`.
     query, key, value, coarse: pooled, and what the coarse stage makes of them, float32 [B, H, C, D].
     coarse_lse: float32 [B, H, C].
     critical, counts: the lists.
@@ -60,6 +61,7 @@ class Saved(NamedTuple):
     lse: Tensor
     norm: Tensor
     state: Tensor
+    means: Tensor
     query: Tensor
     key: Tensor
     value: Tensor
@@ -118,7 +120,8 @@ def _forward(
         selection = cubes.selection(critical, counts)
         if options.scope == "none":
             attended, lse = backend.forward(*copies, selection, scale).run_all()
-            results = Results(attended, lse, lse.new_empty(0), query.new_empty(0, dtype=torch.bfloat16))
+            states = lse.new_empty(0), query.new_empty(0, dtype=torch.bfloat16), lse.new_empty(0)
+            results = Results(attended, lse, *states)
         else:
             mask = mask_operand(selection, options.scope)
             term = linear_term(options.feature_map, weight, bias, query)
@@ -161,7 +164,7 @@ def _backward(
             mask = mask_operand(selection, options.scope)
             mask = None if mask is None else mask.flatten(0, 1)
             term = linear_term(options.feature_map, weight, bias, query)
-            results = Results(saved.attended, saved.lse, saved.norm, saved.state)
+            results = Results(*saved[: len(Results._fields)])
             *fine, grad_weight, grad_bias = gradients(
                 grad_fine, *copies, results, selection, mask, term, scale, backend
             )
@@ -249,14 +252,15 @@ def _(query, key, value, gate_coarse, gate_fine, weight, bias, cube_tensors, cub
     width = choice.critical.shape[-1] if choice.rule is None else choice.rule.width + text_blocks
     attended = query.new_empty((batch, heads, cubes.num_cubes * cubes.slot, head_dim))
     lse = attended.new_empty(attended.shape[:3], dtype=torch.float32)
-    norm, state = lse.new_empty(0), query.new_empty(0, dtype=torch.bfloat16)
+    norm, state, means = lse.new_empty(0), query.new_empty(0, dtype=torch.bfloat16), lse.new_empty(0)
     if scope != "none":
         rows = 1 if scope == "all" else padded_blocks(cubes.num_cubes)
         norm = lse.new_empty((batch * heads, rows, head_dim))
         state = query.new_empty((batch * heads, rows, head_dim, head_dim), dtype=torch.bfloat16)
+        means = lse.new_empty((2, batch * heads, 1, head_dim))
     pooled = [lse.new_empty((*cubes_shape, head_dim)) for _ in range(4)]
     lists = query.new_empty((*cubes_shape, width), dtype=torch.int32), query.new_empty(cubes_shape, dtype=torch.int32)
-    return [output, attended, lse, norm, state, *pooled, lse.new_empty(cubes_shape), *lists]
+    return [output, attended, lse, norm, state, means, *pooled, lse.new_empty(cubes_shape), *lists]
 
 
 @torch.library.custom_op("foveal::sla_vsa_gpu_bwd", mutates_args=())
