@@ -84,6 +84,7 @@ SPILLS = [
     ("_key_state_kernel", 90, {"D": 128, "PER_BLOCK": True}, 160, 128),
     ("_key_state_kernel", 90, {"D": 128}, 40, 80),
     ("_masked_sum_kernel", 90, {"D": 64}, 0, 8),
+    ("_key_state_kernel", 100, {"D": 128, "PER_BLOCK": True}, 48, 64),
     ("_key_state_kernel", 100, {"D": 128}, 32, 32),
     ("_masked_sum_kernel", 100, {"D": 128}, 0, 16),
     # Straight-line code over one or two tiles of 64 rows, three products of 128 x 128 each.
