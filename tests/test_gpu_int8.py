@@ -74,9 +74,12 @@ def test_vsa(name):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_whole_methods(config, head_dim):
-    """With the choice made inside: near what bfloat16 gives, and the same bits each time, replayed or not."""
+    """With the choice made inside: near what float64 gives, and the same bits each time, replayed or not.
+
+    bfloat16 is no measure here: where keys have a mean, its gradient of the queries is further off than that of int8.
+    """
     inputs, rounded = qkv(head_dim), method(config.replace(precision="int8"), grid=GRID)
-    expected = output_and_gradients(method(config, grid=GRID), inputs)
+    expected = output_and_gradients(method(config, impl="torch", grid=GRID), [x.double() for x in inputs])
     first = output_and_gradients(rounded, inputs)
     for x, y in zip(first, expected, strict=True):
         assert 0 < relative_error(x, y) < 0.04

@@ -44,9 +44,10 @@ def check(name, ours, attend, inputs, names=NAMES, outputs=1):
     """Results of the kernels against the same rounding in plain PyTorch: `attend`(precision) is the reference.
 
     The outputs may have twice its error. So may the gradients, where it is the error of the plain gradients without
-    the rounding: plain PyTorch has the rounded tensors in float32, where kernels have them in the inputs' dtype.
+    the rounding: plain PyTorch has the rounded tensors in float32, where kernels have them in the inputs' dtype. The
+    LSE, which is float32, may differ by what a few values on the border of two integers make.
     """
-    from foveal.testing import assert_close_to_reference, output_and_gradients
+    from foveal.testing import assert_close_to_reference, output_and_gradients, relative_error
 
     doubled = [x.double() for x in inputs]
     exact, plain = (output_and_gradients(attend("int8"), x) for x in (doubled, inputs))
@@ -55,6 +56,9 @@ def check(name, ours, attend, inputs, names=NAMES, outputs=1):
         theirs = plain[index]
         if index >= outputs:
             theirs = expected + (plain_gradients[index].double() - unrounded[index])
+        if label == "lse":
+            assert relative_error(one, expected) < 1e-4, f"{name}: lse"
+            continue
         assert_close_to_reference(one, expected, theirs, name=f"{name}: {label}")
 
 

@@ -161,8 +161,11 @@ REST = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942", "gfx1100")
 # Where variants may not spill in loops around products. The others have limits of their own, in `SPILLS`, or a compiler
 # whose code is not read here.
 NO_LOOP_SPILLS = ("sm_80", "sm_86", "sm_89", "sm_120")
-# Bytes that some kernels may, all the same.
-LOOP_SPILLS = {"_tail_dq_kernel": 64}
+# Bytes that some variants may, all the same: (kernel, some constants, bytes).
+LOOP_SPILLS = [
+    ("_tail_dq_kernel", {}, 64),
+    ("_block_sparse_fwd_kernel", {"D": 128, "BLOCK_Q": 128, "INT8": True}, 20),
+]
 
 
 def oversize(chip, calls=FEW):
@@ -173,12 +176,9 @@ def oversize(chip, calls=FEW):
     for one in launched.values():
         binary = compiled(one)
         loop_spills = figures(binary).loop_spills if chip in NO_LOOP_SPILLS else 0
+        allowed = (most for name, some, most in LOOP_SPILLS if fits(one, name, one.target.arch, some))
         threads = one.options.num_warps * CHIPS[chip].warp_size
-        if (
-            binary.metadata.shared > CHIPS[chip].shared_memory
-            or threads > 1024
-            or loop_spills > LOOP_SPILLS.get(one.name, 0)
-        ):
+        if binary.metadata.shared > CHIPS[chip].shared_memory or threads > 1024 or loop_spills > next(allowed, 0):
             yield one.name, {"shared": binary.metadata.shared, "loop_spills": loop_spills}, one.constants
 
 
