@@ -240,7 +240,7 @@ def test_ratios_from_known_times():
 
 
 def test_figures_of_a_run_follow_from_its_times():
-    chosen = [*by_name("SDPA"), *by_name("block-sparse 64x64 12.5 %")]
+    chosen = [*by_name("SDPA"), *by_name("block-sparse 64x64 12.5 %, torch")]
     settings = dataclasses.replace(SETTINGS, quick=False)
     dense, sparse = run_bench(settings, candidates=chosen, timer=FakeTimer())["results"]
     # In turns: dense forward 1 ms, sparse forward 2, dense backward 3, sparse backward 4, both 5 and 6.

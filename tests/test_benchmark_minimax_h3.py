@@ -146,7 +146,7 @@ def test_an_arm_that_does_not_learn_does_not_count(training, tmp_path, monkeypat
     )
 
 
-def test_two_ranks(tmp_path):
+def test_on_two_processes(tmp_path):
     """`benchmarks/context_parallel.py` with MiniMax-H3: both ranks give what one gives, and it writes the times."""
     script, sizes = SCRIPT.with_name("context_parallel.py"), ["--size", "h3-tiny", "--layers", "2", "--device", "cpu"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]

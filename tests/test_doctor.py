@@ -237,7 +237,7 @@ class FixedTimer:
     def sustained(self, function, calls):
         return 1.0
 
-    def host(self, function):
+    def host(self, function, calls):
         return 1.0
 
 

@@ -63,7 +63,7 @@ WAYS = {
     "eight bits": Way('not gluon: it has no kernels for precision="int8"', INT8, **on_a_gpu(precision="int8")),
     "feature map": Way(sla.SLOW_LINEAR, HEDGEHOG, slow=(sla.SLOW_LINEAR,)),
     "choice of blocks": Way(sla.SLOW_SELECTION, HEDGEHOG, slow=(sla.SLOW_SELECTION,)),
-    "choice of cubes": Way(sla.SLOW_SELECTION, SPARSE_VSA.replace(keep_mass=0.5), slow=(sla.SLOW_SELECTION,)),
+    "choice of cubes": Way(sla.SLOW_SELECTION, SPARSE_VSA.replace(score="mean_spread"), slow=(sla.SLOW_SELECTION,)),
     "first steps": on_the_policy("dense_first_steps", pipeline=True),
     "last steps": on_the_policy("dense_last_steps", pipeline=True),
     "timesteps above": on_the_policy("dense_above", 50),

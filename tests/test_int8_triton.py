@@ -57,7 +57,9 @@ def check(name, ours, attend, inputs, names=NAMES, outputs=1):
         if index >= outputs:
             theirs = expected + (plain_gradients[index].double() - unrounded[index])
         if label == "lse":
-            assert relative_error(one, expected) < 1e-4, f"{name}: lse"
+            finite = expected.isfinite()  # a row without keys has none
+            assert bool((one[~finite] == expected[~finite]).all()), f"{name}: lse of rows without keys"
+            assert relative_error(one[finite], expected[finite]) < 1e-4, f"{name}: lse"
             continue
         assert_close_to_reference(one, expected, theirs, name=f"{name}: {label}")
 
@@ -319,13 +321,19 @@ def main(names) -> None:
             (run_sla if name in SLA_CASES else run_vsa if name in VSA_CASES else run_case)(name)
 
 
+QUICK = ("sla relu, all", "vsa text")
+
+
 @pytest.mark.parametrize(
     "names",
     [
         pytest.param(["kernels"], id="kernels"),
-        pytest.param(["ways"], id="ways"),
+        pytest.param(["ways"], id="ways", marks=pytest.mark.exhaustive),
         pytest.param(list(CASES), id="attention"),
-        *(pytest.param([name], id=name) for name in (*SLA_CASES, *VSA_CASES)),
+        *(
+            pytest.param([name], id=name, marks=() if name in QUICK else pytest.mark.exhaustive)
+            for name in (*SLA_CASES, *VSA_CASES)
+        ),
     ],
 )
 def test_interpreted(names):

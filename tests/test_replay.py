@@ -353,7 +353,13 @@ def run_replays(name: str) -> None:
     assert len(runs) == 3, f"{name}: forward, backward, and inference, got {len(runs)} replays"
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name in ("sla, marginal", "vsa, both gates, text") else ())
+        for name in INTERPRETED
+    ],
+)
 def test_interpreted(name):
     pytest.importorskip("triton")
     run_interpreted(__file__, [name])

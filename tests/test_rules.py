@@ -287,7 +287,7 @@ def test_old_configurations_mean_the_same():
 def test_kernels_with_such_a_rule_say_what_runs_in_pytorch(monkeypatch):
     for module in (sla, vsa):
         monkeypatch.setattr(module, "choose_impl", lambda *_: api.Ran("triton"))
-    monkeypatch.setattr(vsa, "_run_with", lambda impl: vsa.vsa_attention_torch)
+    monkeypatch.setattr(vsa, "_run_with", lambda *_: vsa.vsa_attention_torch)
     module = VideoSparseAttention(32, 2, 16, VSAConfig(topk=2, tile=(2, 2, 4), score="mean_spread"))
     query, key, value = make_inputs(heads=2, query_length=GRID.num_tokens, head_dim=16)
     module(query, key, value, torch.zeros(query.shape[0], GRID.num_tokens, 32), grid=GRID)

@@ -439,7 +439,7 @@ def main(names) -> None:
         pytest.param([name for name in CASES if "63" in name], id="63 keys"),
         pytest.param([name for name in CASES if "strides" in name], id="strides"),
         pytest.param(["lists"], id="lists"),
-        pytest.param(["selection"], id="selection"),
+        pytest.param(["selection"], id="selection", marks=pytest.mark.exhaustive),
         pytest.param(["states"], id="states"),
         *(pytest.param([name], id=name) for name in SLA_CASES),
         *(pytest.param([name], id=name, marks=pytest.mark.slow) for name in SELECTING_CASES),

@@ -175,6 +175,7 @@ def main(names) -> None:
                 "selection: text with padding: window",
             ],
             id="selection by rules",
+            marks=pytest.mark.exhaustive,
         ),
     ],
 )
