@@ -28,6 +28,9 @@ def test_training_and_held_out_clips_share_no_game(clips, tmp_path):
     assert len(games["train"]) * clips.CLIPS_PER_JOB >= 3000
     assert len(games["held-out"]) * clips.CLIPS_PER_JOB >= 200
     assert len({job.file for found in games.values() for job in found}) == len(clips.jobs(tmp_path))
+    page = (QUALITY.parents[1] / "docs" / "tiny.md").read_text()
+    assert f"{len(games['train']) * clips.CLIPS_PER_JOB:,} clips of seven scenarios" in page
+    assert f"{len(games['held-out']) * clips.CLIPS_PER_JOB} clips of other walks are held out" in page
 
 
 def test_a_picture_is_the_brightened_mean_of_the_larger_screen(clips):
