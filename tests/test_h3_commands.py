@@ -16,12 +16,12 @@ if not hasattr(transformers, "Qwen3VLForConditionalGeneration"):
 
 from accelerate.state import AcceleratorState  # noqa: E402
 from tiny_h3 import save_tiny_h3  # noqa: E402
-from tiny_media import moving_bar  # noqa: E402
+from tiny_media import moving_bar, precomputed_with_sound, tone  # noqa: E402
 
 from foveal import VideoGrid  # noqa: E402
 from foveal.lab import cli  # noqa: E402
 from foveal.lab.data.dataset import LatentDataset  # noqa: E402
-from foveal.lab.data.sound import Sound, read_sound  # noqa: E402
+from foveal.lab.data.sound import read_sound  # noqa: E402
 from foveal.lab.data.windows import write_video  # noqa: E402
 from foveal.lab.encoding import encode_sound, encode_text, encode_video  # noqa: E402
 from foveal.lab.evaluate.metrics import log_spectral_distance  # noqa: E402
@@ -29,6 +29,7 @@ from foveal.lab.generate.outputs import write_exact  # noqa: E402
 from foveal.lab.modular import MAX_TEXT_TOKENS, is_modular  # noqa: E402
 from foveal.lab.pipelines import load_pipeline  # noqa: E402
 
+RATE = 32000
 CANVAS = ["--height", "64", "--width", "96", "--steps", "2"]
 SPARSE = ["--method", "sla", "--keep-ratio", "0.3"]
 
@@ -41,11 +42,6 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(model):
     return load_pipeline(model, device=torch.device("cpu"), dtype=torch.float32)
-
-
-def tone(seconds, rate=32000, pitch=440.0):
-    times = torch.arange(round(seconds * rate)) / rate
-    return Sound(torch.stack((times.mul(6.28318 * pitch).sin(), times.mul(6.28318 * 2 * pitch).sin())) * 0.5, rate)
 
 
 def test_generate_writes_one_file_of_video_and_sound(model, tmp_path):
@@ -68,11 +64,11 @@ def test_generate_writes_one_file_of_video_and_sound(model, tmp_path):
         with av.open(str(clip)) as written:
             assert [stream.type for stream in written.streams] == ["video", "audio"]
             assert sum(1 for _ in written.decode(video=0)) == 124
-        sound = read_sound(clip, rate=32000)
+        sound = read_sound(clip, rate=RATE)
         assert sound.shape[0] == 2
         assert abs(sound.shape[1] - 207 * 800) < 4096  # AAC pads
         # The lossless file has the same, to the bit.
-        exact = read_sound(clip.with_suffix(".mkv"), rate=32000)
+        exact = read_sound(clip.with_suffix(".mkv"), rate=RATE)
         assert exact.shape == (2, 207 * 800)
     record = json.loads(clips[0].with_suffix(".json").read_text())
     assert record["settings"]["pipeline"] == "MiniMaxH3ModularPipeline"
@@ -162,14 +158,7 @@ def test_calibrate_and_generate_by_its_policy(model, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def data(model, tmp_path_factory):
     """What `foveal precompute` makes of a clip with sound, one without, and captions; of 22 frames each."""
-    folder = tmp_path_factory.mktemp("data")
-    for index in range(3):
-        sound = tone(2.0, pitch=200.0 * (index + 1)) if index else None
-        write_video(folder / f"clip{index}.mp4", moving_bar(40, 64, 96, index), fps=24, sound=sound)
-        (folder / f"clip{index}.txt").write_text("a bar" if index else "", encoding="utf-8")
-    command = ["precompute", "--videos", str(folder), "--model", str(model), "--bucket", "22x64x96"]
-    assert cli.main([*command, "--output", str(folder / "out")]) in (0, None)
-    return folder / "out"
+    return precomputed_with_sound(model, tmp_path_factory.mktemp("data"), frames=40, rate=RATE, bucket="22x64x96")
 
 
 def test_precompute_stores_video_sound_and_text(data, loaded):
@@ -191,7 +180,7 @@ def test_precompute_stores_video_sound_and_text(data, loaded):
     # The middle of the clip, from frame 9 on.
     silence = encode_sound(loaded, torch.zeros(2, 37 * 800))
     torch.testing.assert_close(silent["audio_latents"].float(), silence, rtol=0.02, atol=0.02)
-    expected = encode_sound(loaded, tone(2.0, pitch=400.0).samples[:, round(9 / 24 * 32000) :][:, : 37 * 800])
+    expected = encode_sound(loaded, tone(2.0, RATE, 400.0).samples[:, round(9 / 24 * RATE) :][:, : 37 * 800])
     distance = (samples["clip1.mp4#0"]["audio_latents"].float() - expected).norm() / expected.norm()
     assert dataset.empty_prompt()["prompt_attention_mask"].sum() == 0
     assert distance.isfinite()
@@ -259,16 +248,16 @@ def test_long_prompts_are_refused(loaded):
 
 
 def test_sound_to_the_bit(tmp_path):
-    sound = tone(0.5)
+    sound = tone(0.5, RATE)
     write_exact(tmp_path / "clip.mkv", moving_bar(12, 16, 16), fps=24, sound=sound)
-    assert torch.equal(read_sound(tmp_path / "clip.mkv", rate=32000), sound.samples)
-    assert read_sound(tmp_path / "clip.mkv", rate=32000, start=0.4, seconds=0.2)[:, 3200:].eq(0).all()
+    assert torch.equal(read_sound(tmp_path / "clip.mkv", rate=RATE), sound.samples)
+    assert read_sound(tmp_path / "clip.mkv", rate=RATE, start=0.4, seconds=0.2)[:, 3200:].eq(0).all()
     write_video(tmp_path / "mute.mp4", moving_bar(4, 16, 16), fps=24)
-    assert read_sound(tmp_path / "mute.mp4", rate=32000) is None
+    assert read_sound(tmp_path / "mute.mp4", rate=RATE) is None
 
 
 def test_log_spectral_distance():
-    sound = tone(0.5).samples
+    sound = tone(0.5, RATE).samples
     assert log_spectral_distance(sound, sound) == 0
     # A factor of 10 is 20 dB where the sound is, and none where both are below the floor.
     noise = torch.randn(2, 16000, generator=torch.Generator().manual_seed(0)) * 0.1

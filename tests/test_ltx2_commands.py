@@ -14,13 +14,11 @@ if not hasattr(transformers, "Gemma3ForConditionalGeneration"):
     pytest.skip("transformers has no Gemma 3", allow_module_level=True)
 
 from accelerate.state import AcceleratorState  # noqa: E402
-from tiny_media import moving_bar  # noqa: E402
+from tiny_media import precomputed_with_sound, tone  # noqa: E402
 from tiny_pipelines import tiny_ltx2  # noqa: E402
 
 from foveal.lab import cli, ltx2  # noqa: E402
 from foveal.lab.data.dataset import LatentDataset  # noqa: E402
-from foveal.lab.data.sound import Sound  # noqa: E402
-from foveal.lab.data.windows import write_video  # noqa: E402
 from foveal.lab.encoding import decode_video, encode_sound, encode_text, encode_video  # noqa: E402
 from foveal.lab.pipelines import PIPELINES, load_pipeline  # noqa: E402
 
@@ -45,22 +43,10 @@ def loaded(model):
     return load_pipeline(model, device=torch.device("cpu"), dtype=torch.float32)
 
 
-def tone(seconds, pitch):
-    times = torch.arange(round(seconds * RATE)) / RATE
-    return Sound(torch.stack([(2 * math.pi * pitch * n * times).sin() for n in (1, 3)]) * 0.5, RATE)
-
-
 @pytest.fixture(scope="module")
 def data(model, tmp_path_factory):
     """What `foveal precompute` makes of three clips of 17 frames, one of them silent."""
-    folder = tmp_path_factory.mktemp("data")
-    for index in range(3):
-        sound = tone(1.5, 200.0 * index) if index else None
-        write_video(folder / f"clip{index}.mp4", moving_bar(34, 64, 96, index), fps=24, sound=sound)
-        (folder / f"clip{index}.txt").write_text("a bar" if index else "", encoding="utf-8")
-    command = ["precompute", "--videos", str(folder), "--model", str(model), "--bucket", "17x64x96"]
-    assert cli.main([*command, "--output", str(folder / "out")]) in (0, None)
-    return folder / "out"
+    return precomputed_with_sound(model, tmp_path_factory.mktemp("data"), frames=34, rate=RATE, bucket="17x64x96")
 
 
 def test_precompute_stores_video_sound_and_text(data, loaded):
@@ -131,7 +117,7 @@ def test_the_spectrogram_by_hand():
         return mel * 200 / 3 if mel < 15 else 1000 * math.exp((mel - 15) * math.log(6.4) / 27)
 
     bins, column = 64, 20
-    sound = tone(0.5, 440.0).samples
+    sound = tone(0.5, RATE).samples
     found = ltx2.log_mel(sound, RATE, 160, bins)[:, column]
     window = 0.5 - 0.5 * torch.cos(2 * math.pi * torch.arange(1024, dtype=torch.float64) / 1024)
     piece = sound[:, column * 160 - 512 : column * 160 + 512].double() * window

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny_wan import inputs, randomize, run, tiny_transformer
+from tiny_wan import check_compiled_over_grids, run, tiny_transformer
 
 import foveal
 from foveal import (
@@ -253,17 +253,7 @@ def test_vsa_follows_its_rule(rule, where, budget):
 @pytest.mark.parametrize("config", [SLAConfig(**SLA), VSAConfig(keep_ratio=0.1, tile=(2, 2, 4))], ids=["sla", "vsa"])
 @pytest.mark.parametrize("rule", RULES)
 def test_compiled_models_follow_their_rule(config, rule):
-    model = foveal.sparsify(tiny_transformer(num_layers=1), config.replace(**RULES[rule]))
-    randomize(model)
-    data = [inputs(batch=1, latent=latent) for latent in ((3, 10, 14), (2, 12, 10), (4, 8, 8))]
-    with torch.no_grad():
-        expected = [run(model, **one) for one in data]
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        model.compile_repeated_blocks(fullgraph=True, backend="eager")
-        for one, output in zip(data, expected, strict=True):
-            torch.testing.assert_close(run(model, **one), output, rtol=0, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    check_compiled_over_grids(config.replace(**RULES[rule]))
 
 
 @pytest.mark.parametrize("config", [SLAConfig(**SLA), VSAConfig(topk=2, tile=(2, 2, 4))], ids=["sla", "vsa"])

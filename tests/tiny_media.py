@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from tiny_wan import tiny_transformer
 
+from foveal.lab.data.sound import Sound
 from foveal.lab.data.windows import write_video
 
 diffusers = pytest.importorskip("diffusers")
@@ -70,6 +72,25 @@ def moving_bar(frames: int, height: int, width: int, seed: int = 0) -> torch.Ten
         left = (3 * frame + 5 * seed) % (width - 8)
         video[frame, :, :, left : left + 8] = 230
     return video
+
+
+def tone(seconds: float, rate: int, pitch: float = 440.0) -> Sound:
+    """A tone in one ear, and twice its pitch in the other."""
+    times = torch.arange(round(seconds * rate)) / rate
+    return Sound(torch.stack([(2 * math.pi * pitch * n * times).sin() for n in (1, 2)]) * 0.5, rate)
+
+
+def precomputed_with_sound(model: Path, folder: Path, *, frames: int, rate: int, bucket: str) -> Path:
+    """What `foveal precompute` makes of three clips in a folder; the first has neither sound nor a caption."""
+    from foveal.lab import cli
+
+    for index in range(3):
+        sound = tone(2.0, rate, 200.0 * (index + 1)) if index else None
+        write_video(folder / f"clip{index}.mp4", moving_bar(frames, 64, 96, index), fps=24, sound=sound)
+        (folder / f"clip{index}.txt").write_text("a bar" if index else "", encoding="utf-8")
+    command = ["precompute", "--videos", str(folder), "--model", str(model), "--bucket", bucket]
+    assert cli.main([*command, "--output", str(folder / "out")]) in (0, None)
+    return folder / "out"
 
 
 def write_clip(path: Path, frames: int = 12, height: int = 48, width: int = 64, fps: int = 16, seed: int = 0) -> Path:

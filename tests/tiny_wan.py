@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foveal import SLAConfig, VSAConfig
+from foveal import SLAConfig, VSAConfig, sparsify
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -50,6 +50,21 @@ def randomize(model) -> None:
         for name, parameter in model.named_parameters():
             if ".processor." in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+
+
+def check_compiled_over_grids(config) -> None:
+    """A compiled model gives over several grids what it gives uncompiled, and is not compiled for each of them."""
+    model = sparsify(tiny_transformer(num_layers=1), config)
+    randomize(model)
+    data = [inputs(batch=1, latent=latent) for latent in ((3, 10, 14), (2, 12, 10), (4, 8, 8))]
+    with torch.no_grad():
+        expected = [run(model, **one) for one in data]
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        for one, output in zip(data, expected, strict=True):
+            torch.testing.assert_close(run(model, **one), output, rtol=0, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def tiny_pipeline():
