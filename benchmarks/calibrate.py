@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
 import torch
+from result_page import ResultPage
 
 import foveal
 from foveal.lab.calibrate.choose import Choice
@@ -30,8 +30,7 @@ from foveal.methods.base import Config
 from foveal.models.files.policy_file import ComponentPolicy, policy_text, read_policy
 from foveal.models.shipped import shipped_clips
 
-ROOT = Path(__file__).parents[1]
-PAGE, BEGIN, END = ROOT / "docs" / "calibrate.md", "<!-- benchmarks/calibrate.py begins -->", "<!-- and ends -->"
+PAGE = ResultPage.of("calibrate")
 
 
 def without_tail(policy: Path, output: Path) -> Path:
@@ -134,14 +133,6 @@ def tables(results: dict) -> str:
     )
 
 
-def renew_page(results: dict) -> None:
-    """Put the table into the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="foveal/tiny")
@@ -205,10 +196,8 @@ def main() -> None:
         "environment": environment(torch.device(device)),
         "rows": rows,
     }
-    name = given.model.replace("/", "-").removeprefix("foveal-")
-    file = ROOT / "benchmarks" / "results" / f"calibrate-{name}.json"
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    renew_page(results)
+    PAGE.write_results(given.model, results)
+    PAGE.renew(tables(results))
     print(tables(results))
 
 

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
+from result_page import ResultPage
 from torch import Tensor
 
 from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
@@ -31,8 +30,7 @@ from foveal.lab.pipelines import choose_device, choose_dtype, load_pipeline
 from foveal.methods.base import Config
 from foveal.models.shipped import shipped_clips
 
-ROOT = Path(__file__).parents[1]
-PAGE, BEGIN, END = ROOT / "docs" / "selection.md", "<!-- benchmarks/selection.py begins -->", "<!-- and ends -->"
+PAGE = ResultPage.of("selection")
 
 RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
 MASSES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 0.95)
@@ -213,14 +211,6 @@ def tables(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def renew_page(results: dict[str, Any]) -> None:
-    """Put the tables into the page."""
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}", encoding="utf-8")
-
-
 def rows_of(found: Found) -> list[dict[str, Any]]:
     """The rows of the table; the calls of the first prompt serve only to choose the ratios of single heads."""
     rows = []
@@ -282,10 +272,8 @@ def main() -> None:
         "environment": environment(torch.device(device)),
         "rows": rows_of(found),
     }
-    name = given.model.replace("/", "-").removeprefix("foveal-")
-    file = ROOT / "benchmarks" / "results" / f"selection-{name}.json"
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    renew_page(results)
+    PAGE.write_results(given.model, results)
+    PAGE.renew(tables(results))
     print(tables(results))
 
 
