@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ class ResultPage:
         before, rest = self.file.read_text(encoding="utf-8").split(self._begin)
         _, after = rest.split(END)
         self.file.write_text(f"{before}{self._begin}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
+
+    def show(self, file: Path, tables: Callable[[dict[str, Any], str], str]) -> None:
+        """Puts `tables(results, name)` of a file of results into the page."""
+        self.renew(tables(json.loads(file.read_text(encoding="utf-8")), file.name))
 
     def write_results(self, model: str, results: dict[str, Any]) -> None:
         """Writes what was measured on a model to benchmarks/results."""

@@ -1,6 +1,9 @@
 """SGLang's VSA for MiniMax-H3 against foveal's behind the same layer, on one GPU.
 
     python3 benchmarks/sglang_h3.py --sglang FOLDER --output benchmarks/results/sglang-h3.json
+    python3 benchmarks/sglang_h3.py --page benchmarks/results/sglang-h3.json
+
+The second command puts the table of a file of results into docs/sglang.md.
 
 FOLDER is the site-packages of SGLang 0.5.23, if it cannot be imported. Where it lacks what the rest of SGLang needs,
 `--files-only` loads only the files of its attention backends, with names in the place of what they import from
@@ -29,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_page import ROOT, ResultPage
 from torch import Tensor
 
 import foveal
@@ -45,6 +49,7 @@ HEADS, HEAD_DIM = (56, 7), 128
 SPARSITIES = (0.9, 0.8)
 # Of the norm: two kernels in bfloat16 that add up in different orders differ by a fraction of it.
 SAME = 0.02
+PAGE = ResultPage("sglang_h3", ROOT / "docs" / "sglang.md")
 
 
 def load_backend(folder: Path | None, files_only: bool) -> types.ModuleType:
@@ -156,6 +161,27 @@ def time_case(
     }
 
 
+def tables(results: dict[str, Any], file: str) -> str:
+    """What the page shows."""
+    lines = [
+        "| clip | tokens | heads | cubes kept | SGLang, ms | foveal, ms | foveal is |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in results["cases"]:
+        times = case["milliseconds"]
+        lines.append(
+            f"| {case['clip']} | {case['tokens']:,} | {case['heads']} | {1 - case['sparsity']:.0%} | "
+            f"{times['sglang']:.2f} | {times['foveal']:.2f} | {case['ratio']:.2f}x as fast |"
+        )
+    found = results["machine"]
+    lines += [
+        "",
+        f"*One layer's attention, forward, bfloat16; {found['device']}, PyTorch {found['torch']}, Triton "
+        f"{found['triton']}; `{file}`.*",
+    ]
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Time every case, print a line each, and write all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,8 +194,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="begin no case later")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--commit", help="the commit of this tree, where git cannot tell")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="put the table of this file into docs/sglang.md")
     started = time.monotonic()
     options = parser.parse_args(arguments)
+    if options.page is not None:
+        PAGE.show(options.page, tables)
+        return
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device")
     device = torch.device("cuda")
