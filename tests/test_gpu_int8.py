@@ -15,6 +15,7 @@ from foveal import (  # noqa: E402
     VSAConfig,
     block_sparse_attention,
     explain,
+    select_blocks,
     sla_attention,
     vsa_attention,
 )
@@ -77,9 +78,16 @@ def test_whole_methods(config, head_dim):
     """With the choice made inside: near what float64 gives, and the same bits each time, replayed or not.
 
     bfloat16 is no measure here: where keys have a mean, its gradient of the queries is further off than that of int8.
+    Where blocks are ranked as they come, float64 reads those that the kernels chose: it might rank two that are nearly
+    equal the other way around, and another block is an error of 5% to 8%.
     """
     inputs, rounded = qkv(head_dim), method(config.replace(precision="int8"), grid=GRID)
-    expected = output_and_gradients(method(config, impl="torch", grid=GRID), [x.double() for x in inputs])
+    chosen = {}
+    if isinstance(config, SLAConfig) and config.token_order == "raster":
+        blocks = {"block_q": config.block_q, "block_k": config.block_k}
+        ratios = {"keep_ratio": config.keep_ratio, "drop_ratio": config.drop_ratio}
+        chosen["selection"] = select_blocks(*inputs[:2], **blocks, **ratios)
+    expected = output_and_gradients(method(config, impl="torch", grid=GRID, **chosen), [x.double() for x in inputs])
     first = output_and_gradients(rounded, inputs)
     for x, y in zip(first, expected, strict=True):
         assert 0 < relative_error(x, y) < 0.04
