@@ -11,10 +11,10 @@
     python benchmarks/tiny/make.py ship --work WORK --pipeline FOLDER --output WORK/shipped_files
     python benchmarks/tiny/make.py samples --work WORK --pipeline FOLDER --output PICTURES
 
-`vae` and `transformer` use several GPUs under `torchrun --standalone --nproc-per-node 2 benchmarks/tiny/make.py`.
-`transformer` stops after `--seconds` with a checkpoint, and the same command goes on from it. What `ship` writes takes
-the place of src/foveal/models/shipped_files. What a run measured is in WORK/vae.json and WORK/transformer.jsonl; those
-of the model that ships are in benchmarks/results/tiny.
+`transformer` uses several GPUs under `torchrun --standalone --nproc-per-node 2 benchmarks/tiny/make.py`. It stops
+after `--seconds` with a checkpoint, and the same command goes on from it. What `ship` writes takes the place of
+src/foveal/models/shipped_files. What a run measured is in WORK/vae.json and WORK/transformer.jsonl; those of the model
+that ships are in benchmarks/results/tiny.
 """
 
 from __future__ import annotations
@@ -209,7 +209,8 @@ def main() -> None:
     parser.add_argument("--commit", help="the commit of this tree, for the record")
     parser.add_argument("--sampling-steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--vae-batch", type=int, default=3)
+    parser.add_argument("--vae-batch", type=int, default=4)
+    parser.add_argument("--vae-rate", type=float, default=1.5e-3)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--guidance", type=float, default=2.0)
@@ -219,7 +220,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     if options.stage == "vae":
-        train_vae(work, seconds=options.seconds, batch=options.vae_batch, commit=options.commit)
+        train_vae(work, seconds=options.seconds, batch=options.vae_batch, rate=options.vae_rate, commit=options.commit)
     elif options.stage == "latents":
         write_latents(work)
     elif options.stage == "transformer":
