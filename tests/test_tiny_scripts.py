@@ -104,6 +104,24 @@ def test_the_lightened_vae_computes_the_same(scripts):
         torch.testing.assert_close(scripts["model"].decode(light, latents), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_step_of_the_vae_learns_from_crops_of_whole_length(scripts, monkeypatch):
+    vae = scripts["vae"]
+    monkeypatch.setattr(vae, "CROP", (16, 24))
+    clips = torch.randint(256, (3, 5, 32, 48, 3), dtype=torch.uint8)
+    found = vae.crops(clips, 4, torch.Generator().manual_seed(0))
+    assert found.shape == (4, 5, 16, 24, 3)
+    places = {(row, column) for row in (0, 8, 16) for column in (0, 8, 16, 24)}
+    every = [clip[:, r : r + 16, c : c + 24] for clip in clips for r, c in places]
+    assert all(any(torch.equal(crop, whole) or torch.equal(crop.flip(2), whole) for whole in every) for crop in found)
+    torch.manual_seed(0)
+    trainer = vae.Trainer(scripts["model"].build_vae(), (4, 3, 5, 16, 24))
+    losses = []
+    for _ in range(3):
+        trainer.step(scripts["common"].to_video(found), 1e-3)
+        losses.append(trainer.loss.item())
+    assert losses[-1] < losses[0]
+
+
 def test_every_arm_trains_and_the_table_pairs_them(scripts, monkeypatch):
     arms, torch_random = scripts["arms"], torch.Generator().manual_seed(0)
     monkeypatch.setattr(scripts["model"], "TEXT_TOKENS", 8)
