@@ -200,8 +200,8 @@ def write_latents(work: Path) -> None:
         clips, captions[part] = read_clips(work / "clips" / part)
         for name, flip in (("", False), ("-mirrored", True)):
             found = []
-            for start in range(0, len(clips), 8):
-                video = to_video(torch.from_numpy(clips[start : start + 8]))
+            for start in range(0, len(clips), 32):
+                video = to_video(torch.from_numpy(clips[start : start + 32]))
                 with autocast():
                     moments = parts.encode(vae, video.flip(-1) if flip else video)
                 found.append(moments.float().chunk(2, 1)[0])
