@@ -19,8 +19,8 @@ from foveal.kernels import chips
 from foveal.kernels.host import launch, register_limit
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.lists import padded_blocks
-from foveal.kernels.triton.scores import SCORE_TILE, write_scores
-from foveal.kernels.triton.thresholds import count_for_mass, thresholds
+from foveal.kernels.triton.scores import NO_SIZES, SCORE_TILE, Sizes, write_scores
+from foveal.kernels.triton.thresholds import threshold_of_mass, thresholds
 from foveal.rules import MASS_UNITS, SelectionRule
 from foveal.symbols import ceil_div
 
@@ -43,9 +43,12 @@ def _pick_kernel(
     heads, query_blocks, key_blocks, width, padded_rows, column_tiles, critical_wanted, negligible_wanted,
     most_wanted, mass, key_start, key_stop, query_start, query_stop, first_pair, head_stride, num_ranges,
     COLUMNS: tl.constexpr, TILE: tl.constexpr, MARGINAL: tl.constexpr, PER_SAMPLE: tl.constexpr, TABLE: tl.constexpr,
-    MASS: tl.constexpr, RANGES: tl.constexpr,
+    MASS: tl.constexpr, RANGES: tl.constexpr, PROTECTED: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """One row of scores to its list, its count and its row of the mask."""
+    """One row of scores to its list, its count and its row of the mask.
+
+    PROTECTED: there are protected keys or rows. RAGGED: rows may have fewer entries than the list is wide.
+    """
     await_previous()
     row, score_pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pair = first_pair + score_pair
@@ -66,50 +69,70 @@ def _pick_kernel(
             if MASS:
                 most_wanted = tl.load(wanted_ptr + 2)
         valid = column < blocks
-        protected = (column >= key_start) & (column < key_stop)
-        if RANGES:
-            range_ptr += row * num_ranges * 2
-            for i in range(num_ranges):
-                start, stop = tl.load(range_ptr + 2 * i), tl.load(range_ptr + 2 * i + 1)
-                protected = protected | ((column >= start) & (column < stop))
+        low_candidates = valid
+        if PROTECTED or RANGES:
+            protected = (column >= key_start) & (column < key_stop)
+            if RANGES:
+                range_ptr += row * num_ranges * 2
+                for i in range(num_ranges):
+                    start, stop = tl.load(range_ptr + 2 * i), tl.load(range_ptr + 2 * i + 1)
+                    protected = protected | ((column >= start) & (column < stop))
+            # What is protected may not fill the number of the negligible; the highest-scoring blocks never do.
+            low_candidates = valid & (protected == 0)
+            negligible_wanted = tl.minimum(negligible_wanted, tl.sum(low_candidates.to(tl.int32), 0))
         scores = score_ptr + (score_pair * query_blocks + row) * padded_columns + column
         keys = tl.where(valid, tl.load(scores, mask=inside, other=LOWEST), LOWEST)
-        lowest = tl.min(tl.where(valid, keys, HIGHEST), 0)
-        if MASS:
-            needed = count_for_mass(keys, valid, mass, lowest, tl.max(keys, 0))
-            critical_wanted = tl.maximum(tl.minimum(needed, most_wanted), critical_wanted)
-        # What is protected may not fill the number of the negligible; the highest-scoring blocks never do.
-        low_candidates = valid & (protected == 0)
         low_keys = tl.where(low_candidates, keys, HIGHEST)
-        low_wanted = tl.minimum(negligible_wanted, tl.sum(low_candidates.to(tl.int32), 0))
-        top, low = thresholds(keys, low_keys, lowest, tl.max(keys, 0), critical_wanted, low_wanted, MARGINAL)
-
-        above = (keys > top).to(tl.int32)
-        tied = ((keys == top) & valid).to(tl.int32)
-        below = (low_keys < low).to(tl.int32)
-        low_tied = ((keys == low) & low_candidates).to(tl.int32)
-        totals = tl.sum(above + (below << 16), 0)
-        missing, low_missing = critical_wanted - (totals & 0xFFFF), low_wanted - (totals >> 16)
-        tied = tl.where(missing > 0, tied, 0)
-        low_tied = tl.where(low_missing > 0, low_tied, 0)
-        totals = tl.sum(tied + (low_tied << 16), 0)
-        if (missing < (totals & 0xFFFF)) | (low_missing < (totals >> 16)):
-            # Ties go to the low columns, or to the high ones.
+        lowest, highest = tl.min(tl.where(valid, keys, HIGHEST), 0), tl.max(keys, 0)
+        top_from, top_to = lowest, highest
+        # Without a low threshold to look for it is below all keys.
+        low_from, low_to = lowest - 1, lowest - 1
+        if MARGINAL:
+            low_from = tl.where(negligible_wanted > 0, lowest, low_from)
+            low_to = tl.where(negligible_wanted > 0, highest, low_to)
+        if MASS:
+            top, reached, needed, low_from, low_to = threshold_of_mass(
+                keys, valid, low_keys, lowest, highest, low_from, low_to, mass, negligible_wanted, MARGINAL
+            )
+            critical_wanted = tl.maximum(tl.minimum(needed, most_wanted), critical_wanted)
+            top_from = tl.where(critical_wanted <= reached, top, lowest)
+            top_to = tl.where(critical_wanted < needed, highest, top)
+        top_from = tl.where(critical_wanted > 0, top_from, top_to)
+        top, low = thresholds(
+            keys, low_keys, top_from, top_to, low_from, low_to, critical_wanted, negligible_wanted, MARGINAL
+        )
+        chosen = ((keys >= top) & valid).to(tl.int32)
+        dropped = tl.zeros([COLUMNS], tl.int32)
+        if MARGINAL:
+            dropped = ((low_keys <= low) & low_candidates).to(tl.int32)
+        totals = tl.sum(chosen + (dropped << 16), 0)
+        if totals != critical_wanted + (negligible_wanted << 16 if MARGINAL else 0):
+            # Ties, of which some go with the rest: those of the low columns, or of the high ones.
+            tied = ((keys == top) & valid).to(tl.int32)
+            low_tied = tl.zeros([COLUMNS], tl.int32)
+            if MARGINAL:
+                low_tied = ((low_keys == low) & low_candidates).to(tl.int32)
+            ties = tl.sum(tied + (low_tied << 16), 0)
+            spare, low_spare = (totals & 0xFFFF) - critical_wanted, (totals >> 16) - negligible_wanted
             rank = tl.cumsum(tied + (low_tied << 16), 0)
-            tied = tl.where((rank & 0xFFFF) <= missing, tied, 0)
-            low_tied = tl.where((totals >> 16) - (rank >> 16) < low_missing, low_tied, 0)
+            chosen = tl.where((tied > 0) & ((rank & 0xFFFF) > (ties & 0xFFFF) - spare), 0, chosen)
+            if MARGINAL:
+                dropped = tl.where((low_tied > 0) & ((rank >> 16) <= low_spare), 0, dropped)
 
-        whole_row = (row >= query_start) & (row < query_stop)
-        critical = ((above + tied > 0) | protected | whole_row) & valid
-        marks = critical.to(tl.int32)
-        count = tl.sum(marks, 0)
+        marks = chosen
+        if PROTECTED or RANGES:
+            whole_row = (row >= query_start) & (row < query_stop)
+            marks = (((chosen > 0) | protected | whole_row) & valid).to(tl.int32)
         place = tl.cumsum(marks, 0) - 1
         lists = critical_ptr + (pair * query_blocks + row) * width
         tl.store(lists + place, column, mask=marks > 0)
-        tl.store(lists + column, tl.zeros([COLUMNS], tl.int32), mask=(column >= count) & (column < width))
+        count = critical_wanted
+        if RAGGED:
+            count = tl.sum(marks, 0)
+            tl.store(lists + column, tl.zeros([COLUMNS], tl.int32), mask=(column >= count) & (column < width))
         tl.store(count_ptr + pair * query_blocks + row, count)
         if MARGINAL:
-            marginal = tl.where(valid & (marks + below + low_tied == 0), 1.0, 0.0)
+            marginal = tl.where(valid & (marks + dropped == 0), 1.0, 0.0)
             tl.store(marginal_ptr, marginal.to(marginal_ptr.dtype.element_ty), mask=inside)
     elif MARGINAL:
         tl.store(marginal_ptr, tl.zeros([COLUMNS], tl.float32).to(marginal_ptr.dtype.element_ty), mask=inside)
@@ -152,17 +175,17 @@ def pick(
     rule: SelectionRule,
     first_pair: int,
     lists: Lists,
-    part_sizes: Tensor | None = None,
+    sizes: Sizes = NO_SIZES,
 ) -> None:
     """Writes the rows of some pairs of batch and head.
 
     Args:
-        query, key: pooled, float32 [pairs, Tq, D] and [pairs, Tk, D], contiguous; of the blocks' quarters, where
-            the rule scores these.
-        rule: how to choose; its block sizes do not matter any more.
+        query, key: pooled, float32 [pairs, Tq, D] and [pairs, Tk, D], contiguous; where the rule scores quarters,
+            float16 [pairs, 4 Tq, D] and [pairs, 4 Tk, D], less what is past the last token.
+        rule: how to choose.
         first_pair: where these pairs start among all of
         lists: what is written.
-        part_sizes: int32 [B or 1, quarters], valid tokens of each quarter of the keys; None when all are full.
+        sizes: of the blocks that have quarters.
     """
     pairs, rows = query.shape[:2]
     critical, counts, marginal = lists
@@ -175,6 +198,7 @@ def pick(
     step = max(1, SCORE_BYTES // (rows * row_bytes))
     scores = torch.empty((min(step, pairs), rows, SCORE_TILE * column_tiles), dtype=torch.int32, device=query.device)
     padded_rows = rows if marginal is None else marginal.shape[2]
+    protected = rule.key_range != (0, 0) or rule.query_range != (0, 0)
     chip = chips.chip_of(query.device)
     # Wide loads and stores need other threads than running counts do: addresses of eight bytes pass between them in
     # shared memory. Where a row's addresses do not fit, loads and stores are narrow.
@@ -182,7 +206,7 @@ def pick(
     for start in range(0, pairs, step):
         some = min(step, pairs - start)
         pooled = (query[start:], key[start:]) if start else (query, key)
-        write_scores(*pooled, scale, rule, (rows, columns), heads, first_pair + start, some, part_sizes, scores)
+        write_scores(*pooled, scale, rule, (rows, columns), heads, first_pair + start, some, sizes, scores)
         launch(
             _pick_kernel,
             (padded_rows, some),
@@ -217,6 +241,8 @@ def pick(
             TABLE=rule.table is not None,
             MASS=rule.mass > 0,
             RANGES=rule.ranges is not None,
+            PROTECTED=protected,
+            RAGGED=rule.ragged or protected or critical.shape[-1] != rule.critical,
             num_warps=max(1, held // (SCORES_PER_THREAD * chip.warp_size)),
             **register_limit(96 if held <= 8192 else 64),
         )

@@ -7,21 +7,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveal.blocks import PARTS, quarter_sizes
+from foveal.blocks import PARTS
 from foveal.kernels.choice import with_squares
 from foveal.kernels.host import is_plain, on_device_of
 from foveal.kernels.replay import replayed
 from foveal.kernels.triton.picking import Lists, empty_lists, new_lists, pick
 from foveal.kernels.triton.pooling import pool
+from foveal.kernels.triton.scores import NO_SIZES, Sizes
 from foveal.kernels.values import flatten, unflatten
 from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div
 
 
-def select(query: Tensor, key: Tensor, scale: float, rule: SelectionRule, with_marginal: bool) -> Lists:
-    """Pooled blocks, float32 [B, H, Tq, D] and [B, H, Tk, D], contiguous, to the choice of a rule."""
-    lists = empty_lists(*query.shape[:3], key.shape[2], rule.width, with_marginal, query.device)
-    pick(query.flatten(0, 1), key.flatten(0, 1), scale, rule, 0, lists)
+def select(
+    query: Tensor, key: Tensor, scale: float, rule: SelectionRule, with_marginal: bool, sizes: Sizes = NO_SIZES
+) -> Lists:
+    """Pooled blocks to the choice of a rule.
+
+    Args:
+        query, key: float32 [B, H, Tq, D] and [B, H, Tk, D], contiguous; of quarters as `pick` takes them.
+        sizes: of blocks that have quarters, all of which are there.
+    """
+    rows, columns = query.shape[2], key.shape[2]
+    if rule.quarters:
+        rows, columns = ceil_div(rows, PARTS), ceil_div(columns, PARTS)
+    lists = empty_lists(*query.shape[:2], rows, columns, rule.width, with_marginal, query.device)
+    pick(query.flatten(0, 1), key.flatten(0, 1), scale, rule, 0, lists, sizes)
     return lists
 
 
@@ -31,19 +42,15 @@ def _select(tensors: Sequence[Tensor], given: tuple) -> tuple[Lists, None]:
     numbers, scale, with_marginal = given
     rule = unflatten(rule_tensors, numbers)
     with on_device_of(query):  # Triton launches on the current device
-        if not rule.quarters:
-            pooled_key = pool(key, rule.block_k, rule.key_block_sizes, spread=bool(rule.spread))
-            pooled_query = pool(query, rule.block_q)
-            if rule.spread:
-                pooled_query = with_squares(pooled_query, scale)
-            return select(pooled_query, pooled_key, scale, rule, with_marginal), None
         sizes = rule.key_block_sizes
-        if sizes is not None:
-            sizes = quarter_sizes(sizes, rule.block_k)[:, : ceil_div(key.shape[2], rule.block_k // PARTS)].contiguous()
-        lists = new_lists(query, key, rule, with_marginal)
-        pooled = (pool(query, rule.block_q // PARTS), pool(key, rule.block_k // PARTS, sizes))
-        pick(*(x.flatten(0, 1) for x in pooled), scale, rule, 0, lists, sizes)
-        return lists, None
+        if rule.quarters:
+            pooled = pool(query, rule.block_q, quarters=True), pool(key, rule.block_k, sizes, quarters=True)
+            return select(*pooled, scale, rule, with_marginal, Sizes(key=sizes)), None
+        pooled_key = pool(key, rule.block_k, sizes, spread=bool(rule.spread))
+        pooled_query = pool(query, rule.block_q)
+        if rule.spread:
+            pooled_query = with_squares(pooled_query, scale)
+        return select(pooled_query, pooled_key, scale, rule, with_marginal), None
 
 
 @torch.library.custom_op("foveal::select_blocks_gpu", mutates_args=())

@@ -31,15 +31,18 @@ def middle(first, last, step):
 
 
 @triton.jit
-def thresholds(keys, low_keys, first, last, wanted_top, wanted_low, BOTH: tl.constexpr):
-    """The `wanted_top`th largest of `keys` and the `wanted_low`th smallest of `low_keys`, all within first ... last.
+def narrowed(low_from, low_to, low, count, wanted):
+    """Where the `wanted`th smallest key is, if `count` keys are at most `low`: from low_from to low_to."""
+    low_from = tl.where(count > wanted, low_from, tl.where(count == wanted, low, low + 1))
+    return low_from, tl.where(count >= wanted, low, low_to)
+
+
+@triton.jit
+def thresholds(keys, low_keys, top_from, top_to, low_from, low_to, wanted_top, wanted_low, BOTH: tl.constexpr):
+    """The `wanted_top`th largest of `keys`, from top_from to top_to, and the `wanted_low`th smallest of `low_keys`.
 
     Or another number that parts those wanted from the rest: the search stops when the count is right.
     """
-    top_from = tl.where(wanted_top > 0, first, last)
-    top_to = last
-    low_from = first
-    low_to = tl.where(wanted_low > 0, last, first) if BOTH else first
     step = 0
     while (top_from < top_to) | (low_from < low_to):
         top = middle(top_from, top_to, step)
@@ -47,9 +50,7 @@ def thresholds(keys, low_keys, first, last, wanted_top, wanted_low, BOTH: tl.con
             low = middle(low_from, low_to, step) - 1
             counts = tl.sum((keys >= top).to(tl.int32) + ((low_keys <= low).to(tl.int32) << 16), 0)
             count = counts & 0xFFFF
-            low_count = counts >> 16
-            low_from = tl.where(low_count > wanted_low, low_from, tl.where(low_count == wanted_low, low, low + 1))
-            low_to = tl.where(low_count >= wanted_low, low, low_to)
+            low_from, low_to = narrowed(low_from, low_to, low, counts >> 16, wanted_low)
         else:
             count = tl.sum((keys >= top).to(tl.int32), 0)
         top_to = tl.where(count > wanted_top, top_to, tl.where(count == wanted_top, top, top - 1))
@@ -59,21 +60,41 @@ def thresholds(keys, low_keys, first, last, wanted_top, wanted_low, BOTH: tl.con
 
 
 @triton.jit
-def count_for_mass(keys, valid, mass, first, last):
-    """How many of the largest valid `keys`, all within first ... last, have `mass` of the softmax of their scores."""
+def threshold_of_mass(keys, valid, low_keys, first, last, low_from, low_to, mass, wanted_low, BOTH: tl.constexpr):
+    """Of the valid `keys`, all within first ... last, those that reach a threshold have `mass` of their softmax.
+
+    Returns the highest such threshold, how many keys reach it, and how many of these the mass takes: fewer only where
+    keys are equal to the threshold. And where the search for the `wanted_low`th smallest of `low_keys`, as in
+    `thresholds`, has got on the way.
+    """
     highest = from_order_preserving(last)
     weights = tl.where(valid, tl.exp(from_order_preserving(keys) - highest), 0.0)
     wanted = mass * tl.sum(weights, 0)
+    reached = tl.sum(valid.to(tl.int32), 0)
+    above = 0
+    mass_above = 0.0
     step = 0
-    # To the highest threshold with enough: a key, since the mass changes only there.
-    while first < last:
+    # Keys from `first` on have enough, those above `last` do not. With one key between them that is the threshold.
+    while (first < last) & (reached - above > 1):
         threshold = middle(first, last, step)
-        enough = tl.sum(tl.where(keys >= threshold, weights, 0.0), 0) >= wanted
+        reaches = (keys >= threshold) & valid
+        found = tl.sum(tl.where(reaches, weights, 0.0), 0)
+        if BOTH:
+            low = middle(low_from, low_to, step) - 1
+            counts = tl.sum(reaches.to(tl.int32) + ((low_keys <= low).to(tl.int32) << 16), 0)
+            count = counts & 0xFFFF
+            searched = low_from < low_to
+            new_from, new_to = narrowed(low_from, low_to, low, counts >> 16, wanted_low)
+            low_from, low_to = tl.where(searched, new_from, low_from), tl.where(searched, new_to, low_to)
+        else:
+            count = tl.sum(reaches.to(tl.int32), 0)
+        enough = found >= wanted
         first = tl.where(enough, threshold, first)
+        reached = tl.where(enough, count, reached)
         last = tl.where(enough, last, threshold - 1)
+        above = tl.where(enough, above, count)
+        mass_above = tl.where(enough, mass_above, found)
         step += 1
-    above = valid & (keys > first)
-    tied = tl.sum((valid & (keys == first)).to(tl.int32), 0)
-    missing = wanted - tl.sum(tl.where(above, weights, 0.0), 0)
-    needed = tl.ceil(missing / tl.exp(from_order_preserving(first) - highest)).to(tl.int32)
-    return tl.sum(above.to(tl.int32), 0) + tl.minimum(tl.maximum(needed, 1), tied)
+    each = tl.exp(from_order_preserving(first) - highest)
+    more = tl.maximum(tl.ceil((wanted - mass_above) / each).to(tl.int32), 1)
+    return first, reached, tl.minimum(above + more, reached), low_from, low_to
