@@ -91,10 +91,10 @@ def state_sums(head_dim, dtype):
     key_state_sums(key, value, None, 64, "softmax")
 
 
-def vsa(head_dim, dtype, cubes, gated_coarse, gated_fine, train=True, backend="triton"):
+def vsa(head_dim, dtype, cubes, gated_coarse, gated_fine, train=True, backend="triton", score="mean"):
     """VSA, and its backward when it is trained; without it, the choice of cubes by itself too."""
     grid, tile, text = CUBES[cubes]
-    grid, config = VideoGrid(*grid), VSAConfig(topk=2, tile=tile)
+    grid, config = VideoGrid(*grid), VSAConfig(topk=2, tile=tile, score=score)
     sizes = {"batch": 1, "heads": 2, "query_length": grid.num_tokens}
     inputs = _inputs(head_dim, dtype, **sizes, key_length=grid.num_tokens + text)
     gates = [
@@ -160,6 +160,8 @@ FEW = [
     partial(vsa, 128, BF16, "text", True, True),
     partial(vsa, 64, FP16, "wide slots", False, False),
     partial(vsa, 64, FP16, "wide slots", True, False, train=False),
+    partial(vsa, 128, BF16, "text", True, False, train=False, score="log_sum_exp"),
+    partial(vsa, 64, FP16, "wide slots", True, False, train=False, score="mean_spread"),
     *(partial(pool, *case) for case in ((128, BF16, False), (64, FP16, True), (64, FP32, False))),
     *(partial(pick, *case) for case in ((500, True, False), (1000, False, True), (2000, True, True))),
     *(partial(pick, columns, True, True) for columns in (4000, 8000, 16000)),
@@ -185,6 +187,8 @@ def all_calls() -> Iterator[Callable]:
     yield from (partial(pick, *case) for case in itertools.product(columns, both, both, (0, 1), both, both))
     scores = ("log_sum_exp", "mean_spread")
     yield from (partial(select_blocks, *case) for case in itertools.product(dims, (*dtypes, FP32), both, scores))
+    for case in itertools.product(dims, dtypes, CUBES):
+        yield from (partial(vsa, *case, True, False, train=False, score=score) for score in scores)
 
 
 def on_hopper(calls) -> list[Callable]:

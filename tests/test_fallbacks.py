@@ -32,6 +32,7 @@ class Way:
     policy: Policy | None = None
     refused: tuple | None = None  # the tensors and blocks of a GPU that has no kernel for them
     slow: tuple[str, ...] = ()  # parts in PyTorch of a call on kernels
+    most_blocks: int | None = None  # that kernels choose from
     offload: bool = False
     autocast: bool = False
     pipeline: bool = False
@@ -63,7 +64,7 @@ WAYS = {
     "eight bits": Way('not gluon: it has no kernels for precision="int8"', INT8, **on_a_gpu(precision="int8")),
     "feature map": Way(sla.SLOW_LINEAR, HEDGEHOG, slow=(sla.SLOW_LINEAR,)),
     "choice of blocks": Way(sla.SLOW_SELECTION, HEDGEHOG, slow=(sla.SLOW_SELECTION,)),
-    "choice of cubes": Way(sla.SLOW_SELECTION, SPARSE_VSA.replace(score="mean_spread"), slow=(sla.SLOW_SELECTION,)),
+    "choice of cubes": Way(sla.SLOW_SELECTION, SPARSE_VSA, slow=(sla.SLOW_SELECTION,), most_blocks=3),
     "first steps": on_the_policy("dense_first_steps", pipeline=True),
     "last steps": on_the_policy("dense_last_steps", pipeline=True),
     "timesteps above": on_the_policy("dense_above", 50),
@@ -101,6 +102,8 @@ def prepare(way, monkeypatch):
         real = sla.block_sparse_attention
         monkeypatch.setattr(sla, "block_sparse_attention", lambda *x, impl, **named: real(*x, impl="torch", **named))
         monkeypatch.setattr(vsa, "_run_with", lambda *_: vsa.vsa_attention_torch)
+    if way.most_blocks is not None:
+        monkeypatch.setattr(vsa, "KERNEL_MAX_BLOCKS", way.most_blocks)
     model = tiny_pipeline() if way.pipeline else tiny_transformer()
     foveal.sparsify(model, way.config, **way.options)
     if way.policy is not None:

@@ -274,14 +274,16 @@ def test_old_configurations_mean_the_same():
     assert SLAConfig.from_dict(old) == SLAConfig()
 
 
-def test_kernels_with_such_a_rule_say_what_runs_in_pytorch(monkeypatch):
+@pytest.mark.parametrize(("score", "most"), [("mean_spread", 3), ("mean", 3), ("mean", 10**4)])
+def test_kernels_with_too_many_cubes_say_what_runs_in_pytorch(score, most, monkeypatch):
+    monkeypatch.setattr(vsa, "KERNEL_MAX_BLOCKS", most)
     for module in (sla, vsa):
         monkeypatch.setattr(module, "choose_impl", lambda *_: api.Ran("triton"))
     monkeypatch.setattr(vsa, "_run_with", lambda *_: vsa.vsa_attention_torch)
-    module = VideoSparseAttention(32, 2, 16, VSAConfig(topk=2, tile=(2, 2, 4), score="mean_spread"))
+    module = VideoSparseAttention(32, 2, 16, VSAConfig(topk=2, tile=(2, 2, 4), score=score))
     query, key, value = make_inputs(heads=2, query_length=GRID.num_tokens, head_dim=16)
     module(query, key, value, torch.zeros(query.shape[0], GRID.num_tokens, 32), grid=GRID)
-    assert module.ran == api.Ran("triton", api.SLOW_SELECTION)
+    assert module.ran == api.Ran("triton", api.SLOW_SELECTION if most == 3 else None)
 
 
 MISTAKES = {

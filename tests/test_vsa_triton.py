@@ -27,7 +27,13 @@ RULES = {
     "window": {"topk": 1, "window": (1, 2, 1), "tile": (2, 2, 4)},
     "heads": {"keep_ratio": (0.1, 0.6), "tile": (2, 2, 4)},
     "mass": {"topk": 1, "keep_mass": 0.5, "max_keep_ratio": 0.9, "tile": (2, 2, 4)},
+    "quarters": {"score": "log_sum_exp"},
+    "quarters, small": {"score": "log_sum_exp", "topk": 3, "tile": (2, 2, 4)},
+    "quarters, mass": {"score": "log_sum_exp", "keep_ratio": 0.1, "keep_mass": 0.6, "max_keep_ratio": 0.8},
+    "spread": {"score": "mean_spread"},
+    "spread, window": {"score": "mean_spread", "topk": 1, "window": (1, 2, 1), "tile": (2, 2, 4)},
 }
+RAGGED = ("sinks", "window", "heads", "mass", "quarters, mass", "spread, window")
 
 
 def make_case(name, dtype, device):
@@ -134,6 +140,8 @@ def run_selection(name: str) -> None:
 
     name, _, rule = name.partition(": ")
     (query, key, value), _, grid, config, lengths = make_case(name, torch.float16, "cpu")
+    # Channels that vary, and one of whose means are not 0.
+    key = key * torch.linspace(0.2, 2, key.shape[-1]).to(key.dtype) + 3
     config = config.replace(**RULES.get(rule, {}))
     layout = CubeLayout(config, grid, key, lengths)
     expected = select_cubes(query, key, config=config, grid=grid, kv_lengths=lengths)
@@ -141,7 +149,7 @@ def run_selection(name: str) -> None:
     assert torch.equal(ours.labels(), expected.labels())
     assert torch.equal(ours.critical_count, expected.critical_count)
     assert torch.equal(ours.key_block_sizes, expected.key_block_sizes)
-    assert not rule or ours.critical_count.unique().numel() > 1
+    assert rule not in RAGGED or ours.critical_count.unique().numel() > 1
     cubes, choice = layout.cubes(), choice_of(layout, None)
     options = query.shape[-1] ** -0.5, "triton"
     _, saved = _forward(query, key, value, None, None, cubes, choice, *options, save=False)
@@ -176,6 +184,21 @@ def main(names) -> None:
             ],
             id="selection by rules",
             marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            [
+                "selection: partial cubes: quarters",
+                "selection: text with padding: quarters",
+                "selection: partial cubes: quarters, small",
+                "selection: partial cubes: quarters, mass",
+                "selection: partial cubes: spread",
+                "selection: wide slots: spread",
+                "selection: wide slots: quarters",
+                "selection: whole cubes in slots: spread",
+                "selection: text with padding: spread, window",
+            ],
+            id="selection by scores",
+            marks=pytest.mark.slow,
         ),
     ],
 )

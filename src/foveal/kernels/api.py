@@ -47,7 +47,7 @@ class Ran(NamedTuple):
 
 
 # Why a call on a GPU's kernels may be slower than others, in `Ran`.
-SLOW_SELECTION = "the blocks are chosen in PyTorch: the kernels that choose take neither this rule nor these inputs"
+SLOW_SELECTION = "the blocks are chosen in PyTorch: the kernels that choose do not take these inputs"
 
 
 def may_note() -> bool:

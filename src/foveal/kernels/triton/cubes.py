@@ -15,11 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.blocks import BlockSelection
+from foveal.blocks import PARTS, BlockSelection
 from foveal.kernels.backend import Cubes, Gates
 from foveal.kernels.host import launch
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.forward import Forward
+from foveal.kernels.triton.pooling import add_part_sums, block_mean, part_means, part_of, store_parts
 from foveal.kernels.triton.tiles import row_strides
 from foveal.kernels.values import size_stride
 
@@ -80,10 +81,16 @@ def add_token_sums(total, x):
 
 @triton.jit
 def store_mean(pooled_ptr, strides, pair, cube, total, size, D: tl.constexpr):
-    """Stores the mean of one cube, given what `add_token_sums` made of its `size` tokens."""
+    """Stores the mean of one cube, given the sum of its `size` tokens in the last row of `total` [16, D]."""
     row = tl.arange(0, 16)[:, None]
     columns = pooled_ptr + pair * strides[0] + cube * strides[1] + tl.arange(0, D)[None, :] * strides[2]
-    tl.store(columns + row * 0, total / size.to(tl.float32), mask=row == 0)
+    tl.store(columns + row * 0, total / size.to(tl.float32), mask=row == 15)
+
+
+@triton.jit
+def last_row(x):
+    """The last row of x [16, D], [D]."""
+    return tl.sum(tl.where(tl.arange(0, 16)[:, None] == 15, x, 0.0), 0)
 
 
 @triton.jit
@@ -96,22 +103,30 @@ def slot_offsets(pair, num_blocks, block, first, SLOT: tl.constexpr, ROWS: tl.co
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _gather_cubes_kernel(
     query_ptr, key_ptr, value_ptr, cube_query_ptr, cube_key_ptr, cube_value_ptr,
-    pooled_query_ptr, pooled_key_ptr, pooled_value_ptr, place_ptr, size_ptr, query_strides, key_strides, value_strides,
-    pooled_strides, heads, num_cubes, num_blocks, length, key_length, size_stride,
+    pooled_query_ptr, pooled_key_ptr, pooled_value_ptr, ranked_query_ptr, ranked_key_ptr, place_ptr, size_ptr,
+    query_strides, key_strides, value_strides, pooled_strides, heads, num_cubes, num_blocks, length, key_length,
+    size_stride,
     D: tl.constexpr, SLOT: tl.constexpr, ROWS: tl.constexpr, GATHER_QUERY: tl.constexpr, GATHER: tl.constexpr,
-    POOL: tl.constexpr, WITH_VALUE: tl.constexpr,
+    POOL: tl.constexpr, WITH_VALUE: tl.constexpr, QUARTERS: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H, T). GATHER...: copies to tile order; POOL: float32 means over the cubes' tokens."""
+    """Grid (B * H, T). GATHER...: copies to tile order; POOL: float32 means over the cubes' tokens.
+
+    QUARTERS: also the float16 means over the quarters of each cube's query and key. SPREAD: also each cube's mean key
+    with the variance of each channel behind it, float32.
+    """
     await_previous()
     pair, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = pair // heads, pair % heads
     sum_q = tl.zeros([16, D], tl.float32)
     sum_k = tl.zeros([16, D], tl.float32)
     sum_v = tl.zeros([16, D], tl.float32)
+    shift = tl.zeros([D], tl.float32)
+    squares = tl.zeros([D], tl.float32)
     size = tl.load(size_ptr + batch * size_stride + block)
     for first in tl.static_range(0, SLOT, ROWS):
         row, inside = block_rows(place_ptr, block, first, num_cubes, length, key_length, SLOT, ROWS)
-        inside &= first + tl.arange(0, ROWS) < size
+        place = first + tl.arange(0, ROWS)
+        inside &= place < size
         in_video = inside & (block < num_cubes)
         q = load_tokens(query_ptr, query_strides, batch, head, row, in_video, D)
         k = load_tokens(key_ptr, key_strides, batch, head, row, inside, D)
@@ -125,14 +140,36 @@ def _gather_cubes_kernel(
             if block < num_cubes:
                 tl.store(cube_query_ptr + slot_offsets(pair, num_cubes, block, first, SLOT, ROWS, D), q)
         if POOL:
-            sum_q = add_token_sums(sum_q, q)
-            sum_k = add_token_sums(sum_k, k)
+            if QUARTERS:
+                part = part_of(place, inside, SLOT // 4)
+                sum_q = add_part_sums(sum_q, q, part, 4)
+                sum_k = add_part_sums(sum_k, k, part, 4)
+            else:
+                sum_q = add_token_sums(sum_q, q)
+                sum_k = add_token_sums(sum_k, k)
+            if SPREAD:
+                # Squares of what is left of a mean near the cube's, that of its first tokens.
+                if first == 0:
+                    shift = block_mean(last_row(sum_k), tl.minimum(size, ROWS))
+                apart = tl.where(inside[:, None], k.to(tl.float32) - shift[None, :], 0.0)
+                squares += tl.sum(apart * apart, 0)
             if WITH_VALUE:
                 sum_v = add_token_sums(sum_v, v)
     if POOL:  # noqa: SIM102
         if block < num_cubes:
             store_mean(pooled_query_ptr, pooled_strides, pair, block, sum_q, size, D)
             store_mean(pooled_key_ptr, pooled_strides, pair, block, sum_k, size, D)
+            if QUARTERS:
+                start, quarters = pair * 4 * num_cubes * D, 4 * num_cubes
+                mean_q, mean_k = part_means(sum_q, size, SLOT // 4), part_means(sum_k, size, SLOT // 4)
+                store_parts(ranked_query_ptr + start, mean_q, 4 * block, quarters, D)
+                store_parts(ranked_key_ptr + start, mean_k, 4 * block, quarters, D)
+            if SPREAD:
+                mean = block_mean(last_row(sum_k), size)
+                variance = tl.maximum(block_mean(squares, size) - (mean - shift) * (mean - shift), 0.0)
+                columns = ranked_key_ptr + (pair * num_cubes + block) * 2 * D + tl.arange(0, D)
+                tl.store(columns, mean)
+                tl.store(columns + D, variance)
             if WITH_VALUE:
                 store_mean(pooled_value_ptr, pooled_strides, pair, block, sum_v, size, D)
 
@@ -161,18 +198,27 @@ def _combine_kernel(
 
 
 def pool_cubes(
-    query: Tensor, key: Tensor, value: Tensor | None, cubes: Cubes, *, gather: str = "", pool: bool = True
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    cubes: Cubes,
+    *,
+    gather: str = "",
+    pool: bool = True,
+    score: str = "mean",
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Copies in tile order and means over cubes, in one pass.
 
     Args:
         query: [B, H, L, D], raster order. key, value: [B, H, L + text, D]; without a value there is nothing to gather.
         gather: what to copy: "" (nothing), "kv" or "qkv".
         pool: whether to make means.
+        score: what cubes are ranked by.
 
     Returns:
         Query [B, H, C * slot, D], key and value [B, H, T * slot, D], in tile order, zeros behind each block's tokens;
-        pooled query, key and value, float32 [B, H, C, D]. What was not wanted is left out.
+        pooled query, key and value, float32 [B, H, C, D]; and of query and key what `pick` takes for this score. What
+        was not wanted is left out.
     """
     batch, heads, length, head_dim = query.shape
     slot, num_cubes, num_blocks = cubes.slot, cubes.num_cubes, cubes.key_sizes.shape[1]
@@ -183,11 +229,18 @@ def pool_cubes(
     pooled = ()
     if pool:
         pooled = tuple(x.new_empty((batch, heads, num_cubes, head_dim), dtype=torch.float32) for x in given)
+    ranked = pooled[:2]
+    if pool and score == "log_sum_exp":
+        quarters = (batch, heads, PARTS * num_cubes, head_dim)
+        ranked = tuple(query.new_empty(quarters, dtype=torch.float16) for _ in range(2))
+    elif pool and score == "mean_spread":
+        ranked = pooled[0], query.new_empty((batch, heads, num_cubes, 2 * head_dim), dtype=torch.float32)
     # Pointers that a variant does not use.
     unused = (query,) * 3
     query_in, key_in, value_in = (given + unused)[:3]
     query_copy, key_copy, value_copy = (unused + copies)[-3:]
     query_mean, key_mean, value_mean = (pooled + unused)[:3]
+    ranked_query, ranked_key = ranked or unused[:2]
     launch(
         _gather_cubes_kernel,
         (batch * heads, num_blocks if gather else num_cubes),
@@ -200,6 +253,8 @@ def pool_cubes(
         pooled_query_ptr=query_mean,
         pooled_key_ptr=key_mean,
         pooled_value_ptr=value_mean,
+        ranked_query_ptr=ranked_query,
+        ranked_key_ptr=ranked_key,
         place_ptr=cubes.places,
         size_ptr=cubes.key_sizes,
         query_strides=row_strides(query),
@@ -219,9 +274,11 @@ def pool_cubes(
         GATHER=gather != "",
         POOL=pool,
         WITH_VALUE=value is not None,
+        QUARTERS=pool and score == "log_sum_exp",
+        SPREAD=pool and score == "mean_spread",
         num_warps=4,
     )
-    return copies, pooled
+    return copies, pooled, ranked
 
 
 def gate_argument(gate: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int, ...]]:

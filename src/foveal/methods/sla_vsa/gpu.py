@@ -114,8 +114,8 @@ def _forward(
     """The output, and what the backward reads beside it."""
     scale, backend = options.scale, backend_named(options.backend)
     with on_device_of(query):  # Triton launches on the current device
-        copies, pooled = pool_cubes(query, key, value, cubes, gather="qkv")
-        critical, counts = lists_of(choice, *pooled[:2], cubes, scale)
+        copies, pooled, ranked = pool_cubes(query, key, value, cubes, gather="qkv")
+        critical, counts = lists_of(choice, ranked, cubes, scale)
         coarse, coarse_lse = pooled_attention(*pooled, scale)
         selection = cubes.selection(critical, counts)
         if options.scope == "none":
@@ -154,7 +154,7 @@ def _backward(
         grad_fine, grad_coarse, grad_gates = split.fine, split.coarse, split.gates
         pooled = saved.query, saved.key, saved.value
         pooled = pooled_attention_backward(grad_coarse, *pooled, saved.coarse, saved.coarse_lse, scale)
-        copies, _ = pool_cubes(query, key, value, cubes, gather="qkv", pool=False)
+        copies, *_ = pool_cubes(query, key, value, cubes, gather="qkv", pool=False)
         grad_weight = grad_bias = None
         if options.scope == "none":
             delta = output_delta(grad_fine, saved.attended, None)

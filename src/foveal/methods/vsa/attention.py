@@ -60,7 +60,7 @@ def select_cubes(
     layout = CubeLayout(config, grid, key, kv_lengths)
     query, key = query.detach(), key.detach()
     on_gpu = choose_impl("auto", query, key, key, layout.slot, layout.slot).impl in ("triton", "gluon")
-    if on_gpu and config.ranks_means:
+    if on_gpu and (config.ranks_means or layout.num_cubes <= KERNEL_MAX_BLOCKS):
         from foveal.methods.vsa.gpu import select_cubes_gpu
 
         return select_cubes_gpu(query, key, layout, scale)
@@ -141,12 +141,12 @@ def _attend(
     tiles = CubeLayout(config, grid, key, kv_lengths) if packed is None else PackedTiles(config, packed, key.device)
     ran = choose_impl(impl, query, key, value, tiles.slot, tiles.slot, config.precision)
     impl = ran.impl
-    slow = not config.ranks_means or (packed is None and tiles.num_cubes > KERNEL_MAX_BLOCKS)
-    if selection is None and impl in ("triton", "gluon") and slow:
+    on_kernels, slow = impl in ("triton", "gluon"), tiles.ranked_cubes > KERNEL_MAX_BLOCKS
+    if selection is None and on_kernels and slow:
         ran = ran.but(SLOW_SELECTION)
     if selection is not None:
         selection = tiles.checked(selection, query)
-    elif impl == "reference" or packed is not None or not config.ranks_means:
+    elif impl == "reference" or packed is not None or not (config.ranks_means or (on_kernels and not slow)):
         selection = select_cubes(
             query, key, config=config, layout=grid if packed is None else packed, scale=scale, kv_lengths=kv_lengths
         )

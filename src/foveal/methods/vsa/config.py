@@ -91,7 +91,7 @@ class VSAConfig(MethodConfig):
 
     @property
     def ranks_means(self) -> bool:
-        """Whether cubes are ranked by the products of their means, as the paper and the kernels do."""
+        """Whether cubes are ranked by the products of their means, as in the paper."""
         return self.score == "mean"
 
     @property

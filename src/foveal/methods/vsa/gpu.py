@@ -18,13 +18,14 @@ from torch.autograd.function import once_differentiable
 from foveal.blocks import BlockSelection
 from foveal.kernels import api
 from foveal.kernels.backend import Cubes, Gates, RasterGradients, backend_named
-from foveal.kernels.choice import append_blocks, choose_in_pieces
+from foveal.kernels.choice import append_blocks, choose_in_pieces, with_squares
 from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
 from foveal.kernels.replay import replayed
 from foveal.kernels.triton.cube_gradients import return_gradients, split_gradient
 from foveal.kernels.triton.cubes import pool_cubes
 from foveal.kernels.triton.lists import column_lists
 from foveal.kernels.triton.pooled import pooled_attention, pooled_attention_backward
+from foveal.kernels.triton.scores import NO_SIZES, Sizes
 from foveal.kernels.triton.select import select
 from foveal.kernels.values import flatten, packable, unflatten
 from foveal.methods.vsa.layout import CubeLayout
@@ -110,8 +111,9 @@ def _select_op(
 ) -> tuple[Tensor, Tensor]:
     cubes = unflatten(cube_tensors, cube_numbers)
     with on_device_of(query):  # Triton launches on the current device
-        _, pooled = pool_cubes(query, key, None, cubes)
-        return _picked(*pooled, cubes, unflatten(rule_tensors, rule_numbers), scale)
+        rule = unflatten(rule_tensors, rule_numbers)
+        *_, ranked = pool_cubes(query, key, None, cubes, score=rule.score)
+        return _picked(ranked, cubes, rule, scale)
 
 
 @_select_op.register_fake
@@ -128,18 +130,25 @@ def choice_of(layout: CubeLayout, selection: BlockSelection | None) -> Choice:
     return Choice(None, layout.text_counts, selection.critical, selection.critical_count)
 
 
-def _picked(query_c: Tensor, key_c: Tensor, cubes: Cubes, rule: SelectionRule, scale: float) -> tuple[Tensor, Tensor]:
-    """The cubes that a rule picks for each cube, int32 [B, H, C, width], ascending, and their counts."""
+def _picked(ranked: tuple[Tensor, Tensor], cubes: Cubes, rule: SelectionRule, scale: float) -> tuple[Tensor, Tensor]:
+    """The cubes that a rule picks for each cube, int32 [B, H, C, width], ascending, and their counts.
+
+    ranked: of query and key, what `pool_cubes` makes for the rule's score.
+    """
     if cubes.num_cubes > api.KERNEL_MAX_BLOCKS:
-        return choose_in_pieces(query_c, key_c, scale, rule)
-    return select(query_c, key_c, scale, rule, with_marginal=False)[:2]
+        return choose_in_pieces(*ranked, scale, rule)
+    query, key = ranked
+    if rule.spread:
+        query = with_squares(query, scale)
+    sizes = Sizes(cubes.cube_sizes, cubes.cube_sizes) if rule.quarters else NO_SIZES
+    return select(query, key, scale, rule, with_marginal=False, sizes=sizes)[:2]
 
 
-def lists_of(choice: Choice, query_c: Tensor, key_c: Tensor, cubes: Cubes, scale: float) -> tuple[Tensor, Tensor]:
+def lists_of(choice: Choice, ranked: tuple[Tensor, Tensor], cubes: Cubes, scale: float) -> tuple[Tensor, Tensor]:
     """The lists of a choice, contiguous, with the blocks of text behind the cubes that it picks, and their counts."""
     if choice.rule is None:
         return choice.critical.contiguous(), choice.counts.contiguous()
-    critical, counts = _picked(query_c, key_c, cubes, choice.rule, scale)
+    critical, counts = _picked(ranked, cubes, choice.rule, scale)
     if choice.text_counts is None:
         return critical, counts
     ends = cubes.num_cubes, cubes.key_sizes.shape[1]
@@ -161,8 +170,9 @@ def _forward(
     """The output, and what the backward reads beside it; of that Of and the lists are right only if there is one."""
     backend, gates = backend_named(backend), Gates(gate_coarse, gate_fine)
     with on_device_of(query):  # Triton launches on the current device
-        copies, pooled = pool_cubes(query, key, value, cubes, gather=backend.cube_copies)
-        critical, counts = lists_of(choice, *pooled[:2], cubes, scale)
+        score = "mean" if choice.rule is None else choice.rule.score
+        copies, pooled, ranked = pool_cubes(query, key, value, cubes, gather=backend.cube_copies, score=score)
+        critical, counts = lists_of(choice, ranked, cubes, scale)
         coarse, coarse_lse = pooled_attention(*pooled, scale)
         selection, save_fine = cubes.selection(critical, counts), save and gate_fine is not None
         output, fine, lse = backend.attend_cubes(query, copies, cubes, selection, coarse, gates, scale, save_fine)
@@ -191,7 +201,7 @@ def _backward(
         del split
         pooled = saved.query, saved.key, saved.value
         pooled = pooled_attention_backward(grad_coarse, *pooled, saved.coarse, saved.coarse_lse, scale)
-        copies, _ = pool_cubes(query, key, value, cubes, gather="qkv", pool=False)
+        copies, *_ = pool_cubes(query, key, value, cubes, gather="qkv", pool=False)
         fine = grad_fine, *copies, delta, saved.lse, selection, columns, scale
         if backend.writes_raster:
             grads = tuple(torch.empty_like(x) for x in (query, key, value))

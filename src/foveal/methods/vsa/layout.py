@@ -116,6 +116,11 @@ class CubeLayout:
     def num_cubes(self) -> int:
         return self.cube_sizes.shape[1]
 
+    @property
+    def ranked_cubes(self) -> int:
+        """How many of the cubes are chosen from."""
+        return self.num_cubes
+
     def rule(self) -> SelectionRule:
         """How to choose among the cubes. Lists to which text is appended have no room but where rows differ."""
         config = self.config

@@ -38,6 +38,10 @@ class PackedTiles(CubeLayout):
         self.video_cubes = self.num_cubes - layout.num_chunks(math.prod(self.tile))
         self.text_length, self.text_counts = 0, None
 
+    @property
+    def ranked_cubes(self) -> int:
+        return self.video_cubes
+
     def with_protected(self, selection: BlockSelection) -> BlockSelection:
         """A selection of the video's cubes among each other, with all protected chunks beside those picked."""
         alike = rows_alike(self.config)
