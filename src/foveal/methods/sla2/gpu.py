@@ -11,6 +11,7 @@ alpha's log-odds is the sum of delta - alpha t over the rows. Source: SLA2 (arXi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -145,7 +146,8 @@ def _forward(
         norm_scale = _in_pairs(odds, query, mask.shape[2])
         results = forward_in_groups(*given, None if projections[0] is None else projections, norm_scale)
         if rule is not None:
-            both = torch.logical_and(*branches_with_keys(selection))
+            # What the router leaves is all marginal: counts say so without a look at the mask.
+            both = torch.logical_and(*branches_with_keys(dataclasses.replace(selection, marginal=None)))
         results.output.mul_(to_tokens(torch.where(both, alpha, 1), selection.block_q, query.shape[2]))
     return results, selection
 
