@@ -299,6 +299,15 @@ SELECTING_CASES = {
     "selecting, all": ("all", 64, 1, 1, {"kv_lengths": (201, 80)}),
     # Three groups of two heads, the second with one of each sample.
     "selecting, padding keys": ("noncritical", 64, 3, 2 * 2**20, {"kv_lengths": (201, 80)}),
+    "selecting, quarters": ("marginal", 64, 2, 1, {"score": "log_sum_exp", "protected_keys": (200, 201)}),
+    "selecting, all, spread": ("all", 64, 1, 1, {"score": "mean_spread", "kv_lengths": (201, 80)}),
+    "selecting, padding keys, quarters": (
+        "noncritical",
+        64,
+        3,
+        2 * 2**20,
+        {"score": "log_sum_exp", "kv_lengths": (201, 80), "keep_mass": 0.6},
+    ),
 }
 
 

@@ -36,21 +36,23 @@ def select(
     return lists
 
 
+def ranked_of(query: Tensor, key: Tensor, rule: SelectionRule, scale: float) -> tuple[Tensor, Tensor]:
+    """What `pick` takes of query and key, [B, H, L, D], for the score of a rule."""
+    sizes, quarters = rule.key_block_sizes, bool(rule.quarters)
+    pooled_key = pool(key, rule.block_k, sizes, spread=bool(rule.spread), quarters=quarters)
+    pooled_query = pool(query, rule.block_q, quarters=quarters)
+    return with_squares(pooled_query, scale) if rule.spread else pooled_query, pooled_key
+
+
 def _select(tensors: Sequence[Tensor], given: tuple) -> tuple[Lists, None]:
     """The choice over query and key, of a flat rule; for `replayed`."""
     query, key, *rule_tensors = tensors
     numbers, scale, with_marginal = given
     rule = unflatten(rule_tensors, numbers)
     with on_device_of(query):  # Triton launches on the current device
-        sizes = rule.key_block_sizes
-        if rule.quarters:
-            pooled = pool(query, rule.block_q, quarters=True), pool(key, rule.block_k, sizes, quarters=True)
-            return select(*pooled, scale, rule, with_marginal, Sizes(key=sizes)), None
-        pooled_key = pool(key, rule.block_k, sizes, spread=bool(rule.spread))
-        pooled_query = pool(query, rule.block_q)
-        if rule.spread:
-            pooled_query = with_squares(pooled_query, scale)
-        return select(pooled_query, pooled_key, scale, rule, with_marginal), None
+        return select(
+            *ranked_of(query, key, rule, scale), scale, rule, with_marginal, Sizes(key=rule.key_block_sizes)
+        ), None
 
 
 @torch.library.custom_op("foveal::select_blocks_gpu", mutates_args=())

@@ -159,7 +159,7 @@ def _attend(
         fits = on_kernels and fits_kernel(query, key, config.block_k)
         if on_kernels and not fits:
             ran = ran.but(SLOW_SELECTION)
-        if fused and fits and config.score == "mean":
+        if fused and fits:
             if config.linear_scope != "marginal":
                 rule["drop_ratio"] = 0.0  # what is negligible makes no difference
             selection = selection_rule(query, key, **rule)

@@ -22,6 +22,8 @@ from foveal.kernels.side_stream import side_stream
 from foveal.kernels.triton.linear import Means, key_state_sums, key_states, masked_sum
 from foveal.kernels.triton.picking import Lists, pick
 from foveal.kernels.triton.pooling import pool
+from foveal.kernels.triton.scores import Sizes
+from foveal.kernels.triton.select import ranked_of
 from foveal.kernels.values import LinearTerm
 from foveal.rules import SelectionRule
 
@@ -45,6 +47,54 @@ class Results(NamedTuple):
     norm: Tensor
     state: Tensor
     means: Tensor
+
+
+class Choice(NamedTuple):
+    """A choice that is made on the way, a few heads at a time.
+
+    rule: how to choose. scale: of the softmax. lists: what is written.
+    query: of all heads what `pick` takes, [B * H, Tq, D].
+    key: the same; None for the means that come with the states of keys.
+    project_key: float32 [D, D], what maps these means (x W^T); None for the identity.
+    """
+
+    rule: SelectionRule
+    scale: float
+    lists: Lists
+    query: Tensor
+    key: Tensor | None
+    project_key: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        rule: SelectionRule,
+        scale: float,
+        lists: Lists,
+        projections: tuple[Tensor, Tensor] | None,
+    ) -> Choice:
+        """The choice of a rule over query and key, [B, H, L, D]; `projections` as in `forward_in_groups`."""
+        if rule.score != "mean":
+            return cls(rule, scale, lists, *(x.flatten(0, 1) for x in ranked_of(query, key, rule, scale)), None)
+        pooled, project_key = pool(query, rule.block_q).flatten(0, 1), None
+        if projections is not None:
+            pooled, project_key = pooled @ projections[0].t(), projections[1]
+        return cls(rule, scale, lists, pooled, None, project_key)
+
+    @property
+    def ranks_means(self) -> bool:
+        """Whether it wants the means of keys."""
+        return self.key is None
+
+    def make(self, pairs: range, means: Tensor | None) -> None:
+        """Writes the lists and the mask of these pairs, whose keys have these means, float32 [pairs, Tk, D]."""
+        key = means if self.key is None else self.key[pairs.start : pairs.stop]
+        if self.project_key is not None:
+            key = key @ self.project_key.t()
+        query = self.query if len(pairs) == self.query.shape[0] else self.query[pairs.start : pairs.stop]
+        pick(query, key, self.scale, self.rule, pairs.start, self.lists, Sizes(key=self.rule.key_block_sizes))
 
 
 def groups(pairs: int, most: int) -> Iterator[range]:
@@ -85,23 +135,17 @@ def forward_in_groups(
     early = backend.projects_early and mask is None and term.weight is not None
     call = backend.forward(query, key, value, selection, scale, term._replace(weight=None) if early else term)
     lists = Lists(selection.critical, selection.critical_count, mask)
-    pooled_query = None if rule is None else pool(query, selection.block_q).flatten(0, 1)
+    choice = None if rule is None else Choice.of(query, key, rule, scale, lists, projections)
     if mask is None:
-        return _over_all_keys(key, value, call, lists, rule, pooled_query, scale, term, early, keep_states)
-    if projections is not None and rule is not None:
-        pooled_query = pooled_query @ projections[0].t()
-    more = projections, norm_scale
-    return _by_masks(key, value, call, lists, rule, pooled_query, scale, term, backend, keep_states, *more)
+        return _over_all_keys(key, value, call, choice, term, early, keep_states)
+    return _by_masks(key, value, call, mask, choice, term, backend, keep_states, norm_scale)
 
 
 def _over_all_keys(
     key: Tensor,
     value: Tensor,
     call: ForwardCall,
-    lists: Lists,
-    rule: SelectionRule | None,
-    pooled_query: Tensor | None,
-    scale: float,
+    choice: Choice | None,
     term: LinearTerm,
     early: bool,
     keep_states: bool,
@@ -109,14 +153,14 @@ def _over_all_keys(
     selection, (output, lse) = call.selection, call.results
     means = lse.new_empty((2, call.pairs if keep_states else 0, 1, key.shape[-1]))
     pooled = None
-    if rule is not None or call.wants_means:
+    if call.wants_means or (choice is not None and choice.ranks_means):
         pooled = lse.new_empty((call.pairs, selection.num_key_blocks, key.shape[-1]))
     of_keys = key, value, selection.key_block_sizes, selection.block_k, term.feature_map
     state, norm = key_state_sums(*of_keys, pooled, Means(means[0], means[1], term.weight) if keep_states else None)
     if call.wants_means:
         call.take_means(range(call.pairs), pooled)
-    if rule is not None:
-        pick(pooled_query, pooled, scale, rule, 0, lists)
+    if choice is not None:
+        choice.make(range(call.pairs), pooled)
     projected = state @ term.weight.t() if early else state
     call.run(range(call.pairs), projected, norm, means if keep_states else None)
     return Results(output, lse, norm, state, means)
@@ -126,17 +170,14 @@ def _by_masks(
     key: Tensor,
     value: Tensor,
     call: ForwardCall,
-    lists: Lists,
-    rule: SelectionRule | None,
-    pooled_query: Tensor | None,
-    scale: float,
+    mask: Tensor,
+    choice: Choice | None,
     term: LinearTerm,
     backend: Backend,
     keep_states: bool,
-    projections: tuple[Tensor, Tensor] | None,
     norm_scale: Tensor | None,
 ) -> Results:
-    selection, (output, lse), mask = call.selection, call.results, lists.marginal
+    selection, (output, lse) = call.selection, call.results
     head_dim, (rows, columns) = key.shape[-1], mask.shape[2:]
     area, square = head_dim**2, (head_dim, head_dim)
     most = max(GROUP_BYTES, output.nbytes) // ((rows + columns) * head_dim * (head_dim + 1) * 2)
@@ -159,7 +200,7 @@ def _by_masks(
         """The key states of a group in h and z, its keys where the call wants their means, and its lists and mask."""
         count = len(group)
         pooled = None
-        if rule is not None or call.wants_means:
+        if call.wants_means or (choice is not None and choice.ranks_means):
             pooled = lse.new_empty((count, selection.num_key_blocks, head_dim))
         key_states(
             key,
@@ -175,10 +216,8 @@ def _by_masks(
         )
         if call.wants_means:
             call.take_means(group, pooled)
-        if rule is not None:
-            pooled = pooled if projections is None else pooled @ projections[1].t()
-            queries = pooled_query if len(parts) == 1 else pooled_query[group.start : group.stop]
-            pick(queries, pooled, scale, rule, group.start, lists)
+        if choice is not None:
+            choice.make(group, pooled)
 
     side = None
     if len(parts) > 1 and backend.prepares_beside(selection.block_q):
