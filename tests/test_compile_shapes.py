@@ -13,7 +13,7 @@ from tiny_wan import SPARSE_SLA, SPARSE_VSA, inputs, randomize, run, tiny_transf
 import foveal
 from foveal import SLAConfig, VideoGrid, VSAConfig, sla_attention, vsa_attention
 from foveal.layout import PlannedGrid
-from foveal.methods.base import method_of
+from foveal.methods.base import LayerCall, method_of
 from foveal.rules import count, num_critical
 from foveal.testing import make_inputs, output_and_gradients
 
@@ -210,7 +210,7 @@ def run_kernels(name: str) -> None:
     module = method.build(config, 16, 1, 64, "triton")
 
     def attention(query, key, value, hidden_states, grid):
-        return method.run(module, query, key, value, hidden_states, grid)
+        return method.run(module, LayerCall(query, key, value, hidden_states, grid))
 
     start()
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)

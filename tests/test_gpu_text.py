@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
-from foveal.methods.base import method_of
+from foveal.methods.base import LayerCall, method_of
 from foveal.models.self_attention import LayerAttention, joint_attention
 from foveal.testing import make_inputs
 
@@ -37,7 +37,7 @@ def run(module, inputs, hidden_states, lengths, impl):
     method = method_of(module.config)
 
     def run_method(query, key, value, hidden_states, kv_lengths):
-        return method.run(module, query, key, value, hidden_states, GRID, kv_lengths)
+        return method.run(module, LayerCall(query, key, value, hidden_states, GRID, kv_lengths))
 
     outputs = joint_attention(LayerAttention(run_method, GRID), *inputs, hidden_states, lengths)
     loss = sum(output.double().square().sum() for output in outputs)

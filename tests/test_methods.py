@@ -16,7 +16,7 @@ from foveal import (
     VideoSparseAttention,
     VSAConfig,
 )
-from foveal.methods.base import METHODS, config_from_dict, method_of
+from foveal.methods.base import METHODS, LayerCall, config_from_dict, method_of
 from foveal.testing import make_inputs
 
 CONFIGS = {
@@ -54,7 +54,7 @@ def test_builds_and_attends(name):
     assert isinstance(module, MODULES[name])
     assert module.config == CONFIGS[name]
     assert module.impl == "torch"
-    output = METHODS[name].run(module, *qkv, hidden, grid)
+    output = METHODS[name].run(module, LayerCall(*qkv, hidden, grid))
     assert output.shape == qkv[0].shape
     direct = module(*qkv, grid=grid) if name in WITHOUT_HIDDEN_STATES else module(*qkv, hidden, grid=grid)
     assert torch.equal(output, direct)
@@ -68,7 +68,7 @@ def test_its_reference_is_one_of_its_implementations(name):
     hidden = torch.randn(2, grid.num_tokens, 24, generator=torch.Generator().manual_seed(0))
     qkv = make_inputs(batch=2, heads=3, query_length=grid.num_tokens, head_dim=8, dtype=torch.float64)
     exact, ours = (METHODS[name].build(CONFIGS[name], 24, 3, 8, impl).double() for impl in ("reference", "torch"))
-    outputs = [METHODS[name].run(module, *qkv, hidden.double(), grid) for module in (exact, ours)]
+    outputs = [METHODS[name].run(module, LayerCall(*qkv, hidden.double(), grid)) for module in (exact, ours)]
     torch.testing.assert_close(*outputs)
 
 

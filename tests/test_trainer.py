@@ -636,7 +636,7 @@ def test_layer_reports_are_those_of_the_whole_attention(method):
     build = foveal.methods.base.method_of(method)
     module = build.build(method, 32, 2, 16, "auto")
     hidden = torch.randn(2, grid.num_tokens, 32)
-    output = build.run(module, query, key, value, hidden, grid)
+    output = build.run(module, foveal.methods.base.LayerCall(query, key, value, hidden, grid))
     report = compare_with_dense(module, query, key, value, output, grid)
 
     weights = (query @ key.transpose(-1, -2) / 4).softmax(-1)

@@ -25,7 +25,7 @@ from foveal.lab.bench.machine import machine
 from foveal.lab.bench.timing import CudaTimer, Timer, measure
 from foveal.lab.pipelines import check_torchvision
 from foveal.layout import VideoGrid
-from foveal.methods.base import METHODS, Config, Method, method_of
+from foveal.methods.base import METHODS, Config, LayerCall, Method, method_of
 from foveal.methods.cost import attention_cost
 from foveal.models.model_sizes import ModelSize, model_size
 
@@ -234,7 +234,7 @@ def _times_of(
     hidden = torch.randn(1, grid.num_tokens, heads * head_dim, device=device, dtype=dtype)
     functions = {
         "dense_ms": lambda: F.scaled_dot_product_attention(query, key, value),
-        "sparse_ms": lambda: method.run(module, query, key, value, hidden, grid),
+        "sparse_ms": lambda: method.run(module, LayerCall(query, key, value, hidden, grid)),
     }
     for function in functions.values():
         # Compiles kernels.

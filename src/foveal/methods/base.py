@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from foveal.checks import check_choice
-from foveal.layout import VideoGrid
+from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.config import MethodConfig
 from foveal.rules import mean_ratio
 
@@ -77,18 +77,38 @@ class Schedule:
         return mean_ratio(getattr(config, self.kept(config)))
 
 
-def _run(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor | None,
-    grid: VideoGrid,
-    kv_lengths: Tensor | None = None,
-    config: Config | None = None,
-    gates: None = None,
-) -> Tensor:
-    return module(query, key, value, grid=grid, kv_lengths=kv_lengths, config=config)
+class LayerCall(NamedTuple):
+    """What a model's layer hands to its method.
+
+    query, key, value: [B, H, L, D] and [B, H, L + text, D] twice. Every query reads the keys past the grid's tokens,
+        such as text.
+    hidden_states: [B, L, C]; None where there are gates.
+    tokens: the grid, or a `TokenLayout` (MiniMax-H3); then all tensors are the whole sequence.
+    kv_lengths: int [B], each sample's valid keys; None for all.
+    config: stands in for the module's own, with other ratios; None for that.
+    gates: stand in for the hidden states; the tensors may then hold only some of the heads.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    hidden_states: Tensor | None
+    tokens: VideoGrid | TokenLayout
+    kv_lengths: Tensor | None = None
+    config: Config | None = None
+    gates: tuple[Tensor | None, ...] | None = None
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """What every module takes by name."""
+        where = "layout" if isinstance(self.tokens, TokenLayout) else "grid"
+        return {where: self.tokens, "kv_lengths": self.kv_lengths, "config": self.config}
+
+    @property
+    def text(self) -> tuple[int, int] | None:
+        """The keys past the grid's tokens, [start, stop); None where there are none, or a layout says what they are."""
+        start, stop = self.query.shape[2], self.key.shape[2]
+        return None if isinstance(self.tokens, TokenLayout) or stop == start else (start, stop)
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity
@@ -112,13 +132,8 @@ class Method:
             many there are; packed says whether protected segments stand around the video. The default returns None,
             for a method that does not say.
         precision: configuration to the precision that it asks of kernels (see `block_sparse_attention`).
-        run: (module, query, key, value, hidden_states, grid, kv_lengths=None, config=None, gates=None) to the
-            output, [B, H, L, D] like query. hidden_states is [B, L, C]. Every query reads the keys past the grid's
-            tokens, such as text. kv_lengths, int [B], counts each sample's valid keys. A config stands in for the
-            module's own, with other ratios. The grid may be a `TokenLayout` (MiniMax-H3); then all tensors are the
-            whole sequence. Gates stand in for the hidden states, which are then None, and the tensors may then hold
-            only some of the heads. The default calls the module with query, key, and value, and with grid,
-            kv_lengths, and config by name.
+        run: (module, `LayerCall`) to the output, [B, H, L, D] like query. The default calls the module with query,
+            key, and value, and with grid, kv_lengths, and config by name.
         gates: (module, hidden_states [B, L, C]) to what the module makes of these token by token, a tuple of
             [B, H, L, D] or None; None for a method that makes nothing.
         idle: (module, hidden_states [B, L, C]) to tensors in which each parameter has a part, made by calling the
@@ -144,7 +159,7 @@ class Method:
     key_blocks: Callable[[Config, VideoGrid], tuple[int, str]]
     kept_blocks: Callable[[Config, VideoGrid, bool], tuple[int, int] | None] = lambda config, grid, packed: None
     precision: Callable[[Config], str] = lambda config: "input"
-    run: Callable[..., Tensor] = _run
+    run: Callable[[nn.Module, LayerCall], Tensor] = lambda module, call: module(*call[:3], **call.named)
     gates: Callable[[nn.Module, Tensor], tuple[Tensor | None, ...] | None] = lambda module, hidden_states: None
     idle: Callable[[nn.Module, Tensor], Iterable[Tensor | None]] = lambda module, hidden_states: module.parameters()
     plan: Callable[[Config, VideoGrid, torch.device], Any] = lambda config, grid, device: None

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from foveal.layout import TokenLayout, VideoGrid
-from foveal.methods.base import METHODS, Config, method_of
+from foveal.methods.base import METHODS, Config, LayerCall, method_of
 
 # Families whose transformers diffusers can shard, and whose sharded attention the tests cover.
 FAMILIES_WITH_PLAN = ("wan", "ltx_video", "flux", "minimax_h3")
@@ -224,7 +224,8 @@ def context_parallel_attention(
     query, key, value = (shards.receive(x, grid.num_tokens) for x in under_way)
     gates = receive_gates(gates, grid, shards)
     config = shards.of_heads(attention.config, query.shape[1])
-    output = method_of(config).run(attention, query, key, value, None, grid, config=config, gates=gates)
+    call = LayerCall(query, key, value, None, grid, config=config, gates=gates)
+    output = method_of(config).run(attention, call)
     return shards.to_tokens(output, shards.sizes(grid.num_tokens))
 
 

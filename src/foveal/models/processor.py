@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from foveal.checks import check_choice
 from foveal.kernels.api import may_note
 from foveal.layout import TokenLayout, VideoGrid
-from foveal.methods.base import Config, method_of
+from foveal.methods.base import Config, LayerCall, method_of
 from foveal.models.context_parallel import Shards, check_parallel_config, receive_gates, send_gates, shards_of
 from foveal.models.families.table import FAMILIES, family_of
 from foveal.models.record import DENSE, HELD_DENSE, ON_FALLBACK, UNTOLD, LayerRecord
@@ -178,7 +178,8 @@ class SparseAttentionProcessor(nn.Module):
         query, key, value = map(receive, (query, key, value))
         if shards is not None:
             gates, config = receive_gates(gates, tokens, shards), shards.of_heads(config, query.shape[1])
-        output = method.run(self.attention, query, key, value, hidden_states, tokens, kv_lengths, config, gates)
+        call = LayerCall(query, key, value, hidden_states, tokens, kv_lengths, config, gates)
+        output = method.run(self.attention, call)
         if may_note():
             self.record.ran = getattr(self.attention, "ran", UNTOLD)
         return output

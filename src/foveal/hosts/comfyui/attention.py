@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from foveal.hosts.comfyui.layers import grid_of, host_family, layout_of
 from foveal.hosts.comfyui.record import Record
 from foveal.layout import TokenLayout, VideoGrid
-from foveal.methods.base import Config, method_of
+from foveal.methods.base import Config, LayerCall, method_of
 from foveal.models.layers import choose_layers
 from foveal.models.policy import Policy
 from foveal.models.state import Phase
@@ -265,7 +265,8 @@ class SparseAttention:
         config = forward.phase.apply(module.config)
         method = method_of(config)
         with _on_device(module, query.device):
-            output = method.run(module, query, key, value, forward.hidden_states, layout, None, config)
+            call = LayerCall(query, key, value, forward.hidden_states, layout, config=config)
+            output = method.run(module, call)
         layer = self.record.of(forward.layer)
         ran = module.ran
         layer.sparse[ran.impl, method.cells(config, grid_of(layout)).keep, ran.why] += 1

@@ -19,7 +19,7 @@ from foveal.lab.calibrate.choose import Budget
 from foveal.lab.inspect.probe import Progress, watch
 from foveal.lab.inspect.statistics import int8_squares
 from foveal.layout import TokenLayout, VideoGrid
-from foveal.methods.base import Config, method_of
+from foveal.methods.base import Config, LayerCall, method_of
 from foveal.methods.cost import attention_cost
 
 
@@ -171,7 +171,7 @@ def compare(
     hidden = query.new_zeros(1, length, heads * head_dim)
     missed, kept = [], []
     for config in configs:
-        output = of_video(method.run(module, query, key, value, hidden, grid, None, config)).float()
+        output = of_video(method.run(module, LayerCall(query, key, value, hidden, grid, config=config))).float()
         missed.append((output - exact).square().sum((0, 2, 3), dtype=torch.float64).cpu())
         video_key = of_video(key) if packed else key[:, :, : grid.num_tokens]
         video = grid.grid if packed else grid

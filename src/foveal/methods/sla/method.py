@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
 
-from foveal.layout import TokenLayout, VideoGrid
-from foveal.methods.base import Method, Schedule, SummaryCells, blocks_cell
+from torch import Tensor
+
+from foveal.layout import VideoGrid
+from foveal.methods.base import LayerCall, Method, Schedule, SummaryCells, blocks_cell
 from foveal.methods.choosing import keep_cell, known_on_host, mean_kept, ratio_cell, scaled
 from foveal.methods.sla.attention import SparseLinearAttention
 from foveal.methods.sla.bench import CASES
@@ -20,21 +22,8 @@ def _build(config: SLAConfig, hidden_dim: int, num_heads: int, head_dim: int, im
     return SparseLinearAttention(head_dim, config, impl=impl)
 
 
-def _run(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor | None,
-    grid: VideoGrid | TokenLayout,
-    kv_lengths: Tensor | None = None,
-    config: SLAConfig | None = None,
-    gates: None = None,
-) -> Tensor:
-    if isinstance(grid, TokenLayout):
-        return module(query, key, value, layout=grid, kv_lengths=kv_lengths, config=config)
-    text = (query.shape[2], key.shape[2]) if key.shape[2] > query.shape[2] else None
-    return module(query, key, value, grid=grid, protected_keys=text, kv_lengths=kv_lengths, config=config)
+def _run(module: SparseLinearAttention, call: LayerCall) -> Tensor:
+    return module(*call[:3], protected_keys=call.text, **call.named)
 
 
 def _idle(module: SparseLinearAttention, hidden_states: Tensor) -> tuple[Tensor | None, ...]:
@@ -42,19 +31,26 @@ def _idle(module: SparseLinearAttention, hidden_states: Tensor) -> tuple[Tensor 
 
 
 def _cells(config: SLAConfig, grid: VideoGrid | None) -> SummaryCells:
-    blocks = f"{config.block_q}x{config.block_k}" + (" tile" if config.token_order == "tile" else "")
     keep = keep_cell(ratio_cell(config.keep_ratio), config)
-    return SummaryCells(keep, f"{config.drop_ratio:g}", config.linear_scope, blocks_cell(blocks, config.precision))
+    return SummaryCells(
+        keep, f"{config.drop_ratio:g}", config.linear_scope, blocks_cell(token_blocks(config), config.precision)
+    )
 
 
-def _key_blocks(config: SLAConfig, grid: VideoGrid) -> tuple[int, str]:
+def token_blocks(config: Any) -> str:
+    """The cell of blocks of `block_q` by `block_k` tokens in `token_order`."""
+    return f"{config.block_q}x{config.block_k}" + (" tile" if config.token_order == "tile" else "")
+
+
+def key_blocks(config: Any, grid: VideoGrid) -> tuple[int, str]:
+    """`Method.key_blocks` where blocks are of `block_k` tokens."""
     return -(-grid.num_tokens // config.block_k), str(config.block_k)
 
 
 def _kept_blocks(config: SLAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int] | None:
     if not known_on_host(config):
         return None
-    blocks, _ = _key_blocks(config, grid)
+    blocks, _ = key_blocks(config, grid)
     return mean_kept(picked_by_head(config, blocks), blocks), blocks
 
 
@@ -74,7 +70,7 @@ SLA = Method(
     idle=_idle,
     cost=cost_parts,
     cells=_cells,
-    key_blocks=_key_blocks,
+    key_blocks=key_blocks,
     kept_blocks=_kept_blocks,
     precision=lambda config: config.precision,
     plan=plan,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from foveal.layout import TokenLayout, VideoGrid
-from foveal.methods.base import Method, Schedule, SummaryCells, blocks_cell
+from foveal.layout import VideoGrid
+from foveal.methods.base import LayerCall, Method, Schedule, SummaryCells, blocks_cell
 from foveal.methods.choosing import keep_cell, known_on_host, mean_kept, ratio_cell, scaled
 from foveal.methods.vsa.attention import VideoSparseAttention
 from foveal.methods.vsa.bench import CASES
@@ -24,19 +24,8 @@ def _gates(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor,
     return module.gates(hidden_states)
 
 
-def _run(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor | None,
-    grid: VideoGrid | TokenLayout,
-    kv_lengths: Tensor | None = None,
-    config: VSAConfig | None = None,
-    gates: tuple[Tensor, Tensor | None] | None = None,
-) -> Tensor:
-    where = {"layout" if isinstance(grid, TokenLayout) else "grid": grid}
-    return module(query, key, value, hidden_states, gates, kv_lengths=kv_lengths, config=config, **where)
+def _run(module: VideoSparseAttention, call: LayerCall) -> Tensor:
+    return module(*call[:3], call.hidden_states, call.gates, **call.named)
 
 
 def _idle(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor | None, ...]:
@@ -44,16 +33,20 @@ def _idle(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor |
 
 
 def _cells(config: VSAConfig, grid: VideoGrid | None) -> SummaryCells:
-    tile = config.tile if grid is None else resolve_tile(config, grid)
     return SummaryCells(
         keep=keep_cell(ratio_cell(config.keep_ratio) if config.topk is None else f"top {config.topk}", config),
-        blocks=blocks_cell(tile if isinstance(tile, str) else _sides(tile), config.precision),
+        blocks=blocks_cell(cube_cell(config, grid), config.precision),
     )
 
 
+def cube_cell(config: VSAConfig, grid: VideoGrid | None) -> str:
+    """The cell of the cube's sides, or of what chooses them where there is no grid."""
+    tile = config.tile if grid is None else resolve_tile(config, grid)
+    return tile if isinstance(tile, str) else "x".join(map(str, tile))
+
+
 def _key_blocks(config: VSAConfig, grid: VideoGrid) -> tuple[int, str]:
-    tile = resolve_tile(config, grid)
-    return grid.num_cubes(tile), _sides(tile)
+    return grid.num_cubes(resolve_tile(config, grid)), cube_cell(config, grid)
 
 
 def _kept_blocks(config: VSAConfig, grid: VideoGrid, packed: bool) -> tuple[int, int] | None:
@@ -61,10 +54,6 @@ def _kept_blocks(config: VSAConfig, grid: VideoGrid, packed: bool) -> tuple[int,
         return None
     cubes, _ = _key_blocks(config, grid)
     return mean_kept(picked_by_head(config, cubes, packed=packed), cubes), cubes
-
-
-def _sides(tile: tuple[int, int, int]) -> str:
-    return "x".join(map(str, tile))
 
 
 def _kept(config: VSAConfig) -> str:
