@@ -18,6 +18,7 @@ from foveal.lab import cli
 from foveal.lab.bench import __main__ as module_main
 from foveal.lab.bench import ahead, report, timing
 from foveal.lab.bench import machine as bench_machine
+from foveal.lab.bench.break_even import break_evens
 from foveal.lab.bench.candidates import (
     Candidate,
     Problem,
@@ -89,7 +90,8 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     (path,) = tmp_path.glob("*.json")
     results = json.loads(path.read_text())
     assert results["schema"] == 2
-    assert set(results) == {"schema", "started", "settings", "machine", "shapes", "results"}
+    assert set(results) == {"schema", "started", "settings", "machine", "shapes", "results", "break_even"}
+    assert results["break_even"] == []  # of one length
     assert results["shapes"]["length 600"] == {
         "batch": 1, "heads": 2, "length": 600, "head_dim": 64, "grid": [4, 10, 15], "before": []
     }  # fmt: skip
@@ -515,6 +517,41 @@ def test_problem_of_every_candidate_is_laid_out_like_its_gradient():
         assert dims == sorted(dims, reverse=True), "tensors with heads come first"
         with torch.no_grad():
             assert problem.run(*problem.tensors).shape == problem.grad.shape
+
+
+def entry_of(shape: str, name: str, kind: str, **milliseconds: float) -> dict:
+    passes = {
+        which: {"rested_ms": 1.0, "sustained_ms": each, "host_ms": each / 2, "executed_tflops": 1.0}
+        for which, each in milliseconds.items()
+    }
+    named = {"shape": shape, "name": name, "task": name, "impl": "auto", "kind": kind, "status": "ok"}
+    return {**named, "passes": passes, "memory": {}}
+
+
+def test_break_even_between_the_timed_lengths(capsys):
+    """Dense time grows with the square of the length and sparse time not at all: they meet at 5,793 tokens."""
+    shapes = {name: SHAPES[name].to_dict() for name in ("4k", "8k", "d64", "h3-5s")}
+    entries = []
+    for shape, dense in (("4k", 1.0), ("8k", 4.0), ("d64", 9.0)):
+        entries += [
+            entry_of(shape, "SDPA cuDNN", "dense", forward=dense, both=dense),
+            entry_of(shape, "SLA", "method", forward=2.0, both=8.0),
+            entry_of(shape, "sparse", "kernel", forward=2.0),
+        ]
+    for shape in shapes:
+        add_ratios([entry for entry in entries if entry["shape"] == shape])
+    results = {"shapes": shapes, "results": entries, "machine": {"device": "a GPU"}}
+    results["break_even"] = break_evens(results, ("SDPA cuDNN", "SDPA flash"))
+    forward, both = results["break_even"]
+    assert (forward["name"], forward["pass"], forward["baseline"]) == ("SLA", "forward", "SDPA cuDNN")
+    assert forward["tokens"] == round(4096 * 2**0.5)
+    assert forward["host_ms"] == {"4096": 1.0, "8192": 1.0}
+    assert both["tokens"] is None
+    report.print_break_even(results)
+    printed = capsys.readouterr().out
+    assert "vs SDPA cuDNN: faster from about 5,793 tokens on" in printed
+    assert "no faster at the longest measured length, 8,192 tokens" in printed
+    assert "1.00 at 4,096, 1.00 at 8,192" in printed
 
 
 def test_table_names_both_baselines_and_says_who_is_missing():

@@ -11,11 +11,11 @@ import torch
 
 from foveal import SLAConfig, VideoGrid, VSAConfig, attention_cost
 from foveal.kernels.api import choose_impl
+from foveal.lab.bench.break_even import break_even
 from foveal.lab.bench.timing import CpuTimer
 from foveal.lab.cli import COMMANDS, main
 from foveal.lab.doctor import (
     TEXT_TOKENS,
-    break_even,
     environment,
     estimate,
     examine,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
-import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from torch import nn
 from foveal.checks import check_choice
 from foveal.kernels import chips
 from foveal.kernels.api import IMPLS, choose_impl
+from foveal.lab.bench.break_even import break_even
 from foveal.lab.bench.machine import machine
 from foveal.lab.bench.timing import CudaTimer, Timer, measure
 from foveal.lab.pipelines import check_torchvision
@@ -241,28 +241,6 @@ def _times_of(
         function()
     times = measure(timer, functions, rounds=3, calls=3, seconds=0.05)
     return {name: statistics.median(rested) for name, (rested, *_) in times.items()}
-
-
-def break_even(speedups: Sequence[tuple[int, float]]) -> tuple[int | None, str]:
-    """From which length on sparse attention is faster, between the measured ones by a line through the logarithms.
-
-    Args:
-        speedups: (tokens, dense time over sparse time), by ascending tokens.
-
-    Returns:
-        The token count, None where the measured lengths do not enclose it, and a sentence.
-    """
-    if not speedups:
-        return None, "nothing was measured"
-    slower = [index for index, (_, speedup) in enumerate(speedups) if speedup <= 1.0]
-    if not slower:
-        return None, f"faster at every measured length, from {speedups[0][0]:,} tokens on"
-    if slower[-1] == len(speedups) - 1:
-        return None, f"no faster at the longest measured length, {speedups[-1][0]:,} tokens"
-    (tokens, speedup), (more, faster) = speedups[slower[-1] : slower[-1] + 2]
-    share = -math.log(speedup) / (math.log(faster) - math.log(speedup))
-    crossing = round(math.exp(math.log(tokens) + share * (math.log(more) - math.log(tokens))))
-    return crossing, f"faster from about {crossing:,} tokens on"
 
 
 def _version(package: str) -> str | None:

@@ -58,6 +58,7 @@ def bench(settings: BenchSettings, output: Path) -> int:
             progress.say(f"{time.monotonic() - started:6.1f} s  {line}")
 
         results = run_bench(settings, log=log, keep=keep)
+    print_break_even(results)
     path = output / file_name(results)
     print(path)
     try:
@@ -123,11 +124,39 @@ def table(results: dict[str, Any], shape: str) -> tuple[list[str], list[list[str
 
 
 def print_table(results: dict[str, Any], shape: str) -> None:
-    """With rich where it is installed, plain otherwise."""
+    """The table of one shape, and its notes."""
     headings, rows, notes = table(results, shape)
     sizes = results["shapes"][shape]
     title = f"{shape}: B{sizes['batch']} H{sizes['heads']} L{sizes['length']} D{sizes['head_dim']}"
     title += f" {results['settings']['dtype']}, {results['machine']['device']}"
+    _print_rows(title, headings, rows)
+    for note in notes:
+        print(note)
+
+
+def break_even_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the lengths to break even; no rows where fewer than two lengths were timed."""
+    rows = [
+        [
+            found["name"],
+            found["pass"],
+            f"vs {found['baseline']}: {found['verdict']}",
+            ", ".join(f"{milliseconds:.2f} at {int(length):,}" for length, milliseconds in found["host_ms"].items()),
+        ]
+        for found in results["break_even"]
+    ]
+    return ["candidate", "pass", "break-even, back to back with launches", "host ms a call"], rows
+
+
+def print_break_even(results: dict[str, Any]) -> None:
+    """The lengths to break even, with what a call costs the host."""
+    headings, rows = break_even_table(results)
+    if rows:
+        _print_rows(f"break-even, {results['machine']['device']}", headings, rows)
+
+
+def _print_rows(title: str, headings: list[str], rows: list[list[str]]) -> None:
+    """With rich where it is installed, plain otherwise."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -145,5 +174,3 @@ def print_table(results: dict[str, Any], shape: str) -> None:
             drawn.add_row(*row, end_section=index + 1 == len(rows) or rows[index + 1][0] != row[0])
         console = Console()
         console.print(drawn) if console.is_terminal else Console(width=200).print(drawn)
-    for note in notes:
-        print(note)

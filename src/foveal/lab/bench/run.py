@@ -21,11 +21,12 @@ from torch import Tensor
 from foveal.checks import check_choice
 from foveal.kernels.api import IMPLS
 from foveal.lab.bench.ahead import compile_ahead
+from foveal.lab.bench.break_even import break_evens
 from foveal.lab.bench.candidates import Candidate, Problem, candidates_for, dense_flops
 from foveal.lab.bench.gate import Gate
 from foveal.lab.bench.machine import machine
 from foveal.lab.bench.shapes import SHAPE_SETS, SHAPES, Inputs, Shape, shape_of_length
-from foveal.lab.bench.timing import CpuTimer, CudaTimer, Timer, measure, peak_memory
+from foveal.lab.bench.timing import PASSES, CpuTimer, CudaTimer, Timer, measure, peak_memory
 from foveal.layout import VideoGrid
 
 # The name of the command in the lists of `OutputFolder`.
@@ -35,7 +36,6 @@ SCHEMA = 2  # 2: rested times are the device's, with launches queued ahead; host
 GATE_GRID = VideoGrid(5, 12, 25)
 # In the order of preference: ratios in tables are to the first that ran.
 BASELINES = ("SDPA cuDNN", "SDPA flash", "SDPA")
-PASSES = ("forward", "backward", "both")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def run_bench(
 
     Returns:
         {"schema", "started", "settings", "machine", "shapes": {name: sizes}, "results": one entry per shape and
-        candidate, with "status" "ok", "failed" or "skipped" (and a "reason"), the gate's "errors", "passes", "memory"}.
+        candidate, with "status" "ok", "failed" or "skipped" (and a "reason"), the gate's "errors", "passes", "memory",
+        "break_even": see `break_evens`}.
     """
     if settings.device == "cuda":
         device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
@@ -130,6 +131,7 @@ def run_bench(
         "machine": machine(device, settings.commit),
         "shapes": {shape.name: shape.to_dict() for shape in shapes},
         "results": [],
+        "break_even": [],
     }
     for shape in shapes:
         chosen = candidates
@@ -137,6 +139,7 @@ def run_bench(
             only = "kernels" if shape.before else settings.only
             chosen = candidates_for(settings.device, only=only, **how, keep_ratios=shape.keep_ratios)
         results["results"] += _run_shape(shape, chosen, settings, timer, device, dtype, log)
+        results["break_even"] = break_evens(results, BASELINES)
         keep(results)
     return results
 

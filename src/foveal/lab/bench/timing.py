@@ -23,6 +23,8 @@ from torch import Tensor
 Key = TypeVar("Key", bound=Hashable)
 Function = Callable[[], object]
 
+# What is timed of a candidate; "both" is a forward that builds the graph and its backward.
+PASSES = ("forward", "backward", "both")
 FLUSH_BYTES = 2**28
 # Writes before a burst, about 6 ms of them on an H100. While they run, the host gets ahead with its launches.
 FLUSHES_AHEAD = 64
