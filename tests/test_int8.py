@@ -7,14 +7,18 @@ import pytest
 import torch
 
 from foveal import (
+    SLA2Config,
     SLAConfig,
+    SLAVSAConfig,
     TokenLayout,
     VideoGrid,
     VSAConfig,
     block_sparse_attention,
     explain,
     select_blocks,
+    sla2_attention,
     sla_attention,
+    sla_vsa_attention,
     vsa_attention,
 )
 from foveal.kernels import api, int8
@@ -253,7 +257,8 @@ def test_compiles_without_graph_break():
 
 
 def test_configurations_hold_it():
-    for config in (SLAConfig(precision="int8"), VSAConfig(precision="int8")):
+    for kind in (SLAConfig, VSAConfig, SLA2Config, SLAVSAConfig):
+        config = kind(precision="int8")
         assert type(config).from_dict(config.to_dict()) == config
         older = {name: value for name, value in config.to_dict().items() if name != "precision"}
         assert type(config).from_dict(older) == dataclasses.replace(config, precision="input")
@@ -267,7 +272,7 @@ def test_unknown_precision():
         block_sparse_attention(*inputs, selection, precision="fp8")
 
 
-@pytest.mark.parametrize("config", [SLAConfig(precision="int8"), VSAConfig(precision="int8")])
+@pytest.mark.parametrize("config", [x(precision="int8") for x in (SLAConfig, VSAConfig, SLA2Config, SLAVSAConfig)])
 def test_hopper_kernels_refuse_it(config, monkeypatch):
     monkeypatch.setattr(support, "why_not", lambda *_: None)
     monkeypatch.setattr(support, "written_for", lambda device: True)
@@ -281,3 +286,34 @@ def test_hopper_kernels_refuse_it(config, monkeypatch):
     assert api.choose_impl("auto", *inputs, 64, 64) == api.Ran("gluon")
     with pytest.raises(ValueError, match='impl="gluon" cannot run here: it has no kernels for precision="int8"'):
         api.choose_impl("gluon", *inputs, 64, 64, "int8")
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("linear_scope", ["noncritical", "none"])
+def test_sla_vsa(linear_scope, where):
+    config = SLAVSAConfig(keep_ratio=0.3, tile=(2, 2, 2), linear_scope=linear_scope, precision="int8")
+    length = 90 if "grid" in WHERE[where] else WHERE[where]["layout"].num_tokens
+    query, key, value = make_inputs(batch=2, query_length=length, head_dim=8)
+    options = WHERE[where] | {"config": config}
+    ours = run_everywhere(lambda *x, impl: sla_vsa_attention(*x, impl=impl, **options), (query, key + 1, value))
+    options["config"] = config.replace(precision="input")
+    exact = sla_vsa_attention(query, key + 1, value, **options)
+    assert 1e-5 < relative_error(ours[0], exact) < 0.05
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_sla2(where):
+    config = SLA2Config(keep_ratio=0.3, block_q=16, block_k=8, precision="int8")
+    length = 90 if "grid" in WHERE[where] else WHERE[where]["layout"].num_tokens
+    inputs = make_inputs(batch=2, query_length=length, head_dim=8, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(8, 8, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+    def attention(query, key, value, proj_query, proj_key, *, impl, config=config):
+        named = {"proj_query": proj_query, "proj_key": proj_key, **WHERE[where]}
+        return sla2_attention(query, key + 1, value, config=config, impl=impl, **named)
+
+    ours = run_everywhere(attention, (*inputs, *weights))
+    exact = attention(*inputs, *weights, impl="reference", config=config.replace(precision="input"))
+    assert 1e-5 < relative_error(ours[0], exact) < 0.05
+    assert all(x.any() for x in ours[4:])

@@ -11,6 +11,7 @@ CASES = {
     "wide query blocks": (128, 64, 64, 1, 150, 150, None, 2.2, "float16"),
     "padding": (64, 128, 64, 1, 130, 201, (201, 70), 0.0, "bfloat16"),
     "128 features": (64, 64, 128, 1, 70, 150, None, 0.5, "bfloat16"),
+    "eight bits": (64, 64, 64, 1, 130, 201, (201, 70), 1.0, "bfloat16"),
 }
 NAMES = ("output", "grad_query", "grad_key", "grad_value", "grad_alpha", "grad_proj_query", "grad_proj_key")
 
@@ -24,6 +25,7 @@ def make_case(name, device):
 
     block_q, block_k, head_dim, heads, length, keys, lengths, logit, dtype = CASES[name]
     config = SLA2Config(keep_ratio=0.4, block_q=block_q, block_k=block_k, alpha_rows=2)
+    config = config.replace(precision="int8") if name == "eight bits" else config
     sizes = {"batch": 1 if lengths is None else 2, "heads": heads, "head_dim": head_dim, "device": device}
     query, key, value = make_inputs(
         query_length=length, key_length=keys, layout="BLHD", dtype=getattr(torch, dtype), **sizes

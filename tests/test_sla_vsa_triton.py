@@ -13,6 +13,8 @@ CASES = {
     "no coarse branch": ((3, 5, 9), (4, 4, 4), 2, 1, 64, None, "none", "noncritical", False),
     "no linear branch": ((3, 5, 9), (4, 4, 4), 2, 1, 64, None, "both", "none", True),
     "wide": ((3, 10, 8), "wide", 1, 1, 128, None, "coarse", "noncritical", True),
+    "eight bits": ((3, 5, 9), (4, 4, 4), 2, 2, 64, None, "both", "noncritical", True),
+    "eight bits, no linear branch": ((2, 5, 7), (4, 4, 4), 1, 1, 64, (70, 3), "coarse", "none", True),
 }
 
 
@@ -26,6 +28,7 @@ def make_case(name, device):
     sides, tile, topk, heads, head_dim, text, gates, scope, coarse = CASES[name]
     grid = VideoGrid(*sides)
     config = SLAVSAConfig(topk=topk, tile=tile, fine_gate=gates == "both", linear_scope=scope, coarse=coarse)
+    config = config.replace(precision="int8") if name.startswith("eight bits") else config
     sizes = {"batch": 1 if text is None else len(text), "heads": heads, "head_dim": head_dim, "dtype": torch.bfloat16}
     length = grid.num_tokens
     sizes |= {"layout": "BLHD", "device": device}

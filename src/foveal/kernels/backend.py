@@ -186,6 +186,7 @@ class Backend(ABC):
         projects_early: whether states that a whole head shares should be projected before the forward.
         cube_copies: which of "qkv" `attend_cubes` wants in tile order.
         writes_raster: whether `backward` can write gradients of tensors in tile order to raster order.
+        centers_keys: whether the forward's log-sum-exp is that of keys less their mean, see `int8.lse_shift`.
     """
 
     name: str
@@ -193,6 +194,7 @@ class Backend(ABC):
     projects_early: bool = False
     cube_copies: str = "qkv"
     writes_raster: bool = False
+    centers_keys: bool = False
 
     def prepares_beside(self, block_q: int) -> bool:
         """Whether the forward of such blocks leaves room on the SMs to prepare the next heads beside it."""

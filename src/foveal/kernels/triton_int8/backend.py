@@ -41,6 +41,7 @@ class Int8Forward(Forward):
 class Int8Backend(triton.TritonBackend):
     name = "triton_int8"
     forward = Int8Forward
+    centers_keys = True
     attend_cubes = staticmethod(functools.partial(attend_cubes, forward=Int8Forward))
 
     def backward(

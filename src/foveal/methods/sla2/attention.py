@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from foveal.blocks import BlockSelection
 from foveal.checks import check_choice, check_positive_int, check_scale, validate_qkv, without_autocast
 from foveal.kernels.api import IMPLS, SLOW_SELECTION, Ran, choose_impl, may_note
+from foveal.kernels.backend import name_of
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.sla.order import token_places
 from foveal.methods.sla.projection import PreciseParameters
@@ -96,7 +97,7 @@ def _attend(
         raise TypeError(f"config must be an SLA2Config, got {type(config).__name__}")
     validate_qkv(query, key, value)
     _validate_weights(query, weights)
-    ran = choose_impl(impl, query, key, value, config.block_q, config.block_k)
+    ran = choose_impl(impl, query, key, value, config.block_q, config.block_k, config.precision)
     scale = check_scale(scale, query.shape[-1])
     blocks = CallBlocks(query, key, config, where, selection)
     on_kernels = ran.impl in ("triton", "gluon")
@@ -129,7 +130,7 @@ def _attend(
     elif on_kernels:
         from foveal.methods.sla2.gpu import Options, sla2_attention_gpu
 
-        options = Options(scale, config.feature_map, config.temperature, ran.impl)
+        options = Options(scale, config.feature_map, config.temperature, name_of(ran.impl, config.precision))
         logits = block_logits(logits.float(), ceil_div(blocks.query.shape[2], config.block_q))
         output = sla2_attention_gpu(*inputs, choice, weights.router, logits, ranked, options)
     else:

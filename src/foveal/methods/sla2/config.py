@@ -11,6 +11,7 @@ from foveal.methods.sla.config import TOKEN_ORDERS, SLAConfig
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 ROUTINGS = ("straight_through", "fixed")
+PRECISIONS = ("input", "int8")  # those that have a backward
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class SLA2Config(MethodConfig):
         alpha_rows: how many values of alpha each head has along the queries, each for as many of the query blocks. The
             paper has one for each query block, which holds a model to one length.
         token_order: "raster" (t, h, w) or "tile", as in `SLAConfig`.
+        precision: of the products of queries and keys in the exact branch, "input" or "int8"; see
+            `block_sparse_attention`. The router ranks blocks by the inputs.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -43,6 +46,7 @@ class SLA2Config(MethodConfig):
     alpha: float = 0.9
     alpha_rows: int = 1
     token_order: str = "raster"
+    precision: str = "input"
 
     def __post_init__(self) -> None:
         check_ratio("keep_ratio", self.keep_ratio)
@@ -62,6 +66,7 @@ class SLA2Config(MethodConfig):
             raise ValueError(f"alpha must be between 0 and 1, got {self.alpha}")
         check_positive_int("alpha_rows", self.alpha_rows)
         check_choice("token_order", self.token_order, TOKEN_ORDERS)
+        check_choice("precision", self.precision, PRECISIONS)
 
     @property
     def sparsity(self) -> float:

@@ -29,7 +29,8 @@ def sla2_attention_torch(
 
     logits: [H, R], log-odds of alpha.
     """
-    sparse, lse = block_sparse_attention(query, key, value, selection, scale=scale, impl="torch", return_lse=True)
+    options = {"scale": scale, "impl": "torch", "return_lse": True, "precision": config.precision}
+    sparse, lse = block_sparse_attention(query, key, value, selection, **options)
     linear = linear_output(query, key, value, config.branches, selection)
     logits = block_logits(logits.to(linear.dtype), selection.num_query_blocks)
     alpha, rest = branch_weights(logits, selection)

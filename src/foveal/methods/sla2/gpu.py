@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from foveal.blocks import BlockSelection
 from foveal.kernels.backend import backend_named
 from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
+from foveal.kernels.int8 import lse_shift
 from foveal.kernels.replay import replayed
 from foveal.kernels.triton.backward import output_delta
 from foveal.kernels.triton.lists import column_lists, padded_blocks
@@ -189,7 +190,10 @@ def _backward(
         grad_logits = torch.where(both, of_rows.sum(-1), 0).sum(0, keepdim=True)
         if scores is None:
             return *grads, grad_logits, None
-        facts = RowFacts(alpha, rest, results.lse, delta, total - delta)
+        lse = results.lse
+        if backend.centers_keys:
+            lse = lse + lse_shift(query, key, selection, options.scale)
+        facts = RowFacts(alpha, rest, lse, delta, total - delta)
         ranked = Ranked(scores, options.temperature)
         of_scores = score_gradient(
             grad, query, key, value, ranked, selection, facts, options.feature_map, options.scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from foveal.layout import VideoGrid
-from foveal.methods.base import LayerCall, Method, SummaryCells
+from foveal.methods.base import LayerCall, Method, SummaryCells, blocks_cell
 from foveal.methods.sla.method import key_blocks, token_blocks
 from foveal.methods.sla.order import token_order
 from foveal.methods.sla2.attention import RoutedSparseLinearAttention
@@ -31,7 +31,9 @@ def _idle(module: RoutedSparseLinearAttention, hidden_states: Tensor) -> tuple[T
 
 
 def _cells(config: SLA2Config, grid: VideoGrid | None) -> SummaryCells:
-    return SummaryCells(keep=f"{config.keep_ratio:g}", linear="noncritical", blocks=token_blocks(config))
+    return SummaryCells(
+        keep=f"{config.keep_ratio:g}", linear="noncritical", blocks=blocks_cell(token_blocks(config), config.precision)
+    )
 
 
 def _kept_blocks(config: SLA2Config, grid: VideoGrid, packed: bool) -> tuple[int, int]:
@@ -52,6 +54,7 @@ SLA2 = Method(
     kept_blocks=_kept_blocks,
     gates=lambda module, hidden_states: (module.token_gates(hidden_states),),
     plan=lambda config, grid, device: token_order(config.branches, grid, device),
+    precision=lambda config: config.precision,
     presets={"SLA2": SLA2Config()},
     bench_cases=CASES,
 )

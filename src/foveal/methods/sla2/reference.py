@@ -4,6 +4,8 @@
     O_l = norm(phi(Q) phi(K)^T) V over the keys of all other blocks                                       (eq. 14)
     O   = alpha O_s + (1 - alpha) O_l, alpha = sigmoid(logit) of a head and a run of query blocks         (eq. 13)
 
+With precision="int8" O_s is that of queries and keys after a round trip through eight bits (`foveal.kernels.int8`).
+
 alpha is the share of a row's attention that falls on its critical blocks (eq. 7), so it is 1 where there are no others,
 and 0 where there are none.
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from foveal.blocks import BlockSelection
+from foveal.kernels.int8 import dequantized, lse_shift
 from foveal.kernels.reference import block_sparse_attention_reference
 from foveal.methods.sla.feature_maps import apply_feature_map
 from foveal.methods.sla2.config import SLA2Config
@@ -46,7 +49,12 @@ def sla2_attention_reference(
 
     ranked_BC: bool [B or 1, C], the key blocks that the router could have kept; None without a gradient for it.
     """
-    sparse_BHMD, lse_BHM = block_sparse_attention_reference(query_BHMD, key_BHND, value_BHND, selection, scale)
+    read, shift_BHM = (query_BHMD, key_BHND), 0
+    if config.precision == "int8":
+        read = dequantized(query_BHMD, key_BHND, selection)
+        shift_BHM = lse_shift(query_BHMD, key_BHND, selection, scale)
+    sparse_BHMD, lse_BHM = block_sparse_attention_reference(*read, value_BHND, selection, scale)
+    lse_BHM = lse_BHM + shift_BHM
     dtype = torch.promote_types(query_BHMD.dtype, torch.float32)
     critical_BHST, linear_BHST = selection.critical_mask(), selection.linear_mask("marginal") != 0
     critical_BHMN, linear_BHMN = selection.expand(critical_BHST), selection.expand(linear_BHST)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from foveal.blocks import BlockSelection
 from foveal.checks import check_choice, check_positive_int, check_scale, without_autocast
 from foveal.kernels.api import IMPLS, Ran, choose_impl, may_note
+from foveal.kernels.backend import name_of
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.sla.attention import check_weights
 from foveal.methods.sla.feature_maps import linear_layer
@@ -101,7 +102,7 @@ def _attend(
         if packed is None
         else PackedTiles(config.cubes, packed, key.device)
     )
-    ran = choose_impl(impl, query, key, value, tiles.slot, tiles.slot)
+    ran = choose_impl(impl, query, key, value, tiles.slot, tiles.slot, config.precision)
     if selection is not None:
         selection = tiles.checked(selection, query)
     elif ran.impl == "reference" or packed is not None:
@@ -134,14 +135,16 @@ def _attend(
     if ran.impl != "torch":
         from foveal.methods.sla_vsa.gpu import Options, sla_vsa_attention_gpu
 
-        options = Options(scale, config.feature_map, config.linear_scope, ran.impl)
+        backend = name_of(ran.impl, config.precision)
+        options = Options(scale, config.feature_map, config.linear_scope, backend)
         return sla_vsa_attention_gpu(query, key, value, tiles, selection, *weights, options), ran
 
     def beside(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> Tensor:
         return _linear_part(query, key, value, selection, config, weights, scale, "torch")
 
     added = None if config.linear_scope == "none" else beside
-    return vsa_attention_torch(query, key, value, tiles, selection, scale, *gates.values(), added), ran
+    of_cubes = query, key, value, tiles, selection, scale
+    return vsa_attention_torch(*of_cubes, *gates.values(), added, config.precision), ran
 
 
 def _linear_part(

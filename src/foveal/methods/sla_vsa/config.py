@@ -12,6 +12,7 @@ from foveal.methods.vsa.config import VSAConfig
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 LINEAR_SCOPES = ("noncritical", "all", "none")
+PRECISIONS = ("input", "int8")  # those that have a backward
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class SLAVSAConfig(MethodConfig):
             (every key, with one state for all queries), "none" (no linear branch).
         feature_map: phi of the linear branch: "softmax" (over the head dimension), "elu" (elu + 1), "relu". Its
             projection is zero-initialized.
+        precision: of the products of queries and keys in the exact branch, "input" or "int8"; see
+            `block_sparse_attention`.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -38,6 +41,7 @@ class SLAVSAConfig(MethodConfig):
     coarse: bool = True
     linear_scope: str = "noncritical"
     feature_map: str = "softmax"
+    precision: str = "input"
 
     def __post_init__(self) -> None:
         if self.topk is None:
@@ -45,6 +49,7 @@ class SLAVSAConfig(MethodConfig):
         object.__setattr__(self, "keep_ratio", self.cubes.keep_ratio)
         check_choice("linear_scope", self.linear_scope, LINEAR_SCOPES)
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        check_choice("precision", self.precision, PRECISIONS)
         if not isinstance(self.coarse, bool):
             raise TypeError(f"coarse must be a bool, got {self.coarse!r}")
 
@@ -59,7 +64,13 @@ class SLAVSAConfig(MethodConfig):
     @property
     def cubes(self) -> VSAConfig:
         """The configuration of VSA with the same cubes."""
-        return VSAConfig(topk=self.topk, keep_ratio=self.keep_ratio, tile=self.tile, fine_gate=self.fine_gate)
+        return VSAConfig(
+            topk=self.topk,
+            keep_ratio=self.keep_ratio,
+            tile=self.tile,
+            fine_gate=self.fine_gate,
+            precision=self.precision,
+        )
 
     def branch(self, slot: int) -> SLAConfig:
         """The configuration of SLA with the same linear branch, over slots of so many tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from foveal.layout import VideoGrid
-from foveal.methods.base import Method, Schedule, SummaryCells
+from foveal.methods.base import Method, Schedule, SummaryCells, blocks_cell
 from foveal.methods.sla_vsa.attention import SparseLinearVideoAttention
 from foveal.methods.sla_vsa.bench import CASES
 from foveal.methods.sla_vsa.config import SLAVSAConfig
@@ -28,7 +28,7 @@ def _cells(config: SLAVSAConfig, grid: VideoGrid | None) -> SummaryCells:
     return SummaryCells(
         keep=f"{config.keep_ratio:g}" if config.topk is None else f"top {config.topk}",
         linear=config.linear_scope,
-        blocks=cube_cell(config.cubes, grid),
+        blocks=blocks_cell(cube_cell(config.cubes, grid), config.precision),
     )
 
 
@@ -58,6 +58,7 @@ SLA_VSA = Method(
     plan=lambda config, grid, device: cube_order(config.cubes, grid, device),
     needs_grid=True,
     schedule=Schedule(kept=lambda config: VSA.schedule.kept(config.cubes), keep=_keep),
+    precision=lambda config: config.precision,
     presets={"SLA + VSA": SLAVSAConfig()},
     bench_cases=CASES,
 )

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.blocks import BlockSelection
+from foveal.kernels.int8 import centered_keys, through_int8
 from foveal.layout import TokenLayout
 from foveal.methods.sla.feature_maps import apply_feature_map
 from foveal.methods.sla_vsa.config import SLAVSAConfig
@@ -61,6 +62,11 @@ def sla_vsa_attention_reference(
         key_BHND, value_BHND = (torch.where(valid_BN[:, None, :, None], x, 0) for x in (key_BHND, value_BHND))
     valid_B11N = valid_BN[:, None, None]
     scores_BHLN = (query_BHLD @ key_BHND.transpose(-1, -2) * scale).to(dtype)
+    if config.precision == "int8":
+        rounded_BHLD = through_int8(query_BHLD, tile_L, num_tiles)
+        rounded_BHND = through_int8(centered_keys(key_BHND, valid_BN), block_N, kept_BHCT.shape[3])
+        of_video_L1 = (tile_L < rows)[:, None]
+        scores_BHLN = torch.where(of_video_L1, rounded_BHLD @ rounded_BHND.transpose(-1, -2) * scale, scores_BHLN)
     fine_BHLD = (
         torch.softmax(scores_BHLN.masked_fill(~(kept_BHLN & valid_B11N), -math.inf), -1).to(value_BHND.dtype)
         @ value_BHND
