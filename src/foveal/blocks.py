@@ -268,7 +268,7 @@ def pick_by_rule(scores: Tensor, rule: SelectionRule, with_marginal: bool) -> tu
     values, order = scores.sort(dim=-1, descending=True, stable=True)
     if rule.mass:
         n_critical = _count_for_mass(values, rule.mass / MASS_UNITS, n_critical, most)
-    if not (rule.ragged or with_marginal or rule.query_range != (0, 0)) and n_critical:
+    if not (rule.ragged() or with_marginal or rule.query_range != (0, 0)) and n_critical:
         critical = order[..., :n_critical].sort(-1).values.to(torch.int32)
         counts = torch.full(critical.shape[:-1], n_critical, dtype=torch.int32, device=scores.device)
         return F.pad(critical, (0, rule.width - n_critical)), counts, None

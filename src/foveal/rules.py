@@ -121,9 +121,11 @@ class SelectionRule(NamedTuple):
         """What blocks are ranked by, as `select_blocks` names it."""
         return "log_sum_exp" if self.quarters else "mean_spread" if self.spread else "mean"
 
-    @property
     def ragged(self) -> bool:
-        """Whether rows may have fewer critical blocks than others."""
+        """Whether rows may have fewer critical blocks than others.
+
+        A method, since Dynamo in PyTorch 2.10 does not trace properties of named tuples.
+        """
         several = (self.valid_blocks, self.table, self.ranges)
         return bool(self.mass) or self.key_range != (0, 0) or any(x is not None for x in several)
 

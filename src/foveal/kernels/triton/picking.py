@@ -242,7 +242,7 @@ def pick(
             MASS=rule.mass > 0,
             RANGES=rule.ranges is not None,
             PROTECTED=protected,
-            RAGGED=rule.ragged or protected or critical.shape[-1] != rule.critical,
+            RAGGED=rule.ragged() or protected or critical.shape[-1] != rule.critical,
             num_warps=max(1, held // (SCORES_PER_THREAD * chip.warp_size)),
             **register_limit(96 if held <= 8192 else 64),
         )

@@ -96,7 +96,7 @@ def vsa_attention_gpu(
 def select_cubes_gpu(query: Tensor, key: Tensor, layout: CubeLayout, scale: float) -> BlockSelection:
     """The selection that `vsa_attention_gpu` makes, from [B, H, L, D] and [B, H, L + text, D] in raster order."""
     rule = layout.rule()
-    return layout.selection(*_select_op(query, key, *flatten(layout.cubes()), *flatten(rule), scale), rule.ragged)
+    return layout.selection(*_select_op(query, key, *flatten(layout.cubes()), *flatten(rule), scale), rule.ragged())
 
 
 @torch.library.custom_op("foveal::vsa_select_gpu", mutates_args=())
@@ -152,7 +152,7 @@ def lists_of(choice: Choice, ranked: tuple[Tensor, Tensor], cubes: Cubes, scale:
     if choice.text_counts is None:
         return critical, counts
     ends = cubes.num_cubes, cubes.key_sizes.shape[1]
-    return append_blocks(critical, counts, *ends, choice.text_counts, ragged=choice.rule.ragged)
+    return append_blocks(critical, counts, *ends, choice.text_counts, ragged=choice.rule.ragged())
 
 
 def _forward(

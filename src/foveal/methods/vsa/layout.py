@@ -135,7 +135,7 @@ class CubeLayout:
             fixed=fixed_of(config, self.grid, self.cube_sizes.device),
             **rule_fields(config),
         )
-        return rule if rule.ragged or self.text_counts is None else rule._replace(width=rule.critical)
+        return rule if rule.ragged() or self.text_counts is None else rule._replace(width=rule.critical)
 
     def cubes(self) -> Cubes:
         """The same for the kernels."""
@@ -157,7 +157,7 @@ class CubeLayout:
     def pick(self, scores: Tensor) -> BlockSelection:
         """Scores of cubes [B, H, C, C] to the selection."""
         rule = self.rule()
-        return self.selection(*choose_from_scores(scores, rule), rule.ragged)
+        return self.selection(*choose_from_scores(scores, rule), rule.ragged())
 
     def selection(self, critical: Tensor, counts: Tensor, ragged: bool) -> BlockSelection:
         """Lists of cubes by `rule`, int32 [B, H, C, W] and [B, H, C], to a selection that names all text as well."""
