@@ -123,14 +123,15 @@ def pool(head_dim, dtype, padded):
     pooling.pool(torch.zeros(1, 2, 256, head_dim, dtype=dtype), 64, sizes)
 
 
-def pick(columns, with_marginal, per_sample, mass=0, per_head=False, fixed=False):
-    """Lists and mask of rows with so many key blocks, by sample, by head, and with what is fixed beside."""
+def pick(columns, with_marginal, per_sample, mass=0, per_head=False, fixed=False, protected=False):
+    """Lists and mask of rows with so many key blocks, by sample, by head, with what is fixed or protected."""
     valid = torch.ones(1, dtype=torch.int32) if per_sample else None
     table = torch.ones(2 if per_head else 1, columns + 1 if per_sample else 1, 3, dtype=torch.int32)
     table = table if per_sample or per_head else None
     ranges = torch.zeros(64, 2, 2, dtype=torch.int32) if fixed else None
     counts = {"width": 9, "critical": 9, "negligible": 9, "mass": mass, "most": 9}
-    rule = SelectionRule(1, 1, valid_blocks=valid, table=table, ranges=ranges, **counts)
+    rows = {"key_range": (2, 5), "query_range": (1, 2)} if protected else {}
+    rule = SelectionRule(1, 1, valid_blocks=valid, table=table, ranges=ranges, **counts, **rows)
     query, key = torch.zeros(1, 2, 64, 64), torch.zeros(1, 2, columns, 64)
     select.select(query, key, 0.125, rule, with_marginal)
 
@@ -168,6 +169,7 @@ FEW = [
     *(partial(pick, columns, True, True, 1) for columns in (1000, 16000)),
     partial(pick, 1000, True, False, per_head=True),
     *(partial(pick, columns, True, False, fixed=True) for columns in (1000, 16000)),
+    *(partial(pick, columns, True, True, protected=True) for columns in (1000, 16000)),
 ]
 
 
@@ -184,7 +186,7 @@ def all_calls() -> Iterator[Callable]:
     yield from (partial(pool, *case) for case in itertools.product(dims, (*dtypes, FP32), both))
     yield from (partial(tail, *case) for case in itertools.product(dims, blocks, dtypes))
     columns = (100, 500, 1000, 2000, 4000, 8000, 16000)
-    yield from (partial(pick, *case) for case in itertools.product(columns, both, both, (0, 1), both, both))
+    yield from (partial(pick, *case) for case in itertools.product(columns, both, both, (0, 1), both, both, both))
     scores = ("log_sum_exp", "mean_spread")
     yield from (partial(select_blocks, *case) for case in itertools.product(dims, (*dtypes, FP32), both, scores))
     for case in itertools.product(dims, dtypes, CUBES):

@@ -22,7 +22,8 @@ from foveal import (
 from foveal.kernels import api
 from foveal.methods.sla import attention as sla
 from foveal.methods.vsa import attention as vsa
-from foveal.testing import make_inputs, output_and_gradients
+from foveal.methods.vsa.attention import select_cubes
+from foveal.testing import make_inputs, output_and_gradients, relative_error
 
 RULES = {
     "quarters": {"score": "log_sum_exp"},
@@ -316,3 +317,39 @@ def test_the_kernels_choose_what_pytorch_chooses(rule):
     settings["kv_lengths"] = settings["kv_lengths"].cuda()
     ours = select_blocks(query.cuda(), key.cuda(), **settings).labels()
     assert (ours.cpu() == expected).double().mean() > 0.995  # sums in another order may part neighbors in rank
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("tile", [(3, 5, 4), (4, 4, 8)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_kernels_choose_cubes_as_pytorch_does(rule, tile, packed):
+    layout = TokenLayout(VideoGrid(7, 12, 25), before=(70,) if packed else ())
+    config = VSAConfig(keep_ratio=0.2, tile=tile, **RULES[rule])
+    inputs = make_inputs(query_length=layout.num_tokens, head_dim=128, dtype=torch.bfloat16, layout="BLHD")
+    expected = select_cubes(*inputs[:2], config=config, layout=layout)
+    query, key, value = (x.cuda() for x in inputs)
+    ours = select_cubes(query, key, config=config, layout=layout)
+    assert (ours.labels().cpu() == expected.labels()).double().mean() > 0.99
+    inside = vsa_attention(query, key, value, config=config, layout=layout)
+    given = vsa_attention(query, key, value, config=config, layout=layout, selection=ours)
+    assert relative_error(inside, given) < 0.01
+    module = VideoSparseAttention(8, query.shape[1], 128, config).cuda()
+    module(query, key, value, None, (torch.zeros_like(query), None), layout=layout)
+    assert api.SLOW_SELECTION not in (module.ran.why or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scope", ["marginal", "all"])
+def test_the_kernels_choose_on_the_way_what_they_choose_before(rule, scope):
+    inputs = make_inputs(
+        batch=1, heads=12, query_length=4000, key_length=4000, head_dim=128, dtype=torch.bfloat16, layout="BLHD"
+    )
+    query, key, value = (x.cuda() for x in inputs)
+    config = SLAConfig(keep_ratio=0.1, drop_ratio=0.1, linear_scope=scope, **RULES[rule])
+    module = SparseLinearAttention(128, config).cuda()
+    selection = module.select(query, key)
+    with torch.no_grad():
+        inside, given = (module(query, key, value, selection=x) for x in (None, selection))
+    assert relative_error(inside, given) < 0.01
