@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from on_kernels import block_sparse_attention_gpu, sla_attention_gpu, vsa_attention_gpu
 
 from foveal import SLAConfig, VideoGrid, VSAConfig
-from foveal.kernels.sparse import block_sparse_attention_gpu
 from foveal.kernels.tail import pooled_tail
 from foveal.kernels.triton import pooling, select
-from foveal.kernels.triton.linear import key_state_sums
-from foveal.methods.sla.gpu import sla_attention_gpu
-from foveal.methods.vsa.gpu import select_cubes_gpu, vsa_attention_gpu
+from foveal.kernels.triton.linear import Keys, key_state_sums
+from foveal.methods.vsa.gpu import select_cubes_gpu
 from foveal.methods.vsa.layout import CubeLayout
 from foveal.rules import SelectionRule, selection_rule
 from foveal.testing import make_inputs, random_selection
@@ -88,7 +87,7 @@ def tail(head_dim, block_q, dtype):
 def state_sums(head_dim, dtype):
     """The states over all keys, which scope "all" starts from."""
     key, value = _inputs(head_dim, dtype)[1:]
-    key_state_sums(key, value, None, 64, "softmax")
+    key_state_sums(Keys(key, value, None, 64, "softmax"))
 
 
 def vsa(head_dim, dtype, cubes, gated_coarse, gated_fine, train=True, backend="triton", score="mean"):

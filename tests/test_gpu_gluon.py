@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from on_kernels import sla_attention_gpu
 
 from foveal import sla_attention
 from foveal.blocks import BlockSelection
-from foveal.kernels.backend import ColumnLists
+from foveal.kernels.backend import BackwardCall, ColumnLists
 from foveal.kernels.hopper.launch import Forward, backward
 from foveal.kernels.hopper.support import why_not
 from foveal.kernels.reference import block_sparse_attention_reference
-from foveal.kernels.values import LinearTerm
+from foveal.kernels.values import LinearTerm, Problem
 from foveal.methods.sla import gpu_forward
 from foveal.methods.sla.config import SLAConfig
-from foveal.methods.sla.gpu import sla_attention_gpu
 from foveal.methods.sla.reference import sla_attention_reference
 
 pytestmark = pytest.mark.gpu
@@ -84,9 +84,10 @@ def random_case(
 def run(query, key, value, grad, selection):
     """(output, lse, dq, dk, dv) of the kernels."""
     scale = query.shape[-1] ** -0.5
-    output, lse = Forward(query, key, value, selection, scale).run_all()
+    problem = Problem(query, key, value, selection, scale)
+    output, lse = Forward(problem).run_all()
     delta = (grad.float() * output.float()).sum(-1)
-    grads = backward(grad, query, key, value, delta, lse, selection, columns_of(selection), scale)
+    grads = backward(BackwardCall(problem, grad, delta, lse, columns_of(selection)))
     return output, lse, *grads
 
 
@@ -179,8 +180,8 @@ def test_linear_branch(block_q, block_k, feature_map, head_dim, with_sizes):
         query, key, value, _, selection = random_case(dtype, head_dim, block_q, block_k, lengths, with_sizes=with_sizes)
         term = random_linear_term(query, selection, feature_map, shared, centered)
         scale = head_dim**-0.5
-        got, lse = Forward(query, key, value, selection, scale, term).run_all()
-        sparse_alone, lse_alone = Forward(query, key, value, selection, scale).run_all()
+        got, lse = Forward(Problem(query, key, value, selection, scale), term).run_all()
+        sparse_alone, lse_alone = Forward(Problem(query, key, value, selection, scale)).run_all()
         assert torch.equal(lse, lse_alone)
         sparse = block_sparse_attention_reference(*(x.double() for x in (query, key, value)), selection, scale)[0]
         exact = sparse + expected_linear_branch(query, selection, term, torch.float64)
@@ -316,8 +317,8 @@ def test_no_wait_for_the_device():
     delta = torch.zeros(query.shape[:3], device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        output, lse = Forward(query, key, value, selection, 0.1).run_all()
-        backward(grad, query, key, value, delta, lse, selection, columns, 0.1)
+        output, lse = Forward(Problem(query, key, value, selection, 0.1)).run_all()
+        backward(BackwardCall(Problem(query, key, value, selection, 0.1), grad, delta, lse, columns))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert output.stride() == query.stride()

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from counted_replays import replays
 
 from foveal import SLAConfig, VideoGrid, VSAConfig, sla_attention, vsa_attention
 from foveal.kernels import host
-from foveal.kernels.record import POOL_BYTES, Record
+from foveal.kernels.record import POOL_BYTES
 from foveal.methods.sla import gpu_forward
 
 pytestmark = pytest.mark.gpu
@@ -85,9 +86,7 @@ def plainly(function, *arguments):
 @pytest.fixture
 def runs(monkeypatch):
     host.clear()
-    found, run = [], Record.run
-    monkeypatch.setattr(Record, "run", lambda self, tensors: found.append(self) or run(self, tensors))
-    yield found
+    yield replays(monkeypatch.setattr)
     host.clear()
 
 

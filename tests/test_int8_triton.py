@@ -103,8 +103,9 @@ def check_case(name, device, attend):
 
 
 def run_case(name: str) -> None:
+    from on_kernels import block_sparse_attention_gpu
+
     from foveal.kernels import int8
-    from foveal.kernels.sparse import block_sparse_attention_gpu
 
     def attend(query, key, value, selection):
         scale = query.shape[-1] ** -0.5
@@ -173,9 +174,9 @@ def weights_for(config, head_dim, device):
 def run_sla(name: str) -> None:
     """In groups of one head both ways."""
     import torch
+    from on_kernels import sla_attention_gpu
 
     from foveal.methods.sla import gpu_backward, gpu_forward
-    from foveal.methods.sla.gpu import sla_attention_gpu
     from foveal.rules import selection_rule
 
     pretend_to_be_on("sm_90" if "elu" in name else "sm_80")
@@ -247,7 +248,8 @@ def check_vsa(name, device, attend):
 
 
 def run_vsa(name: str) -> None:
-    from foveal.methods.vsa.gpu import vsa_attention_gpu
+    from on_kernels import vsa_attention_gpu
+
     from foveal.methods.vsa.layout import CubeLayout
 
     def attend(query, key, value, gates, grid, config, selection, lengths):
@@ -293,11 +295,12 @@ def run_ways() -> None:
     from functools import partial
 
     import torch
+    from on_kernels import sla_attention_gpu
     from torch.utils.checkpoint import checkpoint
 
     from foveal import SLAConfig
+    from foveal.kernels import operator
     from foveal.kernels.triton import select
-    from foveal.methods.sla import gpu as sla
     from foveal.rules import selection_rule
     from foveal.testing import output_and_gradients
 
@@ -306,13 +309,13 @@ def run_ways() -> None:
     rule = selection_rule(query, key, block_q=64, block_k=64, keep_ratio=0.5, drop_ratio=0.0)
 
     def attention(query, key, value):
-        return sla.sla_attention_gpu(query, key, value, config, rule, 0.125, None, None, "triton_int8")
+        return sla_attention_gpu(query, key, value, config, rule, 0.125, None, None, "triton_int8")
 
     expected = output_and_gradients(attention, (query, key, value))
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
     ways = {"compiled": compiled, "checkpointed": partial(checkpoint, attention, use_reentrant=False)}
     results = {way: output_and_gradients(function, (query, key, value)) for way, function in ways.items()}
-    for module in (sla, select):
+    for module in (operator, select):
         module.is_plain = lambda *_: False
     results["custom ops"] = output_and_gradients(attention, (query, key, value))
     for way, got in results.items():

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from counted_replays import replays
 from interpreted import all_strided, mend_interpreter, run_interpreted
 
 from foveal.kernels import host, record, replay
@@ -36,35 +37,28 @@ def kinds_of_steps(tensors, options):
     total = product.sum(1)
     total += CONSTANT
     lower, upper = product.add(options).chunk(2, 1)
-    return (total, upper, lower.contiguous(), x, None), ("the rest", options)
+    return (total, upper, lower.contiguous(), x, None)
 
 
 CONSTANT = torch.arange(5.0)
 
 
-def runs_of(monkeypatch) -> list[Record]:
-    runs, run = [], Record.run
-    monkeypatch.setattr(Record, "run", lambda self, tensors: runs.append(self) or run(self, tensors))
-    return runs
-
-
 def check(found, expected) -> None:
-    assert found[1] == expected[1]
-    for x, y in zip(found[0], expected[0], strict=True):
+    for x, y in zip(found, expected, strict=True):
         assert x is y or (torch.equal(x, y) and x.stride() == y.stride() and x.dtype == y.dtype)
 
 
 def test_the_third_call_is_replayed(monkeypatch):
-    runs, kept = runs_of(monkeypatch), []
+    runs, kept = replays(monkeypatch.setattr), []
     monkeypatch.setattr(torch, "empty_strided", lambda *x, **named: torch.full(x[0], torch.nan, **named))
     for seed in range(5):
         tensors = *inputs(seed, (4, 18), (4, 5, 3)), None
         found = replayed(kinds_of_steps, tensors, 2.0)
         check(found, kinds_of_steps(tensors, 2.0))
-        assert found[0][3] is tensors[0]
+        assert found[3] is tensors[0]
         kept.append(found)
         assert len(runs) == max(0, seed - 1)
-    assert not any(torch.equal(kept[3][0][0], other[0][0]) for other in kept[:3])  # results are not shared
+    assert not any(torch.equal(kept[3][0], other[0]) for other in kept[:3])  # results are not shared
 
 
 def unaligned(x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +77,7 @@ def unaligned(x: torch.Tensor) -> torch.Tensor:
     ids=["options", "shape", "dtype", "strides", "alignment"],
 )
 def test_another_kind_of_call_is_another_record(monkeypatch, change, options):
-    runs = runs_of(monkeypatch)
+    runs = replays(monkeypatch.setattr)
     for seed in range(3):
         replayed(scaled, inputs(seed, (4, 18)), 2.0)
     assert len(runs) == 1
@@ -94,39 +88,39 @@ def test_another_kind_of_call_is_another_record(monkeypatch, change, options):
 
 
 def scaled(tensors, options):
-    return (tensors[0] * options,), None
+    return (tensors[0] * options,)
 
 
 def added(tensors, options):
-    return (tensors[0] + tensors[1],), None
+    return (tensors[0] + tensors[1],)
 
 
 def test_a_tensor_passed_twice(monkeypatch):
-    runs = runs_of(monkeypatch)
+    runs = replays(monkeypatch.setattr)
     for seed in range(4):
         (x,) = inputs(seed, (8,))
-        assert torch.equal(replayed(added, (x, x), None)[0][0], 2 * x)
+        assert torch.equal(replayed(added, (x, x), None)[0], 2 * x)
     assert len(runs) == 2
     x, y = inputs(9, (8,), (8,))
-    assert torch.equal(replayed(added, (x, y), None)[0][0], x + y)
+    assert torch.equal(replayed(added, (x, y), None)[0], x + y)
     assert len(runs) == 2
 
 
 def test_parts_of_one_tensor(monkeypatch):
     """Query, key and value of a fused projection share memory in one call and not in the next."""
-    runs = runs_of(monkeypatch)
+    runs = replays(monkeypatch.setattr)
     for seed in range(4):
         x, y = inputs(seed, (2, 8))[0] if seed % 2 else inputs(seed, (8,), (8,))
-        assert torch.equal(replayed(added, (x, y), None)[0][0], x + y)
+        assert torch.equal(replayed(added, (x, y), None)[0], x + y)
     assert len(runs) == 2
 
 
 def reads(tensors, options):
-    return (tensors[0] * tensors[0].sum().item(),), None
+    return (tensors[0] * tensors[0].sum().item(),)
 
 
 def test_what_is_not_recorded_goes_on(monkeypatch):
-    runs = runs_of(monkeypatch)
+    runs = replays(monkeypatch.setattr)
     for seed in range(4):
         tensors = inputs(seed, (8,))
         check(replayed(reads, tensors, None), reads(tensors, None))
@@ -152,12 +146,12 @@ def beside(tensors, options):
     with side:
         Stream.log.append(f"recorded on {Stream.current.name}")
         total = torch.square(tensors[1]).sum()
-    return (product + total,), None
+    return (product + total,)
 
 
 def test_a_second_stream(monkeypatch):
     """A replay waits and changes streams as the call did, and comes back from an error inside."""
-    runs, log, main = runs_of(monkeypatch), [], Stream("main")
+    runs, log, main = replays(monkeypatch.setattr), [], Stream("main")
     monkeypatch.setattr(Stream, "log", log)
     monkeypatch.setattr(Stream, "current", main)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: Stream("side"))
@@ -166,7 +160,7 @@ def test_a_second_stream(monkeypatch):
     for seed in range(4):
         x, y = inputs(seed, (8,), (8,))
         log.clear()
-        ((found,), _) = replayed(beside, [x, y], None)
+        (found,) = replayed(beside, [x, y], None)
         assert torch.equal(found, 2 * x + y.square().sum())
         recorded = [] if seed > 1 else ["recorded on side"]
         assert log == ["side waits for main", *recorded, "main waits for side"]
@@ -180,7 +174,7 @@ def test_a_second_stream(monkeypatch):
 
 
 def test_off_switch_and_clear(monkeypatch):
-    runs = runs_of(monkeypatch)
+    runs = replays(monkeypatch.setattr)
     for _ in range(3):
         replayed(added, inputs(0, (8,), (8,)), None)
     monkeypatch.setattr(host.DOORS["replay"], "on", False)
@@ -210,7 +204,7 @@ def test_threads():
     def work(seed: int) -> None:
         for index in range(40):
             x, y = inputs(100 * seed + index, (8,), (8,))
-            if not torch.equal(replayed(added, (x, y), None)[0][0], x + y):
+            if not torch.equal(replayed(added, (x, y), None)[0], x + y):
                 failures.append((seed, index))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -228,7 +222,7 @@ def test_temporary_memory_is_given_back():
         large = tensors[0] * 2
         total = large.sum()
         del large
-        return (total + (tensors[0] * 3).sum(),), None
+        return (total + (tensors[0] * 3).sum(),)
 
     for seed in range(2):
         replayed(two_sums, inputs(seed, (64,)), None)
@@ -272,7 +266,7 @@ def test_small_memory_is_taken_at_once():
     sizes = [step.size[0] for step in steps if isinstance(step, Allocation)]
     assert sizes == [1024, large, 100]  # two temporaries at multiples of 512 bytes
     (x,) = inputs(0, (100,))
-    ((result,), _) = Record(steps, values, [whole[4]], None).run([x])
+    (result,) = Record(steps, values, [whole[4]]).run([x])
     assert torch.equal(result, torch.cat((x[50:], x[:50])))
 
 
@@ -281,11 +275,11 @@ def test_arguments_of_a_direct_launch():
     launched, made = [], []
     tiles = Map(Place(0, 8, None), lambda address: made.append(address) or f"map of {address}")
     arguments = (Place(0, 0, None), tiles, (Place(1, 4, None), None, 2**40), "softmax", 0.1, float("inf"), True, None)
-    one = Record([DirectLaunch(launched.append, arguments)], [None, None], [None], ("rest", 1))
+    one = Record([DirectLaunch(launched.append, arguments)], [None, None], [None])
     tensors = inputs(0, (8,), (8,))
     first, second = (x.data_ptr() for x in tensors)
     for _ in range(2):
-        assert one.run(tensors) == ((None,), ("rest", 1))
+        assert one.run(tensors) == (None,)
     expected = [first, f"map of {first + 8}", (second + 4, None, 2**40), "softmax", 0.1, float("inf"), True, None]
     assert launched == [expected, expected]
     assert made == [first + 8]
@@ -298,9 +292,9 @@ INTERPRETED = ["sla, marginal", "sla, all, strides", "sla, selection", "vsa", "v
 
 def run_replays(name: str) -> None:
     """SLA and VSA through Triton's interpreter: replays against calls that work everything out, with all gradients."""
+    from on_kernels import sla_attention_gpu, vsa_attention_gpu
+
     from foveal import SLAConfig, VideoGrid, VSAConfig, select_blocks
-    from foveal.methods.sla import gpu as sla
-    from foveal.methods.vsa import gpu as vsa
     from foveal.methods.vsa.layout import CubeLayout
     from foveal.rules import selection_rule
     from foveal.testing import make_inputs, output_and_gradients
@@ -322,7 +316,7 @@ def run_replays(name: str) -> None:
                 choice = select_blocks(query, key, **blocks, keep_ratio=0.5)
             else:
                 choice = selection_rule(query, key, **blocks, keep_ratio=0.5, drop_ratio=0.0)
-            return (query, key, value, weight, bias), lambda query, key, value, weight, bias: sla.sla_attention_gpu(
+            return (query, key, value, weight, bias), lambda query, key, value, weight, bias: sla_attention_gpu(
                 query, key, value, config, choice, 0.125, weight, bias, "triton"
             )
         grid, text = VideoGrid(4, 5, 5), 30 if "text" in name else 0
@@ -332,12 +326,11 @@ def run_replays(name: str) -> None:
 
         def attend(query, key, value, coarse, fine=None):
             layout = CubeLayout(VSAConfig(topk=1), grid, key, None)
-            return vsa.vsa_attention_gpu(query, key, value, layout, None, 0.125, coarse, fine, "triton")
+            return vsa_attention_gpu(query, key, value, layout, None, 0.125, coarse, fine, "triton")
 
         return (query, key, value, *gates), attend
 
-    runs, run = [], Record.run
-    Record.run = lambda self, tensors: runs.append(self) or run(self, tensors)
+    runs = replays()
     for seed in range(3):
         tensors, attend = case(seed)
         found = output_and_gradients(attend, tensors)

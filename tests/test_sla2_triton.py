@@ -94,8 +94,8 @@ def run_ways() -> None:
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from foveal.kernels import api
-    from foveal.methods.sla2 import attention, blocks, gpu
+    from foveal.kernels import api, operator
+    from foveal.methods.sla2 import attention, blocks
     from foveal.testing import output_and_gradients, relative_error
 
     pretend_to_be_on("sm_90")
@@ -108,7 +108,7 @@ def run_ways() -> None:
         return attention.sla2_attention(query, key, value, config=config, impl="triton", **named)
 
     expected = output_and_gradients(attend, inputs)
-    gpu.is_plain = lambda *_: False
+    operator.is_plain = lambda *_: False
     for way in (attend, lambda *x: checkpoint(attend, *x, use_reentrant=False)):
         got = output_and_gradients(way, inputs)
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))

@@ -92,7 +92,7 @@ def run_ways() -> None:
     from torch.utils.checkpoint import checkpoint
 
     from foveal import sla_vsa_attention
-    from foveal.methods.sla_vsa import gpu
+    from foveal.kernels import operator
     from foveal.testing import output_and_gradients, relative_error
 
     qkv, rest, grid, config, _ = make_case("no coarse branch", "cpu")
@@ -103,7 +103,7 @@ def run_ways() -> None:
 
     inputs = (*qkv, *rest.values())
     expected = output_and_gradients(attend, inputs)
-    gpu.is_plain = lambda *_: False
+    operator.is_plain = lambda *_: False
     for way in (attend, lambda *x: checkpoint(attend, *x, use_reentrant=False)):
         got = output_and_gradients(way, inputs)
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))

@@ -236,7 +236,7 @@ def run_case(name):
 
 def run_linear():
     """The linear branch by itself, as the kernels give it where there is a tail."""
-    from foveal.methods.sla.gpu import linear_branch_gpu
+    from on_kernels import linear_branch_gpu
 
     qkv = make_inputs(query_length=130, key_length=150, head_dim=64, dtype=torch.float16)
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(3)) * 0.1

@@ -37,9 +37,9 @@ CASES = {
 
 def run_case(name: str) -> None:
     import torch
+    from on_kernels import block_sparse_attention_gpu
 
     from foveal.kernels.reference import block_sparse_attention_reference
-    from foveal.kernels.sparse import block_sparse_attention_gpu
     from foveal.testing import assert_close_to_reference, make_inputs, output_and_gradients, random_selection
 
     batch, heads, query_length, key_length, head_dim, block_q, block_k, descriptors, layout, kv_lengths = CASES[name]
@@ -159,7 +159,7 @@ def run_states() -> None:
     """Pooled blocks and key states of strided tensors whose blocks have 63 valid tokens, 64, or none."""
     import torch
 
-    from foveal.kernels.triton.linear import Means, key_state_sums, key_states, masked_sum
+    from foveal.kernels.triton.linear import Keys, Means, key_state_sums, key_states, masked_sum
     from foveal.kernels.triton.pooling import pool
     from foveal.testing import make_inputs, relative_error
 
@@ -185,13 +185,13 @@ def run_states() -> None:
             pretend_to_be_on("sm_90" if descriptors else "sm_80")
             state, norm = torch.empty_like(expected, dtype=torch.bfloat16), torch.empty_like(norms, dtype=torch.float32)
             pooled = torch.empty_like(norm)
-            key_states(key, value, sizes, block, "elu", range(4), pooled, state, norm)
+            key_states(Keys(key, value, sizes, block, "elu"), range(4), pooled, state, norm)
             apart = pool(key, block, sizes)
             assert torch.equal(pooled.unflatten(0, (2, 2)), apart), name
             assert relative_error(apart, means) < 1e-6, name
             assert relative_error(state, expected) < 4e-3, name
             assert relative_error(norm, norms) < 1e-3, name
-            state, norm = key_state_sums(key, value, sizes, block, "elu", pooled)
+            state, norm = key_state_sums(Keys(key, value, sizes, block, "elu"), pooled)
             assert torch.equal(pooled.unflatten(0, (2, 2)), apart), name
             assert relative_error(state, expected.sum(1, keepdim=True)) < 4e-3, name
             assert relative_error(norm, norms.sum(1, keepdim=True)) < 1e-3, name
@@ -200,10 +200,10 @@ def run_states() -> None:
             for whole in (False, True):
                 centers = Means(*torch.full((2, 4, 64), float("nan")), weight)
                 if whole:
-                    state, norm = key_state_sums(key, value + 16, sizes, block, "elu", None, centers)
+                    state, norm = key_state_sums(Keys(key, value + 16, sizes, block, "elu"), None, centers)
                 else:
                     state, norm = torch.empty_like(expected, dtype=torch.bfloat16), torch.empty_like(norms).float()
-                    key_states(key, value + 16, sizes, block, "elu", range(4), None, state, norm, centers)
+                    key_states(Keys(key, value + 16, sizes, block, "elu"), range(4), None, state, norm, centers)
                 mean = centers.mean.double()
                 rows = torch.where(valid, (value + 16).double() - mean.unflatten(0, (2, 2))[:, :, None], 0)
                 wanted = (blocks @ rows[:, :, None]).flatten(0, 1)
@@ -232,10 +232,10 @@ SLA_CASES = {
 
 def run_sla(name: str) -> None:
     import torch
+    from on_kernels import sla_attention_gpu
 
     from foveal import SLAConfig
     from foveal.methods.sla import gpu_backward, gpu_forward
-    from foveal.methods.sla.gpu import sla_attention_gpu
     from foveal.methods.sla.reference import sla_attention_reference
     from foveal.testing import (
         assert_close_to_reference,
@@ -314,11 +314,11 @@ SELECTING_CASES = {
 def run_selecting(name: str) -> None:
     """A selection made on the way is the one made beforehand, to the bit, however heads are grouped."""
     import torch
+    from on_kernels import sla_attention_gpu
 
     from foveal import SLAConfig, select_blocks
     from foveal.kernels import api as module
     from foveal.methods.sla import gpu_forward
-    from foveal.methods.sla.gpu import sla_attention_gpu
     from foveal.rules import selection_rule
     from foveal.testing import make_inputs, output_and_gradients
 
@@ -356,15 +356,14 @@ def run_ways(name: str) -> None:
     """Plain eager calls, custom ops, compiled, checkpointed and hooked ones give the same bits; jvp is refused."""
     from functools import partial
 
+    import on_kernels
     import torch
     from torch.autograd import forward_ad
     from torch.utils.checkpoint import checkpoint
 
     from foveal import SLAConfig, VideoGrid, VSAConfig
-    from foveal.kernels import sparse
+    from foveal.kernels import operator
     from foveal.kernels.triton import select
-    from foveal.methods.sla import gpu as sla
-    from foveal.methods.vsa import gpu as vsa
     from foveal.methods.vsa.layout import CubeLayout
     from foveal.rules import selection_rule
     from foveal.testing import make_inputs, output_and_gradients, random_selection
@@ -377,20 +376,20 @@ def run_ways(name: str) -> None:
         tensors = query, key, value
 
         def attention(*tensors):
-            return sparse.block_sparse_attention_gpu(*tensors, selection, 0.125, "triton")
+            return on_kernels.block_sparse_attention_gpu(*tensors, selection, 0.125, "triton")
     elif name == "ways: sla":
         rule = selection_rule(query, key, **blocks, keep_ratio=0.5, drop_ratio=0.0)
         tensors = query, key, value, *weights
 
         def attention(query, key, value, weight, bias):
             config = SLAConfig(keep_ratio=0.5, drop_ratio=0.0)
-            return sla.sla_attention_gpu(query, key, value, config, rule, 0.125, weight, bias, "triton")
+            return on_kernels.sla_attention_gpu(query, key, value, config, rule, 0.125, weight, bias, "triton")
     else:
         layout = CubeLayout(VSAConfig(topk=1), VideoGrid(4, 5, 5), key, None)
         tensors = query, key, value, query.flip(2)
 
         def attention(query, key, value, gate):
-            return vsa.vsa_attention_gpu(query, key, value, layout, None, 0.125, gate, None, "triton")
+            return on_kernels.vsa_attention_gpu(query, key, value, layout, None, 0.125, gate, None, "triton")
 
     ways = {
         "checkpointed": partial(checkpoint, attention, use_reentrant=False),
@@ -410,7 +409,7 @@ def run_ways(name: str) -> None:
     grads = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
     for x, y in zip(grads, torch.autograd.grad(ones, leaves, torch.ones_like(ones), allow_unused=True), strict=True):
         assert x is y or torch.equal(x, y), "expanded gradient"
-    for module in (sparse, select, sla, vsa):
+    for module in (operator, select):
         module.is_plain = lambda *_: False
     results["custom ops"] = output_and_gradients(attention, tensors)
     results["custom ops, checkpointed"] = output_and_gradients(ways["checkpointed"], tensors)

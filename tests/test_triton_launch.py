@@ -20,13 +20,11 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from foveal.kernels import api, chips, host, sparse  # noqa: E402
+from foveal.kernels import api, chips, host, operator  # noqa: E402
 from foveal.kernels.chips import Chip  # noqa: E402
 from foveal.kernels.hopper.support import missing_gluon  # noqa: E402
 from foveal.kernels.host import Descriptors  # noqa: E402
 from foveal.kernels.triton import select  # noqa: E402
-from foveal.methods.sla import gpu as sla  # noqa: E402
-from foveal.methods.vsa import gpu as vsa  # noqa: E402
 
 PACKAGES = ("triton", "hopper") if missing_gluon() is None else ("triton",)
 
@@ -222,7 +220,7 @@ def test_launches_are_where_their_tensors_are(call, plain, monkeypatch):
     if not isinstance(next(iter(KERNELS.values())), JITFunction):
         pytest.skip("kernels are interpreted")
     if not plain:
-        for module in (sparse, select, sla, vsa):
+        for module in (operator, select):
             monkeypatch.setattr(module, "is_plain", lambda *_: False)
     with guarded_launches(monkeypatch, "sm_90") as calls:
         call()

@@ -118,8 +118,8 @@ def check_case(name, dtype, device, attend):
 
 def run_case(name: str) -> None:
     import torch
+    from on_kernels import vsa_attention_gpu
 
-    from foveal.methods.vsa.gpu import vsa_attention_gpu
     from foveal.methods.vsa.layout import CubeLayout
 
     def attend(query, key, value, gates, grid, config, selection, lengths):
@@ -135,7 +135,7 @@ def run_selection(name: str) -> None:
     import torch
 
     from foveal.methods.vsa.attention import select_cubes
-    from foveal.methods.vsa.gpu import _forward, choice_of, select_cubes_gpu
+    from foveal.methods.vsa.gpu import VSACall, choice_of, coarse_stage, select_cubes_gpu
     from foveal.methods.vsa.layout import CubeLayout
 
     name, _, rule = name.partition(": ")
@@ -150,11 +150,10 @@ def run_selection(name: str) -> None:
     assert torch.equal(ours.critical_count, expected.critical_count)
     assert torch.equal(ours.key_block_sizes, expected.key_block_sizes)
     assert rule not in RAGGED or ours.critical_count.unique().numel() > 1
-    cubes, choice = layout.cubes(), choice_of(layout, None)
-    options = query.shape[-1] ** -0.5, "triton"
-    _, saved = _forward(query, key, value, None, None, cubes, choice, *options, save=False)
-    assert torch.equal(saved.critical, ours.critical)
-    assert torch.equal(saved.counts, ours.critical_count)
+    call = VSACall(query, key, value, None, None, layout.cubes(), choice_of(layout, None))
+    *_, made = coarse_stage(call, query.shape[-1] ** -0.5, "qkv")
+    assert torch.equal(made.critical, ours.critical)
+    assert torch.equal(made.critical_count, ours.critical_count)
 
 
 def main(names) -> None:

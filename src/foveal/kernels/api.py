@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 from typing import NamedTuple
@@ -113,9 +112,12 @@ def block_sparse_attention(
         case "torch":
             from foveal.kernels.cpu import block_sparse_attention_torch as run
         case backend:
-            from foveal.kernels.sparse import block_sparse_attention_gpu
+            from foveal.kernels.sparse import SparseCall, SparseOptions, block_sparse_attention_gpu
 
-            run = functools.partial(block_sparse_attention_gpu, backend=name_of(backend, precision))
+            def run(query, key, value, selection, scale):
+                options = SparseOptions(scale, name_of(backend, precision))
+                return block_sparse_attention_gpu(SparseCall(query, key, value, selection), options)
+
     output, lse = run(*inputs, selection, scale)
     output = output.to(query.dtype)
     if not return_lse:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from foveal.blocks import BlockSelection
-from foveal.kernels.values import LOG2_E, LinearTerm, packable, size_stride
+from foveal.kernels.values import LOG2_E, LinearTerm, Problem, packable, size_stride
 
 # Where each backend lies, the fastest first; then those of other precisions than that of the inputs, see `name_of`.
 FOLDERS = {
@@ -87,6 +87,27 @@ class Gates(NamedTuple):
     fine: Tensor | None
 
 
+class CubesCall(NamedTuple):
+    """What `Backend.attend_cubes` gets.
+
+    query: [B, H, L, D], raster order.
+    copies: those of `cube_copies` in tile order, [B, H, blocks * slot, D], contiguous, zeros behind each block's
+        tokens; they may be overwritten.
+    selection: from `Cubes.selection`.
+    coarse: Oc, float32 [B, H, C, D], contiguous.
+    save_fine: whether Of is wanted.
+    """
+
+    query: Tensor
+    copies: tuple[Tensor, ...]
+    cubes: Cubes
+    selection: BlockSelection
+    coarse: Tensor
+    gates: Gates
+    scale: float
+    save_fine: bool
+
+
 class RasterGradients(NamedTuple):
     """Where gradients go whose tensors stand in tile order, and what is added to them there.
 
@@ -113,12 +134,52 @@ class SharedGradients(NamedTuple):
     bias: Tensor | None
 
 
+class BackwardCall(NamedTuple):
+    """What `Backend.backward` gets.
+
+    grad: [B, H, Lq, D], the gradient of the output, contiguous last dimension.
+    delta: float32 [B, H, Lq], rowsum(grad * output) less the gradient of the LSE.
+    lse: float32 [B, H, Lq], natural log.
+    grad_query: a gradient to add dQ to, in place; None for a new tensor.
+    linear: the key side of the linear branch, to add to dK and dV.
+    raster: tensors to write the gradients to instead, where the backend `writes_raster`; not with `linear`.
+    """
+
+    problem: Problem
+    grad: Tensor
+    delta: Tensor
+    lse: Tensor
+    columns: ColumnLists
+    grad_query: Tensor | None = None
+    linear: LinearTerm | None = None
+    raster: RasterGradients | None = None
+
+
+class QuerySide(NamedTuple):
+    """What the query side of the linear branch's backward gets.
+
+    query, output, grad: [B, H, Lq, D], the last two of the forward's output.
+    term: the linear branch; its states may be those of only the pairs that a launch takes.
+    grad_query, delta: where dQ of the linear branch and delta of the sparse one, float32 [B, H, Lq], are written.
+    linear: where O^l is written, bfloat16 [B, H, Lq, D], contiguous; None if nobody wants it.
+    grad_norm: where dZ is written, float32 [B * H, rows, D]; None where all query blocks of a head share one H.
+    """
+
+    query: Tensor
+    output: Tensor
+    grad: Tensor
+    term: LinearTerm
+    block_q: int
+    grad_query: Tensor
+    delta: Tensor
+    linear: Tensor | None = None
+    grad_norm: Tensor | None = None
+
+
 class ForwardCall(ABC):
     """The forward of one call, with all that its launches share; each launch takes some pairs of batch and head.
 
     Args:
-        query, key, value: [B, H, L, D], bfloat16 or float16, D 64 or 128, contiguous last dimension.
-        selection: its lists contiguous; the marginal blocks do not matter here.
         linear: what is added to the output; its states may come with each launch instead.
         results: memory for the two results, the second contiguous; new if None.
 
@@ -131,15 +192,9 @@ class ForwardCall(ABC):
     wants_means: bool = False
 
     def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        selection: BlockSelection,
-        scale: float,
-        linear: LinearTerm | None = None,
-        results: tuple[Tensor, Tensor] | None = None,
+        self, problem: Problem, linear: LinearTerm | None = None, results: tuple[Tensor, Tensor] | None = None
     ) -> None:
+        query, key, value, selection, scale = problem
         if results is None:
             lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
             results = torch.empty_like(query), lse
@@ -201,93 +256,24 @@ class Backend(ABC):
         return False
 
     @abstractmethod
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        delta: Tensor,
-        lse: Tensor,
-        selection: BlockSelection,
-        columns: ColumnLists,
-        scale: float,
-        grad_query: Tensor | None = None,
-        linear: LinearTerm | None = None,
-        raster: RasterGradients | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dQ, dK, dV, strided like query, key and value.
-
-        Args:
-            grad: [B, H, Lq, D], the gradient of the output, contiguous last dimension.
-            delta: float32 [B, H, Lq], rowsum(grad * output) less the gradient of the LSE.
-            lse: float32 [B, H, Lq], natural log.
-            query, key, value, selection, scale: as in `ForwardCall`.
-            grad_query: a gradient to add dQ to, in place; None for a new tensor.
-            linear: the key side of the linear branch, to add to dK and dV.
-            raster: tensors to write the gradients to instead, where the backend `writes_raster`; not with `linear`.
-        """
+    def backward(self, call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+        """dQ, dK, dV, strided like query, key and value."""
 
     @abstractmethod
-    def query_gradients(
-        self,
-        query: Tensor,
-        output: Tensor,
-        grad: Tensor,
-        term: LinearTerm,
-        block_q: int,
-        pairs: range,
-        grad_query: Tensor,
-        delta: Tensor,
-        linear: Tensor | None,
-        grad_norm: Tensor,
-    ) -> Tensor:
+    def query_gradients(self, side: QuerySide, pairs: range) -> Tensor:
         """The query side of the linear branch's backward for these pairs of batch and head.
-
-        Args:
-            term: the linear branch, its states those of only these pairs.
-            grad_query, delta, linear, grad_norm: tensors over all pairs whose parts are written: dQ of the linear
-                branch, float32 [B, H, Lq] delta of the sparse branch, O^l bfloat16 [B, H, Lq, D] (None if nobody wants
-                it), dZ float32 [B * H, rows, D].
 
         Returns:
             dH, bfloat16 [pairs, rows, D, D]; rows past the last query block are zero.
         """
 
     @abstractmethod
-    def shared_query_gradients(
-        self,
-        query: Tensor,
-        output: Tensor,
-        grad: Tensor,
-        term: LinearTerm,
-        block_q: int,
-        grad_query: Tensor,
-        delta: Tensor,
-    ) -> SharedGradients:
+    def shared_query_gradients(self, side: QuerySide) -> SharedGradients:
         """The same for all pairs where all query blocks of a head share one H, with the sums over those blocks."""
 
     @abstractmethod
-    def attend_cubes(
-        self,
-        query: Tensor,
-        copies: tuple[Tensor, ...],
-        cubes: Cubes,
-        selection: BlockSelection,
-        coarse: Tensor,
-        gates: Gates,
-        scale: float,
-        save_fine: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def attend_cubes(self, call: CubesCall) -> tuple[Tensor, Tensor | None, Tensor]:
         """VSA's fine stage, and what follows it: O = Gc * Oc + Gf * Of.
-
-        Args:
-            query: [B, H, L, D], raster order.
-            copies: those of `cube_copies` in tile order, [B, H, blocks * slot, D], contiguous, zeros behind each
-                block's tokens; they may be overwritten.
-            selection: from `Cubes.selection`.
-            coarse: Oc, float32 [B, H, C, D], contiguous.
-            save_fine: whether Of is wanted.
 
         Returns:
             O, strided like `query`; Of in tile order or None; the LSE of the fine stage in tile order, float32

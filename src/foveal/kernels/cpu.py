@@ -9,7 +9,7 @@ device: on CUDA this implementation is a fallback, not a fast path.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,20 +28,12 @@ def block_sparse_attention_torch(
     query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output [B, H, Lq, D] and LSE [B, H, Lq] (float32, or float64 for float64 inputs), differentiable."""
-    if is_transformed(query, key, value):
-        lists = selection.critical, selection.critical_count, selection.key_block_sizes
-        return _composed(query, key, value, *lists, selection.block_q, selection.block_k, scale)
-    return _forward_op(
-        query,
-        key,
-        value,
-        selection.critical,
-        selection.critical_count,
-        selection.key_block_sizes,
-        selection.block_q,
-        selection.block_k,
-        scale,
-    )
+    inputs = query, key, value
+    lists = selection.critical, selection.critical_count, selection.key_block_sizes
+    options = selection.block_q, selection.block_k, scale
+    if is_transformed(*inputs):
+        return _composed(inputs, lists, *options)
+    return _forward_op(*inputs, *lists, *options)
 
 
 def blocked(x: Tensor, block: int) -> Tensor:
@@ -81,7 +73,9 @@ def _masked(critical: Tensor, counts: Tensor, sizes: Tensor, block_k: int, width
 class _Head:
     """One head's blocks, and the chunks its rows are worked off in."""
 
-    def __init__(self, query, key, value, critical, counts, sizes, block_q, block_k, scale):
+    def __init__(self, b, h, inputs, lists, block_q, block_k, scale):
+        query, key, value = (x[b, h] for x in inputs)
+        (critical, counts), sizes = (x[b, h] for x in lists[:2]), lists[2]
         dtype = work_dtype(query)
         self.query = blocked(query, block_q).to(dtype)
         self.key = blocked(key, block_k).to(dtype)
@@ -90,6 +84,7 @@ class _Head:
             sizes = torch.full((self.key.shape[0],), block_k, dtype=torch.int32, device=key.device)
             sizes[-1] = key.shape[0] - (self.key.shape[0] - 1) * block_k
         else:
+            sizes = sizes[b % sizes.shape[0]]
             # Padding may hold anything, NaN included, and 0 * NaN would spread it.
             valid = (torch.arange(block_k, device=key.device) < sizes[:, None])[..., None]
             self.key, self.value = torch.where(valid, self.key, 0), torch.where(valid, self.value, 0)
@@ -130,10 +125,7 @@ def _forward_op(
     lse = query.new_full(query.shape[:3], -math.inf, dtype=torch.promote_types(query.dtype, torch.float32))
     for b in range(batch):
         for h in range(heads):
-            head_sizes = None if sizes is None else sizes[b % sizes.shape[0]]
-            head = _Head(
-                query[b, h], key[b, h], value[b, h], critical[b, h], counts[b, h], head_sizes, block_q, block_k, scale
-            )
+            head = _Head(b, h, (query, key, value), (critical, counts, sizes), block_q, block_k, scale)
             out = torch.zeros_like(head.query)
             out_lse = lse.new_full(head.query.shape[:2], -math.inf)
             for rows, _, _, _, v, scores in head.chunks():
@@ -173,10 +165,7 @@ def _backward_op(
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     for b in range(query.shape[0]):
         for h in range(query.shape[1]):
-            head_sizes = None if sizes is None else sizes[b % sizes.shape[0]]
-            head = _Head(
-                query[b, h], key[b, h], value[b, h], critical[b, h], counts[b, h], head_sizes, block_q, block_k, scale
-            )
+            head = _Head(b, h, (query, key, value), (critical, counts, sizes), block_q, block_k, scale)
             dtype = head.query.dtype
             d_out = blocked(grad[b, h], block_q).to(dtype)
             head_delta = blocked(delta[b, h][:, None], block_q)
@@ -209,20 +198,17 @@ def _(grad, query, key, value, delta, lse, critical, counts, sizes, block_q, blo
 
 @without_autocast
 def _composed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    critical: Tensor,
-    counts: Tensor,
-    sizes: Tensor | None,
-    block_q: int,
-    block_k: int,
-    scale: float,
+    inputs: Sequence[Tensor], lists: Sequence[Tensor | None], block_q: int, block_k: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The same in operations that every transform of PyTorch knows: forward mode, `vmap`, derivatives of derivatives.
 
     All rows at once: memory is that of the keys and scores of all kept blocks.
+
+    Args:
+        inputs: query, key, and value.
+        lists: the critical lists, their counts, and the sizes of key blocks or None.
     """
+    (query, key, value), (critical, counts, sizes) = inputs, lists
     dtype, accumulate = work_dtype(query), torch.promote_types(query.dtype, torch.float32)
     length, key_length, width = query.shape[2], key.shape[2], critical.shape[-1]
     places = torch.arange(block_k, device=key.device)
@@ -273,7 +259,11 @@ def _backward(ctx, grad: Tensor, grad_lse: Tensor | None):
     options = ctx.block_q, ctx.block_k, ctx.scale
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: it will be derived again
         wanted = [x for x in inputs[:3] if x.requires_grad]
-        pairs = [(x, g) for x, g in zip(_composed(*inputs, *options), (grad, grad_lse), strict=True) if g is not None]
+        pairs = [
+            (x, g)
+            for x, g in zip(_composed(inputs[:3], inputs[3:], *options), (grad, grad_lse), strict=True)
+            if g is not None
+        ]
         outputs, given = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True))
         grads = tuple(next(found) if x.requires_grad else None for x in inputs[:3])

@@ -7,7 +7,7 @@ function with a line for each step, in which all numbers but addresses are const
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from foveal.kernels.host import MOST
 # Small memory is taken at once: no more than so many bytes, each part at a multiple of what PyTorch's own are at.
 POOL_BYTES, ALIGNMENT = 4 * 2**20, 512
 
-Results = tuple[tuple[Tensor | None, ...], Hashable]
+Results = tuple[Tensor | None, ...]
 
 
 class Place(NamedTuple):
@@ -251,29 +251,25 @@ class Record:
         steps: what it does, in order; `done` of each are the slots that no later step reads.
         values: constants by slot, None for the others; the inputs come first.
         results: the places of what it returns, None for None.
-        rest: what it returns beside tensors.
+
+    Attributes:
+        run: the call's results for other tensors of the same shapes, strides, and dtypes as when it was recorded.
     """
 
-    def __init__(
-        self, steps: Sequence[Any], values: list[Tensor | None], results: Sequence[Place | None], rest: Hashable
-    ) -> None:
+    def __init__(self, steps: Sequence[Any], values: list[Tensor | None], results: Sequence[Place | None]) -> None:
         self.steps = tuple(steps)
         source = Source(values)
         for step in self.steps:
             step.write(source)
             for slot in step.done:
                 source.line(f"del v{slot}")
-        source.line(f"return {source.value(tuple(results))}, {source.constant(rest)}")
+        source.line(f"return {source.value(tuple(results))}")
         made = {slot for step in self.steps for slot in step.made}
         read = {slot for step in (*self.steps, tuple(results)) for slot in slots_of(step)}
         given = [f"    v{slot} = tensors[{slot}]" for slot in sorted(read - made) if values[slot] is None]
         text = "\n".join(["def replay(tensors):", *given, *source.lines])
         exec(compile(text, "<replay>", "exec"), source.names)
-        self._replay = source.names["replay"]
-
-    def run(self, tensors: Sequence[Tensor | None]) -> Results:
-        """The call's results for other tensors of the same shapes, strides, and dtypes as when it was recorded."""
-        return self._replay(tensors)
+        self.run: Callable[[Sequence[Tensor | None]], Results] = source.names["replay"]
 
 
 def pooled(

@@ -149,7 +149,7 @@ class Recorder(TorchDispatchMode):
     def left(self) -> None:
         self._steps.append(Leave())
 
-    def record(self, results: Sequence[Tensor | None], rest: Hashable) -> Record | None:
+    def record(self, results: Sequence[Tensor | None]) -> Record | None:
         """What was recorded, of a call that returned this; None if `why_not`."""
         places = [None if x is None else self._place(x) for x in results]
         if self.why_not is not None:
@@ -169,7 +169,7 @@ class Recorder(TorchDispatchMode):
         steps = [step._replace(done=tuple(done.get(index, ()))) for index, step in enumerate(self._steps)]
         values = [None] * self._inputs + self._values[self._inputs :]
         returned = {place.slot for place in places if place is not None}
-        return Record(*pooled(steps, values, returned), places, rest)
+        return Record(*pooled(steps, values, returned), places)
 
     def _new_slot(self, x: Tensor) -> int:
         slot = len(self._values)
@@ -215,7 +215,7 @@ def replayed(function: Callable[..., Results], tensors: Sequence[Tensor | None],
 
     Args:
         function: what to call, the same function for good. What it does may depend on the shapes and strides of its
-            tensors, not on their values. It returns tensors, and what else there is.
+            tensors, not on their values. It returns tensors, or None among them.
         tensors: all tensors that it reads and that are not constants, or None.
         options: all else that it depends on.
     """
@@ -237,6 +237,6 @@ def replayed(function: Callable[..., Results], tensors: Sequence[Tensor | None],
     if host.RECORDING.recorder is not None:
         return function(tensors, options)
     with Recorder(tensors) as recorder:
-        results, rest = function(tensors, options)
-    _RECORDS[key] = recorder.record(results, rest) or False
-    return results, rest
+        results = function(tensors, options)
+    _RECORDS[key] = recorder.record(results) or False
+    return results

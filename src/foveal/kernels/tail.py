@@ -143,8 +143,8 @@ def _backward_op(
         from foveal.kernels.triton.tail import tail_backward
 
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        means = mean_key.contiguous(), mean_value.contiguous()
-        return tail_backward(grad, delta.contiguous(), lse, query, *means, bias.contiguous(), block_q, scale)
+        inputs = query, mean_key.contiguous(), mean_value.contiguous(), bias.contiguous()
+        return tail_backward(inputs, grad, delta.contiguous(), lse, block_q, scale)
     grads = torch.empty_like(query), torch.zeros_like(mean_key), torch.zeros_like(mean_value)
     lse = lse.masked_fill(lse == -math.inf, math.inf)
     for b in range(query.shape[0]):

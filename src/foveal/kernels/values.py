@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,20 @@ class LinearTerm(NamedTuple):
     state: Tensor | None = None
     norm: Tensor | None = None
     means: Tensor | None = None
+
+
+class Problem(NamedTuple):
+    """Block-sparse attention as the kernels see it.
+
+    query, key, value: [B, H, L, D], bfloat16 or float16, D 64 or 128, contiguous last dimension.
+    selection: its lists contiguous; the marginal blocks do not matter.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    selection: BlockSelection
+    scale: float
 
 
 def linear_term(feature_map: str, weight: Tensor | None, bias: Tensor | None, query: Tensor) -> LinearTerm:
@@ -77,50 +91,57 @@ def size_stride(sizes: Tensor | None) -> int:
 # How custom operators get what they cannot take whole.
 _packed: list[tuple[type, tuple[tuple[str, str], ...]]] = []
 _place: dict[type, int] = {}
+_KINDS = {"Tensor": "tensor", "Tensor | None": "tensor", "int": "int", "tuple[int, int]": "range"}
 
 
 def packable(kind: type) -> type:
-    """Registers a NamedTuple or dataclass of tensors (or None), ints, ranges of two ints, or a rule (or None)."""
-    kinds = {"Tensor": "tensor", "Tensor | None": "tensor", "int": "int", "tuple[int, int]": "range"}
-    kinds["SelectionRule | None"] = "packed"
-    fields = tuple((name, kinds[annotation]) for name, annotation in _annotations(kind).items())
+    """Registers a NamedTuple or dataclass of tensors, ints, ranges of two ints, and packable values.
+
+    Tensors and packable values may be None.
+    """
+    known = {"None", *(x.__name__ for x in _place)}
+    fields = []
+    for name, annotation in kind.__annotations__.items():
+        annotation = getattr(annotation, "__forward_arg__", annotation)  # a NamedTuple wraps it
+        assert annotation in _KINDS or known.issuperset(annotation.split(" | ")), f"{name} is not packable"
+        fields.append((name, _KINDS.get(annotation, "packed")))
     _place[kind] = len(_packed)
-    _packed.append((kind, fields))
+    _packed.append((kind, tuple(fields)))
     return kind
 
 
-def _annotations(kind: type) -> dict[str, str]:
-    """Fields and their annotations as written (a NamedTuple wraps them)."""
-    return {name: getattr(x, "__forward_arg__", x) for name, x in kind.__annotations__.items()}
-
-
-packable(BlockSelection)
 packable(SelectionRule)
+packable(BlockSelection)
 
 
 def flatten(value: Any) -> tuple[list[Tensor], list[int]]:
     """A packable value as tensors and ints, which custom operators take and autograd saves; see `unflatten`."""
-    place = _place[type(value)]
-    tensors, numbers = [], [place]
-    for name, what in _packed[place][1]:
-        field = getattr(value, name)
-        if what == "tensor":
-            numbers.append(int(field is not None))
-            if field is not None:
-                tensors.append(field)
-        elif what == "int":
-            numbers.append(field)
-        elif what == "range":
-            numbers.extend(field)
-        else:
-            inside = ([], []) if field is None else flatten(field)
-            tensors.extend(inside[0])
-            numbers.extend((int(field is not None), *inside[1]))
+    tensors, numbers = [], []
+    _flatten(value, tensors, numbers)
     return tensors, numbers
 
 
-def unflatten(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
-    """The value that `flatten` took apart."""
+def _flatten(value: Any, tensors: list[Tensor], numbers: list[int]) -> None:
+    place = _place[type(value)]
+    numbers.append(place)
+    for name, what in _packed[place][1]:
+        field = getattr(value, name)
+        if what == "int":
+            numbers.append(field)
+        elif what == "range":
+            numbers.extend(field)
+        elif field is None:
+            numbers.append(0)
+        else:
+            numbers.append(1)
+            if what == "tensor":
+                tensors.append(field)
+            else:
+                _flatten(field, tensors, numbers)
+
+
+def unflatten(tensors: Iterable[Tensor], numbers: Iterable[int]) -> Any:
+    """The value that `flatten` took apart; of an iterator it takes no more tensors than the value has."""
     return _unflatten(iter(tensors), iter(numbers))
 
 
@@ -128,12 +149,12 @@ def _unflatten(tensors: Iterator[Tensor], numbers: Iterator[int]) -> Any:
     kind, described = _packed[next(numbers)]
     fields = {}
     for name, what in described:
-        if what == "tensor":
-            fields[name] = next(tensors) if next(numbers) else None
-        elif what == "int":
+        if what == "int":
             fields[name] = next(numbers)
         elif what == "range":
             fields[name] = (next(numbers), next(numbers))
+        elif not next(numbers):
+            fields[name] = None
         else:
-            fields[name] = _unflatten(tensors, numbers) if next(numbers) else None
+            fields[name] = next(tensors) if what == "tensor" else _unflatten(tensors, numbers)
     return kind(**fields)

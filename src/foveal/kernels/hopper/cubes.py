@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection
-from foveal.kernels.backend import Cubes, Gates
+from foveal.kernels.backend import CubesCall
 from foveal.kernels.hopper.launch import TILE, short_tail, tiles
 from foveal.kernels.host import Descriptors, launch, num_sms
 from foveal.kernels.values import LOG2_E, size_stride
@@ -41,20 +40,12 @@ def _slots(x: Tensor, slot: int, rows: int):
     return TensorDescriptor(slots, list(slots.shape), list(slots.stride()), box, gl.NVMMASharedLayout(128, 16, 5))
 
 
-def attend_cubes(
-    query: Tensor,
-    copies: tuple[Tensor, Tensor],
-    cubes: Cubes,
-    selection: BlockSelection,
-    coarse: Tensor,
-    gates: Gates,
-    scale: float,
-    save_fine: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def attend_cubes(call: CubesCall) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `Backend.attend_cubes`; `copies` are key and value."""
     from foveal.kernels.hopper.cubes_kernel import cubes_fwd_kernel
     from foveal.kernels.hopper.cubes_wide_kernel import cubes_fwd_wide_kernel
 
+    query, copies, cubes, selection, coarse, gates, scale, save_fine = call
     batch, heads, _, head_dim = query.shape
     slot, uniform, sizes, num_cubes = cubes.slot, cubes.uniform, cubes.key_sizes, cubes.num_cubes
     shape = (batch, heads, num_cubes * slot)

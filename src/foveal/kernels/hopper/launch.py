@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection
-from foveal.kernels.backend import ColumnLists, ForwardCall, RasterGradients
+from foveal.kernels.backend import BackwardCall, ForwardCall, RasterGradients
 from foveal.kernels.host import Descriptors, launch, num_sms
 from foveal.kernels.tma import copyable, tma_strides
 from foveal.kernels.values import LOG2_E, LinearTerm, size_stride, state_strides
@@ -163,24 +162,13 @@ class Forward(ForwardCall):
             launch(block_sparse_fwd_kernel, grid, first_pair=pairs.start, **named)
 
 
-def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    delta: Tensor,
-    lse: Tensor,
-    selection: BlockSelection,
-    columns: ColumnLists,
-    scale: float,
-    grad_query: Tensor | None = None,
-    linear: LinearTerm | None = None,
-    raster: RasterGradients | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.backward`; `grad` is copied if TMA cannot walk it."""
     from foveal.kernels.hopper.dkdv_kernel import block_sparse_dkdv_kernel, row_statistics_kernel
     from foveal.kernels.hopper.dq_kernel import block_sparse_dq_kernel
 
+    query, key, value, selection, scale = call.problem
+    grad, columns, grad_query, raster = call.grad, call.columns, call.grad_query, call.raster
     batch, heads, query_length, head_dim = query.shape
     sizes, block_q, block_k = selection.key_block_sizes, selection.block_q, selection.block_k
     uniform = 0 if raster is None else raster.cubes.uniform
@@ -197,8 +185,8 @@ def backward(
     launch(
         row_statistics_kernel,
         (-(-num_tiles // 4), batch * heads),
-        lse_ptr=lse,
-        delta_ptr=delta,
+        lse_ptr=call.lse,
+        delta_ptr=call.delta,
         statistics_ptr=statistics,
         query_length=query_length,
         num_tiles=num_tiles,
@@ -247,7 +235,7 @@ def backward(
         offset_ptr=columns.offsets,
         count_ptr=columns.counts,
         row_ptr=columns.rows,
-        **_key_side(linear, head_dim),
+        **_key_side(call.linear, head_dim),
         **_key_raster(raster),
         **both,
         **plan["constants"],

@@ -5,29 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveal.kernels.backend import SharedGradients
+from foveal.kernels.backend import QuerySide, SharedGradients
 from foveal.kernels.hopper.launch import tiles, walkable
 from foveal.kernels.host import launch, num_sms
-from foveal.kernels.values import LinearTerm, state_strides
+from foveal.kernels.values import state_strides
 
 SHARED_ROWS = 128  # rows of a block where all share one H
 
 
-def query_gradients(
-    query: Tensor,
-    output: Tensor,
-    grad: Tensor,
-    term: LinearTerm,
-    block_q: int,
-    pairs: range,
-    grad_query: Tensor,
-    delta: Tensor,
-    linear: Tensor | None,
-    grad_norm: Tensor,
-) -> Tensor:
+def query_gradients(side: QuerySide, pairs: range) -> Tensor:
     """See `Backend.query_gradients`; O^l comes with a W, and without one W is the identity."""
     from foveal.kernels.hopper.linear_gradients import linear_query_grad_kernel
 
+    query, output, grad, term, block_q, grad_query, delta, linear, grad_norm = side
     heads, length, head_dim = query.shape[1:]
     rows = grad_norm.shape[1]
     grad_state = torch.empty((len(pairs), rows, head_dim, head_dim), dtype=torch.bfloat16, device=query.device)
@@ -59,18 +49,11 @@ def query_gradients(
     return grad_state
 
 
-def shared_query_gradients(
-    query: Tensor,
-    output: Tensor,
-    grad: Tensor,
-    term: LinearTerm,
-    block_q: int,
-    grad_query: Tensor,
-    delta: Tensor,
-) -> SharedGradients:
+def shared_query_gradients(side: QuerySide) -> SharedGradients:
     """See `Backend.shared_query_gradients`; blocks of any size are walked by `SHARED_ROWS` rows."""
     from foveal.kernels.hopper.linear_gradients import shared_query_grad_kernel
 
+    query, output, grad, term, _, grad_query, delta, *_ = side
     batch, heads, length, head_dim = query.shape
     pairs, blocks = batch * heads, -(-length // SHARED_ROWS)
     per_program = -(-blocks // max(1, num_sms(query.device) // pairs))

@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.blocks import BlockSelection
-from foveal.kernels.backend import ColumnLists
+from foveal.kernels.backend import BackwardCall
 from foveal.kernels.host import launch
 from foveal.kernels.tma import tma_takes
 from foveal.kernels.triton.await_previous import await_previous
@@ -31,7 +30,7 @@ from foveal.kernels.triton.tiles import (
     store_rows,
     tile_argument,
 )
-from foveal.kernels.values import LOG2_E, LinearTerm, size_stride
+from foveal.kernels.values import LOG2_E, size_stride
 
 
 @triton.jit
@@ -199,33 +198,21 @@ def output_delta(grad: Tensor, output: Tensor, grad_lse: Tensor | None) -> Tenso
     return delta
 
 
-def backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    delta: Tensor,
-    lse: Tensor,
-    selection: BlockSelection,
-    columns: ColumnLists,
-    scale: float,
-    grad_query: Tensor | None = None,
-    linear: LinearTerm | None = None,
-    raster: None = None,
-    scored: tuple[Int8, Int8] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(call: BackwardCall, scored: tuple[Int8, Int8] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """See `Backend.backward`; this one does not write raster order.
 
-    scored: queries and keys whose products are the scores, in int8; None for `query` and `key` themselves.
+    scored: queries and keys whose products are the scores, in int8; None for those of the problem themselves.
     """
-    assert raster is None
+    assert call.raster is None
+    query, key, value, selection, scale = call.problem
+    grad, delta, columns, grad_query = call.grad, call.delta, call.columns, call.grad_query
     batch, heads, query_length, head_dim = query.shape
     key_length, sizes = key.shape[2], selection.key_block_sizes
     critical, full = selection.critical, selection.critical_count
     add = grad_query is not None
     grad_query = grad_query if add else torch.empty_like(query)
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
-    lse = lse * LOG2_E
+    lse = call.lse * LOG2_E
     descriptors = tma_takes((query, key, value, grad))
     query_8, key_8 = (Int8(query, delta), Int8(key, delta)) if scored is None else scored
     both = {
@@ -289,6 +276,6 @@ def backward(
         ADD=add,
         **both,
     )
-    if linear is not None:
-        add_key_gradients(key, value, linear, selection, grad_key, grad_value)
+    if call.linear is not None:
+        add_key_gradients(key, value, call.linear, selection, grad_key, grad_value)
     return grad_query, grad_key, grad_value

@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.blocks import PARTS, BlockSelection
-from foveal.kernels.backend import Cubes, Gates
+from foveal.blocks import PARTS
+from foveal.kernels.backend import Cubes, CubesCall, Gates
 from foveal.kernels.host import launch
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.forward import Forward
 from foveal.kernels.triton.pooling import add_part_sums, block_mean, part_means, part_of, store_parts
 from foveal.kernels.triton.tiles import row_strides
-from foveal.kernels.values import size_stride
+from foveal.kernels.values import Problem, size_stride
 
 UNSPECIALIZED = ["heads", "num_cubes", "num_blocks", "length", "key_length", "size_stride"]
 
@@ -286,24 +286,15 @@ def gate_argument(gate: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int
     return (other, (0, 0, 0, 0)) if gate is None else (gate, gate.stride())
 
 
-def attend_cubes(
-    query: Tensor,
-    copies: tuple[Tensor, Tensor, Tensor],
-    cubes: Cubes,
-    selection: BlockSelection,
-    coarse: Tensor,
-    gates: Gates,
-    scale: float,
-    save_fine: bool,
-    forward: type[Forward] = Forward,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def attend_cubes(call: CubesCall, forward: type[Forward] = Forward) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `Backend.attend_cubes`; `copies` are query, key and value, and `forward` attends."""
-    lse = torch.empty(copies[0].shape[:3], dtype=torch.float32, device=query.device)
+    copies, problem = call.copies, Problem(*call.copies, call.selection, call.scale)
+    lse = torch.empty(copies[0].shape[:3], dtype=torch.float32, device=call.query.device)
     # Every program is done with its queries when it writes its output: into their memory.
-    fine, lse = forward(*copies, selection, scale, results=(copies[0], lse)).run_all()
-    output = torch.empty_like(query)
-    combine(fine, coarse, gates, cubes, output)
-    return output, fine if save_fine else None, lse
+    fine, lse = forward(problem, results=(copies[0], lse)).run_all()
+    output = torch.empty_like(call.query)
+    combine(fine, call.coarse, call.gates, call.cubes, output)
+    return output, fine if call.save_fine else None, lse
 
 
 def combine(fine: Tensor, coarse: Tensor, gates: Gates, cubes: Cubes, output: Tensor) -> None:

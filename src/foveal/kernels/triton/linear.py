@@ -236,21 +236,32 @@ class Means(NamedTuple):
     weight: Tensor | None
 
 
+class Keys(NamedTuple):
+    """What key states are made of.
+
+    key, value: [B, H, Lk, D].
+    sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
+    """
+
+    key: Tensor
+    value: Tensor
+    sizes: Tensor | None
+    block_k: int
+    feature_map: str
+
+
 def _run_key_states(
-    key: Tensor,
-    value: Tensor,
-    sizes: Tensor | None,
-    block_k: int,
-    feature_map: str,
+    keys: Keys,
     pairs: range,
-    blocks: int,
-    at_once: int,
+    cut: tuple[int, int],
     state: Tensor,
     norm: Tensor,
     pooled: Tensor | None,
     means: Means | None,
     value_sums: tuple[Tensor, Tensor] | None = None,
 ) -> None:
+    """cut: how many blocks there are, and how many of them a program takes."""
+    (key, value, sizes, block_k, feature_map), (blocks, at_once) = keys, cut
     heads, length, head_dim = key.shape[1:]
     descriptors = tma_takes((key, value))
     # Without TMA, two programs' share of the registers would spill kilobytes in the loop. The assembler tries for them
@@ -294,8 +305,9 @@ def _run_key_states(
     )
 
 
-def _value_sums(value: Tensor, sizes: Tensor | None, block_k: int, pairs: range) -> tuple[Tensor, Tensor]:
+def _value_sums(keys: Keys, pairs: range) -> tuple[Tensor, Tensor]:
     """Sums of rows of V, float32 [pairs, MEAN_PARTS, D], and how many they are, float32 [pairs, MEAN_PARTS]."""
+    _, value, sizes, block_k, _ = keys
     heads, length, head_dim = value.shape[1:]
     sums = torch.empty((len(pairs), MEAN_PARTS, head_dim), dtype=torch.float32, device=value.device)
     counts = torch.empty((len(pairs), MEAN_PARTS), dtype=torch.float32, device=value.device)
@@ -330,22 +342,11 @@ def _blocks_at_once(blocks: int, device: torch.device) -> int:
 
 
 def key_states(
-    key: Tensor,
-    value: Tensor,
-    sizes: Tensor | None,
-    block_k: int,
-    feature_map: str,
-    pairs: range,
-    pooled: Tensor | None,
-    state: Tensor,
-    norm: Tensor,
-    means: Means | None = None,
+    keys: Keys, pairs: range, pooled: Tensor | None, state: Tensor, norm: Tensor, means: Means | None = None
 ) -> None:
     """Writes h and z of each key block; zero for blocks past the last. With `means`, h of V - m.
 
     Args:
-        key, value: [B, H, Lk, D].
-        sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
         pairs: the pairs of batch and head.
         pooled: float32 [pairs, Tk, D], contiguous, for the means of each block's keys; None if they are not wanted.
         state: h, bfloat16 [pairs, Tk or more, D, D]; blocks may stand apart.
@@ -353,27 +354,18 @@ def key_states(
         means: where m and W m go. They take a launch and a look at V (see `MEAN_STEP`) of their own.
     """
     blocks = state.shape[1]
-    at_once = _blocks_at_once(blocks * len(pairs), key.device)
-    value_sums = None if means is None else _value_sums(value, sizes, block_k, pairs)
-    _run_key_states(
-        key, value, sizes, block_k, feature_map, pairs, blocks, at_once, state, norm, pooled, means, value_sums
-    )
+    cut = blocks, _blocks_at_once(blocks * len(pairs), keys.key.device)
+    value_sums = None if means is None else _value_sums(keys, pairs)
+    _run_key_states(keys, pairs, cut, state, norm, pooled, means, value_sums)
 
 
-def key_state_sums(
-    key: Tensor,
-    value: Tensor,
-    sizes: Tensor | None,
-    block_k: int,
-    feature_map: str,
-    pooled: Tensor | None = None,
-    means: Means | None = None,
-) -> tuple[Tensor, Tensor]:
+def key_state_sums(keys: Keys, pooled: Tensor | None = None, means: Means | None = None) -> tuple[Tensor, Tensor]:
     """H [B * H, 1, D, D] in bfloat16 and Z [B * H, 1, D] in float32 over all keys; arguments as in `key_states`.
 
     m is a weighted mean of V here, which comes out of the sums: it takes neither a launch nor a look at V.
     """
-    pairs, blocks, head_dim = key.shape[0] * key.shape[1], -(-key.shape[2] // block_k), key.shape[-1]
+    key = keys.key
+    pairs, blocks, head_dim = key.shape[0] * key.shape[1], -(-key.shape[2] // keys.block_k), key.shape[-1]
     at_once = _blocks_at_once(blocks * pairs, key.device)
     parts = -(-blocks // at_once)
     memory = {"dtype": torch.float32, "device": key.device}
@@ -381,9 +373,8 @@ def key_state_sums(
     norm_part, norm = torch.empty((pairs, parts, head_dim), **memory), torch.empty((pairs, 1, head_dim), **memory)
     value_part = None if means is None else torch.empty_like(norm_part)
     state = torch.empty((pairs, 1, head_dim, head_dim), dtype=torch.bfloat16, device=key.device)
-    of_all = key, value, sizes, block_k, feature_map, range(pairs), blocks, at_once
     of_parts = None if means is None else Means(value_part, None, None)
-    _run_key_states(*of_all, part, norm_part, pooled, of_parts)
+    _run_key_states(keys, range(pairs), (blocks, at_once), part, norm_part, pooled, of_parts)
     launch(
         _sum_parts_kernel,
         (head_dim // 8, pairs),

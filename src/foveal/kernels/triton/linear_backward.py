@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveal.blocks import BlockSelection
-from foveal.kernels.backend import SharedGradients
+from foveal.kernels.backend import QuerySide, SharedGradients
 from foveal.kernels.host import launch
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.feature_maps import EPSILON, feature_map, feature_map_backward
@@ -147,19 +147,9 @@ def _key_grad_kernel(
     store_rows(grad_key_ptr, grad_key_strides, batch, head, start, length, grad_key, TILE, D)
 
 
-def query_gradients(
-    query: Tensor,
-    output: Tensor,
-    grad: Tensor,
-    term: LinearTerm,
-    block_q: int,
-    pairs: range,
-    grad_query: Tensor,
-    delta: Tensor,
-    linear: Tensor | None,
-    grad_norm: Tensor,
-) -> Tensor:
+def query_gradients(side: QuerySide, pairs: range) -> Tensor:
     """See `Backend.query_gradients`."""
+    query, output, grad, term, block_q, grad_query, delta, linear, grad_norm = side
     heads, length, head_dim = query.shape[1:]
     rows = grad_norm.shape[1]
     if linear is None:  # the kernel writes O^l all the same
@@ -201,22 +191,15 @@ def query_gradients(
     return grad_state
 
 
-def shared_query_gradients(
-    query: Tensor,
-    output: Tensor,
-    grad: Tensor,
-    term: LinearTerm,
-    block_q: int,
-    grad_query: Tensor,
-    delta: Tensor,
-) -> SharedGradients:
+def shared_query_gradients(side: QuerySide) -> SharedGradients:
     """See `Backend.shared_query_gradients`."""
+    query, term, block_q = side.query, side.term, side.block_q
     pairs, rows = query.shape[0] * query.shape[1], -(-query.shape[2] // block_q)
     linear = torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
     grad_norm = term.norm.new_empty((pairs, rows, query.shape[3]))
-    grad_state = query_gradients(query, output, grad, term, block_q, range(pairs), grad_query, delta, linear, grad_norm)
+    grad_state = query_gradients(side._replace(linear=linear, grad_norm=grad_norm), range(pairs))
     state = grad_state.sum(1, keepdim=True, dtype=torch.float32).to(torch.bfloat16)
-    projection = (None, None) if term.weight is None else projection_gradients(grad, linear)
+    projection = (None, None) if term.weight is None else projection_gradients(side.grad, linear)
     return SharedGradients(state, grad_norm.sum(1, keepdim=True), *projection)
 
 

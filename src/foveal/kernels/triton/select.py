@@ -44,22 +44,21 @@ def ranked_of(query: Tensor, key: Tensor, rule: SelectionRule, scale: float) -> 
     return with_squares(pooled_query, scale) if rule.spread else pooled_query, pooled_key
 
 
-def _select(tensors: Sequence[Tensor], given: tuple) -> tuple[Lists, None]:
+def _select(tensors: Sequence[Tensor], given: tuple) -> Lists:
     """The choice over query and key, of a flat rule; for `replayed`."""
     query, key, *rule_tensors = tensors
     numbers, scale, with_marginal = given
     rule = unflatten(rule_tensors, numbers)
     with on_device_of(query):  # Triton launches on the current device
-        return select(
-            *ranked_of(query, key, rule, scale), scale, rule, with_marginal, Sizes(key=rule.key_block_sizes)
-        ), None
+        ranked = ranked_of(query, key, rule, scale)
+        return select(*ranked, scale, rule, with_marginal, Sizes(key=rule.key_block_sizes))
 
 
 @torch.library.custom_op("foveal::select_blocks_gpu", mutates_args=())
 def _select_op(
     query: Tensor, key: Tensor, rule_tensors: list[Tensor], rule_numbers: list[int], scale: float, with_marginal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (critical, counts, marginal), _ = _select((query, key, *rule_tensors), (rule_numbers, scale, with_marginal))
+    critical, counts, marginal = _select((query, key, *rule_tensors), (rule_numbers, scale, with_marginal))
     return critical, counts, query.new_empty(0, dtype=torch.bfloat16) if marginal is None else marginal
 
 
@@ -73,7 +72,6 @@ def select_blocks_gpu(query: Tensor, key: Tensor, rule: SelectionRule, scale: fl
     """The choice of a rule over query and key, [B, H, L, D]; its mask is padded."""
     query, key, (tensors, numbers) = query.detach(), key.detach(), flatten(rule)
     if is_plain(query, key):
-        lists, _ = replayed(_select, (query, key, *tensors), (tuple(numbers), scale, with_marginal))
-        return Lists(*lists)
+        return Lists(*replayed(_select, (query, key, *tensors), (tuple(numbers), scale, with_marginal)))
     critical, counts, marginal = _select_op(query, key, tensors, numbers, scale, with_marginal)
     return Lists(critical, counts, marginal if with_marginal else None)

@@ -173,23 +173,21 @@ def tail_forward(
 
 
 def tail_backward(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
     grad: Tensor,
     delta: Tensor,
     lse: Tensor,
-    query: Tensor,
-    mean_key: Tensor,
-    mean_value: Tensor,
-    bias: Tensor,
     block_q: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, strided like `query`, and the gradients of the means, float32.
 
     Args:
+        inputs: query, mean_key, mean_value, and bias, as in `tail_forward`.
         grad: [B, H, Lq, D], contiguous last dimension.
         delta, lse: float32 [B, H, Lq], contiguous.
-        query, mean_key, mean_value, bias, block_q: as in `tail_forward`.
     """
+    query, mean_key, mean_value, _ = inputs
     grads = torch.empty_like(query), torch.empty_like(mean_key), torch.empty_like(mean_value)
     both = {
         "grad": grad,
@@ -198,7 +196,7 @@ def tail_backward(
         "grad_strides": row_strides(grad),
         "scale": scale,
         "scale_log2": scale * LOG2_E,
-        **_shared(query, mean_key, mean_value, bias, block_q),
+        **_shared(*inputs, block_q),
     }
     with on_device_of(query):  # Triton launches on the current device
         strides = {"grad_query_strides": row_strides(grads[0])}

@@ -6,8 +6,7 @@ import functools
 
 from torch import Tensor
 
-from foveal.blocks import BlockSelection
-from foveal.kernels.backend import ColumnLists
+from foveal.kernels.backend import BackwardCall
 from foveal.kernels.triton import backend as triton
 from foveal.kernels.triton.backward import backward
 from foveal.kernels.triton.cubes import attend_cubes
@@ -15,7 +14,6 @@ from foveal.kernels.triton.forward import Forward
 from foveal.kernels.triton.int8 import Int8, key_means, round_trip, write_int8
 from foveal.kernels.triton.linear_backward import add_key_gradients
 from foveal.kernels.triton.select import pool
-from foveal.kernels.values import LinearTerm
 
 
 class Int8Forward(Forward):
@@ -44,35 +42,21 @@ class Int8Backend(triton.TritonBackend):
     centers_keys = True
     attend_cubes = staticmethod(functools.partial(attend_cubes, forward=Int8Forward))
 
-    def backward(
-        self,
-        grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        delta: Tensor,
-        lse: Tensor,
-        selection: BlockSelection,
-        columns: ColumnLists,
-        scale: float,
-        grad_query: Tensor | None = None,
-        linear: LinearTerm | None = None,
-        raster: None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         """See `Backend.backward`: exact for what the forward made of queries and keys, straight through the rounding.
 
         The linear branch has not seen that, so its gradients are those of the keys themselves.
         """
-        assert raster is None
+        query, key, value, selection, _ = call.problem
         block_k, sizes = selection.block_k, selection.key_block_sizes
         pairs = range(key.shape[0] * key.shape[1])
         mean = key_means(pool(key, block_k, sizes).flatten(0, 1), key, block_k, sizes, pairs)
         query_back, query_8 = round_trip(query, selection.block_q, None, None)
         key_back, key_8 = round_trip(key, block_k, sizes, mean)
-        tensors = grad, query_back, key_back, value, delta, lse
-        grads = backward(*tensors, selection, columns, scale, grad_query, scored=(query_8, key_8))
-        if linear is not None:
-            add_key_gradients(key, value, linear, selection, *grads[1:])
+        rounded = call.problem._replace(query=query_back, key=key_back)
+        grads = backward(call._replace(problem=rounded, linear=None), scored=(query_8, key_8))
+        if call.linear is not None:
+            add_key_gradients(key, value, call.linear, selection, *grads[1:])
         return grads
 
 

@@ -191,10 +191,10 @@ def _attend(
             feature_weight_DD=feature_weight,
         )
     elif fused:
-        from foveal.methods.sla.gpu import sla_attention_gpu
+        from foveal.methods.sla.gpu import SLACall, SLAOptions, sla_attention_gpu
 
-        backend = name_of(impl, config.precision)
-        output = sla_attention_gpu(query, key, value, config, selection, scale, proj_weight, proj_bias, backend)
+        options = SLAOptions(scale, config.feature_map, config.linear_scope, name_of(impl, config.precision))
+        (output,) = sla_attention_gpu(SLACall(query, key, value, proj_weight, proj_bias, selection), options)
     else:
         if config.tail == "pooled":
             output = attend_with_tail(query, key, value, selection, scale, impl, config.precision)
@@ -202,11 +202,11 @@ def _attend(
             options = {"scale": scale, "impl": impl, "precision": config.precision}
             output = block_sparse_attention(query, key, value, selection, **options)
         if on_gpu:
-            from foveal.methods.sla.gpu import linear_branch_gpu
+            from foveal.methods.sla.gpu import SLACall, SLAOptions, linear_branch_gpu
 
-            output = output + linear_branch_gpu(
-                query, key, value, config, selection, scale, proj_weight, proj_bias, impl
-            )
+            options = SLAOptions(scale, config.feature_map, config.linear_scope, impl)
+            call = SLACall(query, key, value, proj_weight, proj_bias, selection)
+            output = output + linear_branch_gpu(call, options)
         elif config.linear_scope != "none":
             linear = linear_output(query, key, value, config, selection, feature_weight)
             if proj_weight is not None:

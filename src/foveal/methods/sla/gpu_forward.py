@@ -16,15 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection
 from foveal.kernels.backend import Backend, ForwardCall
 from foveal.kernels.side_stream import side_stream
-from foveal.kernels.triton.linear import Means, key_state_sums, key_states, masked_sum
+from foveal.kernels.triton.linear import Keys, Means, key_state_sums, key_states, masked_sum
 from foveal.kernels.triton.picking import Lists, pick
 from foveal.kernels.triton.pooling import pool
 from foveal.kernels.triton.scores import Sizes
 from foveal.kernels.triton.select import ranked_of
-from foveal.kernels.values import LinearTerm
+from foveal.kernels.values import LinearTerm, Problem
 from foveal.rules import SelectionRule
 
 # What h and H of the heads in flight may take; or as much as the output, if that is more. Larger groups mean fewer
@@ -49,6 +48,13 @@ class Results(NamedTuple):
     means: Tensor
 
 
+def groups(pairs: int, most: int) -> Iterator[range]:
+    """Cuts `pairs` into ranges of like lengths with at most `most` each (one at least)."""
+    step = -(-pairs // -(-pairs // max(1, most)))
+    for start in range(0, pairs, step):
+        yield range(start, min(start + step, pairs))
+
+
 class Choice(NamedTuple):
     """A choice that is made on the way, a few heads at a time.
 
@@ -67,15 +73,10 @@ class Choice(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        query: Tensor,
-        key: Tensor,
-        rule: SelectionRule,
-        scale: float,
-        lists: Lists,
-        projections: tuple[Tensor, Tensor] | None,
+        cls, problem: Problem, rule: SelectionRule, lists: Lists, projections: tuple[Tensor, Tensor] | None
     ) -> Choice:
-        """The choice of a rule over query and key, [B, H, L, D]; `projections` as in `forward_in_groups`."""
+        """The choice of a rule over a problem's query and key; `projections` as in `forward_in_groups`."""
+        query, key, scale = problem.query, problem.key, problem.scale
         if rule.score != "mean":
             return cls(rule, scale, lists, *(x.flatten(0, 1) for x in ranked_of(query, key, rule, scale)), None)
         pooled, project_key = pool(query, rule.block_q).flatten(0, 1), None
@@ -97,22 +98,19 @@ class Choice(NamedTuple):
         pick(query, key, self.scale, self.rule, pairs.start, self.lists, Sizes(key=self.rule.key_block_sizes))
 
 
-def groups(pairs: int, most: int) -> Iterator[range]:
-    """Cuts `pairs` into ranges of like lengths with at most `most` each (one at least)."""
-    step = -(-pairs // -(-pairs // max(1, most)))
-    for start in range(0, pairs, step):
-        yield range(start, min(start + step, pairs))
+def _means_of_keys(call: ForwardCall, choice: Choice | None, pairs: int) -> Tensor | None:
+    """Where the means of each block's keys of some pairs go; None if nobody wants them."""
+    if not call.wants_means and (choice is None or not choice.ranks_means):
+        return None
+    output, lse = call.results
+    return lse.new_empty((pairs, call.selection.num_key_blocks, output.shape[-1]))
 
 
 def forward_in_groups(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    selection: BlockSelection,
+    problem: Problem,
     mask: Tensor | None,
     rule: SelectionRule | None,
     term: LinearTerm,
-    scale: float,
     backend: Backend,
     keep_states: bool,
     projections: tuple[Tensor, Tensor] | None = None,
@@ -121,64 +119,57 @@ def forward_in_groups(
     """The output and what the backward needs.
 
     Args:
-        selection: its lists contiguous; memory for the lists where there is a rule.
+        problem: its lists are memory for what is chosen where there is a rule.
         mask: bfloat16 [B, H, padded Tq, padded Tk], what to sum over; None for every key.
-        rule: how to choose, into `selection` and `mask`; None if they hold a choice already.
+        rule: how to choose, into the problem's lists and `mask`; None if they hold a choice already.
         term: the linear branch without its states.
         keep_states: whether a backward follows.
-        projections: float32 [D, D] each, what maps pooled queries and keys (x W^T) before a rule scores them; not with
-            a sum over every key.
+        projections: float32 [D, D] each, what maps pooled queries and keys (x W^T) before a rule scores them.
         norm_scale: float32 [B * H, padded Tq], what Z of each row is multiplied by where it divides, which divides the
-            row's O^l, so m of that row too; None for 1. `Results.norm` has Z as it was. Not with that sum either.
+            row's O^l, so m of that row too; None for 1. `Results.norm` has Z as it was. Not with a sum over every key.
     """
     # One H for all may be projected before it is added.
     early = backend.projects_early and mask is None and term.weight is not None
-    call = backend.forward(query, key, value, selection, scale, term._replace(weight=None) if early else term)
+    call = backend.forward(problem, term._replace(weight=None) if early else term)
+    selection = problem.selection
     lists = Lists(selection.critical, selection.critical_count, mask)
-    choice = None if rule is None else Choice.of(query, key, rule, scale, lists, projections)
+    choice = None if rule is None else Choice.of(problem, rule, lists, projections)
     if mask is None:
-        return _over_all_keys(key, value, call, choice, term, early, keep_states)
-    return _by_masks(key, value, call, mask, choice, term, backend, keep_states, norm_scale)
+        return _over_all_keys(problem, call, choice, term, early, keep_states)
+    beside = backend.prepares_beside(selection.block_q)
+    return _by_masks(problem, call, mask, choice, term, beside, keep_states, norm_scale)
 
 
 def _over_all_keys(
-    key: Tensor,
-    value: Tensor,
-    call: ForwardCall,
-    choice: Choice | None,
-    term: LinearTerm,
-    early: bool,
-    keep_states: bool,
+    problem: Problem, call: ForwardCall, choice: Choice | None, term: LinearTerm, early: bool, keep_states: bool
 ) -> Results:
-    selection, (output, lse) = call.selection, call.results
-    means = lse.new_empty((2, call.pairs if keep_states else 0, 1, key.shape[-1]))
-    pooled = None
-    if call.wants_means or (choice is not None and choice.ranks_means):
-        pooled = lse.new_empty((call.pairs, selection.num_key_blocks, key.shape[-1]))
-    of_keys = key, value, selection.key_block_sizes, selection.block_k, term.feature_map
-    state, norm = key_state_sums(*of_keys, pooled, Means(means[0], means[1], term.weight) if keep_states else None)
+    (output, lse), pairs, selection = call.results, range(call.pairs), problem.selection
+    means = lse.new_empty((2, call.pairs if keep_states else 0, 1, output.shape[-1]))
+    pooled = _means_of_keys(call, choice, call.pairs)
+    keys = Keys(problem.key, problem.value, selection.key_block_sizes, selection.block_k, term.feature_map)
+    state, norm = key_state_sums(keys, pooled, Means(means[0], means[1], term.weight) if keep_states else None)
     if call.wants_means:
-        call.take_means(range(call.pairs), pooled)
+        call.take_means(pairs, pooled)
     if choice is not None:
-        choice.make(range(call.pairs), pooled)
+        choice.make(pairs, pooled)
     projected = state @ term.weight.t() if early else state
-    call.run(range(call.pairs), projected, norm, means if keep_states else None)
+    call.run(pairs, projected, norm, means if keep_states else None)
     return Results(output, lse, norm, state, means)
 
 
 def _by_masks(
-    key: Tensor,
-    value: Tensor,
+    problem: Problem,
     call: ForwardCall,
     mask: Tensor,
     choice: Choice | None,
     term: LinearTerm,
-    backend: Backend,
+    beside: bool,
     keep_states: bool,
     norm_scale: Tensor | None,
 ) -> Results:
-    selection, (output, lse) = call.selection, call.results
-    head_dim, (rows, columns) = key.shape[-1], mask.shape[2:]
+    """beside: whether a group of heads may be prepared beside another one that attends."""
+    (output, lse), selection = call.results, problem.selection
+    head_dim, (rows, columns) = output.shape[-1], mask.shape[2:]
     area, square = head_dim**2, (head_dim, head_dim)
     most = max(GROUP_BYTES, output.nbytes) // ((rows + columns) * head_dim * (head_dim + 1) * 2)
     parts = list(groups(call.pairs, most))
@@ -195,33 +186,23 @@ def _by_masks(
         z, sums = h[..., area:], mask.new_empty((largest, rows, area + head_dim))
     squares = (h if keep_states else h[..., :area]).unflatten(2, square)
     mask_of_pairs = mask.flatten(0, 1)
+    keys = Keys(problem.key, problem.value, selection.key_block_sizes, selection.block_k, term.feature_map)
 
     def prepare(group: range) -> None:
         """The key states of a group in h and z, its keys where the call wants their means, and its lists and mask."""
         count = len(group)
-        pooled = None
-        if call.wants_means or (choice is not None and choice.ranks_means):
-            pooled = lse.new_empty((count, selection.num_key_blocks, head_dim))
-        key_states(
-            key,
-            value,
-            selection.key_block_sizes,
-            selection.block_k,
-            term.feature_map,
-            group,
-            pooled,
-            squares if count == largest else squares[:count],
-            z if count == largest else z[:count],
-            Means(*(x[group.start : group.stop] for x in (means[0], means[1])), term.weight) if keep_states else None,
-        )
+        pooled = _means_of_keys(call, choice, count)
+        states = (squares, z) if count == largest else (squares[:count], z[:count])
+        of_group = (x[group.start : group.stop] for x in (means[0], means[1]))
+        key_states(keys, group, pooled, *states, Means(*of_group, term.weight) if keep_states else None)
         if call.wants_means:
             call.take_means(group, pooled)
         if choice is not None:
             choice.make(group, pooled)
 
     side = None
-    if len(parts) > 1 and backend.prepares_beside(selection.block_q):
-        side = side_stream(key.device)  # the next group is prepared while one attends
+    if len(parts) > 1 and beside:
+        side = side_stream(output.device)  # the next group is prepared while one attends
     prepare(parts[0])
     for group, following in itertools.zip_longest(parts, parts[1:]):
         group_mask, group_h, group_z, group_sums = mask_of_pairs, h, z, sums

@@ -128,11 +128,14 @@ def _attend(
             proj_key_DD=weights.router.key,
         )
     elif on_kernels:
-        from foveal.methods.sla2.gpu import Options, sla2_attention_gpu
+        from foveal.methods.sla2.gpu import SLA2Call, SLA2Options, projections_of, sla2_attention_gpu
 
-        options = Options(scale, config.feature_map, config.temperature, name_of(ran.impl, config.precision))
+        backend = name_of(ran.impl, config.precision)
+        options = SLA2Options(scale, config.temperature, config.feature_map, backend)
         logits = block_logits(logits.float(), ceil_div(blocks.query.shape[2], config.block_q))
-        output = sla2_attention_gpu(*inputs, choice, weights.router, logits, ranked, options)
+        scores = None if ranked is None else ranked.scores
+        call = SLA2Call(*inputs, logits, scores, *projections_of(choice, weights.router), choice)
+        (output,) = sla2_attention_gpu(call, options)
     else:
         output = sla2_attention_torch(*inputs, config, choice, scale, logits, ranked)
     return blocks.output(output, query, key, value, scale), ran

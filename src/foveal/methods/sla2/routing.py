@@ -11,6 +11,7 @@ ranked: the first ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from foveal.blocks import BlockSelection, pool_blocks, pooled_scores
 from foveal.checks import product
 from foveal.kernels.cpu import blocked
-from foveal.kernels.values import unflatten
+from foveal.kernels.values import Problem, unflatten
 from foveal.methods.sla.feature_maps import apply_feature_map
 from foveal.methods.sla.linear import EPSILON
 from foveal.rules import SelectionRule
@@ -116,23 +117,12 @@ class RowFacts(NamedTuple):
     linear_dot: Tensor
 
 
-def score_gradient(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    ranked: Ranked,
-    selection: BlockSelection,
-    facts: RowFacts,
-    feature_map: str,
-    scale: float,
-) -> Tensor:
-    """The gradient of the router's scores, [B, H, Tq, C], from that of the output; a head at a time.
+def score_gradient(problem: Problem, grad: Tensor, ranked: Ranked, facts: RowFacts, feature_map: str) -> Tensor:
+    """The gradient of the router's scores, [B, H, Tq, C], from that of the output, [B, H, Lq, D]; a head at a time.
 
-    Args:
-        grad, query: [B, H, Lq, D]. key, value: [B, H, Lk, D].
-        selection: what was chosen, over these tokens.
+    The problem may be of any dtype and head dimension.
     """
+    query, key, value, selection, scale = problem
     count = ranked.scores.shape[-1]
     critical = selection.critical_mask()[..., :count]
     linear = selection.linear_mask("marginal")[:, :, : selection.num_query_blocks, :count]  # kernels have it padded
@@ -141,10 +131,10 @@ def score_gradient(
     for b in range(query.shape[0]):
         sample_sizes = _sizes(selection, key) if sizes is None else sizes[b % sizes.shape[0]]
         for h in range(query.shape[1]):
-            tensors = (x[b, h] for x in (grad, query, key, value))
+            tensors = [x[b, h] for x in (grad, query, key, value)]
             rows = RowFacts(*(x[b, h].to(ranked.scores.dtype) for x in facts))
             masks = critical[b, h], linear[b, h], sample_sizes[:count]
-            of_mask[b, h] = _head_gradient(*tensors, *masks, rows, selection, feature_map, scale)
+            of_mask[b, h] = _head_gradient(tensors, masks, rows, selection, feature_map, scale)
     kept = (critical & (ranked.scores != -torch.inf)).sum(-1, keepdim=True)
     return soft_top_k_gradient(ranked.scores, kept, ranked.temperature, of_mask)
 
@@ -155,19 +145,20 @@ def _sizes(selection: BlockSelection, key: Tensor) -> Tensor:
 
 
 def _head_gradient(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    critical: Tensor,
-    linear: Tensor,
-    sizes: Tensor,
+    tensors: Sequence[Tensor],
+    masks: tuple[Tensor, Tensor, Tensor],
     facts: RowFacts,
     selection: BlockSelection,
     feature_map: str,
     scale: float,
 ) -> Tensor:
-    """[Tq, C]: the gradient of one head's mask; the tensors are [L, D], the masks [Tq, C], the sizes [C]."""
+    """[Tq, C]: the gradient of one head's mask.
+
+    Args:
+        tensors: the gradient of the output, query, key, and value, [L, D] each.
+        masks: what is critical and what is linear, [Tq, C], and the sizes of the key blocks, [C].
+    """
+    (grad, query, key, value), (critical, linear, sizes) = tensors, masks
     dtype, count = facts.lse.dtype, sizes.shape[0]
     block_q, block_k = selection.block_q, selection.block_k
     valid = (torch.arange(block_k, device=sizes.device) < sizes[:, None])[..., None]
@@ -208,9 +199,8 @@ def score_gradient_op(
     scale: float,
 ) -> Tensor:
     """`score_gradient` as one node of a graph, of the fields of its arguments."""
-    selection = unflatten(selection_tensors, selection_numbers)
-    ranked = Ranked(scores, temperature)
-    return score_gradient(grad, query, key, value, ranked, selection, RowFacts(*facts), feature_map, scale)
+    problem = Problem(query, key, value, unflatten(selection_tensors, selection_numbers), scale)
+    return score_gradient(problem, grad, Ranked(scores, temperature), RowFacts(*facts), feature_map)
 
 
 @score_gradient_op.register_fake

@@ -133,11 +133,14 @@ def _attend(
         output = vsa_attention(query, key, value, config=config.cubes, **gates, **rest)
         return _with_linear_branch(output, query, key, value, tiles, config, weights, selection, scale, ran.impl), ran
     if ran.impl != "torch":
-        from foveal.methods.sla_vsa.gpu import Options, sla_vsa_attention_gpu
+        from foveal.methods.sla.gpu import SLAOptions
+        from foveal.methods.sla_vsa.gpu import SLAVSACall, sla_vsa_attention_gpu
+        from foveal.methods.vsa.gpu import choice_of
 
         backend = name_of(ran.impl, config.precision)
-        options = Options(scale, config.feature_map, config.linear_scope, backend)
-        return sla_vsa_attention_gpu(query, key, value, tiles, selection, *weights, options), ran
+        options = SLAOptions(scale, config.feature_map, config.linear_scope, backend)
+        call = SLAVSACall(query, key, value, *weights, tiles.cubes(), choice_of(tiles, selection))
+        return sla_vsa_attention_gpu(call, options)[0], ran
 
     def beside(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> Tensor:
         return _linear_part(query, key, value, selection, config, weights, scale, "torch")
@@ -158,12 +161,13 @@ def _linear_part(
     impl: str,
 ) -> Tensor:
     """Ol W^T + b, of tensors in tile order."""
-    branch, projection = config.branch(selection.block_q), (weights.proj_weight, weights.proj_bias)
+    projection = weights.proj_weight, weights.proj_bias
     if impl != "torch":
-        from foveal.methods.sla.gpu import linear_branch_gpu
+        from foveal.methods.sla.gpu import SLACall, SLAOptions, linear_branch_gpu
 
-        return linear_branch_gpu(query, key, value, branch, selection, scale, *projection, impl)
-    linear = linear_output(query, key, value, branch, selection)
+        options = SLAOptions(scale, config.feature_map, config.linear_scope, impl)
+        return linear_branch_gpu(SLACall(query, key, value, *projection, selection), options)
+    linear = linear_output(query, key, value, config.branch(selection.block_q), selection)
     return linear if projection[0] is None else linear_layer(linear, *projection)
 
 

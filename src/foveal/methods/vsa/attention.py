@@ -183,9 +183,13 @@ def _run_with(impl: str, precision: str) -> Callable[..., Tensor]:
     """The method over the tiles of a `CubeLayout`, by an implementation other than the reference."""
     if impl == "torch":
         return functools.partial(vsa_attention_torch, precision=precision)
-    from foveal.methods.vsa.gpu import vsa_attention_gpu
+    from foveal.methods.vsa.gpu import VSACall, VSAOptions, choice_of, vsa_attention_gpu
 
-    return functools.partial(vsa_attention_gpu, backend=name_of(impl, precision))
+    def run(query, key, value, tiles, selection, scale, gate_coarse, gate_fine) -> Tensor:
+        call = VSACall(query, key, value, gate_coarse, gate_fine, tiles.cubes(), choice_of(tiles, selection))
+        return vsa_attention_gpu(call, VSAOptions(scale, name_of(impl, precision)))[0]
+
+    return run
 
 
 def validate_call(query, key, value, config, grid, layout, kv_lengths) -> tuple[VideoGrid, TokenLayout | None]:

@@ -1,0 +1,25 @@
+"""The kernels' operators by the arguments that tests have: tensors, configurations, and a backend's name."""
+
+from foveal.kernels import sparse
+from foveal.methods.sla import gpu as sla
+from foveal.methods.vsa import gpu as vsa
+
+
+def block_sparse_attention_gpu(query, key, value, selection, scale, backend):
+    options = sparse.SparseOptions(scale, backend)
+    return sparse.block_sparse_attention_gpu(sparse.SparseCall(query, key, value, selection), options)
+
+
+def sla_attention_gpu(query, key, value, config, choice, scale, weight, bias, backend):
+    options = sla.SLAOptions(scale, config.feature_map, config.linear_scope, backend)
+    return sla.sla_attention_gpu(sla.SLACall(query, key, value, weight, bias, choice), options)[0]
+
+
+def linear_branch_gpu(query, key, value, config, selection, scale, weight, bias, backend):
+    options = sla.SLAOptions(scale, config.feature_map, config.linear_scope, backend)
+    return sla.linear_branch_gpu(sla.SLACall(query, key, value, weight, bias, selection), options)
+
+
+def vsa_attention_gpu(query, key, value, layout, selection, scale, gate_coarse, gate_fine, backend):
+    call = vsa.VSACall(query, key, value, gate_coarse, gate_fine, layout.cubes(), vsa.choice_of(layout, selection))
+    return vsa.vsa_attention_gpu(call, vsa.VSAOptions(scale, backend))[0]
