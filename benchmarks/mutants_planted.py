@@ -38,6 +38,7 @@ POOLING = "kernels/triton/pooling.py"
 SELECT = "kernels/triton/select.py"
 ROW_LISTS = "kernels/triton/lists.py"
 SPARSE = "kernels/sparse.py"
+OPERATOR = "kernels/operator.py"
 CPU = "kernels/cpu.py"
 SLA_GPU = "methods/sla/gpu.py"
 SLA_FORWARD = "methods/sla/gpu_forward.py"
@@ -75,9 +76,9 @@ def table_strides(title: str, file: str, name: str, wrong: str, after: str, *tes
     return Mutant(title, file, old, new, tests, after)
 
 
-def unguarded(title: str, file: str, after: str) -> Mutant:
+def unguarded(title: str, file: str, tensor: str) -> Mutant:
     """Launches on whatever device is the current one."""
-    return Mutant(title, file, "with on_device_of(query):", "if True:", (DEVICE,), after)
+    return Mutant(title, file, f"with on_device_of({tensor}):", "if True:", (DEVICE,))
 
 
 FULL_TILES = [
@@ -146,6 +147,7 @@ GROUPS = [
         "(first_pair + pair) // heads, (first_pair + pair) % heads",
         "pair // heads, pair % heads",
         (SLA,),
+        "def _key_state_kernel(",
     ),
     Mutant("SLA forward: norm", SLA_FORWARD, "state[part], norm[part]", "state[part], norm[:count]", (SLA,)),
     Mutant("SLA forward: state", SLA_FORWARD, "state[part], norm[part]", "state[:count], norm[part]", (SLA,)),
@@ -159,14 +161,12 @@ GROUPS = [
         )
         for name, test in (("forward", SLA), ("inference", SELECTING_PADDING))
     ),
-    Mutant(
-        "SLA forward: choice", SLA_FORWARD, "scale, rule, group.start, lists)", "scale, rule, 0, lists)", (SELECTING,)
-    ),
+    Mutant("SLA forward: choice", SLA_FORWARD, "pairs.start, self.lists", "0, self.lists", (SELECTING,)),
     Mutant(
         "SLA forward: pooled queries",
         SLA_FORWARD,
-        "pooled_query[group.start : group.stop]",
-        "pooled_query[:count]",
+        "else self.query[pairs.start : pairs.stop]",
+        "else self.query[: len(pairs)]",
         (SELECTING,),
     ),
     Mutant(
@@ -257,31 +257,44 @@ STRIDED = [
     Mutant(
         "sparse: lists as contiguous",
         SPARSE,
-        "selection.with_contiguous_lists(), scale",
-        "selection, scale",
+        "call.selection.with_contiguous_lists()",
+        "call.selection",
         (STRIDES,),
+        "def _forward(",
     ),
     Mutant(
         "sparse backward: lists as contiguous",
         SPARSE,
-        "selection = selection.with_contiguous_lists()",
-        "selection = selection",
+        "call.selection.with_contiguous_lists()",
+        "call.selection",
         (STRIDES,),
+        "def _backward(",
     ),
-    Mutant("SLA: lists as contiguous", SLA_GPU, "choice.with_contiguous_lists()", "choice", (SLA,)),
-    Mutant("VSA: lists as contiguous", VSA_GPU, "choice.critical.contiguous()", "choice.critical", (VSA_STRIDES,)),
+    Mutant("SLA: lists as contiguous", SLA_GPU, "choice.with_contiguous_lists()", "choice", (SLA,), "def _forward("),
+    Mutant(
+        "SLA backward: lists as contiguous",
+        SLA_GPU,
+        "choice.with_contiguous_lists()",
+        "choice",
+        (SLA,),
+        "def used_selection(",
+    ),
+    Mutant(
+        "VSA: lists as contiguous",
+        VSA_GPU,
+        "choice.critical.contiguous()",
+        "choice.critical",
+        (VSA_STRIDES,),
+        "def lists_of(",
+    ),
     Mutant("sizes: one sample's for all", "kernels/values.py", "else sizes.stride(0)", "else 0", (KEYS_63,)),
 ]
 
 DEVICES = [
-    unguarded("sparse forward", SPARSE, "def _forward("),
-    unguarded("sparse backward", SPARSE, "def _backward("),
-    unguarded("selection", SELECT, "def _select("),
-    unguarded("SLA forward", SLA_GPU, "def _forward("),
-    unguarded("SLA backward", SLA_GPU, "def _backward("),
-    unguarded("VSA selection", VSA_GPU, "def _select_op("),
-    unguarded("VSA forward", VSA_GPU, "def _forward("),
-    unguarded("VSA backward", VSA_GPU, "def _backward("),
+    unguarded("operators forward", OPERATOR, "tensors[0]"),
+    unguarded("operators backward", OPERATOR, "call[0]"),
+    unguarded("selection", SELECT, "query"),
+    unguarded("VSA selection", VSA_GPU, "query"),
 ]
 
 PRECISION = [
@@ -304,8 +317,8 @@ PRECISION = [
     Mutant(
         "forward: phi(Q) off by a percent",
         FORWARD,
-        "(phi * (1.0 / norm)[:, None])",
-        "(phi * (1.01 / norm)[:, None])",
+        "(phi * inverse[:, None])",
+        "(phi * (1.01 * inverse)[:, None])",
         (SLA, SLA_ELU, SLA_ALL),
     ),
     Mutant(
@@ -315,7 +328,9 @@ PRECISION = [
         "), 1)",
         (SLA,),
     ),
-    Mutant("query side: O^l left in delta", LINEAR_BACKWARD, "delta - grad_dot_linear, mask", "delta, mask", (SLA,)),
+    Mutant(
+        "query side: O^l left in delta", LINEAR_BACKWARD, "delta -= grad_dot_linear + share", "delta -= share", (SLA,)
+    ),
     Mutant("query side: n taken without Z", LINEAR_BACKWARD, "grad_norm -= tl.sum(", "grad_norm += tl.sum(", (SLA,)),
     Mutant(
         "key side: z left out",
