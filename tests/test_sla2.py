@@ -7,6 +7,7 @@ from routed_loops import routed_loops
 from torch.utils.checkpoint import checkpoint
 
 from foveal import RoutedSparseLinearAttention, SLA2Config, TokenLayout, VideoGrid, sla2_attention, sla_attention
+from foveal.layout import Where
 from foveal.methods.sla2 import routing
 from foveal.methods.sla2.attention import select_routed
 from foveal.testing import (
@@ -107,7 +108,7 @@ def test_text_and_padding(feature_map):
     ours = output_and_gradients(attention("torch", **options), inputs)
     same(ours, output_and_gradients(attention("reference", **options), inputs))
     assert all(torch.isfinite(x).all() for x in ours)
-    selection = select_routed(*inputs[:2], config, routing.Router(*inputs[4:]), (GRID, None, (90, 123), lengths))
+    selection = select_routed(*inputs[:2], config, routing.Router(*inputs[4:]), Where(GRID, None, (90, 123), lengths))
     fixed = sla2_attention(*inputs[:3], config=config, selection=selection, alpha_logits=inputs[3])
     torch.testing.assert_close(fixed, ours[0])
     assert (selection.labels()[0, ..., 5:] == 1).all()

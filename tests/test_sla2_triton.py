@@ -43,12 +43,13 @@ def check_case(name, device, attend):
     import torch
 
     from foveal import sla2_attention
+    from foveal.layout import Where
     from foveal.methods.sla2.attention import select_routed
     from foveal.methods.sla2.routing import Router
     from foveal.testing import assert_close_to_reference, output_and_gradients, poison_empty
 
     inputs, config, lengths = make_case(name, device)
-    selection = select_routed(*inputs[:2], config, Router(*inputs[4:]), (None, None, None, lengths))
+    selection = select_routed(*inputs[:2], config, Router(*inputs[4:]), Where(kv_lengths=lengths))
 
     def reference(query, key, value, logits, *projections):
         named = dict(zip(("proj_query", "proj_key"), projections, strict=True))

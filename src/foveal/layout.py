@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -250,6 +250,18 @@ class TokenLayout:
     def __str__(self) -> str:
         grid = "x".join(map(str, self.grid.shape))
         return f"layout {grid} with before={self.before}, after={self.after}"
+
+
+class Where(NamedTuple):
+    """Where the tokens of a call stand, by the arguments of a method's function (see `sla_attention`)."""
+
+    grid: VideoGrid | None = None
+    layout: TokenLayout | VideoGrid | None = None
+    protected_keys: tuple[int, int] | None = None
+    kv_lengths: Tensor | None = None
+
+
+NOWHERE = Where()
 
 
 def resolve_layout(

@@ -28,7 +28,7 @@ from foveal.kernels.api import (
 )
 from foveal.kernels.backend import name_of
 from foveal.kernels.tail import attend_with_tail
-from foveal.layout import TokenLayout, VideoGrid, resolve_layout
+from foveal.layout import NOWHERE, TokenLayout, VideoGrid, Where, resolve_layout
 from foveal.methods.choosing import rows_alike, rule_fields
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.feature_maps import linear_layer
@@ -91,29 +91,27 @@ def sla_attention(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     weights = proj_weight, proj_bias, feature_weight
-    where = grid, layout, protected_keys, kv_lengths
-    return _attend(query, key, value, config, selection, weights, where, scale, impl)[0]
+    where = Where(grid, layout, protected_keys, kv_lengths)
+    return _attend((query, key, value), config, selection, weights, where, scale, impl)[0]
 
 
 @without_autocast
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     config: SLAConfig,
     selection: BlockSelection | None,
     weights: tuple[Tensor | None, Tensor | None, Tensor | None],
-    where: tuple,
+    where: Where,
     scale: float | None,
     impl: str,
 ) -> tuple[Tensor, Ran]:
     """`sla_attention`, and what ran.
 
     Args:
+        inputs: its query, key, and value.
         weights: its proj_weight, proj_bias, and feature_weight.
-        where: its grid, layout, protected_keys, and kv_lengths.
     """
-    proj_weight, proj_bias, feature_weight = weights
+    (query, key, value), (proj_weight, proj_bias, feature_weight) = inputs, weights
     grid, layout, protected_keys, kv_lengths = where
     if not isinstance(config, SLAConfig):
         raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
@@ -126,7 +124,7 @@ def _attend(
     grid, packed = resolve_layout(grid, layout)
     if packed is not None:
         keys = packed_keys(query, key, packed, config, protected_keys, kv_lengths)
-        output, inner = _packed_attention(query, key, value, keys, config, selection, kv_lengths, scale, impl, weights)
+        output, inner = _packed_attention(inputs, keys, config, selection, weights, kv_lengths, scale, impl)
         return output, ran if inner.why is None else ran.but(inner.why)
     order = None
     if config.token_order == "tile":
@@ -215,10 +213,9 @@ def _attend(
     return output if order is None else order.unsort(output), ran
 
 
-def _packed_attention(
-    query, key, value, keys, config, selection, kv_lengths, scale, impl, weights
-) -> tuple[Tensor, Ran]:
+def _packed_attention(inputs, keys, config, selection, weights, kv_lengths, scale, impl) -> tuple[Tensor, Ran]:
     """SLA for the video's queries and dense attention for the protected ones, in sequence order."""
+    query, key, value = inputs
     video = keys.video(keys.layout.split(query)[0])
     slow_selection = selection is None and impl in ("triton", "gluon") and not fits_kernel(video, key, config.block_k)
     if selection is None:
@@ -230,8 +227,8 @@ def _packed_attention(
         selection = dataclasses.replace(selection, key_block_sizes=keys.sizes)
     # They are in the order that blocks are cut from, and the selection has what is fixed.
     config = config if keys.tile is None else config.replace(token_order="raster", window=None)
-    blocks = keys.in_blocks(key), keys.in_blocks(value)
-    video, ran = _attend(video, *blocks, config, selection, weights, (None,) * 4, scale, impl)
+    blocks = video, keys.in_blocks(key), keys.in_blocks(value)
+    video, ran = _attend(blocks, config, selection, weights, NOWHERE, scale, impl)
     output = keys.with_protected_queries(video, query, key, value, kv_lengths, scale)
     return output, ran.but(SLOW_SELECTION) if slow_selection else ran
 
@@ -347,9 +344,9 @@ class SparseLinearAttention(nn.Module):
         if query.shape[-1] != self.head_dim:
             raise ValueError(f"query must have head_dim {self.head_dim}, got {query.shape[-1]}")
         weight, bias = (None, None) if self.proj is None else self.proj()
-        weights, where = (weight, bias, self.feature_weight), (grid, layout, protected_keys, kv_lengths)
+        weights, where = (weight, bias, self.feature_weight), Where(grid, layout, protected_keys, kv_lengths)
         config = self.config if config is None else config
-        output, ran = _attend(query, key, value, config, selection, weights, where, None, self.impl)
+        output, ran = _attend((query, key, value), config, selection, weights, where, None, self.impl)
         if may_note():
             self.ran = ran
         return output

@@ -11,7 +11,7 @@ from foveal.blocks import BlockSelection
 from foveal.checks import check_choice, check_positive_int, check_scale, validate_qkv, without_autocast
 from foveal.kernels.api import IMPLS, SLOW_SELECTION, Ran, choose_impl, may_note
 from foveal.kernels.backend import name_of
-from foveal.layout import TokenLayout, VideoGrid
+from foveal.layout import NOWHERE, TokenLayout, VideoGrid, Where
 from foveal.methods.sla.order import token_places
 from foveal.methods.sla.projection import PreciseParameters
 from foveal.methods.sla2.blocks import CallBlocks
@@ -76,23 +76,22 @@ def sla2_attention(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     weights = Weights(alpha_logits, Router(proj_query, proj_key))
-    where = grid, layout, protected_keys, kv_lengths
-    return _attend(query, key, value, config, selection, weights, where, scale, impl)[0]
+    where = Where(grid, layout, protected_keys, kv_lengths)
+    return _attend((query, key, value), config, selection, weights, where, scale, impl)[0]
 
 
 @without_autocast
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     config: SLA2Config,
     selection: BlockSelection | None,
     weights: Weights,
-    where: tuple,
+    where: Where,
     scale: float | None,
     impl: str,
 ) -> tuple[Tensor, Ran]:
-    """`sla2_attention`, and what ran; `where` is its grid, layout, protected_keys, and kv_lengths."""
+    """`sla2_attention`, and what ran; `inputs` are its query, key, and value."""
+    query, key, value = inputs
     if not isinstance(config, SLA2Config):
         raise TypeError(f"config must be an SLA2Config, got {type(config).__name__}")
     validate_qkv(query, key, value)
@@ -234,8 +233,8 @@ class RoutedSparseLinearAttention(nn.Module):
         if alpha_logits is None:
             (alpha_logits,) = self.mixing()
         weights = Weights(alpha_logits, Router(*self.router()))
-        config, where = self.config if config is None else config, (grid, layout, protected_keys, kv_lengths)
-        output, ran = _attend(query, key, value, config, selection, weights, where, None, self.impl)
+        config, where = self.config if config is None else config, Where(grid, layout, protected_keys, kv_lengths)
+        output, ran = _attend((query, key, value), config, selection, weights, where, None, self.impl)
         if may_note():
             self.ran = ran
         return output
@@ -275,7 +274,7 @@ class RoutedSparseLinearAttention(nn.Module):
         """The selection that `forward` makes for the same arguments, to look at."""
         config = self.config if config is None else config
         router = Router(*self.router())
-        return select_routed(query, key, config, router, (grid, layout, protected_keys, kv_lengths))
+        return select_routed(query, key, config, router, Where(grid, layout, protected_keys, kv_lengths))
 
     def token_places(self, grid: VideoGrid) -> Tensor:
         """int64 [L]: where each token, in raster order, stands in the order that blocks are cut from."""
@@ -288,7 +287,7 @@ class RoutedSparseLinearAttention(nn.Module):
 @torch.no_grad()
 @without_autocast
 def select_routed(
-    query: Tensor, key: Tensor, config: SLA2Config, router: Router = SLAS_ROUTER, where: tuple = (None,) * 4
+    query: Tensor, key: Tensor, config: SLA2Config, router: Router = SLAS_ROUTER, where: Where = NOWHERE
 ) -> BlockSelection:
-    """The blocks that a router keeps; `where` is the grid, layout, protected_keys, and kv_lengths."""
+    """The blocks that a router keeps."""
     return CallBlocks(query, key, config, where, None).choose(router, check_scale(None, query.shape[-1]))

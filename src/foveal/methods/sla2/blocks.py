@@ -13,7 +13,7 @@ from torch import Tensor
 from foveal.blocks import BlockSelection, pool_blocks
 from foveal.kernels.api import fits_kernel, validate_selection
 from foveal.kernels.choice import choose_blocks
-from foveal.layout import TokenLayout, VideoGrid, resolve_layout
+from foveal.layout import Where, resolve_layout
 from foveal.methods.sla.order import token_order, validate_tile_order, video_sorted
 from foveal.methods.sla.packed import packed_keys
 from foveal.methods.sla2.config import SLA2Config
@@ -26,7 +26,6 @@ class CallBlocks:
 
     Args:
         query, key: [B, H, L, D], as the caller has them.
-        where: grid, layout, protected_keys, and kv_lengths, as in `sla2_attention`.
         selection: the caller's, or None.
 
     Attributes:
@@ -42,7 +41,7 @@ class CallBlocks:
         query: Tensor,
         key: Tensor,
         config: SLA2Config,
-        where: tuple[VideoGrid | None, TokenLayout | VideoGrid | None, tuple[int, int] | None, Tensor | None],
+        where: Where,
         selection: BlockSelection | None,
     ) -> None:
         grid, layout, protected_keys, kv_lengths = where

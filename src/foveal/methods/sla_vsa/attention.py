@@ -10,7 +10,7 @@ from foveal.blocks import BlockSelection
 from foveal.checks import check_choice, check_positive_int, check_scale, without_autocast
 from foveal.kernels.api import IMPLS, Ran, choose_impl, may_note
 from foveal.kernels.backend import name_of
-from foveal.layout import TokenLayout, VideoGrid
+from foveal.layout import TokenLayout, VideoGrid, Where
 from foveal.methods.sla.attention import check_weights
 from foveal.methods.sla.feature_maps import linear_layer
 from foveal.methods.sla.linear import linear_output
@@ -69,27 +69,26 @@ def sla_vsa_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    weights, where = Weights(gate_coarse, gate_fine, proj_weight, proj_bias), (grid, layout, kv_lengths)
-    return _attend(query, key, value, config, weights, selection, where, scale, impl)[0]
+    weights = Weights(gate_coarse, gate_fine, proj_weight, proj_bias)
+    where = Where(grid, layout, kv_lengths=kv_lengths)
+    return _attend((query, key, value), config, weights, selection, where, scale, impl)[0]
 
 
 @without_autocast
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     config: SLAVSAConfig,
     weights: Weights,
     selection: BlockSelection | None,
-    where: tuple,
+    where: Where,
     scale: float | None,
     impl: str,
 ) -> tuple[Tensor, Ran]:
-    """`sla_vsa_attention`, and what ran; `where` is its grid, layout, and kv_lengths."""
+    """`sla_vsa_attention`, and what ran; `inputs` are its query, key, and value."""
     if not isinstance(config, SLAVSAConfig):
         raise TypeError(f"config must be an SLAVSAConfig, got {type(config).__name__}")
-    grid, layout, kv_lengths = where
-    grid, packed = validate_call(query, key, value, config.cubes, grid, layout, kv_lengths)
+    (query, key, value), kv_lengths = inputs, where.kv_lengths
+    grid, packed = validate_call(inputs, config.cubes, where)
     check_gates(query, weights.gate_coarse, weights.gate_fine)
     check_weights(query, config.branch(64), weights.proj_weight, weights.proj_bias, None)
     if not config.coarse:
@@ -131,7 +130,7 @@ def _attend(
     if packed is not None:
         rest = {"layout": packed, "selection": selection, "scale": scale, "impl": ran.impl}
         output = vsa_attention(query, key, value, config=config.cubes, **gates, **rest)
-        return _with_linear_branch(output, query, key, value, tiles, config, weights, selection, scale, ran.impl), ran
+        return _with_linear_branch(output, inputs, tiles, config, weights, selection, scale, ran.impl), ran
     if ran.impl != "torch":
         from foveal.methods.sla.gpu import SLAOptions
         from foveal.methods.sla_vsa.gpu import SLAVSACall, sla_vsa_attention_gpu
@@ -146,8 +145,7 @@ def _attend(
         return _linear_part(query, key, value, selection, config, weights, scale, "torch")
 
     added = None if config.linear_scope == "none" else beside
-    of_cubes = query, key, value, tiles, selection, scale
-    return vsa_attention_torch(*of_cubes, *gates.values(), added, config.precision), ran
+    return vsa_attention_torch(inputs, tiles, selection, scale, tuple(gates.values()), added, config.precision), ran
 
 
 def _linear_part(
@@ -173,9 +171,7 @@ def _linear_part(
 
 def _with_linear_branch(
     output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     tiles: PackedTiles,
     config: SLAVSAConfig,
     weights: Weights,
@@ -186,6 +182,7 @@ def _with_linear_branch(
     """The output over a packed sequence, with the linear branch of the video's queries."""
     if config.linear_scope == "none":
         return output
+    query, key, value = inputs
     layout, tile, slot = tiles.layout, tiles.tile, tiles.slot
     video = layout.grid.to_tile_order(layout.split(query)[0], tile, slot=slot)
     keys = tiles.to_cubes(key), tiles.to_cubes(value)
@@ -274,9 +271,9 @@ class SparseLinearVideoAttention(nn.Module):
         elif hidden_states is not None:
             raise ValueError("gates stand in for hidden_states; give one of them")
         projection = (None, None) if self.proj is None else self.proj()
-        config, where = self.config if config is None else config, (grid, layout, kv_lengths)
+        config, where = self.config if config is None else config, Where(grid, layout, kv_lengths=kv_lengths)
         weights = Weights(*gates, *projection)
-        output, ran = _attend(query, key, value, config, weights, selection, where, None, self.impl)
+        output, ran = _attend((query, key, value), config, weights, selection, where, None, self.impl)
         if may_note():
             self.ran = ran
         return output

@@ -20,7 +20,7 @@ from foveal.kernels.api import IMPLS, KERNEL_MAX_BLOCKS, SLOW_SELECTION, Ran, ch
 from foveal.kernels.backend import name_of
 from foveal.kernels.choice import block_scores
 from foveal.kernels.dense import dense_attention
-from foveal.layout import TokenLayout, VideoGrid, resolve_layout
+from foveal.layout import TokenLayout, VideoGrid, Where, resolve_layout
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cpu import vsa_attention_torch
 from foveal.methods.vsa.gates import check_gates, constant_linear, gates_of
@@ -50,7 +50,7 @@ def select_cubes(
         A selection over the slotted tile order: one row per cube, one column per cube and per block of text or chunk of
         a protected segment. Every row lists all of these.
     """
-    grid, packed = validate_call(query, key, key, config, grid, layout, kv_lengths)
+    grid, packed = validate_call((query, key, key), config, Where(grid, layout, kv_lengths=kv_lengths))
     scale = check_scale(scale, query.shape[-1])
     if packed is not None:
         tiles = PackedTiles(config, packed, key.device)
@@ -111,30 +111,28 @@ def vsa_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    gates, where = (gate_coarse, gate_fine), (grid, layout, kv_lengths)
-    return _attend(query, key, value, config, gates, selection, where, scale, impl)[0]
+    gates, where = (gate_coarse, gate_fine), Where(grid, layout, kv_lengths=kv_lengths)
+    return _attend((query, key, value), config, gates, selection, where, scale, impl)[0]
 
 
 @without_autocast
 def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     config: VSAConfig,
     gates: tuple[Tensor | None, Tensor | None],
     selection: BlockSelection | None,
-    where: tuple,
+    where: Where,
     scale: float | None,
     impl: str,
 ) -> tuple[Tensor, Ran]:
     """`vsa_attention`, and what ran.
 
     Args:
+        inputs: its query, key, and value.
         gates: its gate_coarse and gate_fine.
-        where: its grid, layout, and kv_lengths.
     """
-    grid, layout, kv_lengths = where
-    grid, packed = validate_call(query, key, value, config, grid, layout, kv_lengths)
+    (query, key, value), kv_lengths = inputs, where.kv_lengths
+    grid, packed = validate_call(inputs, config, where)
     gate_coarse, gate_fine = gates
     check_gates(query, gate_coarse, gate_fine)
     scale = check_scale(scale, query.shape[-1])
@@ -169,8 +167,8 @@ def _attend(
         return output, ran
     run = _run_with(impl, config.precision)
     if packed is None:
-        return run(query, key, value, tiles, selection, scale, gate_coarse, gate_fine), ran
-    output = run(query, key, value, tiles, tiles.with_all_rows(selection), scale, gate_coarse, gate_fine)
+        return run(inputs, tiles, selection, scale, gates), ran
+    output = run(inputs, tiles, tiles.with_all_rows(selection), scale, gates)
     # Of the protected tokens that is only the coarse branch: their chunks have no lists.
     video, coarse = packed.split(output)
     fine = dense_attention(packed.split(query)[1], key, value, scale=scale)
@@ -185,18 +183,21 @@ def _run_with(impl: str, precision: str) -> Callable[..., Tensor]:
         return functools.partial(vsa_attention_torch, precision=precision)
     from foveal.methods.vsa.gpu import VSACall, VSAOptions, choice_of, vsa_attention_gpu
 
-    def run(query, key, value, tiles, selection, scale, gate_coarse, gate_fine) -> Tensor:
-        call = VSACall(query, key, value, gate_coarse, gate_fine, tiles.cubes(), choice_of(tiles, selection))
+    def run(inputs, tiles, selection, scale, gates) -> Tensor:
+        call = VSACall(*inputs, *gates, tiles.cubes(), choice_of(tiles, selection))
         return vsa_attention_gpu(call, VSAOptions(scale, name_of(impl, precision)))[0]
 
     return run
 
 
-def validate_call(query, key, value, config, grid, layout, kv_lengths) -> tuple[VideoGrid, TokenLayout | None]:
+def validate_call(
+    inputs: tuple[Tensor, Tensor, Tensor], config: VSAConfig, where: Where
+) -> tuple[VideoGrid, TokenLayout | None]:
     """The grid, and the layout if it has protected segments; a TypeError or ValueError unless all fit together."""
     if not isinstance(config, VSAConfig):
         raise TypeError(f"config must be a VSAConfig, got {type(config).__name__}")
-    grid, packed = resolve_layout(grid, layout)
+    (query, key, value), kv_lengths = inputs, where.kv_lengths
+    grid, packed = resolve_layout(where.grid, where.layout)
     if grid is None:
         raise ValueError("grid is required for VSA: VideoGrid(frames, height, width) in tokens, or a layout")
     validate_qkv(query, key, value)
@@ -301,8 +302,8 @@ class VideoSparseAttention(nn.Module):
         elif hidden_states is not None:
             raise ValueError("gates stand in for hidden_states; give one of them")
         config = self.config if config is None else config
-        where = grid, layout, kv_lengths
-        output, ran = _attend(query, key, value, config, gates, selection, where, None, self.impl)
+        where = Where(grid, layout, kv_lengths=kv_lengths)
+        output, ran = _attend((query, key, value), config, gates, selection, where, None, self.impl)
         if may_note():
             self.ran = ran
         return output

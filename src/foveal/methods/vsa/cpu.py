@@ -13,22 +13,21 @@ from foveal.methods.vsa.layout import CubeLayout
 
 
 def vsa_attention_torch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     layout: CubeLayout,
     selection: BlockSelection | None,
     scale: float,
-    gate_coarse: Tensor | None,
-    gate_fine: Tensor | None,
+    gates: tuple[Tensor | None, Tensor | None],
     beside: Callable[[Tensor, Tensor, Tensor, BlockSelection], Tensor] | None = None,
     precision: str = "input",
 ) -> Tensor:
     """O = Gc * Oc + Gf * Of, [B, H, L, D] in raster order, differentiated by autograd.
 
+    inputs: query, key, and value in raster order. gates: Gc and Gf.
     beside: what is added to Of, from the fine stage's query, key, value, and selection, all in tile order.
     precision: of the products of queries and keys in the fine stage.
     """
+    (query, key, value), (gate_coarse, gate_fine) = inputs, gates
     length = query.shape[2]
     cubes = [layout.to_cubes(x) for x in (query, key[:, :, :length], value[:, :, :length])]
     query_c, key_c, value_c = (pool_blocks(x, layout.slot, layout.cube_sizes) for x in cubes)
