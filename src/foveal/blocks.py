@@ -101,6 +101,28 @@ class BlockSelection:
             key_block_sizes=key_block_sizes,
         )
 
+    @classmethod
+    def by_rule(
+        cls,
+        rule: SelectionRule,
+        query: Tensor,
+        key: Tensor,
+        critical: Tensor,
+        counts: Tensor,
+        marginal: Tensor | None = None,
+    ) -> BlockSelection:
+        """What a rule chose over query and key, [B, H, L, D]."""
+        return cls(
+            critical=critical,
+            critical_count=counts,
+            marginal=marginal,
+            block_q=rule.block_q,
+            block_k=rule.block_k,
+            query_length=query.shape[2],
+            key_length=key.shape[2],
+            key_block_sizes=rule.key_block_sizes,
+        )
+
     @property
     def num_query_blocks(self) -> int:
         return ceil_div(self.query_length, self.block_q)

@@ -308,17 +308,7 @@ def select_blocks(
         fixed=fixed,
     )
     choose = _select_on_device if fits_kernel(query, key, block_k) else choose_blocks
-    critical, counts, marginal = choose(query, key, scale, rule, drop_ratio > 0.0)
-    return BlockSelection(
-        critical=critical,
-        critical_count=counts,
-        marginal=marginal,
-        block_q=block_q,
-        block_k=block_k,
-        query_length=query.shape[2],
-        key_length=key.shape[2],
-        key_block_sizes=rule.key_block_sizes,
-    )
+    return BlockSelection.by_rule(rule, query, key, *choose(query, key, scale, rule, drop_ratio > 0.0))
 
 
 def fits_kernel(query: Tensor, key: Tensor, block_k: int) -> bool:

@@ -206,7 +206,8 @@ def pick(
     for start in range(0, pairs, step):
         some = min(step, pairs - start)
         pooled = (query[start:], key[start:]) if start else (query, key)
-        write_scores(*pooled, scale, rule, (rows, columns), heads, first_pair + start, some, sizes, scores)
+        these = range(first_pair + start, first_pair + start + some)
+        write_scores(pooled, scale, rule, (rows, columns), heads, these, sizes, scores)
         launch(
             _pick_kernel,
             (padded_rows, some),

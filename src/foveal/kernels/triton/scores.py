@@ -117,28 +117,26 @@ def _quarter_score_kernel(
 
 
 def write_scores(
-    query: Tensor,
-    key: Tensor,
+    pooled: tuple[Tensor, Tensor],
     scale: float,
     rule: SelectionRule,
     blocks: tuple[int, int],
     heads: int,
-    first_pair: int,
-    pairs: int,
+    pairs: range,
     sizes: Sizes,
     scores: Tensor,
 ) -> None:
     """Writes the scores of some pairs of batch and head.
 
     Args:
-        query, key: pooled, as `pick` gets them, from these pairs on.
+        pooled: query and key as `pick` gets them, from these pairs on.
         blocks: Tq and Tk.
         heads: H.
-        first_pair, pairs: where these pairs start among all of them, and how many they are.
+        pairs: these pairs among all of them.
         sizes: as `pick` gets it.
         scores: order-preserving int32 [at least pairs, Tq, padded Tk]; what is past the last key block is undefined.
     """
-    rows, columns = blocks
+    (query, key), (rows, columns) = pooled, blocks
     column_tiles = -(-columns // SCORE_TILE)
     # Three products of 11-bit parts are as good as float32, and the same for equal columns: ties stay ties. AMD's
     # compiler has no such products, but those of float32.
@@ -147,7 +145,7 @@ def write_scores(
         of_queries, of_keys = sizes
         launch(
             _quarter_score_kernel,
-            (-(-PARTS * columns // QUARTER_TILE), -(-PARTS * rows // QUARTER_TILE), pairs),
+            (-(-PARTS * columns // QUARTER_TILE), -(-PARTS * rows // QUARTER_TILE), len(pairs)),
             query_ptr=query,
             key_ptr=key,
             score_ptr=scores,
@@ -159,7 +157,7 @@ def write_scores(
             query_blocks=rows,
             key_blocks=columns,
             padded_columns=column_tiles * SCORE_TILE,
-            first_pair=first_pair,
+            first_pair=pairs.start,
             query_size_stride=size_stride(of_queries),
             key_size_stride=size_stride(of_keys),
             query_part=rule.block_q // PARTS,
@@ -175,7 +173,7 @@ def write_scores(
     else:
         launch(
             _score_kernel,
-            (column_tiles, -(-rows // SCORE_TILE), pairs),
+            (column_tiles, -(-rows // SCORE_TILE), len(pairs)),
             query_ptr=query,
             key_ptr=key,
             score_ptr=scores,

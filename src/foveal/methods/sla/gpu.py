@@ -67,23 +67,7 @@ def linear_branch_gpu(call: SLACall, options: SLAOptions) -> Tensor:
 
 def new_selection(query: Tensor, key: Tensor, rule: SelectionRule, scope: str) -> BlockSelection:
     """Memory for what a rule chooses. Its marginal mask is padded, as the products want it; None over all keys."""
-    return chosen_by(rule, query, key, *new_lists(query, key, rule, with_marginal=scope != "all"))
-
-
-def chosen_by(
-    rule: SelectionRule, query: Tensor, key: Tensor, critical: Tensor, counts: Tensor, marginal: Tensor | None = None
-) -> BlockSelection:
-    """The selection of a rule over query and key, [B, H, L, D], from what it chose."""
-    return BlockSelection(
-        critical=critical,
-        critical_count=counts,
-        marginal=marginal,
-        block_q=rule.block_q,
-        block_k=rule.block_k,
-        query_length=query.shape[2],
-        key_length=key.shape[2],
-        key_block_sizes=rule.key_block_sizes,
-    )
+    return BlockSelection.by_rule(rule, query, key, *new_lists(query, key, rule, with_marginal=scope != "all"))
 
 
 def made_by_rule(choice: BlockSelection | SelectionRule, selection: BlockSelection) -> tuple[Tensor, ...]:
@@ -99,7 +83,7 @@ def used_selection(
 ) -> BlockSelection:
     """The selection that a forward used: the given one, or what `made_by_rule` returned of it."""
     if isinstance(choice, SelectionRule):
-        return chosen_by(choice, query, key, *made)
+        return BlockSelection.by_rule(choice, query, key, *made)
     return choice.with_contiguous_lists()
 
 

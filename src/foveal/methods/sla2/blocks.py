@@ -117,16 +117,7 @@ class CallBlocks:
             from foveal.methods.sla2.gpu import choose_gpu
 
             critical, counts = choose_gpu(query, key, rule, router, scale)
-        selection = BlockSelection(
-            critical=critical,
-            critical_count=counts,
-            marginal=None,
-            block_q=block_q,
-            block_k=block_k,
-            query_length=query.shape[2],
-            key_length=key.shape[2],
-            key_block_sizes=rule.key_block_sizes,
-        )
+        selection = BlockSelection.by_rule(rule, query, key, critical, counts)
         if self.packed is None:
             return selection
         return self.packed.with_protected(selection, num_critical(self.packed.video_blocks, config.keep_ratio, None))
