@@ -98,13 +98,11 @@ class LayerCall(NamedTuple):
     config: Config | None = None
     gates: tuple[Tensor | None, ...] | None = None
 
-    @property
     def named(self) -> dict[str, Any]:
         """What every module takes by name."""
         where = "layout" if isinstance(self.tokens, TokenLayout) else "grid"
         return {where: self.tokens, "kv_lengths": self.kv_lengths, "config": self.config}
 
-    @property
     def text(self) -> tuple[int, int] | None:
         """The keys past the grid's tokens, [start, stop); None where there are none, or a layout says what they are."""
         start, stop = self.query.shape[2], self.key.shape[2]
@@ -159,7 +157,7 @@ class Method:
     key_blocks: Callable[[Config, VideoGrid], tuple[int, str]]
     kept_blocks: Callable[[Config, VideoGrid, bool], tuple[int, int] | None] = lambda config, grid, packed: None
     precision: Callable[[Config], str] = lambda config: "input"
-    run: Callable[[nn.Module, LayerCall], Tensor] = lambda module, call: module(*call[:3], **call.named)
+    run: Callable[[nn.Module, LayerCall], Tensor] = lambda module, call: module(*call[:3], **call.named())
     gates: Callable[[nn.Module, Tensor], tuple[Tensor | None, ...] | None] = lambda module, hidden_states: None
     idle: Callable[[nn.Module, Tensor], Iterable[Tensor | None]] = lambda module, hidden_states: module.parameters()
     plan: Callable[[Config, VideoGrid, torch.device], Any] = lambda config, grid, device: None

@@ -23,7 +23,7 @@ def _build(config: SLAConfig, hidden_dim: int, num_heads: int, head_dim: int, im
 
 
 def _run(module: SparseLinearAttention, call: LayerCall) -> Tensor:
-    return module(*call[:3], protected_keys=call.text, **call.named)
+    return module(*call[:3], protected_keys=call.text(), **call.named())
 
 
 def _idle(module: SparseLinearAttention, hidden_states: Tensor) -> tuple[Tensor | None, ...]:

@@ -23,7 +23,7 @@ def _build(
 
 def _run(module: RoutedSparseLinearAttention, call: LayerCall) -> Tensor:
     logits = None if call.gates is None else module.logits_of(call.gates[0])
-    return module(*call[:3], logits, protected_keys=call.text, **call.named)
+    return module(*call[:3], logits, protected_keys=call.text(), **call.named())
 
 
 def _idle(module: RoutedSparseLinearAttention, hidden_states: Tensor) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ def _gates(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor,
 
 
 def _run(module: VideoSparseAttention, call: LayerCall) -> Tensor:
-    return module(*call[:3], call.hidden_states, call.gates, **call.named)
+    return module(*call[:3], call.hidden_states, call.gates, **call.named())
 
 
 def _idle(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor | None, ...]:
