@@ -267,6 +267,31 @@ def test_an_absent_host_is_named_with_its_install_command(monkeypatch):
         foveal.patch("turbodiffusion")
 
 
+@pytest.mark.parametrize("host", ["diffusers", "fastvideo", "turbodiffusion"])
+def test_a_command_shows_that_it_runs(fastvideo, sla_class, monkeypatch, capsys, host):
+    """`python -m foveal.hosts`, as the page has it."""
+    pytest.importorskip("diffusers")
+    from foveal.hosts import __main__ as command
+
+    assert command.main([host]) == 0
+    said = capsys.readouterr().out
+    assert "foveal" in said.splitlines()[0]
+    errors = [float(error) for error in re.findall(r"[\d.]+e-\d+", said)]
+    assert len(errors) == 2
+    assert 0 < max(errors) < 1e-5
+    # And that it does not.
+    monkeypatch.setattr(command, "relative_error", lambda ours, exact: torch.ones(()))
+    assert command.main([host]) == 1
+
+
+def test_a_command_says_what_is_missing(monkeypatch, capsys):
+    from foveal.hosts import __main__ as command
+
+    monkeypatch.setitem(sys.modules, "fastvideo_kernel", None)
+    assert command.main(["fastvideo"]) == 1
+    assert capsys.readouterr().out.endswith("pip install fastvideo-kernel einops\n")
+
+
 def test_a_host_of_another_version_is_left_alone(fastvideo, monkeypatch):
     def video_sparse_attn(q, k, v, topk):
         return q

@@ -22,7 +22,7 @@ WIDE = 256  # tokens of a block that runs as two of the kernels'
 
 def patch(impl: str) -> Patch:
     """The host's two public functions replaced by ones that run `impl`."""
-    package = import_host("fastvideo_kernel", "fastvideo-kernel", "pip install fastvideo-kernel")
+    package = import_host("fastvideo_kernel", "fastvideo-kernel", "pip install fastvideo-kernel einops")
 
     # Their names and parameters are the host's: callers pass them by name.
     def video_sparse_attn(
