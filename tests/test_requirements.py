@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -70,8 +71,18 @@ def test_hints_name_extras_that_there_are_and_where_to_find_them(monkeypatch, tm
         assert name in extras
 
 
+def test_the_workflow_tests_the_bounds_that_are_promised():
+    """The oldest Python and the oldest PyTorch of its matrix are the lower bounds, which pip would not go below."""
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
+    matrix = workflow["jobs"]["core"]["strategy"]["matrix"]
+    torches = [Version(release.removesuffix(".*")) for release in matrix["torch"]]
+    assert min(torches) == required()["torch"]
+    assert min(map(Version, matrix["python"])) == Version(PROMISED)
+
+
 def test_every_page_names_the_python_that_is_promised():
     assert PROJECT["tool"]["ruff"]["target-version"] == "py" + PROMISED.replace(".", "")
-    for page in ("README.md", "docs/index.md", ".ci/run"):
+    for page in ("README.md", "docs/index.md", "docs/faq.md", ".ci/run"):
         named = re.findall(r"Python (3\.\d+) or newer", (ROOT / page).read_text(encoding="utf-8"))
         assert named == [PROMISED], page
