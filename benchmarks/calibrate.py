@@ -49,7 +49,7 @@ def without_tail(policy: Path, output: Path) -> Path:
 def quality(
     loaded: LoadedPipeline, policy: Path, prompts: list[str], seeds: list[int], work: Path, steps: int | None
 ) -> dict[str, float]:
-    """PSNR, SSIM, and flicker of a policy's videos against the dense ones, over all pairs."""
+    """PSNR, SSIM, flicker, and seconds a step of a policy's videos beside the dense ones, over all pairs."""
     settings = GenerationSettings(steps=steps, exact=True)
     choice = SparseChoice(policy=policy)
     report = evaluate(loaded, prompts, seeds, work / "videos", settings, sparse=choice)
@@ -57,8 +57,10 @@ def quality(
     pairs = report.pairs
     mean = {name: sum(pair[name] for pair in pairs) / len(pairs) for name in ("psnr_db", "ssim")}
     rows = report.to_dict()["table"]
-    flicker = next((row for name, row in rows.items() if name.startswith("flicker")), {})
-    return mean | {f"flicker_{arm}": flicker[arm]["mean"] for arm in ("dense", "sparse") if arm in flicker}
+    arms = {"flicker": rows.get("flicker", {}), "step_seconds": rows["seconds a step"]}
+    return mean | {
+        f"{name}_{arm}": found[arm]["mean"] for name, found in arms.items() for arm in found if arm != "paired"
+    }
 
 
 def work_of(layers: list[LayerErrors], configs: list[Config], chosen: Choice) -> float:
@@ -102,8 +104,9 @@ def error_table(results: dict) -> str:
 def table(results: dict) -> str:
     """The lines of the page's table of videos."""
     lines = [
-        "| error allowed | tail | less attention work | dense steps | sparse layers | PSNR, dB | SSIM |",
-        "|---|---|---|---|---|---|---|",
+        "| error allowed | tail | less attention work | dense steps | sparse layers | PSNR, dB | SSIM "
+        "| flicker, dense | sparse | seconds a step, dense | sparse |",
+        "|---" * 11 + "|",
     ]
     for row in results["rows"]:
         cells = (
@@ -114,6 +117,8 @@ def table(results: dict) -> str:
             f"{row['sparse_layers']} of {results['layers']}",
             f"{row['psnr_db']:.1f}",
             f"{row['ssim']:.3f}",
+            *(f"{row[name]:.2f}" if name in row else "" for name in ("flicker_dense", "flicker_sparse")),
+            *(f"{row[name]:.3f}" if name in row else "" for name in ("step_seconds_dense", "step_seconds_sparse")),
         )
         lines.append(f"| {' | '.join(cells)} |")
     size = "x".join(map(str, results["grid"]))

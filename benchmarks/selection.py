@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 from collections import defaultdict
 from typing import Any
 
@@ -23,11 +24,15 @@ import torch
 from result_page import ResultPage
 from torch import Tensor
 
-from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
+from foveal import BlockSelection, SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
+from foveal.blocks import pick_blocks
+from foveal.kernels.choice import block_scores
 from foveal.lab.generate.run import GenerationSettings, environment
 from foveal.lab.inspect.probe import Progress, watch
 from foveal.lab.pipelines import choose_device, choose_dtype, load_pipeline
 from foveal.methods.base import Config
+from foveal.methods.sla.order import fixed_of, token_order
+from foveal.methods.vsa.layout import CubeLayout
 from foveal.models.shipped import shipped_clips
 
 PAGE = ResultPage.of("selection")
@@ -54,6 +59,7 @@ RULES = {
     "mean, window 1x3x3": ({"window": (1, 3, 3)}, False),
     "mean, window 3x1x1": ({"window": (3, 1, 1)}, False),
 }
+SCORES = ("mean_spread", "log_sum_exp")  # beside the means
 BY_HEAD, ORACLE = "mean, ratios by head", "oracle"
 
 
@@ -97,13 +103,53 @@ class Blocks:
         return torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, best, True)
 
     def of(self, kept: Tensor) -> Tensor:
-        """float64 [4, H] of a choice, bool [H, T, T]: share of blocks, recall, squared error, squared output."""
-        mask = kept[:, self.block].float()
-        mass = torch.einsum("hlt,hlt->hl", mask, self.mass)
-        output = torch.einsum("hlt,hltd->hld", mask, self.parts) / mass.clamp_min(1e-30)[..., None]
-        missed = (output - self.exact).double().square().sum((1, 2))
-        share, recall = kept.double().mean((1, 2)), mass.double().mean(1)
-        return torch.stack((share, recall, missed, self.exact.double().square().sum((1, 2))))
+        """float64 [N, 4, H] of choices, bool [N, H, T, T]: share of blocks, recall, squared error, squared output."""
+        mask = kept[:, :, self.block].permute(1, 2, 0, 3).float()  # [H, M, N, T]
+        mass = (mask @ self.mass[..., None]).squeeze(-1)
+        missed = (mask @ self.parts / mass.clamp_min(1e-30)[..., None] - self.exact[:, :, None]).square().sum(-1)
+        share, recall = kept.double().mean((2, 3)), mass.double().mean(1).mT
+        squares = self.exact.square().sum(-1).double().sum(1).expand_as(share)
+        return torch.stack((share, recall, missed.double().sum(1).mT, squares), 1)
+
+
+class Chooser:
+    """The choices of one call, [1, H, L, D], by the configurations of a method; each score is computed once."""
+
+    def __init__(self, query: Tensor, key: Tensor, grid: VideoGrid) -> None:
+        self.query, self.key, self.grid = query, key, grid
+        self.scale, self.scores = query.shape[-1] ** -0.5, {}
+
+    def masks(self, configs: list[Config]) -> Tensor:
+        """bool [N, H, T, T]: what each configuration of one rule keeps, as the method's module does."""
+        return torch.stack([self._chosen(config).critical_mask()[0] for config in configs])
+
+    def _chosen(self, config: Config) -> BlockSelection:
+        if isinstance(config, VSAConfig):
+            layout = CubeLayout(config, self.grid, self.key, None)
+            return layout.pick(self._scores(config, layout))
+        blocks = {"block_q": config.block_q, "block_k": config.block_k}
+        critical, counts, _ = pick_blocks(
+            self._scores(config, None),
+            keep_ratio=config.keep_ratio,
+            keep_mass=config.keep_mass,
+            max_keep_ratio=config.max_keep_ratio,
+            fixed=fixed_of(config, self.grid, self.query.device),
+        )
+        lengths = {"query_length": self.query.shape[2], "key_length": self.key.shape[2]}
+        return BlockSelection(critical=critical, critical_count=counts, marginal=None, **blocks, **lengths)
+
+    def _scores(self, config: Config, cubes: CubeLayout | None) -> Tensor:
+        asked = type(config), getattr(config, "token_order", None), config.score
+        if asked not in self.scores:
+            sizes, blocks = (), None
+            if cubes is not None:
+                tokens = cubes.to_cubes(self.query), cubes.to_cubes(self.key)
+                sizes, blocks = (cubes.cube_sizes, cubes.cube_sizes), (cubes.slot, cubes.slot)
+            else:
+                order, blocks = token_order(config, self.grid, self.query.device), (config.block_q, config.block_k)
+                tokens = (x if order is None else order.sort(x) for x in (self.query, self.key))
+            self.scores[asked] = block_scores(*tokens, *blocks, self.scale, config.score, *sizes)
+        return self.scores[asked]
 
 
 # {(method, rule): {(prompt, layer, step): float64 [budgets, 4, H]}}
@@ -114,7 +160,7 @@ Found = dict[tuple[str, str], dict[tuple[int, str, int], Tensor]]
 def look_at(query: Tensor, key: Tensor, value: Tensor, grid: VideoGrid) -> dict[tuple[str, str], Tensor]:
     """One call of a layer: for each method and rule what `Blocks.of` says at each budget, [budgets, 4, H]."""
     heads, head_dim = query.shape[1], query.shape[3]
-    found = {}
+    found, chooser = {}, Chooser(query, key, grid)
     for name, method in METHODS.items():
         if isinstance(method, SLAConfig):
             module = SparseLinearAttention(head_dim, method, impl="torch")
@@ -123,15 +169,14 @@ def look_at(query: Tensor, key: Tensor, value: Tensor, grid: VideoGrid) -> dict[
         size = module.kernel_blocks(method, grid)[0]
         blocks = Blocks(query, key, value, module.token_places(grid).to(query.device), size)
         for rule in RULES:
-            masks = [
-                module.select(query, key, grid=grid, config=config).critical_mask()[0]
-                for config in budgets_of(method, rule)
-            ]
-            if masks:
-                found[name, rule] = torch.stack([blocks.of(mask) for mask in masks])
+            configs = budgets_of(method, rule)
+            if not configs:
+                continue
+            masks = chooser.masks(configs)
+            found[name, rule] = blocks.of(masks)
             if rule == "mean":
-                kept = [int(mask[0, 0].sum()) for mask in masks]
-                found[name, ORACLE] = torch.stack([blocks.of(blocks.oracle(count)) for count in kept])
+                kept = masks[:, 0, 0].sum(-1).tolist()
+                found[name, ORACLE] = blocks.of(torch.stack([blocks.oracle(count) for count in kept]))
     return found
 
 
@@ -187,10 +232,38 @@ def at_share(points: list[dict[str, float]], share: float, figure: str) -> float
     return None
 
 
+def beside_means(results: dict[str, Any]) -> dict[str, list[float]]:
+    """By rule, how many times the error of the means its error is, in each cell of the table that both have."""
+    errors = {
+        (row["method"], row["rule"]): [at_share(row["points"], share, "error") for share in results["shares"]]
+        for row in results["rows"]
+    }
+    found: dict[str, list[float]] = {}
+    for (method, rule), cells in errors.items():
+        if rule not in ("mean", ORACLE):
+            pairs = zip(cells, errors[method, "mean"], strict=True)
+            found.setdefault(rule, []).extend(x / y for x, y in pairs if x is not None and y is not None)
+    return found
+
+
+def conclusions(results: dict[str, Any]) -> list[str]:
+    """The lines that say how the rules stand beside the means of blocks."""
+    lines = ["| rule | lower error than the means in | error, of that of the means |", "|---|---|---|"]
+    found = beside_means(results)
+    for rule, ratios in found.items():
+        lower = sum(ratio < 1 for ratio in ratios)
+        lines.append(f"| {rule} | {lower} of {len(ratios)} cells | {statistics.median(ratios):.2f}x |")
+    better = [rule for rule in SCORES if all(ratio < 1 for ratio in found[rule])]
+    verdict = "No score has a lower error than the means in every cell, so the means stay the default."
+    if better:
+        verdict = f"`{'` and `'.join(better)}` had a lower error than the means in every cell."
+    return ["Beside the means of blocks, at equal shares (medians over cells):", "", *lines, "", verdict, ""]
+
+
 def tables(results: dict[str, Any]) -> str:
     """What the page shows."""
     shares = results["shares"]
-    lines = []
+    lines = conclusions(results)
     for figure, of in (("error", "Output error"), ("recall", "Recall")):
         lines += [
             f"{of}, by the share of key blocks that rows read:",

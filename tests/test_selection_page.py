@@ -1,6 +1,7 @@
 """The page that compares rules of the choice shows what its script wrote, and says no more than that."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
+import foveal
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,26 +34,28 @@ def test_the_page_has_the_tables_of_the_results(script, results):
 
 
 def test_the_page_concludes_what_the_results_say(script, results):
-    errors = {
-        (row["method"], row["rule"]): [script.at_share(row["points"], share, "error") for share in results["shares"]]
-        for row in results["rows"]
-    }
-    scores = ("mean_spread", "log_sum_exp")
-    for score in scores:
-        assert any(errors[method, score][i] > errors[method, "mean"][i] for method in script.METHODS for i in range(4))
-    for method in script.METHODS:
-        by_head = errors[method, script.BY_HEAD]
-        for place, share in enumerate(results["shares"]):
-            rules = [r for r in script.RULES if (method, r) in errors and errors[method, r][place] is not None]
-            if share >= 0.2:
-                rivals = [r for r in rules if share < 0.5 or "window" not in r]
-                assert all(by_head[place] < errors[method, rule][place] for rule in rivals)
-            plain = errors[method, "mean"][place]
-            for rule in rules:
-                if rule == "mean, window 1x3x3":
-                    assert errors[method, rule][place] < plain
-                if rule in ("mean, mass", "mean, first frame"):
-                    assert errors[method, rule][place] > plain
+    shares = results["shares"]
+    assert {x["method"] for x in results["rows"]} == set(script.METHODS)
+    plain = [{"kept": 0.0, "error": 0.5}, {"kept": 1.0, "error": 0.5}]
+    rows = [{"method": method, "rule": "mean", "points": plain} for method in script.METHODS]
+    for rule, error in (("mean_spread", 0.4), ("log_sum_exp", 0.6), ("mean, mass", 0.25)):
+        points = [point | {"error": error} for point in plain]
+        rows += [{"method": method, "rule": rule, "points": points} for method in script.METHODS]
+    rows[-1]["points"] = [{"kept": 0.0, "error": 0.9}, {"kept": 1.0, "error": 0.9}]
+    said = script.conclusions(results | {"rows": rows})
+    cells = len(shares) * len(script.METHODS)
+    assert f"| mean_spread | {cells} of {cells} cells | 0.80x |" in said
+    assert f"| log_sum_exp | 0 of {cells} cells | 1.20x |" in said
+    assert f"| mean, mass | {cells - len(shares)} of {cells} cells | 0.50x |" in said
+    assert "`mean_spread` had a lower error than the means in every cell." in said
+    rows[3]["points"] = rows[-1]["points"]
+    assert any(line.startswith("No score") for line in script.conclusions(results | {"rows": rows}))
+
+
+def test_no_figure_of_the_page_is_written_by_hand(script):
+    before, rest = script.PAGE.file.read_text(encoding="utf-8").split("<!-- benchmarks/selection.py begins -->")
+    after = rest.split("<!-- and ends -->")[1]
+    assert not re.findall(r"\d+ ?%|\d\.\d|\d+x", before + after)
 
 
 def test_blocks_of_a_call_add_up_to_dense_attention(script):
@@ -59,13 +64,28 @@ def test_blocks_of_a_call_add_up_to_dense_attention(script):
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     looked_at = torch.arange(48).flip(0) % script.QUERY_STEP == 0
     torch.testing.assert_close(blocks.exact, dense[0][:, looked_at])
-    share, recall, missed, _ = blocks.of(torch.ones(2, 6, 6, dtype=torch.bool))
+    share, recall, missed, _ = blocks.of(torch.ones(1, 2, 6, 6, dtype=torch.bool))[0]
     assert (share == 1).all()
     torch.testing.assert_close(recall, torch.ones(2, dtype=torch.float64))
     assert (missed < 1e-8).all()
-    best, none = blocks.of(blocks.oracle(2)), blocks.of(torch.eye(6, dtype=torch.bool).expand(2, 6, 6))
+    best, none = blocks.of(torch.stack((blocks.oracle(2), torch.eye(6, dtype=torch.bool).expand(2, 6, 6))))
     assert (best[0] == 2 / 6).all()
     assert (best[1] > none[1]).all()
+
+
+def test_choices_are_those_of_the_modules(script):
+    grid = foveal.VideoGrid(5, 9, 16)
+    query, key = torch.randn(2, 1, 2, grid.num_tokens, 16, generator=torch.Generator().manual_seed(0))
+    chooser = script.Chooser(query, key, grid)
+    for method in script.METHODS.values():
+        kind = foveal.SparseLinearAttention if isinstance(method, foveal.SLAConfig) else foveal.VideoSparseAttention
+        sizes = (16,) if kind is foveal.SparseLinearAttention else (32, 2, 16)
+        module = kind(*sizes, method, impl="torch")
+        for rule in script.RULES:
+            configs = script.budgets_of(method, rule)
+            if configs:
+                expected = [module.select(query, key, grid=grid, config=x).critical_mask()[0] for x in configs]
+                assert torch.equal(chooser.masks(configs), torch.stack(expected)), (method, rule)
 
 
 def test_heads_get_budgets_by_what_they_gain(script):
