@@ -56,6 +56,10 @@ def routed_loops(
                 if picked is not None:
                     picked.append(sorted(critical))
                 alpha = torch.sigmoid(alpha_logits[h, i * alpha_logits.shape[1] // len(rows)])
+                if config.routing == "soft":
+                    soft = soft_top_k(scores, kept, config.temperature)
+                    parts.append((row, soft_output(q, k, v, row, columns, soft, text, alpha, scale)))
+                    continue
                 output = row_output(q, k, v, row, columns, critical, others, text, alpha, scale)
                 if others:
                     soft = soft_top_k(scores, kept, config.temperature)
@@ -85,6 +89,18 @@ def row_output(q, k, v, row, columns, critical, others, text, alpha, scale):
         return exact
     above, below = linear_parts(q, k, v, row, [token for j in others for token in columns[j]])
     return alpha * exact + (1 - alpha) * above / (below + 1e-5)
+
+
+def soft_output(q, k, v, row, columns, soft, text, alpha, scale):
+    """[rows, D]: block j counts exactly by soft[j], and linearly by the rest; text only exactly."""
+    exact, total = torch.exp(q[row] @ k[text].T * scale) @ v[text], torch.exp(q[row] @ k[text].T * scale).sum(1)
+    above, below = torch.zeros_like(exact), torch.zeros_like(total)[:, None]
+    for j, column in enumerate(columns):
+        weights = soft[j] * torch.exp(q[row] @ k[column].T * scale)
+        exact, total = exact + weights @ v[column], total + weights.sum(1)
+        part, weight = linear_parts(q, k, v, row, column)
+        above, below = above + (1 - soft[j]) * part, below + (1 - soft[j]) * weight
+    return alpha * exact / total[:, None] + (1 - alpha) * above / (below + 1e-5)
 
 
 def change_by(q, k, v, row, columns, critical, others, text, alpha, scale, j):

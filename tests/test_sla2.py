@@ -6,8 +6,18 @@ import torch.nn.functional as F
 from routed_loops import routed_loops
 from torch.utils.checkpoint import checkpoint
 
-from foveal import RoutedSparseLinearAttention, SLA2Config, TokenLayout, VideoGrid, sla2_attention, sla_attention
+from foveal import (
+    RoutedSparseLinearAttention,
+    SLA2Config,
+    TokenLayout,
+    VideoGrid,
+    attention_cost,
+    sla2_attention,
+    sla_attention,
+)
+from foveal.kernels import api
 from foveal.layout import Where
+from foveal.methods.sla2 import attention as sla2
 from foveal.methods.sla2 import routing
 from foveal.methods.sla2.attention import select_routed
 from foveal.testing import (
@@ -16,6 +26,7 @@ from foveal.testing import (
     output_and_gradients,
     poison_empty,
     random_selection,
+    relative_error,
 )
 
 GRID = VideoGrid(3, 5, 6)  # 90 tokens: the last block of 16 has 10
@@ -69,6 +80,80 @@ def test_loops(name, token_order, impl, shifts):
         ours = output_and_gradients(attention(impl, **options), inputs)
     same(ours, output_and_gradients(lambda *x: routed_loops(*x, tile=tile, **options), inputs))
     assert all(x.abs().max() > 1e-4 for x in ours)
+
+
+SOFT = CONFIG.replace(routing="soft", temperature=0.5)
+
+
+@BOTH
+@pytest.mark.parametrize(("name", "token_order"), [("video", "tile"), ("both sides", "raster")])
+def test_soft_routing_in_loops(name, token_order, impl):
+    layout, config = LAYOUTS[name], SOFT.replace(token_order=token_order)
+    query, key, value = make_inputs(batch=2, query_length=layout.num_tokens, head_dim=8)
+    inputs = query, key + 1, value + 2, *weights()
+    options = {"config": config, "layout": layout}
+    with poison_empty():
+        ours = output_and_gradients(attention(impl, **options), inputs)
+    same(ours, output_and_gradients(lambda *x: routed_loops(*x, tile=config.tile_for(layout.grid), **options), inputs))
+    assert all(x.abs().max() > 1e-4 for x in ours)
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
+def test_soft_routing_with_text_and_padding(feature_map):
+    config = SOFT.replace(feature_map=feature_map)
+    query, key, value = make_inputs(batch=2, query_length=90, key_length=123, head_dim=8)
+    lengths = torch.tensor([123, 101])
+    padding = (torch.arange(123) >= lengths[:, None])[:, None, :, None]
+    inputs = query, *(x.masked_fill(padding, torch.nan) for x in (key + 1, value + 1)), *weights()
+    options = {"config": config, "grid": GRID, "protected_keys": (90, 123), "kv_lengths": lengths}
+    ours = output_and_gradients(attention("torch", **options), inputs)
+    same(ours, output_and_gradients(attention("reference", **options), inputs))
+    assert all(torch.isfinite(x).all() for x in ours)
+
+
+@BOTH
+def test_gradients_of_soft_routing_are_those_of_its_output(impl):
+    """Unlike straight-through ones: the difference quotients of the loss, in the projections too."""
+    query, key, value = make_inputs(query_length=48, heads=1, head_dim=4)
+    inputs = [x.requires_grad_() for x in weights(heads=1, head_dim=4)]
+    soft = attention(impl, config=SOFT)
+    assert torch.autograd.gradcheck(lambda *x: soft(query, key, value, *x), inputs, atol=1e-6)
+
+
+def test_soft_routing_gets_hard_as_it_cools():
+    inputs = *make_inputs(query_length=90, head_dim=8), *weights()
+    hard = attention(config=CONFIG)(*inputs)
+    errors = [relative_error(attention(config=SOFT.replace(temperature=t))(*inputs), hard) for t in (1.0, 1e-2, 1e-6)]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.02
+    everything = attention(config=SOFT.replace(keep_ratio=1.0))(*inputs)
+    torch.testing.assert_close(everything, F.scaled_dot_product_attention(*inputs[:3]))
+
+
+@BOTH
+def test_soft_routing_of_the_same_parameters(impl):
+    module = RoutedSparseLinearAttention(2, 8, CONFIG, impl=impl).double()
+    inputs = make_inputs(query_length=90, head_dim=8)
+    with torch.no_grad():
+        soft = module(*inputs, config=SOFT)
+        assert relative_error(soft, module(*inputs)) > 1e-3
+    learned = module(*inputs, config=SOFT)
+    torch.testing.assert_close(learned, soft)
+    learned.square().sum().backward()
+    assert all(x.grad.abs().max() > 0 for x in module.parameters())
+
+
+def test_on_kernels_soft_routing_is_named(monkeypatch):
+    monkeypatch.setattr(sla2, "choose_impl", lambda *_: api.Ran("triton"))
+    module = RoutedSparseLinearAttention(2, 8, SOFT)
+    module(*make_inputs(query_length=90, head_dim=8, dtype=torch.float32))
+    assert module.ran == api.Ran("triton", f"{sla2.SLOW_ROUTING}; {api.SLOW_SELECTION}")
+
+
+def test_soft_routing_costs_what_dense_attention_does():
+    sizes = {"batch": 1, "heads": 2, "head_dim": 64, "query_length": 4096}
+    dense, soft, hard = (attention_cost(x, **sizes).flops for x in (None, SLA2Config(routing="soft"), SLA2Config()))
+    assert soft > dense > hard
 
 
 def test_blocks_of_the_router():
@@ -262,7 +347,8 @@ def test_parameters_stay_in_float32():
         ({"alpha": 1.0}, "alpha must be between 0 and 1, got 1.0"),
         ({"alpha_rows": 0}, "alpha_rows must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature must be finite and above 0, got 0.0"),
-        ({"routing": "soft"}, "unknown routing 'soft'"),
+        ({"routing": "hard"}, "unknown routing 'hard'"),
+        ({"routing": "soft", "precision": "int8"}, "needs precision=\"input\", got precision='int8'"),
         ({"feature_map": "hedgehog"}, "unknown feature_map 'hedgehog'"),
         ({"token_order": "zigzag"}, "unknown token_order 'zigzag'"),
     ],

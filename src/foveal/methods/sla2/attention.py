@@ -19,9 +19,12 @@ from foveal.methods.sla2.config import SLA2Config
 from foveal.methods.sla2.cpu import sla2_attention_torch
 from foveal.methods.sla2.mixing import block_logits, start_logits
 from foveal.methods.sla2.routing import Ranked, Router, ranked_scores
+from foveal.methods.sla2.soft import sla2_attention_soft
 from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div
 
+# Why a call on a GPU's kernels is slower than others, in `Ran`.
+SLOW_ROUTING = 'routing="soft" reads every block, in PyTorch'
 SLAS_ROUTER = Router(None, None)  # which ranks blocks by the products of their means
 
 
@@ -70,7 +73,7 @@ def sla2_attention(
 
     Returns:
         [B, H, Lq, D] in the dtype and token order of `query`. Gradients of query, key, value and alpha_logits are exact
-        for the selection; those of the projections are straight-through (`config.routing`).
+        for the selection; those of the projections are straight-through, or exact where `config.routing` is "soft".
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -99,10 +102,12 @@ def _attend(
     ran = choose_impl(impl, query, key, value, config.block_q, config.block_k, config.precision)
     scale = check_scale(scale, query.shape[-1])
     blocks = CallBlocks(query, key, config, where, selection)
-    on_kernels = ran.impl in ("triton", "gluon")
+    soft, on_kernels = config.routing == "soft", ran.impl in ("triton", "gluon")
+    if soft and on_kernels:
+        ran = ran.but(SLOW_ROUTING)
     if selection is not None:
         choice = blocks.checked(selection)
-    elif on_kernels and blocks.packed is None and not blocks.slow:
+    elif on_kernels and blocks.packed is None and not blocks.slow and not soft:
         choice = blocks.rule()
     else:
         choice = blocks.choose(weights.router, scale)
@@ -126,6 +131,8 @@ def _attend(
             proj_query_DD=weights.router.query,
             proj_key_DD=weights.router.key,
         )
+    elif soft:
+        output = sla2_attention_soft(*inputs, config, choice, scale, logits, ranked)
     elif on_kernels:
         from foveal.methods.sla2.gpu import SLA2Call, SLA2Options, projections_of, sla2_attention_gpu
 
@@ -147,10 +154,10 @@ def _ranked(
     router: Router,
     scale: float,
 ) -> Ranked | None:
-    """The scores by which the router's projections get a gradient; None where they get none."""
+    """The scores by which the router's projections get a gradient or blocks weights; None where neither is so."""
     config = blocks.config
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in router)
-    if config.routing == "fixed" or not learns:
+    if config.routing != "soft" and (config.routing == "fixed" or not learns):
         return None
     ranked = blocks.ranked(choice.key_block_sizes)
     return Ranked(ranked_scores(*inputs[:2], router, choice, ranked, scale), config.temperature)

@@ -10,7 +10,7 @@ from foveal.methods.config import MethodConfig
 from foveal.methods.sla.config import TOKEN_ORDERS, SLAConfig
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
-ROUTINGS = ("straight_through", "fixed")
+ROUTINGS = ("straight_through", "soft", "fixed")
 PRECISIONS = ("input", "int8")  # those that have a backward
 
 
@@ -25,6 +25,8 @@ class SLA2Config(MethodConfig):
         feature_map: phi of the linear branch: "softmax" (over the head dimension; the paper), "elu" (elu + 1), "relu".
         routing: how the router's projections are trained. "straight_through" gives them the gradient of a soft top-k
             behind the hard choice; "fixed" gives them none, as in the paper's second stage. The output is the same.
+            "soft" has the soft top-k in the forward, as in the paper's first stage: every block is read and summed by
+            its weight, which takes the work of dense attention and runs in PyTorch. Change it before sampling.
         temperature: of that soft top-k (the paper's tau).
         alpha: the exact branch's share of the output at the start, in (0, 1); it is learned.
         alpha_rows: how many values of alpha each head has along the queries, each for as many of the query blocks. The
@@ -67,6 +69,8 @@ class SLA2Config(MethodConfig):
         check_positive_int("alpha_rows", self.alpha_rows)
         check_choice("token_order", self.token_order, TOKEN_ORDERS)
         check_choice("precision", self.precision, PRECISIONS)
+        if self.routing == "soft" and self.precision != "input":
+            raise ValueError(f'routing="soft" needs precision="input", got precision={self.precision!r}')
 
     @property
     def sparsity(self) -> float:

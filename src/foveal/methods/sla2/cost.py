@@ -12,6 +12,7 @@ def cost_parts(config: SLA2Config, shape: AttentionShape) -> tuple[CostPart, ...
 
     - `router`: the projections of pooled queries and keys. With "straight_through" its backward also has the products
       of queries with mean keys, of gradients with mean values, and of the states' gradients with the states.
+      With "soft" the other parts are those of every block, read and summed.
     - `combine`: alpha O^s + (1 - alpha) O^l. Here the bytes are those of a pass over the output.
     """
     pairs, head_dim, dtype_bytes = shape.pairs, shape.head_dim, shape.dtype_bytes
@@ -23,10 +24,13 @@ def cost_parts(config: SLA2Config, shape: AttentionShape) -> tuple[CostPart, ...
         by_means = 4 * pairs * shape.query_length * ranked * head_dim
         by_states = 2 * pairs * rows * ranked * head_dim * (head_dim + 1)
         backward = 2 + (by_means + by_states) / router
+    branches = config.branches
+    if config.routing == "soft":
+        branches = branches.replace(keep_ratio=1.0, linear_scope="all")
     pooled_bytes = 2 * pairs * (rows + ranked) * head_dim * FLOAT32_BYTES
     parts = [
         CostPart("router", router, pooled_bytes + 2 * head_dim**2 * FLOAT32_BYTES, backward),
-        *branch_parts(config.branches, shape),
+        *branch_parts(branches, shape),
     ]
     elements = pairs * shape.query_length * head_dim
     parts.append(CostPart("combine", 2 * elements, 2 * elements * dtype_bytes))

@@ -6,6 +6,9 @@
 
 With precision="int8" O_s is that of queries and keys after a round trip through eight bits (`foveal.kernels.int8`).
 
+routing="soft" has that soft mask in the forward: weights exp(s_ij) m_ij in O_s, and (1 - m_ij) phi(q_i) phi(k_j) in
+O_l.
+
 alpha is the share of a row's attention that falls on its critical blocks (eq. 7), so it is 1 where there are no others,
 and 0 where there are none.
 
@@ -23,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveal.blocks import BlockSelection
+from foveal.blocks import BlockSelection, pool_blocks
 from foveal.kernels.int8 import dequantized, lse_shift
 from foveal.kernels.reference import block_sparse_attention_reference
 from foveal.methods.sla.feature_maps import apply_feature_map
@@ -49,6 +52,10 @@ def sla2_attention_reference(
 
     ranked_BC: bool [B or 1, C], the key blocks that the router could have kept; None without a gradient for it.
     """
+    if config.routing == "soft":
+        scores_BHST = _router_scores(query_BHMD, key_BHND, selection, ranked_BC, proj_query_DD, proj_key_DD, scale)
+        weighed = query_BHMD, key_BHND, value_BHND, config, selection, scale, alpha_logits_HR
+        return _soft_reference(*weighed, ranked_BC, scores_BHST)
     read, shift_BHM = (query_BHMD, key_BHND), 0
     if config.precision == "int8":
         read = dequantized(query_BHMD, key_BHND, selection)
@@ -105,6 +112,68 @@ def sla2_attention_reference(
     moved_BHST = soft_BHST - soft_BHST.detach()
     output_BHMD = output_BHMD + torch.einsum("bhmt,bhmtd->bhmd", moved_BHST[:, :, block_M], change_BHMTD)
     return output_BHMD.to(query_BHMD.dtype)
+
+
+def _router_scores(
+    query_BHMD: Tensor,
+    key_BHND: Tensor,
+    selection: BlockSelection,
+    ranked_BC: Tensor,
+    proj_query_DD: Tensor | None,
+    proj_key_DD: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """proj_q(pool(Q)) proj_k(pool(K))^T * scale of the ranked blocks, [B, H, S, C]; -inf for what is no choice."""
+    dtype = torch.promote_types(query_BHMD.dtype, torch.float32)
+    query_BHSD = pool_blocks(query_BHMD.detach(), selection.block_q).to(dtype)
+    sizes_BT = selection.key_block_sizes
+    key_BHTD = pool_blocks(key_BHND.detach(), selection.block_k, sizes_BT).to(dtype)[:, :, : ranked_BC.shape[1]]
+    if proj_query_DD is not None:
+        query_BHSD = query_BHSD @ proj_query_DD.to(dtype).T
+    if proj_key_DD is not None:
+        key_BHTD = key_BHTD @ proj_key_DD.to(dtype).T
+    return (query_BHSD @ key_BHTD.mT * scale).masked_fill(~ranked_BC[:, None, None], -torch.inf)
+
+
+def _soft_reference(
+    query_BHMD: Tensor,
+    key_BHND: Tensor,
+    value_BHND: Tensor,
+    config: SLA2Config,
+    selection: BlockSelection,
+    scale: float,
+    alpha_logits_HR: Tensor,
+    ranked_BC: Tensor,
+    scores_BHST: Tensor,
+) -> Tensor:
+    """The output with the soft mask in both branches: m of the ranked blocks, 1 or 0 of the others."""
+    dtype, ranked = scores_BHST.dtype, ranked_BC.shape[1]
+    hard_BHST, ranked_B11C = selection.critical_mask(), ranked_BC[:, None, None]
+    soft_BHST = soft_top_k(scores_BHST, hard_BHST[..., :ranked] & ranked_B11C, config.temperature)
+    mask_BHST = torch.where(ranked_B11C, soft_BHST, hard_BHST[..., :ranked].to(dtype))
+    mask_BHST = torch.cat((mask_BHST, hard_BHST[..., ranked:].to(dtype)), -1)
+    block_M = torch.arange(selection.query_length, device=query_BHMD.device) // selection.block_q
+    block_N = torch.arange(selection.key_length, device=query_BHMD.device) // selection.block_k
+    valid_BHND = selection.key_valid()[:, None, :, None]
+    valid_BHMN = valid_BHND.transpose(-1, -2).to(dtype)
+    mask_BHMN = mask_BHST[:, :, block_M][..., block_N]
+    query_BHMD, output_dtype = query_BHMD.to(dtype), query_BHMD.dtype
+    key_BHND, value_BHND = (torch.where(valid_BHND, x, 0).to(dtype) for x in (key_BHND, value_BHND))
+
+    scores_BHMN = query_BHMD @ key_BHND.mT * scale
+    weights_BHMN = mask_BHMN * valid_BHMN * torch.exp(scores_BHMN - scores_BHMN.detach().amax(-1, keepdim=True))
+    total_BHM1 = weights_BHMN.sum(-1, keepdim=True)
+    sparse_BHMD = weights_BHMN @ value_BHND / torch.where(total_BHM1 > 0, total_BHM1, 1)
+    phi_query_BHMD, phi_key_BHND = (apply_feature_map(x, config.feature_map) for x in (query_BHMD, key_BHND))
+    weights_BHMN = (1 - mask_BHMN) * valid_BHMN * (phi_query_BHMD @ phi_key_BHND.mT)
+    linear_BHMD = weights_BHMN @ value_BHND / (weights_BHMN.sum(-1, keepdim=True) + EPSILON)
+
+    row_M = block_M * alpha_logits_HR.shape[1] // selection.num_query_blocks
+    alpha_BHM1 = torch.sigmoid(alpha_logits_HR.to(dtype))[:, row_M, None]
+    linear_BHM1 = selection.expand(selection.linear_mask("marginal") != 0).any(-1, keepdim=True)
+    alpha_BHM1 = torch.where(selection.expand(hard_BHST).any(-1, keepdim=True), alpha_BHM1, 0)
+    alpha_BHM1 = torch.where(linear_BHM1, alpha_BHM1, 1)
+    return (alpha_BHM1 * sparse_BHMD + (1 - alpha_BHM1) * linear_BHMD).to(output_dtype)
 
 
 def soft_top_k(scores: Tensor, kept: Tensor, temperature: float) -> Tensor:
