@@ -20,6 +20,7 @@ USUAL_VAE_STRIDES = {
     "wan": (4, 8, 8),
     "wan_vace": (4, 8, 8),
     "wan_animate": (4, 8, 8),
+    "wan_animate_2": (4, 8, 8),
     "skyreels_v2": (4, 8, 8),
     "chronoedit": (4, 8, 8),
     "anyflow": (4, 8, 8),

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from foveal.checks import check_choice
-from foveal.kernels.api import may_note
+from foveal.kernels.api import block_sparse_attention, may_note
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Config, LayerCall, method_of
 from foveal.models.context_parallel import Shards, check_parallel_config, receive_gates, send_gates, shards_of
@@ -139,7 +139,8 @@ class SparseAttentionProcessor(nn.Module):
         family = FAMILIES[self.state.family]
         shards = shards_of(self._parallel_config)
         tokens = grid if call.layout is None else call.layout
-        sparse_attention = LayerAttention(functools.partial(self._run_method, tokens, phase, shards), tokens, shards)
+        method, mass = (functools.partial(x, tokens, phase) for x in (self._run_method, self._kept_mass))
+        sparse_attention = LayerAttention(functools.partial(method, shards), tokens, shards, mass)
         return family.self_attention(attn, sparse_attention, *args, **kwargs)
 
     def _with_zero_gradients(self, output: Any, hidden_states: Tensor) -> Any:
@@ -183,6 +184,19 @@ class SparseAttentionProcessor(nn.Module):
         if may_note():
             self.record.ran = getattr(self.attention, "ran", UNTOLD)
         return output
+
+    def _kept_mass(self, tokens: VideoGrid, phase: Phase, query: Tensor, key: Tensor) -> Tensor:
+        """See `LayerAttention`."""
+        config = phase.apply(self.config)
+        selection = self.attention.select(query, key, grid=tokens, config=config)
+        places = self.attention.token_places(tokens)
+        query, key = (
+            x.new_zeros(*x.shape[:2], length, x.shape[3]).index_copy(2, places.to(x.device), x)
+            for x, length in ((query, selection.query_length), (key, selection.key_length))
+        )
+        impl = getattr(self.attention, "impl", "auto")
+        _, mass = block_sparse_attention(query, key, key, selection, impl=impl, return_lse=True)
+        return mass.index_select(2, places.to(mass.device))
 
     def extra_repr(self) -> str:
         return f"method={method_of(self.config).name!r}"

@@ -30,11 +30,15 @@ class LayerAttention:
         grid: the grid of the video's Lv tokens, which are in raster order. In a family that reads a `TokenLayout`, that
             layout: there the whole sequence is what the rest of this class calls the video.
         shards: how the tokens are spread over ranks; None outside of context parallelism.
+        kept_mass: (query, key [B, H, L, D] each) to the log-sum-exp over the keys that the method reads exactly,
+            [B, H, L] in float32, differentiable; for a family whose tokens read something else beside the video. It
+            reads them once more.
     """
 
     method: Callable[..., Tensor]
     grid: VideoGrid | TokenLayout
     shards: Shards | None = None
+    kept_mass: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def video_tokens(self) -> int:

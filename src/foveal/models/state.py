@@ -12,11 +12,11 @@ import contextlib
 import contextvars
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foveal.kernels.api import Ran
 from foveal.layout import PlannedGrid, TokenLayout, VideoGrid
@@ -177,7 +177,7 @@ class ForwardState:
             # more, only to know how long they are.
             grid = self.grid
             if getattr(transformer, "_parallel_config", None) is None:
-                grid = self._plan(grid, arguments["hidden_states"].device)
+                grid = self._plan(grid, _device_of(arguments["hidden_states"]))
             layout = dataclasses.replace(seen, grid=grid) if packed else None
             phase = Phase()
             if self.clock is not None:
@@ -293,6 +293,11 @@ class _BlockOfCall:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._block, name)
+
+
+def _device_of(hidden_states: Tensor | Sequence[Tensor]) -> torch.device:
+    """Some transformers take a list of samples."""
+    return (hidden_states if isinstance(hidden_states, Tensor) else hidden_states[0]).device
 
 
 def _in_backward() -> bool:

@@ -23,6 +23,7 @@ from foveal.models.families import (
     ltx_video,
     minimax_h3,
     wan,
+    wan_animate_2,
 )
 from foveal.models.training import Training
 
@@ -67,6 +68,7 @@ FAMILIES = {
         _family("wan", "WanTransformer3DModel", ("WanAttnProcessor",), wan, training=wan.TRAINING),
         _family("wan_vace", "WanVACETransformer3DModel", ("WanAttnProcessor",), wan),
         _family("wan_animate", "WanAnimateTransformer3DModel", ("WanAttnProcessor",), wan),
+        _family("wan_animate_2", "WanAnimate2Transformer3DModel", ("WanAnimate2AttnProcessor",), wan_animate_2),
         _family("skyreels_v2", "SkyReelsV2Transformer3DModel", ("SkyReelsV2AttnProcessor",), wan),
         _family("chronoedit", "ChronoEditTransformer3DModel", ("WanAttnProcessor",), wan),
         _family("anyflow", "AnyFlowTransformer3DModel", ("AnyFlowAttnProcessor",), anyflow),

@@ -68,7 +68,7 @@ def self_attention(
             x = norm(x)
         x = x.unflatten(-1, (attn.heads, -1))
         if rotary is not None:
-            x = _rotate(x, *rotary)
+            x = rotate(x, *rotary)
         return sparse_attention.send(x.transpose(1, 2))
 
     key_rotary = rotary_emb
@@ -84,7 +84,7 @@ def self_attention(
     return output
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of neighboring pairs of [B, L, H, D]; the tables hold each angle twice.
 
     It turns (a, b) into (a cos - b sin, b cos + a sin). It is written for all of x at once instead of for two halves
