@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,13 +67,23 @@ def without_autocast(function):
 
     @functools.wraps(function)
     def call(*arguments, **named):
-        device = next((x.device.type for x in (*arguments, *named.values()) if isinstance(x, Tensor)), None)
-        if device is None or device == "meta" or not torch.is_autocast_enabled(device):
+        known = _first_tensor((*arguments, *named.values()))
+        device = "meta" if known is None else known.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return function(*arguments, **named)
         with torch.autocast(device, enabled=False):
             return function(*arguments, **named)
 
     return call
+
+
+def _first_tensor(values: Sequence[Any]) -> Tensor | None:
+    """Also one inside of a sequence."""
+    for x in values:
+        found = x if isinstance(x, Tensor) else _first_tensor(x) if isinstance(x, tuple | list) else None
+        if found is not None:
+            return found
+    return None
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
