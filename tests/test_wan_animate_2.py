@@ -6,10 +6,11 @@ from family_checks import FamilyChecks
 from tiny_wan import DENSE_SLA, DENSE_VSA, SPARSE_SLA, SPARSE_VSA
 from torch.nn import functional
 
-from foveal import SLAConfig, VideoGrid
+from foveal import SLAConfig, VideoGrid, VSAConfig
 from foveal.lab.inspect.capture import capture_selections
 from foveal.models import densify, sparsify
 from foveal.models.processor import sparse_processors
+from foveal.testing import relative_error
 
 diffusers = pytest.importorskip("diffusers")
 if not hasattr(diffusers, "WanAnimate2Transformer3DModel"):
@@ -26,8 +27,8 @@ def without_flex(monkeypatch):
     dispatch = theirs.dispatch_attention_fn
 
     def mask_of(mask_mod, B, H, Q_LEN, KV_LEN, device, _compile):
-        rows, columns = torch.arange(Q_LEN)[:, None], torch.arange(KV_LEN)
-        return mask_mod(0, 0, rows, columns)
+        rows, columns = (torch.arange(length, device=device) for length in (Q_LEN, KV_LEN))
+        return mask_mod(0, 0, rows[:, None], columns)
 
     def attention(query, key, value, attn_mask=None, **options):
         if attn_mask is None:
@@ -45,9 +46,9 @@ class TestWanAnimate2(FamilyChecks):
     LATENTS = ((3, 10, 12), (3, 12, 10))
     GRID = VideoGrid(3, 5, 6)
 
-    def model(self, seed=0):
+    def model(self, seed=0, dim=32):
         torch.manual_seed(seed)
-        sizes = {"dim": 32, "num_heads": 2, "num_layers": LAYERS, "ffn_dim": 32, "freq_dim": 16, "text_dim": 16}
+        sizes = {"dim": dim, "num_heads": 2, "num_layers": LAYERS, "ffn_dim": 32, "freq_dim": 16, "text_dim": 16}
         channels = {"in_dim": 10, "out_dim": 4, "text_len": 7, "use_img_emb": False}
         return diffusers.WanAnimate2Transformer3DModel(**sizes, **channels).eval()
 
@@ -162,3 +163,26 @@ def test_against_flex_attention():
     checks = TestWanAnimate2()
     for config in (DENSE_SLA, DENSE_VSA):
         checks.check_equals_dense(checks.model(), config, checks.inputs())
+
+
+@pytest.mark.usefixtures("without_flex")
+@pytest.mark.parametrize("config", [SLAConfig(keep_ratio=1.0, drop_ratio=0.0), VSAConfig(keep_ratio=1.0)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kernels(config, device):
+    """Heads of 64 in bfloat16, with gradients: no farther from float32 than twice the dense model."""
+    checks, generator = TestWanAnimate2(), torch.Generator().manual_seed(5)
+    data = checks.inputs(latent=(4, 16, 28))
+    weight = torch.randn(2, 4, 4, 16, 28, generator=generator)
+
+    def run(sparse, device, dtype):
+        model = checks.model(dim=128)
+        model = (sparsify(model, config) if sparse else model).to(device, dtype)
+        fed = {name: x.to(device, x.dtype if name == "timestep" else dtype) for name, x in data.items()}
+        inputs = [fed[name].requires_grad_() for name in ("hidden_states", "reference")]
+        output = checks.run(model, **fed)
+        gradients = torch.autograd.grad((output * weight.to(device)).sum(), inputs)
+        return [x.detach().float().cpu() for x in (output, *gradients)]
+
+    exact, plain = run(False, "cpu", torch.float32), run(False, device, torch.bfloat16)
+    for found, other, wanted in zip(run(True, device, torch.bfloat16), plain, exact, strict=True):
+        assert relative_error(found, wanted) <= 2 * relative_error(other, wanted)
