@@ -77,9 +77,9 @@ def test_vsa(name):
 def test_whole_methods(config, head_dim):
     """With the choice made inside: near what float64 gives, and the same bits each time, replayed or not.
 
-    bfloat16 is no measure here: where keys have a mean, its gradient of the queries is further off than that of int8.
     Where blocks are ranked as they come, float64 reads those that the kernels chose: it might rank two that are nearly
-    equal the other way around, and another block is an error of 5% to 8%.
+    equal the other way around, and another block is an error of 5% to 8%. There, twice the error of plain PyTorch in
+    bfloat16 is allowed too: where keys have a mean and a tail is merged, its gradient of the queries is 6% off.
     """
     inputs, rounded = qkv(head_dim), method(config.replace(precision="int8"), grid=GRID)
     chosen = {}
@@ -87,10 +87,13 @@ def test_whole_methods(config, head_dim):
         blocks = {"block_q": config.block_q, "block_k": config.block_k}
         ratios = {"keep_ratio": config.keep_ratio, "drop_ratio": config.drop_ratio}
         chosen["selection"] = select_blocks(*inputs[:2], **blocks, **ratios)
-    expected = output_and_gradients(method(config, impl="torch", grid=GRID, **chosen), [x.double() for x in inputs])
+    plain = method(config, impl="torch", grid=GRID, **chosen)
+    expected = output_and_gradients(plain, [x.double() for x in inputs])
+    unrounded = output_and_gradients(plain, inputs) if chosen else expected
+    limits = [max(0.04, 2 * relative_error(x, y)) for x, y in zip(unrounded, expected, strict=True)]
     first = output_and_gradients(rounded, inputs)
-    for x, y in zip(first, expected, strict=True):
-        assert 0 < relative_error(x, y) < 0.04
+    for x, y, limit in zip(first, expected, limits, strict=True):
+        assert 0 < relative_error(x, y) < limit
     for _ in range(4):
         for x, y in zip(first, output_and_gradients(rounded, inputs), strict=True):
             assert torch.equal(x, y)

@@ -148,7 +148,7 @@ def test_on_gpu(name, impl):
     from foveal.kernels.api import why_not
 
     inputs, config, _ = make_case(name, "cuda")
-    reason = why_not(impl, *inputs[:3], config.block_q, config.block_k)
+    reason = why_not(impl, *inputs[:3], config.block_q, config.block_k, config.precision)
     if reason is not None:
         pytest.skip(reason)
 

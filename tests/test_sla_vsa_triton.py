@@ -143,7 +143,8 @@ def test_on_gpu(name, impl):
     from foveal.methods.sla_vsa.attention import SparseLinearVideoAttention
 
     qkv, _, grid, config, _ = make_case(name, "cuda")
-    reason = why_not(impl, *qkv, *SparseLinearVideoAttention.kernel_blocks(config, grid))
+    blocks = SparseLinearVideoAttention.kernel_blocks(config, grid)
+    reason = why_not(impl, *qkv, *blocks, config.precision)
     if reason is not None:
         pytest.skip(reason)
     for _ in range(3):  # the second call is recorded, and the third one replayed
