@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from on_kernels import block_sparse_attention_gpu, sla_attention_gpu, vsa_attention_gpu
+from on_kernels import block_sparse_attention_gpu, selection_rule, sla_attention_gpu, vsa_attention_gpu
 
 from foveal import SLAConfig, VideoGrid, VSAConfig
 from foveal.kernels.tail import pooled_tail
@@ -13,7 +13,7 @@ from foveal.kernels.triton import pooling, select
 from foveal.kernels.triton.linear import Keys, key_state_sums
 from foveal.methods.vsa.gpu import select_cubes_gpu
 from foveal.methods.vsa.layout import CubeLayout
-from foveal.rules import SelectionRule, selection_rule
+from foveal.rules import SelectionRule
 from foveal.testing import make_inputs, random_selection
 
 INT8 = "triton_int8"  # the backend of `precision="int8"`

@@ -3,6 +3,8 @@
 from foveal.kernels import sparse
 from foveal.methods.sla import gpu as sla
 from foveal.methods.vsa import gpu as vsa
+from foveal.rules import Choosing
+from foveal.rules import selection_rule as rule_over
 
 
 def block_sparse_attention_gpu(query, key, value, selection, scale, backend):
@@ -23,3 +25,12 @@ def linear_branch_gpu(query, key, value, config, selection, scale, weight, bias,
 def vsa_attention_gpu(query, key, value, layout, selection, scale, gate_coarse, gate_fine, backend):
     call = vsa.VSACall(query, key, value, gate_coarse, gate_fine, layout.cubes(), vsa.choice_of(layout, selection))
     return vsa.vsa_attention_gpu(call, vsa.VSAOptions(scale, backend))[0]
+
+
+LIMITS = "kv_lengths", "protected_keys", "protected_queries"
+
+
+def selection_rule(query, key, *, block_q, block_k, **options):
+    """The rule of `select_blocks` for these options."""
+    limits = {name: options.pop(name) for name in LIMITS if name in options}
+    return rule_over(query, key, (block_q, block_k), Choosing(**options), **limits)

@@ -174,10 +174,9 @@ def weights_for(config, head_dim, device):
 def run_sla(name: str) -> None:
     """In groups of one head both ways."""
     import torch
-    from on_kernels import sla_attention_gpu
+    from on_kernels import selection_rule, sla_attention_gpu
 
     from foveal.methods.sla import gpu_backward, gpu_forward
-    from foveal.rules import selection_rule
 
     pretend_to_be_on("sm_90" if "elu" in name else "sm_80")
     gpu_forward.GROUP_BYTES = gpu_backward.GROUP_BYTES = 1
@@ -295,13 +294,12 @@ def run_ways() -> None:
     from functools import partial
 
     import torch
-    from on_kernels import sla_attention_gpu
+    from on_kernels import selection_rule, sla_attention_gpu
     from torch.utils.checkpoint import checkpoint
 
     from foveal import SLAConfig
     from foveal.kernels import operator
     from foveal.kernels.triton import select
-    from foveal.rules import selection_rule
     from foveal.testing import output_and_gradients
 
     query, key, value = made_inputs("plain", heads=1, query_length=100, head_dim=64, dtype=torch.bfloat16)

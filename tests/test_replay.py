@@ -292,11 +292,10 @@ INTERPRETED = ["sla, marginal", "sla, all, strides", "sla, selection", "vsa", "v
 
 def run_replays(name: str) -> None:
     """SLA and VSA through Triton's interpreter: replays against calls that work everything out, with all gradients."""
-    from on_kernels import sla_attention_gpu, vsa_attention_gpu
+    from on_kernels import selection_rule, sla_attention_gpu, vsa_attention_gpu
 
     from foveal import SLAConfig, VideoGrid, VSAConfig, select_blocks
     from foveal.methods.vsa.layout import CubeLayout
-    from foveal.rules import selection_rule
     from foveal.testing import make_inputs, output_and_gradients
 
     blocks = {"block_q": 64, "block_k": 64}

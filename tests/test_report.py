@@ -249,7 +249,7 @@ def test_layers_that_a_forward_skips_are_not_told():
 
 def test_failed_forwards_are_not_counted(monkeypatch):
     model = sparse()
-    monkeypatch.setattr(sla, "select_blocks", None)
+    monkeypatch.setattr(sla, "choose", None)
     with pytest.raises(TypeError):
         at(model, 100)
     assert foveal.report(model).rows == ()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from foveal import select_blocks
 from foveal.blocks import pick_blocks, pick_by_rule, pool_blocks, pooled_scores
 from foveal.kernels import choice
-from foveal.rules import FixedBlocks, rule_of
+from foveal.rules import Choosing, FixedBlocks, rule_of
 from foveal.testing import make_inputs
 
 
@@ -340,9 +340,9 @@ def test_blocks_are_chosen_piece_by_piece_as_at_once(monkeypatch, most):
     key[:, :, 7] = key[:, :, 2]
     ranges = torch.tensor([[[i % 4, i % 4 + i % 3], [0, 0]] for i in range(11)], dtype=torch.int32)
     fixed = FixedBlocks(ranges, torch.zeros(3, dtype=torch.int8))
-    further = {"block_q": 1, "block_k": 1, "keep_ratio": (0.2, 0.5, 0.2), "keep_mass": 0.5, "max_keep_ratio": 0.6}
-    for options in ({"block_q": 1, "block_k": 1, "topk": 4}, further | {"fixed": fixed}):
-        rule = rule_of(13, query.device, **options)
+    further = {"keep_ratio": (0.2, 0.5, 0.2), "keep_mass": 0.5, "max_keep_ratio": 0.6, "fixed": fixed}
+    for options in ({"topk": 4}, further):
+        rule = rule_of(13, query.device, (1, 1), Choosing(**options))
         critical, counts = choice.choose_in_pieces(query, key, 0.5, rule)
         expected, expected_counts, _ = pick_by_rule(pooled_scores(query, key, 0.5), rule, False)
         assert torch.equal(critical, expected)

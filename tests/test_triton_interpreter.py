@@ -314,12 +314,11 @@ SELECTING_CASES = {
 def run_selecting(name: str) -> None:
     """A selection made on the way is the one made beforehand, to the bit, however heads are grouped."""
     import torch
-    from on_kernels import sla_attention_gpu
+    from on_kernels import selection_rule, sla_attention_gpu
 
     from foveal import SLAConfig, select_blocks
     from foveal.kernels import api as module
     from foveal.methods.sla import gpu_forward
-    from foveal.rules import selection_rule
     from foveal.testing import make_inputs, output_and_gradients
 
     scope, block_k, heads, group_bytes, options = SELECTING_CASES[name]
@@ -358,6 +357,7 @@ def run_ways(name: str) -> None:
 
     import on_kernels
     import torch
+    from on_kernels import selection_rule
     from torch.autograd import forward_ad
     from torch.utils.checkpoint import checkpoint
 
@@ -365,7 +365,6 @@ def run_ways(name: str) -> None:
     from foveal.kernels import operator
     from foveal.kernels.triton import select
     from foveal.methods.vsa.layout import CubeLayout
-    from foveal.rules import selection_rule
     from foveal.testing import make_inputs, output_and_gradients, random_selection
 
     query, key, value = make_inputs(batch=1, heads=1, query_length=100, head_dim=64, dtype=torch.bfloat16)

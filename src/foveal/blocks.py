@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.checks import check_positive_int, product
-from foveal.rules import MASS_UNITS, FixedBlocks, Limits, SelectionRule, rule_of
+from foveal.rules import MASS_UNITS, Choosing, FixedBlocks, Limits, SelectionRule, rule_of
 from foveal.symbols import ceil_div
 
 PARTS = 4  # of a block, where its quarters are scored
@@ -255,19 +255,10 @@ def pick_blocks(
         critical int32 [B, H, Tq, W], counts int32 [B, H, Tq], and marginal bool [B, H, Tq, Tk] or None if nothing is
         dropped. W does not depend on the scores.
     """
-    rule = rule_of(
-        scores.shape[-1],
-        scores.device,
-        block_q=1,
-        block_k=1,
-        keep_ratio=keep_ratio,
-        topk=topk,
-        drop_ratio=drop_ratio,
-        limits=Limits(None, valid_blocks, protected_keys, protected_queries),
-        keep_mass=keep_mass,
-        max_keep_ratio=max_keep_ratio,
-        fixed=fixed,
-    )
+    kept = {"keep_ratio": keep_ratio, "topk": topk, "drop_ratio": drop_ratio}
+    choosing = Choosing(**kept, keep_mass=keep_mass, max_keep_ratio=max_keep_ratio, fixed=fixed)
+    limits = Limits(None, valid_blocks, protected_keys, protected_queries)
+    rule = rule_of(scores.shape[-1], scores.device, (1, 1), choosing, limits)
     return pick_by_rule(scores, rule, drop_ratio > 0.0)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,31 +130,34 @@ class SelectionRule(NamedTuple):
         return bool(self.mass) or self.key_range != (0, 0) or any(x is not None for x in several)
 
 
+class Choosing(NamedTuple):
+    """What rows keep and drop, whatever the lengths; see `select_blocks`.
+
+    keep_ratio or topk: how many are critical, as `num_critical` counts; a ratio for each head, or one for all.
+    round_up: whether a ratio rounds up.
+    fixed: what rows keep beside what they pick.
+    """
+
+    keep_ratio: float | Sequence[float] | None = None
+    topk: int | None = None
+    round_up: bool = False
+    drop_ratio: float = 0.0
+    score: str = "mean"
+    keep_mass: float | None = None
+    max_keep_ratio: float = 1.0
+    fixed: FixedBlocks | None = None
+
+
 def rule_of(
-    columns: int,
-    device: torch.device,
-    *,
-    block_q: int,
-    block_k: int,
-    keep_ratio: float | Sequence[float] | None = None,
-    topk: int | None = None,
-    round_up: bool = False,
-    drop_ratio: float = 0.0,
-    limits: Limits | None = None,
-    score: str = "mean",
-    keep_mass: float | None = None,
-    max_keep_ratio: float = 1.0,
-    fixed: FixedBlocks | None = None,
+    columns: int, device: torch.device, blocks: tuple[int, int], choosing: Choosing, limits: Limits | None = None
 ) -> SelectionRule:
     """The rule over so many key blocks.
 
     Args:
-        keep_ratio or topk: how many are critical, as `num_critical` counts; a ratio for each head, or one for all.
-        round_up: whether a ratio rounds up.
+        blocks: the sizes of query and key blocks in tokens.
         limits: see `Limits`; None for none.
-        drop_ratio, score, keep_mass, max_keep_ratio: see `select_blocks`.
-        fixed: what rows keep beside what they pick.
     """
+    keep_ratio, topk, round_up, drop_ratio, score, keep_mass, max_keep_ratio, fixed = choosing
     limits = Limits() if limits is None else limits
     ratios = (0.0,) if keep_ratio is None else ratios_of(keep_ratio)
     most_ratio = None if keep_mass is None else max_keep_ratio
@@ -167,8 +170,8 @@ def rule_of(
         counted = columns, ratios, topk, round_up, drop_ratio, max_keep_ratio, valid_blocks is not None, device
         table = _table_op(*counted) if torch.compiler.is_compiling() else _count_table(*counted)
     return SelectionRule(
-        block_q=block_q,
-        block_k=block_k,
+        block_q=blocks[0],
+        block_k=blocks[1],
         width=roomy(width, columns) if torch.compiler.is_compiling() else width,
         critical=kept,
         negligible=count(drop_ratio, columns),
@@ -188,29 +191,23 @@ def rule_of(
 def selection_rule(
     query: Tensor,
     key: Tensor,
+    blocks: tuple[int, int],
+    choosing: Choosing,
     *,
-    block_q: int,
-    block_k: int,
     kv_lengths: Tensor | None = None,
     protected_keys: tuple[int, int] | None = None,
     protected_queries: tuple[int, int] | None = None,
-    **rule: Any,
 ) -> SelectionRule:
-    """The rule of `select_blocks`, with the same arguments and errors; `rule` is what `rule_of` takes beside limits."""
-    check_heads(rule["keep_ratio"], query.shape[1])
-    limits = limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries)
-    columns = ceil_div(key.shape[2], block_k)
-    return rule_of(columns, key.device, block_q=block_q, block_k=block_k, limits=limits, **rule)
-
-
-def limits_of(query, key, block_q, block_k, kv_lengths, protected_keys, protected_queries) -> Limits:
-    """What the lengths and protected token ranges of `select_blocks` say in blocks."""
+    """The rule of `select_blocks`, with the same arguments and errors; `blocks` are block_q and block_k."""
+    check_heads(choosing.keep_ratio, query.shape[1])
+    block_q, block_k = blocks
     sizes = valid_blocks = None
     if kv_lengths is not None:
         sizes, valid_blocks = _sizes_from_lengths(kv_lengths, query.shape[0], key.shape[2], block_k, key.device)
     key_range = _token_to_block_range("protected_keys", protected_keys, key.shape[2], block_k)
     query_range = _token_to_block_range("protected_queries", protected_queries, query.shape[2], block_q)
-    return Limits(sizes, valid_blocks, key_range, query_range)
+    limits = Limits(sizes, valid_blocks, key_range, query_range)
+    return rule_of(ceil_div(key.shape[2], block_k), key.device, blocks, choosing, limits)
 
 
 def num_critical(total: int, keep_ratio: float | None, topk: int | None, round_up: bool = False) -> int:

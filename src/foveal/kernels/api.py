@@ -23,7 +23,7 @@ from foveal.checks import (
 from foveal.kernels import chips, int8
 from foveal.kernels.backend import name_of
 from foveal.kernels.choice import check_rule, choose_blocks
-from foveal.rules import FixedBlocks, SelectionRule, ratios_of, selection_rule
+from foveal.rules import Choosing, FixedBlocks, SelectionRule, ratios_of, selection_rule
 from foveal.symbols import ceil_div
 
 IMPLS = ("auto", "reference", "torch", "triton", "gluon")
@@ -292,23 +292,17 @@ def select_blocks(
         raise ValueError(f"keep_ratio + drop_ratio must be at most 1, got {keep_ratio} + {drop_ratio}")
     check_rule(score, keep_mass, max_keep_ratio, keep_ratio, block_q, block_k)
     scale = check_scale(scale, query.shape[-1])
-    rule = selection_rule(
-        query,
-        key,
-        block_q=block_q,
-        block_k=block_k,
-        kv_lengths=kv_lengths,
-        protected_keys=protected_keys,
-        protected_queries=protected_queries,
-        keep_ratio=keep_ratio,
-        drop_ratio=drop_ratio,
-        score=score,
-        keep_mass=keep_mass,
-        max_keep_ratio=max_keep_ratio,
-        fixed=fixed,
-    )
-    choose = _select_on_device if fits_kernel(query, key, block_k) else choose_blocks
-    return BlockSelection.by_rule(rule, query, key, *choose(query, key, scale, rule, drop_ratio > 0.0))
+    limits = {"kv_lengths": kv_lengths, "protected_keys": protected_keys, "protected_queries": protected_queries}
+    kept = {"keep_ratio": keep_ratio, "drop_ratio": drop_ratio, "score": score, "fixed": fixed}
+    choosing = Choosing(**kept, keep_mass=keep_mass, max_keep_ratio=max_keep_ratio)
+    return choose(query, key, selection_rule(query, key, (block_q, block_k), choosing, **limits), scale, drop_ratio > 0)
+
+
+@without_autocast
+def choose(query: Tensor, key: Tensor, rule: SelectionRule, scale: float, with_marginal: bool) -> BlockSelection:
+    """What a rule chooses over query and key, [B, H, L, D]; the marginal mask only where it is wanted."""
+    run = _select_on_device if fits_kernel(query, key, rule.block_k) else choose_blocks
+    return BlockSelection.by_rule(rule, query, key, *run(query, key, scale, rule, with_marginal))
 
 
 def fits_kernel(query: Tensor, key: Tensor, block_k: int) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from foveal.checks import check_triple
 from foveal.kernels.choice import check_rule
-from foveal.rules import FixedBlocks, mean_ratio, ratios_of
+from foveal.rules import Choosing, FixedBlocks, mean_ratio, ratios_of
 
 
 def check_choosing(config: Any, *blocks: int) -> None:
@@ -27,9 +27,16 @@ def check_choosing(config: Any, *blocks: int) -> None:
         check_triple("window", config.window)
 
 
-def rule_fields(config: Any) -> dict[str, Any]:
-    """What `rule_of` takes of a configuration, beside numbers of blocks and what is fixed on a grid."""
-    return {"score": config.score, "keep_mass": config.keep_mass, "max_keep_ratio": config.max_keep_ratio}
+def choosing_of(config: Any, fixed: FixedBlocks | None, **others: Any) -> Choosing:
+    """What a configuration keeps, what is fixed on a grid, and other fields of `Choosing`."""
+    return Choosing(
+        keep_ratio=config.keep_ratio,
+        score=config.score,
+        keep_mass=config.keep_mass,
+        max_keep_ratio=config.max_keep_ratio,
+        fixed=fixed,
+        **others,
+    )
 
 
 def fixes_blocks(config: Any) -> bool:

@@ -20,23 +20,23 @@ from foveal.kernels.api import (
     SLOW_SELECTION,
     Ran,
     block_sparse_attention,
+    choose,
     choose_impl,
     fits_kernel,
     may_note,
-    select_blocks,
     validate_selection,
 )
 from foveal.kernels.backend import name_of
 from foveal.kernels.tail import attend_with_tail
 from foveal.layout import NOWHERE, TokenLayout, VideoGrid, Where, resolve_layout
-from foveal.methods.choosing import rows_alike, rule_fields
+from foveal.methods.choosing import choosing_of, rows_alike
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.sla.feature_maps import linear_layer
 from foveal.methods.sla.linear import linear_output
 from foveal.methods.sla.order import fixed_of, token_order, token_places, validate_tile_order, video_sorted
 from foveal.methods.sla.packed import packed_keys
 from foveal.methods.sla.projection import Projection
-from foveal.rules import num_critical, selection_rule
+from foveal.rules import SelectionRule, num_critical, selection_rule
 
 # Parts that run in PyTorch although the rest of a call runs on a GPU's kernels.
 SLOW_LINEAR = 'the linear branch runs in PyTorch: it has no kernel for feature_map="hedgehog"'
@@ -144,25 +144,14 @@ def _attend(
     if on_kernels and not on_gpu and config.linear_scope != "none":
         ran = ran.but(SLOW_LINEAR)
     if selection is None:
-        rule = {
-            "block_q": config.block_q,
-            "block_k": config.block_k,
-            "keep_ratio": config.keep_ratio,
-            "drop_ratio": config.drop_ratio,
-            "protected_keys": protected_keys,
-            "kv_lengths": kv_lengths,
-            "fixed": fixed_of(config, grid, query.device),
-            **rule_fields(config),
-        }
         fits = on_kernels and fits_kernel(query, key, config.block_k)
         if on_kernels and not fits:
             ran = ran.but(SLOW_SELECTION)
-        if fused and fits:
-            if config.linear_scope != "marginal":
-                rule["drop_ratio"] = 0.0  # what is negligible makes no difference
-            selection = selection_rule(query, key, **rule)
-        else:
-            selection = select_blocks(query, key, scale=scale, **rule)
+        # Without "marginal", what is negligible makes no difference.
+        drop_ratio = 0.0 if fused and fits and config.linear_scope != "marginal" else config.drop_ratio
+        selection = _rule(query, key, config, grid, drop_ratio, protected_keys, kv_lengths)
+        if not (fused and fits):
+            selection = choose(query, key, selection, scale, drop_ratio > 0)
     else:
         for name, given in (("protected_keys", protected_keys), ("kv_lengths", kv_lengths)):
             if given is not None:
@@ -213,6 +202,21 @@ def _attend(
     return output if order is None else order.unsort(output), ran
 
 
+def _rule(
+    query: Tensor,
+    key: Tensor,
+    config: SLAConfig,
+    grid: VideoGrid | None,
+    drop_ratio: float,
+    protected_keys: tuple[int, int] | None = None,
+    kv_lengths: Tensor | None = None,
+) -> SelectionRule:
+    """How to choose among the blocks of query and key, which are in the order that these are cut from."""
+    choosing = choosing_of(config, fixed_of(config, grid, query.device), drop_ratio=drop_ratio)
+    limits = {"protected_keys": protected_keys, "kv_lengths": kv_lengths}
+    return selection_rule(query, key, (config.block_q, config.block_k), choosing, **limits)
+
+
 def _packed_attention(inputs, keys, config, selection, weights, kv_lengths, scale, impl) -> tuple[Tensor, Ran]:
     """SLA for the video's queries and dense attention for the protected ones, in sequence order."""
     query, key, value = inputs
@@ -236,17 +240,9 @@ def _packed_attention(inputs, keys, config, selection, weights, kv_lengths, scal
 def _packed_selection(video, key, keys, config, drop_ratio, scale=None) -> BlockSelection:
     """The blocks that each block of the video's queries reads; `video` is in the order that blocks are cut from."""
     grid = keys.layout.grid
-    selection = select_blocks(
-        video,
-        keys.video(key[:, :, keys.layout.video]),
-        block_q=config.block_q,
-        block_k=config.block_k,
-        keep_ratio=config.keep_ratio,
-        drop_ratio=drop_ratio,
-        scale=scale,
-        fixed=fixed_of(config, grid, key.device),
-        **rule_fields(config),
-    )
+    video_key = keys.video(key[:, :, keys.layout.video])
+    rule = _rule(video, video_key, config, grid, drop_ratio)
+    selection = choose(video, video_key, rule, check_scale(scale, key.shape[-1]), drop_ratio > 0)
     kept = num_critical(keys.video_blocks, config.keep_ratio, None) if rows_alike(config) else None
     return keys.with_protected(selection, kept)
 
@@ -380,18 +376,8 @@ class SparseLinearAttention(nn.Module):
         order = token_order(config, grid, query.device)
         if order is not None:
             query, key = (video_sorted(x, order) for x in (query, key))
-        return select_blocks(
-            query,
-            key,
-            block_q=config.block_q,
-            block_k=config.block_k,
-            keep_ratio=config.keep_ratio,
-            drop_ratio=config.drop_ratio,
-            protected_keys=protected_keys,
-            kv_lengths=kv_lengths,
-            fixed=fixed_of(config, grid, query.device),
-            **rule_fields(config),
-        )
+        rule = _rule(query, key, config, grid, config.drop_ratio, protected_keys, kv_lengths)
+        return choose(query, key, rule, check_scale(None, query.shape[-1]), config.drop_ratio > 0)
 
     def token_places(self, grid: VideoGrid) -> Tensor:
         """int64 [L]: where each token, in raster order, stands in the order that blocks are cut from."""

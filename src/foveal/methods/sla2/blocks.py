@@ -18,7 +18,7 @@ from foveal.methods.sla.order import token_order, validate_tile_order, video_sor
 from foveal.methods.sla.packed import packed_keys
 from foveal.methods.sla2.config import SLA2Config
 from foveal.methods.sla2.routing import Router
-from foveal.rules import SelectionRule, num_critical, selection_rule
+from foveal.rules import Choosing, SelectionRule, num_critical, selection_rule
 
 
 class CallBlocks:
@@ -93,16 +93,9 @@ class CallBlocks:
     def rule(self) -> SelectionRule:
         """How to choose among the blocks that the router ranks."""
         config = self.config
-        return selection_rule(
-            self.query,
-            self.video_key,
-            block_q=config.block_q,
-            block_k=config.block_k,
-            keep_ratio=config.keep_ratio,
-            drop_ratio=0.0,
-            protected_keys=self.protected_keys,
-            kv_lengths=self.kv_lengths,
-        )
+        limits = {"protected_keys": self.protected_keys, "kv_lengths": self.kv_lengths}
+        blocks, choosing = (config.block_q, config.block_k), Choosing(keep_ratio=config.keep_ratio)
+        return selection_rule(self.query, self.video_key, blocks, choosing, **limits)
 
     def choose(self, router: Router, scale: float) -> BlockSelection:
         """The blocks that the router keeps, and the protected ones."""

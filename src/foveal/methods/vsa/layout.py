@@ -15,7 +15,7 @@ from foveal.kernels.api import validate_selection
 from foveal.kernels.backend import Cubes
 from foveal.kernels.choice import append_blocks, choose_from_scores
 from foveal.layout import VideoGrid
-from foveal.methods.choosing import fixes_blocks, rule_fields
+from foveal.methods.choosing import choosing_of, fixes_blocks
 from foveal.methods.vsa.config import VSAConfig
 from foveal.rules import FixedBlocks, SelectionRule, check_heads, num_critical, ratios_of, rule_of
 from foveal.symbols import ceil_div
@@ -124,17 +124,9 @@ class CubeLayout:
     def rule(self) -> SelectionRule:
         """How to choose among the cubes. Lists to which text is appended have no room but where rows differ."""
         config = self.config
-        rule = rule_of(
-            self.num_cubes,
-            self.cube_sizes.device,
-            block_q=self.slot,
-            block_k=self.slot,
-            keep_ratio=config.keep_ratio,
-            topk=config.topk,
-            round_up=config.rounding == "up",
-            fixed=fixed_of(config, self.grid, self.cube_sizes.device),
-            **rule_fields(config),
-        )
+        fixed = fixed_of(config, self.grid, self.cube_sizes.device)
+        choosing = choosing_of(config, fixed, topk=config.topk, round_up=config.rounding == "up")
+        rule = rule_of(self.num_cubes, self.cube_sizes.device, (self.slot, self.slot), choosing)
         return rule if rule.ragged() or self.text_counts is None else rule._replace(width=rule.critical)
 
     def cubes(self) -> Cubes:
