@@ -25,7 +25,7 @@ class BenchCase:
         select: (query, key, *, config, grid) to the selection that `call` makes.
         extras: what else the call is differentiated in, by argument, with its dimensions: "BHLD", in the dtype of the
             query, or "DD" or "D", float32. Those with heads come first.
-        head: (in_chunks, query, key, value, *, config, grid, selection, dtype, **extras) to the output of a single
+        head: (in_chunks, (query, key, value), *, config, grid, selection, dtype, **extras) to the output of a single
             head, float64 [1, 1, L, D], computed in `dtype` by the reference. All tensors are float64. `in_chunks` takes
             (attention, query, key, value, selection, dtype) and calls attention(query, key, value, selection) for a few
             query blocks at a time, so that a whole video fits into memory. None leaves the timed size unchecked.

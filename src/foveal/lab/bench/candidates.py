@@ -313,7 +313,7 @@ def _method(case: BenchCase, impl: str, given: bool) -> Candidate:
         def head(batch: int, head: int, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
             named = dict(zip(case.extras, tensors[3:], strict=True))
             rest = {"selection": head_of(selection, batch, head), "dtype": dtype}
-            return case.head(in_chunks, *tensors[:3], **rest, **chosen, **named)
+            return case.head(in_chunks, tensors[:3], **rest, **chosen, **named)
 
         return Problem(
             functools.partial(run, selection=selection if given else None, impl=impl),

@@ -22,25 +22,21 @@ def _select(query: Tensor, key: Tensor, *, config: SLAConfig, grid: VideoGrid) -
 
 def _head(
     in_chunks: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     *,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
     config: SLAConfig,
     grid: VideoGrid,
     selection: BlockSelection,
     dtype: torch.dtype,
+    **weights: Tensor,
 ) -> Tensor:
     # The projection stays in float32 where the tensors are half precision.
-    weights = {"proj_weight": proj_weight, "proj_bias": proj_bias}
     weights = {name: x.to(torch.promote_types(dtype, torch.float32)) for name, x in weights.items()}
 
     def rows(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> Tensor:
         return sla_attention(query, key, value, config=config, selection=selection, impl="reference", **weights)
 
-    return in_chunks(rows, query, key, value, selection, dtype)
+    return in_chunks(rows, *inputs, selection, dtype)
 
 
 CONFIGS = {

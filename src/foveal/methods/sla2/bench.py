@@ -26,9 +26,7 @@ def _select(query: Tensor, key: Tensor, *, config: SLA2Config, grid: VideoGrid) 
 
 def _head(
     in_chunks: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     *,
     config: SLA2Config,
     grid: VideoGrid,
@@ -38,7 +36,7 @@ def _head(
     def rows(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> Tensor:
         return sla2_attention(query, key, value, config=config, selection=selection, impl="reference")
 
-    return in_chunks(rows, query, key, value, selection, dtype)
+    return in_chunks(rows, *inputs, selection, dtype)
 
 
 CONFIGS = {

@@ -23,9 +23,7 @@ def _fine(precision: str) -> Callable[..., Tensor]:
 
 def _head(
     in_chunks: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     *,
     gate_coarse: Tensor,
     gate_fine: Tensor | None = None,
@@ -36,7 +34,7 @@ def _head(
 ) -> Tensor:
     """The method as on paper (VSA, arXiv 2505.13389, section 2), with only its fine stage in chunks."""
     tile, slot, sizes = resolve_tile(config, grid), selection.block_q, selection.key_block_sizes
-    query, key, value = (grid.to_tile_order(x, tile, slot=slot) for x in (query, key, value))
+    query, key, value = (grid.to_tile_order(x, tile, slot=slot) for x in inputs)
     query_c, key_c, value_c = (pool_blocks(x.to(dtype), slot, sizes) for x in (query, key, value))
     coarse = pooled_scores(query_c, key_c, query.shape[-1] ** -0.5).softmax(-1) @ value_c
     coarse = coarse.double().repeat_interleave(slot, 2)
