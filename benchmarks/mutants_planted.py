@@ -29,6 +29,7 @@ TORCH_SLA = "test_sla.py"
 FORWARD = "kernels/triton/forward.py"
 BACKWARD = "kernels/triton/backward.py"
 LINEAR = "kernels/triton/linear.py"
+MASKED_SUM = "kernels/triton/masked_sum.py"
 LINEAR_BACKWARD = "kernels/triton/linear_backward.py"
 CUBES = "kernels/triton/cubes.py"
 CUBE_GRADIENTS = "kernels/triton/cube_gradients.py"
@@ -305,7 +306,7 @@ PRECISION = [
         "constexpr(1e-2)",
         (SLA, SLA_ELU, SLA_ALL),
     ),
-    Mutant("masked sum: only the high part", LINEAR, "(term - high.to(tl.float32))", "(high - high)", (STATES,)),
+    Mutant("masked sum: only the high part", MASKED_SUM, "(term - high.to(tl.float32))", "(high - high)", (STATES,)),
     Mutant("coarse stage: only the high part", POOLED, "(x - high.to(tl.float32))", "(x - x)", (VSA_CUBES, VSA_TEXT)),
     Mutant(
         "key states: 8 bits of V",

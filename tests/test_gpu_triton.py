@@ -432,10 +432,10 @@ def test_sla_selects_on_the_way(options, group_bytes, impl, monkeypatch):
 
 
 def test_sla_kernels_compile_once_over_lengths():
-    from foveal.kernels.triton import linear, pooling, scores
+    from foveal.kernels.triton import linear, masked_sum, pooling, scores
 
     config, compiled = SLAConfig(keep_ratio=0.1, drop_ratio=0.2), None
-    kernels = (linear._key_state_kernel, linear._masked_sum_kernel, pooling._pool_kernel, scores._score_kernel)
+    kernels = (linear._key_state_kernel, masked_sum._masked_sum_kernel, pooling._pool_kernel, scores._score_kernel)
     for length in (300, 1024, 999, 640, 4097):
         inputs = make_inputs(query_length=length, head_dim=64, dtype=torch.bfloat16, device="cuda", layout="BLHD")
         with torch.no_grad():

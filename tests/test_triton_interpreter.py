@@ -159,7 +159,8 @@ def run_states() -> None:
     """Pooled blocks and key states of strided tensors whose blocks have 63 valid tokens, 64, or none."""
     import torch
 
-    from foveal.kernels.triton.linear import Keys, Means, key_state_sums, key_states, masked_sum
+    from foveal.kernels.triton.linear import Keys, Means, key_state_sums, key_states
+    from foveal.kernels.triton.masked_sum import masked_sum
     from foveal.kernels.triton.pooling import pool
     from foveal.testing import make_inputs, relative_error
 

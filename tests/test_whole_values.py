@@ -52,3 +52,8 @@ def test_walls_are_found():
     assert walls_in(f"def f({long}): pass") == {"f": MOST + 1}
     assert walls_in(f"def f({short}, *, more=1): pass") == {"f": MOST + 1}
     assert walls_in(f"@triton.jit(noinline=True)\ndef f({long}): pass") == {}
+
+
+def test_the_formatter_formats_all_of_it():
+    """A wall that is kept from it is one that should have been a value."""
+    assert [str(path) for path in sorted(ROOT.rglob("*.py")) if "fmt: " in path.read_text()] == []

@@ -39,11 +39,32 @@ def masked_valid(size_ptr, start, uniform, MASK: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["uniform", "width", "size_stride"])
 def cubes_fwd_kernel(
-    key, value, fine, query_ptr, coarse_ptr, gate_coarse_ptr, gate_fine_ptr, output_ptr, place_ptr, lse_ptr,
-    critical_ptr, count_ptr, size_ptr, query_strides, gate_coarse_strides, gate_fine_strides, output_strides,
-    scale_log2, uniform, width, size_stride,
-    MASK: gl.constexpr, GATED_COARSE: gl.constexpr, GATED_FINE: gl.constexpr, SAVE_FINE: gl.constexpr,
-):  # fmt: skip
+    key,
+    value,
+    fine,
+    query_ptr,
+    coarse_ptr,
+    gate_coarse_ptr,
+    gate_fine_ptr,
+    output_ptr,
+    place_ptr,
+    lse_ptr,
+    critical_ptr,
+    count_ptr,
+    size_ptr,
+    query_strides,
+    gate_coarse_strides,
+    gate_fine_strides,
+    output_strides,
+    scale_log2,
+    uniform,
+    width,
+    size_stride,
+    MASK: gl.constexpr,
+    GATED_COARSE: gl.constexpr,
+    GATED_FINE: gl.constexpr,
+    SAVE_FINE: gl.constexpr,
+):
     """Grid (cubes, H, B); cubes and blocks of text stand in slots of 64, zeros behind their tokens.
 
     MASK: None where all blocks are full, "tail" where each has `uniform` keys, over 56, "columns" for `size_ptr`.
@@ -100,10 +121,31 @@ def cubes_fwd_kernel(
         copy_rows(value, batch, head, start, v_full.index(slot), v.index(slot), True)
         start = tile_start(list_ptr, t + 1, count, 64, 1)
         weights, acc, top, total, decay = add_tile(
-            q, k, v.index(slot), v.index(1 - slot), k_full, t & 1, v_full.index(slot), (t // 2) & 1,
-            v_full.index(1 - slot), ((t - 1) // 2) & 1, key, batch, head, start, t + 1 < count,
-            weights, acc, top, total, decay, valid, scale_log2, MASK, MAY_BE_EMPTY,
-        )  # fmt: skip
+            q,
+            k,
+            v.index(slot),
+            v.index(1 - slot),
+            k_full,
+            t & 1,
+            v_full.index(slot),
+            (t // 2) & 1,
+            v_full.index(1 - slot),
+            ((t - 1) // 2) & 1,
+            key,
+            batch,
+            head,
+            start,
+            t + 1 < count,
+            weights,
+            acc,
+            top,
+            total,
+            decay,
+            valid,
+            scale_log2,
+            MASK,
+            MAY_BE_EMPTY,
+        )
         valid = masked_valid(size_ptr, start, uniform, MASK)
     last = count - 1
     acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
@@ -113,9 +155,24 @@ def cubes_fwd_kernel(
     result, lse = finished(acc, top, total, kept, row_layout)
     gl.store(lse_ptr + item * 64 + gl.arange(0, 64, row_layout), lse)
     store_gated_sum(
-        result, q, fine, output_ptr, coarse_ptr + item * head_dim, gate_coarse_ptr, gate_fine_ptr, output_strides,
-        gate_coarse_strides, gate_fine_strides, batch, head, token, block * 64, GATED_COARSE, GATED_FINE, SAVE_FINE,
-    )  # fmt: skip
+        result,
+        q,
+        fine,
+        output_ptr,
+        coarse_ptr + item * head_dim,
+        gate_coarse_ptr,
+        gate_fine_ptr,
+        output_strides,
+        gate_coarse_strides,
+        gate_fine_strides,
+        batch,
+        head,
+        token,
+        block * 64,
+        GATED_COARSE,
+        GATED_FINE,
+        SAVE_FINE,
+    )
     tma.store_wait(0)
     retire(k_fulls)
     retire(v_full)

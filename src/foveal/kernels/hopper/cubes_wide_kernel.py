@@ -30,8 +30,21 @@ from foveal.kernels.triton.await_previous import await_previous
 
 @gluon.jit
 def load_cubes(
-    key, value, k, v, k_full, k_empty, v_full, v_empty, critical_ptr, count_ptr, heads, num_cubes, total, width,
-):  # fmt: skip
+    key,
+    value,
+    k,
+    v,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    critical_ptr,
+    count_ptr,
+    heads,
+    num_cubes,
+    total,
+    width,
+):
     """The producer warp: the listed cubes of K and V through their rings."""
     SLOTS: gl.constexpr = k.shape[0]
     step = 0
@@ -61,9 +74,7 @@ def listed_valid(size_ptr, list_ptr, tile, kept, uniform, MASK: gl.constexpr):
 
 
 @gluon.jit
-def load_queries(
-    query_ptr, strides, place_ptr, part, item, heads, num_cubes, total, head_dim: gl.constexpr
-):  # fmt: skip
+def load_queries(query_ptr, strides, place_ptr, part, item, heads, num_cubes, total, head_dim: gl.constexpr):
     """Queries 64 * part ... of a cube; zeros past the last one."""
     block, pair = item % num_cubes, item // num_cubes
     token = video_tokens(place_ptr, block * 128 + part * 64, item < total, head_dim)
@@ -72,11 +83,41 @@ def load_queries(
 
 @gluon.jit
 def attend_cubes(
-    part, q, k, v, k_full, k_empty, v_full, v_empty, fine, query_ptr, coarse_ptr, gate_coarse_ptr, gate_fine_ptr,
-    output_ptr, place_ptr, lse_ptr, critical_ptr, count_ptr, size_ptr, query_strides, gate_coarse_strides,
-    gate_fine_strides, output_strides, scale_log2, heads, num_cubes, total, uniform, width, size_stride,
-    MASK: gl.constexpr, GATED_COARSE: gl.constexpr, GATED_FINE: gl.constexpr, SAVE_FINE: gl.constexpr,
-):  # fmt: skip
+    part,
+    q,
+    k,
+    v,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    fine,
+    query_ptr,
+    coarse_ptr,
+    gate_coarse_ptr,
+    gate_fine_ptr,
+    output_ptr,
+    place_ptr,
+    lse_ptr,
+    critical_ptr,
+    count_ptr,
+    size_ptr,
+    query_strides,
+    gate_coarse_strides,
+    gate_fine_strides,
+    output_strides,
+    scale_log2,
+    heads,
+    num_cubes,
+    total,
+    uniform,
+    width,
+    size_stride,
+    MASK: gl.constexpr,
+    GATED_COARSE: gl.constexpr,
+    GATED_FINE: gl.constexpr,
+    SAVE_FINE: gl.constexpr,
+):
     """One consumer warpgroup: queries 64 * part ... of each cube, whose lines it fetches one cube ahead."""
     head_dim: gl.constexpr = k.shape[2]
     SLOTS: gl.constexpr = k.shape[0]
@@ -123,9 +164,28 @@ def attend_cubes(
             slot = step % SLOTS
             phase = (step // SLOTS) & 1
             weights, acc, top, sums_of_weights, decay = add_wide_tile(
-                q, k, v, k_full, k_empty, v_full, v_empty, slot, phase, before, before_phase, weights, acc, top,
-                sums_of_weights, decay, True, valid, scale_log2, MASK, MAY_BE_EMPTY,
-            )  # fmt: skip
+                q,
+                k,
+                v,
+                k_full,
+                k_empty,
+                v_full,
+                v_empty,
+                slot,
+                phase,
+                before,
+                before_phase,
+                weights,
+                acc,
+                top,
+                sums_of_weights,
+                decay,
+                True,
+                valid,
+                scale_log2,
+                MASK,
+                MAY_BE_EMPTY,
+            )
         acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
         mbarrier.wait(v_full.index(slot), phase)
         acc = warpgroup_mma(weights, v.index(slot), acc)
@@ -140,21 +200,59 @@ def attend_cubes(
         gl.store(lse_ptr + item.to(gl.int64) * 128 + part * 64 + gl.arange(0, 64, row_layout), lse)
         token = video_tokens(place_ptr, start, True, head_dim)
         store_gated_sum(
-            result, q, fine, output_ptr, coarse_ptr + item.to(gl.int64) * head_dim, gate_coarse_ptr, gate_fine_ptr,
-            output_strides, gate_coarse_strides, gate_fine_strides, batch, head, token, start,
-            GATED_COARSE, GATED_FINE, SAVE_FINE,
-        )  # fmt: skip
+            result,
+            q,
+            fine,
+            output_ptr,
+            coarse_ptr + item.to(gl.int64) * head_dim,
+            gate_coarse_ptr,
+            gate_fine_ptr,
+            output_strides,
+            gate_coarse_strides,
+            gate_fine_strides,
+            batch,
+            head,
+            token,
+            start,
+            GATED_COARSE,
+            GATED_FINE,
+            SAVE_FINE,
+        )
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["heads", "num_cubes", "total", "uniform", "width", "size_stride"])
 def cubes_fwd_wide_kernel(
-    key, value, fine, query_ptr, coarse_ptr, gate_coarse_ptr, gate_fine_ptr, output_ptr, place_ptr, lse_ptr,
-    critical_ptr, count_ptr, size_ptr, query_strides, gate_coarse_strides, gate_fine_strides, output_strides,
-    scale_log2, heads, num_cubes, total, uniform, width, size_stride,
-    SLOTS: gl.constexpr, MASK: gl.constexpr, GATED_COARSE: gl.constexpr, GATED_FINE: gl.constexpr,
+    key,
+    value,
+    fine,
+    query_ptr,
+    coarse_ptr,
+    gate_coarse_ptr,
+    gate_fine_ptr,
+    output_ptr,
+    place_ptr,
+    lse_ptr,
+    critical_ptr,
+    count_ptr,
+    size_ptr,
+    query_strides,
+    gate_coarse_strides,
+    gate_fine_strides,
+    output_strides,
+    scale_log2,
+    heads,
+    num_cubes,
+    total,
+    uniform,
+    width,
+    size_stride,
+    SLOTS: gl.constexpr,
+    MASK: gl.constexpr,
+    GATED_COARSE: gl.constexpr,
+    GATED_FINE: gl.constexpr,
     SAVE_FINE: gl.constexpr,
-):  # fmt: skip
+):
     """Any grid; `total` = B * H * num_cubes. Cubes and blocks of text stand in slots of 128, zeros behind their tokens.
 
     MASK, SAVE_FINE: as in `cubes_fwd_kernel`, with "tail" for `uniform` from 120 on.
@@ -169,24 +267,109 @@ def cubes_fwd_wide_kernel(
     k_full, k_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)
     v_full, v_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)
     fence_async_shared()
-    gl.warp_specialize([
-        (attend_cubes, (
-            0, q.index(0), k, v, k_full, k_empty, v_full, v_empty, fine, query_ptr, coarse_ptr, gate_coarse_ptr,
-            gate_fine_ptr, output_ptr, place_ptr, lse_ptr, critical_ptr, count_ptr, size_ptr, query_strides,
-            gate_coarse_strides, gate_fine_strides, output_strides, scale_log2, heads, num_cubes, total, uniform,
-            width, size_stride, MASK, GATED_COARSE, GATED_FINE, SAVE_FINE,
-        )),
-        (attend_cubes, (
-            1, q.index(1), k, v, k_full, k_empty, v_full, v_empty, fine, query_ptr, coarse_ptr, gate_coarse_ptr,
-            gate_fine_ptr, output_ptr, place_ptr, lse_ptr, critical_ptr, count_ptr, size_ptr, query_strides,
-            gate_coarse_strides, gate_fine_strides, output_strides, scale_log2, heads, num_cubes, total, uniform,
-            width, size_stride, MASK, GATED_COARSE, GATED_FINE, SAVE_FINE,
-        )),
-        (load_cubes, (
-            key, value, k, v, k_full, k_empty, v_full, v_empty, critical_ptr, count_ptr, heads, num_cubes, total,
-            width,
-        )),
-    ], [4, 1], [240, 24])  # fmt: skip
+    gl.warp_specialize(
+        [
+            (
+                attend_cubes,
+                (
+                    0,
+                    q.index(0),
+                    k,
+                    v,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    fine,
+                    query_ptr,
+                    coarse_ptr,
+                    gate_coarse_ptr,
+                    gate_fine_ptr,
+                    output_ptr,
+                    place_ptr,
+                    lse_ptr,
+                    critical_ptr,
+                    count_ptr,
+                    size_ptr,
+                    query_strides,
+                    gate_coarse_strides,
+                    gate_fine_strides,
+                    output_strides,
+                    scale_log2,
+                    heads,
+                    num_cubes,
+                    total,
+                    uniform,
+                    width,
+                    size_stride,
+                    MASK,
+                    GATED_COARSE,
+                    GATED_FINE,
+                    SAVE_FINE,
+                ),
+            ),
+            (
+                attend_cubes,
+                (
+                    1,
+                    q.index(1),
+                    k,
+                    v,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    fine,
+                    query_ptr,
+                    coarse_ptr,
+                    gate_coarse_ptr,
+                    gate_fine_ptr,
+                    output_ptr,
+                    place_ptr,
+                    lse_ptr,
+                    critical_ptr,
+                    count_ptr,
+                    size_ptr,
+                    query_strides,
+                    gate_coarse_strides,
+                    gate_fine_strides,
+                    output_strides,
+                    scale_log2,
+                    heads,
+                    num_cubes,
+                    total,
+                    uniform,
+                    width,
+                    size_stride,
+                    MASK,
+                    GATED_COARSE,
+                    GATED_FINE,
+                    SAVE_FINE,
+                ),
+            ),
+            (
+                load_cubes,
+                (
+                    key,
+                    value,
+                    k,
+                    v,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    critical_ptr,
+                    count_ptr,
+                    heads,
+                    num_cubes,
+                    total,
+                    width,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )
     retire(k_full)
     retire(k_empty)
     retire(v_full)

@@ -136,9 +136,23 @@ def add_queries(queries, slot, v, scores, grad_k, grad_v, scale_log2):
 
 @gluon.jit
 def add_key_branch(
-    k, v, grad_k, grad_v, state_0, state_1, staging, norm_ptr, mean_ptr, grad_key, grad_value, batch, head, start,
-    valid, FEATURE_MAP: gl.constexpr,
-):  # fmt: skip
+    k,
+    v,
+    grad_k,
+    grad_v,
+    state_0,
+    state_1,
+    staging,
+    norm_ptr,
+    mean_ptr,
+    grad_key,
+    grad_value,
+    batch,
+    head,
+    start,
+    valid,
+    FEATURE_MAP: gl.constexpr,
+):
     """Adds dV = phi(K) G and dK through dphi(K) = (V - m) G^T + z, and starts the copies of both sums to memory.
 
     state_0 and state_1 hold the first and last 64 rows of G (the same at head_dim 64). One after the other, for the
@@ -175,17 +189,50 @@ def add_key_branch(
 
 @gluon.jit(
     do_not_specialize=[
-        "query_length", "key_length", "size_stride", "state_step", "norm_pair_stride", "norm_block_stride",
-        "video_length", "video_key_length",
+        "query_length",
+        "key_length",
+        "size_stride",
+        "state_step",
+        "norm_pair_stride",
+        "norm_block_stride",
+        "video_length",
+        "video_key_length",
     ]
-)  # fmt: skip
+)
 def block_sparse_dkdv_kernel(
-    query, key, value, grad, statistics, grad_key, grad_value, offset_ptr, count_ptr, row_ptr, size_ptr,
-    grad_state, grad_norm_ptr, mean_ptr, video, grad_key_strides, grad_value_strides, video_length, video_key_length,
-    scale, scale_log2, query_length, key_length, size_stride, state_step, norm_pair_stride, norm_block_stride,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, SLOTS: gl.constexpr, HAS_SIZES: gl.constexpr,
+    query,
+    key,
+    value,
+    grad,
+    statistics,
+    grad_key,
+    grad_value,
+    offset_ptr,
+    count_ptr,
+    row_ptr,
+    size_ptr,
+    grad_state,
+    grad_norm_ptr,
+    mean_ptr,
+    video,
+    grad_key_strides,
+    grad_value_strides,
+    video_length,
+    video_key_length,
+    scale,
+    scale_log2,
+    query_length,
+    key_length,
+    size_stride,
+    state_step,
+    norm_pair_stride,
+    norm_block_stride,
+    BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    SLOTS: gl.constexpr,
+    HAS_SIZES: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
-):  # fmt: skip
+):
     """Grid (key tiles, H, B). K and V stay in shared memory, query tiles go through a ring of SLOTS, which is 2.
 
     With a FEATURE_MAP the linear branch's part is added, from G (grad_state) and z (grad_norm_ptr) of the key block,
@@ -263,13 +310,39 @@ def block_sparse_dkdv_kernel(
         grad_v = keep_rows(grad_v, valid)
         if video is not None:
             return_gradient(
-                grad_k, k, grad_key, grad_key_strides, video[0], video[2], video[3], batch, head, pair.to(gl.int64),
-                start_k, query_length, video_length, video_key_length, BLOCK_K,
-            )  # fmt: skip
+                grad_k,
+                k,
+                grad_key,
+                grad_key_strides,
+                video[0],
+                video[2],
+                video[3],
+                batch,
+                head,
+                pair.to(gl.int64),
+                start_k,
+                query_length,
+                video_length,
+                video_key_length,
+                BLOCK_K,
+            )
             return_gradient(
-                grad_v, v, grad_value, grad_value_strides, video[1], video[2], video[3], batch, head,
-                pair.to(gl.int64), start_k, query_length, video_length, video_key_length, BLOCK_K,
-            )  # fmt: skip
+                grad_v,
+                v,
+                grad_value,
+                grad_value_strides,
+                video[1],
+                video[2],
+                video[3],
+                batch,
+                head,
+                pair.to(gl.int64),
+                start_k,
+                query_length,
+                video_length,
+                video_key_length,
+                BLOCK_K,
+            )
         else:
             store_rows(grad_key, batch, head, start_k, grad_k, k)
             store_rows(grad_value, batch, head, start_k, grad_v, v)
@@ -279,9 +352,23 @@ def block_sparse_dkdv_kernel(
         grad_v = gl.where(listed > 0, grad_v, 0.0)
         mbarrier.wait(state_full.index(0), 0)
         add_key_branch(
-            k, v, grad_k, grad_v, state_0, state_1, q.index(slot), grad_norm_ptr,
-            mean_ptr + pair.to(gl.int64) * head_dim, grad_key, grad_value, batch, head, start_k, valid, FEATURE_MAP,
-        )  # fmt: skip
+            k,
+            v,
+            grad_k,
+            grad_v,
+            state_0,
+            state_1,
+            q.index(slot),
+            grad_norm_ptr,
+            mean_ptr + pair.to(gl.int64) * head_dim,
+            grad_key,
+            grad_value,
+            batch,
+            head,
+            start_k,
+            valid,
+            FEATURE_MAP,
+        )
     tma.store_wait(0)
     if FEATURE_MAP is not None:
         retire(state_full)

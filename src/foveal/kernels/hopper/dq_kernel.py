@@ -82,9 +82,21 @@ def load_key_tiles(key, value, batch, head, walk, k, v):
 
 @gluon.jit
 def sum_query_gradient(
-    rows, walk, k, v, cleared, added_full, target, video, strides, video_length, score, BLOCK_Q: gl.constexpr,
-    ADD: gl.constexpr, PLACE: gl.constexpr,
-):  # fmt: skip
+    rows,
+    walk,
+    k,
+    v,
+    cleared,
+    added_full,
+    target,
+    video,
+    strides,
+    video_length,
+    score,
+    BLOCK_Q: gl.constexpr,
+    ADD: gl.constexpr,
+    PLACE: gl.constexpr,
+):
     """One consumer warpgroup: dQ of 64 queries; ADD adds it to what stands there.
 
     With a `video` (gradients of pooled queries, places, sizes) tensors stand in tile order and the target, a pointer
@@ -159,9 +171,22 @@ def sum_query_gradient(
         grad_q += g.load(acc_layout).to(gl.float32)
     if video is not None:
         return_gradient(
-            grad_q, q, target, strides, video[0], video[1], video[2], rows.batch, rows.head,
-            rows.pair, rows.start, rows.query_length, video_length, video_length, BLOCK_Q,
-        )  # fmt: skip
+            grad_q,
+            q,
+            target,
+            strides,
+            video[0],
+            video[1],
+            video[2],
+            rows.batch,
+            rows.head,
+            rows.pair,
+            rows.start,
+            rows.query_length,
+            video_length,
+            video_length,
+            BLOCK_Q,
+        )
     else:
         store_rows(target, rows.batch, rows.head, rows.start, grad_q, q)
         tma.store_wait(0)
@@ -169,11 +194,34 @@ def sum_query_gradient(
 
 @gluon.jit(do_not_specialize=["query_length", "key_length", "width", "size_stride", "uniform", "video_length"])
 def block_sparse_dq_kernel(
-    query, key, value, grad, grad_query, statistics_ptr, critical_ptr, count_ptr, size_ptr,
-    video, grad_query_strides, video_length, scale, scale_log2, query_length, key_length, width, size_stride, uniform,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, CONSUMERS: gl.constexpr, K_SLOTS: gl.constexpr,
-    V_SLOTS: gl.constexpr, HAS_SIZES: gl.constexpr, TAIL: gl.constexpr, ADD: gl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    grad,
+    grad_query,
+    statistics_ptr,
+    critical_ptr,
+    count_ptr,
+    size_ptr,
+    video,
+    grad_query_strides,
+    video_length,
+    scale,
+    scale_log2,
+    query_length,
+    key_length,
+    width,
+    size_stride,
+    uniform,
+    BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    K_SLOTS: gl.constexpr,
+    V_SLOTS: gl.constexpr,
+    HAS_SIZES: gl.constexpr,
+    TAIL: gl.constexpr,
+    ADD: gl.constexpr,
+):
     """Grid (query tiles / CONSUMERS, H, B). One producer warp and CONSUMERS (1 or 2) warpgroups of 64 queries.
 
     ADD adds to what stands in grad_query. With TAIL each key block has `uniform` keys, eight less than a tile at least,
@@ -218,33 +266,78 @@ def block_sparse_dq_kernel(
     if CONSUMERS == 1:
         gl.warp_specialize(
             [
-                (sum_query_gradient, (
-                    rows, walk, k, v, cleared, q_full.index(1), grad_query, video, grad_query_strides, video_length,
-                    score, BLOCK_Q, ADD, "alone",
-                )),
+                (
+                    sum_query_gradient,
+                    (
+                        rows,
+                        walk,
+                        k,
+                        v,
+                        cleared,
+                        q_full.index(1),
+                        grad_query,
+                        video,
+                        grad_query_strides,
+                        video_length,
+                        score,
+                        BLOCK_Q,
+                        ADD,
+                        "alone",
+                    ),
+                ),
                 (load_key_tiles, (key, value, batch, head, walk, k, v)),
             ],
             [1],
             [24],
-        )  # fmt: skip
+        )
     else:
         more_ptr, more_start = statistics_ptr + 128, start_q + 64
         more = QueryRows(q.index(1), g.index(1), q_full.index(0), more_ptr, batch, head, pair, more_start, query_length)
         gl.warp_specialize(
             [
-                (sum_query_gradient, (
-                    rows, walk, k, v, cleared, q_full.index(1), grad_query, video, grad_query_strides, video_length,
-                    score, BLOCK_Q, ADD, "first",
-                )),
-                (sum_query_gradient, (
-                    more, walk, k, v, cleared, q_full.index(2), grad_query, video, grad_query_strides, video_length,
-                    score, BLOCK_Q, ADD, "second",
-                )),
+                (
+                    sum_query_gradient,
+                    (
+                        rows,
+                        walk,
+                        k,
+                        v,
+                        cleared,
+                        q_full.index(1),
+                        grad_query,
+                        video,
+                        grad_query_strides,
+                        video_length,
+                        score,
+                        BLOCK_Q,
+                        ADD,
+                        "first",
+                    ),
+                ),
+                (
+                    sum_query_gradient,
+                    (
+                        more,
+                        walk,
+                        k,
+                        v,
+                        cleared,
+                        q_full.index(2),
+                        grad_query,
+                        video,
+                        grad_query_strides,
+                        video_length,
+                        score,
+                        BLOCK_Q,
+                        ADD,
+                        "second",
+                    ),
+                ),
                 (load_key_tiles, (key, value, batch, head, walk, k, v)),
             ],
             [4, 1],
             [240, 24],
-        )  # fmt: skip
+        )
     retire(q_full)
     k.retire()
     v.retire()

@@ -94,10 +94,31 @@ def keep_valid(scores, valid, MASK: gl.constexpr):
 
 @gluon.jit
 def add_tile(
-    q, k, v, previous_v, k_barrier, k_phase, v_barrier, v_phase, previous_v_barrier, previous_v_phase,
-    key_desc, batch, head, refill, wanted, weights, acc, top, total, decay, valid, scale_log2,
-    MASK: gl.constexpr, MAY_BE_EMPTY: gl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    previous_v,
+    k_barrier,
+    k_phase,
+    v_barrier,
+    v_phase,
+    previous_v_barrier,
+    previous_v_phase,
+    key_desc,
+    batch,
+    head,
+    refill,
+    wanted,
+    weights,
+    acc,
+    top,
+    total,
+    decay,
+    valid,
+    scale_log2,
+    MASK: gl.constexpr,
+    MAY_BE_EMPTY: gl.constexpr,
+):
     """Scores and softmax of tile t while acc takes in tile t - 1; then K's slot is refilled.
 
     MASK: as in `keep_valid`; with "clear" rows of V that do not count may hold anything.
@@ -141,16 +162,46 @@ def finished(acc, top, total, kept, row_layout: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[
-        "heads", "first_pair", "query_length", "key_length", "width", "size_stride", "state_step", "norm_pair_stride",
+        "heads",
+        "first_pair",
+        "query_length",
+        "key_length",
+        "width",
+        "size_stride",
+        "state_step",
+        "norm_pair_stride",
         "norm_block_stride",
     ]
-)  # fmt: skip
+)
 def block_sparse_fwd_kernel(
-    query, key, value, output, lse_ptr, critical_ptr, count_ptr, size_ptr, state, weight, norm_ptr, mean, bias_ptr,
-    scale_log2, heads, first_pair, query_length, key_length, width, size_stride,
-    state_step, norm_pair_stride, norm_block_stride,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, HAS_SIZES: gl.constexpr, FEATURE_MAP: gl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    output,
+    lse_ptr,
+    critical_ptr,
+    count_ptr,
+    size_ptr,
+    state,
+    weight,
+    norm_ptr,
+    mean,
+    bias_ptr,
+    scale_log2,
+    heads,
+    first_pair,
+    query_length,
+    key_length,
+    width,
+    size_stride,
+    state_step,
+    norm_pair_stride,
+    norm_block_stride,
+    BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    HAS_SIZES: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
+):
     """Grid (query tiles, pairs of batch and head from `first_pair` on). One slot for a tile of K and two for V: small
     programs, three per SM.
 
@@ -221,10 +272,31 @@ def block_sparse_fwd_kernel(
         copy_rows(value, batch, head, start, v_full.index(slot), v.index(slot), True)
         start = tile_start(list_ptr, t + 1, count, tile_k, SPLIT)
         weights, acc, top, total, decay = add_tile(
-            q, k, v.index(slot), v.index(1 - slot), k_full, t & 1, v_full.index(slot), (t // 2) & 1,
-            v_full.index(1 - slot), ((t - 1) // 2) & 1, key, batch, head, start, True,
-            weights, acc, top, total, decay, valid, scale_log2, "clear" if HAS_SIZES else None, HAS_SIZES,
-        )  # fmt: skip
+            q,
+            k,
+            v.index(slot),
+            v.index(1 - slot),
+            k_full,
+            t & 1,
+            v_full.index(slot),
+            (t // 2) & 1,
+            v_full.index(1 - slot),
+            ((t - 1) // 2) & 1,
+            key,
+            batch,
+            head,
+            start,
+            True,
+            weights,
+            acc,
+            top,
+            total,
+            decay,
+            valid,
+            scale_log2,
+            "clear" if HAS_SIZES else None,
+            HAS_SIZES,
+        )
         if HAS_SIZES:
             valid = tile_valid(size_ptr, start, key_length, BLOCK_K, HAS_SIZES)
     last = count - 1
@@ -233,10 +305,31 @@ def block_sparse_fwd_kernel(
         copy_rows(value, batch, head, start, v_full.index(slot), v.index(slot), True)
         valid = tile_valid(size_ptr, start, key_length, BLOCK_K, HAS_SIZES)
         weights, acc, top, total, decay = add_tile(
-            q, k, v.index(slot), v.index(1 - slot), k_full, last & 1, v_full.index(slot), (last // 2) & 1,
-            v_full.index(1 - slot), ((last - 1) // 2) & 1, key, batch, head, 0, False,
-            weights, acc, top, total, decay, valid, scale_log2, "clear" if HAS_SIZES else "columns", HAS_SIZES,
-        )  # fmt: skip
+            q,
+            k,
+            v.index(slot),
+            v.index(1 - slot),
+            k_full,
+            last & 1,
+            v_full.index(slot),
+            (last // 2) & 1,
+            v_full.index(1 - slot),
+            ((last - 1) // 2) & 1,
+            key,
+            batch,
+            head,
+            0,
+            False,
+            weights,
+            acc,
+            top,
+            total,
+            decay,
+            valid,
+            scale_log2,
+            "clear" if HAS_SIZES else "columns",
+            HAS_SIZES,
+        )
     if FEATURE_MAP is not None:
         state_full = barriers(2, 1)
         weight_full = state_full
@@ -275,9 +368,16 @@ def block_sparse_fwd_kernel(
             )
             if head_dim == 128:
                 result = add_columns(
-                    result, left, right, inverse, v.index(1 - slot), state_full.index(1), q, weight_full.index(1),
+                    result,
+                    left,
+                    right,
+                    inverse,
+                    v.index(1 - slot),
+                    state_full.index(1),
+                    q,
+                    weight_full.index(1),
                     head_dim,
-                )  # fmt: skip
+                )
         else:
             left, right, inverse, share = features_and_inverse(q, norm_ptr, FEATURE_MAP)
             upper = reinterpret(k, gl.bfloat16, [HALF_WIDTH, head_dim], tile_layout)

@@ -15,106 +15,36 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.kernels.hopper.forward_kernel import finished, keep_valid, online_softmax_update, sums_by_eight
-from foveal.kernels.hopper.gluon_names import async_load, reinterpret
 from foveal.kernels.hopper.linear_branch import add_constants, add_projected, features_and_inverse, times_state
 from foveal.kernels.hopper.tiles import barriers, keep_columns, retire, store_rows
+from foveal.kernels.hopper.wide_tiles import Q_SLOTS, halves, listed_halves, load_shared_tiles, square
 from foveal.kernels.triton.await_previous import await_previous
-
-HALF = gl.constexpr(64)
-Q_SLOTS = gl.constexpr(2)  # a slot falls free only when the next query block has begun: one would deadlock
-
-
-@gluon.jit
-def half_start(list_ptr, half, listed, key_length, SPLIT: gl.constexpr):
-    """First key of the half-th 64 listed keys; past the list, the end of the keys, where copies read zeros."""
-    block = gl.load(list_ptr + half // SPLIT, mask=half < listed, other=0)
-    return gl.where(half < listed, (block * SPLIT + half % SPLIT) * HALF, key_length)
-
-
-@gluon.jit
-def listed_halves(list_ptr, kept, key_length, SPLIT: gl.constexpr):
-    """How many halves of tiles a row's list has, and how many keys of the last one count."""
-    listed = kept * SPLIT
-    start = half_start(list_ptr, gl.maximum(listed - 1, 0), listed, key_length, SPLIT)
-    if SPLIT == 2:  # the last key block may end before its second half
-        listed = gl.where((kept > 0) & (start >= key_length), listed - 1, listed)
-        start = half_start(list_ptr, gl.maximum(listed - 1, 0), listed, key_length, SPLIT)
-    return listed, gl.minimum(key_length - start, HALF)
-
-
-@gluon.jit
-def square(tile):
-    """The front of a slot for [128, D] as bfloat16 [D, D]."""
-    head_dim: gl.constexpr = tile.shape[1]
-    whole = reinterpret(tile, gl.bfloat16, [128, head_dim], tile.layout)
-    return whole.slice(0, head_dim, 0)
-
-
-@gluon.jit
-def halves(tile):
-    """The first and the last 64 rows of `square`; at head_dim 64 the same."""
-    state = square(tile)
-    return state.slice(0, HALF, 0), state.slice(state.shape[0] - HALF, HALF, 0)
-
-
-@gluon.jit
-def load_shared_tiles(
-    query, key, value, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, state, weight,
-    critical_ptr, count_ptr, heads, first_pair, num_blocks, total, key_length, width, state_step,
-    SPLIT: gl.constexpr, HAS_LINEAR: gl.constexpr,
-):  # fmt: skip
-    """The producer warp: Q of each query block, then its tiles of K and V, then H and W for the linear branch."""
-    SLOTS: gl.constexpr = k.shape[0]
-    TILE_BYTES: gl.constexpr = 2 * key.block_type.nbytes
-    step = 0
-    turn = 0
-    for item in range(gl.program_id(0), total, gl.num_programs(0)):
-        block, pair = item % num_blocks, item // num_blocks
-        head, batch = (first_pair + pair) % heads, (first_pair + pair) // heads
-        list_ptr = critical_ptr + item.to(gl.int64) * width
-        listed, _ = listed_halves(list_ptr, gl.load(count_ptr + item), key_length, SPLIT)
-        slot = turn % Q_SLOTS
-        mbarrier.wait(q_empty.index(slot), (turn // Q_SLOTS + 1) & 1)
-        mbarrier.expect(q_full.index(slot), 2 * query.block_type.nbytes)
-        for w in gl.static_range(2):
-            async_load(query, [batch, head, block * 128 + w * 64, 0], q_full.index(slot), q.index(slot * 2 + w))
-        for t in range(gl.maximum((listed + 1) // 2, 1)):
-            slot = step % SLOTS
-            phase = (step // SLOTS + 1) & 1
-            first = half_start(list_ptr, 2 * t, listed, key_length, SPLIT)
-            second = half_start(list_ptr, 2 * t + 1, listed, key_length, SPLIT)
-            mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), TILE_BYTES)
-            tile = k.index(slot)
-            async_load(key, [batch, head, first, 0], k_full.index(slot), tile.slice(0, 64, 0))
-            async_load(key, [batch, head, second, 0], k_full.index(slot), tile.slice(64, 64, 0))
-            mbarrier.wait(v_empty.index(slot), phase)
-            mbarrier.expect(v_full.index(slot), TILE_BYTES)
-            tile = v.index(slot)
-            async_load(value, [batch, head, first, 0], v_full.index(slot), tile.slice(0, 64, 0))
-            async_load(value, [batch, head, second, 0], v_full.index(slot), tile.slice(64, 64, 0))
-            step += 1
-        if HAS_LINEAR:
-            slot = step % SLOTS
-            phase = (step // SLOTS + 1) & 1
-            mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), state.block_type.nbytes)
-            async_load(state, [pair, block * state_step, 0, 0], k_full.index(slot), square(k.index(slot)))
-            mbarrier.wait(v_empty.index(slot), phase)
-            if weight is not None:
-                mbarrier.expect(v_full.index(slot), weight.block_type.nbytes)
-                async_load(weight, [0, 0], v_full.index(slot), square(v.index(slot)))
-            else:  # both rings turn alike
-                mbarrier.arrive(v_full.index(slot), count=1)
-            step += 1
-        turn += 1  # noqa: SIM113
 
 
 @gluon.jit
 def add_wide_tile(
-    q, k, v, k_full, k_empty, v_full, v_empty, slot, phase, before, before_phase, weights, acc, top, total, decay,
-    masked, valid, scale_log2, MASK: gl.constexpr, MAY_BE_EMPTY: gl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    slot,
+    phase,
+    before,
+    before_phase,
+    weights,
+    acc,
+    top,
+    total,
+    decay,
+    masked,
+    valid,
+    scale_log2,
+    MASK: gl.constexpr,
+    MAY_BE_EMPTY: gl.constexpr,
+):
     """Scores and softmax of the tile in `slot` while acc takes in the one `before`; then their rings move on.
 
     MASK: as in `keep_valid`; with "last" tiles are full unless they are `masked`.
@@ -143,11 +73,37 @@ def add_wide_tile(
 
 @gluon.jit
 def attend_queries(
-    part, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr, count_ptr,
-    norm_ptr, mean, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length, key_length, width,
+    part,
+    q,
+    k,
+    v,
+    q_full,
+    q_empty,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    output,
+    lse_ptr,
+    critical_ptr,
+    count_ptr,
+    norm_ptr,
+    mean,
+    bias_ptr,
+    scale_log2,
+    heads,
+    first_pair,
+    num_blocks,
+    total,
+    query_length,
+    key_length,
+    width,
     norm_pair_stride,
-    norm_block_stride, SPLIT: gl.constexpr, FEATURE_MAP: gl.constexpr, PROJECT: gl.constexpr,
-):  # fmt: skip
+    norm_block_stride,
+    SPLIT: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
+    PROJECT: gl.constexpr,
+):
     """One consumer warpgroup: queries 64 * part ... of each query block."""
     head_dim: gl.constexpr = k.shape[2]
     SLOTS: gl.constexpr = k.shape[0]
@@ -190,9 +146,28 @@ def attend_queries(
             slot = step % SLOTS
             phase = (step // SLOTS) & 1
             weights, acc, top, total_weight, decay = add_wide_tile(
-                tile_q, k, v, k_full, k_empty, v_full, v_empty, slot, phase, before, before_phase, weights, acc, top,
-                total_weight, decay, (t == steps - 1) & (last_valid < 128), last_valid, scale_log2, "last", False,
-            )  # fmt: skip
+                tile_q,
+                k,
+                v,
+                k_full,
+                k_empty,
+                v_full,
+                v_empty,
+                slot,
+                phase,
+                before,
+                before_phase,
+                weights,
+                acc,
+                top,
+                total_weight,
+                decay,
+                (t == steps - 1) & (last_valid < 128),
+                last_valid,
+                scale_log2,
+                "last",
+                False,
+            )
         acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
         mbarrier.wait(v_full.index(slot), phase)
         acc = warpgroup_mma(weights, v.index(slot), acc)
@@ -230,17 +205,46 @@ def attend_queries(
 
 @gluon.jit(
     do_not_specialize=[
-        "heads", "first_pair", "num_blocks", "total", "query_length", "key_length", "width", "state_step",
+        "heads",
+        "first_pair",
+        "num_blocks",
+        "total",
+        "query_length",
+        "key_length",
+        "width",
+        "state_step",
         "norm_pair_stride",
         "norm_block_stride",
     ]
-)  # fmt: skip
+)
 def block_sparse_fwd_wide_kernel(
-    query, key, value, output, lse_ptr, critical_ptr, count_ptr, state, weight, norm_ptr, mean, bias_ptr,
-    scale_log2, heads, first_pair, num_blocks, total, query_length, key_length, width,
-    state_step, norm_pair_stride, norm_block_stride,
-    BLOCK_K: gl.constexpr, SLOTS: gl.constexpr, FEATURE_MAP: gl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    output,
+    lse_ptr,
+    critical_ptr,
+    count_ptr,
+    state,
+    weight,
+    norm_ptr,
+    mean,
+    bias_ptr,
+    scale_log2,
+    heads,
+    first_pair,
+    num_blocks,
+    total,
+    query_length,
+    key_length,
+    width,
+    state_step,
+    norm_pair_stride,
+    norm_block_stride,
+    BLOCK_K: gl.constexpr,
+    SLOTS: gl.constexpr,
+    FEATURE_MAP: gl.constexpr,
+):
     """Any grid; `total` = pairs * num_blocks query blocks of 128, of the pairs of batch and head from `first_pair` on.
 
     Key blocks have 64 or 128 tokens, full but for the last. With a FEATURE_MAP the linear branch is added, from states
@@ -263,23 +267,112 @@ def block_sparse_fwd_wide_kernel(
     k_full, k_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)
     v_full, v_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)
     fence_async_shared()
-    gl.warp_specialize([
-        (attend_queries, (
-            0, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr,
-            count_ptr, norm_ptr, mean, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length,
-            key_length, width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP, weight is not None,
-        )),
-        (attend_queries, (
-            1, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, output, lse_ptr, critical_ptr,
-            count_ptr, norm_ptr, mean, bias_ptr, scale_log2, heads, first_pair, num_blocks, total, query_length,
-            key_length, width, norm_pair_stride, norm_block_stride, SPLIT, FEATURE_MAP, weight is not None,
-        )),
-        (load_shared_tiles, (
-            query, key, value, q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, state, weight,
-            critical_ptr, count_ptr, heads, first_pair, num_blocks, total, key_length, width, state_step, SPLIT,
-            HAS_LINEAR,
-        )),
-    ], [4, 1], [240, 24])  # fmt: skip
+    gl.warp_specialize(
+        [
+            (
+                attend_queries,
+                (
+                    0,
+                    q,
+                    k,
+                    v,
+                    q_full,
+                    q_empty,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    output,
+                    lse_ptr,
+                    critical_ptr,
+                    count_ptr,
+                    norm_ptr,
+                    mean,
+                    bias_ptr,
+                    scale_log2,
+                    heads,
+                    first_pair,
+                    num_blocks,
+                    total,
+                    query_length,
+                    key_length,
+                    width,
+                    norm_pair_stride,
+                    norm_block_stride,
+                    SPLIT,
+                    FEATURE_MAP,
+                    weight is not None,
+                ),
+            ),
+            (
+                attend_queries,
+                (
+                    1,
+                    q,
+                    k,
+                    v,
+                    q_full,
+                    q_empty,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    output,
+                    lse_ptr,
+                    critical_ptr,
+                    count_ptr,
+                    norm_ptr,
+                    mean,
+                    bias_ptr,
+                    scale_log2,
+                    heads,
+                    first_pair,
+                    num_blocks,
+                    total,
+                    query_length,
+                    key_length,
+                    width,
+                    norm_pair_stride,
+                    norm_block_stride,
+                    SPLIT,
+                    FEATURE_MAP,
+                    weight is not None,
+                ),
+            ),
+            (
+                load_shared_tiles,
+                (
+                    query,
+                    key,
+                    value,
+                    q,
+                    k,
+                    v,
+                    q_full,
+                    q_empty,
+                    k_full,
+                    k_empty,
+                    v_full,
+                    v_empty,
+                    state,
+                    weight,
+                    critical_ptr,
+                    count_ptr,
+                    heads,
+                    first_pair,
+                    num_blocks,
+                    total,
+                    key_length,
+                    width,
+                    state_step,
+                    SPLIT,
+                    HAS_LINEAR,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )
     retire(q_full)
     retire(q_empty)
     retire(k_full)

@@ -145,9 +145,7 @@ def copy_weight(weight, column, barrier, slot, head_dim: gl.constexpr):
 
 
 @gluon.jit
-def add_columns(
-    acc, left, right, inverse, state_slot, state_full, weight_slot, weight_full, head_dim: gl.constexpr
-):  # fmt: skip
+def add_columns(acc, left, right, inverse, state_slot, state_full, weight_slot, weight_full, head_dim: gl.constexpr):
     """acc + ((phi(q) H[:, part]) / n) W[:, part]^T for the columns whose pieces arrive at these barriers."""
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     state = reinterpret(state_slot, gl.bfloat16, [head_dim, HALF_WIDTH], tile_layout)

@@ -112,9 +112,29 @@ def store_column_sums(pointer, x):
 
 @gluon.jit
 def row_gradients(
-    q, o, g, h, w, q_full, og_full, h_full, phase, grad_query, linear, norm_ptr, mean_ptr, bias_ptr, delta_ptr,
-    grad_norm_ptr, grad_bias_ptr, batch, head, start, query_length, FEATURE_MAP: gl.constexpr,
-):  # fmt: skip
+    q,
+    o,
+    g,
+    h,
+    w,
+    q_full,
+    og_full,
+    h_full,
+    phase,
+    grad_query,
+    linear,
+    norm_ptr,
+    mean_ptr,
+    bias_ptr,
+    delta_ptr,
+    grad_norm_ptr,
+    grad_bias_ptr,
+    batch,
+    head,
+    start,
+    query_length,
+    FEATURE_MAP: gl.constexpr,
+):
     """Everything of one block but dH, for which phi / n stays in o's slot and g in its own, both bfloat16.
 
     q, o and g are the slots of Q, O and dO, h that of H (h_full is None where it is there already), w that of W (None:
@@ -192,9 +212,26 @@ def row_gradients(
 
 @gluon.jit(do_not_specialize=["heads", "query_length", "first_pair", "norm_pair_stride", "norm_block_stride"])
 def linear_query_grad_kernel(
-    query, output, grad, state, weight, grad_query, linear, grad_state, norm_ptr, mean, bias_ptr, delta_ptr,
-    grad_norm_ptr, heads, query_length, first_pair, norm_pair_stride, norm_block_stride, FEATURE_MAP: gl.constexpr,
-):  # fmt: skip
+    query,
+    output,
+    grad,
+    state,
+    weight,
+    grad_query,
+    linear,
+    grad_state,
+    norm_ptr,
+    mean,
+    bias_ptr,
+    delta_ptr,
+    grad_norm_ptr,
+    heads,
+    query_length,
+    first_pair,
+    norm_pair_stride,
+    norm_block_stride,
+    FEATURE_MAP: gl.constexpr,
+):
     """Grid (blocks, pairs of batch and head from first_pair on): one query block each, with its own H.
 
     Blocks past the end have dO = 0 and write zeros into dH and dZ. Without a weight, linear is None.
@@ -231,10 +268,29 @@ def linear_query_grad_kernel(
     place = (all_pairs * gl.num_programs(0) + block) * head_dim
     norm_ptr += pair.to(gl.int64) * norm_pair_stride + block.to(gl.int64) * norm_block_stride
     row_gradients(
-        q, o, g, h, w, full.index(1), full.index(0), full.index(2), 0, grad_query, linear, norm_ptr,
-        mean_of_block(mean, pair, block), bias_ptr, delta_ptr + all_pairs * query_length, grad_norm_ptr + place, None,
-        batch, head, start, query_length, FEATURE_MAP,
-    )  # fmt: skip
+        q,
+        o,
+        g,
+        h,
+        w,
+        full.index(1),
+        full.index(0),
+        full.index(2),
+        0,
+        grad_query,
+        linear,
+        norm_ptr,
+        mean_of_block(mean, pair, block),
+        bias_ptr,
+        delta_ptr + all_pairs * query_length,
+        grad_norm_ptr + place,
+        None,
+        batch,
+        head,
+        start,
+        query_length,
+        FEATURE_MAP,
+    )
     g = reinterpret(g, gl.bfloat16, [rows, head_dim], tile_layout)
     scaled = reinterpret(o, gl.bfloat16, [rows, head_dim], tile_layout).permute((1, 0))
     # A warpgroup makes 64 rows of dH at a time; at head_dim 64 the two of 128 queries split its columns.
@@ -266,9 +322,24 @@ def copy_block(query, output, grad, batch, head, start, og_full, q_full, q, o, g
 
 @gluon.jit(do_not_specialize=["heads", "query_length", "num_blocks", "per_program"])
 def shared_query_grad_kernel(
-    query, output, grad, state, grad_query, grad_state_ptr, norm_ptr, mean_ptr, bias_ptr, delta_ptr, grad_norm_ptr,
-    grad_bias_ptr, heads, query_length, num_blocks, per_program, FEATURE_MAP: gl.constexpr,
-):  # fmt: skip
+    query,
+    output,
+    grad,
+    state,
+    grad_query,
+    grad_state_ptr,
+    norm_ptr,
+    mean_ptr,
+    bias_ptr,
+    delta_ptr,
+    grad_norm_ptr,
+    grad_bias_ptr,
+    heads,
+    query_length,
+    num_blocks,
+    per_program,
+    FEATURE_MAP: gl.constexpr,
+):
     """Grid (parts, B * H): each program walks `per_program` blocks of 128 rows of one head, which share one H.
 
     dH, float32 [B * H, parts, D, D], is with respect to H W^T; dZ and the bias gradient come per block. The next
@@ -310,10 +381,29 @@ def shared_query_grad_kernel(
         )
         place = (all_pairs * num_blocks + first + i) * head_dim
         row_gradients(
-            q.index(stage), o.index(stage), g.index(stage), h, None, q_full.index(stage), og_full.index(stage), None,
-            (i // 2) & 1, grad_query, None, norm_ptr, mean_ptr, bias_ptr, delta_ptr + all_pairs * query_length,
-            grad_norm_ptr + place, grad_bias_ptr + place, batch, head, (first + i) * rows, query_length, FEATURE_MAP,
-        )  # fmt: skip
+            q.index(stage),
+            o.index(stage),
+            g.index(stage),
+            h,
+            None,
+            q_full.index(stage),
+            og_full.index(stage),
+            None,
+            (i // 2) & 1,
+            grad_query,
+            None,
+            norm_ptr,
+            mean_ptr,
+            bias_ptr,
+            delta_ptr + all_pairs * query_length,
+            grad_norm_ptr + place,
+            grad_bias_ptr + place,
+            batch,
+            head,
+            (first + i) * rows,
+            query_length,
+            FEATURE_MAP,
+        )
         scaled = reinterpret(o.index(stage), gl.bfloat16, [rows, head_dim], tile_layout)
         narrow_g = reinterpret(g.index(stage), gl.bfloat16, [rows, head_dim], tile_layout)
         sums = warpgroup_mma(scaled.permute((1, 0)), narrow_g, sums)

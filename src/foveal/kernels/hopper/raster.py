@@ -44,10 +44,24 @@ def video_tokens(place_ptr, start, wanted, head_dim: gl.constexpr):
 
 @gluon.jit
 def store_gated_sum(
-    result, tile, fine, output_ptr, coarse_ptr, gate_coarse_ptr, gate_fine_ptr, output_strides, gate_coarse_strides,
-    gate_fine_strides, batch, head, token, start, GATED_COARSE: gl.constexpr, GATED_FINE: gl.constexpr,
+    result,
+    tile,
+    fine,
+    output_ptr,
+    coarse_ptr,
+    gate_coarse_ptr,
+    gate_fine_ptr,
+    output_strides,
+    gate_coarse_strides,
+    gate_fine_strides,
+    batch,
+    head,
+    token,
+    start,
+    GATED_COARSE: gl.constexpr,
+    GATED_FINE: gl.constexpr,
     SAVE_FINE: gl.constexpr,
-):  # fmt: skip
+):
     """Stores O = Gc * Oc + Gf * Of for 64 queries of a cube, in raster order; `result` is Of, `coarse_ptr` its Oc.
 
     Of passes through `tile`, which nobody reads any more. With SAVE_FINE it is also stored at `start` of `fine`, in
@@ -76,9 +90,22 @@ def store_gated_sum(
 
 @gluon.jit
 def return_gradient(
-    values, tile, grad_ptr, strides, pooled_ptr, place_ptr, size_ptr, batch, head, pair, start, video_rows, length,
-    key_length, SLOT: gl.constexpr,
-):  # fmt: skip
+    values,
+    tile,
+    grad_ptr,
+    strides,
+    pooled_ptr,
+    place_ptr,
+    size_ptr,
+    batch,
+    head,
+    pair,
+    start,
+    video_rows,
+    length,
+    key_length,
+    SLOT: gl.constexpr,
+):
     """Stores a fine gradient [64, D] in raster order, plus each token's share of the pooled one.
 
     Args:

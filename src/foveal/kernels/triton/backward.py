@@ -41,9 +41,18 @@ def probabilities(scores, lse, scale_log2):
 
 @triton.jit(do_not_specialize=["heads", "query_length"])
 def _delta_kernel(
-    grad, output, delta_ptr, grad_lse_ptr, grad_strides, output_strides, heads, query_length,
-    D: tl.constexpr, ROWS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-):  # fmt: skip
+    grad,
+    output,
+    delta_ptr,
+    grad_lse_ptr,
+    grad_strides,
+    output_strides,
+    heads,
+    query_length,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr,
+):
     await_previous()
     start, pair = tl.program_id(0) * ROWS, tl.program_id(1)
     batch, head = pair // heads, pair % heads
@@ -59,13 +68,44 @@ def _delta_kernel(
 
 @triton.jit(do_not_specialize=["heads", "query_length", "key_length", "width", "size_stride", "scale", "scale_log2"])
 def _block_sparse_dq_kernel(
-    query, key, value, grad, query_8, key_8, query_step_ptr, key_step_ptr, grad_query_ptr, lse_ptr, delta_ptr,
-    query_strides, key_strides, value_strides, grad_strides, query_8_strides, key_8_strides, grad_query_strides,
-    critical_ptr, count_ptr, full_count_ptr, size_ptr,
-    heads, query_length, key_length, width, size_stride, scale, scale_log2,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
-    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, INT8: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    grad,
+    query_8,
+    key_8,
+    query_step_ptr,
+    key_step_ptr,
+    grad_query_ptr,
+    lse_ptr,
+    delta_ptr,
+    query_strides,
+    key_strides,
+    value_strides,
+    grad_strides,
+    query_8_strides,
+    key_8_strides,
+    grad_query_strides,
+    critical_ptr,
+    count_ptr,
+    full_count_ptr,
+    size_ptr,
+    heads,
+    query_length,
+    key_length,
+    width,
+    size_stride,
+    scale,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    INT8: tl.constexpr,
+    ADD: tl.constexpr,
+):
     await_previous()
     start_q, pair = tl.program_id(0) * TILE, tl.program_id(1)
     batch, head = pair // heads, pair % heads
@@ -122,14 +162,44 @@ def _block_sparse_dq_kernel(
 
 @triton.jit(do_not_specialize=["heads", "query_length", "key_length", "size_stride", "scale", "scale_log2"])
 def _block_sparse_dkdv_kernel(
-    query, key, value, grad, query_8, key_8, query_step_ptr, key_step_ptr, grad_key_ptr, grad_value_ptr,
-    lse_ptr, delta_ptr, query_strides, key_strides, value_strides, grad_strides, query_8_strides, key_8_strides,
-    grad_key_strides, grad_value_strides,
-    offset_ptr, count_ptr, row_ptr, size_ptr,
-    heads, query_length, key_length, size_stride, scale, scale_log2,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
-    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, INT8: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    grad,
+    query_8,
+    key_8,
+    query_step_ptr,
+    key_step_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    lse_ptr,
+    delta_ptr,
+    query_strides,
+    key_strides,
+    value_strides,
+    grad_strides,
+    query_8_strides,
+    key_8_strides,
+    grad_key_strides,
+    grad_value_strides,
+    offset_ptr,
+    count_ptr,
+    row_ptr,
+    size_ptr,
+    heads,
+    query_length,
+    key_length,
+    size_stride,
+    scale,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    INT8: tl.constexpr,
+):
     await_previous()
     start_k, pair = tl.program_id(0) * TILE, tl.program_id(1)
     batch, head = pair // heads, pair % heads

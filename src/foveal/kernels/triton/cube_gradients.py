@@ -30,13 +30,32 @@ from foveal.kernels.triton.tiles import row_strides
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _split_gradient_kernel(
-    grad_ptr, attended_ptr, coarse_ptr, gate_coarse_ptr, gate_fine_ptr, place_ptr,
-    grad_fine_ptr, delta_ptr, grad_coarse_ptr, grad_gate_coarse_ptr, grad_gate_fine_ptr,
-    grad_strides, attended_strides, gate_coarse_strides, gate_fine_strides,
-    grad_gate_coarse_strides, grad_gate_fine_strides,
-    heads, num_cubes, length,
-    D: tl.constexpr, SLOT: tl.constexpr, ROWS: tl.constexpr, GATED_COARSE: tl.constexpr, GATED_FINE: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    attended_ptr,
+    coarse_ptr,
+    gate_coarse_ptr,
+    gate_fine_ptr,
+    place_ptr,
+    grad_fine_ptr,
+    delta_ptr,
+    grad_coarse_ptr,
+    grad_gate_coarse_ptr,
+    grad_gate_fine_ptr,
+    grad_strides,
+    attended_strides,
+    gate_coarse_strides,
+    gate_fine_strides,
+    grad_gate_coarse_strides,
+    grad_gate_fine_strides,
+    heads,
+    num_cubes,
+    length,
+    D: tl.constexpr,
+    SLOT: tl.constexpr,
+    ROWS: tl.constexpr,
+    GATED_COARSE: tl.constexpr,
+    GATED_FINE: tl.constexpr,
+):
     """Grid (B * H, C). From dO: dOf = Gf * dO in tile order and rowsum(dOf * Of), dOc, and the gates' gradients.
 
     `attended` is Of in tile order with GATED_FINE, else O in raster order, of which Of is what Gc * Oc leaves.
@@ -76,11 +95,29 @@ def _split_gradient_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _return_gradients_kernel(
-    cube_query_ptr, cube_key_ptr, cube_value_ptr, pooled_query_ptr, pooled_key_ptr, pooled_value_ptr, place_ptr,
-    size_ptr, query_ptr, key_ptr, value_ptr, query_strides, key_strides, value_strides,
-    heads, num_cubes, num_blocks, length, key_length,
-    D: tl.constexpr, SLOT: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    cube_query_ptr,
+    cube_key_ptr,
+    cube_value_ptr,
+    pooled_query_ptr,
+    pooled_key_ptr,
+    pooled_value_ptr,
+    place_ptr,
+    size_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    query_strides,
+    key_strides,
+    value_strides,
+    heads,
+    num_cubes,
+    num_blocks,
+    length,
+    key_length,
+    D: tl.constexpr,
+    SLOT: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Grid (B * H, T). Fine gradients from tile to raster order, plus each token's share of the pooled ones."""
     await_previous()
     pair, block = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -102,13 +102,39 @@ def slot_offsets(pair, num_blocks, block, first, SLOT: tl.constexpr, ROWS: tl.co
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _gather_cubes_kernel(
-    query_ptr, key_ptr, value_ptr, cube_query_ptr, cube_key_ptr, cube_value_ptr,
-    pooled_query_ptr, pooled_key_ptr, pooled_value_ptr, ranked_query_ptr, ranked_key_ptr, place_ptr, size_ptr,
-    query_strides, key_strides, value_strides, pooled_strides, heads, num_cubes, num_blocks, length, key_length,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    cube_query_ptr,
+    cube_key_ptr,
+    cube_value_ptr,
+    pooled_query_ptr,
+    pooled_key_ptr,
+    pooled_value_ptr,
+    ranked_query_ptr,
+    ranked_key_ptr,
+    place_ptr,
+    size_ptr,
+    query_strides,
+    key_strides,
+    value_strides,
+    pooled_strides,
+    heads,
+    num_cubes,
+    num_blocks,
+    length,
+    key_length,
     size_stride,
-    D: tl.constexpr, SLOT: tl.constexpr, ROWS: tl.constexpr, GATHER_QUERY: tl.constexpr, GATHER: tl.constexpr,
-    POOL: tl.constexpr, WITH_VALUE: tl.constexpr, QUARTERS: tl.constexpr, SPREAD: tl.constexpr,
-):  # fmt: skip
+    D: tl.constexpr,
+    SLOT: tl.constexpr,
+    ROWS: tl.constexpr,
+    GATHER_QUERY: tl.constexpr,
+    GATHER: tl.constexpr,
+    POOL: tl.constexpr,
+    WITH_VALUE: tl.constexpr,
+    QUARTERS: tl.constexpr,
+    SPREAD: tl.constexpr,
+):
     """Grid (B * H, T). GATHER...: copies to tile order; POOL: float32 means over the cubes' tokens.
 
     QUARTERS: also the float16 means over the quarters of each cube's query and key. SPREAD: also each cube's mean key
@@ -176,10 +202,24 @@ def _gather_cubes_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _combine_kernel(
-    fine_ptr, coarse_ptr, gate_coarse_ptr, gate_fine_ptr, output_ptr, place_ptr,
-    gate_coarse_strides, gate_fine_strides, output_strides, heads, num_cubes, length,
-    D: tl.constexpr, SLOT: tl.constexpr, ROWS: tl.constexpr, GATED_COARSE: tl.constexpr, GATED_FINE: tl.constexpr,
-):  # fmt: skip
+    fine_ptr,
+    coarse_ptr,
+    gate_coarse_ptr,
+    gate_fine_ptr,
+    output_ptr,
+    place_ptr,
+    gate_coarse_strides,
+    gate_fine_strides,
+    output_strides,
+    heads,
+    num_cubes,
+    length,
+    D: tl.constexpr,
+    SLOT: tl.constexpr,
+    ROWS: tl.constexpr,
+    GATED_COARSE: tl.constexpr,
+    GATED_FINE: tl.constexpr,
+):
     """Grid (B * H, C). O = Gc * Oc + Gf * Of, back in raster order."""
     await_previous()
     pair, cube = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -67,9 +67,15 @@ def scores_and_scale(q, k, key_step_ptr, block, scale_log2, INT8: tl.constexpr):
 
 @triton.jit
 def count_tiles(
-    list_ptr, full_count_ptr, row, count, key_length,
-    TILE_K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_SIZES: tl.constexpr,
-):  # fmt: skip
+    list_ptr,
+    full_count_ptr,
+    row,
+    count,
+    key_length,
+    TILE_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
+):
     """How many leading tiles of a row's list are full, and how many tiles hold a key at all."""
     SPLIT: tl.constexpr = BLOCK_K // TILE_K
     if HAS_SIZES:
@@ -82,9 +88,15 @@ def count_tiles(
 
 @triton.jit
 def tile_valid(
-    size_ptr, size_stride, batch, start, key_length,
-    TILE_K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_SIZES: tl.constexpr,
-):  # fmt: skip
+    size_ptr,
+    size_stride,
+    batch,
+    start,
+    key_length,
+    TILE_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
+):
     """bool [TILE_K]: which keys of the tile at token `start` count."""
     key = start + tl.arange(0, TILE_K)
     valid = key < key_length
@@ -96,9 +108,17 @@ def tile_valid(
 
 @triton.jit
 def add_linear_branch(
-    acc, q, state_ptr, norm_ptr, mean_ptr, weight_ptr, bias_ptr,
-    D: tl.constexpr, COLUMNS: tl.constexpr, FEATURE_MAP: tl.constexpr,
-):  # fmt: skip
+    acc,
+    q,
+    state_ptr,
+    norm_ptr,
+    mean_ptr,
+    weight_ptr,
+    bias_ptr,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+):
     """acc + O^l W^T + b for one block's state H [D, D] and Z [D].
 
     O^l = phi(q) H / n with n = phi(q) Z + eps, and (phi(q) Z / n) m more where H is the state of V - m: there is a
@@ -128,13 +148,43 @@ def add_linear_branch(
     do_not_specialize=["heads", "first_pair", "query_length", "key_length", "width", "size_stride", "scale_log2"]
 )
 def _block_sparse_fwd_kernel(
-    query, key, value, query_ptr, key_step_ptr, output_ptr, lse_ptr,
-    query_strides, key_strides, value_strides, output_strides,
-    critical_ptr, count_ptr, full_count_ptr, size_ptr, state_ptr, norm_ptr, mean_ptr, weight_ptr, bias_ptr,
-    heads, first_pair, query_length, key_length, width, size_stride, state_strides, scale_log2,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr,
-    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, FEATURE_MAP: tl.constexpr, INT8: tl.constexpr,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    query_ptr,
+    key_step_ptr,
+    output_ptr,
+    lse_ptr,
+    query_strides,
+    key_strides,
+    value_strides,
+    output_strides,
+    critical_ptr,
+    count_ptr,
+    full_count_ptr,
+    size_ptr,
+    state_ptr,
+    norm_ptr,
+    mean_ptr,
+    weight_ptr,
+    bias_ptr,
+    heads,
+    first_pair,
+    query_length,
+    key_length,
+    width,
+    size_stride,
+    state_strides,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE_K: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    INT8: tl.constexpr,
+):
     await_previous()
     block, state_pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     pair = first_pair + tl.program_id(1)

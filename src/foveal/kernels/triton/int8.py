@@ -38,9 +38,20 @@ def to_int8(x):
 
 @triton.jit(do_not_specialize=["heads", "first_pair", "blocks", "length", "block", "size_stride"])
 def _key_mean_kernel(
-    pooled_ptr, mean_ptr, size_ptr, heads, first_pair, blocks, length, block, size_stride,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_SIZES: tl.constexpr,
-):  # fmt: skip
+    pooled_ptr,
+    mean_ptr,
+    size_ptr,
+    heads,
+    first_pair,
+    blocks,
+    length,
+    block,
+    size_stride,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
+):
     """The mean of a head's valid keys from those of its blocks, a few channels a program."""
     await_previous()
     feature, pair = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1)
@@ -63,10 +74,26 @@ def _key_mean_kernel(
 
 @triton.jit(do_not_specialize=["heads", "pairs", "first_pair", "length", "size_stride"])
 def _to_int8_kernel(
-    x_ptr, mean_ptr, size_ptr, x_8_ptr, step_ptr, back_ptr, strides, strides_8, back_strides,
-    heads, pairs, first_pair, length, size_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, CENTER: tl.constexpr, HAS_SIZES: tl.constexpr, BACK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    mean_ptr,
+    size_ptr,
+    x_8_ptr,
+    step_ptr,
+    back_ptr,
+    strides,
+    strides_8,
+    back_strides,
+    heads,
+    pairs,
+    first_pair,
+    length,
+    size_stride,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CENTER: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
+    BACK: tl.constexpr,
+):
     """One block in int8 and its step, and if BACK what these stand for."""
     await_previous()
     index, pair = tl.program_id(0) // pairs, tl.program_id(0) % pairs

@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.chips import Plan, fitting
 from foveal.kernels.host import launch, num_sms, register_limit
 from foveal.kernels.tma import tma_takes
 from foveal.kernels.triton.await_previous import await_previous
@@ -36,12 +35,6 @@ from foveal.kernels.values import size_stride
 # one in four makes H 1.4 times as large, and its rounding is a small part of the errors of the gradients.
 MEAN_ROWS, MEAN_STEP = 4096, 4
 MEAN_PARTS = 32  # programs that a head's rows are cut into
-
-# By head_dim.
-MASKED_SUM_PLANS = {
-    64: [Plan(40960, {"num_stages": 3})],
-    128: [Plan(73728, {"num_stages": 3}), Plan(65536, {"num_stages": 2})],
-}
 
 
 @triton.jit
@@ -60,9 +53,23 @@ def store_means(mean, weight_ptr, mean_ptr, projected_ptr, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "pairs", "first_pair", "length", "step", "size_stride"])
 def _value_sum_kernel(
-    value_ptr, sum_ptr, count_ptr, size_ptr, strides, heads, pairs, first_pair, length, step, size_stride,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, HAS_SIZES: tl.constexpr,
-):  # fmt: skip
+    value_ptr,
+    sum_ptr,
+    count_ptr,
+    size_ptr,
+    strides,
+    heads,
+    pairs,
+    first_pair,
+    length,
+    step,
+    size_stride,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
+):
     """The sum over every `step`-th valid row in one of PARTS parts of a head, and how many there are."""
     await_previous()
     part, pair = tl.program_id(0) // pairs, tl.program_id(0) % pairs
@@ -90,11 +97,37 @@ def _value_sum_kernel(
 
 @triton.jit(do_not_specialize=["heads", "pairs", "length", "size_stride", "first_pair", "blocks", "at_once"])
 def _key_state_kernel(
-    key, value, state_ptr, norm_ptr, pooled_ptr, size_ptr, mean_ptr, projected_ptr, weight_ptr, value_sums,
-    key_strides, value_strides, heads, pairs, length, size_stride, first_pair, blocks, at_once, state_step, norm_step,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, PER_BLOCK: tl.constexpr, POOL: tl.constexpr,
-    HAS_SIZES: tl.constexpr, DESCRIPTORS: tl.constexpr, FEATURE_MAP: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+    key,
+    value,
+    state_ptr,
+    norm_ptr,
+    pooled_ptr,
+    size_ptr,
+    mean_ptr,
+    projected_ptr,
+    weight_ptr,
+    value_sums,
+    key_strides,
+    value_strides,
+    heads,
+    pairs,
+    length,
+    size_stride,
+    first_pair,
+    blocks,
+    at_once,
+    state_step,
+    norm_step,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    POOL: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """h and z of `at_once` key blocks, of each block or of their sum, and their pooled keys, in one pass over K and V.
 
     Blocks past the end get zeros, which the padding of the mask product needs. Heads are neighbors, as in `pool`.
@@ -171,9 +204,18 @@ def _key_state_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def _sum_parts_kernel(
-    part_ptr, norm_part_ptr, value_part_ptr, state_ptr, norm_ptr, mean_ptr, projected_ptr, weight_ptr, parts,
-    D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    part_ptr,
+    norm_part_ptr,
+    value_part_ptr,
+    state_ptr,
+    norm_ptr,
+    mean_ptr,
+    projected_ptr,
+    weight_ptr,
+    parts,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Sums what the parts of one head's keys gave: a few rows of the state, and Z, m and W m with the first.
 
     With a mean_ptr the state is that of V - m, and m is the mean of V by weights, the sums over the features of K.
@@ -199,30 +241,6 @@ def _sum_parts_kernel(
             store_means(mean, weight_ptr, mean_ptr + pair * D, projected_ptr + pair * D, D)
     tl.store(state_ptr + pair * D * D + square, state.to(state_ptr.dtype.element_ty))
     tl.store(norm_ptr + pair * D + feature, norm, mask=strip + feature * 0 == 0)
-
-
-@triton.jit(do_not_specialize=["terms"])
-def _masked_sum_kernel(
-    mask_ptr, term_ptr, sum_ptr, mask_strides, terms, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr
-):
-    """sum[pair, i] = sum over j of mask[pair, i, j] * term[pair, j], float32 to 16 bits and more."""
-    await_previous()
-    pair = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    feature = tl.arange(0, D)
-    acc = tl.zeros([ROWS, D], tl.float32)
-    for start in range(0, terms, TILE):
-        column = start + tl.arange(0, TILE)
-        mask = tl.load(
-            mask_ptr + pair * mask_strides[0] + row[:, None] * mask_strides[1] + column[None, :] * mask_strides[2]
-        )
-        term = tl.load(term_ptr + (pair * terms + column)[:, None] * D + feature[None, :])
-        # The mask is exact in bfloat16; the terms are, nearly, as a sum of two.
-        high = term.to(tl.bfloat16)
-        acc = tl.dot(mask, high, acc)
-        acc = tl.dot(mask, (term - high.to(tl.float32)).to(tl.bfloat16), acc)
-    rows = pair * tl.num_programs(0) * ROWS + row
-    tl.store(sum_ptr + rows[:, None] * D + feature[None, :], acc)
 
 
 class Means(NamedTuple):
@@ -392,31 +410,3 @@ def key_state_sums(keys: Keys, pooled: Tensor | None = None, means: Means | None
         num_warps=4,
     )
     return state, norm
-
-
-def masked_sum(mask: Tensor, terms: Tensor, out: Tensor | None = None) -> Tensor:
-    """sum over j of mask[p, i, j] * terms[p, j], float32 [P, R, D], contiguous; in `out` if that is given.
-
-    Args:
-        mask: bfloat16 [P, R, C] of 0 and 1, any strides, R and C multiples of 64.
-        terms: float32 [P, C, D], contiguous.
-    """
-    pairs, rows, columns = mask.shape
-    head_dim = terms.shape[-1]
-    if out is None:
-        out = torch.empty((pairs, rows, head_dim), dtype=torch.float32, device=mask.device)
-    launch(
-        _masked_sum_kernel,
-        (rows // 32, pairs),
-        mask_ptr=mask,
-        term_ptr=terms,
-        sum_ptr=out,
-        mask_strides=mask.stride(),
-        terms=columns,
-        D=head_dim,
-        ROWS=32,
-        TILE=TILE,
-        num_warps=4,
-        **fitting(mask.device, MASKED_SUM_PLANS[head_dim]),
-    )
-    return out

@@ -29,12 +29,34 @@ from foveal.kernels.values import LinearTerm, identity, size_stride, state_strid
 
 @triton.jit(do_not_specialize=["heads", "length", "first_pair"])
 def _query_grad_kernel(
-    query_ptr, output_ptr, grad_ptr, state_ptr, norm_ptr, mean_ptr, projected_ptr, weight_ptr, bias_ptr,
-    grad_query_ptr, delta_ptr, linear_ptr, grad_state_ptr, grad_norm_ptr,
-    query_strides, output_strides, grad_strides, grad_query_strides, state_strides,
-    heads, length, first_pair,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, FEATURE_MAP: tl.constexpr,
-):  # fmt: skip
+    query_ptr,
+    output_ptr,
+    grad_ptr,
+    state_ptr,
+    norm_ptr,
+    mean_ptr,
+    projected_ptr,
+    weight_ptr,
+    bias_ptr,
+    grad_query_ptr,
+    delta_ptr,
+    linear_ptr,
+    grad_state_ptr,
+    grad_norm_ptr,
+    query_strides,
+    output_strides,
+    grad_strides,
+    grad_query_strides,
+    state_strides,
+    heads,
+    length,
+    first_pair,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+):
     """The query side of the linear branch's backward for one block, and delta of the sparse branch.
 
     With g = dO W: dQ through phi; dH and dZ; O^l for the projection's gradient; and
@@ -91,9 +113,18 @@ def _query_grad_kernel(
 
 @triton.jit(do_not_specialize=["heads", "length", "tiles"])
 def _projection_grad_kernel(
-    grad_ptr, linear_ptr, grad_weight_ptr, grad_bias_ptr, grad_strides, linear_strides, heads, length, tiles,
-    D: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    linear_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    grad_strides,
+    linear_strides,
+    heads,
+    length,
+    tiles,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """dW = dO^T O^l and db = column sums of dO over `tiles` tiles of one head; the caller sums the parts."""
     await_previous()
     part, pair = tl.program_id(0), tl.program_id(1)
@@ -114,11 +145,28 @@ def _projection_grad_kernel(
 
 @triton.jit(do_not_specialize=["heads", "length", "size_stride"])
 def _key_grad_kernel(
-    key_ptr, value_ptr, grad_state_ptr, grad_norm_ptr, mean_ptr, size_ptr, grad_key_ptr, grad_value_ptr,
-    key_strides, value_strides, grad_key_strides, grad_value_strides, state_strides,
-    heads, length, size_stride,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, HAS_SIZES: tl.constexpr, FEATURE_MAP: tl.constexpr,
-):  # fmt: skip
+    key_ptr,
+    value_ptr,
+    grad_state_ptr,
+    grad_norm_ptr,
+    mean_ptr,
+    size_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    key_strides,
+    value_strides,
+    grad_key_strides,
+    grad_value_strides,
+    state_strides,
+    heads,
+    length,
+    size_stride,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+):
     """Adds to dK and dV: dphi(K_j) = (V_j - m) G_j^T + z_j, dV_j = phi(K_j) G_j, of one tile of keys."""
     await_previous()
     start, pair = tl.program_id(0) * TILE, tl.program_id(1)

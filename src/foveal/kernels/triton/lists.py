@@ -133,10 +133,19 @@ class RowLists(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_query_blocks", "width", "size_stride", "heads", "first_pair", "block_k"])
 def _full_first_kernel(
-    critical_ptr, count_ptr, size_ptr, ordered_ptr, full_ptr,
-    num_query_blocks, width, size_stride, heads, first_pair, block_k,
+    critical_ptr,
+    count_ptr,
+    size_ptr,
+    ordered_ptr,
+    full_ptr,
+    num_query_blocks,
+    width,
+    size_stride,
+    heads,
+    first_pair,
+    block_k,
     CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     await_previous()
     block, pair = tl.program_id(0), first_pair + tl.program_id(1).to(tl.int64)
     row = pair * num_query_blocks + block
@@ -195,9 +204,16 @@ def full_blocks_first(selection: BlockSelection, pairs: range | None = None, lis
 
 @triton.jit(do_not_specialize=["num_query_blocks", "num_key_blocks", "width"])
 def _noncritical_kernel(
-    critical_ptr, count_ptr, mask_ptr, num_query_blocks, num_key_blocks, width, pair_stride, row_stride,
+    critical_ptr,
+    count_ptr,
+    mask_ptr,
+    num_query_blocks,
+    num_key_blocks,
+    width,
+    pair_stride,
+    row_stride,
     CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     await_previous()
     block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     mask_ptr += pair * pair_stride + block * row_stride

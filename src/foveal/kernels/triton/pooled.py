@@ -52,9 +52,17 @@ def split_dot(a_high, a_low, b_high, b_low, acc):
 
 @triton.jit(do_not_specialize=["length", "scale_log2"])
 def _pooled_fwd_kernel(
-    query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, length, scale_log2,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    output_ptr,
+    lse_ptr,
+    length,
+    scale_log2,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     await_previous()
     pair = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -85,9 +93,21 @@ def _pooled_fwd_kernel(
 
 @triton.jit(do_not_specialize=["length", "scale", "scale_log2"])
 def _pooled_dq_kernel(
-    query_ptr, key_ptr, value_ptr, output_ptr, lse_ptr, grad_ptr, grad_query_ptr, delta_ptr, length, scale, scale_log2,
-    D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    output_ptr,
+    lse_ptr,
+    grad_ptr,
+    grad_query_ptr,
+    delta_ptr,
+    length,
+    scale,
+    scale_log2,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Also writes delta = rowsum(dO * O)."""
     await_previous()
     pair = tl.program_id(1).to(tl.int64)
@@ -117,9 +137,21 @@ def _pooled_dq_kernel(
 
 @triton.jit(do_not_specialize=["length", "scale", "scale_log2"])
 def _pooled_dkdv_kernel(
-    query_ptr, key_ptr, value_ptr, lse_ptr, grad_ptr, delta_ptr, grad_key_ptr, grad_value_ptr,
-    length, scale, scale_log2, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    lse_ptr,
+    grad_ptr,
+    delta_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    length,
+    scale,
+    scale_log2,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     await_previous()
     pair = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

@@ -88,10 +88,23 @@ def store_first_row(pointers, x):
 
 @triton.jit(do_not_specialize=["heads", "pairs", "length", "size_stride", "block", "at_once"])
 def _pool_kernel(
-    x_ptr, pooled_ptr, size_ptr, strides, heads, pairs, length, size_stride, block, at_once,
-    D: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, HAS_SIZES: tl.constexpr,
+    x_ptr,
+    pooled_ptr,
+    size_ptr,
+    strides,
+    heads,
+    pairs,
+    length,
+    size_stride,
+    block,
+    at_once,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_SIZES: tl.constexpr,
     SPREAD: tl.constexpr,
-):  # fmt: skip
+):
     """Means over the valid tokens of `at_once` blocks, or with PARTS 4 over those of their quarters.
 
     With SPREAD the variance of each channel stands behind a block's mean. TILES of ROWS tokens cover a block. Heads are

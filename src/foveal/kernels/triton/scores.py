@@ -48,9 +48,16 @@ def _products(
 
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "scale"])
 def _score_kernel(
-    query_ptr, key_ptr, score_ptr, query_blocks, key_blocks, scale,
-    D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    query_ptr,
+    key_ptr,
+    score_ptr,
+    query_blocks,
+    key_blocks,
+    scale,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """order_preserving(scale * q k^T) of a tile of pooled blocks; what is past the last key block is undefined."""
     await_previous()
     pair = tl.program_id(2).to(tl.int64)
@@ -59,25 +66,58 @@ def _score_kernel(
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     in_rows, in_columns = row < query_blocks, column < key_blocks
     scores = _products(
-        query_ptr + (pair * query_blocks + row)[:, None] * D, key_ptr + (pair * key_blocks + column)[None, :] * D,
-        in_rows, in_columns, scale, D, TILE, PRECISION,
-    )  # fmt: skip
+        query_ptr + (pair * query_blocks + row)[:, None] * D,
+        key_ptr + (pair * key_blocks + column)[None, :] * D,
+        in_rows,
+        in_columns,
+        scale,
+        D,
+        TILE,
+        PRECISION,
+    )
     offsets = (pair * query_blocks + row)[:, None] * padded_columns + column[None, :]
     tl.store(score_ptr + offsets, order_preserving(scores), mask=in_rows[:, None])
 
 
 @triton.jit(
     do_not_specialize=[
-        "heads", "query_quarters", "key_quarters", "query_blocks", "key_blocks", "padded_columns", "first_pair",
-        "query_size_stride", "key_size_stride", "query_part", "key_part", "scale",
+        "heads",
+        "query_quarters",
+        "key_quarters",
+        "query_blocks",
+        "key_blocks",
+        "padded_columns",
+        "first_pair",
+        "query_size_stride",
+        "key_size_stride",
+        "query_part",
+        "key_part",
+        "scale",
     ]
-)  # fmt: skip
+)
 def _quarter_score_kernel(
-    query_ptr, key_ptr, score_ptr, query_size_ptr, key_size_ptr,
-    heads, query_quarters, key_quarters, query_blocks, key_blocks, padded_columns, first_pair, query_size_stride,
-    key_size_stride, query_part, key_part, scale,
-    D: tl.constexpr, TILE: tl.constexpr, QUERY_SIZES: tl.constexpr, KEY_SIZES: tl.constexpr,
-):  # fmt: skip
+    query_ptr,
+    key_ptr,
+    score_ptr,
+    query_size_ptr,
+    key_size_ptr,
+    heads,
+    query_quarters,
+    key_quarters,
+    query_blocks,
+    key_blocks,
+    padded_columns,
+    first_pair,
+    query_size_stride,
+    key_size_stride,
+    query_part,
+    key_part,
+    scale,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    QUERY_SIZES: tl.constexpr,
+    KEY_SIZES: tl.constexpr,
+):
     """order_preserving(log-sum-exp of scale * q k^T over the quarters of two blocks), for a tile of blocks.
 
     Quarters without a valid token do not count, by the blocks' ..._SIZES in tokens and the ..._part of a quarter.

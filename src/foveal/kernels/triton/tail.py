@@ -41,10 +41,23 @@ def load_biases(bias_ptr, column, columns):
 
 @triton.jit(do_not_specialize=["heads", "length", "columns", "scale_log2"])
 def _tail_fwd_kernel(
-    query, key_ptr, value_ptr, bias_ptr, output_ptr, lse_ptr, query_strides, output_strides,
-    heads, length, columns, scale_log2,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    query,
+    key_ptr,
+    value_ptr,
+    bias_ptr,
+    output_ptr,
+    lse_ptr,
+    query_strides,
+    output_strides,
+    heads,
+    length,
+    columns,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     await_previous()
     start, pair = tl.program_id(0) * ROWS, tl.program_id(1)
     batch, head = pair // heads, pair % heads
@@ -80,10 +93,27 @@ def _tail_fwd_kernel(
 
 @triton.jit(do_not_specialize=["heads", "length", "columns", "scale", "scale_log2"])
 def _tail_dq_kernel(
-    query, grad, key_ptr, value_ptr, bias_ptr, lse_ptr, delta_ptr, grad_query_ptr,
-    query_strides, grad_strides, grad_query_strides, heads, length, columns, scale, scale_log2,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    query,
+    grad,
+    key_ptr,
+    value_ptr,
+    bias_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_query_ptr,
+    query_strides,
+    grad_strides,
+    grad_query_strides,
+    heads,
+    length,
+    columns,
+    scale,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     await_previous()
     start, pair = tl.program_id(0) * ROWS, tl.program_id(1)
     batch, head = pair // heads, pair % heads
@@ -112,10 +142,27 @@ def _tail_dq_kernel(
 
 @triton.jit(do_not_specialize=["heads", "length", "columns", "scale", "scale_log2"])
 def _tail_means_kernel(
-    query, grad, key_ptr, value_ptr, bias_ptr, lse_ptr, delta_ptr, grad_key_ptr, grad_value_ptr,
-    query_strides, grad_strides, heads, length, columns, scale, scale_log2,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    query,
+    grad,
+    key_ptr,
+    value_ptr,
+    bias_ptr,
+    lse_ptr,
+    delta_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    query_strides,
+    grad_strides,
+    heads,
+    length,
+    columns,
+    scale,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """The gradients of the means, float32: each program has COLUMNS of them and goes through all rows."""
     await_previous()
     column, pair = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(1)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.backend import Backend, BackwardCall, QuerySide, SharedGradients
-from foveal.kernels.triton.linear import masked_sum
 from foveal.kernels.triton.linear_backward import projection_gradients
 from foveal.kernels.triton.lists import column_lists
+from foveal.kernels.triton.masked_sum import masked_sum
 from foveal.kernels.values import LinearTerm, Problem
 from foveal.methods.sla.gpu_forward import Results
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from foveal.kernels.backend import Backend, ForwardCall
 from foveal.kernels.side_stream import side_stream
-from foveal.kernels.triton.linear import Keys, Means, key_state_sums, key_states, masked_sum
+from foveal.kernels.triton.linear import Keys, Means, key_state_sums, key_states
+from foveal.kernels.triton.masked_sum import masked_sum
 from foveal.kernels.triton.picking import Lists, pick
 from foveal.kernels.triton.pooling import pool
 from foveal.kernels.triton.scores import Sizes
