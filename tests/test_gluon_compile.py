@@ -174,7 +174,7 @@ def test_forward_in_inference(tmp_path, head_dim, block_q, block_k, has_sizes, d
 @pytest.mark.parametrize("add", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
 def test_dq(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, add):
-    plan = launch.dq_plan(head_dim, block_q, block_k, has_sizes)
+    plan = launch.dq_plan(block_q, block_k, has_sizes)
     query, key = tiles(64, head_dim, dtype), tiles(plan["tile_k"], head_dim, dtype)
     scalars = ("query_length", "key_length", "width", "size_stride", "uniform", "video_length")
     signature = {
@@ -199,7 +199,7 @@ def test_dq(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, add):
 )
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
 def test_dkdv(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_map):
-    plan = launch.dkdv_plan(head_dim, block_q, block_k, has_sizes)
+    plan = launch.dkdv_plan(block_q, block_k, has_sizes)
     tile = tiles(64, head_dim, dtype)
     statistics = f"tensordesc<fp32[128],{gl.NVMMASharedLayout(0, 32, 1)!r}>"
     scalars = (

@@ -30,7 +30,7 @@ import foveal
 from foveal import SLAConfig, VSAConfig
 from foveal.lab import cli
 from foveal.lab.terminal import Progress
-from foveal.lab.train.evaluation import DivergenceAlarm, Evaluation, HeldOut, LayerReport, compare_with_dense
+from foveal.lab.train.evaluation import DivergenceAlarm, Evaluation, HeldOut, LayerReport, _report, _sums
 from foveal.lab.train.faults import LossGuard, TrainingError, out_of_memory
 from foveal.lab.train.model import anneal, build_model, build_wan, compile_blocks, token_grid, velocity
 from foveal.lab.train.objective import add_noise, flow_matching_loss, sample_noise
@@ -637,7 +637,7 @@ def test_layer_reports_are_those_of_the_whole_attention(method):
     module = build.build(method, 32, 2, 16, "auto")
     hidden = torch.randn(2, grid.num_tokens, 32)
     output = build.run(module, foveal.methods.base.LayerCall(query, key, value, hidden, grid))
-    report = compare_with_dense(module, query, key, value, output, grid)
+    report = _report(_sums(module, query, key, value, output, grid))
 
     weights = (query @ key.transpose(-1, -2) / 4).softmax(-1)
     exact = weights @ value
@@ -652,7 +652,7 @@ def test_layer_reports_are_those_of_the_whole_attention(method):
 def test_a_layer_of_zeros_is_reported():
     """A new value projection may be zero; an evaluation goes on."""
     module, zeros = foveal.SparseLinearAttention(16, SPARSE), torch.zeros(1, 2, 64, 16)
-    report = compare_with_dense(module, *torch.randn(2, 1, 2, 64, 16), zeros, zeros, VideoGrid(1, 8, 8))
+    report = _report(_sums(module, *torch.randn(2, 1, 2, 64, 16), zeros, zeros, VideoGrid(1, 8, 8)))
     assert report.error != report.error
     assert 0 < report.recall < 1
 

@@ -45,7 +45,7 @@ def forward_plan(
 
 
 @functools.cache
-def dkdv_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool) -> dict[str, Any]:
+def dkdv_plan(block_q: int, block_k: int, has_sizes: bool) -> dict[str, Any]:
     """Constants and launch options of the dK, dV kernel."""
     return {
         "constants": {"BLOCK_Q": block_q, "BLOCK_K": block_k, "SLOTS": 2, "HAS_SIZES": has_sizes},
@@ -54,7 +54,7 @@ def dkdv_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool) -> dic
 
 
 @functools.cache
-def dq_plan(head_dim: int, block_q: int, block_k: int, has_sizes: bool, tail: bool = False) -> dict[str, Any]:
+def dq_plan(block_q: int, block_k: int, has_sizes: bool, tail: bool = False) -> dict[str, Any]:
     """How dQ is cut: keys a tile, constants and launch options; `tail` for key blocks that all lack a few keys.
 
     64 queries: two programs per SM, for which the compiler is limited to 128 registers per thread on average.
@@ -192,7 +192,7 @@ def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         num_tiles=num_tiles,
         num_warps=4,
     )
-    plan = dq_plan(head_dim, block_q, block_k, sizes is not None, short_tail(uniform, block_k))
+    plan = dq_plan(block_q, block_k, sizes is not None, short_tail(uniform, block_k))
     tile_k = plan["tile_k"]
     both = {
         "size_ptr": sizes,
@@ -221,7 +221,7 @@ def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         **plan["constants"],
         **plan["options"],
     )
-    plan = dkdv_plan(head_dim, block_q, block_k, sizes is not None)
+    plan = dkdv_plan(block_q, block_k, sizes is not None)
     launch(
         block_sparse_dkdv_kernel,
         (-(-selection.key_length // TILE), heads, batch),

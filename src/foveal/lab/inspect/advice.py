@@ -144,7 +144,7 @@ def advise(
     )
 
 
-def to_json(observations: Sequence[LayerObservation], settings: InspectSettings) -> list[dict[str, Any]]:
+def to_json(observations: Sequence[LayerObservation]) -> list[dict[str, Any]]:
     """The observations as JSON-ready dictionaries; lists run over heads, inner ones over `keep_ratios`."""
     return [
         {

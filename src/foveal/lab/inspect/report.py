@@ -49,7 +49,7 @@ def write_report(
             "flops_ratio": advice.flops_ratio,
             "within_tolerance": advice.reached,
         },
-        "observations": to_json(observations, settings),
+        "observations": to_json(observations),
     }
     figures = {
         "quality": _quality_figure(observations, settings),

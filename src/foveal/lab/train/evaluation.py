@@ -194,19 +194,6 @@ def comparing_layers(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def compare_with_dense(
-    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, output: Tensor, grid: Any
-) -> LayerReport:
-    """Compare one layer's output with dense attention at `QUERIES` evenly spread queries.
-
-    Args:
-        attention: the method's module.
-        query, key, value, output: [B, H, L, D], from one call of the module.
-        grid: the grid of that call, or the layout of a packed sequence, whose video's queries count.
-    """
-    return _report(_sums(attention, query, key, value, output, grid))
-
-
 def _report(sums: Tensor) -> LayerReport:
     # Divided as tensors, so where dense attention is all zeros the error is NaN and training continues.
     difference, exact, mass, rows = sums
@@ -215,7 +202,7 @@ def _report(sums: Tensor) -> LayerReport:
 
 @torch.no_grad()
 def _sums(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, output: Tensor, grid: Any) -> Tensor:
-    """The sums behind a report, float64 [4], which add up over heads.
+    """The sums behind a report at `QUERIES` evenly spread queries, float64 [4], which add up over heads.
 
     They are the squared norm of the difference from dense attention, the squared norm of dense attention, the mass on
     the blocks that are attended to exactly, and the number of rows, each with a mass of 1.

@@ -73,8 +73,8 @@ def sla2_attention_soft(
     heads = []
     for b in range(query.shape[0]):
         for h in range(query.shape[1]):
-            tensors = (x[b, h] for x in (query, key, value, mask, alpha, rest))
-            given = *tensors, valid[b % valid.shape[0]], selection, config.feature_map, scale
+            inputs, weights = (tuple(x[b, h] for x in several) for several in ((query, key, value), (alpha, rest)))
+            given = inputs, mask[b, h], weights, valid[b % valid.shape[0]], selection, config.feature_map, scale
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 heads.append(checkpoint(_head, *given, use_reentrant=False))
             else:
@@ -83,18 +83,16 @@ def sla2_attention_soft(
 
 
 def _head(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
     mask: Tensor,
-    alpha: Tensor,
-    rest: Tensor,
+    weights: tuple[Tensor, Tensor],
     valid: Tensor,
     selection: BlockSelection,
     feature_map: str,
     scale: float,
 ) -> Tensor:
     """One head's output, [Lq, D]; the mask is [Tq, Tk], the weights of the branches [Lq, 1], `valid` [Lk]."""
+    (query, key, value), (alpha, rest) = inputs, weights
     block_q, block_k, (length, keys) = selection.block_q, selection.block_k, (query.shape[0], key.shape[0])
     # Padding may hold anything, NaN included, and 0 * NaN would spread it.
     key, value = (torch.where(valid[:, None], x, 0).to(mask.dtype) for x in (key, value))
