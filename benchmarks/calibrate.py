@@ -1,6 +1,6 @@
 """Training-free sparsity on a pipeline: calibrates for several errors, and compares each with dense attention.
 
-    python benchmarks/calibrate.py --work WORK
+    python benchmarks/calibrate.py --work WORK --commit COMMIT
 
 It measures once, with the pooled tail and without it, writes a policy for each error, and evaluates each on prompts
 that it was not measured on; then the middle one again without the tail. The figures go to
@@ -144,9 +144,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--errors", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     parser.add_argument("--by", default="ratio")
-    parser.add_argument("--prompts", type=int, default=2, help="how many to measure on")
-    parser.add_argument("--pairs", type=int, default=4, help="how many to evaluate on")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--prompts", type=int, default=1, help="how many to measure on")
+    parser.add_argument("--pairs", type=int, default=3, help="how many to evaluate on")
+    parser.add_argument("--steps", type=int, default=4, help="of denoising")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", required=True, help="of this tree, for the record")
     given = parser.parse_args()

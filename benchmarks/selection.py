@@ -307,7 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="foveal/tiny")
     parser.add_argument("--prompts", type=int, default=2, help="how many count")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, default=3, help="of denoising")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", required=True, help="of this tree, for the record")
     given = parser.parse_args()

@@ -444,6 +444,36 @@ def int8_instructions() -> str:
     return "\n".join([*lines, "", f"Triton {run['triton']}."])
 
 
+def selection_cost() -> str:
+    """What choosing blocks costs of a forward, by shape, method, and rule."""
+    run = latest("selection-cost-*.json")
+    lines = [
+        _row("shape", "method", "rule", "blocks kept", "forward, ms", "choosing, ms", "share", "by itself, ms"),
+        "|---" * 8 + "|",
+    ]
+    for entry in run["entries"]:
+        if "inside_ms" in entry:
+            share = f"{100 * entry['share']:.1f} %"
+            figures = f"{entry['inside_ms']:.3f}", f"{entry['cost_ms']:.3f}", share, f"{entry['select_ms']:.3f}"
+            names = entry["shape"], entry["method"], entry["rule"]
+            lines.append(_row(*names, f"{100 * entry['kept']:.1f} %", *figures))
+    return "\n".join([*lines, "", f"{_machine(run)}; {run['started'][:10]}."])
+
+
+def beside_sla() -> str:
+    """The methods built on SLA, by their time over SLA's at about as many kept blocks."""
+    run = latest("selection-cost-*.json")
+    lines = [_row("shape", "method", "blocks kept", "forward, ms", "x SLA", "x SLA in tile order"), "|---" * 6 + "|"]
+    known = {(x["shape"], x["method"], x["rule"]): x["inside_ms"] for x in run["entries"] if "inside_ms" in x}
+    for entry in run["entries"]:
+        if entry["method"] in ("SLA2", "SLA + VSA") and "inside_ms" in entry:
+            slas = [known[entry["shape"], name, "mean"] for name in ("SLA", "SLA, tile order")]
+            ratios = [f"{entry['inside_ms'] / x:.2f}" for x in slas]
+            kept = f"{100 * entry['kept']:.1f} %"
+            lines.append(_row(entry["shape"], entry["method"], kept, f"{entry['inside_ms']:.3f}", *ratios))
+    return "\n".join([*lines, "", f"{_machine(run)}; {run['started'][:10]}."])
+
+
 def _machine(run: dict) -> str:
     machine = run["machine"]
     commit = f", commit {machine['commit'][:7]}" if machine["commit"] else ""
@@ -491,6 +521,8 @@ TABLES = {
     "attention_mass": attention_mass,
     "branches": branches,
     "int8_instructions": int8_instructions,
+    "selection_cost": selection_cost,
+    "beside_sla": beside_sla,
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
