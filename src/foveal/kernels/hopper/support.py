@@ -18,7 +18,7 @@ from foveal.kernels.tma import ALIGNMENT, copyable
 # compile, without spills in their loops; `gluon_names` has what differs.
 TRITON_RELEASES = ("3.6", "3.7", "3.8", "3.9")
 # With these the kernels have also run on a GPU, and all GPU tests passed: what impl="auto" trusts.
-VERIFIED_RELEASES = ("3.6", "3.9")
+VERIFIED_RELEASES = ("3.6", "3.7", "3.9")
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (64, 128)
 
@@ -56,7 +56,7 @@ def unverified_release() -> str | None:
     reason = f"its kernels were verified on a GPU with Triton {verified}, got {version}"
     _warn_once(
         f'impl="auto" runs slower kernels on this Hopper GPU, not "gluon": {reason}. Install a torch that comes with '
-        f'a verified Triton (2.11 has 3.6, 2.15 has 3.9), or ask for impl="gluon", which runs them unverified'
+        f'a verified Triton (2.11 has 3.6, 2.13 has 3.7, 2.15 has 3.9), or ask for impl="gluon", which runs them unverified'
     )
     return reason
 
