@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--errors", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     parser.add_argument("--by", default="ratio")
     parser.add_argument("--prompts", type=int, default=1, help="how many to measure on")
-    parser.add_argument("--pairs", type=int, default=3, help="how many to evaluate on")
+    parser.add_argument("--pairs", type=int, default=2, help="how many to evaluate on")
     parser.add_argument("--steps", type=int, default=4, help="of denoising")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--commit", required=True, help="of this tree, for the record")
@@ -155,7 +155,7 @@ def main() -> None:
     loaded = load_pipeline(given.model, device=device, dtype=choose_dtype("auto", device))
     captions = {part: [clip.caption for clip in shipped_clips(part)] for part in ("train", "held-out")}
     prompts, others = (list(dict.fromkeys(captions[part])) for part in ("train", "held-out"))
-    prompts = prompts[: given.prompts]
+    prompts, others = prompts[: given.prompts], others[: given.pairs]
     seeds = list(range(100, 100 + -(-given.pairs // len(others))))
     generation = GenerationSettings(steps=given.steps)
     settings = [CalibrationSettings(error, training_free("sla"), given.by) for error in given.errors]
