@@ -130,6 +130,9 @@ class SelectionRule(NamedTuple):
         return bool(self.mass) or self.key_range != (0, 0) or any(x is not None for x in several)
 
 
+NO_LIMITS = Limits()
+
+
 class Choosing(NamedTuple):
     """What rows keep and drop, whatever the lengths; see `select_blocks`.
 
@@ -157,8 +160,17 @@ def rule_of(
         blocks: the sizes of query and key blocks in tokens.
         limits: see `Limits`; None for none.
     """
+    limits = NO_LIMITS if limits is None else limits
+    plain = limits.key_block_sizes is None and limits.valid_blocks is None and choosing.fixed is None
+    hashable = type(choosing.keep_ratio) is not list
+    make = _known_rule if plain and hashable and not torch.compiler.is_compiling() else _make_rule
+    return make(columns, device, blocks, choosing, limits)
+
+
+def _make_rule(
+    columns: int, device: torch.device, blocks: tuple[int, int], choosing: Choosing, limits: Limits
+) -> SelectionRule:
     keep_ratio, topk, round_up, drop_ratio, score, keep_mass, max_keep_ratio, fixed = choosing
-    limits = Limits() if limits is None else limits
     ratios = (0.0,) if keep_ratio is None else ratios_of(keep_ratio)
     most_ratio = None if keep_mass is None else max_keep_ratio
     kept = num_critical(columns, max(ratios), topk, round_up)
@@ -186,6 +198,10 @@ def rule_of(
         mass=0 if keep_mass is None else max(1, round(keep_mass * MASS_UNITS)),
         most=num_critical(columns, max_keep_ratio, None),
     )
+
+
+# Each call of a model asks for the rule of its configuration and lengths.
+_known_rule = cached_constant(_make_rule)
 
 
 def selection_rule(

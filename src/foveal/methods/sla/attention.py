@@ -256,14 +256,14 @@ def check_weights(
 ) -> None:
     """Raise a ValueError unless these weights fit the queries and the configuration."""
     head_dim = query.shape[-1]
-    shapes = {"proj_weight": (head_dim, head_dim), "proj_bias": (head_dim,), "feature_weight": (head_dim, head_dim)}
-    given = {"proj_weight": proj_weight, "proj_bias": proj_bias, "feature_weight": feature_weight}
-    for name, weight in given.items():
+    square = (head_dim, head_dim)
+    given = ("proj_weight", proj_weight, square), ("proj_bias", proj_bias, square[:1])
+    for name, weight, shape in (*given, ("feature_weight", feature_weight, square)):
         if weight is None:
             continue
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != shapes[name]:
+        if not isinstance(weight, Tensor) or weight.shape != shape:
             got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            raise ValueError(f"{name} must have shape {shapes[name]} for head_dim {head_dim}, got {got}")
+            raise ValueError(f"{name} must have shape {shape} for head_dim {head_dim}, got {got}")
         if weight.device != query.device:
             raise ValueError(f"{name} is on {weight.device}, but query is on {query.device}")
     if proj_weight is not None and (not config.projection or config.linear_scope == "none"):
