@@ -223,8 +223,11 @@ def replayed(function: Callable[..., Results], tensors: Sequence[Tensor | None],
         return function(tensors, options)
     kinds = tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors])
     device = host.current_device_of(tensors[0])
-    identities = [id(x) for x in tensors]  # one tensor may be passed twice
-    key = function, options, device, kinds, tuple([identities.index(x) for x in identities])
+    identities = [id(x) for x in tensors]
+    twice = None  # which tensors are one and the same
+    if len(set(identities)) < len(identities):
+        twice = tuple([identities.index(x) for x in identities])
+    key = function, options, device, kinds, twice
     record = _RECORDS.get(key)
     if type(record) is Record and not host.observed():
         return record.run(tensors)
