@@ -56,7 +56,8 @@ def unverified_release() -> str | None:
     reason = f"its kernels were verified on a GPU with Triton {verified}, got {version}"
     _warn_once(
         f'impl="auto" runs slower kernels on this Hopper GPU, not "gluon": {reason}. Install a torch that comes with '
-        f'a verified Triton (2.11 has 3.6, 2.13 has 3.7, 2.15 has 3.9), or ask for impl="gluon", which runs them unverified'
+        'a verified Triton (2.11 has 3.6, 2.13 has 3.7, 2.15 has 3.9), or ask for impl="gluon", which runs them '
+        "unverified"
     )
     return reason
 
