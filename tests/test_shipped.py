@@ -110,7 +110,8 @@ def test_figures_of_its_page_are_those_of_its_runs():
     root = Path(__file__).parents[1]
     page, runs = (root / "docs" / "tiny.md").read_text(), root / "benchmarks" / "results" / "tiny"
     vae = json.loads((runs / "vae.json").read_text())
-    assert f"{vae['steps']:,} steps of {vae['batch']} whole clips" in page
+    assert (vae["batch"], vae["crop"]) == (4, [72, 128])
+    assert f"{vae['steps']:,} steps of four clips, of each a quarter of the picture" in " ".join(page.split())
     assert page.count(f"{vae['psnr']:.1f} dB") == 2
     losses = {
         line["step"]: line["text"] for line in map(json.loads, (runs / "transformer.jsonl").open()) if "step" in line
