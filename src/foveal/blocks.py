@@ -202,7 +202,9 @@ def pool_blocks(x: Tensor, block: int, sizes: Tensor | None = None) -> Tensor:
     parts = []
     if sizes is not None:
         number = sizes.shape[-1]
-        blocks = torch.nn.functional.pad(x, (0, 0, 0, number * block - length)).unflatten(2, (number, block))
+        if length < number * block:  # padding by nothing copies
+            x = torch.nn.functional.pad(x, (0, 0, 0, number * block - length))
+        blocks = x.unflatten(2, (number, block))
         valid = torch.arange(block, device=x.device) < sizes[:, None, :, None]
         total = torch.where(valid[..., None], blocks, 0).sum(3, dtype=dtype)
         return total / sizes.clamp(min=1)[:, None, :, None]

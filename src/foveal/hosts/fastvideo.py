@@ -100,9 +100,12 @@ def vsa_over_tiles(
     fine = block_sparse_attention(query, key, value, selection, scale=scale, impl=impl)
     # One row for each block, which all its tokens share.
     coarse = product(scores.softmax(-1), pooled_value).to(fine.dtype).unsqueeze(3)
-    if gate_coarse is not None:
-        coarse = coarse * gate_coarse.unflatten(2, (-1, block))
-    return (fine.unflatten(2, (-1, block)) + coarse).flatten(2, 3).to(query.dtype)
+    fine = fine.unflatten(2, (-1, block))
+    if gate_coarse is None:
+        output = fine + coarse
+    else:
+        output = torch.addcmul(fine, coarse, gate_coarse.unflatten(2, (-1, block)))
+    return output.flatten(2, 3).to(query.dtype)
 
 
 def attention_from_lists(
