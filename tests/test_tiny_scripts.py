@@ -145,3 +145,16 @@ def test_every_arm_trains_and_the_table_pairs_them(scripts, monkeypatch):
     assert len(rows) == 2 + len(runs)
     assert rows[2].startswith("| dense | 1 |")
     assert rows[4].count("±") == 2
+
+
+def test_a_pipeline_gives_a_work_folder_its_weights(scripts, tmp_path):
+    from safetensors.torch import load_file
+
+    from foveal.models.shipped import FOLDER
+
+    scripts["make"].unpack(tmp_path, FOLDER / "tiny")
+    vae, transformer = scripts["model"].build_vae(), scripts["model"].build_transformer()
+    vae.load_state_dict(load_file(tmp_path / "vae.safetensors"))
+    tensors = load_file(tmp_path / "transformer.safetensors")
+    transformer.load_state_dict({key.removeprefix("average/"): value for key, value in tensors.items()})
+    assert all(value.dtype == torch.float32 for value in tensors.values())

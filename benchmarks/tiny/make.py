@@ -10,11 +10,13 @@
     foveal train tiny-vsa --model.path FOLDER --data.folder WORK/shards --output WORK/vsa
     python benchmarks/tiny/make.py ship --work WORK --pipeline FOLDER --output WORK/shipped_files
     python benchmarks/tiny/make.py samples --work WORK --pipeline FOLDER --output PICTURES
+    python benchmarks/tiny/make.py unpack --work WORK --pipeline FOLDER
 
 `transformer` uses several GPUs under `torchrun --standalone --nproc-per-node 2 benchmarks/tiny/make.py`. It stops
 after `--seconds` with a checkpoint, and the same command goes on from it. What `ship` writes takes the place of
 src/foveal/models/shipped_files. What a run measured is in WORK/vae.json and WORK/transformer.jsonl; those of the model
-that ships are in benchmarks/results/tiny.
+that ships are in benchmarks/results/tiny. `unpack` takes the place of `vae` and `transformer`: it gives WORK those of a
+pipeline, such as the one that ships, so that `latents` and arms.py run without training.
 """
 
 from __future__ import annotations
@@ -85,6 +87,13 @@ def write_pipeline(work: Path, name: str, output: Path) -> None:
     # transformers 5 writes a name that transformers 4 does not know.
     for file in (output / "model_index.json", output / "tokenizer" / "tokenizer_config.json"):
         file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+
+
+def unpack(work: Path, pipeline: Path) -> None:
+    """The weights of a pipeline's VAE and transformer in float32, as `vae` and `transformer` leave them in WORK."""
+    for name, prefix in (("vae", ""), ("transformer", "average/")):
+        tensors = load_file(pipeline / name / "diffusion_pytorch_model.safetensors")
+        save_file({prefix + key: value.float() for key, value in tensors.items()}, work / f"{name}.safetensors")
 
 
 def ship(work: Path, pipeline: Path, output: Path) -> None:
@@ -199,7 +208,9 @@ def make_samples(work: Path, pipeline: Path, output: Path, *, steps: int, guidan
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "latents", "transformer", "pipeline", "shards", "ship", "samples"))
+    parser.add_argument(
+        "stage", choices=("vae", "latents", "transformer", "pipeline", "shards", "ship", "samples", "unpack")
+    )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--pipeline", type=Path)
@@ -236,6 +247,8 @@ def main() -> None:
         )
     elif options.stage == "pipeline":
         write_pipeline(work, options.name, options.output)
+    elif options.stage == "unpack":
+        unpack(work, options.pipeline)
     elif options.stage == "ship":
         ship(work, options.pipeline, options.output)
     elif options.stage == "shards":
