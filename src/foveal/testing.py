@@ -122,9 +122,15 @@ def output_and_gradients(
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """|actual - expected| / |expected| in the Euclidean norm, in float64; |actual| where expected is zero."""
-    actual, expected = (x.detach().to(device="cpu", dtype=torch.float64) for x in (actual, expected))
+    actual, expected = _doubles(actual, expected)
     norm = expected.norm().item()
     return (actual - expected).norm().item() / (norm or 1.0)
+
+
+def _doubles(first: Tensor, *others: Tensor) -> list[Tensor]:
+    """All in float64: on the first one's device if that is CUDA, else on the host, since MPS has no float64."""
+    device = first.device if first.is_cuda else torch.device("cpu")
+    return [x.detach().to(device=device, dtype=torch.float64) for x in (first, *others)]
 
 
 def assert_close_to_reference(
@@ -155,7 +161,7 @@ def assert_close_to_reference(
             f"plain {tuple(plain.shape)}"
         )
     epsilon = torch.finfo(output.dtype).eps
-    output, reference, plain = (x.detach().to(device="cpu", dtype=torch.float64) for x in (output, reference, plain))
+    output, reference, plain = _doubles(output, reference, plain)
     infinite = torch.isinf(reference)
     if not torch.equal(output[infinite], reference[infinite]):
         raise AssertionError(f"{name}: infinite entries of the reference are not infinite in the output")
