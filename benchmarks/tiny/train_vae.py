@@ -187,7 +187,7 @@ def train_vae(work: Path, *, seconds: float, batch: int, rate: float, commit: st
     print(f"vae: {trainer.steps} steps, held-out PSNR {psnr:.2f} dB", flush=True)
     write({name: value.float() for name, value in vae.state_dict().items()}, work / "vae.safetensors")
     found = {"psnr": psnr, "psnr_by_frame": (-10 * by_frame.log10()).tolist()}
-    how = {"steps": trainer.steps, "batch": batch, "crop": CROP, "rate": rate, "seconds": seconds}
+    how = {"clips": len(clips), "steps": trainer.steps, "batch": batch, "crop": CROP, "rate": rate, "seconds": seconds}
     (work / "vae.json").write_text(json.dumps({**how, **found, **machine(commit)}))
 
 
