@@ -156,11 +156,47 @@ def run_selection(name: str) -> None:
     assert torch.equal(made.critical_count, ours.critical_count)
 
 
+def run_tiled(slot: int, gated: bool) -> None:
+    """Tokens in tile order, as a host hands them over: padding may hold anything, and comes back as zeros."""
+    import torch
+
+    from foveal.hosts import fastvideo
+    from foveal.kernels.api import Ran
+    from foveal.testing import assert_close_to_reference, make_inputs, output_and_gradients, poison_empty
+
+    fastvideo.choose_impl = lambda impl, *others: Ran(impl)  # it wants a GPU for "triton"
+    sizes = torch.tensor([slot, 40, 1])
+    valid = (torch.arange(slot) < sizes[:, None]).flatten()[:, None]
+    lengths = {"heads": 1, "query_length": len(valid), "dtype": torch.float16}
+    inputs = (*make_inputs(**lengths), *make_inputs(**lengths, seed=5)[:gated])
+
+    def by(impl):
+        def run(query, key, value, gate=None):
+            tile = (4, 4, slot // 16)
+            output = fastvideo.vsa_over_tiles(query, key, value, sizes, sizes, 2, tile, gate, impl, 0.3)
+            assert impl != "triton" or not (output * ~valid).any()
+            return torch.where(valid, output, 0)
+
+        return run
+
+    with poison_empty():
+        results = output_and_gradients(by("triton"), [x.masked_fill(~valid, float("nan")) for x in inputs])
+    exact = output_and_gradients(by("reference"), [(x * valid).double() for x in inputs])
+    plain = output_and_gradients(by("reference"), [x * valid for x in inputs])
+    for number, found in enumerate(zip(results, exact, plain, strict=True)):
+        assert_close_to_reference(*found, name=f"tiled, tensor {number}")
+
+
+TILED = {"tiled": (64, True), "tiled, wide, no gate": (128, False)}
+
+
 def main(names) -> None:
     mend_interpreter()
     for name in names:
         if name.startswith("selection: "):
             run_selection(name.removeprefix("selection: "))
+        elif name in TILED:
+            run_tiled(*TILED[name])
         else:
             run_case(name)
 
@@ -171,7 +207,8 @@ def main(names) -> None:
         pytest.param(["partial cubes", "whole cubes in slots", "full slots"], id="cubes"),
         pytest.param(["image, expanded gates", "wide slots"], id="gates"),
         pytest.param(["text", "text with padding"], id="text"),
-        pytest.param(["63 tokens of 64"], id="63 tokens"),
+        pytest.param(["63 tokens of 64", "tiled"], id="63 tokens, and tiled"),
+        pytest.param(["tiled, wide, no gate"], id="tiled and wide", marks=pytest.mark.exhaustive),
         pytest.param(["strides", "strides, one gate"], id="strides"),
         pytest.param(["selection: partial cubes", "selection: text with padding"], id="selection"),
         pytest.param(

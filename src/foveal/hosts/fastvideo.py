@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from foveal.blocks import BlockSelection, pick_blocks, pool_blocks, pooled_scores
-from foveal.checks import product, without_autocast
+from foveal.checks import product, validate_qkv, without_autocast
 from foveal.hosts.patching import Patch, check_host_function, import_host
-from foveal.kernels.api import block_sparse_attention
+from foveal.kernels.api import BACKENDS, block_sparse_attention, choose_impl
+from foveal.methods.vsa.gates import check_gates
 
 BLOCKS = (64, 128)  # tokens of a block in the kernels
 WIDE = 256  # tokens of a block that runs as two of the kernels'
@@ -88,9 +89,19 @@ def vsa_over_tiles(
         )
     query_sizes = _sizes("q_variable_block_sizes", query_block_sizes, query, block)
     key_sizes = _sizes("variable_block_sizes", key_block_sizes, key, block)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    # Whether other tensors hold the same sizes could only be read on the host.
+    if block != WIDE and query_block_sizes is key_block_sizes:
+        validate_qkv(query, key, value)
+        check_gates(query, gate_coarse, None)
+        backend = choose_impl(impl, query, key, value, block, block).impl
+        if backend in BACKENDS:
+            from foveal.methods.vsa.gpu import VSAOptions, tiled_call, vsa_attention_gpu
+
+            call = tiled_call((query, key, value), gate_coarse, key_sizes, block, topk)
+            return vsa_attention_gpu(call, VSAOptions(scale, backend))[0]
     pooled_query = pool_blocks(query, block, query_sizes)
     pooled_key, pooled_value = (pool_blocks(x, block, key_sizes) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = pooled_scores(pooled_query, pooled_key, scale)
     critical, counts, _ = pick_blocks(scores, topk=topk)
     if block == WIDE:

@@ -41,11 +41,13 @@ class ColumnLists(NamedTuple):
 class Cubes(NamedTuple):
     """Where the tokens of a VSA call stand: cubes in slots of equal size, in tile order, then blocks of text.
 
+    Tokens may also come in tile order, padding included: what is raster order elsewhere is then tile order itself.
+
     places: int64 [C * slot], where each slot's tokens stand in raster order; -1 for none.
     cube_sizes: int32 [1, C], tokens of each cube.
     key_sizes: int32 [B or 1, C + text blocks], valid keys of each block.
     slot: tokens that a block takes up, 64 or 128.
-    whole: tokens of a whole cube.
+    whole: tokens of a whole cube; 0 for tokens that come in tile order.
     length: tokens of the video.
     """
 
@@ -65,6 +67,10 @@ class Cubes(NamedTuple):
         """The size of every block; 0 where they differ: some cube is partial, or there is text."""
         blocks = self.key_sizes.shape[1]
         return self.whole if blocks == self.num_cubes and blocks * self.whole == self.length else 0
+
+    def new_like(self, x: Tensor) -> Tensor:
+        """Memory for a tensor like x in raster order: zeros where rows are padding, which no kernel writes."""
+        return torch.empty_like(x) if self.whole else torch.zeros_like(x)
 
     def selection(self, critical: Tensor, counts: Tensor) -> BlockSelection:
         """Lists of blocks, [B, H, C, W] and [B, H, C], over tensors in tile order; without sizes if blocks are full."""

@@ -49,7 +49,7 @@ def attend_cubes(call: CubesCall) -> tuple[Tensor, Tensor | None, Tensor]:
     batch, heads, _, head_dim = query.shape
     slot, uniform, sizes, num_cubes = cubes.slot, cubes.uniform, cubes.key_sizes, cubes.num_cubes
     shape = (batch, heads, num_cubes * slot)
-    output = torch.empty_like(query)
+    output = cubes.new_like(query)
     fine = query.new_empty((*shape, head_dim)) if save_fine else None
     lse = torch.empty(shape, dtype=torch.float32, device=query.device)
     plan = cubes_plan(slot, uniform, gates.coarse is not None, gates.fine is not None, save_fine)

@@ -166,7 +166,7 @@ def split_gradient(grad: Tensor, attended: Tensor, coarse: Tensor, gates: Gates,
     slot, num_cubes = cubes.slot, cubes.num_cubes
     grad_fine, grad_coarse = grad.new_empty((batch, heads, num_cubes * slot, head_dim)), torch.empty_like(coarse)
     delta = torch.empty(grad_fine.shape[:3], dtype=torch.float32, device=grad.device)
-    grad_gates = Gates(*(None if x is None else torch.empty_like(x) for x in gates))
+    grad_gates = Gates(*(None if x is None else cubes.new_like(x) for x in gates))
     gate_coarse, gate_coarse_strides = gate_argument(gates.coarse, coarse)
     gate_fine, gate_fine_strides = gate_argument(gates.fine, coarse)
     grad_gate_coarse, grad_gate_coarse_strides = gate_argument(grad_gates.coarse, coarse)

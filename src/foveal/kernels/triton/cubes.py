@@ -332,7 +332,7 @@ def attend_cubes(call: CubesCall, forward: type[Forward] = Forward) -> tuple[Ten
     lse = torch.empty(copies[0].shape[:3], dtype=torch.float32, device=call.query.device)
     # Every program is done with its queries when it writes its output: into their memory.
     fine, lse = forward(problem, results=(copies[0], lse)).run_all()
-    output = torch.empty_like(call.query)
+    output = call.cubes.new_like(call.query)
     combine(fine, call.coarse, call.gates, call.cubes, output)
     return output, fine if call.save_fine else None, lse
 

@@ -26,7 +26,7 @@ from foveal.kernels.triton.scores import NO_SIZES, Sizes
 from foveal.kernels.triton.select import select
 from foveal.kernels.values import Problem, flatten, packable, unflatten
 from foveal.methods.vsa.layout import CubeLayout
-from foveal.rules import SelectionRule
+from foveal.rules import Choosing, SelectionRule, rule_of
 
 
 @packable
@@ -115,6 +115,24 @@ def choice_of(layout: CubeLayout, selection: BlockSelection | None) -> Choice:
     return Choice(None, layout.text_counts, selection.critical, selection.critical_count)
 
 
+def tiled_call(
+    inputs: tuple[Tensor, Tensor, Tensor], gate_coarse: Tensor | None, sizes: Tensor, slot: int, topk: int
+) -> VSACall:
+    """The call over tokens that come in tile order, padding included, where each cube attends to `topk` cubes.
+
+    Args:
+        inputs: query, key, and value [B, H, C * slot, D].
+        gate_coarse: [B, H, C * slot, D], or None for 1.
+        sizes: int32 [1, C], valid tokens at the front of each slot, at least 1.
+        topk: capped at C.
+    """
+    cubes, device = sizes.shape[1], sizes.device
+    place = torch.arange(cubes * slot, device=device).view(-1, slot)
+    places = torch.where(torch.arange(slot, device=device) < sizes[0, :, None], place, -1).flatten()
+    rule = rule_of(cubes, device, (slot, slot), Choosing(topk=topk))
+    return VSACall(*inputs, gate_coarse, None, Cubes(places, sizes, sizes, slot, 0, cubes * slot), Choice(rule))
+
+
 def _picked(ranked: tuple[Tensor, Tensor], cubes: Cubes, rule: SelectionRule, scale: float) -> tuple[Tensor, Tensor]:
     """The cubes that a rule picks for each cube, int32 [B, H, C, width], ascending, and their counts.
 
@@ -184,13 +202,13 @@ def _backward(call: VSACall, options: VSAOptions, outputs, saved, grads) -> tupl
     copies, *_ = pool_cubes(*inputs, call.cubes, gather="qkv", pool=False)
     fine = BackwardCall(Problem(*copies, selection, scale), grad_fine, delta, lse, columns)
     if backend.writes_raster:
-        grads = tuple(torch.empty_like(x) for x in inputs)
+        grads = tuple(call.cubes.new_like(x) for x in inputs)
         backend.backward(fine._replace(raster=RasterGradients(grads, pooled, call.cubes)))
     else:
         copies = backend.backward(fine)
         # Before the results: what they take, the gradients in raster order can have.
         del fine, grad_fine
-        grads = tuple(torch.empty_like(x) for x in inputs)
+        grads = tuple(call.cubes.new_like(x) for x in inputs)
         return_gradients(copies, RasterGradients(grads, pooled, call.cubes))
     return *grads, *grad_gates
 
