@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+# Line types of doors that anyone can open: slow and fast ones, once or again and again.
+DOORS = (1, 31, 117, 118)
 
 
 def new_game(seed: int, scenario: str | None = None, *, scale: int = 1) -> Any:
@@ -28,3 +36,33 @@ def new_game(seed: int, scenario: str | None = None, *, scale: int = 1) -> Any:
     game.set_render_hud(False)
     game.set_seed(seed)
     return game
+
+
+@dataclass(frozen=True)
+class Door:
+    """The middle [2] of a door in a map's units, and the direction [2] from it to the side from which it opens."""
+
+    middle: np.ndarray
+    outward: np.ndarray
+
+
+def read_doors(wad: Path, name: str, width: float = 60) -> list[Door]:
+    """The doors of a map, at least `width` wide, from the lines that the file of the game's data has for it."""
+    data = wad.read_bytes()
+    count, directory = struct.unpack_from("<II", data, 4)
+    entries = [struct.unpack_from("<II8s", data, directory + 16 * index) for index in range(count)]
+    names = [entry[2].rstrip(b"\0").decode() for entry in entries]
+    first = names.index(name.upper())
+
+    def table(lump: str, dtype: str, columns: int) -> np.ndarray:
+        start, size, _ = entries[names.index(lump, first)]
+        return np.frombuffer(data, dtype, size // np.dtype(dtype).itemsize, start).reshape(-1, columns)
+
+    corners, doors = table("VERTEXES", "<i2", 2).astype(float), []
+    for begin, end, _, kind, _, _, back in table("LINEDEFS", "<u2", 7):
+        along = corners[end] - corners[begin]
+        length = float(np.hypot(*along))
+        if kind in DOORS and back != 0xFFFF and length >= width:
+            outward = np.array([along[1], -along[0]]) / length
+            doors.append(Door((corners[begin] + corners[end]) / 2, outward))
+    return doors

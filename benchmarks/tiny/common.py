@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,6 +70,12 @@ def machine(commit: str | None) -> dict[str, str | None]:
     """Where a run takes place, for its record."""
     device = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else platform.machine()
     return {"device": device, "torch": torch.__version__, "commit": commit}
+
+
+def weights_of(pipeline: Path, part: str) -> dict[str, Tensor]:
+    """A part of a pipeline's folder, in float32."""
+    tensors = load_file(pipeline / part / "diffusion_pytorch_model.safetensors")
+    return {name: value.float() for name, value in tensors.items()}
 
 
 def write(tensors: dict[str, Tensor], file: Path) -> None:

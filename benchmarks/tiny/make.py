@@ -15,7 +15,8 @@
 `transformer` uses several GPUs under `torchrun --standalone --nproc-per-node 2 benchmarks/tiny/make.py`. It stops
 after `--seconds` with a checkpoint, and the same command goes on from it. What `ship` writes takes the place of
 src/foveal/models/shipped_files. What a run measured is in WORK/vae.json and WORK/transformer.jsonl; those of the model
-that ships are in benchmarks/results/tiny. `unpack` takes the place of `vae` and `transformer`: it gives WORK those of a
+that ships are in benchmarks/results/tiny. With `--pipeline`, `vae` and `transformer` go on from the weights of an
+earlier pipeline. `unpack` takes the place of `vae` and `transformer`: it gives WORK those of a
 pipeline, such as the one that ships, so that `latents` and arms.py run without training.
 """
 
@@ -30,7 +31,7 @@ from pathlib import Path
 import model as parts
 import numpy as np
 import torch
-from common import DEVICE, read_clips, to_video
+from common import DEVICE, read_clips, to_video, weights_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -54,20 +55,20 @@ DEFAULTS = {
 # Clips that the package gets, by the name of their job and their number in it.
 SHIPPED_CLIPS = {
     "held-out": (
-        ("health_gathering_supreme-100", 4),
-        ("deathmatch-100", 2),
-        ("deadly_corridor-100", 2),
+        ("deadly_corridor-100", 3),
+        ("health_gathering_supreme-100", 0),
+        ("defend_the_center-100", 2),
         ("map07-100", 8),
     ),
     "train": (
-        ("deadly_corridor-1", 4),
-        ("health_gathering-2", 4),
-        ("defend_the_center-0", 6),
-        ("map09-1", 4),
-        ("deadly_corridor-1", 14),
-        ("map04-0", 6),
-        ("defend_the_center-0", 16),
-        ("health_gathering-2", 12),
+        ("deadly_corridor-3", 7),
+        ("deadly_corridor-3", 11),
+        ("defend_the_center-3", 0),
+        ("health_gathering_supreme-3", 1),
+        ("map01-3", 8),
+        ("map01-3", 1),
+        ("map04-4", 11),
+        ("map09-3", 15),
     ),
 }
 
@@ -92,8 +93,8 @@ def write_pipeline(work: Path, name: str, output: Path) -> None:
 def unpack(work: Path, pipeline: Path) -> None:
     """The weights of a pipeline's VAE and transformer in float32, as `vae` and `transformer` leave them in WORK."""
     for name, prefix in (("vae", ""), ("transformer", "average/")):
-        tensors = load_file(pipeline / name / "diffusion_pytorch_model.safetensors")
-        save_file({prefix + key: value.float() for key, value in tensors.items()}, work / f"{name}.safetensors")
+        tensors = weights_of(pipeline, name)
+        save_file({prefix + key: value for key, value in tensors.items()}, work / f"{name}.safetensors")
 
 
 def ship(work: Path, pipeline: Path, output: Path) -> None:
@@ -231,7 +232,14 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     if options.stage == "vae":
-        train_vae(work, seconds=options.seconds, batch=options.vae_batch, rate=options.vae_rate, commit=options.commit)
+        train_vae(
+            work,
+            seconds=options.seconds,
+            batch=options.vae_batch,
+            rate=options.vae_rate,
+            start=options.pipeline,
+            commit=options.commit,
+        )
     elif options.stage == "latents":
         write_latents(work)
     elif options.stage == "transformer":
@@ -243,6 +251,7 @@ def main() -> None:
             batch=options.batch,
             rate=options.rate,
             optimizer=options.optimizer,
+            start=options.pipeline,
             commit=options.commit,
         )
     elif options.stage == "pipeline":

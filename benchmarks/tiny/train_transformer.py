@@ -10,7 +10,7 @@ from typing import Any
 
 import model as parts
 import torch
-from common import DEVICE, RANK, RANKS, autocast, data_parallel, first_rank_says, machine, write
+from common import DEVICE, RANK, RANKS, autocast, data_parallel, first_rank_says, machine, weights_of, write
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -148,11 +148,24 @@ def batches(data: Data, batch: int, first: int, steps: int) -> Iterator[tuple[Te
 
 
 def train_transformer(
-    work: Path, name: str, *, steps: int, seconds: float, batch: int, rate: float, optimizer: str, commit: str | None
+    work: Path,
+    name: str,
+    *,
+    steps: int,
+    seconds: float,
+    batch: int,
+    rate: float,
+    optimizer: str,
+    start: Path | None,
+    commit: str | None,
 ) -> None:
+    """Goes on from WORK's checkpoint if there is one, and else from the weights of the pipeline `start`, if given."""
     data = Data(work)
     torch.manual_seed(0)
-    model, average = parts.build_transformer().to(DEVICE), parts.build_transformer().to(DEVICE).eval()
+    model, average = parts.build_transformer(), parts.build_transformer().to(DEVICE).eval()
+    if start is not None:
+        model.load_state_dict(weights_of(start, "transformer"))
+    model.to(DEVICE)
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
     found = optimizers(model, optimizer, rate)
@@ -165,6 +178,7 @@ def train_transformer(
     sums, last = torch.zeros((), device=DEVICE), (time.time(), first)
     log = open(work / f"{name}.jsonl", "a")  # noqa: SIM115
     how = {"steps": steps, "batch": batch, "rate": rate, "optimizer": optimizer, "ranks": RANKS}
+    how["started_from_a_pipeline"] = start is not None
     if RANK == 0:
         log.write(json.dumps({"begin": first, **how, **machine(commit)}) + "\n")
 

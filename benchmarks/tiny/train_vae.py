@@ -10,7 +10,7 @@ from types import MethodType
 
 import model as parts
 import torch
-from common import DEVICE, autocast, machine, mirrored, read_clips, to_video, write
+from common import DEVICE, autocast, machine, mirrored, read_clips, to_video, weights_of, write
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -156,12 +156,18 @@ def crops(clips: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.stack(found)
 
 
-def train_vae(work: Path, *, seconds: float, batch: int, rate: float, commit: str | None) -> None:
-    """Trains on crops of whole length: a decoder that has seen 17 frames at most lets colors drift later."""
+def train_vae(work: Path, *, seconds: float, batch: int, rate: float, start: Path | None, commit: str | None) -> None:
+    """Trains on crops of whole length: a decoder that has seen 17 frames at most lets colors drift later.
+
+    `start` is a pipeline whose VAE it goes on from.
+    """
     torch.manual_seed(0)
     clips = torch.from_numpy(read_clips(work / "clips" / "train")[0]).to(DEVICE)
     held_out = torch.from_numpy(read_clips(work / "clips" / "held-out")[0][::8][:16])
-    vae = parts.build_vae().to(DEVICE)
+    vae = parts.build_vae()
+    if start is not None:
+        vae.load_state_dict(weights_of(start, "vae"))
+    vae.to(DEVICE)
     lighten(vae)
     trainer = Trainer(vae, (batch, 3, parts.FRAMES, *CROP))
     generator = torch.Generator().manual_seed(1)
@@ -187,7 +193,15 @@ def train_vae(work: Path, *, seconds: float, batch: int, rate: float, commit: st
     print(f"vae: {trainer.steps} steps, held-out PSNR {psnr:.2f} dB", flush=True)
     write({name: value.float() for name, value in vae.state_dict().items()}, work / "vae.safetensors")
     found = {"psnr": psnr, "psnr_by_frame": (-10 * by_frame.log10()).tolist()}
-    how = {"clips": len(clips), "steps": trainer.steps, "batch": batch, "crop": CROP, "rate": rate, "seconds": seconds}
+    how = {
+        "clips": len(clips),
+        "started_from_a_pipeline": start is not None,
+        "steps": trainer.steps,
+        "batch": batch,
+        "crop": CROP,
+        "rate": rate,
+        "seconds": seconds,
+    }
     (work / "vae.json").write_text(json.dumps({**how, **found, **machine(commit)}))
 
 
