@@ -99,7 +99,7 @@ def test_groups_beside_each_other_are_replayed(runs, monkeypatch):
         found = with_gradients(function, tensors, seed)
         for x, y in zip(found, plainly(with_gradients, function, tensors, seed), strict=True):
             assert torch.equal(x, y)
-    assert len(runs) == 2 * 18  # forward and backward, from the third call on
+    assert len(runs) == 18 + 17  # forward from the third call on, and backward from the fourth
 
 
 @pytest.mark.parametrize(("name", "head_dim"), [*((name, 128) for name in NAMES), ("sla", 64), ("vsa", 64)])
@@ -115,7 +115,7 @@ def test_replays_give_the_same_bits(name, head_dim, runs):
         expected = plainly(with_gradients, function, tensors, seed)
         for index, (x, y) in enumerate(zip(kept[-1][1], expected, strict=True)):
             assert torch.equal(x, y), f"result {index}, call {seed}"
-    assert len(runs) >= 9  # forward, backward, and inference, three times each
+    assert len(runs) >= 8  # forward and inference three times, and backward twice
     assert all(x.isfinite().all() for _, results, _ in kept for x in results)
 
 
@@ -124,8 +124,7 @@ def test_memory_that_holds_anything(name, runs):
     """What a replay allocates is full of NaN."""
     function, _ = attention(name)
     tensors = tensors_of(name, 0, 128)
-    for seed in range(3):
-        results = with_gradients(function, tensors, seed)
+    results = plainly(with_gradients, function, tensors, 0)
     empty = torch.empty_strided
 
     def poisoned(*arguments, **named):
@@ -134,10 +133,11 @@ def test_memory_that_holds_anything(name, runs):
 
     torch.empty_strided = poisoned
     try:
-        again = with_gradients(function, tensors, 2)
+        for _ in range(5):
+            again = with_gradients(function, tensors, 0)
     finally:
         torch.empty_strided = empty
-    assert len(runs) == 4
+    assert len(runs) == 3 + 2  # forward from the third call on, and backward from the fourth
     for x, y in zip(again, results, strict=True):
         assert torch.equal(x, y)
 
@@ -179,6 +179,6 @@ def test_memory_of_a_replay_is_that_of_the_call():
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    for _ in range(3):
+    for _ in range(4):
         replayed = peak()
     assert replayed <= plainly(peak) + POOL_BYTES

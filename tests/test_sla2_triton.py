@@ -158,7 +158,7 @@ def test_on_gpu(name, impl):
         named = {"alpha_logits": logits, "proj_query": proj_query, "proj_key": proj_key}
         return sla2_attention(query, key, value, config=config, impl=impl, **given, **named)
 
-    for _ in range(3):  # the second call is recorded, and the third one replayed
+    for _ in range(4):  # the third forward and the fourth backward are replayed
         check_case(name, "cuda", attend)
     torch._dynamo.reset()
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)

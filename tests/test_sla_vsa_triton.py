@@ -147,7 +147,7 @@ def test_on_gpu(name, impl):
     reason = why_not(impl, *qkv, *blocks, config.precision)
     if reason is not None:
         pytest.skip(reason)
-    for _ in range(3):  # the second call is recorded, and the third one replayed
+    for _ in range(4):  # the third forward and the fourth backward are replayed
         check_case(name, "cuda", impl)
     torch._dynamo.reset()
     check_case(name, "cuda", impl, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True))

@@ -13,7 +13,7 @@ import functools
 import importlib.metadata
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,14 @@ MOST = 1024  # entries of a cache before it starts anew
 # Launchers by their kernels' identities, and every other cache that `clear` empties.
 _launchers: dict[int, Any] = {}
 CACHES: list[dict] = [_launchers]
+
+
+def remember(cache: dict, key: Hashable, value: Any) -> Any:
+    """Puts `value` into a cache, which forgets all else if it is full, and returns it."""
+    if len(cache) >= MOST:
+        cache.clear()
+    cache[key] = value
+    return value
 
 
 class _Recording(threading.local):
@@ -77,7 +85,7 @@ DOORS = {
     "replay": Door("torch", ("2.8", "2.9", "2.10", "2.11", "2.12", "2.13")),
     # A descriptor of a tensor with the shape and strides of an earlier one copies its fields without checking them.
     "descriptor": Door("triton", ("3.4", "3.5", "3.6", "3.7", "3.8", "3.9")),
-    # Whether a mode or a transform is active, from the stacks that torch keeps.
+    # Whether a mode, a transform, or a hook on saved tensors is active, from the stacks that torch keeps.
     "modes": Door("torch", ("2.8", "2.9", "2.10", "2.11", "2.12", "2.13")),
 }
 
@@ -119,6 +127,9 @@ def current_device_of(x: Tensor) -> int | None:
 # --- How a call comes in ----------------------------------------------------------------------------------------------
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these tensors come in eager mode without a mode, a transform or a trace that must see custom operators.
 
@@ -133,7 +144,12 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._get_tracing_state() is not None
     ):
         return False
-    return all(x is None or type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
+    return _PLAIN.issuperset(map(type, tensors))
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether hooks see what autograd saves, as those of checkpointing do; also where there is no way to know."""
+    return not DOORS["modes"].open or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
@@ -169,9 +185,7 @@ class Descriptors:
         if known is None:
             descriptor = self._make(x, *arguments)
             if DOORS["descriptor"].open:
-                if len(self._known) >= MOST:
-                    self._known.clear()
-                self._known[key] = type(descriptor), vars(descriptor) | {"base": None}
+                remember(self._known, key, (type(descriptor), vars(descriptor) | {"base": None}))
             return descriptor
         assert x.data_ptr() % 16 == 0, "TMA starts at multiples of 16 bytes"
         kind, attributes = known

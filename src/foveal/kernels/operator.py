@@ -6,15 +6,17 @@ and transforms the same two functions are a pair of custom operators: opaque, ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from foveal.kernels.host import is_plain, on_device_of, refuse_forward_mode
-from foveal.kernels.replay import replayed
+from foveal.kernels.host import CACHES, has_saved_tensor_hooks, is_plain, on_device_of, refuse_forward_mode, remember
+from foveal.kernels.record import Packing
+from foveal.kernels.replay import Replays, kind_of
 from foveal.kernels.values import flatten, unflatten
 
 Tensors = tuple[Tensor, ...]
@@ -52,9 +54,11 @@ class KernelOperator:
         fake: Callable[[Any, Any], tuple[Tensors, Tensors]],
         keeps: Callable[[Any], bool] = lambda call: True,
     ) -> None:
-        self._inputs, self._outputs, self._options = inputs, outputs, options
+        self.inputs, self.outputs, self._options = inputs, outputs, options
         self._factors = sum(getattr(x, "__forward_arg__", x) == "float" for x in options.__annotations__.values())
-        self._forward, self._backward, self._fake, self._keeps = forward, backward, fake, keeps
+        self._forward, self._backward, self._fake, self.keeps = forward, backward, fake, keeps
+        self._known: dict[Hashable, PlainCalls] = {}
+        CACHES.append(self._known)
         self._forward_op = torch.library.custom_op(f"{name}_fwd", self._of_op, mutates_args=(), schema=FORWARD)
         self._forward_op.register_fake(self._fake_of_op)
         self._forward_op.register_autograd(self._backward_of_op, setup_context=self._setup_context)
@@ -67,38 +71,50 @@ class KernelOperator:
         Raises:
             NotImplementedError: for inputs that carry forward-mode tangents.
         """
-        inputs = call[: self._inputs]
+        inputs = call[: self.inputs]
         refuse_forward_mode(*inputs)
-        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         tensors, numbers = flatten(call)
         if is_plain(*tensors):
-            given = tuple(numbers), options, save
-            if save:
-                return _Plain.apply(self, given, self._keeps(call), *tensors)
-            return replayed(self.run, tensors, given)
+            return self._plain_calls(call, options, tensors, numbers)(tensors)
+        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         factors, words = list(options[: self._factors]), ",".join(options[self._factors :])
-        return tuple(self._forward_op(tensors, numbers, factors, words, save)[: self._outputs])
+        return tuple(self._forward_op(tensors, numbers, factors, words, save)[: self.outputs])
+
+    def worked_out(self, call: Any, options: Any) -> WorkedOut:
+        """A call for later ones whose inputs are of the same kind."""
+        tensors, numbers = flatten(call)
+        calls = self._plain_calls(call, options, tensors, numbers)
+        return WorkedOut(calls, tuple(tensors[calls.given :]))
+
+    def _plain_calls(self, call: Any, options: Any, tensors: list[Tensor], numbers: list[int]) -> PlainCalls:
+        kind = kind_of(tensors)
+        key = tuple(numbers), options, kind
+        calls = self._known.get(key)
+        if calls is None:
+            calls = PlainCalls(self, call, tuple(numbers), options)
+            if kind is not None:
+                remember(self._known, key, calls)
+        return calls
 
     def run(self, tensors: Sequence[Tensor], given: tuple) -> Tensors:
-        """The outputs, then what is saved, of a flat call; for `replayed`."""
+        """The outputs, then what is saved, of a flat call."""
         numbers, options, save = given
         with on_device_of(tensors[0]):  # Triton launches on the current device
             outputs, saved = self._forward(unflatten(tensors, numbers), options, save)
         return (*outputs, *saved) if save else outputs
 
-    def gradients(self, tensors: Sequence[Tensor | None], given: tuple) -> Tensors:
-        """The gradients of the inputs that there are, of the outputs' gradients and what was saved; for `replayed`."""
+    def gradients(self, saved: Sequence[Tensor], grads: Sequence[Tensor | None], given: tuple) -> Tensors:
+        """The gradients of the inputs that there are, of what was saved and the outputs' gradients."""
         numbers, options, keeps = given
-        grads, saved = tensors[: self._outputs], iter(tensors[self._outputs :])
-        call, outputs, saved = self._restored(saved, numbers, keeps)
+        call, outputs, saved = self._restored(iter(saved), numbers, keeps)
         with on_device_of(call[0]):
             found = self._backward(call, options, outputs, saved, grads)
-        return tuple([grad for x, grad in zip(call[: self._inputs], found, strict=True) if x is not None])
+        return tuple([grad for x, grad in zip(call[: self.inputs], found, strict=True) if x is not None])
 
     def _restored(self, tensors: Iterator[Tensor], numbers: Sequence[int], keeps: bool) -> tuple[Any, Tensors, Tensors]:
         """The call, its outputs, and what was saved, of a flat call's tensors and those behind them."""
         call = unflatten(tensors, numbers)
-        outputs = tuple([next(tensors) for _ in range(self._outputs)]) if keeps else ()
+        outputs = tuple([next(tensors) for _ in range(self.outputs)]) if keeps else ()
         return call, outputs, tuple(tensors)
 
     def _read(self, factors: list[float], words: str) -> Any:
@@ -113,13 +129,13 @@ class KernelOperator:
 
     def _setup_context(self, ctx, inputs, output) -> None:
         tensors, ctx.numbers, *ctx.options, _ = inputs
-        ctx.num_tensors, ctx.keeps = len(tensors), self._keeps(unflatten(tensors, ctx.numbers))
-        ctx.save_for_backward(*tensors, *output[0 if ctx.keeps else self._outputs :])
-        ctx.mark_non_differentiable(*output[self._outputs :])
+        ctx.num_tensors, ctx.keeps = len(tensors), self.keeps(unflatten(tensors, ctx.numbers))
+        ctx.save_for_backward(*tensors, *output[0 if ctx.keeps else self.outputs :])
+        ctx.mark_non_differentiable(*output[self.outputs :])
         ctx.set_materialize_grads(False)
 
     def _backward_of_op(self, ctx, grads: list[Tensor | None]) -> tuple:
-        grads = grads[: self._outputs]
+        grads = grads[: self.outputs]
         given = [x is not None for x in grads]
         tensors = [*(x for x in grads if x is not None), *ctx.saved_tensors]
         found = self._backward_op(tensors, ctx.numbers, *ctx.options, [*given, ctx.keeps])
@@ -129,28 +145,137 @@ class KernelOperator:
         *given, keeps = given
         saved = iter(tensors)
         grads = [next(saved) if there else None for there in given]
-        return list(self.gradients([*grads, *saved], (numbers, self._read(factors, words), keeps)))
+        return list(self.gradients([*saved], grads, (numbers, self._read(factors, words), keeps)))
 
     def _fake_gradients(self, tensors, numbers, factors, words, given) -> list[Tensor]:
         call, *_ = self._restored(iter(tensors[sum(given[:-1]) :]), numbers, given[-1])
         # Those of [B, H, L, D] lie as the inputs do, and those of parameters are contiguous.
-        inputs = [x for x in call[: self._inputs] if x is not None]
+        inputs = [x for x in call[: self.inputs] if x is not None]
         return [torch.empty_like(x) if x.dim() == 4 else x.new_empty(x.shape) for x in inputs]
+
+
+class PlainCalls:
+    """Plain eager calls of an operator that differ only in what their tensors hold and where these lie.
+
+    Attributes:
+        given: how many of a flat call's tensors are inputs.
+        keeps: whether the backward reads the outputs.
+    """
+
+    def __init__(self, operator: KernelOperator, call: Any, numbers: tuple[int, ...], options: Any) -> None:
+        self.operator, self.keeps = operator, operator.keeps(call)
+        self.given = sum(x is not None for x in call[: operator.inputs])
+        self._of_backward = numbers, options, self.keeps
+        inference, training = (
+            functools.partial(operator.run, given=(numbers, options, save)) for save in (False, True)
+        )
+        self._inference = Replays(inference)
+        self._training, self._packing = Replays(training), Replays(training, operator.outputs)
+        self._backwards: dict[Hashable, Replays] = {}
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensors:
+        """The outputs of a flat call; differentiable."""
+        if torch.is_grad_enabled():
+            for x in tensors[: self.given]:
+                if x.requires_grad:
+                    return _Plain.apply(self, *tensors)
+        return self._inference(tensors)[0]
+
+    def training(self, tensors: Sequence[Tensor]) -> tuple[Tensors, Packing | None]:
+        """The outputs, then what is saved, of a flat call, and how the latter is packed; None if it is not."""
+        # Checkpointing counts what is saved, here and when it calls again.
+        return (self._training if has_saved_tensor_hooks() else self._packing)(tensors)
+
+    def gradients(self, saved: Sequence[Tensor], grads: Sequence[Tensor | None], packing: Packing | None) -> Tensors:
+        """The gradients of the inputs, of what a forward saved, with its packing, and the outputs' gradients."""
+        count = len(saved)
+
+        def gradients(tensors: Sequence[Tensor | None]) -> Tensors:
+            saved, grads = tensors[:count], tensors[count:]
+            if packing is not None:
+                saved = *saved[: -packing.length], *packing.unpacked(saved[-packing.length :])
+            return self.operator.gradients(saved, grads, self._of_backward)
+
+        tensors = *saved, *grads
+        kind = kind_of(tensors)
+        if kind is None:
+            return gradients(tensors)
+        replays = self._backwards.get(kind)
+        if replays is None:
+            # The same was called before, with what a forward saved that did not pack it yet.
+            called = packing is not None and bool(self._backwards)
+            replays = remember(self._backwards, kind, Replays(gradients, called=called))
+        return replays(tensors)[0]
+
+
+class WorkedOut(NamedTuple):
+    """A call of an operator that has been worked out, for others whose inputs are of the same kind.
+
+    rest: the tensors of a flat call after its inputs.
+    """
+
+    calls: PlainCalls
+    rest: tuple[Tensor, ...]
+
+    def __call__(self, inputs: Sequence[Tensor | None]) -> Tensors:
+        """The outputs; differentiable."""
+        return self.calls((*[x for x in inputs if x is not None], *self.rest))
+
+
+class KnownCalls:
+    """Calls that a method's function has checked and worked out; others of their kind need neither again."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, tuple[WorkedOut, Any]] = {}
+        CACHES.append(self._known)
+
+    def find(
+        self, tensors: Sequence[Tensor | None], options: tuple
+    ) -> tuple[Hashable | None, tuple[WorkedOut, Any] | None]:
+        """What a call is known by, and what was remembered of it.
+
+        The first is None for calls that modes, transforms, or traces must see, and that are not to be remembered.
+
+        Args:
+            tensors: the operator's inputs, the first of which is the query; not checked yet, nor are the options.
+            options: all else that the call depends on, where there are no other tensors.
+        """
+        if tensors[0] is None or not is_plain(*tensors) or torch.autograd.forward_ad._current_level >= 0:
+            return None, None
+        kind = kind_of(tensors)
+        if kind is None:
+            return None, None
+        key = options, kind
+        try:
+            return key, self._known.get(key)
+        except TypeError:  # an option of a wrong type
+            return None, None
+
+    def remember(self, key: Hashable, ran: Any, call: WorkedOut) -> None:
+        """Remembers a call, and what ran, for later ones with this key."""
+        remember(self._known, key, (call, ran))
+
+
+def _gradients(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: checkpointing recomputes them for one look
+    found = ctx.calls.gradients(saved, grads, ctx.packing)
+    return None, *found, *[None] * (ctx.num_tensors - len(found))
+
+
+_differentiable_once = once_differentiable(_gradients)
 
 
 class _Plain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, operator: KernelOperator, given: tuple, keeps: bool, *tensors: Tensor):
-        results = replayed(operator.run, tensors, given)
-        outputs = results[: operator._outputs]
-        ctx.operator, ctx.num_tensors, ctx.given = operator, len(tensors), (*given[:2], keeps)
-        ctx.save_for_backward(*tensors, *(results if keeps else results[len(outputs) :]))
+    def forward(ctx, calls: PlainCalls, *tensors: Tensor):
+        results, ctx.packing = calls.training(tensors)
+        outputs = results[: calls.operator.outputs]
+        ctx.calls, ctx.num_tensors = calls, len(tensors)
+        ctx.save_for_backward(*tensors, *(results if calls.keeps else results[len(outputs) :]))
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        saved = ctx.saved_tensors  # once: checkpointing recomputes them for one look
-        found = replayed(ctx.operator.gradients, (*grads, *saved), ctx.given)
-        return None, None, None, *found, *[None] * (ctx.num_tensors - len(found))
+    def backward(ctx, *grads: Tensor | None):
+        # Unless a graph of the backward is wanted, there is nothing to forbid.
+        return (_differentiable_once if torch.is_grad_enabled() else _gradients)(ctx, *grads)

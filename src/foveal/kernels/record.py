@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foveal.kernels.host import MOST
+from foveal.kernels.host import remember
 
 # Small memory is taken at once: no more than so many bytes, each part at a multiple of what PyTorch's own are at.
 POOL_BYTES, ALIGNMENT = 4 * 2**20, 512
@@ -28,11 +28,13 @@ class Place(NamedTuple):
     slot: the tensor whose memory it is in: an input, a constant, or what a step makes.
     offset: bytes from that tensor's first.
     lies: its size and stride if it is a view of the slot's tensor; else None.
+    dtype: that of a view of a slot of bytes; None if it is that of the slot's tensor.
     """
 
     slot: int
     offset: int
     lies: tuple[torch.Size, tuple[int, ...]] | None
+    dtype: torch.dtype | None = None
 
 
 class Tiles(NamedTuple):
@@ -53,6 +55,7 @@ class Source:
         self.lines: list[str] = []
         self.depth = 1
         self.names: dict[str, Any] = {f"v{slot}": x for slot, x in enumerate(values) if x is not None}
+        self.new: dict[int, torch.dtype] = {}  # of slots that begin where their storage does
         self._addressed: set[int] = set()
 
     def line(self, text: str) -> None:
@@ -77,7 +80,15 @@ class Source:
         if place.lies is None:
             return base
         size, stride = map(tuple, place.lies)
-        return f"{base}.as_strided({size}, {stride}, {base}.storage_offset() + {place.offset} // {base}.itemsize)"
+        if place.slot in self.new:
+            start = place.offset // (place.dtype or self.new[place.slot]).itemsize
+        elif place.dtype is None:
+            start = f"{base}.storage_offset() + {place.offset} // {base}.itemsize"
+        else:
+            start = f"({base}.storage_offset() + {place.offset}) // {place.dtype.itemsize}"
+        if place.dtype is not None:
+            base = f"{base}.view({self.constant(place.dtype)})"
+        return f"{base}.as_strided({size}, {stride}, {start})"
 
     def value(self, template: Any) -> str:
         """A template with its places filled in."""
@@ -110,6 +121,7 @@ class Allocation(NamedTuple):
     def write(self, source: Source) -> None:
         make, dtype, device = map(source.constant, (torch.empty_strided, self.dtype, self.device))
         lies = f"{tuple(self.size)}, {tuple(self.stride)}"
+        source.new[self.slot] = self.dtype
         source.line(f"v{self.slot} = {make}({lies}, dtype={dtype}, device={device})")
 
     @property
@@ -207,10 +219,7 @@ class Maps(dict):
         self._make = make
 
     def new(self, address: int) -> Any:
-        if len(self) >= MOST:
-            self.clear()
-        made = self[address] = self._make(address)
-        return made
+        return remember(self, address, self._make(address))
 
 
 class Call(NamedTuple):
@@ -244,6 +253,34 @@ class Leave(NamedTuple):
         source.depth -= 1
 
 
+class Part(NamedTuple):
+    """A tensor in a tensor of bytes that begins `offset` bytes from its first."""
+
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def of(self, whole: Tensor) -> Tensor:
+        return whole[self.offset :].view(self.dtype).as_strided(self.size, self.stride)
+
+
+class Packing(NamedTuple):
+    """How results are packed: the last tensor has those with a `Part`, and the others come before it."""
+
+    parts: tuple[Part | None, ...]
+
+    @property
+    def length(self) -> int:
+        """How many tensors the results are when packed."""
+        return self.parts.count(None) + 1
+
+    def unpacked(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        *others, whole = tensors
+        rest = iter(others)
+        return [next(rest) if part is None else part.of(whole) for part in self.parts]
+
+
 class Record:
     """The steps of a call.
 
@@ -251,13 +288,20 @@ class Record:
         steps: what it does, in order; `done` of each are the slots that no later step reads.
         values: constants by slot, None for the others; the inputs come first.
         results: the places of what it returns, None for None.
+        packing: how the last of the results are packed; None if they are not.
 
     Attributes:
         run: the call's results for other tensors of the same shapes, strides, and dtypes as when it was recorded.
     """
 
-    def __init__(self, steps: Sequence[Any], values: list[Tensor | None], results: Sequence[Place | None]) -> None:
-        self.steps = tuple(steps)
+    def __init__(
+        self,
+        steps: Sequence[Any],
+        values: list[Tensor | None],
+        results: Sequence[Place | None],
+        packing: Packing | None = None,
+    ) -> None:
+        self.steps, self.packing = tuple(steps), packing
         source = Source(values)
         for step in self.steps:
             step.write(source)
@@ -272,41 +316,85 @@ class Record:
         self.run: Callable[[Sequence[Tensor | None]], Results] = source.names["replay"]
 
 
-def pooled(
-    steps: Sequence[Any], values: list[Tensor | None], returned: set[int]
-) -> tuple[list[Any], list[Tensor | None]]:
+def pooled(steps: Sequence[Any], values: list[Tensor | None], returned: set[int]) -> tuple[list[Any], list]:
     """The steps and values with one allocation for all small memory that only kernels see, by its address.
 
     It is taken as long as the call runs, which is what `POOL_BYTES` bounds.
     """
     seen = {slot for step in steps if not isinstance(step, Allocation | DirectLaunch) for slot in slots_of(step)}
-    offsets: dict[int, int] = {}
-    total, device = 0, None
+    chosen, total = [], 0
     for step in steps:
         if isinstance(step, Allocation) and step.slot not in seen | returned:
-            size = -(-step.nbytes // ALIGNMENT) * ALIGNMENT
-            if total + size <= POOL_BYTES and device in (None, step.device):
-                offsets[step.slot], total, device = total, total + size, step.device
-    if len(offsets) < 2:
-        return list(steps), values
-    pool = len(values)
+            size = _aligned(step.nbytes)
+            if total + size <= POOL_BYTES and (not chosen or chosen[0].device == step.device):
+                chosen.append(step)
+                total += size
+    return _at_once(steps, values, chosen)[:2]
 
-    def moved(x: Any) -> Any:
-        if type(x) is Place:
-            return Place(pool, offsets[x.slot] + x.offset, None) if x.slot in offsets else x
-        if type(x) is Map:
-            return Map(moved(x.place), x.make)
-        return tuple([moved(y) for y in x]) if type(x) is tuple else x
 
-    kept = [Allocation(pool, torch.Size([total]), (1,), torch.uint8, device)]
+def packed(
+    steps: Sequence[Any], values: list[Tensor | None], places: Sequence[Place | None], own: int
+) -> tuple[list[Any], list[Tensor | None], list[Place | None], Packing | None]:
+    """The steps, values, and results with one allocation for all that is returned after the first `own` results.
+
+    The packing is of what comes after these; None if there is too little to pack.
+    """
+    slots = [None if place is None else place.slot for place in places]
+    allocations = {step.slot: step for step in steps if isinstance(step, Allocation)}
+    chosen = [allocations[slot] for slot in slots[own:] if slot in allocations and slots.count(slot) == 1]
+    if len(chosen) < 2 or len({one.device for one in chosen}) > 1:
+        return list(steps), values, list(places), None
+    steps, values, move = _at_once(steps, values, chosen)
+    packing, rest = [], list(places[:own])
+    for place in places[own:]:
+        moved = move(place)
+        if moved is place:
+            packing.append(None)
+            rest.append(place)
+        else:
+            packing.append(Part(moved.offset, *moved.lies, moved.dtype))
+    return steps, values, [*rest, Place(len(values) - 1, 0, None)], Packing(tuple(packing))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _at_once(
+    steps: Sequence[Any], values: list[Tensor | None], chosen: Sequence[Allocation]
+) -> tuple[list[Any], list[Tensor | None], Callable[[Any], Any]]:
+    """The steps and values with one allocation, in a last slot, for several; and what moves places there."""
+    if len(chosen) < 2:
+        return list(steps), values, lambda x: x
+    whole, total, moved = len(values), 0, {}
+    for one in chosen:
+        moved[one.slot] = total, one
+        total += _aligned(one.nbytes)
+
+    def move(x: Any) -> Any:
+        kind = type(x)
+        if kind is Place:
+            if x.slot not in moved:
+                return x
+            offset, one = moved[x.slot]
+            return Place(whole, offset + x.offset, x.lies or (one.size, one.stride), x.dtype or one.dtype)
+        if kind is Map:
+            return Map(move(x.place), x.make)
+        if kind is Tiles:
+            return Tiles(x.descriptor, move(x.place))
+        return kind([move(y) for y in x]) if kind in (list, tuple) else x
+
+    kept = [Allocation(whole, torch.Size([total]), (1,), torch.uint8, chosen[0].device)]
     for step in steps:
-        if isinstance(step, Allocation) and step.slot in offsets:
+        if isinstance(step, Allocation) and step.slot in moved:
             continue
-        step = step._replace(done=tuple(slot for slot in step.done if slot not in offsets))
-        if isinstance(step, DirectLaunch):
-            step = step._replace(arguments=moved(step.arguments))
+        step = step._replace(done=tuple(slot for slot in step.done if slot not in moved))
+        if isinstance(step, DirectLaunch | Operator):
+            step = step._replace(arguments=move(step.arguments))
+        if isinstance(step, Launch | Operator):
+            step = step._replace(named=move(step.named))
         kept.append(step)
-    return kept, [*values, None]
+    return kept, [*values, None], move
 
 
 def slots_of(template: Any) -> list[int]:

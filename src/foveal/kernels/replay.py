@@ -5,6 +5,8 @@ the same memory is taken, the same products and kernels are launched with the sa
 To work all that out in Python takes longer than the kernels of a short sequence run. So a `Record` keeps the steps, and
 a replay does nothing but take memory, fill in addresses and launch.
 
+Results that only a backward reads can come packed in one tensor: each tensor that autograd keeps costs it time.
+
 Recorded are the operators that PyTorch runs, by a dispatch mode, and the kernels, by `host.launch`. Views are not
 steps: a view is an offset into the tensor that it is of. What runs on a `side_stream` does so in a replay, too. What
 waits for the device is not recorded, and such calls go on as they are.
@@ -31,10 +33,12 @@ from foveal.kernels.record import (
     Leave,
     Map,
     Operator,
+    Packing,
     Place,
     Record,
     Results,
     Tiles,
+    packed,
     pooled,
     slots_of,
 )
@@ -67,6 +71,7 @@ class Recorder(TorchDispatchMode):
         self._steps: list[Any] = []
         self._values: list[Tensor | None] = list(tensors)
         self._inputs = len(tensors)
+        self._kinds = [None if x is None else (x.dtype, x.dim()) for x in tensors]
         # By identity; memory that the call gives back is not kept.
         self._places: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for slot, x in enumerate(tensors):
@@ -112,9 +117,11 @@ class Recorder(TorchDispatchMode):
                 slots.append(None)
                 place = self._place(base)
                 offset = place.offset + (x.data_ptr() - base.data_ptr() if x.numel() else 0)
-                if x.dtype != base.dtype:
+                dtype, dims = self._kinds[place.slot]
+                if x.dtype != dtype and (dtype, dims) != (torch.uint8, 1):
                     self.why_not = f"{function} reads a tensor in another dtype"
-                self._places[x] = Place(place.slot, offset, (x.shape, x.stride()))
+                lies = x.shape, x.stride()
+                self._places[x] = Place(place.slot, offset, lies, None if x.dtype == dtype else x.dtype)
             else:
                 slots.append(self._new_slot(x))
                 is_view = False
@@ -149,8 +156,8 @@ class Recorder(TorchDispatchMode):
     def left(self) -> None:
         self._steps.append(Leave())
 
-    def record(self, results: Sequence[Tensor | None]) -> Record | None:
-        """What was recorded, of a call that returned this; None if `why_not`."""
+    def record(self, results: Sequence[Tensor | None], own: int | None = None) -> Record | None:
+        """What was recorded, of a call that returned this; None if `why_not`. Results from `own` on may be packed."""
         places = [None if x is None else self._place(x) for x in results]
         if self.why_not is not None:
             return None
@@ -167,22 +174,23 @@ class Recorder(TorchDispatchMode):
             if slot not in constants:
                 done.setdefault(index, []).append(slot)
         steps = [step._replace(done=tuple(done.get(index, ()))) for index, step in enumerate(self._steps)]
-        values = [None] * self._inputs + self._values[self._inputs :]
+        values, packing = [None] * self._inputs + self._values[self._inputs :], None
+        if own is not None:
+            steps, values, places, packing = packed(steps, values, places, own)
         returned = {place.slot for place in places if place is not None}
-        return Record(*pooled(steps, values, returned), places)
+        return Record(*pooled(steps, values, returned), places, packing)
 
-    def _new_slot(self, x: Tensor) -> int:
+    def _new_slot(self, x: Tensor, value: Tensor | None = None) -> int:
         slot = len(self._values)
-        self._values.append(None)
+        self._values.append(value)
+        self._kinds.append((x.dtype, x.dim()))
         self._places[x] = Place(slot, 0, None)
         return slot
 
     def _place(self, x: Tensor) -> Place:
         """Where a tensor is; what was there before the call is a constant."""
         if x not in self._places:
-            slot = len(self._values)
-            self._values.append(x)
-            self._places[x] = Place(slot, 0, None)
+            self._new_slot(x, x)
         return self._places[x]
 
     def _template(self, x: Any) -> Any:
@@ -203,43 +211,73 @@ def _tensors(arguments: Any) -> list[Tensor]:
     return []
 
 
-# By what a call is, its record; 1 after the first call, False for one that cannot be recorded.
-_RECORDS: dict[Hashable, Record | int | bool] = {}
-host.CACHES.append(_RECORDS)
+def kind_of(tensors: Sequence[Tensor | None]) -> Hashable | None:
+    """What tells calls on tensors apart that need records of their own; None where no call is to be recorded.
+
+    Calls of a kind differ only in what their tensors hold and where they lie.
+    """
+    if not host.DOORS["replay"].open or torch.is_inference_mode_enabled():
+        return None
+    device = host.current_device_of(tensors[0])
+    if device is None:
+        return None
+    identities = [id(x) for x in tensors]
+    twice = None  # which tensors are one and the same
+    if len(set(identities)) < len(identities):
+        twice = tuple([identities.index(x) for x in identities])
+    kinds = [None if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16) for x in tensors]
+    return device, twice, *kinds
+
+
+class Replays:
+    """Calls of a function on tensors of one kind: the first compiles kernels and fills caches, the second is recorded,
+    and later ones are replayed.
+
+    Args:
+        function: what to call. What it does may depend on the shapes and strides of its tensors, not on their values.
+            It returns tensors, or None among them.
+        own: results from here on, all tensors, may come packed; None if none may.
+        called: whether the first call was made already.
+    """
+
+    def __init__(
+        self, function: Callable[[Sequence[Tensor | None]], Results], own: int | None = None, *, called: bool = False
+    ) -> None:
+        self._function, self._own, self._called = function, own, called
+        self._record: Record | bool | None = None  # False for what cannot be recorded
+
+    def __call__(self, tensors: Sequence[Tensor | None]) -> tuple[Results, Packing | None]:
+        """The function's results, and how they are packed; None if they are not."""
+        record = self._record
+        if type(record) is Record and not host.observed():
+            return record.run(tensors), record.packing
+        if record is not None or not self._called or host.RECORDING.recorder is not None:
+            self._called = True
+            return self._function(tensors), None
+        with Recorder(tensors) as recorder:
+            results = self._function(tensors)
+        self._record = recorder.record(results, self._own) or False
+        return results, None
+
+
+# By what a call is.
+_REPLAYS: dict[Hashable, Replays] = {}
+host.CACHES.append(_REPLAYS)
 
 
 def replayed(function: Callable[..., Results], tensors: Sequence[Tensor | None], options: Hashable) -> Results:
     """`function(tensors, options)`, from a record if there is one of such a call.
 
-    The first call of its kind compiles kernels and fills caches, the second is recorded, later ones are replayed.
-
     Args:
-        function: what to call, the same function for good. What it does may depend on the shapes and strides of its
-            tensors, not on their values. It returns tensors, or None among them.
+        function: as that of `Replays`, the same function for good.
         tensors: all tensors that it reads and that are not constants, or None.
         options: all else that it depends on.
     """
-    if not host.DOORS["replay"].open or torch.is_inference_mode_enabled():
+    kind = kind_of(tensors)
+    if kind is None:
         return function(tensors, options)
-    kinds = tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors])
-    device = host.current_device_of(tensors[0])
-    identities = [id(x) for x in tensors]
-    twice = None  # which tensors are one and the same
-    if len(set(identities)) < len(identities):
-        twice = tuple([identities.index(x) for x in identities])
-    key = function, options, device, kinds, twice
-    record = _RECORDS.get(key)
-    if type(record) is Record and not host.observed():
-        return record.run(tensors)
-    if record is None or record is False or device is None:
-        if record is None and device is not None:
-            if len(_RECORDS) >= host.MOST:
-                _RECORDS.clear()
-            _RECORDS[key] = 1
-        return function(tensors, options)
-    if host.RECORDING.recorder is not None:
-        return function(tensors, options)
-    with Recorder(tensors) as recorder:
-        results = function(tensors, options)
-    _RECORDS[key] = recorder.record(results) or False
-    return results
+    key = function, options, kind
+    replays = _REPLAYS.get(key)
+    if replays is None:
+        replays = host.remember(_REPLAYS, key, Replays(lambda tensors: function(tensors, options)))
+    return replays(tensors)[0]
