@@ -54,9 +54,19 @@ class Problem(NamedTuple):
     scale: float
 
 
+def needs_copy(weight: Tensor | None) -> bool:
+    """Whether kernels take a copy of W, which a backward gets from its forward."""
+    return weight is not None and not (weight.dtype == torch.bfloat16 and weight.is_contiguous())
+
+
+def copied_weight(weight: Tensor | None, term: LinearTerm) -> tuple[Tensor, ...]:
+    """The copy of W that kernels took, for the backward; nothing where there is none."""
+    return (term.weight,) if needs_copy(weight) else ()
+
+
 def linear_term(feature_map: str, weight: Tensor | None, bias: Tensor | None, query: Tensor) -> LinearTerm:
     """The term of a module's parameters W and b, [D, D] and [D] in any dtype or None, without its states."""
-    if weight is not None and not (weight.dtype == torch.bfloat16 and weight.is_contiguous()):
+    if needs_copy(weight):
         weight = weight.to(torch.bfloat16).contiguous()
     if bias is None:
         bias = no_bias(query.shape[-1], query.device)

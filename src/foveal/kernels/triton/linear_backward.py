@@ -125,7 +125,7 @@ def _projection_grad_kernel(
     D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """dW = dO^T O^l and db = column sums of dO over `tiles` tiles of one head; the caller sums the parts."""
+    """dW = dO^T O^l and db = column sums of dO over `tiles` tiles of one head, for `_projection_sum_kernel`."""
     await_previous()
     part, pair = tl.program_id(0), tl.program_id(1)
     batch, head = pair // heads, pair % heads
@@ -141,6 +141,39 @@ def _projection_grad_kernel(
     index = pair.to(tl.int64) * tl.num_programs(0) + part
     tl.store(grad_weight_ptr + index * D * D + feature[:, None] * D + feature[None, :], acc)
     tl.store(grad_bias_ptr + index * D + feature, bias)
+
+
+@triton.jit
+def _sum_columns(part_ptr, sum_ptr, first, length, parts, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """sum[i] = sum over p of part[p, i] for COLUMNS of `length` columns."""
+    column = first + tl.arange(0, COLUMNS)
+    total = tl.zeros([PARTS, COLUMNS], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        place = part.to(tl.int64)[:, None] * length + column[None, :]
+        total += tl.load(part_ptr + place, mask=(part < parts)[:, None], other=0.0)
+    tl.store(sum_ptr + column, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _projection_sum_kernel(
+    weight_part_ptr,
+    bias_part_ptr,
+    weight_ptr,
+    bias_ptr,
+    parts,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Sums parts of dW and, in the last programs, of db: one launch, for which PyTorch's sums would be two."""
+    await_previous()
+    strip = tl.program_id(0)
+    strips: tl.constexpr = D * D // COLUMNS
+    if strip < strips:
+        _sum_columns(weight_part_ptr, weight_ptr, strip * COLUMNS, D * D, parts, COLUMNS, PARTS)
+    else:
+        _sum_columns(bias_part_ptr, bias_ptr, (strip - strips) * COLUMNS, D, parts, COLUMNS, PARTS)
 
 
 @triton.jit(do_not_specialize=["heads", "length", "size_stride"])
@@ -256,15 +289,17 @@ def projection_gradients(grad: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, length, head_dim = grad.shape
     tiles = max(1, -(-length * batch * heads // (256 * TILE)))
     parts = -(-length // (tiles * TILE))
-    weight = torch.empty((batch * heads * parts, head_dim, head_dim), dtype=torch.float32, device=grad.device)
-    bias = torch.empty((batch * heads * parts, head_dim), dtype=torch.float32, device=grad.device)
+    memory, columns = {"dtype": torch.float32, "device": grad.device}, 64
+    weight_parts = torch.empty((batch * heads * parts, head_dim, head_dim), **memory)
+    bias_parts = torch.empty((batch * heads * parts, head_dim), **memory)
+    weight, bias = torch.empty((head_dim, head_dim), **memory), torch.empty(head_dim, **memory)
     launch(
         _projection_grad_kernel,
         (parts, batch * heads),
         grad_ptr=grad,
         linear_ptr=linear,
-        grad_weight_ptr=weight,
-        grad_bias_ptr=bias,
+        grad_weight_ptr=weight_parts,
+        grad_bias_ptr=bias_parts,
         grad_strides=row_strides(grad),
         linear_strides=row_strides(linear),
         heads=heads,
@@ -275,7 +310,20 @@ def projection_gradients(grad: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
         num_warps=4,
         num_stages=2,
     )
-    return weight.sum(0), bias.sum(0)
+    launch(
+        _projection_sum_kernel,
+        (head_dim * (head_dim + 1) // columns,),
+        weight_part_ptr=weight_parts,
+        bias_part_ptr=bias_parts,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        parts=batch * heads * parts,
+        D=head_dim,
+        COLUMNS=columns,
+        PARTS=32,
+        num_warps=4,
+    )
+    return weight, bias
 
 
 def add_key_gradients(

@@ -19,7 +19,7 @@ from foveal.kernels.backend import backend_named
 from foveal.kernels.operator import KernelOperator
 from foveal.kernels.triton.lists import noncritical_mask, padded_blocks
 from foveal.kernels.triton.picking import new_lists
-from foveal.kernels.values import Problem, linear_term, packable
+from foveal.kernels.values import Problem, copied_weight, linear_term, needs_copy, packable
 from foveal.methods.sla.gpu_backward import gradients
 from foveal.methods.sla.gpu_forward import Results, forward_in_groups
 from foveal.rules import SelectionRule
@@ -112,18 +112,20 @@ def _forward(call: SLACall, options: SLAOptions, save: bool) -> tuple[tuple[Tens
     backend = backend_named(options.backend)
     problem = Problem(query, key, value, selection, options.scale)
     output, *saved = forward_in_groups(problem, mask, rule, term, backend, save)
-    return (output,), (*saved, *made_by_rule(choice, selection))
+    return (output,), (*saved, *made_by_rule(choice, selection), *copied_weight(weight, term))
 
 
 def _backward(call: SLACall, options: SLAOptions, outputs, saved, grads) -> tuple[Tensor | None, ...]:
     query, key, value, weight, bias, choice = call
-    results, made = Results(*outputs, *saved[:4]), saved[4:]
+    results, made, operand = Results(*outputs, *saved[:4]), saved[4:], weight
+    if needs_copy(weight):
+        *made, operand = made
     (grad,) = grads
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     selection = used_selection(choice, query, key, made)
     mask = selection.marginal if made else mask_operand(selection, options.scope)
     mask = None if mask is None else mask.flatten(0, 1)
-    term = linear_term(options.feature_map, weight, bias, query)
+    term = linear_term(options.feature_map, operand, bias, query)
     backend = backend_named(options.backend)
     problem = Problem(query, key, value, selection, options.scale)
     *grads, grad_weight, grad_bias = gradients(problem, grad, results, mask, term, backend)
@@ -140,6 +142,11 @@ def fake_results(query: Tensor, rows: int) -> Results:
     return Results(torch.empty_like(query), lse, norm, state, lse.new_empty((2, pairs, 1, head_dim)))
 
 
+def fake_copy(weight: Tensor | None) -> tuple[Tensor, ...]:
+    """Tensors like those of `copied_weight`."""
+    return (weight.new_empty(weight.shape, dtype=torch.bfloat16),) if needs_copy(weight) else ()
+
+
 def _fake(call: SLACall, options: SLAOptions) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
     query, key, *_, choice = call
     rows = 1 if options.scope == "all" else padded_blocks(ceil_div(query.shape[2], choice.block_q))
@@ -147,7 +154,7 @@ def _fake(call: SLACall, options: SLAOptions) -> tuple[tuple[Tensor], tuple[Tens
     made = ()
     if isinstance(choice, SelectionRule):
         made = made_by_rule(choice, new_selection(query, key, choice, options.scope))
-    return (output,), (*saved, *made)
+    return (output,), (*saved, *made, *fake_copy(call.weight))
 
 
 # O = O^s + O^l W^T + b, [B, H, Lq, D]; for the feature maps "softmax", "elu" and "relu". The backend's kernels do the

@@ -24,8 +24,8 @@ from foveal.kernels.triton.cube_gradients import return_gradients, split_gradien
 from foveal.kernels.triton.cubes import combine, pool_cubes
 from foveal.kernels.triton.lists import column_lists, padded_blocks
 from foveal.kernels.triton.pooled import pooled_attention_backward
-from foveal.kernels.values import Problem, linear_term, packable
-from foveal.methods.sla.gpu import SLAOptions, fake_results, mask_operand
+from foveal.kernels.values import Problem, copied_weight, linear_term, needs_copy, packable
+from foveal.methods.sla.gpu import SLAOptions, fake_copy, fake_results, mask_operand
 from foveal.methods.sla.gpu_backward import gradients
 from foveal.methods.sla.gpu_forward import Results, forward_in_groups
 from foveal.methods.vsa.gpu import (
@@ -58,22 +58,25 @@ class SLAVSACall(NamedTuple):
 def _forward(call: SLAVSACall, options: SLAOptions, save: bool) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
     query, scale, backend = call.query, options.scale, backend_named(options.backend)
     copies, coarse, selection = coarse_stage(call, scale, "qkv")
-    problem = Problem(*copies, selection, scale)
+    problem, copied = Problem(*copies, selection, scale), ()
     if options.scope == "none":
         results = backend.forward(problem).run_all()
     else:
         mask = mask_operand(selection, options.scope)
         term = linear_term(options.feature_map, call.weight, call.bias, query)
-        results = forward_in_groups(problem, mask, None, term, backend, save)
+        results, copied = forward_in_groups(problem, mask, None, term, backend, save), copied_weight(call.weight, term)
     output = torch.empty_like(query)
     combine(results[0], coarse.output, Gates(call.gate_coarse, call.gate_fine), call.cubes, output)
-    return (output,), (*coarse, *results, *made_lists(call, selection))
+    return (output,), (*coarse, *results, *made_lists(call, selection), *copied)
 
 
 def _backward(call: SLAVSACall, options: SLAOptions, outputs, saved, grads) -> tuple[Tensor | None, ...]:
     inputs, scale, backend = call[:3], options.scale, backend_named(options.backend)
     num_results = 2 if options.scope == "none" else len(Results._fields)
     coarse, results, made = Coarse(*saved[:5]), saved[5 : 5 + num_results], saved[5 + num_results :]
+    weight = call.weight
+    if needs_copy(weight):
+        *made, weight = made
     (grad,), selection = grads, used_selection(call, made)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     # Without a fine gate it reads O in raster order, and only for delta, which SLA's backward makes itself here.
@@ -90,7 +93,7 @@ def _backward(call: SLAVSACall, options: SLAOptions, outputs, saved, grads) -> t
     else:
         mask = mask_operand(selection, options.scope)
         mask = None if mask is None else mask.flatten(0, 1)
-        term = linear_term(options.feature_map, call.weight, call.bias, call.query)
+        term = linear_term(options.feature_map, weight, call.bias, call.query)
         *fine, grad_weight, grad_bias = gradients(problem, grad_fine, Results(*results), mask, term, backend)
     grads = tuple(torch.empty_like(x) for x in inputs)
     return_gradients(tuple(fine), RasterGradients(grads, pooled, call.cubes))
@@ -105,7 +108,8 @@ def _fake(call: SLAVSACall, options: SLAOptions) -> tuple[tuple[Tensor], tuple[T
         results = attended, attended.new_empty(attended.shape[:3], dtype=torch.float32)
     else:
         results = fake_results(attended, 1 if options.scope == "all" else padded_blocks(call.cubes.num_cubes))
-    return (torch.empty_like(call.query),), (*fake_coarse(call), *results, *fake_lists(call))
+    made = *fake_lists(call), *fake_copy(call.weight)
+    return (torch.empty_like(call.query),), (*fake_coarse(call), *results, *made)
 
 
 # O = Gc * Oc + Gf * (Of + Ol W^T + b), [B, H, L, D] in raster order.
