@@ -152,11 +152,11 @@ class Stub:
         return (call.query,)
 
     def worked_out(self, call, options):
-        def again(inputs):
+        def again(tensors):
             self.known += 1
-            return (inputs[0],)
+            return (tensors[0],)
 
-        return again
+        return again, ()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,11 +80,11 @@ class KernelOperator:
         factors, words = list(options[: self._factors]), ",".join(options[self._factors :])
         return tuple(self._forward_op(tensors, numbers, factors, words, save)[: self.outputs])
 
-    def worked_out(self, call: Any, options: Any) -> WorkedOut:
-        """A call for later ones whose inputs are of the same kind."""
+    def worked_out(self, call: Any, options: Any) -> tuple[PlainCalls, tuple[Tensor, ...]]:
+        """What a plain call was for later ones whose inputs are of the same kind, and its tensors after these."""
         tensors, numbers = flatten(call)
         calls = self._plain_calls(call, options, tensors, numbers)
-        return WorkedOut(calls, tuple(tensors[calls.given :]))
+        return calls, tuple(tensors[calls.given :])
 
     def _plain_calls(self, call: Any, options: Any, tensors: list[Tensor], numbers: list[int]) -> PlainCalls:
         kind = kind_of(tensors)
@@ -208,31 +208,19 @@ class PlainCalls:
         return replays(tensors)[0]
 
 
-class WorkedOut(NamedTuple):
-    """A call of an operator that has been worked out, for others whose inputs are of the same kind.
-
-    rest: the tensors of a flat call after its inputs.
-    """
-
-    calls: PlainCalls
-    rest: tuple[Tensor, ...]
-
-    def __call__(self, inputs: Sequence[Tensor | None]) -> Tensors:
-        """The outputs; differentiable."""
-        return self.calls((*[x for x in inputs if x is not None], *self.rest))
+Known = tuple[PlainCalls, tuple[Tensor, ...], Any]
 
 
 class KnownCalls:
     """Calls that a method's function has checked and worked out; others of their kind need neither again."""
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[WorkedOut, Any]] = {}
+        self._known: dict[Hashable, Known] = {}
         CACHES.append(self._known)
 
-    def find(
-        self, tensors: Sequence[Tensor | None], options: tuple
-    ) -> tuple[Hashable | None, tuple[WorkedOut, Any] | None]:
-        """What a call is known by, and what was remembered of it.
+    def find(self, tensors: Sequence[Tensor | None], options: tuple) -> tuple[Hashable | None, Known | None]:
+        """What a call is known by, and what was remembered of it: what runs its flat tensors, those after the inputs,
+        and what `remember` got.
 
         The first is None for calls that modes, transforms, or traces must see, and that are not to be remembered.
 
@@ -251,9 +239,9 @@ class KnownCalls:
         except TypeError:  # an option of a wrong type
             return None, None
 
-    def remember(self, key: Hashable, ran: Any, call: WorkedOut) -> None:
-        """Remembers a call, and what ran, for later ones with this key."""
-        remember(self._known, key, (call, ran))
+    def remember(self, key: Hashable, ran: Any, call: tuple[PlainCalls, tuple[Tensor, ...]]) -> None:
+        """Remembers a call that was `worked_out`, and what ran, for later ones with this key."""
+        remember(self._known, key, (*call, ran))
 
 
 def _gradients(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -119,11 +119,11 @@ def _attend(
     grid, layout, protected_keys, kv_lengths = where
     key_of_call = None
     if selection is feature_weight is layout is protected_keys is kv_lengths is None:
-        options = config, grid, type(scale), scale, impl
-        key_of_call, known = _KNOWN.find((*inputs, proj_weight, proj_bias), options)
+        tensors = *inputs, proj_weight, proj_bias
+        key_of_call, known = _KNOWN.find(tensors, (config, grid, type(scale), scale, impl))
         if known is not None:
-            call, ran = known
-            return call((*inputs, proj_weight, proj_bias))[0], ran
+            calls, rest, ran = known
+            return calls((*[x for x in tensors if x is not None], *rest))[0], ran
     if not isinstance(config, SLAConfig):
         raise TypeError(f"config must be an SLAConfig, got {type(config).__name__}")
     validate_qkv(query, key, value)

@@ -20,7 +20,7 @@ from foveal.kernels.api import IMPLS, KERNEL_MAX_BLOCKS, SLOW_SELECTION, Ran, ch
 from foveal.kernels.backend import name_of
 from foveal.kernels.choice import block_scores
 from foveal.kernels.dense import dense_attention
-from foveal.kernels.operator import KnownCalls, WorkedOut
+from foveal.kernels.operator import KnownCalls
 from foveal.layout import TokenLayout, VideoGrid, Where, resolve_layout
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cpu import vsa_attention_torch
@@ -138,11 +138,11 @@ def _attend(
     (query, key, value), kv_lengths = inputs, where.kv_lengths
     key_of_call = None
     if selection is where.layout is kv_lengths is None:
-        options = config, where.grid, type(scale), scale, impl
-        key_of_call, known = _KNOWN.find((*inputs, *gates), options)
+        tensors = *inputs, *gates
+        key_of_call, known = _KNOWN.find(tensors, (config, where.grid, type(scale), scale, impl))
         if known is not None:
-            call, ran = known
-            return call((*inputs, *gates))[0], ran
+            calls, rest, ran = known
+            return calls((*[x for x in tensors if x is not None], *rest))[0], ran
     grid, packed = validate_call(inputs, config, where)
     gate_coarse, gate_fine = gates
     check_gates(query, gate_coarse, gate_fine)
@@ -191,7 +191,7 @@ def _attend(
     return packed.join(video, (coarse + fine).to(output.dtype)), ran
 
 
-def _run_with(impl: str, precision: str, remember: Callable[[WorkedOut], None] | None) -> Callable[..., Tensor]:
+def _run_with(impl: str, precision: str, remember: Callable | None) -> Callable[..., Tensor]:
     """The method over the tiles of a `CubeLayout`, by an implementation other than the reference.
 
     remember: called with what kernels have run; None if it is not to be remembered.
