@@ -39,7 +39,7 @@ class ResultPage:
     def renew(self, tables: str) -> None:
         """Puts tables into the page."""
         before, rest = self.file.read_text(encoding="utf-8").split(self._begin)
-        _, after = rest.split(END)
+        _, after = rest.split(END, 1)
         self.file.write_text(f"{before}{self._begin}\n\n{tables}\n\n{END}{after}", encoding="utf-8")
 
     def show(self, file: Path, tables: Callable[[dict[str, Any], str], str]) -> None:
