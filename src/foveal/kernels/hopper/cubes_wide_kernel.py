@@ -24,43 +24,24 @@ from foveal.kernels.hopper.forward_kernel import (
 )
 from foveal.kernels.hopper.forward_wide_kernel import add_wide_tile
 from foveal.kernels.hopper.raster import load_lines, store_gated_sum, video_tokens
-from foveal.kernels.hopper.tiles import barriers, copy_rows, retire
+from foveal.kernels.hopper.ring import ring
+from foveal.kernels.hopper.wide_tiles import QueryBlocks
 from foveal.kernels.triton.await_previous import await_previous
 
 
 @gluon.jit
-def load_cubes(
-    key,
-    value,
-    k,
-    v,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
-    critical_ptr,
-    count_ptr,
-    heads,
-    num_cubes,
-    total,
-    width,
-):
+def load_cubes(key, value, k, v, blocks):
     """The producer warp: the listed cubes of K and V through their rings."""
-    SLOTS: gl.constexpr = k.shape[0]
     step = 0
-    for item in range(gl.program_id(0), total, gl.num_programs(0)):
-        pair = item // num_cubes
-        head, batch = pair % heads, pair // heads
-        list_ptr = critical_ptr + item.to(gl.int64) * width
-        kept = gl.load(count_ptr + item)
+    for item in range(gl.program_id(0), blocks.total, gl.num_programs(0)):
+        pair = item // blocks.num_blocks
+        head, batch = pair % blocks.heads, pair // blocks.heads
+        list_ptr = blocks.list_of(item)
+        kept = blocks.kept(item)
         for t in range(gl.maximum(kept, 1)):
-            slot = step % SLOTS
-            phase = (step // SLOTS + 1) & 1
             start = tile_start(list_ptr, t, kept, 128, 1)
-            mbarrier.wait(k_empty.index(slot), phase)
-            copy_rows(key, batch, head, start, k_full.index(slot), k.index(slot), True)
-            mbarrier.wait(v_empty.index(slot), phase)
-            copy_rows(value, batch, head, start, v_full.index(slot), v.index(slot), True)
+            k.fill(step, key, batch, head, start)
+            v.fill(step, value, batch, head, start)
             step += 1
 
 
@@ -74,11 +55,11 @@ def listed_valid(size_ptr, list_ptr, tile, kept, uniform, MASK: gl.constexpr):
 
 
 @gluon.jit
-def load_queries(query_ptr, strides, place_ptr, part, item, heads, num_cubes, total, head_dim: gl.constexpr):
+def load_queries(query_ptr, strides, place_ptr, part, item, blocks, head_dim: gl.constexpr):
     """Queries 64 * part ... of a cube; zeros past the last one."""
-    block, pair = item % num_cubes, item // num_cubes
-    token = video_tokens(place_ptr, block * 128 + part * 64, item < total, head_dim)
-    return load_lines(query_ptr, strides, pair // heads, pair % heads, token, head_dim)
+    block, pair = item % blocks.num_blocks, item // blocks.num_blocks
+    token = video_tokens(place_ptr, block * 128 + part * 64, item < blocks.total, head_dim)
+    return load_lines(query_ptr, strides, pair // blocks.heads, pair % blocks.heads, token, head_dim)
 
 
 @gluon.jit
@@ -87,10 +68,6 @@ def attend_cubes(
     q,
     k,
     v,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
     fine,
     query_ptr,
     coarse_ptr,
@@ -99,19 +76,14 @@ def attend_cubes(
     output_ptr,
     place_ptr,
     lse_ptr,
-    critical_ptr,
-    count_ptr,
     size_ptr,
     query_strides,
     gate_coarse_strides,
     gate_fine_strides,
     output_strides,
     scale_log2,
-    heads,
-    num_cubes,
-    total,
+    blocks,
     uniform,
-    width,
     size_stride,
     MASK: gl.constexpr,
     GATED_COARSE: gl.constexpr,
@@ -119,8 +91,8 @@ def attend_cubes(
     SAVE_FINE: gl.constexpr,
 ):
     """One consumer warpgroup: queries 64 * part ... of each cube, whose lines it fetches one cube ahead."""
-    head_dim: gl.constexpr = k.shape[2]
-    SLOTS: gl.constexpr = k.shape[0]
+    head_dim: gl.constexpr = k.tiles.shape[2]
+    SLOTS: gl.constexpr = k.SLOTS
     MAY_BE_EMPTY: gl.constexpr = MASK == "columns"
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, head_dim, 16])
@@ -129,15 +101,15 @@ def attend_cubes(
     zeros = gl.zeros([64, 128], gl.float32, score_layout)
     step = 0
     first = gl.program_id(0)
-    queries = load_queries(query_ptr, query_strides, place_ptr, part, first, heads, num_cubes, total, head_dim)
-    for item in range(first, total, gl.num_programs(0)):
-        block, pair = item % num_cubes, item // num_cubes
-        head, batch = pair % heads, pair // heads
-        list_ptr = critical_ptr + item.to(gl.int64) * width
+    queries = load_queries(query_ptr, query_strides, place_ptr, part, first, blocks, head_dim)
+    for item in range(first, blocks.total, gl.num_programs(0)):
+        block, pair = item % blocks.num_blocks, item // blocks.num_blocks
+        head, batch = pair % blocks.heads, pair // blocks.heads
+        list_ptr = blocks.list_of(item)
         sizes = size_ptr
         if MASK == "columns":
             sizes = size_ptr + batch * size_stride
-        kept = gl.load(count_ptr + item)
+        kept = blocks.kept(item)
         count = gl.maximum(kept, 1)  # an empty row computes one tile and throws it away
         if SAVE_FINE:
             tma.store_wait(0)  # the cube before has left the tile of queries
@@ -150,9 +122,9 @@ def attend_cubes(
         next_valid = listed_valid(sizes, list_ptr, 1, kept, uniform, MASK)
         slot = step % SLOTS
         phase = (step // SLOTS) & 1
-        mbarrier.wait(k_full.index(slot), phase)
-        scores = warpgroup_mma(q, k.index(slot).permute((1, 0)), zeros, use_acc=False)
-        mbarrier.arrive(k_empty.index(slot), count=1)
+        mbarrier.wait(k.full.index(slot), phase)
+        scores = warpgroup_mma(q, k.tiles.index(slot).permute((1, 0)), zeros, use_acc=False)
+        mbarrier.arrive(k.empty.index(slot), count=1)
         scores = keep_valid(scores, valid, MASK)
         p, top, sums_of_weights, decay = online_softmax_update(scores, top, sums_of_weights, scale_log2, MAY_BE_EMPTY)
         weights = gl.convert_layout(p.to(q.dtype), operand_layout)
@@ -167,10 +139,6 @@ def attend_cubes(
                 q,
                 k,
                 v,
-                k_full,
-                k_empty,
-                v_full,
-                v_empty,
                 slot,
                 phase,
                 before,
@@ -187,14 +155,13 @@ def attend_cubes(
                 MAY_BE_EMPTY,
             )
         acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
-        mbarrier.wait(v_full.index(slot), phase)
-        acc = warpgroup_mma(weights, v.index(slot), acc)
-        mbarrier.arrive(v_empty.index(slot), count=1)
+        mbarrier.wait(v.full.index(slot), phase)
+        acc = warpgroup_mma(weights, v.tiles.index(slot), acc)
+        mbarrier.arrive(v.empty.index(slot), count=1)
         step += 1
 
-        queries = load_queries(
-            query_ptr, query_strides, place_ptr, part, item + gl.num_programs(0), heads, num_cubes, total, head_dim
-        )
+        following = item + gl.num_programs(0)
+        queries = load_queries(query_ptr, query_strides, place_ptr, part, following, blocks, head_dim)
         result, lse = finished(acc, top, sums_of_weights, kept, row_layout)
         start = block * 128 + part * 64
         gl.store(lse_ptr + item.to(gl.int64) * 128 + part * 64 + gl.arange(0, 64, row_layout), lse)
@@ -262,11 +229,11 @@ def cubes_fwd_wide_kernel(
     dtype: gl.constexpr = key.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q = gl.allocate_shared_memory(dtype, [2, 64, head_dim], tile_layout)
-    k = gl.allocate_shared_memory(dtype, [SLOTS, 128, head_dim], tile_layout)
-    v = gl.allocate_shared_memory(dtype, [SLOTS, 128, head_dim], tile_layout)
-    k_full, k_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)
-    v_full, v_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)
+    k_tiles = gl.allocate_shared_memory(dtype, [SLOTS, 128, head_dim], tile_layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [SLOTS, 128, head_dim], tile_layout)
+    k, v = ring(k_tiles, 2), ring(v_tiles, 2)
     fence_async_shared()
+    blocks = QueryBlocks(critical_ptr, count_ptr, heads, num_cubes, total, width)
     gl.warp_specialize(
         [
             (
@@ -276,10 +243,6 @@ def cubes_fwd_wide_kernel(
                     q.index(0),
                     k,
                     v,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
                     fine,
                     query_ptr,
                     coarse_ptr,
@@ -288,19 +251,14 @@ def cubes_fwd_wide_kernel(
                     output_ptr,
                     place_ptr,
                     lse_ptr,
-                    critical_ptr,
-                    count_ptr,
                     size_ptr,
                     query_strides,
                     gate_coarse_strides,
                     gate_fine_strides,
                     output_strides,
                     scale_log2,
-                    heads,
-                    num_cubes,
-                    total,
+                    blocks,
                     uniform,
-                    width,
                     size_stride,
                     MASK,
                     GATED_COARSE,
@@ -315,10 +273,6 @@ def cubes_fwd_wide_kernel(
                     q.index(1),
                     k,
                     v,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
                     fine,
                     query_ptr,
                     coarse_ptr,
@@ -327,19 +281,14 @@ def cubes_fwd_wide_kernel(
                     output_ptr,
                     place_ptr,
                     lse_ptr,
-                    critical_ptr,
-                    count_ptr,
                     size_ptr,
                     query_strides,
                     gate_coarse_strides,
                     gate_fine_strides,
                     output_strides,
                     scale_log2,
-                    heads,
-                    num_cubes,
-                    total,
+                    blocks,
                     uniform,
-                    width,
                     size_stride,
                     MASK,
                     GATED_COARSE,
@@ -347,30 +296,10 @@ def cubes_fwd_wide_kernel(
                     SAVE_FINE,
                 ),
             ),
-            (
-                load_cubes,
-                (
-                    key,
-                    value,
-                    k,
-                    v,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
-                    critical_ptr,
-                    count_ptr,
-                    heads,
-                    num_cubes,
-                    total,
-                    width,
-                ),
-            ),
+            (load_cubes, (key, value, k, v, blocks)),
         ],
         [4, 1],
         [240, 24],
     )
-    retire(k_full)
-    retire(k_empty)
-    retire(v_full)
-    retire(v_empty)
+    k.retire()
+    v.retire()

@@ -16,8 +16,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from foveal.kernels.hopper.forward_kernel import finished, keep_valid, online_softmax_update, sums_by_eight
 from foveal.kernels.hopper.linear_branch import add_constants, add_projected, features_and_inverse, times_state
-from foveal.kernels.hopper.tiles import barriers, keep_columns, retire, store_rows
-from foveal.kernels.hopper.wide_tiles import Q_SLOTS, halves, listed_halves, load_shared_tiles, square
+from foveal.kernels.hopper.ring import Ring, ring
+from foveal.kernels.hopper.tiles import barriers, keep_columns, store_rows
+from foveal.kernels.hopper.wide_tiles import (
+    Q_SLOTS,
+    QueryBlocks,
+    halves,
+    listed_halves,
+    load_shared_tiles,
+    square,
+)
 from foveal.kernels.triton.await_previous import await_previous
 
 
@@ -26,10 +34,6 @@ def add_wide_tile(
     q,
     k,
     v,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
     slot,
     phase,
     before,
@@ -45,20 +49,20 @@ def add_wide_tile(
     MASK: gl.constexpr,
     MAY_BE_EMPTY: gl.constexpr,
 ):
-    """Scores and softmax of the tile in `slot` while acc takes in the one `before`; then their rings move on.
+    """Scores and softmax of the tile in `slot` of k while acc takes in the one `before` of v; then both rings move on.
 
     MASK: as in `keep_valid`; with "last" tiles are full unless they are `masked`.
     """
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     acc_layout: gl.constexpr = acc.type.layout
     zeros = gl.zeros([64, 128], gl.float32, score_layout)
-    mbarrier.wait(k_full.index(slot), phase)
-    scores = warpgroup_mma(q, k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(k.full.index(slot), phase)
+    scores = warpgroup_mma(q, k.tiles.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
     acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
-    mbarrier.wait(v_full.index(before), before_phase)
-    sums = warpgroup_mma(weights, v.index(before), acc, is_async=True)
+    mbarrier.wait(v.full.index(before), before_phase)
+    sums = warpgroup_mma(weights, v.tiles.index(before), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    mbarrier.arrive(k_empty.index(slot), count=1)
+    mbarrier.arrive(k.empty.index(slot), count=1)
     if MASK == "last":
         if masked:
             scores = keep_columns(scores, valid, -float("inf"))
@@ -66,7 +70,7 @@ def add_wide_tile(
         scores = keep_valid(scores, valid, MASK)
     p, top, total, decay = online_softmax_update(scores, top, total, scale_log2, MAY_BE_EMPTY)
     acc, p = warpgroup_mma_wait(0, deps=[sums, p])
-    mbarrier.arrive(v_empty.index(before), count=1)
+    mbarrier.arrive(v.empty.index(before), count=1)
     weights = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, acc_layout, 2))
     return weights, acc, top, total, decay
 
@@ -77,27 +81,16 @@ def attend_queries(
     q,
     k,
     v,
-    q_full,
-    q_empty,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
     output,
     lse_ptr,
-    critical_ptr,
-    count_ptr,
     norm_ptr,
     mean,
     bias_ptr,
     scale_log2,
-    heads,
+    blocks,
     first_pair,
-    num_blocks,
-    total,
     query_length,
     key_length,
-    width,
     norm_pair_stride,
     norm_block_stride,
     SPLIT: gl.constexpr,
@@ -105,8 +98,8 @@ def attend_queries(
     PROJECT: gl.constexpr,
 ):
     """One consumer warpgroup: queries 64 * part ... of each query block."""
-    head_dim: gl.constexpr = k.shape[2]
-    SLOTS: gl.constexpr = k.shape[0]
+    head_dim: gl.constexpr = k.tiles.shape[2]
+    SLOTS: gl.constexpr = k.SLOTS
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, head_dim, 16])
     operand_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
@@ -114,45 +107,41 @@ def attend_queries(
     zeros = gl.zeros([64, 128], gl.float32, score_layout)
     step = 0
     turn = 0
-    for item in range(gl.program_id(0), total, gl.num_programs(0)):
-        block, pair = item % num_blocks, item // num_blocks
-        head, batch = (first_pair + pair) % heads, (first_pair + pair) // heads
-        kept = gl.load(count_ptr + item)
-        listed, last_valid = listed_halves(critical_ptr + item.to(gl.int64) * width, kept, key_length, SPLIT)
+    for item in range(gl.program_id(0), blocks.total, gl.num_programs(0)):
+        block, pair = item % blocks.num_blocks, item // blocks.num_blocks
+        head, batch = (first_pair + pair) % blocks.heads, (first_pair + pair) // blocks.heads
+        kept = blocks.kept(item)
+        listed, last_valid = listed_halves(blocks.list_of(item), kept, key_length, SPLIT)
         steps = gl.maximum((listed + 1) // 2, 1)
         last_valid = gl.where(listed % 2 == 0, last_valid + 64, last_valid)
         q_slot = turn % Q_SLOTS
-        tile_q = q.index(q_slot * 2 + part)
+        tile_q = q.tiles.index(q_slot * 2 + part)
         top = gl.full([64], -float("inf"), gl.float32, row_layout)
-        total_weight = sums_by_eight(zeros)
+        total = sums_by_eight(zeros)
         acc = gl.zeros([64, head_dim], gl.float32, acc_layout)
-        mbarrier.wait(q_full.index(q_slot), (turn // Q_SLOTS) & 1)
+        mbarrier.wait(q.full.index(q_slot), (turn // Q_SLOTS) & 1)
         slot = step % SLOTS
         phase = (step // SLOTS) & 1
-        mbarrier.wait(k_full.index(slot), phase)
-        scores = warpgroup_mma(tile_q, k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(k.full.index(slot), phase)
+        scores = warpgroup_mma(tile_q, k.tiles.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         # The block before has left its query slot by now.
         tma.store_wait(0)
-        mbarrier.arrive(q_empty.index((turn + Q_SLOTS - 1) % Q_SLOTS), count=1, pred=turn > 0)
+        mbarrier.arrive(q.empty.index((turn + Q_SLOTS - 1) % Q_SLOTS), count=1, pred=turn > 0)
         scores = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(k_empty.index(slot), count=1)
+        mbarrier.arrive(k.empty.index(slot), count=1)
         if (steps == 1) & (last_valid < 128):
             scores = keep_columns(scores, last_valid, -float("inf"))
-        p, top, total_weight, decay = online_softmax_update(scores, top, total_weight, scale_log2, False)
-        weights = gl.convert_layout(p.to(q.dtype), operand_layout)
+        p, top, total, decay = online_softmax_update(scores, top, total, scale_log2, False)
+        weights = gl.convert_layout(p.to(tile_q.dtype), operand_layout)
         for t in range(1, steps):
             before, before_phase = slot, phase
             step += 1
             slot = step % SLOTS
             phase = (step // SLOTS) & 1
-            weights, acc, top, total_weight, decay = add_wide_tile(
+            weights, acc, top, total, decay = add_wide_tile(
                 tile_q,
                 k,
                 v,
-                k_full,
-                k_empty,
-                v_full,
-                v_empty,
                 slot,
                 phase,
                 before,
@@ -160,7 +149,7 @@ def attend_queries(
                 weights,
                 acc,
                 top,
-                total_weight,
+                total,
                 decay,
                 (t == steps - 1) & (last_valid < 128),
                 last_valid,
@@ -169,13 +158,13 @@ def attend_queries(
                 False,
             )
         acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
-        mbarrier.wait(v_full.index(slot), phase)
-        acc = warpgroup_mma(weights, v.index(slot), acc)
-        mbarrier.arrive(v_empty.index(slot), count=1)
+        mbarrier.wait(v.full.index(slot), phase)
+        acc = warpgroup_mma(weights, v.tiles.index(slot), acc)
+        mbarrier.arrive(v.empty.index(slot), count=1)
         step += 1
         turn += 1  # noqa: SIM113
 
-        result, lse = finished(acc, top, total_weight, kept, row_layout)
+        result, lse = finished(acc, top, total, kept, row_layout)
         start = block * 128 + part * 64
         token = start + gl.arange(0, 64, row_layout)
         gl.store(lse_ptr + pair.to(gl.int64) * query_length + token, lse, mask=token < query_length)
@@ -185,19 +174,19 @@ def attend_queries(
             step += 1
             norms = norm_ptr + pair.to(gl.int64) * norm_pair_stride + block.to(gl.int64) * norm_block_stride
             left, right, inverse, share = features_and_inverse(tile_q, norms, FEATURE_MAP)
-            mbarrier.wait(k_full.index(slot), phase)
+            mbarrier.wait(k.full.index(slot), phase)
             if PROJECT:
-                linear = times_state(left, right, inverse, square(k.index(slot)))
-                mbarrier.arrive(k_empty.index(slot), count=1)
+                linear = times_state(left, right, inverse, square(k.tiles.index(slot)))
+                mbarrier.arrive(k.empty.index(slot), count=1)
                 linear = gl.convert_layout(linear, operand_layout)
-                mbarrier.wait(v_full.index(slot), phase)
-                result = warpgroup_mma(linear, square(v.index(slot)).permute((1, 0)), result)
+                mbarrier.wait(v.full.index(slot), phase)
+                result = warpgroup_mma(linear, square(v.tiles.index(slot)).permute((1, 0)), result)
             else:
-                upper, lower = halves(k.index(slot))
+                upper, lower = halves(k.tiles.index(slot))
                 result = add_projected(result, left, right, inverse, upper, lower)
-                mbarrier.arrive(k_empty.index(slot), count=1)
-                mbarrier.wait(v_full.index(slot), phase)
-            mbarrier.arrive(v_empty.index(slot), count=1)
+                mbarrier.arrive(k.empty.index(slot), count=1)
+                mbarrier.wait(v.full.index(slot), phase)
+            mbarrier.arrive(v.empty.index(slot), count=1)
             result = add_constants(result, share, mean, pair, block, bias_ptr)
         store_rows(output, batch, head, start, result, tile_q)
     tma.store_wait(0)
@@ -257,16 +246,17 @@ def block_sparse_fwd_wide_kernel(
     SPLIT: gl.constexpr = BLOCK_K // 64
     HAS_LINEAR: gl.constexpr = FEATURE_MAP is not None
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q = gl.allocate_shared_memory(dtype, [Q_SLOTS * 2, 64, head_dim], tile_layout)
-    k = gl.allocate_shared_memory(dtype, [SLOTS, 128, head_dim], tile_layout)
-    v = gl.allocate_shared_memory(dtype, [SLOTS, 128, head_dim], tile_layout)
+    q_tiles = gl.allocate_shared_memory(dtype, [Q_SLOTS * 2, 64, head_dim], tile_layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [SLOTS, 128, head_dim], tile_layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [SLOTS, 128, head_dim], tile_layout)
     critical_ptr += first_pair.to(gl.int64) * num_blocks * width
     count_ptr += first_pair.to(gl.int64) * num_blocks
     lse_ptr += first_pair.to(gl.int64) * query_length
-    q_full, q_empty = barriers(Q_SLOTS, 1), barriers(Q_SLOTS, 2)
-    k_full, k_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)
-    v_full, v_empty = barriers(SLOTS, 1), barriers(SLOTS, 2)
+    q = Ring(q_tiles, barriers(Q_SLOTS, 1), barriers(Q_SLOTS, 2), Q_SLOTS)
+    k, v = ring(k_tiles, 2), ring(v_tiles, 2)
     fence_async_shared()
+    blocks = QueryBlocks(critical_ptr, count_ptr, heads, num_blocks, total, width)
+    PROJECT: gl.constexpr = weight is not None
     gl.warp_specialize(
         [
             (
@@ -276,32 +266,21 @@ def block_sparse_fwd_wide_kernel(
                     q,
                     k,
                     v,
-                    q_full,
-                    q_empty,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
                     output,
                     lse_ptr,
-                    critical_ptr,
-                    count_ptr,
                     norm_ptr,
                     mean,
                     bias_ptr,
                     scale_log2,
-                    heads,
+                    blocks,
                     first_pair,
-                    num_blocks,
-                    total,
                     query_length,
                     key_length,
-                    width,
                     norm_pair_stride,
                     norm_block_stride,
                     SPLIT,
                     FEATURE_MAP,
-                    weight is not None,
+                    PROJECT,
                 ),
             ),
             (
@@ -311,32 +290,21 @@ def block_sparse_fwd_wide_kernel(
                     q,
                     k,
                     v,
-                    q_full,
-                    q_empty,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
                     output,
                     lse_ptr,
-                    critical_ptr,
-                    count_ptr,
                     norm_ptr,
                     mean,
                     bias_ptr,
                     scale_log2,
-                    heads,
+                    blocks,
                     first_pair,
-                    num_blocks,
-                    total,
                     query_length,
                     key_length,
-                    width,
                     norm_pair_stride,
                     norm_block_stride,
                     SPLIT,
                     FEATURE_MAP,
-                    weight is not None,
+                    PROJECT,
                 ),
             ),
             (
@@ -348,22 +316,11 @@ def block_sparse_fwd_wide_kernel(
                     q,
                     k,
                     v,
-                    q_full,
-                    q_empty,
-                    k_full,
-                    k_empty,
-                    v_full,
-                    v_empty,
                     state,
                     weight,
-                    critical_ptr,
-                    count_ptr,
-                    heads,
+                    blocks,
                     first_pair,
-                    num_blocks,
-                    total,
                     key_length,
-                    width,
                     state_step,
                     SPLIT,
                     HAS_LINEAR,
@@ -373,9 +330,6 @@ def block_sparse_fwd_wide_kernel(
         [4, 1],
         [240, 24],
     )
-    retire(q_full)
-    retire(q_empty)
-    retire(k_full)
-    retire(k_empty)
-    retire(v_full)
-    retire(v_empty)
+    q.retire()
+    k.retire()
+    v.retire()

@@ -43,6 +43,21 @@ class Ring:
         copy_rows(source, batch, head, row, self.full.index(slot), self.tiles.index(slot), True)
 
     @gluon.jit
+    def begin(self, t, nbytes):
+        """The producer: waits until tile t's slot is empty; the tile, and the barrier where so many bytes arrive."""
+        slot = t % self.SLOTS
+        mbarrier.wait(self.empty.index(slot), (t // self.SLOTS + 1) & 1)
+        mbarrier.expect(self.full.index(slot), nbytes)
+        return self.tiles.index(slot), self.full.index(slot)
+
+    @gluon.jit
+    def skip(self, t):
+        """The producer: waits until tile t's slot is empty, and lets it count as filled."""
+        slot = t % self.SLOTS
+        mbarrier.wait(self.empty.index(slot), (t // self.SLOTS + 1) & 1)
+        mbarrier.arrive(self.full.index(slot), count=1)
+
+    @gluon.jit
     def wait(self, t):
         """A consumer: waits until tile t has arrived."""
         mbarrier.wait(self.full.index(t % self.SLOTS), (t // self.SLOTS) & 1)

@@ -4,10 +4,40 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from foveal.kernels.hopper.gluon_names import async_load, reinterpret
+from foveal.kernels.hopper.gluon_names import aggregate, async_load, reinterpret
 
 HALF = gl.constexpr(64)
 Q_SLOTS = gl.constexpr(2)  # a slot falls free only when the next query block has begun: one would deadlock
+
+
+@aggregate
+class QueryBlocks:
+    """The query blocks that persistent programs go through, item by item, and the key blocks listed for each.
+
+    total: how many; num_blocks of each pair of batch and head. width: of a list. count_ptr: how many each list has.
+    """
+
+    critical_ptr: gl.tensor
+    count_ptr: gl.tensor
+    heads: gl.tensor
+    num_blocks: gl.tensor
+    total: gl.tensor
+    width: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, critical_ptr, count_ptr, heads, num_blocks, total, width):
+        self.critical_ptr, self.count_ptr = critical_ptr, count_ptr
+        self.heads, self.num_blocks, self.total, self.width = heads, num_blocks, total, width
+
+    @gluon.jit
+    def list_of(self, item):
+        """Where the list of an item begins."""
+        return self.critical_ptr + item.to(gl.int64) * self.width
+
+    @gluon.jit
+    def kept(self, item):
+        """How many key blocks are listed for an item."""
+        return gl.load(self.count_ptr + item)
 
 
 @gluon.jit
@@ -51,68 +81,50 @@ def load_shared_tiles(
     q,
     k,
     v,
-    q_full,
-    q_empty,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
     state,
     weight,
-    critical_ptr,
-    count_ptr,
-    heads,
+    blocks,
     first_pair,
-    num_blocks,
-    total,
     key_length,
-    width,
     state_step,
     SPLIT: gl.constexpr,
     HAS_LINEAR: gl.constexpr,
 ):
-    """The producer warp: Q of each query block, then its tiles of K and V, then H and W for the linear branch."""
-    SLOTS: gl.constexpr = k.shape[0]
+    """The producer warp: Q of each query block, then its tiles of K and V, then H and W for the linear branch.
+
+    q: a ring in which two tiles share a slot.
+    """
     TILE_BYTES: gl.constexpr = 2 * key.block_type.nbytes
     step = 0
     turn = 0
-    for item in range(gl.program_id(0), total, gl.num_programs(0)):
-        block, pair = item % num_blocks, item // num_blocks
-        head, batch = (first_pair + pair) % heads, (first_pair + pair) // heads
-        list_ptr = critical_ptr + item.to(gl.int64) * width
-        listed, _ = listed_halves(list_ptr, gl.load(count_ptr + item), key_length, SPLIT)
+    for item in range(gl.program_id(0), blocks.total, gl.num_programs(0)):
+        block, pair = item % blocks.num_blocks, item // blocks.num_blocks
+        head, batch = (first_pair + pair) % blocks.heads, (first_pair + pair) // blocks.heads
+        list_ptr = blocks.list_of(item)
+        listed, _ = listed_halves(list_ptr, blocks.kept(item), key_length, SPLIT)
         slot = turn % Q_SLOTS
-        mbarrier.wait(q_empty.index(slot), (turn // Q_SLOTS + 1) & 1)
-        mbarrier.expect(q_full.index(slot), 2 * query.block_type.nbytes)
+        mbarrier.wait(q.empty.index(slot), (turn // Q_SLOTS + 1) & 1)
+        mbarrier.expect(q.full.index(slot), 2 * query.block_type.nbytes)
         for w in gl.static_range(2):
-            async_load(query, [batch, head, block * 128 + w * 64, 0], q_full.index(slot), q.index(slot * 2 + w))
+            start = block * 128 + w * 64
+            async_load(query, [batch, head, start, 0], q.full.index(slot), q.tiles.index(slot * 2 + w))
         for t in range(gl.maximum((listed + 1) // 2, 1)):
-            slot = step % SLOTS
-            phase = (step // SLOTS + 1) & 1
             first = half_start(list_ptr, 2 * t, listed, key_length, SPLIT)
             second = half_start(list_ptr, 2 * t + 1, listed, key_length, SPLIT)
-            mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), TILE_BYTES)
-            tile = k.index(slot)
-            async_load(key, [batch, head, first, 0], k_full.index(slot), tile.slice(0, 64, 0))
-            async_load(key, [batch, head, second, 0], k_full.index(slot), tile.slice(64, 64, 0))
-            mbarrier.wait(v_empty.index(slot), phase)
-            mbarrier.expect(v_full.index(slot), TILE_BYTES)
-            tile = v.index(slot)
-            async_load(value, [batch, head, first, 0], v_full.index(slot), tile.slice(0, 64, 0))
-            async_load(value, [batch, head, second, 0], v_full.index(slot), tile.slice(64, 64, 0))
+            tile, full = k.begin(step, TILE_BYTES)
+            async_load(key, [batch, head, first, 0], full, tile.slice(0, 64, 0))
+            async_load(key, [batch, head, second, 0], full, tile.slice(64, 64, 0))
+            tile, full = v.begin(step, TILE_BYTES)
+            async_load(value, [batch, head, first, 0], full, tile.slice(0, 64, 0))
+            async_load(value, [batch, head, second, 0], full, tile.slice(64, 64, 0))
             step += 1
         if HAS_LINEAR:
-            slot = step % SLOTS
-            phase = (step // SLOTS + 1) & 1
-            mbarrier.wait(k_empty.index(slot), phase)
-            mbarrier.expect(k_full.index(slot), state.block_type.nbytes)
-            async_load(state, [pair, block * state_step, 0, 0], k_full.index(slot), square(k.index(slot)))
-            mbarrier.wait(v_empty.index(slot), phase)
+            tile, full = k.begin(step, state.block_type.nbytes)
+            async_load(state, [pair, block * state_step, 0, 0], full, square(tile))
             if weight is not None:
-                mbarrier.expect(v_full.index(slot), weight.block_type.nbytes)
-                async_load(weight, [0, 0], v_full.index(slot), square(v.index(slot)))
+                tile, full = v.begin(step, weight.block_type.nbytes)
+                async_load(weight, [0, 0], full, square(tile))
             else:  # both rings turn alike
-                mbarrier.arrive(v_full.index(slot), count=1)
+                v.skip(step)
             step += 1
         turn += 1  # noqa: SIM113
