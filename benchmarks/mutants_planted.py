@@ -330,7 +330,11 @@ PRECISION = [
         (SLA,),
     ),
     Mutant(
-        "query side: O^l left in delta", LINEAR_BACKWARD, "delta -= grad_dot_linear + share", "delta -= share", (SLA,)
+        "query side: O^l left in delta",
+        LINEAR_BACKWARD,
+        "linear_dot = grad_dot_linear + share",
+        "linear_dot = share",
+        (SLA,),
     ),
     Mutant("query side: n taken without Z", LINEAR_BACKWARD, "grad_norm -= tl.sum(", "grad_norm += tl.sum(", (SLA,)),
     Mutant(

@@ -5,7 +5,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from on_kernels import block_sparse_attention_gpu, selection_rule, sla_attention_gpu, vsa_attention_gpu
+from on_kernels import (
+    block_sparse_attention_gpu,
+    selection_rule,
+    sla2_attention_gpu,
+    sla_attention_gpu,
+    vsa_attention_gpu,
+)
 
 from foveal import SLAConfig, VideoGrid, VSAConfig
 from foveal.kernels.tail import pooled_tail
@@ -71,6 +77,16 @@ def sla(
     weights = (torch.zeros(head_dim, head_dim), torch.zeros(head_dim)) if projected else (None, None)
     with torch.set_grad_enabled(train):
         output = sla_attention_gpu(*inputs, config, selection, 0.125, *weights, backend=backend)
+    if train:
+        torch.autograd.grad(output.sum(), inputs)
+
+
+def sla2(head_dim, block_q, block_k, dtype, padded, feature_map="softmax", train=True, backend="triton"):
+    """SLA2 by a rule, and its backward when it is trained, without that of the router."""
+    inputs, blocks = _inputs(head_dim, dtype), {"block_q": block_q, "block_k": block_k}
+    rule = selection_rule(*inputs[:2], keep_ratio=0.1, **blocks, kv_lengths=_lengths(padded))
+    with torch.set_grad_enabled(train):
+        output = sla2_attention_gpu(*inputs, rule, 0.125, feature_map, backend)
     if train:
         torch.autograd.grad(output.sum(), inputs)
 
@@ -143,6 +159,8 @@ FEW = [
     partial(sla, 64, 64, 64, FP16, False, "softmax", "noncritical", rule=False),
     partial(sla, 128, 64, 64, BF16, False, "softmax", "marginal", train=False),
     partial(sla, 64, 128, 128, FP16, True, "elu", "noncritical", projected=False, train=False),
+    partial(sla2, 128, 64, 64, BF16, False),
+    partial(sla2, 64, 128, 64, FP16, True, train=False),
     partial(sparse, 128, 128, 128, BF16, True),
     partial(sparse, 64, 64, 64, FP16, False, with_lse=False),
     partial(sparse, 128, 64, 64, BF16, True, backend=INT8),
@@ -181,6 +199,7 @@ def all_calls() -> Iterator[Callable]:
         yield from (partial(sla, *case, "softmax", scope, backend=INT8) for scope in ("marginal", "all"))
         scopes = itertools.product(("softmax", "elu", "relu"), ("marginal", "noncritical", "all"), both, both, both)
         yield from (partial(sla, *case, *scope) for scope in scopes)
+        yield from (partial(sla2, *case, *rest) for rest in itertools.product(("softmax", "elu", "relu"), both))
     yield from (partial(vsa, *case) for case in itertools.product(dims, dtypes, CUBES, both, both, both))
     yield from (partial(pool, *case) for case in itertools.product(dims, (*dtypes, FP32), both))
     yield from (partial(tail, *case) for case in itertools.product(dims, blocks, dtypes))
@@ -194,5 +213,5 @@ def all_calls() -> Iterator[Callable]:
 
 def on_hopper(calls) -> list[Callable]:
     """Those of the calls that have Gluon kernels, through them."""
-    calls = [call for call in calls if call.func in (sparse, sla, vsa) and "backend" not in call.keywords]
+    calls = [call for call in calls if call.func in (sparse, sla, sla2, vsa) and "backend" not in call.keywords]
     return [partial(call, backend="gluon") for call in calls]

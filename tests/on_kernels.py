@@ -1,7 +1,11 @@
 """The kernels' operators by the arguments that tests have: tensors, configurations, and a backend's name."""
 
+import torch
+
 from foveal.kernels import sparse
 from foveal.methods.sla import gpu as sla
+from foveal.methods.sla2 import gpu as sla2
+from foveal.methods.sla2.mixing import block_logits, start_logits
 from foveal.methods.vsa import gpu as vsa
 from foveal.rules import Choosing
 from foveal.rules import selection_rule as rule_over
@@ -20,6 +24,14 @@ def sla_attention_gpu(query, key, value, config, choice, scale, weight, bias, ba
 def linear_branch_gpu(query, key, value, config, selection, scale, weight, bias, backend):
     options = sla.SLAOptions(scale, config.feature_map, config.linear_scope, backend)
     return sla.linear_branch_gpu(sla.SLACall(query, key, value, weight, bias, selection), options)
+
+
+def sla2_attention_gpu(query, key, value, choice, scale, feature_map, backend):
+    """With a router and log-odds of alpha as they start."""
+    eye, rows = torch.eye(query.shape[3]), -(-query.shape[2] // choice.block_q)
+    logits = block_logits(start_logits(query.shape[1], 1, 0.9), rows)
+    call = sla2.SLA2Call(query, key, value, logits, None, eye, eye, choice)
+    return sla2.sla2_attention_gpu(call, sla2.SLA2Options(scale, 0.1, feature_map, backend))[0]
 
 
 def vsa_attention_gpu(query, key, value, layout, selection, scale, gate_coarse, gate_fine, backend):

@@ -105,12 +105,12 @@ def assert_fits(compiled, folder, programs, threads, spill_limit=0, loop_limit=0
     assert programs * threads * made.registers <= REGISTERS
 
 
-# A mean of V's and its strides over pairs and blocks.
-MEAN = ("*fp32", "i32", "i32")
+# A mean of V's and its strides over pairs and blocks, and the weights of both branches with theirs over pairs.
+MEAN, MIX = ("*fp32", "i32", "i32"), ("*fp32", "i32")
 
 
 def compile_forward(
-    head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=False, norm="*fp32", mean=MEAN
+    head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=False, norm="*fp32", mean=MEAN, mix=None
 ):
     plan = launch.forward_plan(head_dim, block_q, block_k, has_sizes, feature_map, projected)
     tile = tiles(64, head_dim, dtype)
@@ -121,14 +121,14 @@ def compile_forward(
     signature = {
         "query": tile, "key": tile, "value": tile, "output": tile, "lse_ptr": "*fp32", "critical_ptr": "*i32",
         "count_ptr": "*i32", "size_ptr": "*i32" if has_sizes else None, "scale_log2": "fp32",
-        **dict.fromkeys(("state", "weight", "norm_ptr", "mean", "bias_ptr")), **dict.fromkeys(scalars, "i32"),
+        **dict.fromkeys(("state", "weight", "norm_ptr", "mean", "mix", "bias_ptr")), **dict.fromkeys(scalars, "i32"),
     }  # fmt: skip
     if feature_map is not None:
         box = plan["state_box"]
         signature["state"] = tiles(*box, "bf16")
         if not projected:
             signature["weight"] = f"tensordesc<bf16{list(box)},{gl.NVMMASharedLayout(128, 16, 2)!r}>"
-        signature |= {"norm_ptr": norm, "mean": mean, "bias_ptr": "*fp32"}
+        signature |= {"norm_ptr": norm, "mean": mean, "mix": mix, "bias_ptr": "*fp32"}
     if plan["wide"]:
         return compile_for_hopper(forward_wide_kernel.block_sparse_fwd_wide_kernel, signature, plan), 1, 384
     return compile_for_hopper(forward_kernel.block_sparse_fwd_kernel, signature, plan), 3, 128
@@ -157,8 +157,10 @@ def test_forward_with_the_linear_branch(tmp_path, head_dim, block_q, block_k, ha
     ["softmax", pytest.param("elu", marks=pytest.mark.exhaustive), pytest.param("relu", marks=pytest.mark.exhaustive)],
 )
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), CASES)
-def test_forward_with_projected_states(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_map):
-    compiled, *programs = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=True)
+@pytest.mark.parametrize("mix", [MIX, pytest.param(None, marks=pytest.mark.exhaustive)], ids=["mixed", "added"])
+def test_forward_with_projected_states(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_map, mix):
+    options = {"projected": True, "mix": mix}
+    compiled, *programs = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, feature_map, **options)
     assert_fits(compiled, tmp_path, *programs, spill_limit=96, loop_limit=16)
 
 
@@ -166,7 +168,7 @@ def test_forward_with_projected_states(tmp_path, head_dim, block_q, block_k, has
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), QUICK)
 def test_forward_in_inference(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, projected):
     """Where Z comes from the product that sums H, in bfloat16, and H is that of V with its mean."""
-    options = {"projected": projected, "norm": "*bf16", "mean": None}
+    options = {"projected": projected, "norm": "*bf16", "mean": None, "mix": MIX if projected else None}
     compiled, *programs = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, "softmax", **options)
     assert_fits(compiled, tmp_path, *programs, spill_limit=96, loop_limit=16)
 
@@ -220,7 +222,8 @@ def test_dkdv(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, feature_ma
     assert_fits(compiled, tmp_path, programs=2, threads=128, **DKDV)
 
 
-QUERY_SIDE = [("softmax", 128, 64, "bf16", True), ("softmax", 128, 128, "bf16", True)]
+# Without a projection the branches have weights here.
+QUERY_SIDE = [("softmax", 128, 64, "bf16", False), ("softmax", 128, 128, "bf16", True)]
 QUERY_SIDE += [
     pytest.param(*case, marks=pytest.mark.exhaustive)
     for case in itertools.product(("softmax", "elu", "relu"), HEAD_DIMS, BLOCK_SIZES, ("bf16", "fp16"), (False, True))
@@ -233,13 +236,14 @@ def test_linear_query_gradient(tmp_path, feature_map, head_dim, block_q, dtype, 
     rows = tiles(block_q, head_dim, dtype)
     pointers = dict.fromkeys(("norm_ptr", "bias_ptr", "delta_ptr", "grad_norm_ptr"), "*fp32")
     scalars = ("heads", "query_length", "first_pair", "norm_pair_stride", "norm_block_stride")
+    mixed = not projected
     weight = f"tensordesc<bf16[{head_dim}, {head_dim}],{gl.NVMMASharedLayout(128, 16, 2)!r}>"
     signature = {
         "query": rows, "output": rows, "grad": rows, "state": tiles(head_dim, head_dim, "bf16"),
         "weight": weight if projected else None, "grad_query": rows,
         "linear": tiles(block_q, head_dim, "bf16") if projected else None,
         "grad_state": tiles(min(block_q, head_dim), head_dim, "bf16"), "mean": MEAN, **pointers,
-        **dict.fromkeys(scalars, "i32"),
+        "mix": MIX if mixed else None, "linear_dot_ptr": "*fp32" if mixed else None, **dict.fromkeys(scalars, "i32"),
     }  # fmt: skip
     plan = {"constants": {"FEATURE_MAP": feature_map}, "options": {"num_warps": block_q // 16}}
     compiled = compile_for_hopper(linear_gradients.linear_query_grad_kernel, signature, plan)

@@ -169,6 +169,7 @@ class QuerySide(NamedTuple):
     grad_query, delta: where dQ of the linear branch and delta of the sparse one, float32 [B, H, Lq], are written.
     linear: where O^l is written, bfloat16 [B, H, Lq, D], contiguous; None if nobody wants it.
     grad_norm: where dZ is written, float32 [B * H, rows, D]; None where all query blocks of a head share one H.
+    linear_dot: where rowsum(dO * O^l) is written, O^l as it is added, float32 [B, H, Lq]; None without a `mix`.
     """
 
     query: Tensor
@@ -180,6 +181,7 @@ class QuerySide(NamedTuple):
     delta: Tensor
     linear: Tensor | None = None
     grad_norm: Tensor | None = None
+    linear_dot: Tensor | None = None
 
 
 class ForwardCall(ABC):

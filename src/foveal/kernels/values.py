@@ -30,6 +30,8 @@ class LinearTerm(NamedTuple):
     norm: Z, float32 [B * H, blocks, D].
     means: m, what was taken from V, and W m, float32 [2, B * H, blocks, D], with one block where all of a head share
         them. None in a forward that no backward follows: its H is that of V itself.
+    mix: what O^s and O^l are multiplied by before they are added, float32 [B * H, rows, 2], contiguous, one pair for
+        each query block and none of them 0; None for 1. It is that of all pairs, also where the states are of some.
     """
 
     feature_map: str
@@ -38,6 +40,7 @@ class LinearTerm(NamedTuple):
     state: Tensor | None = None
     norm: Tensor | None = None
     means: Tensor | None = None
+    mix: Tensor | None = None
 
 
 class Problem(NamedTuple):

@@ -24,6 +24,7 @@ from foveal.kernels.hopper.linear_branch import (
     copy_state_rows,
     copy_weight,
     features_and_inverse,
+    mix_of_block,
 )
 from foveal.kernels.hopper.tiles import (
     barriers,
@@ -186,6 +187,7 @@ def block_sparse_fwd_kernel(
     weight,
     norm_ptr,
     mean,
+    mix,
     bias_ptr,
     scale_log2,
     heads,
@@ -207,7 +209,7 @@ def block_sparse_fwd_kernel(
 
     With a FEATURE_MAP the linear branch is added, from states of only these pairs: state and weight travel through the
     slots that fall free, 64 columns at a time. Without a weight states are projected already, and travel by rows. A
-    mean comes with states of V - m; see `linear_branch`.
+    mean comes with states of V - m, a mix with other weights than 1 of both branches; see `linear_branch`.
     `state_step` is 0 where all query blocks share one state, else 1.
     """
     await_previous()
@@ -358,9 +360,13 @@ def block_sparse_fwd_kernel(
         norm_ptr += (
             gl.program_id(1).to(gl.int64) * norm_pair_stride + (start_q // BLOCK_Q).to(gl.int64) * norm_block_stride
         )
+        mix_ptr = None
+        if mix is not None:
+            mix_ptr = mix_of_block(mix, pair, start_q // BLOCK_Q)
+            result *= gl.load(mix_ptr)
         if weight is not None:
             copy_weight(weight, 0, weight_full.index(0), v.index(slot), head_dim)
-            left, right, inverse, share = features_and_inverse(q, norm_ptr, FEATURE_MAP)
+            left, right, inverse, share = features_and_inverse(q, norm_ptr, mix_ptr, FEATURE_MAP)
             if head_dim == 128:
                 copy_weight(weight, 64, weight_full.index(1), q, head_dim)
             result = add_columns(
@@ -379,7 +385,7 @@ def block_sparse_fwd_kernel(
                     head_dim,
                 )
         else:
-            left, right, inverse, share = features_and_inverse(q, norm_ptr, FEATURE_MAP)
+            left, right, inverse, share = features_and_inverse(q, norm_ptr, mix_ptr, FEATURE_MAP)
             upper = reinterpret(k, gl.bfloat16, [HALF_WIDTH, head_dim], tile_layout)
             lower = reinterpret(v.index(1 - slot), gl.bfloat16, [HALF_WIDTH, head_dim], tile_layout)
             mbarrier.wait(state_full.index(0), 0)

@@ -15,7 +15,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from foveal.kernels.hopper.forward_kernel import finished, keep_valid, online_softmax_update, sums_by_eight
-from foveal.kernels.hopper.linear_branch import add_constants, add_projected, features_and_inverse, times_state
+from foveal.kernels.hopper.linear_branch import (
+    add_constants,
+    add_projected,
+    features_and_inverse,
+    mix_of_block,
+    times_state,
+)
 from foveal.kernels.hopper.ring import Ring, ring
 from foveal.kernels.hopper.tiles import barriers, keep_columns, store_rows
 from foveal.kernels.hopper.wide_tiles import (
@@ -85,6 +91,7 @@ def attend_queries(
     lse_ptr,
     norm_ptr,
     mean,
+    mix,
     bias_ptr,
     scale_log2,
     blocks,
@@ -173,7 +180,11 @@ def attend_queries(
             phase = (step // SLOTS) & 1
             step += 1
             norms = norm_ptr + pair.to(gl.int64) * norm_pair_stride + block.to(gl.int64) * norm_block_stride
-            left, right, inverse, share = features_and_inverse(tile_q, norms, FEATURE_MAP)
+            mix_ptr = None
+            if mix is not None:
+                mix_ptr = mix_of_block(mix, first_pair + pair, block)
+                result *= gl.load(mix_ptr)
+            left, right, inverse, share = features_and_inverse(tile_q, norms, mix_ptr, FEATURE_MAP)
             mbarrier.wait(k.full.index(slot), phase)
             if PROJECT:
                 linear = times_state(left, right, inverse, square(k.tiles.index(slot)))
@@ -218,6 +229,7 @@ def block_sparse_fwd_wide_kernel(
     weight,
     norm_ptr,
     mean,
+    mix,
     bias_ptr,
     scale_log2,
     heads,
@@ -237,8 +249,8 @@ def block_sparse_fwd_wide_kernel(
     """Any grid; `total` = pairs * num_blocks query blocks of 128, of the pairs of batch and head from `first_pair` on.
 
     Key blocks have 64 or 128 tokens, full but for the last. With a FEATURE_MAP the linear branch is added, from states
-    of only these pairs, already projected if there is no weight, and with a mean as in `linear_branch`. `state_step` is
-    0 where all query blocks share one state, else 1.
+    of only these pairs, already projected if there is no weight, and with a mean and a mix as in `linear_branch`.
+    `state_step` is 0 where all query blocks share one state, else 1.
     """
     await_previous()
     head_dim: gl.constexpr = query.block_type.shape[3]
@@ -270,6 +282,7 @@ def block_sparse_fwd_wide_kernel(
                     lse_ptr,
                     norm_ptr,
                     mean,
+                    mix,
                     bias_ptr,
                     scale_log2,
                     blocks,
@@ -294,6 +307,7 @@ def block_sparse_fwd_wide_kernel(
                     lse_ptr,
                     norm_ptr,
                     mean,
+                    mix,
                     bias_ptr,
                     scale_log2,
                     blocks,

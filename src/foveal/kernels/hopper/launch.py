@@ -100,6 +100,11 @@ def walkable(x: Tensor) -> Tensor:
     return x if copyable(x) else x.clone(memory_format=torch.contiguous_format)
 
 
+def mix_of(linear: LinearTerm | None) -> tuple[Tensor, int] | None:
+    """What both branches are multiplied by, as kernels take it: with its stride over pairs."""
+    return None if linear is None or linear.mix is None else (linear.mix, linear.mix.stride(0))
+
+
 class Forward(ForwardCall):
     """`ForwardCall` for the Hopper kernels, of inputs that `support.why_not` accepts."""
 
@@ -126,6 +131,7 @@ class Forward(ForwardCall):
             "count_ptr": selection.critical_count,
             "weight": None if linear is None or projected else tiles(linear.weight, *self.plan["state_box"]),
             "bias_ptr": None if linear is None else linear.bias,
+            "mix": mix_of(linear),
             "scale_log2": self.scale_log2,
             "heads": self.heads,
             "query_length": self.query_length,

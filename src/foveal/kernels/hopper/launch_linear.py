@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from foveal.kernels.backend import QuerySide, SharedGradients
-from foveal.kernels.hopper.launch import tiles, walkable
+from foveal.kernels.hopper.launch import mix_of, tiles, walkable
 from foveal.kernels.host import launch, num_sms
 from foveal.kernels.values import state_strides
 
@@ -17,7 +17,7 @@ def query_gradients(side: QuerySide, pairs: range) -> Tensor:
     """See `Backend.query_gradients`; O^l comes with a W, and without one W is the identity."""
     from foveal.kernels.hopper.linear_gradients import linear_query_grad_kernel
 
-    query, output, grad, term, block_q, grad_query, delta, linear, grad_norm = side
+    query, output, grad, term, block_q, grad_query, delta, linear, grad_norm, linear_dot = side
     heads, length, head_dim = query.shape[1:]
     rows = grad_norm.shape[1]
     grad_state = torch.empty((len(pairs), rows, head_dim, head_dim), dtype=torch.bfloat16, device=query.device)
@@ -35,8 +35,10 @@ def query_gradients(side: QuerySide, pairs: range) -> Tensor:
         grad_state=tiles(grad_state, min(block_q, head_dim)),
         norm_ptr=term.norm,
         mean=(term.means[0], *state_strides(term.means[0])),
+        mix=mix_of(term),
         bias_ptr=term.bias,
         delta_ptr=delta,
+        linear_dot_ptr=linear_dot,
         grad_norm_ptr=grad_norm,
         heads=heads,
         query_length=length,

@@ -1,7 +1,8 @@
 """The linear branch of SLA in the epilogue of the forward: O^l W^T + b, O^l = phi(Q_i) H_i / n, n = phi(Q_i) Z_i + eps.
 
 Where H is the state of V - m, O^l has (1 - eps / n) m more. A mean is None or a tuple: a pointer to m or W m, and its
-strides over pairs and blocks. H and W are bfloat16 whatever the dtype of Q.
+strides over pairs and blocks. A mix is None or a tuple: a pointer to what O^s and O^l are multiplied by, two numbers
+for each block, and its stride over pairs. H and W are bfloat16 whatever the dtype of Q.
 Source: SLA (arXiv 2509.24006), eq. 5 and 6.
 """
 
@@ -34,6 +35,12 @@ def mean_of_block(mean, pair, block):
 
 
 @gluon.jit
+def mix_of_block(mix, pair, block):
+    """Where the weights of both branches lie for one block; pairs count from the first of all."""
+    return mix[0] + pair.to(gl.int64) * mix[1] + block.to(gl.int64) * 2
+
+
+@gluon.jit
 def part_of_features(q, top, norm_ptr, column: gl.constexpr, layout: gl.constexpr, FEATURE_MAP: gl.constexpr):
     """Some columns of phi(q), for "softmax" before its division: bfloat16; their sums, and their products with Z."""
     LOG2_E: gl.constexpr = 1.4426950408889634
@@ -49,11 +56,12 @@ def part_of_features(q, top, norm_ptr, column: gl.constexpr, layout: gl.constexp
 
 
 @gluon.jit
-def features_and_inverse(q, norm_ptr, FEATURE_MAP: gl.constexpr):
+def features_and_inverse(q, norm_ptr, mix_ptr, FEATURE_MAP: gl.constexpr):
     """phi(q) in bfloat16 as left and right columns (the same at head_dim 64), the inverse of n, and 1 - eps / n.
 
-    For "softmax" all come without the division by the sum over columns: the product with H is scaled once, after it.
-    A part at a time, for the registers.
+    With a mix_ptr the last two are multiplied by the second number there, and so is all that is made of them. For
+    "softmax" all come without the division by the sum over columns: the product with H is scaled once, after it. A part
+    at a time, for the registers.
     """
     gl.static_assert(FEATURE_MAP == "softmax" or FEATURE_MAP == "elu" or FEATURE_MAP == "relu")
     head_dim: gl.constexpr = q.shape[1]
@@ -73,6 +81,8 @@ def features_and_inverse(q, norm_ptr, FEATURE_MAP: gl.constexpr):
     if FEATURE_MAP != "softmax":
         total = gl.full([q.shape[0]], 1.0, gl.float32, gl.SliceLayout(1, layout))
     inverse = 1.0 / (product + total * 1e-5)
+    if mix_ptr is not None:
+        inverse *= gl.load(mix_ptr + 1)
     return left, right, inverse, product * inverse
 
 

@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 from foveal.kernels.hopper.gluon_names import async_load, async_store, reinterpret
-from foveal.kernels.hopper.linear_branch import HALF_WIDTH, load_row, mean_of_block
+from foveal.kernels.hopper.linear_branch import HALF_WIDTH, load_row, mean_of_block, mix_of_block
 from foveal.kernels.hopper.tiles import barriers, copy_rows, retire, store_rows
 from foveal.kernels.triton.await_previous import await_previous
 
@@ -125,8 +125,10 @@ def row_gradients(
     linear,
     norm_ptr,
     mean_ptr,
+    mix_ptr,
     bias_ptr,
     delta_ptr,
+    linear_dot_ptr,
     grad_norm_ptr,
     grad_bias_ptr,
     batch,
@@ -139,7 +141,8 @@ def row_gradients(
 
     q, o and g are the slots of Q, O and dO, h that of H (h_full is None where it is there already), w that of W (None:
     without a projection). delta_ptr points to the head's first row, the other pointers to this block's; grad_bias_ptr
-    (or None) to column sums of dO. O^l is stored where there is a W.
+    (or None) to column sums of dO. O^l is stored where there is a W. With a mix_ptr (or None) O^l has its weight, delta
+    is without that of O^s, and rowsum(g * O^l) is stored behind linear_dot_ptr, the head's first row.
     """
     rows: gl.constexpr = q.shape[0]
     head_dim: gl.constexpr = q.shape[1]
@@ -180,6 +183,8 @@ def row_gradients(
     if head_dim == 128:
         normalizer += gl.sum(right * load_row(norm_ptr + 64, HALF_WIDTH, half), 1)
     inverse = 1.0 / (normalizer + 1e-5)
+    if mix_ptr is not None:
+        inverse *= gl.load(mix_ptr + 1)
     by_row = gl.expand_dims(inverse, 1)
     store_halves(scaled, left * by_row, right * by_row)
     if h_full is not None:
@@ -190,9 +195,16 @@ def row_gradients(
         grad_right = warpgroup_mma(g_narrow, h.slice(64, HALF_WIDTH, 0).permute((1, 0)), half_zeros, use_acc=False)
     product = sum_rows(left * grad_left, right * grad_right, head_dim) * inverse
     row = start + gl.arange(0, rows, gl.SliceLayout(1, half))
-    share = normalizer * inverse  # 1 - eps / n
-    gl.store(delta_ptr + row, delta - product - share * grad_dot_mean, mask=row < query_length)
-    product = gl.expand_dims(product - 1e-5 * inverse * grad_dot_mean, 1)
+    share = normalizer * inverse  # 1 - eps / n by the mix
+    linear_dot = product + share * grad_dot_mean
+    delta -= linear_dot
+    product -= 1e-5 * inverse * grad_dot_mean
+    if mix_ptr is not None:
+        gl.store(linear_dot_ptr + row, linear_dot, mask=row < query_length)
+        delta /= gl.load(mix_ptr)
+        product /= gl.load(mix_ptr + 1)
+    gl.store(delta_ptr + row, delta, mask=row < query_length)
+    product = gl.expand_dims(product, 1)
     grad_left = (grad_left - product * load_row(norm_ptr, HALF_WIDTH, half)) * by_row
     if head_dim == 128:
         grad_right = (grad_right - product * load_row(norm_ptr + 64, HALF_WIDTH, half)) * by_row
@@ -222,8 +234,10 @@ def linear_query_grad_kernel(
     grad_state,
     norm_ptr,
     mean,
+    mix,
     bias_ptr,
     delta_ptr,
+    linear_dot_ptr,
     grad_norm_ptr,
     heads,
     query_length,
@@ -267,6 +281,10 @@ def linear_query_grad_kernel(
 
     place = (all_pairs * gl.num_programs(0) + block) * head_dim
     norm_ptr += pair.to(gl.int64) * norm_pair_stride + block.to(gl.int64) * norm_block_stride
+    mix_ptr, linear_dots = None, None
+    if mix is not None:
+        mix_ptr = mix_of_block(mix, all_pairs, block)
+        linear_dots = linear_dot_ptr + all_pairs * query_length
     row_gradients(
         q,
         o,
@@ -281,8 +299,10 @@ def linear_query_grad_kernel(
         linear,
         norm_ptr,
         mean_of_block(mean, pair, block),
+        mix_ptr,
         bias_ptr,
         delta_ptr + all_pairs * query_length,
+        linear_dots,
         grad_norm_ptr + place,
         None,
         batch,
@@ -394,8 +414,10 @@ def shared_query_grad_kernel(
             None,
             norm_ptr,
             mean_ptr,
+            None,
             bias_ptr,
             delta_ptr + all_pairs * query_length,
+            None,
             grad_norm_ptr + place,
             grad_bias_ptr + place,
             batch,

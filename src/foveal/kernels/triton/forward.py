@@ -113,6 +113,7 @@ def add_linear_branch(
     state_ptr,
     norm_ptr,
     mean_ptr,
+    mix_ptr,
     weight_ptr,
     bias_ptr,
     D: tl.constexpr,
@@ -122,12 +123,15 @@ def add_linear_branch(
     """acc + O^l W^T + b for one block's state H [D, D] and Z [D].
 
     O^l = phi(q) H / n with n = phi(q) Z + eps, and (phi(q) Z / n) m more where H is the state of V - m: there is a
-    mean_ptr then. All are taken a few columns at a time: of full width they would cost too many registers.
+    mean_ptr then. With a mix_ptr O^l is multiplied by the second number there. All are taken a few columns at a time:
+    of full width they would cost too many registers.
     """
     phi = feature_map(q, FEATURE_MAP)
     feature = tl.arange(0, D)
     total = tl.sum(phi * tl.load(norm_ptr + feature)[None, :], 1)
     inverse = 1.0 / (total + EPSILON)
+    if mix_ptr is not None:
+        inverse *= tl.load(mix_ptr + 1)
     phi = (phi * inverse[:, None]).to(tl.bfloat16)
     for start in tl.static_range(0, D, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -166,6 +170,7 @@ def _block_sparse_fwd_kernel(
     state_ptr,
     norm_ptr,
     mean_ptr,
+    mix_ptr,
     weight_ptr,
     bias_ptr,
     heads,
@@ -175,6 +180,7 @@ def _block_sparse_fwd_kernel(
     width,
     size_stride,
     state_strides,
+    mix_stride,
     scale_log2,
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -232,10 +238,15 @@ def _block_sparse_fwd_kernel(
         norm_ptr += state_pair * state_strides[2] + block * state_strides[3]
         if mean_ptr is not None:
             mean_ptr += state_pair * state_strides[4] + block * state_strides[5]
+        if mix_ptr is not None:
+            mix_ptr += pair.to(tl.int64) * mix_stride + block * 2
+            acc *= tl.load(mix_ptr)
         if BLOCK_Q == TILE_K:
             if INT8:
                 q = load_rows(query, query_strides, batch, head, start_q, query_length, BLOCK_Q, D, DESCRIPTORS)
-            acc = add_linear_branch(acc, q, state_ptr, norm_ptr, mean_ptr, weight_ptr, bias_ptr, D, 32, FEATURE_MAP)
+            acc = add_linear_branch(
+                acc, q, state_ptr, norm_ptr, mean_ptr, mix_ptr, weight_ptr, bias_ptr, D, 32, FEATURE_MAP
+            )
     rows = start_q + tl.arange(0, BLOCK_Q)
     tl.store(lse_ptr + pair.to(tl.int64) * query_length + rows, lse, mask=rows < query_length)
     store_rows(output_ptr, output_strides, batch, head, start_q, query_length, acc, BLOCK_Q, D)
@@ -247,7 +258,9 @@ def _block_sparse_fwd_kernel(
             q_tile = load_rows(query_ptr, query_strides, batch, head, start, query_length, TILE_K, D, False)
             o = load_rows(output_ptr, output_strides, batch, head, start, query_length, TILE_K, D, False)
             o = o.to(tl.float32)
-            o = add_linear_branch(o, q_tile, state_ptr, norm_ptr, mean_ptr, weight_ptr, bias_ptr, D, 64, FEATURE_MAP)
+            o = add_linear_branch(
+                o, q_tile, state_ptr, norm_ptr, mean_ptr, mix_ptr, weight_ptr, bias_ptr, D, 64, FEATURE_MAP
+            )
             store_rows(output_ptr, output_strides, batch, head, start, query_length, o, TILE_K, D)
 
 
@@ -277,6 +290,8 @@ class Forward(ForwardCall):
             "size_ptr": selection.critical_count if sizes is None else sizes,
             "weight_ptr": lse if linear is None else linear.weight,
             "bias_ptr": lse if linear is None else linear.bias,
+            "mix_ptr": None if linear is None else linear.mix,
+            "mix_stride": 0 if linear is None or linear.mix is None else linear.mix.stride(0),
             "heads": self.heads,
             "query_length": self.query_length,
             "key_length": self.key_length,

@@ -43,11 +43,14 @@ def _query_grad_kernel(
     linear_ptr,
     grad_state_ptr,
     grad_norm_ptr,
+    mix_ptr,
+    linear_dot_ptr,
     query_strides,
     output_strides,
     grad_strides,
     grad_query_strides,
     state_strides,
+    mix_stride,
     heads,
     length,
     first_pair,
@@ -61,6 +64,7 @@ def _query_grad_kernel(
 
     With g = dO W: dQ through phi; dH and dZ; O^l for the projection's gradient; and
     delta = rowsum(dO * O) - rowsum(g * O^l) - dO b, which is rowsum(dO * O^s) for only the sparse branch.
+    With a mix O^s and O^l have their weights here, but delta; rowsum(g * O^l) is stored then.
     Queries past the end have dO = 0 and so add nothing to dH and dZ.
     """
     await_previous()
@@ -74,6 +78,9 @@ def _query_grad_kernel(
     mean_ptr += pair.to(tl.int64) * state_strides[4] + block * state_strides[5]
     projected_ptr += pair.to(tl.int64) * state_strides[4] + block * state_strides[5]
     norm_state = tl.load(norm_ptr + feature)
+    if mix_ptr is not None:
+        mix_ptr += all_pairs * mix_stride + block * 2
+        of_sparse, of_linear = tl.load(mix_ptr), tl.load(mix_ptr + 1)
     grad_state = tl.zeros([D, D], tl.float32)
     grad_norm = tl.zeros([D], tl.float32)
     for tile in tl.static_range(BLOCK_Q // TILE):
@@ -88,7 +95,9 @@ def _query_grad_kernel(
         phi = feature_map(q, FEATURE_MAP)
         total = tl.sum(phi * norm_state[None, :], 1)
         inverse = 1.0 / (total + EPSILON)
-        share = total * inverse  # 1 - eps / n, and 0 for a row without marginal blocks
+        if mix_ptr is not None:
+            inverse *= of_linear
+        share = total * inverse  # 1 - eps / n by the mix, and 0 for a row without marginal blocks
         scaled = (phi * inverse[:, None]).to(tl.bfloat16)
         for first in tl.static_range(0, D, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
@@ -98,9 +107,14 @@ def _query_grad_kernel(
             tl.store(linear_ptr + linear_offsets, linear.to(tl.bfloat16), mask=(rows < length)[:, None])
         product = tl.dot(g, tl.trans(tl.load(state_ptr + square)))
         grad_dot_linear = tl.sum(phi * product, 1) * inverse
-        delta -= grad_dot_linear + share * grad_dot_mean
-        tl.store(delta_ptr + all_pairs * length + rows, delta, mask=rows < length)
+        linear_dot = grad_dot_linear + share * grad_dot_mean
+        delta -= linear_dot
         change = grad_dot_linear - EPSILON * inverse * grad_dot_mean
+        if mix_ptr is not None:
+            tl.store(linear_dot_ptr + all_pairs * length + rows, linear_dot, mask=rows < length)
+            delta /= of_sparse
+            change /= of_linear
+        tl.store(delta_ptr + all_pairs * length + rows, delta, mask=rows < length)
         grad_phi = (product - change[:, None] * norm_state[None, :]) * inverse[:, None]
         grad_query = feature_map_backward(q, phi, grad_phi, FEATURE_MAP)
         store_rows(grad_query_ptr, grad_query_strides, batch, head, start, length, grad_query, TILE, D)
@@ -230,7 +244,7 @@ def _key_grad_kernel(
 
 def query_gradients(side: QuerySide, pairs: range) -> Tensor:
     """See `Backend.query_gradients`."""
-    query, output, grad, term, block_q, grad_query, delta, linear, grad_norm = side
+    query, output, grad, term, block_q, grad_query, delta, linear, grad_norm, linear_dot = side
     heads, length, head_dim = query.shape[1:]
     rows = grad_norm.shape[1]
     if linear is None:  # the kernel writes O^l all the same
@@ -253,11 +267,14 @@ def query_gradients(side: QuerySide, pairs: range) -> Tensor:
         linear_ptr=linear,
         grad_state_ptr=grad_state,
         grad_norm_ptr=grad_norm,
+        mix_ptr=term.mix,
+        linear_dot_ptr=linear_dot,
         query_strides=row_strides(query),
         output_strides=row_strides(output),
         grad_strides=row_strides(grad),
         grad_query_strides=row_strides(grad_query),
         state_strides=state_strides(term.state, term.norm, term.means[0]),
+        mix_stride=0 if term.mix is None else term.mix.stride(0),
         heads=heads,
         length=length,
         first_pair=pairs.start,

@@ -22,13 +22,11 @@ from foveal.methods.sla.gpu_forward import Results
 GROUP_BYTES = 224 * 2**20
 
 
-def own_states(side: QuerySide, mask: Tensor, backend: Backend, norm_scale: Tensor | None = None) -> SharedGradients:
+def own_states(side: QuerySide, mask: Tensor, backend: Backend) -> SharedGradients:
     """What the query side gives, G and z for each key block, where each query block has an H of its own.
 
     Args:
         mask: bfloat16 [B * H, padded Tq, padded Tk], what H was summed over.
-        norm_scale: float32 [B * H, padded Tq], what the rows' Z were multiplied by to become those of the term; None
-            for 1.
     """
     pairs, rows, columns = mask.shape
     query, term, head_dim = side.query, side.term, side.query.shape[-1]
@@ -46,8 +44,6 @@ def own_states(side: QuerySide, mask: Tensor, backend: Backend, norm_scale: Tens
         torch.bmm(mask[group].transpose(1, 2), grad_state.flatten(2), out=key_state[group].flatten(2))
         # Before the next group's: its memory becomes theirs.
         del grad_state
-    if norm_scale is not None:
-        grad_norm *= norm_scale[..., None]
     projection = (None, None) if linear is None else projection_gradients(side.grad, linear)
     return SharedGradients(key_state, masked_sum(mask.transpose(1, 2), grad_norm), *projection)
 

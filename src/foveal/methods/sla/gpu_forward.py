@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -115,7 +115,7 @@ def forward_in_groups(
     backend: Backend,
     keep_states: bool,
     projections: tuple[Tensor, Tensor] | None = None,
-    norm_scale: Tensor | None = None,
+    weigh: Callable[[range], None] | None = None,
 ) -> Results:
     """The output and what the backward needs.
 
@@ -126,8 +126,8 @@ def forward_in_groups(
         term: the linear branch without its states.
         keep_states: whether a backward follows.
         projections: float32 [D, D] each, what maps pooled queries and keys (x W^T) before a rule scores them.
-        norm_scale: float32 [B * H, padded Tq], what Z of each row is multiplied by where it divides, which divides the
-            row's O^l, so m of that row too; None for 1. `Results.norm` has Z as it was. Not with a sum over every key.
+        weigh: what writes `term.mix` of some pairs, whose lists it may read; None where there is no mix, as with a sum
+            over every key.
     """
     # One H for all may be projected before it is added.
     early = backend.projects_early and mask is None and term.weight is not None
@@ -138,7 +138,7 @@ def forward_in_groups(
     if mask is None:
         return _over_all_keys(problem, call, choice, term, early, keep_states)
     beside = backend.prepares_beside(selection.block_q)
-    return _by_masks(problem, call, mask, choice, term, beside, keep_states, norm_scale)
+    return _by_masks(problem, call, mask, choice, term, beside, keep_states, weigh)
 
 
 def _over_all_keys(
@@ -166,7 +166,7 @@ def _by_masks(
     term: LinearTerm,
     beside: bool,
     keep_states: bool,
-    norm_scale: Tensor | None,
+    weigh: Callable[[range], None] | None,
 ) -> Results:
     """beside: whether a group of heads may be prepared beside another one that attends."""
     (output, lse), selection = call.results, problem.selection
@@ -190,7 +190,7 @@ def _by_masks(
     keys = Keys(problem.key, problem.value, selection.key_block_sizes, selection.block_k, term.feature_map)
 
     def prepare(group: range) -> None:
-        """The key states of a group in h and z, its keys where the call wants their means, and its lists and mask."""
+        """A group's key states in h and z, its keys where the call wants their means, its lists, mask, and mix."""
         count = len(group)
         pooled = _means_of_keys(call, choice, count)
         states = (squares, z) if count == largest else (squares[:count], z[:count])
@@ -200,6 +200,8 @@ def _by_masks(
             call.take_means(group, pooled)
         if choice is not None:
             choice.make(group, pooled)
+        if weigh is not None:
+            weigh(group)
 
     side = None
     if len(parts) > 1 and beside:
@@ -222,10 +224,6 @@ def _by_masks(
             torch.bmm(group_mask, group_h, out=group_sums)
             group_state, group_norm = group_sums[..., :area].unflatten(2, square), group_sums[..., area:]
         group_means = means[:, group.start : group.stop] if keep_states else None
-        if norm_scale is not None:
-            group_scale = norm_scale[group.start : group.stop, :, None]
-            group_norm = group_norm * group_scale
-            group_means = group_means / group_scale if keep_states else None
         if side is not None and following is not None:
             side.follow()  # h and z are free again
         call.run(group, group_state, group_norm, group_means)

@@ -1,17 +1,17 @@
-"""SLA2 on GPUs: SLA's kernels, whose output gives alpha O_s + (1 - alpha) O_l without a kernel of its own.
+"""SLA2 on GPUs: SLA's kernels, with a weight for each branch: O = alpha O_s + (1 - alpha) O_l.
 
-The forward kernel adds O_l to O_s in its epilogue. O_l divides by phi(Q) Z, so Z alpha / (1 - alpha) in place of Z
-makes it O_s + (1 - alpha) / alpha O_l, and one pass over the output multiplies that by alpha. The router's choice is
-made on the way, as SLA's is: only pooled queries and keys are projected first.
+A small kernel makes both weights of each query block from the log-odds of alpha (`triton.mixing`), once the lists of
+some heads are there. The forward kernel multiplies by them in its epilogue. The router's choice is made on the way, as
+SLA's is: only pooled queries and keys are projected first.
 
-In the backward Z / (1 - alpha) makes the linear term the whole (1 - alpha) O_l. The kernel of the query side then gives
-delta = alpha dO . O_s, which the sparse branch needs with its gradient alpha dO, and with t = dO . O the gradient of
-alpha's log-odds is the sum of delta - alpha t over the rows. Source: SLA2 (arXiv 2602.12675), Algorithms 2 and 3.
+In the backward the kernel of the query side has the weights too, and gives rowsum(dO * O_s) and rowsum(dO * (1 - alpha)
+O_l), of which the gradient of alpha's log-odds is made. The exact branch has the gradient alpha dO. No tensor of its
+size is made: with P alpha = exp(S - (LSE - log alpha)) it is that of dO with another LSE. Source: SLA2 (arXiv
+2602.12675), Algorithms 2 and 3.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -23,15 +23,15 @@ from foveal.kernels.backend import BackwardCall, QuerySide, backend_named
 from foveal.kernels.host import on_device_of
 from foveal.kernels.int8 import lse_shift
 from foveal.kernels.operator import KernelOperator
-from foveal.kernels.triton.backward import output_delta
 from foveal.kernels.triton.lists import column_lists, padded_blocks
+from foveal.kernels.triton.mixing import write_mix
 from foveal.kernels.triton.pooling import pool
 from foveal.kernels.triton.select import select
 from foveal.kernels.values import LinearTerm, Problem, flatten, linear_term, packable, unflatten
 from foveal.methods.sla.gpu import fake_results, made_by_rule, mask_operand, new_selection, used_selection
 from foveal.methods.sla.gpu_backward import own_states
 from foveal.methods.sla.gpu_forward import Results, forward_in_groups
-from foveal.methods.sla2.mixing import branch_weights, branches_with_keys, to_tokens
+from foveal.methods.sla2.mixing import branches_with_keys, to_tokens
 from foveal.methods.sla2.routing import Ranked, Router, RowFacts, score_gradient
 from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div
@@ -109,67 +109,64 @@ def _(query, key, proj_query, proj_key, rule_tensors, rule_numbers, scale):
     return query.new_empty((*rows, rule.width), dtype=torch.int32), query.new_empty(rows, dtype=torch.int32)
 
 
-def _in_pairs(rows: Tensor, query: Tensor, padded: int) -> Tensor:
-    """[B or 1, H, Tq] to float32 [B * H, padded Tq], 1 in the padding."""
-    rows = rows.float().expand(query.shape[0], -1, -1)
-    return F.pad(rows, (0, padded - rows.shape[2]), value=1.0).flatten(0, 1)
+def _counts(selection: BlockSelection) -> Tensor:
+    """int32 [B, H, Tq]: how many blocks each row reads exactly; all, where it sums over none of the others."""
+    if selection.marginal is None:
+        return selection.critical_count
+    _, linear = branches_with_keys(selection)
+    return torch.where(linear, selection.critical_count, selection.num_key_blocks)
 
 
 def _forward(call: SLA2Call, options: SLA2Options, save: bool) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
     query, key, value, choice = *call[:3], call.choice
-    odds, alpha = torch.exp(call.logits), torch.sigmoid(call.logits)
     if isinstance(choice, SelectionRule):
         rule, selection = choice, new_selection(query, key, choice, "marginal")
-        mask = selection.marginal
+        # What the router leaves is all marginal.
+        mask, counts = selection.marginal, selection.critical_count
     else:
         rule, selection = None, choice.with_contiguous_lists()
-        mask = mask_operand(selection, "marginal")
-        both = torch.logical_and(*branches_with_keys(selection))
-        odds = torch.where(both, odds, 1)
-    term, backend = linear_term(options.feature_map, None, None, query), backend_named(options.backend)
-    problem = Problem(query, key, value, selection, options.scale)
-    norm_scale = _in_pairs(odds, query, mask.shape[2])
+        mask, counts = mask_operand(selection, "marginal"), _counts(selection)
+    mix = call.logits.new_empty((query.shape[0] * query.shape[1], mask.shape[2], 2))
+
+    def weigh(pairs: range) -> None:
+        write_mix(call.logits, counts, selection.key_block_sizes, selection.num_key_blocks, pairs, mix)
+
+    term = linear_term(options.feature_map, None, None, query)._replace(mix=mix)
+    problem, backend = Problem(query, key, value, selection, options.scale), backend_named(options.backend)
     projections = None if call.proj_query is None else (call.proj_query, call.proj_key)
-    output, *saved = forward_in_groups(problem, mask, rule, term, backend, save, projections, norm_scale)
-    if rule is not None:
-        # What the router leaves is all marginal: counts say so without a look at the mask.
-        both = torch.logical_and(*branches_with_keys(dataclasses.replace(selection, marginal=None)))
-    output.mul_(to_tokens(torch.where(both, alpha, 1), selection.block_q, query.shape[2]))
-    return (output,), (*saved, *made_by_rule(choice, selection))
+    results = forward_in_groups(problem, mask, rule, term, backend, save, projections, weigh)
+    return results[:1], (*results[1:], mix, *made_by_rule(choice, selection))
 
 
 def _backward(call: SLA2Call, options: SLA2Options, outputs, saved, grads) -> tuple[Tensor | None, ...]:
-    query, key, value, logits, scores = call[:5]
-    results, (grad,) = Results(*outputs, *saved[:4]), grads
-    selection = used_selection(call.choice, query, key, saved[4:])
-    block_q, length = selection.block_q, query.shape[2]
+    query, key, value, _, scores = call[:5]
+    results, mix, (grad,) = Results(*outputs, *saved[:4]), saved[4], grads
+    selection = used_selection(call.choice, query, key, saved[5:])
+    block_q, (batch, heads, length, _) = selection.block_q, query.shape
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    alpha, rest = branch_weights(logits, selection)
-    both = torch.logical_and(*branches_with_keys(selection))
     mask = mask_operand(selection, "marginal").flatten(0, 1)
-    norm_scale = _in_pairs(torch.where(rest > 0, 1 / rest, 1), query, mask.shape[1])
     term = linear_term(options.feature_map, None, None, query)
-    # O^l of a Z that is larger by a factor is smaller by it, and so is its share of m.
-    norm, means = results.norm * norm_scale[..., None], results.means / norm_scale[..., None]
-    term = term._replace(state=results.state, norm=norm, means=means)
-    backend, output = backend_named(options.backend), results.output
-    grad_query, delta = torch.empty_like(query), torch.empty_like(results.lse)
-    query_side = QuerySide(query, output, grad, term, block_q, grad_query, delta)
-    side = own_states(query_side, mask, backend, norm_scale)
-    total, alpha_tokens = output_delta(grad, output, None), to_tokens(alpha, block_q, length)
-    of_exact = torch.empty_like(grad)
-    torch.mul(grad, alpha_tokens, out=of_exact)
+    term = term._replace(state=results.state, norm=results.norm, means=results.means, mix=mix)
+    backend = backend_named(options.backend)
+    grad_query, lse = torch.empty_like(query), results.lse
+    dots = lse.new_empty((2, *lse.shape))
+    exact_dot, linear_dot = dots
+    query_side = QuerySide(query, results.output, grad, term, block_q, grad_query, exact_dot, linear_dot=linear_dot)
+    side = own_states(query_side, mask, backend)
     key_side = LinearTerm(options.feature_map, state=side.state, norm=side.norm, means=results.means)
     problem, columns = Problem(query, key, value, selection, options.scale), column_lists(selection)
-    grads = backend.backward(BackwardCall(problem, of_exact, delta, results.lse, columns, grad_query, key_side))
-    of_rows = F.pad(delta - alpha_tokens[..., 0] * total, (0, -length % block_q)).unflatten(2, (-1, block_q))
-    grad_logits = torch.where(both, of_rows.sum(-1), 0).sum(0, keepdim=True)
+    alpha, rest = mix[:, : selection.num_query_blocks].unflatten(0, (batch, heads)).unbind(-1)
+    of_weighted = lse - to_tokens(alpha.log(), block_q, length)[..., 0]
+    grads = backend.backward(BackwardCall(problem, grad, exact_dot, of_weighted, columns, grad_query, key_side))
+    exact_sum, linear_sum = F.pad(dots, (0, -length % block_q)).unflatten(3, (-1, block_q)).sum(-1)
+    # alpha (1 - alpha) (dO . O^s - dO . O^l). Where a branch has no keys, both weights are 1 whatever alpha is.
+    of_rows = torch.where(alpha + rest < 2, alpha * (rest * exact_sum - linear_sum), 0)
+    grad_logits = of_rows.sum(0, keepdim=True)
     if scores is None:
         return *grads, grad_logits, None
-    lse = results.lse
     if backend.centers_keys:
         lse = lse + lse_shift(query, key, selection, options.scale)
-    facts = RowFacts(alpha, rest, lse, delta, total - delta)
+    facts = RowFacts(alpha, rest, lse, exact_dot * to_tokens(alpha, block_q, length)[..., 0], linear_dot)
     ranked = Ranked(scores, options.temperature)
     of_scores = score_gradient(problem, grad, ranked, facts, options.feature_map)
     return *grads, grad_logits, of_scores
@@ -178,10 +175,10 @@ def _backward(call: SLA2Call, options: SLA2Options, outputs, saved, grads) -> tu
 def _fake(call: SLA2Call, options: SLA2Options) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
     query, choice = call.query, call.choice
     output, *saved = fake_results(query, padded_blocks(ceil_div(query.shape[2], choice.block_q)))
-    made = ()
+    norm, made = saved[1], ()
     if isinstance(choice, SelectionRule):
         made = made_by_rule(choice, new_selection(query, call.key, choice, "marginal"))
-    return (output,), (*saved, *made)
+    return (output,), (*saved, norm.new_empty((*norm.shape[:2], 2)), *made)
 
 
 # alpha O_s + (1 - alpha) O_l, [B, H, Lq, D].

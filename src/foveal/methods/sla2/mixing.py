@@ -20,8 +20,11 @@ def start_logits(num_heads: int, rows: int, alpha: float, device: torch.device |
 
 def block_logits(logits: Tensor, blocks: int) -> Tensor:
     """[H, R] to [1, H, Tq], each of the R values for as many of the query blocks."""
+    logits = logits.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+    if logits.shape[1] == 1:  # no index to make, which takes a GPU four launches
+        return logits.expand(-1, blocks)[None]
     row = torch.arange(blocks, device=logits.device) * logits.shape[1] // blocks
-    return logits[:, row].clamp(-LARGEST_LOGIT, LARGEST_LOGIT)[None]
+    return logits[:, row][None]
 
 
 def branches_with_keys(selection: BlockSelection) -> tuple[Tensor, Tensor]:
