@@ -110,13 +110,23 @@ MEAN, MIX = ("*fp32", "i32", "i32"), ("*fp32", "i32")
 
 
 def compile_forward(
-    head_dim, block_q, block_k, has_sizes, dtype, feature_map, projected=False, norm="*fp32", mean=MEAN, mix=None
+    head_dim,
+    block_q,
+    block_k,
+    has_sizes,
+    dtype,
+    feature_map,
+    projected=False,
+    norm="*fp32",
+    mean=MEAN,
+    mix=None,
+    uniform=None,
 ):
-    plan = launch.forward_plan(head_dim, block_q, block_k, has_sizes, feature_map, projected)
+    plan = launch.forward_plan(head_dim, block_q, block_k, has_sizes, feature_map, projected, uniform)
     tile = tiles(64, head_dim, dtype)
     scalars = (
-        "heads", "first_pair", "num_blocks", "total", "query_length", "key_length", "width", "size_stride",
-        "state_step", "norm_pair_stride", "norm_block_stride",
+        "heads", "first_pair", "num_blocks", "total", "query_length", "key_length", "width", "uniform",
+        "size_stride", "state_step", "norm_pair_stride", "norm_block_stride",
     )  # fmt: skip
     signature = {
         "query": tile, "key": tile, "value": tile, "output": tile, "lse_ptr": "*fp32", "critical_ptr": "*i32",
@@ -167,8 +177,12 @@ def test_forward_with_projected_states(tmp_path, head_dim, block_q, block_k, has
 @pytest.mark.parametrize("projected", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(("head_dim", "block_q", "block_k", "has_sizes", "dtype"), QUICK)
 def test_forward_in_inference(tmp_path, head_dim, block_q, block_k, has_sizes, dtype, projected):
-    """Where Z comes from the product that sums H, in bfloat16, and H is that of V with its mean."""
+    """Where Z comes from the product that sums H, in bfloat16, and H is that of V with its mean.
+
+    Key blocks with sizes have 60 tokens each and zeros behind them, as cubes in slots of 64 have.
+    """
     options = {"projected": projected, "norm": "*bf16", "mean": None, "mix": MIX if projected else None}
+    options["uniform"] = 60 if has_sizes else None
     compiled, *programs = compile_forward(head_dim, block_q, block_k, has_sizes, dtype, "softmax", **options)
     assert_fits(compiled, tmp_path, *programs, spill_limit=96, loop_limit=16)
 

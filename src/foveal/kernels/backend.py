@@ -202,7 +202,7 @@ class ForwardCall(ABC):
     def __init__(
         self, problem: Problem, linear: LinearTerm | None = None, results: tuple[Tensor, Tensor] | None = None
     ) -> None:
-        query, key, value, selection, scale = problem
+        query, key, value, selection, scale, self.uniform = problem
         if results is None:
             lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
             results = torch.empty_like(query), lse

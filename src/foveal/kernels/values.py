@@ -48,6 +48,8 @@ class Problem(NamedTuple):
 
     query, key, value: [B, H, L, D], bfloat16 or float16, D 64 or 128, contiguous last dimension.
     selection: its lists contiguous; the marginal blocks do not matter.
+    uniform: where keys and values have zeros behind each key block's tokens, how many tokens every block has, 0 where
+        blocks differ; None where anything may stand behind them.
     """
 
     query: Tensor
@@ -55,6 +57,7 @@ class Problem(NamedTuple):
     value: Tensor
     selection: BlockSelection
     scale: float
+    uniform: int | None = None
 
 
 def needs_copy(weight: Tensor | None) -> bool:

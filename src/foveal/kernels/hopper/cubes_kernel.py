@@ -18,23 +18,14 @@ from foveal.kernels.hopper.forward_kernel import (
     add_tile,
     finished,
     keep_valid,
+    masked_valid,
     online_softmax_update,
     sums_by_eight,
     tile_start,
-    tile_valid,
 )
 from foveal.kernels.hopper.raster import load_lines, store_gated_sum, video_tokens
 from foveal.kernels.hopper.tiles import barriers, copy_rows, retire
 from foveal.kernels.triton.await_previous import await_previous
-
-
-@gluon.jit
-def masked_valid(size_ptr, start, uniform, MASK: gl.constexpr):
-    """How many keys of the tile at `start` count."""
-    if MASK == "columns":
-        return tile_valid(size_ptr, start, 0, 64, True)
-    else:
-        return uniform
 
 
 @gluon.jit(do_not_specialize=["uniform", "width", "size_stride"])
@@ -98,7 +89,7 @@ def cubes_fwd_kernel(
     start = tile_start(list_ptr, 0, kept, 64, 1)
     copy_rows(key, batch, head, start, k_full, k, True)
     copy_rows(value, batch, head, start, v_full.index(0), v.index(0), True)
-    valid = masked_valid(size_ptr, start, uniform, MASK)
+    valid = masked_valid(size_ptr, start, 0, uniform, 64, MASK)
     start = tile_start(list_ptr, 1, count, 64, 1)
 
     token = video_tokens(place_ptr, block * 64, True, head_dim)
@@ -114,7 +105,7 @@ def cubes_fwd_kernel(
     p, top, total, decay = online_softmax_update(scores, top, total, scale_log2, MAY_BE_EMPTY)
     weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, acc_layout, 2))
     acc = gl.zeros([64, head_dim], gl.float32, acc_layout)
-    valid = masked_valid(size_ptr, start, uniform, MASK)
+    valid = masked_valid(size_ptr, start, 0, uniform, 64, MASK)
 
     for t in range(1, count):
         slot = t % 2
@@ -146,7 +137,7 @@ def cubes_fwd_kernel(
             MASK,
             MAY_BE_EMPTY,
         )
-        valid = masked_valid(size_ptr, start, uniform, MASK)
+        valid = masked_valid(size_ptr, start, 0, uniform, 64, MASK)
     last = count - 1
     acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, acc_layout)), 1)
     mbarrier.wait(v_full.index(last % 2), (last // 2) & 1)

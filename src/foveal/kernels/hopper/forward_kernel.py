@@ -74,6 +74,15 @@ def tile_valid(size_ptr, start, key_length, BLOCK_K: gl.constexpr, HAS_SIZES: gl
 
 
 @gluon.jit
+def masked_valid(size_ptr, start, key_length, uniform, BLOCK_K: gl.constexpr, MASK: gl.constexpr):
+    """`tile_valid` for a MASK as `block_sparse_fwd_kernel` has it."""
+    if MASK == "tail":
+        return uniform
+    else:
+        return tile_valid(size_ptr, start, key_length, BLOCK_K, MASK is not None)
+
+
+@gluon.jit
 def keep_valid(scores, valid, MASK: gl.constexpr):
     """Scores [rows, keys] with -inf where no key counts.
 
@@ -168,6 +177,7 @@ def finished(acc, top, total, kept, row_layout: gl.constexpr):
         "query_length",
         "key_length",
         "width",
+        "uniform",
         "size_stride",
         "state_step",
         "norm_pair_stride",
@@ -195,17 +205,21 @@ def block_sparse_fwd_kernel(
     query_length,
     key_length,
     width,
+    uniform,
     size_stride,
     state_step,
     norm_pair_stride,
     norm_block_stride,
     BLOCK_Q: gl.constexpr,
     BLOCK_K: gl.constexpr,
-    HAS_SIZES: gl.constexpr,
+    MASK: gl.constexpr,
     FEATURE_MAP: gl.constexpr,
 ):
     """Grid (query tiles, pairs of batch and head from `first_pair` on). One slot for a tile of K and two for V: small
     programs, three per SM.
+
+    MASK: None where all key blocks are full but the last, "tail" where each has `uniform` keys, over 56 of 64, and
+    zeros behind them, "columns" for `size_ptr` and zeros, "clear" for `size_ptr` and anything behind the keys.
 
     With a FEATURE_MAP the linear branch is added, from states of only these pairs: state and weight travel through the
     slots that fall free, 64 columns at a time. Without a weight states are projected already, and travel by rows. A
@@ -218,6 +232,8 @@ def block_sparse_fwd_kernel(
     tile_k: gl.constexpr = key.block_type.shape[2]
     dtype: gl.constexpr = query.dtype
     SPLIT: gl.constexpr = BLOCK_K // tile_k
+    MAY_BE_EMPTY: gl.constexpr = MASK == "columns" or MASK == "clear"
+    LAST_MASK: gl.constexpr = "columns" if MASK is None else MASK
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tile_k, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, head_dim, 16])
@@ -236,11 +252,11 @@ def block_sparse_fwd_kernel(
     copy_rows(query, batch, head, start_q, q_full, q, True)
 
     list_ptr = critical_ptr + row * width
-    if HAS_SIZES:
+    if MAY_BE_EMPTY:
         size_ptr += batch * size_stride
     kept = gl.load(count_ptr + row)
     listed = kept * SPLIT
-    if SPLIT > 1 and not HAS_SIZES:
+    if SPLIT > 1 and MASK is None:
         # The last key block may end before its second tile.
         last_start = tile_start(list_ptr, listed - 1, listed, tile_k, SPLIT)
         listed = gl.where((kept > 0) & (last_start >= key_length), listed - 1, listed)
@@ -249,7 +265,7 @@ def block_sparse_fwd_kernel(
     start = tile_start(list_ptr, 0, listed, tile_k, SPLIT)
     copy_rows(key, batch, head, start, k_full, k, True)
     copy_rows(value, batch, head, start, v_full.index(0), v.index(0), True)
-    valid = tile_valid(size_ptr, start, key_length, BLOCK_K, HAS_SIZES)
+    valid = masked_valid(size_ptr, start, key_length, uniform, BLOCK_K, MASK)
     start = tile_start(list_ptr, 1, count, tile_k, SPLIT)
 
     mbarrier.wait(q_full, 0)
@@ -257,17 +273,19 @@ def block_sparse_fwd_kernel(
     zeros = gl.zeros([rows, tile_k], gl.float32, score_layout)
     scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False)
     copy_rows(key, batch, head, start, k_full, k, count > 1)
-    if valid < tile_k:
-        scores = keep_columns(scores, valid, -float("inf"))
-        if HAS_SIZES:
+    if MASK == "clear":
+        if valid < tile_k:
+            scores = keep_columns(scores, valid, -float("inf"))
             mbarrier.wait(v_full.index(0), 0)
             clear_rows(v.index(0), valid)
+    else:
+        scores = keep_valid(scores, valid, LAST_MASK)
     top = gl.full([rows], -float("inf"), gl.float32, row_layout)
     total = sums_by_eight(zeros)
-    p, top, total, decay = online_softmax_update(scores, top, total, scale_log2, HAS_SIZES)
+    p, top, total, decay = online_softmax_update(scores, top, total, scale_log2, MAY_BE_EMPTY)
     weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, acc_layout, 2))
     acc = gl.zeros([rows, head_dim], gl.float32, acc_layout)
-    valid = tile_valid(size_ptr, start, key_length, BLOCK_K, HAS_SIZES)
+    valid = masked_valid(size_ptr, start, key_length, uniform, BLOCK_K, MASK)
 
     for t in range(1, count - 1):
         slot = t % 2
@@ -296,16 +314,16 @@ def block_sparse_fwd_kernel(
             decay,
             valid,
             scale_log2,
-            "clear" if HAS_SIZES else None,
-            HAS_SIZES,
+            MASK,
+            MAY_BE_EMPTY,
         )
-        if HAS_SIZES:
-            valid = tile_valid(size_ptr, start, key_length, BLOCK_K, HAS_SIZES)
+        if MAY_BE_EMPTY:
+            valid = tile_valid(size_ptr, start, key_length, BLOCK_K, True)
     last = count - 1
     slot = last % 2
     if count > 1:  # on its own: without sizes only the last tile can need a mask
         copy_rows(value, batch, head, start, v_full.index(slot), v.index(slot), True)
-        valid = tile_valid(size_ptr, start, key_length, BLOCK_K, HAS_SIZES)
+        valid = masked_valid(size_ptr, start, key_length, uniform, BLOCK_K, MASK)
         weights, acc, top, total, decay = add_tile(
             q,
             k,
@@ -329,8 +347,8 @@ def block_sparse_fwd_kernel(
             decay,
             valid,
             scale_log2,
-            "clear" if HAS_SIZES else "columns",
-            HAS_SIZES,
+            LAST_MASK,
+            MAY_BE_EMPTY,
         )
     if FEATURE_MAP is not None:
         state_full = barriers(2, 1)

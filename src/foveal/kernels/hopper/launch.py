@@ -28,17 +28,28 @@ def short_tail(size: int, tile: int) -> bool:
 
 @functools.cache
 def forward_plan(
-    head_dim: int, block_q: int, block_k: int, has_sizes: bool, feature_map: str | None = None, projected: bool = False
+    head_dim: int,
+    block_q: int,
+    block_k: int,
+    has_sizes: bool,
+    feature_map: str | None = None,
+    projected: bool = False,
+    uniform: int | None = None,
 ) -> dict[str, Any]:
     """How the forward is cut: which kernel, rows and columns of a copy of H (of W too), constants and launch options.
 
     Args:
         projected: whether H is, and W stays away.
+        uniform: as in `Problem`.
     """
     if block_q == 128 and not has_sizes:
         constants = {"BLOCK_K": block_k, "SLOTS": 2 if head_dim == 128 else 3, "FEATURE_MAP": feature_map}
         return {"wide": True, "state_box": (head_dim,) * 2, "constants": constants, "options": {"num_warps": 4}}
-    constants = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "HAS_SIZES": has_sizes, "FEATURE_MAP": feature_map}
+    mask = None
+    if has_sizes:
+        tail = uniform is not None and block_k == TILE and short_tail(uniform, TILE)
+        mask = "clear" if uniform is None else "tail" if tail else "columns"
+    constants = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "MASK": mask, "FEATURE_MAP": feature_map}
     # Three programs per SM: what the linear branch needs in the epilogue must not cost one of them.
     box = (64, head_dim) if projected else (head_dim, 64)
     return {"wide": False, "state_box": box, "constants": constants, "options": {"num_warps": 4, "maxnreg": 168}}
@@ -120,6 +131,7 @@ class Forward(ForwardCall):
             sizes is not None,
             None if linear is None else linear.feature_map,
             projected,
+            self.uniform,
         )
         self.shared = {
             "query": tiles(walkable(query), TILE),
@@ -141,7 +153,7 @@ class Forward(ForwardCall):
             **self.plan["options"],
         }
         if not self.plan["wide"]:
-            self.shared |= {"size_ptr": sizes, "size_stride": self.size_stride}
+            self.shared |= {"size_ptr": sizes, "size_stride": self.size_stride, "uniform": self.uniform or 0}
 
     def run(
         self, pairs: range, state: Tensor | None = None, norm: Tensor | None = None, means: Tensor | None = None
@@ -173,11 +185,11 @@ def backward(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     from foveal.kernels.hopper.dkdv_kernel import block_sparse_dkdv_kernel, row_statistics_kernel
     from foveal.kernels.hopper.dq_kernel import block_sparse_dq_kernel
 
-    query, key, value, selection, scale = call.problem
+    query, key, value, selection, scale, uniform = call.problem
     grad, columns, grad_query, raster = call.grad, call.columns, call.grad_query, call.raster
     batch, heads, query_length, head_dim = query.shape
     sizes, block_q, block_k = selection.key_block_sizes, selection.block_q, selection.block_k
-    uniform = 0 if raster is None else raster.cubes.uniform
+    uniform = uniform or 0
     add = grad_query is not None
     if raster is not None:
         grads = targets = raster.grads

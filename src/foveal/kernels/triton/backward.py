@@ -274,7 +274,7 @@ def backward(call: BackwardCall, scored: tuple[Int8, Int8] | None = None) -> tup
     scored: queries and keys whose products are the scores, in int8; None for those of the problem themselves.
     """
     assert call.raster is None
-    query, key, value, selection, scale = call.problem
+    query, key, value, selection, scale, _ = call.problem
     grad, delta, columns, grad_query = call.grad, call.delta, call.columns, call.grad_query
     batch, heads, query_length, head_dim = query.shape
     key_length, sizes = key.shape[2], selection.key_block_sizes

@@ -328,7 +328,7 @@ def gate_argument(gate: Tensor | None, other: Tensor) -> tuple[Tensor, tuple[int
 
 def attend_cubes(call: CubesCall, forward: type[Forward] = Forward) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `Backend.attend_cubes`; `copies` are query, key and value, and `forward` attends."""
-    copies, problem = call.copies, Problem(*call.copies, call.selection, call.scale)
+    copies, problem = call.copies, Problem(*call.copies, call.selection, call.scale, call.cubes.uniform)
     lse = torch.empty(copies[0].shape[:3], dtype=torch.float32, device=call.query.device)
     # Every program is done with its queries when it writes its output: into their memory.
     fine, lse = forward(problem, results=(copies[0], lse)).run_all()

@@ -124,6 +124,7 @@ def _key_state_kernel(
     PER_BLOCK: tl.constexpr,
     POOL: tl.constexpr,
     HAS_SIZES: tl.constexpr,
+    ZEROED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -131,6 +132,7 @@ def _key_state_kernel(
     """h and z of `at_once` key blocks, of each block or of their sum, and their pooled keys, in one pass over K and V.
 
     Blocks past the end get zeros, which the padding of the mask product needs. Heads are neighbors, as in `pool`.
+    ZEROED: there are zeros behind each block's tokens already.
     With a mean_ptr the h of each block is that of V - m, and m and W m are stored, from `value_sums` (what
     `_value_sum_kernel` made). For the sum of blocks mean_ptr takes its sums over the features of K, of which m is made.
     """
@@ -164,7 +166,7 @@ def _key_state_kernel(
         valid = tile % SPLIT * TILE + tl.arange(0, TILE) < size
         k = load_rows(key, key_strides, batch, head, start, length, TILE, D, DESCRIPTORS)
         v = load_rows(value, value_strides, batch, head, start, length, TILE, D, DESCRIPTORS)
-        if HAS_SIZES:
+        if HAS_SIZES and not ZEROED:
             k = tl.where(valid[:, None], k, 0.0)
             v = tl.where(valid[:, None], v, 0.0)
         # Rows that do not count have v = 0 and stay out of the column sums: phi of them may be anything.
@@ -259,6 +261,7 @@ class Keys(NamedTuple):
 
     key, value: [B, H, Lk, D].
     sizes: int32 [B or 1, Tk], valid tokens at the front of each key block; None when all are full but the last.
+    zeroed: whether there are zeros behind them. Else anything may be.
     """
 
     key: Tensor
@@ -266,6 +269,7 @@ class Keys(NamedTuple):
     sizes: Tensor | None
     block_k: int
     feature_map: str
+    zeroed: bool = False
 
 
 def _run_key_states(
@@ -279,7 +283,7 @@ def _run_key_states(
     value_sums: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """cut: how many blocks there are, and how many of them a program takes."""
-    (key, value, sizes, block_k, feature_map), (blocks, at_once) = keys, cut
+    (key, value, sizes, block_k, feature_map, zeroed), (blocks, at_once) = keys, cut
     heads, length, head_dim = key.shape[1:]
     descriptors = tma_takes((key, value))
     # Without TMA, two programs' share of the registers would spill kilobytes in the loop. The assembler tries for them
@@ -315,6 +319,7 @@ def _run_key_states(
         PER_BLOCK=state.dtype == torch.bfloat16,
         POOL=pooled is not None,
         HAS_SIZES=sizes is not None,
+        ZEROED=zeroed,
         DESCRIPTORS=descriptors,
         FEATURE_MAP=feature_map,
         PARTS=MEAN_PARTS,
@@ -325,7 +330,7 @@ def _run_key_states(
 
 def _value_sums(keys: Keys, pairs: range) -> tuple[Tensor, Tensor]:
     """Sums of rows of V, float32 [pairs, MEAN_PARTS, D], and how many they are, float32 [pairs, MEAN_PARTS]."""
-    _, value, sizes, block_k, _ = keys
+    _, value, sizes, block_k, *_ = keys
     heads, length, head_dim = value.shape[1:]
     sums = torch.empty((len(pairs), MEAN_PARTS, head_dim), dtype=torch.float32, device=value.device)
     counts = torch.empty((len(pairs), MEAN_PARTS), dtype=torch.float32, device=value.device)

@@ -80,7 +80,6 @@ def _query_grad_kernel(
     norm_state = tl.load(norm_ptr + feature)
     if mix_ptr is not None:
         mix_ptr += all_pairs * mix_stride + block * 2
-        of_sparse, of_linear = tl.load(mix_ptr), tl.load(mix_ptr + 1)
     grad_state = tl.zeros([D, D], tl.float32)
     grad_norm = tl.zeros([D], tl.float32)
     for tile in tl.static_range(BLOCK_Q // TILE):
@@ -96,7 +95,7 @@ def _query_grad_kernel(
         total = tl.sum(phi * norm_state[None, :], 1)
         inverse = 1.0 / (total + EPSILON)
         if mix_ptr is not None:
-            inverse *= of_linear
+            inverse *= tl.load(mix_ptr + 1)
         share = total * inverse  # 1 - eps / n by the mix, and 0 for a row without marginal blocks
         scaled = (phi * inverse[:, None]).to(tl.bfloat16)
         for first in tl.static_range(0, D, COLUMNS):
@@ -109,12 +108,13 @@ def _query_grad_kernel(
         grad_dot_linear = tl.sum(phi * product, 1) * inverse
         linear_dot = grad_dot_linear + share * grad_dot_mean
         delta -= linear_dot
-        change = grad_dot_linear - EPSILON * inverse * grad_dot_mean
         if mix_ptr is not None:
             tl.store(linear_dot_ptr + all_pairs * length + rows, linear_dot, mask=rows < length)
-            delta /= of_sparse
-            change /= of_linear
+            delta /= tl.load(mix_ptr)
         tl.store(delta_ptr + all_pairs * length + rows, delta, mask=rows < length)
+        change = grad_dot_linear - EPSILON * inverse * grad_dot_mean
+        if mix_ptr is not None:
+            change /= tl.load(mix_ptr + 1)
         grad_phi = (product - change[:, None] * norm_state[None, :]) * inverse[:, None]
         grad_query = feature_map_backward(q, phi, grad_phi, FEATURE_MAP)
         store_rows(grad_query_ptr, grad_query_strides, batch, head, start, length, grad_query, TILE, D)

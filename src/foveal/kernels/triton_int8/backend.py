@@ -47,7 +47,7 @@ class Int8Backend(triton.TritonBackend):
 
         The linear branch has not seen that, so its gradients are those of the keys themselves.
         """
-        query, key, value, selection, _ = call.problem
+        query, key, value, selection, *_ = call.problem
         block_k, sizes = selection.block_k, selection.key_block_sizes
         pairs = range(key.shape[0] * key.shape[1])
         mean = key_means(pool(key, block_k, sizes).flatten(0, 1), key, block_k, sizes, pairs)

@@ -141,13 +141,19 @@ def forward_in_groups(
     return _by_masks(problem, call, mask, choice, term, beside, keep_states, weigh)
 
 
+def _keys_of(problem: Problem, term: LinearTerm) -> Keys:
+    sizes, block_k = problem.selection.key_block_sizes, problem.selection.block_k
+    zeroed = sizes is not None and problem.uniform is not None
+    return Keys(problem.key, problem.value, sizes, block_k, term.feature_map, zeroed)
+
+
 def _over_all_keys(
     problem: Problem, call: ForwardCall, choice: Choice | None, term: LinearTerm, early: bool, keep_states: bool
 ) -> Results:
-    (output, lse), pairs, selection = call.results, range(call.pairs), problem.selection
+    (output, lse), pairs = call.results, range(call.pairs)
     means = lse.new_empty((2, call.pairs if keep_states else 0, 1, output.shape[-1]))
     pooled = _means_of_keys(call, choice, call.pairs)
-    keys = Keys(problem.key, problem.value, selection.key_block_sizes, selection.block_k, term.feature_map)
+    keys = _keys_of(problem, term)
     state, norm = key_state_sums(keys, pooled, Means(means[0], means[1], term.weight) if keep_states else None)
     if call.wants_means:
         call.take_means(pairs, pooled)
@@ -169,7 +175,7 @@ def _by_masks(
     weigh: Callable[[range], None] | None,
 ) -> Results:
     """beside: whether a group of heads may be prepared beside another one that attends."""
-    (output, lse), selection = call.results, problem.selection
+    output, lse = call.results
     head_dim, (rows, columns) = output.shape[-1], mask.shape[2:]
     area, square = head_dim**2, (head_dim, head_dim)
     most = max(GROUP_BYTES, output.nbytes) // ((rows + columns) * head_dim * (head_dim + 1) * 2)
@@ -187,7 +193,7 @@ def _by_masks(
         z, sums = h[..., area:], mask.new_empty((largest, rows, area + head_dim))
     squares = (h if keep_states else h[..., :area]).unflatten(2, square)
     mask_of_pairs = mask.flatten(0, 1)
-    keys = Keys(problem.key, problem.value, selection.key_block_sizes, selection.block_k, term.feature_map)
+    keys = _keys_of(problem, term)
 
     def prepare(group: range) -> None:
         """A group's key states in h and z, its keys where the call wants their means, its lists, mask, and mix."""

@@ -122,7 +122,7 @@ def score_gradient(problem: Problem, grad: Tensor, ranked: Ranked, facts: RowFac
 
     The problem may be of any dtype and head dimension.
     """
-    query, key, value, selection, scale = problem
+    query, key, value, selection, scale, _ = problem
     count = ranked.scores.shape[-1]
     critical = selection.critical_mask()[..., :count]
     linear = selection.linear_mask("marginal")[:, :, : selection.num_query_blocks, :count]  # kernels have it padded

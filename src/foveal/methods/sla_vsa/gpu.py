@@ -58,7 +58,7 @@ class SLAVSACall(NamedTuple):
 def _forward(call: SLAVSACall, options: SLAOptions, save: bool) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
     query, scale, backend = call.query, options.scale, backend_named(options.backend)
     copies, coarse, selection = coarse_stage(call, scale, "qkv")
-    problem, copied = Problem(*copies, selection, scale), ()
+    problem, copied = Problem(*copies, selection, scale, call.cubes.uniform), ()
     if options.scope == "none":
         results = backend.forward(problem).run_all()
     else:
@@ -85,7 +85,7 @@ def _backward(call: SLAVSACall, options: SLAOptions, outputs, saved, grads) -> t
     grad_fine, grad_coarse, grad_gates = split.fine, split.coarse, split.gates
     pooled = pooled_attention_backward(grad_coarse, *coarse, scale)
     copies, *_ = pool_cubes(*inputs, call.cubes, gather="qkv", pool=False)
-    problem, grad_weight, grad_bias = Problem(*copies, selection, scale), None, None
+    problem, grad_weight, grad_bias = Problem(*copies, selection, scale, call.cubes.uniform), None, None
     if options.scope == "none":
         output, lse = results
         delta = output_delta(grad_fine, output, None)

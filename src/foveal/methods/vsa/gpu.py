@@ -200,7 +200,7 @@ def _backward(call: VSACall, options: VSAOptions, outputs, saved, grads) -> tupl
     del split
     pooled = pooled_attention_backward(grad_coarse, *coarse, scale)
     copies, *_ = pool_cubes(*inputs, call.cubes, gather="qkv", pool=False)
-    fine = BackwardCall(Problem(*copies, selection, scale), grad_fine, delta, lse, columns)
+    fine = BackwardCall(Problem(*copies, selection, scale, call.cubes.uniform), grad_fine, delta, lse, columns)
     if backend.writes_raster:
         grads = tuple(call.cubes.new_like(x) for x in inputs)
         backend.backward(fine._replace(raster=RasterGradients(grads, pooled, call.cubes)))
