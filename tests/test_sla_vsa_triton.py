@@ -5,13 +5,15 @@ import sys
 import pytest
 from interpreted import mend_interpreter, pretend_to_be_on, run_interpreted
 
-# name: (grid, tile, topk, heads, D, valid text keys of each sample or None, gates, linear_scope, coarse)
+# name: (grid, tile, topk, heads, D, valid text keys of each sample or None or `PACKED`, gates, linear_scope, coarse)
+PACKED = {"before": (7, 1), "after": (70,)}
 CASES = {
     "partial cubes": ((3, 5, 9), (4, 4, 4), 2, 2, 64, None, "both", "noncritical", True),
     "text": ((2, 5, 7), (4, 4, 4), 1, 1, 64, (70, 3), "coarse", "noncritical", True),
     "all keys": ((3, 5, 9), (4, 4, 4), 2, 1, 64, None, "coarse", "all", True),
     "no coarse branch": ((3, 5, 9), (4, 4, 4), 2, 1, 64, None, "none", "noncritical", False),
     "no linear branch": ((3, 5, 9), (4, 4, 4), 2, 1, 64, None, "both", "none", True),
+    "packed": ((4, 5, 5), (4, 4, 4), 1, 1, 64, PACKED, "both", "noncritical", True),
     "wide": ((3, 10, 8), "wide", 1, 1, 128, None, "coarse", "noncritical", True),
     "eight bits": ((3, 5, 9), (4, 4, 4), 2, 2, 64, None, "both", "noncritical", True),
     "eight bits, no linear branch": ((2, 5, 7), (4, 4, 4), 1, 1, 64, (70, 3), "coarse", "none", True),
@@ -19,18 +21,18 @@ CASES = {
 
 
 def make_case(name, device):
-    """(query, key, value) and what else is differentiated in by name, the grid, the configuration, and kv_lengths."""
+    """(query, key, value) and what else is differentiated in by name, the layout, the configuration, and kv_lengths."""
     import torch
 
-    from foveal import SLAVSAConfig, VideoGrid
+    from foveal import SLAVSAConfig, TokenLayout, VideoGrid
     from foveal.testing import make_inputs
 
     sides, tile, topk, heads, head_dim, text, gates, scope, coarse = CASES[name]
-    grid = VideoGrid(*sides)
+    layout, text = (TokenLayout(VideoGrid(*sides), **text), None) if text is PACKED else (VideoGrid(*sides), text)
     config = SLAVSAConfig(topk=topk, tile=tile, fine_gate=gates == "both", linear_scope=scope, coarse=coarse)
     config = config.replace(precision="int8") if name.startswith("eight bits") else config
     sizes = {"batch": 1 if text is None else len(text), "heads": heads, "head_dim": head_dim, "dtype": torch.bfloat16}
-    length = grid.num_tokens
+    length = layout.num_tokens
     sizes |= {"layout": "BLHD", "device": device}
     query, key, value = make_inputs(query_length=length, key_length=length + (70 if text else 0), **sizes)
     both = make_inputs(query_length=length, seed=5, **sizes)[:2]
@@ -44,7 +46,7 @@ def make_case(name, device):
         for entry, shape in (("proj_weight", (head_dim, head_dim)), ("proj_bias", (head_dim,))):
             rest[entry] = (torch.randn(shape, generator=generator) / head_dim**0.5).to(device, torch.bfloat16)
     lengths = None if text is None else torch.tensor([length + n for n in text], device=device)
-    return (query, key, value + 1), rest, grid, config, lengths
+    return (query, key, value + 1), rest, layout, config, lengths
 
 
 def check_case(name, device, impl, wrap=lambda function: function):
@@ -54,9 +56,9 @@ def check_case(name, device, impl, wrap=lambda function: function):
     from foveal.methods.vsa.attention import select_cubes
     from foveal.testing import assert_close_to_reference, output_and_gradients, poison_empty
 
-    qkv, rest, grid, config, lengths = make_case(name, device)
-    options = {"config": config, "grid": grid, "kv_lengths": lengths}
-    selection = select_cubes(*qkv[:2], config=config.cubes, grid=grid, kv_lengths=lengths)
+    qkv, rest, layout, config, lengths = make_case(name, device)
+    options = {"config": config, "layout": layout, "kv_lengths": lengths}
+    selection = select_cubes(*qkv[:2], config=config.cubes, layout=layout, kv_lengths=lengths)
 
     def attend(impl, selection):
         def function(query, key, value, *given):
@@ -95,11 +97,11 @@ def run_ways() -> None:
     from foveal.kernels import operator
     from foveal.testing import output_and_gradients, relative_error
 
-    qkv, rest, grid, config, _ = make_case("no coarse branch", "cpu")
+    qkv, rest, layout, config, _ = make_case("no coarse branch", "cpu")
 
     def attend(query, key, value, *given):
         named = dict(zip(rest, given, strict=True))
-        return sla_vsa_attention(query, key, value, config=config, grid=grid, impl="triton", **named)
+        return sla_vsa_attention(query, key, value, config=config, layout=layout, impl="triton", **named)
 
     inputs = (*qkv, *rest.values())
     expected = output_and_gradients(attend, inputs)
@@ -122,7 +124,7 @@ def main(names) -> None:
 
 
 # The interpreter takes seconds for a case. The others are left out unless asked for.
-QUICK = ("partial cubes", "no linear branch", "ways")
+QUICK = ("partial cubes", "packed", "ways")
 
 
 @pytest.mark.parametrize(
@@ -142,8 +144,8 @@ def test_on_gpu(name, impl):
     from foveal.kernels.api import why_not
     from foveal.methods.sla_vsa.attention import SparseLinearVideoAttention
 
-    qkv, _, grid, config, _ = make_case(name, "cuda")
-    blocks = SparseLinearVideoAttention.kernel_blocks(config, grid)
+    qkv, _, layout, config, _ = make_case(name, "cuda")
+    blocks = SparseLinearVideoAttention.kernel_blocks(config, getattr(layout, "grid", layout))
     reason = why_not(impl, *qkv, *blocks, config.precision)
     if reason is not None:
         pytest.skip(reason)

@@ -127,10 +127,10 @@ def _attend(
         )
         return output, ran
     gates = {"gate_coarse": weights.gate_coarse, "gate_fine": weights.gate_fine}
-    if packed is not None:
+    if packed is not None and (ran.impl == "torch" or config.linear_scope == "none"):
         rest = {"layout": packed, "selection": selection, "scale": scale, "impl": ran.impl}
         output = vsa_attention(query, key, value, config=config.cubes, **gates, **rest)
-        return _with_linear_branch(output, inputs, tiles, config, weights, selection, scale, ran.impl), ran
+        return _with_linear_branch(output, inputs, tiles, config, weights, selection), ran
     if ran.impl != "torch":
         from foveal.methods.sla.gpu import SLAOptions
         from foveal.methods.sla_vsa.gpu import SLAVSACall, sla_vsa_attention_gpu
@@ -138,11 +138,15 @@ def _attend(
 
         backend = name_of(ran.impl, config.precision)
         options = SLAOptions(scale, config.feature_map, config.linear_scope, backend)
-        call = SLAVSACall(query, key, value, *weights, tiles.cubes(), choice_of(tiles, selection))
-        return sla_vsa_attention_gpu(call, options)[0], ran
+        choice = choice_of(tiles, selection if packed is None else tiles.with_all_rows(selection))
+        call = SLAVSACall(query, key, value, *weights, tiles.cubes(), choice, tiles.ranked_cubes)
+        (output,) = sla_vsa_attention_gpu(call, options)
+        if packed is not None:
+            output = tiles.with_protected_queries(output, inputs, weights.gate_fine, scale)
+        return output, ran
 
     def beside(query: Tensor, key: Tensor, value: Tensor, selection: BlockSelection) -> Tensor:
-        return _linear_part(query, key, value, selection, config, weights, scale, "torch")
+        return _linear_part(query, key, value, selection, config, weights)
 
     added = None if config.linear_scope == "none" else beside
     return vsa_attention_torch(inputs, tiles, selection, scale, tuple(gates.values()), added, config.precision), ran
@@ -155,18 +159,10 @@ def _linear_part(
     selection: BlockSelection,
     config: SLAVSAConfig,
     weights: Weights,
-    scale: float,
-    impl: str,
 ) -> Tensor:
-    """Ol W^T + b, of tensors in tile order."""
-    projection = weights.proj_weight, weights.proj_bias
-    if impl != "torch":
-        from foveal.methods.sla.gpu import SLACall, SLAOptions, linear_branch_gpu
-
-        options = SLAOptions(scale, config.feature_map, config.linear_scope, impl)
-        return linear_branch_gpu(SLACall(query, key, value, *projection, selection), options)
+    """Ol W^T + b in PyTorch, of tensors in tile order."""
     linear = linear_output(query, key, value, config.branch(selection.block_q), selection)
-    return linear if projection[0] is None else linear_layer(linear, *projection)
+    return linear if weights.proj_weight is None else linear_layer(linear, weights.proj_weight, weights.proj_bias)
 
 
 def _with_linear_branch(
@@ -176,17 +172,15 @@ def _with_linear_branch(
     config: SLAVSAConfig,
     weights: Weights,
     selection: BlockSelection,
-    scale: float,
-    impl: str,
 ) -> Tensor:
-    """The output over a packed sequence, with the linear branch of the video's queries."""
+    """The output over a packed sequence in PyTorch, with the linear branch of the video's queries."""
     if config.linear_scope == "none":
         return output
     query, key, value = inputs
     layout, tile, slot = tiles.layout, tiles.tile, tiles.slot
     video = layout.grid.to_tile_order(layout.split(query)[0], tile, slot=slot)
     keys = tiles.to_cubes(key), tiles.to_cubes(value)
-    linear = _linear_part(video, *keys, selection, config, weights, scale, impl)
+    linear = _linear_part(video, *keys, selection, config, weights)
     linear = layout.grid.to_raster_order(linear, tile, slot=slot)
     if weights.gate_fine is not None:
         linear = linear * layout.split(weights.gate_fine)[0]

@@ -42,7 +42,10 @@ from foveal.methods.vsa.gpu import (
 
 @packable
 class SLAVSACall(NamedTuple):
-    """What a call reads: that of a `VSACall`, with W and b, [D, D] and [D], or None."""
+    """What a call reads: that of a `VSACall`, with W and b, [D, D] and [D], or None.
+
+    video_cubes: so many cubes have the exact and the linear branch, the others only the coarse one.
+    """
 
     query: Tensor
     key: Tensor
@@ -53,6 +56,13 @@ class SLAVSACall(NamedTuple):
     bias: Tensor | None
     cubes: Cubes
     choice: Choice
+    video_cubes: int
+
+
+def _clear_protected(x: Tensor, call: SLAVSACall) -> None:
+    """Zeros in the rows of x, [B, H, C * slot, D], that have only the coarse branch: the kernels add a bias to all."""
+    if call.video_cubes < call.cubes.num_cubes:
+        x[:, :, call.video_cubes * call.cubes.slot :] = 0
 
 
 def _forward(call: SLAVSACall, options: SLAOptions, save: bool) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
@@ -65,6 +75,7 @@ def _forward(call: SLAVSACall, options: SLAOptions, save: bool) -> tuple[tuple[T
         mask = mask_operand(selection, options.scope)
         term = linear_term(options.feature_map, call.weight, call.bias, query)
         results, copied = forward_in_groups(problem, mask, None, term, backend, save), copied_weight(call.weight, term)
+    _clear_protected(results[0], call)
     output = torch.empty_like(query)
     combine(results[0], coarse.output, Gates(call.gate_coarse, call.gate_fine), call.cubes, output)
     return (output,), (*coarse, *results, *made_lists(call, selection), *copied)
@@ -83,6 +94,7 @@ def _backward(call: SLAVSACall, options: SLAOptions, outputs, saved, grads) -> t
     attended = grad if call.gate_fine is None else results[0]
     split = split_gradient(grad, attended, coarse.output, Gates(call.gate_coarse, call.gate_fine), call.cubes)
     grad_fine, grad_coarse, grad_gates = split.fine, split.coarse, split.gates
+    _clear_protected(grad_fine, call)
     pooled = pooled_attention_backward(grad_coarse, *coarse, scale)
     copies, *_ = pool_cubes(*inputs, call.cubes, gather="qkv", pool=False)
     problem, grad_weight, grad_bias = Problem(*copies, selection, scale, call.cubes.uniform), None, None

@@ -19,7 +19,6 @@ from foveal.checks import (
 from foveal.kernels.api import IMPLS, KERNEL_MAX_BLOCKS, SLOW_SELECTION, Ran, choose_impl, may_note
 from foveal.kernels.backend import name_of
 from foveal.kernels.choice import block_scores
-from foveal.kernels.dense import dense_attention
 from foveal.kernels.operator import KnownCalls
 from foveal.layout import TokenLayout, VideoGrid, Where, resolve_layout
 from foveal.methods.vsa.config import VSAConfig
@@ -183,12 +182,7 @@ def _attend(
     if packed is None:
         return run(inputs, tiles, selection, scale, gates), ran
     output = run(inputs, tiles, tiles.with_all_rows(selection), scale, gates)
-    # Of the protected tokens that is only the coarse branch: their chunks have no lists.
-    video, coarse = packed.split(output)
-    fine = dense_attention(packed.split(query)[1], key, value, scale=scale)
-    if gate_fine is not None:
-        fine = fine * packed.split(gate_fine)[1]
-    return packed.join(video, (coarse + fine).to(output.dtype)), ran
+    return tiles.with_protected_queries(output, inputs, gate_fine, scale), ran
 
 
 def _run_with(impl: str, precision: str, remember: Callable | None) -> Callable[..., Tensor]:

@@ -1,7 +1,7 @@
 """Where the tokens of VSA stand in a packed sequence: the video's cubes in slots, then chunks of protected segments.
 
 Every tile takes part in the coarse stage. In the fine stage a cube reads cubes that it picks and all protected chunks.
-Protected chunks have no lists: their queries read everything, so they run dense (`vsa_attention` adds that).
+Protected chunks have no lists: their queries read everything, so they run dense (`with_protected_queries`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from foveal.blocks import BlockSelection
 from foveal.kernels.api import validate_selection
 from foveal.kernels.choice import append_blocks
+from foveal.kernels.dense import dense_attention
 from foveal.layout import TokenLayout
 from foveal.methods.choosing import rows_alike
 from foveal.methods.vsa.config import VSAConfig
@@ -73,3 +74,18 @@ class PackedTiles(CubeLayout):
             critical_count=F.pad(selection.critical_count, (0, more)),
             query_length=self.num_cubes * self.slot,
         )
+
+    def with_protected_queries(
+        self, output: Tensor, inputs: tuple[Tensor, Tensor, Tensor], gate_fine: Tensor | None, scale: float
+    ) -> Tensor:
+        """The output of the whole sequence, from one that has no more of the protected tokens than the coarse branch.
+
+        Args:
+            output: [B, H, L, D], over `with_all_rows`. inputs: query, key, and value.
+        """
+        video, coarse = self.layout.split(output)
+        query, key, value = inputs
+        fine = dense_attention(self.layout.split(query)[1], key, value, scale=scale)
+        if gate_fine is not None:
+            fine = fine * self.layout.split(gate_fine)[1]
+        return self.layout.join(video, (coarse + fine).to(output.dtype))
