@@ -65,13 +65,14 @@ def sla(
     rule=True,
     train=True,
     backend="triton",
+    score="mean",
 ):
     """SLA, by a rule or with a selection that is given, and its backward when it is trained."""
     inputs, blocks = _inputs(head_dim, dtype), {"block_q": block_q, "block_k": block_k}
     ratios = {"keep_ratio": 0.1, "drop_ratio": 0.1}
     config = SLAConfig(feature_map=feature_map, linear_scope=scope, projection=projected, **ratios, **blocks)
     if rule:
-        selection = selection_rule(*inputs[:2], **ratios, **blocks, kv_lengths=_lengths(padded))
+        selection = selection_rule(*inputs[:2], **ratios, **blocks, kv_lengths=_lengths(padded), score=score)
     else:
         selection = random_selection(**SIZES, **blocks, kv_lengths=_lengths(padded))
     weights = (torch.zeros(head_dim, head_dim), torch.zeros(head_dim)) if projected else (None, None)
@@ -159,6 +160,7 @@ FEW = [
     partial(sla, 64, 64, 64, FP16, False, "softmax", "noncritical", rule=False),
     partial(sla, 128, 64, 64, BF16, False, "softmax", "marginal", train=False),
     partial(sla, 64, 128, 128, FP16, True, "elu", "noncritical", projected=False, train=False),
+    partial(sla, 128, 64, 64, BF16, False, "softmax", "marginal", train=False, score="log_sum_exp"),
     partial(sla2, 128, 64, 64, BF16, False),
     partial(sla2, 64, 128, 64, FP16, True, train=False),
     partial(sparse, 128, 128, 128, BF16, True),
@@ -199,6 +201,7 @@ def all_calls() -> Iterator[Callable]:
         yield from (partial(sla, *case, "softmax", scope, backend=INT8) for scope in ("marginal", "all"))
         scopes = itertools.product(("softmax", "elu", "relu"), ("marginal", "noncritical", "all"), both, both, both)
         yield from (partial(sla, *case, *scope) for scope in scopes)
+        yield from (partial(sla, *case, "softmax", scope, score="log_sum_exp") for scope in ("marginal", "all"))
         yield from (partial(sla2, *case, *rest) for rest in itertools.product(("softmax", "elu", "relu"), both))
     yield from (partial(vsa, *case) for case in itertools.product(dims, dtypes, CUBES, both, both, both))
     yield from (partial(pool, *case) for case in itertools.product(dims, (*dtypes, FP32), both))

@@ -81,6 +81,7 @@ SPILLS = [
     ("_block_sparse_fwd_kernel", 90, {"D": 128, "BLOCK_Q": 128}, 164, 124),
     ("_block_sparse_dq_kernel", 80, {"D": 64, "ADD": True}, 0, 24),
     # The row of V's mean, which the compiler gives each thread an address a column for.
+    ("_key_state_kernel", 90, {"D": 128, "PER_BLOCK": True, "PARTS_OF_BLOCK": 4}, 264, 228),
     ("_key_state_kernel", 90, {"D": 128, "PER_BLOCK": True}, 160, 128),
     ("_key_state_kernel", 90, {"D": 128}, 40, 80),
     ("_masked_sum_kernel", 90, {"D": 64}, 0, 8),

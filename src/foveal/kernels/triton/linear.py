@@ -23,11 +23,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from foveal.blocks import PARTS
 from foveal.kernels.host import launch, num_sms, register_limit
 from foveal.kernels.tma import tma_takes
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.feature_maps import feature_map
-from foveal.kernels.triton.pooling import add_column_sums, block_mean, store_first_row
+from foveal.kernels.triton.pooling import (
+    add_column_sums,
+    add_part_sums,
+    block_mean,
+    part_means,
+    part_of,
+    store_first_row,
+    store_parts,
+)
 from foveal.kernels.triton.tiles import TILE, load_rows, row_strides, tile_argument
 from foveal.kernels.values import size_stride
 
@@ -123,6 +132,7 @@ def _key_state_kernel(
     TILE: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     POOL: tl.constexpr,
+    PARTS_OF_BLOCK: tl.constexpr,
     HAS_SIZES: tl.constexpr,
     ZEROED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -131,6 +141,7 @@ def _key_state_kernel(
 ):
     """h and z of `at_once` key blocks, of each block or of their sum, and their pooled keys, in one pass over K and V.
 
+    With POOL the mean of each block's keys is stored, or with 4 PARTS_OF_BLOCK those of its quarters, as `pool` has it.
     Blocks past the end get zeros, which the padding of the mask product needs. Heads are neighbors, as in `pool`.
     ZEROED: there are zeros behind each block's tokens already.
     With a mean_ptr the h of each block is that of V - m, and m and W m are stored, from `value_sums` (what
@@ -184,10 +195,20 @@ def _key_state_kernel(
         state = tl.dot(tl.trans(phi), v, state)
         norm = add_column_sums(norm, phi, valid)
         if POOL:
-            total = add_column_sums(total, k, valid)
+            if PARTS_OF_BLOCK > 1:
+                place = tile % SPLIT * TILE + tl.arange(0, TILE)
+                part_tokens: tl.constexpr = BLOCK_K // PARTS_OF_BLOCK
+                total = add_part_sums(total, k, part_of(place, valid, part_tokens), PARTS_OF_BLOCK)
+            else:
+                total = add_column_sums(total, k, valid)
             if (tile % SPLIT == SPLIT - 1) & (block < key_blocks):
-                mean = block_mean(total, size)
-                store_first_row(pooled_ptr + (pair.to(tl.int64) * key_blocks + block) * D + feature, mean)
+                if PARTS_OF_BLOCK > 1:
+                    parts = tl.cdiv(length, part_tokens)
+                    means = pooled_ptr + pair.to(tl.int64) * parts * D
+                    store_parts(means, part_means(total, size, part_tokens), block * PARTS_OF_BLOCK, parts, D)
+                else:
+                    mean = block_mean(total, size)
+                    store_first_row(pooled_ptr + (pair.to(tl.int64) * key_blocks + block) * D + feature, mean)
         if PER_BLOCK:  # noqa: SIM102
             if tile % SPLIT == SPLIT - 1:
                 index = pair.to(tl.int64) * blocks + block
@@ -318,6 +339,7 @@ def _run_key_states(
         TILE=TILE,
         PER_BLOCK=state.dtype == torch.bfloat16,
         POOL=pooled is not None,
+        PARTS_OF_BLOCK=PARTS if pooled is not None and pooled.dtype == torch.float16 else 1,
         HAS_SIZES=sizes is not None,
         ZEROED=zeroed,
         DESCRIPTORS=descriptors,
@@ -371,7 +393,8 @@ def key_states(
 
     Args:
         pairs: the pairs of batch and head.
-        pooled: float32 [pairs, Tk, D], contiguous, for the means of each block's keys; None if they are not wanted.
+        pooled: for the means of each block's keys, float32 [pairs, Tk, D], or for those of quarters, float16
+            [pairs, ceil(Lk / quarter), D], contiguous; None if none are wanted.
         state: h, bfloat16 [pairs, Tk or more, D, D]; blocks may stand apart.
         norm: z, float32 or bfloat16 [pairs, Tk or more, D]; blocks may stand apart.
         means: where m and W m go. They take a launch and a look at V (see `MEAN_STEP`) of their own.

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveal.blocks import PARTS
 from foveal.kernels.backend import Backend, ForwardCall
 from foveal.kernels.side_stream import side_stream
 from foveal.kernels.triton.linear import Keys, Means, key_state_sums, key_states
@@ -26,6 +27,7 @@ from foveal.kernels.triton.scores import Sizes
 from foveal.kernels.triton.select import ranked_of
 from foveal.kernels.values import LinearTerm, Problem
 from foveal.rules import SelectionRule
+from foveal.symbols import ceil_div
 
 # What h and H of the heads in flight may take; or as much as the output, if that is more. Larger groups mean fewer
 # launches, and fewer times that the last programs of a kernel leave the device half idle.
@@ -61,7 +63,7 @@ class Choice(NamedTuple):
 
     rule: how to choose. scale: of the softmax. lists: what is written.
     query: of all heads what `pick` takes, [B * H, Tq, D].
-    key: the same; None for the means that come with the states of keys.
+    key: the same; None for what comes with the states of keys.
     project_key: float32 [D, D], what maps these means (x W^T); None for the identity.
     """
 
@@ -74,24 +76,27 @@ class Choice(NamedTuple):
 
     @classmethod
     def of(
-        cls, problem: Problem, rule: SelectionRule, lists: Lists, projections: tuple[Tensor, Tensor] | None
+        cls,
+        problem: Problem,
+        rule: SelectionRule,
+        lists: Lists,
+        projections: tuple[Tensor, Tensor] | None,
+        wants_means: bool,
     ) -> Choice:
-        """The choice of a rule over a problem's query and key; `projections` as in `forward_in_groups`."""
+        """The choice of a rule over a problem's query and key; `projections` as in `forward_in_groups`.
+
+        wants_means: whether the attention wants the means of blocks, so that the states of keys cannot bring quarters.
+        """
         query, key, scale = problem.query, problem.key, problem.scale
-        if rule.score != "mean":
+        if rule.spread or (rule.quarters and wants_means):
             return cls(rule, scale, lists, *(x.flatten(0, 1) for x in ranked_of(query, key, rule, scale)), None)
-        pooled, project_key = pool(query, rule.block_q).flatten(0, 1), None
+        pooled, project_key = pool(query, rule.block_q, quarters=bool(rule.quarters)).flatten(0, 1), None
         if projections is not None:
             pooled, project_key = pooled @ projections[0].t(), projections[1]
         return cls(rule, scale, lists, pooled, None, project_key)
 
-    @property
-    def ranks_means(self) -> bool:
-        """Whether it wants the means of keys."""
-        return self.key is None
-
     def make(self, pairs: range, means: Tensor | None) -> None:
-        """Writes the lists and the mask of these pairs, whose keys have these means, float32 [pairs, Tk, D]."""
+        """Writes the lists and the mask of these pairs, whose keys have these means, of blocks or of quarters."""
         key = means if self.key is None else self.key[pairs.start : pairs.stop]
         if self.project_key is not None:
             key = key @ self.project_key.t()
@@ -100,10 +105,14 @@ class Choice(NamedTuple):
 
 
 def _means_of_keys(call: ForwardCall, choice: Choice | None, pairs: int) -> Tensor | None:
-    """Where the means of each block's keys of some pairs go; None if nobody wants them."""
-    if not call.wants_means and (choice is None or not choice.ranks_means):
+    """Where the means of the keys of some pairs go, as `key_states` takes them; None if nobody wants them."""
+    ranked = choice is not None and choice.key is None
+    if not call.wants_means and not ranked:
         return None
     output, lse = call.results
+    if ranked and choice.rule.quarters:
+        quarters = ceil_div(call.key_length, choice.rule.block_k // PARTS)
+        return lse.new_empty((pairs, quarters, output.shape[-1]), dtype=torch.float16)
     return lse.new_empty((pairs, call.selection.num_key_blocks, output.shape[-1]))
 
 
@@ -134,7 +143,7 @@ def forward_in_groups(
     call = backend.forward(problem, term._replace(weight=None) if early else term)
     selection = problem.selection
     lists = Lists(selection.critical, selection.critical_count, mask)
-    choice = None if rule is None else Choice.of(problem, rule, lists, projections)
+    choice = None if rule is None else Choice.of(problem, rule, lists, projections, call.wants_means)
     if mask is None:
         return _over_all_keys(problem, call, choice, term, early, keep_states)
     beside = backend.prepares_beside(selection.block_q)
