@@ -80,6 +80,7 @@ def _pick_kernel(
     COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
     MARGINAL: tl.constexpr,
+    DROPS: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
     TABLE: tl.constexpr,
     MASS: tl.constexpr,
@@ -89,7 +90,8 @@ def _pick_kernel(
 ):
     """One row of scores to its list, its count and its row of the mask.
 
-    PROTECTED: there are protected keys or rows. RAGGED: rows may have fewer entries than the list is wide.
+    DROPS: rows may have negligible blocks. PROTECTED: there are protected keys or rows. RAGGED: rows may have fewer
+    entries than the list is wide.
     """
     await_previous()
     row, score_pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -129,36 +131,36 @@ def _pick_kernel(
         top_from, top_to = lowest, highest
         # Without a low threshold to look for it is below all keys.
         low_from, low_to = lowest - 1, lowest - 1
-        if MARGINAL:
+        if DROPS:
             low_from = tl.where(negligible_wanted > 0, lowest, low_from)
             low_to = tl.where(negligible_wanted > 0, highest, low_to)
         if MASS:
             top, reached, needed, low_from, low_to = threshold_of_mass(
-                keys, valid, low_keys, lowest, highest, low_from, low_to, mass, negligible_wanted, MARGINAL
+                keys, valid, low_keys, lowest, highest, low_from, low_to, mass, negligible_wanted, DROPS
             )
             critical_wanted = tl.maximum(tl.minimum(needed, most_wanted), critical_wanted)
             top_from = tl.where(critical_wanted <= reached, top, lowest)
             top_to = tl.where(critical_wanted < needed, highest, top)
         top_from = tl.where(critical_wanted > 0, top_from, top_to)
         top, low = thresholds(
-            keys, low_keys, top_from, top_to, low_from, low_to, critical_wanted, negligible_wanted, MARGINAL
+            keys, low_keys, top_from, top_to, low_from, low_to, critical_wanted, negligible_wanted, DROPS
         )
         chosen = ((keys >= top) & valid).to(tl.int32)
         dropped = tl.zeros([COLUMNS], tl.int32)
-        if MARGINAL:
+        if DROPS:
             dropped = ((low_keys <= low) & low_candidates).to(tl.int32)
         totals = tl.sum(chosen + (dropped << 16), 0)
-        if totals != critical_wanted + (negligible_wanted << 16 if MARGINAL else 0):
+        if totals != critical_wanted + (negligible_wanted << 16 if DROPS else 0):
             # Ties, of which some go with the rest: those of the low columns, or of the high ones.
             tied = ((keys == top) & valid).to(tl.int32)
             low_tied = tl.zeros([COLUMNS], tl.int32)
-            if MARGINAL:
+            if DROPS:
                 low_tied = ((low_keys == low) & low_candidates).to(tl.int32)
             ties = tl.sum(tied + (low_tied << 16), 0)
             spare, low_spare = (totals & 0xFFFF) - critical_wanted, (totals >> 16) - negligible_wanted
             rank = tl.cumsum(tied + (low_tied << 16), 0)
             chosen = tl.where((tied > 0) & ((rank & 0xFFFF) > (ties & 0xFFFF) - spare), 0, chosen)
-            if MARGINAL:
+            if DROPS:
                 dropped = tl.where((low_tied > 0) & ((rank >> 16) <= low_spare), 0, dropped)
 
         marks = chosen
@@ -280,6 +282,7 @@ def pick(
             COLUMNS=held,
             TILE=row_tile,
             MARGINAL=marginal is not None,
+            DROPS=marginal is not None and (rule.negligible > 0 or rule.table is not None),
             PER_SAMPLE=rule.valid_blocks is not None,
             TABLE=rule.table is not None,
             MASS=rule.mass > 0,
