@@ -46,8 +46,11 @@ class ResultPage:
         """Puts `tables(results, name)` of a file of results into the page."""
         self.renew(tables(json.loads(file.read_text(encoding="utf-8")), file.name))
 
-    def write_results(self, model: str, results: dict[str, Any]) -> None:
-        """Writes what was measured on a model to benchmarks/results."""
+    def results_of(self, model: str) -> Path:
+        """The file in benchmarks/results of what was measured on a model."""
         name = model.replace("/", "-").removeprefix("foveal-")
-        file = ROOT / "benchmarks" / "results" / f"{self.kind}-{name}.json"
-        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        return ROOT / "benchmarks" / "results" / f"{self.kind}-{name}.json"
+
+    def write_results(self, model: str, results: dict[str, Any]) -> None:
+        """Writes what was measured on a model."""
+        self.results_of(model).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

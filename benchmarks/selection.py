@@ -1,6 +1,7 @@
 """Recall and output error of every score and rule, at equal shares of kept blocks, on a small model.
 
     python benchmarks/selection.py --commit COMMIT
+    python benchmarks/selection.py --tables
 
 The model makes a video of each prompt with dense attention. In every step and layer each rule
 chooses blocks at several budgets, from the same query, key, and value, of which a fourth of the queries is looked at.
@@ -9,19 +10,24 @@ where O_kept attends only to these. Rules that keep different numbers of blocks 
 interpolation between their budgets. The ratios of single heads are chosen on the first prompt, which does not count
 for any rule.
 
-The figures go to benchmarks/results/selection-MODEL.json and into the tables of docs/selection.md.
+At equal time a rule that is dearer to choose by is compared with the means at more blocks. How many is read from what
+`selection_cost.py` measured on a GPU: the difference of the choices' times over the time that a block takes.
+
+The figures go to benchmarks/results/selection-MODEL.json and into the tables of docs/selection.md. With --tables those
+of the file go into the page again.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 from collections import defaultdict
 from typing import Any
 
 import torch
-from result_page import ResultPage
+from result_page import ROOT, ResultPage
 from torch import Tensor
 
 from foveal import BlockSelection, SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
@@ -60,6 +66,17 @@ RULES = {
     "mean, window 3x1x1": ({"window": (3, 1, 1)}, False),
 }
 SCORES = ("mean_spread", "log_sum_exp")  # beside the means
+# What `selection_cost.py` calls these methods and rules. It times few rules in tile order: those in raster order count.
+COST_METHODS = {"SLA, raster": "SLA", "SLA, tile": "SLA", "VSA": "VSA"}
+COST_RULES = {
+    "mean_spread": "mean_spread",
+    "log_sum_exp": "log_sum_exp",
+    "mean, mass": "top-p",
+    "log_sum_exp, mass": "top-p, log_sum_exp",
+    "mean, first frame": "first frame",
+    "mean, ratios by head": "ratio by head",
+}
+COST_SHAPES = ("480p", "h3-5s")
 BY_HEAD, ORACLE = "mean, ratios by head", "oracle"
 
 
@@ -232,6 +249,102 @@ def at_share(points: list[dict[str, float]], share: float, figure: str) -> float
     return None
 
 
+def costs() -> dict[str, Any]:
+    """What `selection_cost.py` measured last."""
+    file = max((ROOT / "benchmarks" / "results").glob("selection-cost-*.json"), key=lambda file: file.name)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def more_blocks(cost: dict[str, Any], shape: str, method: str) -> dict[str, tuple[float, float]]:
+    """By rule: milliseconds that choosing takes more than by the means, and the share of key blocks read in that time.
+
+    A share of blocks takes the slope of the forward's time, with its selection given, over the shares of all rules.
+    """
+    entries = [x for x in cost["entries"] if (x["shape"], x["method"]) == (shape, method) and "cost_ms" in x]
+    kept, times = ([x[name] for x in entries] for name in ("kept", "given_ms"))
+    slope = statistics.linear_regression(kept, times).slope
+    known = {x["rule"]: x["cost_ms"] for x in entries}
+    return {rule: (cost - known["mean"], (cost - known["mean"]) / slope) for rule, cost in known.items()}
+
+
+# By method and rule, for each share: (its error, its recall, those of the means in the same time), None if unknown.
+EqualTime = dict[tuple[str, str], list[tuple[float, float, float, float] | None]]
+
+
+def at_equal_time(results: dict[str, Any], cost: dict[str, Any], shape: str) -> EqualTime:
+    """The figures of each rule, and of the means at as many more blocks as that rule's choice takes time for."""
+    points = {(row["method"], row["rule"]): row["points"] for row in results["rows"]}
+    found = {}
+    for (method, rule), of_rule in points.items():
+        more = more_blocks(cost, shape, COST_METHODS[method]).get(COST_RULES.get(rule))
+        if more is None:
+            continue
+        cells = []
+        for share in results["shares"]:
+            shares = (of_rule, share), (points[method, "mean"], share + more[1])
+            cell = [at_share(x, at, figure) for x, at in shares for figure in ("error", "recall")]
+            cells.append(None if None in cell else tuple(cell))
+        found[method, rule] = cells
+    return found
+
+
+def equal_time_tables(results: dict[str, Any], cost: dict[str, Any]) -> list[str]:
+    """The lines that compare the rules with the means at equal time."""
+    machine = cost["machine"]
+    versions = f"torch {machine['torch']}, Triton {machine['triton']}"
+    lines = [
+        "What rules take longer to choose than the means, and how many more key blocks are read in that time:",
+        "",
+        "| shape | method | rule | longer, ms | more blocks |",
+        "|---|---|---|---|---|",
+    ]
+    for shape, method in itertools.product(COST_SHAPES, dict.fromkeys(COST_METHODS.values())):
+        more = more_blocks(cost, shape, method)
+        for rule, name in COST_RULES.items():
+            if name in more:
+                longer, share = more[name]
+                lines.append(f"| {shape} | {method} | {rule} | {longer:+.3f} | {100 * share:+.2f} % |")
+    lines += [
+        "",
+        f"*{machine['device']}, {versions}, commit `{machine['commit'][:7]}`; {cost['started'][:10]}.*",
+        "",
+        "Beside the means of blocks with so many more of them, which is at equal time (medians over cells):",
+        "",
+        "| shape | rule | lower error than the means in | error, of that of the means | recall, less theirs |",
+        "|---|---|---|---|---|",
+    ]
+    better: dict[str, list[bool]] = {rule: [] for rule in SCORES}
+    for shape in COST_SHAPES:
+        found = at_equal_time(results, cost, shape)
+        for rule in COST_RULES:
+            cells = [cell for (_, name), some in found.items() if name == rule for cell in some if cell is not None]
+            ratios, gains = [cell[0] / cell[2] for cell in cells], [cell[1] - cell[3] for cell in cells]
+            lower = sum(ratio < 1 for ratio in ratios)
+            figures = f"{statistics.median(ratios):.2f}x | {statistics.median(gains):+.3f}"
+            lines.append(f"| {shape} | {rule} | {lower} of {len(ratios)} cells | {figures} |")
+            if rule in better:
+                better[rule] += [ratio < 1 for ratio in ratios]
+    always = [rule for rule, cells in better.items() if all(cells)]
+    verdict = "No score has a lower error than the means in every cell at equal time, so the means stay the default."
+    if always:
+        verdict = f"`{'` and `'.join(always)}` had a lower error than the means in every cell at equal time."
+    shape = COST_SHAPES[0]
+    lines += ["", verdict, ""]
+    for place, of in enumerate(("Output error", "Recall")):
+        lines += [
+            f"{of} of the scores at {shape}'s times: at a share of key blocks, and of the means at the larger share:",
+            "",
+            f"| method | score | {' | '.join(f'{100 * share:g} %' for share in results['shares'])} |",
+            "|---" * (len(results["shares"]) + 2) + "|",
+        ]
+        for (method, rule), cells in at_equal_time(results, cost, shape).items():
+            if rule in SCORES:
+                shown = ("" if cell is None else f"{cell[place]:.3f}, {cell[place + 2]:.3f}" for cell in cells)
+                lines.append(f"| {method} | {rule} | {' | '.join(shown)} |")
+        lines.append("")
+    return lines
+
+
 def beside_means(results: dict[str, Any]) -> dict[str, list[float]]:
     """By rule, how many times the error of the means its error is, in each cell of the table that both have."""
     errors = {
@@ -277,6 +390,7 @@ def tables(results: dict[str, Any]) -> str:
             lines.append(f"| {row['method']} | {row['rule']} | {' | '.join(cells)} |")
         lines.append("")
     grid = "x".join(map(str, results["grid"]))
+    lines += [*equal_time_tables(results, costs()), ""]
     lines.append(
         f"*`{results['model']}`, {grid} tokens, mean of {results['layers']} layers, {results['steps']} steps, and "
         f"{results['prompts']} prompts; {results['environment']['device']}, commit `{results['commit']}`.*"
@@ -309,8 +423,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2, help="how many count")
     parser.add_argument("--steps", type=int, default=3, help="of denoising")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--commit", required=True, help="of this tree, for the record")
+    parser.add_argument("--commit", help="of this tree, for the record; required unless --tables")
+    parser.add_argument("--tables", action="store_true", help="only renew the page, from files of results")
     given = parser.parse_args()
+    if given.tables:
+        file = PAGE.results_of(given.model)
+        PAGE.renew(tables(json.loads(file.read_text(encoding="utf-8"))))
+        return
+    if given.commit is None:
+        parser.error("--commit is required to measure")
 
     device = choose_device(given.device)
     loaded = load_pipeline(given.model, device=device, dtype=choose_dtype("auto", device))

@@ -52,6 +52,21 @@ def test_the_page_concludes_what_the_results_say(script, results):
     assert any(line.startswith("No score") for line in script.conclusions(results | {"rows": rows}))
 
 
+def test_time_buys_the_means_more_blocks(script, results):
+    """Choosing by another score takes 2 ms longer, in which the means read 20 % more of the blocks."""
+    entry = {"shape": "480p", "method": "SLA"}
+    entries = [
+        entry | {"rule": "mean", "kept": 0.1, "given_ms": 3.0, "cost_ms": 1.0},
+        entry | {"rule": "log_sum_exp", "kept": 0.2, "given_ms": 4.0, "cost_ms": 3.0},
+    ]
+    more = script.more_blocks({"entries": entries}, "480p", "SLA")
+    assert more == {"mean": (0.0, 0.0), "log_sum_exp": pytest.approx((2.0, 0.2))}
+    points = [{"kept": x, "error": 1 - x, "recall": x} for x in (0.0, 1.0)]
+    rows = [{"method": "SLA, raster", "rule": rule, "points": points} for rule in ("mean", "log_sum_exp")]
+    found = script.at_equal_time({"rows": rows, "shares": [0.3, 0.9]}, {"entries": entries}, "480p")
+    assert found == {("SLA, raster", "log_sum_exp"): [pytest.approx((0.7, 0.3, 0.5, 0.5)), None]}
+
+
 def test_no_figure_of_the_page_is_written_by_hand(script):
     before, rest = script.PAGE.file.read_text(encoding="utf-8").split("<!-- benchmarks/selection.py begins -->")
     after = rest.split("<!-- and ends -->")[1]
