@@ -91,6 +91,11 @@ def arms_of(shape: Shape) -> list[Arm]:
     ]
 
 
+def arms_named(shape: Shape, names: list[str] | None) -> list[Arm]:
+    """Those of `arms_of` whose method, or "METHOD: RULE", is among the names; None for all."""
+    return [arm for arm in arms_of(shape) if names is None or {arm.method, f"{arm.method}: {arm.rule}"} & set(names)]
+
+
 class Inputs:
     """What all arms at a shape are fed: views of [B, L, H, D] memory, as transformers have them."""
 
@@ -178,11 +183,11 @@ def calls_of(arm: Arm, inputs: Inputs, device: torch.device) -> Calls:
 
 
 def measure_shape(
-    shape: Shape, device: torch.device, deadline: float, log: Callable[[str], None]
+    shape: Shape, device: torch.device, deadline: float, log: Callable[[str], None], names: list[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Figures of all arms at a shape, one entry each; rounds until the deadline, one at least."""
+    """Figures of the named arms at a shape, one entry each; rounds until the deadline, one at least."""
     inputs, entries, functions = Inputs(shape, device), [], {}
-    for arm in arms_of(shape):
+    for arm in arms_named(shape, names):
         entry = {
             "shape": shape.name,
             "method": arm.method,
@@ -219,21 +224,21 @@ def measure_shape(
     return entries
 
 
-def warm(shapes: list[Shape], part: int, parts: int, device: torch.device) -> None:
+def warm(shapes: list[Shape], names: list[str] | None, part: int, parts: int, device: torch.device) -> None:
     """Compiles what some of the arms launch, by calling them with few heads."""
     if device.type == "cuda":
         fix_cache_keys()
     for shape in shapes:
         few = dataclasses.replace(shape, heads=min(shape.heads, WARM_HEADS))
         inputs = Inputs(few, device)
-        for arm in arms_of(few)[part::parts]:
+        for arm in arms_named(few, names)[part::parts]:
             calls_of(arm, inputs, device)
 
 
-def compile_ahead(names: list[str], log: Callable[[str], None]) -> None:
+def compile_ahead(names: list[str], arms: list[str] | None, log: Callable[[str], None]) -> None:
     """`warm` in other processes, which leave what they compile in Triton's cache."""
     fix_cache_keys()
-    command = [sys.executable, __file__, "--shapes", *names, "--warm"]
+    command = [sys.executable, __file__, "--shapes", *names, *([] if arms is None else ["--arms", *arms]), "--warm"]
     started, began = [], time.monotonic()
     for part in range(PROCESSES):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -263,8 +268,9 @@ def tables(entries: list[dict[str, Any]]) -> list[list[list[str]]]:
         names = x["shape"], x["method"], x["rule"]
         costs.append([*names, f"{100 * x['kept']:.1f}%", *figures, f"{x['select_ms']:.3f}", ran])
         if x["method"] in ("SLA2", "SLA + VSA"):
-            ratios = [x["inside_ms"] / known[x["shape"], of, "mean"] for of in ("SLA", "SLA, tile order")]
-            cells = [f"{ratio:.2f}" + ("" if ratio <= SLOWER else " over") for ratio in ratios]
+            slas = [known.get((x["shape"], of, "mean")) for of in ("SLA", "SLA, tile order")]
+            ratios = [None if of is None else x["inside_ms"] / of for of in slas]
+            cells = ["" if x is None else f"{x:.2f}" + ("" if x <= SLOWER else " over") for x in ratios]
             others.append([x["shape"], x["method"], f"{100 * x['kept']:.1f}%", f"{x['inside_ms']:.3f}", *cells])
     return [costs, others]
 
@@ -272,6 +278,7 @@ def tables(entries: list[dict[str, Any]]) -> list[list[list[str]]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", default=["480p", "h3-5s", "h3-15s"], choices=sorted(SHAPES))
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help='only these: "SLA2", or "SLA: mean" for one rule')
     parser.add_argument("--output", type=Path, help="the file of results, JSON")
     parser.add_argument("--budget-seconds", type=float, default=600.0)
     parser.add_argument("--commit", help="the commit of this tree, where git cannot say")
@@ -282,14 +289,14 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cpu" if given.smoke else "cuda")
     shapes = list(SMOKE) if given.smoke else [SHAPES[name] for name in given.shapes]
     if given.warm:
-        warm(shapes, *map(int, given.warm.split("/")), device)
+        warm(shapes, given.arms, *map(int, given.warm.split("/")), device)
         return 0
 
     def log(line: str) -> None:
         print(f"{time.monotonic() - began:6.1f} s  {line}", flush=True)
 
     if not given.smoke:
-        compile_ahead(given.shapes, log)
+        compile_ahead(given.shapes, given.arms, log)
     results = {
         "schema": 1,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -301,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
         left = began + given.budget_seconds - time.monotonic()
         # Longer sequences take more of what is left.
         deadline = time.monotonic() + left / (len(shapes) - index)
-        results["entries"] += measure_shape(shape, device, deadline, log)
+        results["entries"] += measure_shape(shape, device, deadline, log, given.arms)
         if given.output is not None:
             write_json(given.output, results)
         gc.collect()
