@@ -66,31 +66,19 @@ def load_queries(query_ptr, strides, place_ptr, part, item, blocks, head_dim: gl
 def attend_cubes(
     part,
     q,
-    k,
-    v,
-    fine,
-    query_ptr,
-    coarse_ptr,
-    gate_coarse_ptr,
-    gate_fine_ptr,
-    output_ptr,
-    place_ptr,
-    lse_ptr,
-    size_ptr,
+    shared,
     query_strides,
     gate_coarse_strides,
     gate_fine_strides,
     output_strides,
-    scale_log2,
-    blocks,
-    uniform,
-    size_stride,
     MASK: gl.constexpr,
     GATED_COARSE: gl.constexpr,
     GATED_FINE: gl.constexpr,
     SAVE_FINE: gl.constexpr,
 ):
     """One consumer warpgroup: queries 64 * part ... of each cube, whose lines it fetches one cube ahead."""
+    k, v, fine, query_ptr, coarse_ptr, gate_coarse_ptr, gate_fine_ptr, output_ptr, place_ptr, lse_ptr = shared[:10]
+    size_ptr, scale_log2, blocks, uniform, size_stride = shared[10:]
     head_dim: gl.constexpr = k.tiles.shape[2]
     SLOTS: gl.constexpr = k.SLOTS
     MAY_BE_EMPTY: gl.constexpr = MASK == "columns"
@@ -234,6 +222,23 @@ def cubes_fwd_wide_kernel(
     k, v = ring(k_tiles, 2), ring(v_tiles, 2)
     fence_async_shared()
     blocks = QueryBlocks(critical_ptr, count_ptr, heads, num_cubes, total, width)
+    shared = (
+        k,
+        v,
+        fine,
+        query_ptr,
+        coarse_ptr,
+        gate_coarse_ptr,
+        gate_fine_ptr,
+        output_ptr,
+        place_ptr,
+        lse_ptr,
+        size_ptr,
+        scale_log2,
+        blocks,
+        uniform,
+        size_stride,
+    )
     gl.warp_specialize(
         [
             (
@@ -241,25 +246,11 @@ def cubes_fwd_wide_kernel(
                 (
                     0,
                     q.index(0),
-                    k,
-                    v,
-                    fine,
-                    query_ptr,
-                    coarse_ptr,
-                    gate_coarse_ptr,
-                    gate_fine_ptr,
-                    output_ptr,
-                    place_ptr,
-                    lse_ptr,
-                    size_ptr,
+                    shared,
                     query_strides,
                     gate_coarse_strides,
                     gate_fine_strides,
                     output_strides,
-                    scale_log2,
-                    blocks,
-                    uniform,
-                    size_stride,
                     MASK,
                     GATED_COARSE,
                     GATED_FINE,
@@ -271,25 +262,11 @@ def cubes_fwd_wide_kernel(
                 (
                     1,
                     q.index(1),
-                    k,
-                    v,
-                    fine,
-                    query_ptr,
-                    coarse_ptr,
-                    gate_coarse_ptr,
-                    gate_fine_ptr,
-                    output_ptr,
-                    place_ptr,
-                    lse_ptr,
-                    size_ptr,
+                    shared,
                     query_strides,
                     gate_coarse_strides,
                     gate_fine_strides,
                     output_strides,
-                    scale_log2,
-                    blocks,
-                    uniform,
-                    size_stride,
                     MASK,
                     GATED_COARSE,
                     GATED_FINE,

@@ -82,29 +82,10 @@ def add_wide_tile(
 
 
 @gluon.jit
-def attend_queries(
-    part,
-    q,
-    k,
-    v,
-    output,
-    lse_ptr,
-    norm_ptr,
-    mean,
-    mix,
-    bias_ptr,
-    scale_log2,
-    blocks,
-    first_pair,
-    query_length,
-    key_length,
-    norm_pair_stride,
-    norm_block_stride,
-    SPLIT: gl.constexpr,
-    FEATURE_MAP: gl.constexpr,
-    PROJECT: gl.constexpr,
-):
+def attend_queries(part, shared, mean, mix, SPLIT: gl.constexpr, FEATURE_MAP: gl.constexpr, PROJECT: gl.constexpr):
     """One consumer warpgroup: queries 64 * part ... of each query block."""
+    q, k, v, output, lse_ptr, norm_ptr, bias_ptr, scale_log2, blocks = shared[:9]
+    first_pair, query_length, key_length, norm_pair_stride, norm_block_stride = shared[9:]
     head_dim: gl.constexpr = k.tiles.shape[2]
     SLOTS: gl.constexpr = k.SLOTS
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
@@ -269,58 +250,26 @@ def block_sparse_fwd_wide_kernel(
     fence_async_shared()
     blocks = QueryBlocks(critical_ptr, count_ptr, heads, num_blocks, total, width)
     PROJECT: gl.constexpr = weight is not None
+    shared = (
+        q,
+        k,
+        v,
+        output,
+        lse_ptr,
+        norm_ptr,
+        bias_ptr,
+        scale_log2,
+        blocks,
+        first_pair,
+        query_length,
+        key_length,
+        norm_pair_stride,
+        norm_block_stride,
+    )
     gl.warp_specialize(
         [
-            (
-                attend_queries,
-                (
-                    0,
-                    q,
-                    k,
-                    v,
-                    output,
-                    lse_ptr,
-                    norm_ptr,
-                    mean,
-                    mix,
-                    bias_ptr,
-                    scale_log2,
-                    blocks,
-                    first_pair,
-                    query_length,
-                    key_length,
-                    norm_pair_stride,
-                    norm_block_stride,
-                    SPLIT,
-                    FEATURE_MAP,
-                    PROJECT,
-                ),
-            ),
-            (
-                attend_queries,
-                (
-                    1,
-                    q,
-                    k,
-                    v,
-                    output,
-                    lse_ptr,
-                    norm_ptr,
-                    mean,
-                    mix,
-                    bias_ptr,
-                    scale_log2,
-                    blocks,
-                    first_pair,
-                    query_length,
-                    key_length,
-                    norm_pair_stride,
-                    norm_block_stride,
-                    SPLIT,
-                    FEATURE_MAP,
-                    PROJECT,
-                ),
-            ),
+            (attend_queries, (0, shared, mean, mix, SPLIT, FEATURE_MAP, PROJECT)),
+            (attend_queries, (1, shared, mean, mix, SPLIT, FEATURE_MAP, PROJECT)),
             (
                 load_shared_tiles,
                 (
