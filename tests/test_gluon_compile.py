@@ -16,7 +16,7 @@ from foveal.kernels.tma import copyable
 
 triton = pytest.importorskip("triton")
 
-from launched_calls import BF16, vsa  # noqa: E402
+from launched_calls import BF16, sla, vsa  # noqa: E402
 from launched_kernels import compiled as compiled_as_launched  # noqa: E402
 from launched_kernels import figures, first_to_memory, noted_launches  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -285,6 +285,19 @@ def test_shared_query_gradient(tmp_path, feature_map, head_dim, dtype):
     compiled = compile_for_hopper(linear_gradients.shared_query_grad_kernel, signature, plan)
     # A hundred registers of the sum over all rows wait in the L1 cache while a block's rows are worked on.
     assert_fits(compiled, tmp_path, programs=1, threads=256, spill_limit=1000, loop_limit=1000)
+
+
+def test_sums_of_a_shared_gradient(monkeypatch):
+    """The one Triton kernel that only Hopper's launch code asks for; with a projection and without."""
+    with noted_launches(monkeypatch, "sm_90") as launched:
+        for projected in (True, False):
+            sla(64, 64, 64, BF16, False, "softmax", "all", projected, backend="gluon")
+    found = [one for one in launched.values() if one.name == "_shared_sum_kernel"]
+    assert len(found) == 2
+    for one in found:
+        binary = compiled_as_launched(one)
+        assert first_to_memory(binary) == "griddepcontrol.wait"
+        assert figures(binary).spills == 0
 
 
 def test_row_statistics(tmp_path):

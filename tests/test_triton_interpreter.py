@@ -219,6 +219,25 @@ def run_states() -> None:
     terms = torch.rand(2, 64, 64)
     assert relative_error(masked_sum(mask, terms), mask.double() @ terms.double()) < 1e-5
 
+    from foveal.kernels.triton.linear_backward import shared_sums
+    from foveal.kernels.values import LinearTerm
+
+    # 33 parts and 70 blocks of three heads: more than a program adds at a time, and not a multiple of it.
+    parts, norms, biases = torch.randn(3, 33, 64, 64), torch.randn(3, 70, 64), torch.randn(3, 70, 64)
+    state, norm = torch.randn(3, 1, 64, 64).bfloat16(), torch.rand(3, 1, 64)
+    for projection in (None, weight):
+        term = LinearTerm("elu", projection, state=state, norm=norm, means=torch.randn(2, 3, 1, 64))
+        found, total = shared_sums(term, parts, norms, biases), parts.double().sum(1)
+        assert relative_error(found.norm, norms.double().sum(1, keepdim=True)) < 1e-6
+        if projection is None:
+            assert relative_error(found.state[:, 0], total) < 4e-3
+            assert found.weight is found.bias is None
+        else:
+            whole = (state + norm[..., None] * term.means[0][:, :, None]).double()
+            assert relative_error(found.state[:, 0], total @ weight.double()) < 8e-3
+            assert relative_error(found.weight, total.flatten(0, 1).t() @ whole.flatten(0, 2)) < 1e-5
+            assert relative_error(found.bias, biases.double().sum((0, 1))) < 1e-6
+
 
 # name: (feature_map, linear_scope, projection, block_q, block_k, D, heads, Lq, Lk, kv_lengths). In groups of one head
 # both ways; 14B models at 720p need eight groups.

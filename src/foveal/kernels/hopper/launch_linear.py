@@ -8,6 +8,7 @@ from torch import Tensor
 from foveal.kernels.backend import QuerySide, SharedGradients
 from foveal.kernels.hopper.launch import mix_of, tiles, walkable
 from foveal.kernels.host import launch, num_sms
+from foveal.kernels.triton.linear_backward import shared_sums
 from foveal.kernels.values import state_strides
 
 SHARED_ROWS = 128  # rows of a block where all share one H
@@ -86,11 +87,4 @@ def shared_query_gradients(side: QuerySide) -> SharedGradients:
         FEATURE_MAP=term.feature_map,
         num_warps=SHARED_ROWS // 16,
     )
-    grad_state, norm = grad_states.sum(1), grad_norm.sum(1, keepdim=True)  # of H W^T, and of Z
-    narrow = grad_state.to(torch.bfloat16).unsqueeze(1)
-    if not projected:
-        return SharedGradients(narrow, norm, None, None)
-    # dO^T O^l of a head is (dH W^-T)^T times the state of V, H + Z m^T: the sum over its rows is in dH already.
-    whole = torch.addcmul(term.state, term.norm.unsqueeze(3), term.means[0].unsqueeze(2))
-    grad_weight = grad_state.flatten(0, 1).t() @ whole.flatten(0, 2)
-    return SharedGradients(narrow @ term.weight, norm, grad_weight, grad_bias.sum((0, 1)))
+    return shared_sums(term, grad_states, grad_norm, grad_bias)
