@@ -196,6 +196,10 @@ def run_states() -> None:
             assert torch.equal(pooled.unflatten(0, (2, 2)), apart), name
             assert relative_error(state, expected.sum(1, keepdim=True)) < 4e-3, name
             assert relative_error(norm, norms.sum(1, keepdim=True)) < 1e-3, name
+            quarters = pool(key, block, sizes, quarters=True).flatten(0, 1)
+            pooled = torch.full_like(quarters, float("nan"))
+            key_state_sums(Keys(key, value, sizes, block, "elu"), pooled)
+            assert torch.equal(pooled, quarters), name
             # Of V - m, where V has a mean that the states would drown in.
             weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
             for whole in (False, True):
