@@ -13,6 +13,7 @@ CASES = {
     "all keys": ((3, 5, 9), (4, 4, 4), 2, 1, 64, None, "coarse", "all", True),
     "no coarse branch": ((3, 5, 9), (4, 4, 4), 2, 1, 64, None, "none", "noncritical", False),
     "no linear branch": ((3, 5, 9), (4, 4, 4), 2, 1, 64, None, "both", "none", True),
+    "whole cubes in slots": ((3, 10, 8), (3, 5, 4), 2, 1, 128, None, "coarse", "noncritical", True),
     "packed": ((4, 5, 5), (4, 4, 4), 1, 1, 64, PACKED, "both", "noncritical", True),
     "wide": ((3, 10, 8), "wide", 1, 1, 128, None, "coarse", "noncritical", True),
     "eight bits": ((3, 5, 9), (4, 4, 4), 2, 2, 64, None, "both", "noncritical", True),
