@@ -28,6 +28,9 @@ def test_training_and_held_out_clips_share_no_game(clips, tmp_path):
     assert not played["train"] & played["held-out"]
     assert len(games["train"]) * clips.CLIPS_PER_JOB >= 3000
     assert len(games["held-out"]) * clips.CLIPS_PER_JOB >= 200
+    page = " ".join((QUALITY.parents[1] / "docs" / "tiny.md").read_text().split())
+    assert f"{len(games['train']) * clips.CLIPS_PER_JOB:,} clips of four scenarios" in page
+    assert f"{len(games['held-out']) * clips.CLIPS_PER_JOB} clips of other walks are held out" in page
     assert len({job.file for found in games.values() for job in found}) == len(clips.jobs(tmp_path))
 
 
