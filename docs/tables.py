@@ -52,9 +52,9 @@ def _row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def kernels(pattern: str = "nvidia-*.json") -> str:
+def kernels(pattern: str = "nvidia-*.json", shape: str = "480p") -> str:
     """Block-sparse kernels: milliseconds, and the share of dense cuDNN's rate that they keep."""
-    run, entries = bench_run("480p", "kernel", pattern)
+    run, entries = bench_run(shape, "kernel", pattern)
     lines = [
         _row("candidate", "forward, ms", "share of cuDNN's TFLOP/s", "backward, ms", "share of cuDNN's TFLOP/s"),
         "|---|---|---|---|---|",
@@ -66,7 +66,7 @@ def kernels(pattern: str = "nvidia-*.json") -> str:
             share = figures["ratios"]["SDPA cuDNN"]["share_of_rate"]
             cells += [f"{figures['rested_ms']:.3f}", f"{100 * share:.0f} %"]
         lines.append(_row(entry["name"], *cells))
-    return "\n".join([*lines, "", _caption(run)])
+    return "\n".join([*lines, "", _caption(run, shape)])
 
 
 GIVEN = ", selection given"
@@ -100,7 +100,7 @@ def shapes() -> str:
     lines = [_row("x cuDNN", *heads), "|---" * (len(heads) + 1) + "|"]
     found = [{entry["name"]: entry["passes"] for entry in entries} for _, entries in runs]
     for entry in runs[0][1]:
-        if entry["kind"] == "dense" or GIVEN in entry["name"]:
+        if entry["kind"] == "dense" or GIVEN in entry["name"] or any(entry["name"] not in run for run in found):
             continue
         cells = [
             f"{passes[entry['name']][name]['ratios']['SDPA cuDNN']['speedup']:.1f}"
@@ -494,6 +494,7 @@ def _caption(run: dict, shape: str = "480p") -> str:
 TABLES = {
     "kernels_480p": kernels,
     "flex": lambda: kernels("flex-*.json"),
+    "kernels_h3": lambda: kernels(shape="h3-5s"),
     "methods": lambda: methods(given=False),
     "methods_480p": methods,
     "shapes": shapes,
