@@ -130,7 +130,7 @@ def prepare(
         model.enable_gradient_checkpointing()
         model.train()
     if mode == "compiled":
-        compile_blocks(model, dynamic=False)
+        compile_blocks(model, dynamic=False, fullgraph=True)
     if arm is TRAINING_ARMS[TEACHER]:
         steps = Forwards(model, sample)
         return steps, first_call(steps, len(model.transformer_blocks)), None

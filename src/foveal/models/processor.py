@@ -122,7 +122,8 @@ class SparseAttentionProcessor(nn.Module):
         if call is None and not self.held_dense:
             raise ValueError(
                 "no grid is known for this call of a block: run the whole transformer, not only one of its blocks; and "
-                "checkpoint gradients by transformer.enable_gradient_checkpointing(), or without use_reentrant=True"
+                "checkpoint gradients by transformer.enable_gradient_checkpointing(), or without use_reentrant=True. A "
+                "compiled block that checkpoints itself has to be one graph: fullgraph=True says where it breaks"
             )
         phase = Phase(dense=True)
         if call is not None:
