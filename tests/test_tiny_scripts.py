@@ -158,3 +158,19 @@ def test_a_pipeline_gives_a_work_folder_its_weights(scripts, tmp_path):
     tensors = load_file(tmp_path / "transformer.safetensors")
     transformer.load_state_dict({key.removeprefix("average/"): value for key, value in tensors.items()})
     assert all(value.dtype == torch.float32 for value in tensors.values())
+
+
+def test_a_step_clips_and_moves_by_its_share_of_the_rate(scripts, monkeypatch):
+    monkeypatch.setattr(scripts["train"], "loss_of", lambda model, x: 50 * model(x).sum(1))
+    x, moved = torch.ones(2, 4), []
+    for share in (1.0, 0.5):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 1, bias=False)
+        before = model.weight.detach().clone()
+        found = [torch.optim.SGD(model.parameters(), lr=9.0)]
+        found[0].param_groups[0]["peak"] = 0.1
+        step = scripts["train"].Step(model, found, (x,), graphed=False)
+        losses = [step((x,), share).item() for _ in range(2)]
+        assert losses[1] < losses[0]
+        moved.append((model.weight - before).norm().item())
+    assert moved == pytest.approx([0.2, 0.1])  # two steps of a gradient of norm 1, at rates of 0.1 and 0.05

@@ -47,7 +47,7 @@ class Data:
 def noisy(clean: Tensor, noise: Tensor, sigmas: Tensor, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(x_t, timesteps [B, tokens], mask of what is not given [B, 1, F, 1, 1]): a given first frame has no noise."""
     level = sigmas.view(-1, 1, 1, 1, 1).expand(-1, 1, clean.shape[2], 1, 1).clone()
-    level[given, :, 0] = 0
+    level[:, :, 0] *= ~given.view(-1, 1, 1, 1)
     timesteps = NUM_TRAIN_TIMESTEPS * level.flatten(1)
     per_frame = (clean.shape[3] // 2) * (clean.shape[4] // 2)
     return (1 - level) * clean + level * noise, timesteps.repeat_interleave(per_frame, 1), (level > 0).float()
@@ -87,18 +87,91 @@ def optimizers(model: nn.Module, name: str, rate: float) -> list[torch.optim.Opt
         matrices = []
     known = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in known]
-    found = [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=DEVICE.type == "cuda")]
+    cuda = DEVICE.type == "cuda"
+    first = torch.tensor(rate, device=DEVICE) if cuda else rate
+    how = {"betas": (0.9, 0.98), "weight_decay": 0.01, "fused": cuda, "capturable": cuda}
+    found = [torch.optim.AdamW(rest, lr=first, **how)]
     if matrices:
         found.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
     for optimizer in found:
         for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+            group["peak"] = rate
     return found
 
 
 def rate_at(step: int, steps: int) -> float:
     """Warm-up over 300 steps, constant, and down to zero over the last third."""
     return min((step + 1) / 300, 1.0, 3 * (steps - step) / steps)
+
+
+class Step:
+    """A training step: gradients, clipping, and the optimizers. On one GPU it is one CUDA graph.
+
+    Launched one by one, the kernels of a step take the host longer than the GPU.
+    """
+
+    def __init__(
+        self, model: nn.Module, found: list[torch.optim.Optimizer], values: tuple[Tensor, ...], *, graphed: bool
+    ) -> None:
+        self.model, self.optimizers = model, found
+        self.values, self.graph = tuple(value.clone() for value in values), None
+        if graphed:
+            self.graph = self._captured()
+
+    def __call__(self, values: tuple[Tensor, ...], share: float) -> Tensor:
+        """The loss at `share` of the optimizers' rates."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(group["peak"] * share)
+                else:
+                    group["lr"] = group["peak"] * share
+        if self.graph is None:
+            self._clear()
+            self._update(values)
+        else:
+            for mine, value in zip(self.values, values, strict=True):
+                mine.copy_(value)
+            self.graph.replay()
+        return self.loss
+
+    def _update(self, values: tuple[Tensor, ...]) -> None:
+        loss = loss_of(self.model, *values).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.loss = loss.detach()
+
+    def _clear(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """Warms up and records a step; weights and optimizers are afterwards what they were."""
+        weights = [parameter.detach().clone() for parameter in self.model.parameters()]
+        former = [
+            {p: {key: value.clone() for key, value in state.items()} for p, state in optimizer.state.items()}
+            for optimizer in self.optimizers
+        ]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._clear()
+                self._update(self.values)
+        torch.cuda.current_stream().wait_stream(side)
+        self._clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._update(self.values)
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), weights)
+            for optimizer, states in zip(self.optimizers, former, strict=True):
+                for parameter, state in optimizer.state.items():
+                    for key, value in state.items():
+                        value.copy_(states[parameter][key]) if parameter in states else value.zero_()
+        return graph
 
 
 class Checkpoint:
@@ -188,20 +261,14 @@ def train_transformer(
         log.flush()
         print(f"{name} step {step} {time.time() - started:.0f} s held-out {losses}", flush=True)
 
-    step = first
+    step, update = first, None
     for step, values in enumerate(batches(data, batch, first, steps), first):
-        for each in found:
-            for group in each.param_groups:
-                group["lr"] = group["peak"] * rate_at(step, steps)
-        loss = loss_of(replica, *values).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for each in found:
-            each.step()
-            each.zero_grad(set_to_none=True)
+        if update is None:
+            update = Step(replica, found, values, graphed=DEVICE.type == "cuda" and RANKS == 1 and optimizer == "adamw")
+        loss = update(values, rate_at(step, steps))
         decay = min(0.9995, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        sums += loss.detach()
+        sums += loss
         done = step + 1
         if RANK == 0 and (done % 200 == 0 or done == first + 20):
             value = sums.item() / (done - last[1])
