@@ -105,8 +105,7 @@ def size_stride(sizes: Tensor | None) -> int:
 
 
 # How custom operators get what they cannot take whole.
-_packed: list[tuple[type, tuple[tuple[str, str], ...]]] = []
-_place: dict[type, int] = {}
+_packable: list[type] = []
 _KINDS = {"Tensor": "tensor", "Tensor | None": "tensor", "int": "int", "tuple[int, int]": "range"}
 
 
@@ -115,14 +114,15 @@ def packable(kind: type) -> type:
 
     Tensors and packable values may be None.
     """
-    known = {"None", *(x.__name__ for x in _place)}
+    known = {"None", *(x.__name__ for x in _packable)}
     fields = []
     for name, annotation in kind.__annotations__.items():
         annotation = getattr(annotation, "__forward_arg__", annotation)  # a NamedTuple wraps it
         assert annotation in _KINDS or known.issuperset(annotation.split(" | ")), f"{name} is not packable"
         fields.append((name, _KINDS.get(annotation, "packed")))
-    _place[kind] = len(_packed)
-    _packed.append((kind, tuple(fields)))
+    # On the class itself: Dynamo may have read a table before the import of a method's kernels adds to it.
+    kind.packing = len(_packable), tuple(fields)
+    _packable.append(kind)
     return kind
 
 
@@ -138,9 +138,9 @@ def flatten(value: Any) -> tuple[list[Tensor], list[int]]:
 
 
 def _flatten(value: Any, tensors: list[Tensor], numbers: list[int]) -> None:
-    place = _place[type(value)]
+    place, described = type(value).packing
     numbers.append(place)
-    for name, what in _packed[place][1]:
+    for name, what in described:
         field = getattr(value, name)
         if what == "int":
             numbers.append(field)
@@ -162,9 +162,8 @@ def unflatten(tensors: Iterable[Tensor], numbers: Iterable[int]) -> Any:
 
 
 def _unflatten(tensors: Iterator[Tensor], numbers: Iterator[int]) -> Any:
-    kind, described = _packed[next(numbers)]
-    fields = {}
-    for name, what in described:
+    kind, fields = _packable[next(numbers)], {}
+    for name, what in kind.packing[1]:
         if what == "int":
             fields[name] = next(numbers)
         elif what == "range":
