@@ -162,6 +162,9 @@ def test_the_commands_mind_it(tmp_path, capsys):
 
 
 def test_training_minds_it(tmp_path):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
     write_data(tmp_path / "data")
     with pytest.raises(RuntimeError, match="sparse layers fell back"):
         run_training(training_config(tmp_path, sparsity__on_fallback="raise"))

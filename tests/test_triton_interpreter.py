@@ -223,7 +223,7 @@ def run_states() -> None:
     terms = torch.rand(2, 64, 64)
     assert relative_error(masked_sum(mask, terms), mask.double() @ terms.double()) < 1e-5
 
-    from foveal.kernels.triton.linear_backward import shared_sums
+    from foveal.kernels.hopper.shared_sums import shared_sums
     from foveal.kernels.values import LinearTerm
 
     # 33 parts and 70 blocks of three heads: more than a program adds at a time, and not a multiple of it.

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from foveal.kernels.backend import QuerySide, SharedGradients
 from foveal.kernels.hopper.launch import mix_of, tiles, walkable
+from foveal.kernels.hopper.shared_sums import shared_sums
 from foveal.kernels.host import launch, num_sms
-from foveal.kernels.triton.linear_backward import shared_sums
 from foveal.kernels.values import state_strides
 
 SHARED_ROWS = 128  # rows of a block where all share one H

@@ -158,7 +158,7 @@ def _projection_grad_kernel(
 
 
 @triton.jit
-def _column_sums(part_ptr, column, length, parts, PARTS: tl.constexpr):
+def column_sums(part_ptr, column, length, parts, PARTS: tl.constexpr):
     """sum over p of part[p, i] for these of `length` columns."""
     total = tl.zeros([PARTS, column.shape[0]], tl.float32)
     for start in range(0, parts, PARTS):
@@ -185,58 +185,10 @@ def _projection_sum_kernel(
     strips: tl.constexpr = D * D // COLUMNS
     if strip < strips:
         column = strip * COLUMNS + tl.arange(0, COLUMNS)
-        tl.store(weight_ptr + column, _column_sums(weight_part_ptr, column, D * D, parts, PARTS))
+        tl.store(weight_ptr + column, column_sums(weight_part_ptr, column, D * D, parts, PARTS))
     else:
         column = (strip - strips) * COLUMNS + tl.arange(0, COLUMNS)
-        tl.store(bias_ptr + column, _column_sums(bias_part_ptr, column, D, parts, PARTS))
-
-
-@triton.jit(do_not_specialize=["parts", "blocks"])
-def _shared_sum_kernel(
-    part_ptr,
-    norm_part_ptr,
-    bias_part_ptr,
-    state_ptr,
-    norm_ptr,
-    mean_ptr,
-    narrow_ptr,
-    sum_ptr,
-    whole_ptr,
-    grad_norm_ptr,
-    grad_bias_ptr,
-    parts,
-    blocks,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Grid (strips of dH, of dZ, and of db, B * H): one pair's sums of dH over parts and of dZ over blocks.
-
-    With a sum_ptr also dH in float32, H + Z m^T, and, by the first pair's programs, db of all pairs.
-    """
-    await_previous()
-    projected: tl.constexpr = sum_ptr is not None
-    strip, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    strips: tl.constexpr = D * D // COLUMNS
-    short: tl.constexpr = D // COLUMNS
-    if strip < strips:
-        column = strip * COLUMNS + tl.arange(0, COLUMNS)
-        total = _column_sums(part_ptr + pair * parts * D * D, column, D * D, parts, PARTS)
-        place = pair * D * D + column
-        tl.store(narrow_ptr + place, total.to(tl.bfloat16))
-        if projected:
-            tl.store(sum_ptr + place, total)
-            product = tl.load(norm_ptr + pair * D + column // D) * tl.load(mean_ptr + pair * D + column % D)
-            tl.store(whole_ptr + place, tl.load(state_ptr + place).to(tl.float32) + product)
-    elif strip < strips + short:
-        column = (strip - strips) * COLUMNS + tl.arange(0, COLUMNS)
-        total = _column_sums(norm_part_ptr + pair * blocks * D, column, D, blocks, PARTS)
-        tl.store(grad_norm_ptr + pair * D + column, total)
-    elif projected:  # noqa: SIM102, as it is known when this compiles
-        if pair == 0:
-            column = (strip - strips - short) * COLUMNS + tl.arange(0, COLUMNS)
-            total = _column_sums(bias_part_ptr, column, D, blocks * tl.num_programs(1), PARTS)
-            tl.store(grad_bias_ptr + column, total)
+        tl.store(bias_ptr + column, column_sums(bias_part_ptr, column, D, parts, PARTS))
 
 
 @triton.jit(do_not_specialize=["heads", "length", "size_stride"])
@@ -390,49 +342,6 @@ def projection_gradients(grad: Tensor, linear: Tensor) -> tuple[Tensor, Tensor]:
         num_warps=4,
     )
     return weight, bias
-
-
-def shared_sums(term: LinearTerm, grad_states: Tensor, grad_norms: Tensor, grad_biases: Tensor) -> SharedGradients:
-    """What the query side gives where all query blocks of a head share one H, of its parts.
-
-    Args:
-        term: the linear branch of the forward, with one H of each head.
-        grad_states: dH, with respect to H W^T where there is a W, float32 [B * H, parts, D, D].
-        grad_norms, grad_biases: dZ and db of each block, float32 [B * H, blocks, D].
-    """
-    pairs, parts, head_dim, _ = grad_states.shape
-    memory, columns, projected = {"dtype": torch.float32, "device": grad_states.device}, 64, term.weight is not None
-    narrow = torch.empty((pairs, 1, head_dim, head_dim), dtype=torch.bfloat16, device=grad_states.device)
-    norm = torch.empty((pairs, 1, head_dim), **memory)
-    total = whole = bias = None
-    if projected:
-        total, whole = (torch.empty((pairs * head_dim, head_dim), **memory) for _ in range(2))
-        bias = torch.empty(head_dim, **memory)
-    launch(
-        _shared_sum_kernel,
-        (head_dim * (head_dim + 1 + projected) // columns, pairs),
-        part_ptr=grad_states,
-        norm_part_ptr=grad_norms,
-        bias_part_ptr=grad_biases,
-        state_ptr=term.state,
-        norm_ptr=term.norm,
-        mean_ptr=term.means[0],
-        narrow_ptr=narrow,
-        sum_ptr=total,
-        whole_ptr=whole,
-        grad_norm_ptr=norm,
-        grad_bias_ptr=bias,
-        parts=parts,
-        blocks=grad_norms.shape[1],
-        D=head_dim,
-        COLUMNS=columns,
-        PARTS=32,
-        num_warps=4,
-    )
-    if not projected:
-        return SharedGradients(narrow, norm, None, None)
-    # dO^T O^l of a head is (dH W^-T)^T times the state of V, H + Z m^T: the sum over its rows is in dH already.
-    return SharedGradients(narrow @ term.weight, norm, total.t() @ whole, bias)
 
 
 def add_key_gradients(
