@@ -96,6 +96,7 @@ SPILLS = [
     ("_query_grad_kernel", 90, {"D": 64, "BLOCK_Q": 128}, 0, 96),
     ("_key_grad_kernel", 80, {"D": 128, "FEATURE_MAP": "elu"}, 0, 7424),
     ("_key_grad_kernel", 80, {"D": 128}, 0, 48),
+    ("_projection_grad_kernel", 80, {"D": 128}, 4, 20),
     ("_projection_grad_kernel", 80, {}, 0, 8),
     ("_pooled_dq_kernel", 80, {"D": 128}, 0, 8),
     ("_pooled_dq_kernel", 90, {"D": 128}, 0, 36),
