@@ -205,9 +205,8 @@ def test_figures_of_the_page_are_those_of_the_run():
         (x["VSA 10 %"]["peak_bytes"] - x["dense cuDNN"]["peak_bytes"]) / 2**30
         for x in (runs[1][f"{seconds} s, compiled"]["arms"] for seconds in (5, 10, 15))
     ]
-    assert "took {:.1f} GiB more at 5 s, {:.1f} GiB at 10 s, and {:.1f} GiB at 15 s".format(*more) in " ".join(
-        page.split()
-    )
+    words = " ".join(page.split())
+    assert "took {:.1f} GiB more at 5 s, {:.1f} GiB at 10 s, and {:.1f} GiB at 15 s".format(*more) in words
     assert all(x["SLA 5 %"]["peak_bytes"] <= x["dense cuDNN"]["peak_bytes"] + 2**20 for x in arms)
     assert f"takes {100 * min(bounds):.0f} to {100 * max(bounds):.0f}% of a dense one's time" in page
 

@@ -74,12 +74,49 @@ def test_function_example_runs():
         assert scope[name].isfinite().all()
 
 
-def test_tables_are_those_of_the_results():
-    """Figures come from the JSON that the tools wrote, not from hands."""
+@pytest.fixture
+def tables():
     spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_those_of_the_results(tables):
+    """Figures come from the JSON that the tools wrote, not from hands."""
     for page in tables.PAGES:
         text = page.read_text()
         assert "<!-- table:" in text
         assert tables.rendered(text) == text, f"{page.name}: run python docs/tables.py"
+
+
+def test_sentences_about_speed_are_those_of_the_results(tables):
+    def words(page):
+        return " ".join((ROOT / "docs" / page).read_text().split())
+
+    def entries(shape, kind):
+        return {entry["name"]: entry["passes"] for entry in tables.bench_run(shape, kind)[1]}
+
+    found = [passes for name, passes in entries("480p", "kernel").items() if name.endswith("gluon")]
+    shares = {
+        name: [100 * passes[name]["ratios"]["SDPA cuDNN"]["share_of_rate"] for passes in found]
+        for name in ("forward", "backward")
+    }
+    low, high = ({name: f"{pick(x):.0f}" for name, x in shares.items()} for pick in (min, max))
+    said = f"at {low['forward']} to {high['forward']}% of dense cuDNN's TFLOP/s forward and at {low['backward']} to "
+    assert f"{said}{high['backward']}% backward" in words("performance.md")
+
+    ours, theirs = (
+        entries("h3-5s", "kernel")[f"block-sparse 64x64 10 %, {impl}"] for impl in ("gluon", "fastvideo-kernel Triton")
+    )
+    forward, backward = (theirs[name]["rested_ms"] / ours[name]["rested_ms"] for name in ("forward", "backward"))
+    said = words("performance.md")
+    assert f"[{forward:.2f} times faster](notes/tables.md#minimax-h3-5-s) forward and {backward:.2f} times" in said
+
+    def speedups(tile):
+        passes = entries("480p", "method")[f"VSA 12.5 %, {tile} tile, auto"]
+        return [f"{passes[name]['ratios']['SDPA cuDNN']['speedup']:.1f} times" for name in ("forward", "backward")]
+
+    said = "It is {} faster than dense in the forward and {} in the backward".format(*speedups("auto"))
+    forward, backward = speedups("wide")
+    assert f'{said} with `tile="auto"`, and {forward} and {backward} with `tile="wide"`' in words("limits.md")
