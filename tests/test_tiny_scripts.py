@@ -114,12 +114,22 @@ def test_a_step_of_the_vae_learns_from_crops_of_whole_length(scripts, monkeypatc
     every = [clip[:, r : r + 16, c : c + 24] for clip in clips for r, c in places]
     assert all(any(torch.equal(crop, whole) or torch.equal(crop.flip(2), whole) for whole in every) for crop in found)
     torch.manual_seed(0)
-    trainer = vae.Trainer(scripts["model"].build_vae(), (4, 3, 5, 16, 24))
+    model = scripts["model"].build_vae()
+    model.encoder.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    trainer = vae.Trainer(model, (4, 3, 5, 16, 24))
     losses = []
     for _ in range(3):
         trainer.step(scripts["common"].to_video(found), 1e-3)
         losses.append(trainer.loss.item())
     assert losses[-1] < losses[0]
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in moved} == {"quant_conv", "post_quant_conv", "decoder"}
+
+
+def test_a_decoder_is_not_trained_without_its_encoder(scripts, tmp_path):
+    with pytest.raises(ValueError, match="decoder_only needs a pipeline"):
+        scripts["vae"].train_vae(tmp_path, seconds=1, batch=1, rate=1e-3, start=None, decoder_only=True, commit=None)
 
 
 def test_every_arm_trains_and_the_table_pairs_them(scripts, monkeypatch):
@@ -133,10 +143,7 @@ def test_every_arm_trains_and_the_table_pairs_them(scripts, monkeypatch):
     torch.manual_seed(0)
     dense = scripts["model"].build_transformer()
     dense.blocks = dense.blocks[:1]
-    runs = [
-        {"arm": name, "seed": 0, **arms.train_arm(dense, config, data, 0, options)}
-        for name, config in arms.ARMS.items()
-    ]
+    runs = [{"arm": name, "seed": 0, **arms.train_arm(dense, arm, data, 0, options)} for name, arm in arms.ARMS.items()]
     assert all(run["after"] != runs[0]["after"] for run in runs[1:])
     assert {run["arm"]: len(run["added_norms"]) > 0 for run in runs} == {
         name: any(word in name for word in ("coarse", "linear", "SLA2")) for name in arms.ARMS

@@ -4,9 +4,10 @@
     python benchmarks/tiny/arms.py table FILE.json
 
 WORK is that of `make.py` with its latents and its transformer. A run is an arm and a seed; the seed picks the batches
-and their noise, and all arms share them. All weights train, those that conversion adds at the same rate. `table`
-compares held-out losses, paired by clip and noise level. FILE gains a run as soon as it has ended, and what it has is
-not run again; several processes, each with a file of its own, take `--share 0/2` and `--share 1/2` of the runs.
+and their noise, and all arms share them. All weights train, those that conversion adds at the same rate unless the
+arm's name says otherwise. `table` compares held-out losses, paired by clip and noise level. FILE gains a run as soon as
+it has ended, and what it has is not run again; several processes, each with a file of its own, take `--share 0/2` and
+`--share 1/2` of the runs.
 
 The cubes arms differ in nothing but their branches: the same exact cubes, with and without the coarse branch (VSA's),
 the linear branch (SLA's), or both.
@@ -16,11 +17,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import math
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import model as parts
 import torch
@@ -28,7 +31,7 @@ from arms_table import table
 from common import DEVICE, machine
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from train_transformer import SIGMAS, Data, batches, loss_of
+from train_transformer import SIGMAS, Data, Step, batches, loss_of
 
 from foveal import SLA2Config, SLAConfig, SLAVSAConfig, sparsify
 from foveal.methods.base import Config
@@ -39,16 +42,29 @@ BLOCKS = SLAConfig(
     keep_ratio=0.1, drop_ratio=0.0, linear_scope="none", token_order="tile", block_q=64, block_k=64, projection=False
 )
 MARGINAL = BLOCKS.replace(drop_ratio=0.1, linear_scope="marginal", projection=True)
-ARMS: dict[str, Config | None] = {
-    "dense": None,
-    "cubes": CUBES,
-    "cubes, coarse": CUBES.replace(coarse=True),
-    "cubes, linear": CUBES.replace(linear_scope="noncritical"),
-    "cubes, coarse, linear": CUBES.replace(coarse=True, linear_scope="noncritical"),
-    "blocks": BLOCKS,
-    "blocks, linear": MARGINAL,
-    "blocks, linear (relu)": MARGINAL.replace(feature_map="relu"),
-    "blocks, SLA2": SLA2Config(keep_ratio=0.1, block_q=64, block_k=64, token_order="tile"),
+
+
+class Arm(NamedTuple):
+    """A method, and the rate of the parameters that it adds, over that of the others."""
+
+    config: Config | None = None
+    added_rate: float = 1.0
+
+
+ARMS = {
+    "dense": Arm(),
+    "cubes": Arm(CUBES),
+    "cubes, coarse": Arm(CUBES.replace(coarse=True)),
+    "cubes, linear": Arm(CUBES.replace(linear_scope="noncritical")),
+    "cubes, coarse, linear": Arm(CUBES.replace(coarse=True, linear_scope="noncritical")),
+    "cubes, coarse, linear (rate x 10)": Arm(CUBES.replace(coarse=True, linear_scope="noncritical"), 10.0),
+    "blocks": Arm(BLOCKS),
+    "blocks, linear": Arm(MARGINAL),
+    "blocks, linear (rate x 10)": Arm(MARGINAL, 10.0),
+    "blocks, linear (relu)": Arm(MARGINAL.replace(feature_map="relu")),
+    "blocks, linear (all)": Arm(MARGINAL.replace(linear_scope="all")),
+    "blocks, SLA2": Arm(SLA2Config(keep_ratio=0.1, block_q=64, block_k=64, token_order="tile")),
+    "blocks (12.5%)": Arm(BLOCKS.replace(keep_ratio=0.125)),
 }
 FIRST_STEP = 1_000_000  # seeds' batches begin here, far from those of pretraining
 
@@ -70,38 +86,49 @@ def held_out_losses(model: nn.Module, data: Data, batch: int) -> Tensor:
     return torch.stack(levels, 1)
 
 
-def train_arm(dense: nn.Module, config: Config | None, data: Data, seed: int, options: argparse.Namespace) -> dict:
+def train_arm(dense: nn.Module, arm: Arm, data: Data, seed: int, options: argparse.Namespace) -> dict:
     torch.manual_seed(seed)
     model = copy.deepcopy(dense)
-    if config is not None:
-        sparsify(model, config)
+    if arm.config is not None:
+        sparsify(model, arm.config)
     added = [p for processor in sparse_processors(model).values() for p in processor.parameters()]
     before = held_out_losses(model, data, options.batch)
+    cuda = DEVICE.type == "cuda"
+    known = {id(p) for p in added}
+    groups = [(arm.added_rate, added), (1.0, [p for p in model.parameters() if id(p) not in known])]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=DEVICE.type == "cuda"
+        [
+            {
+                "params": group,
+                "peak": options.rate * share,
+                "lr": torch.tensor(options.rate, device=DEVICE) if cuda else 0.0,
+            }
+            for share, group in groups
+            if group
+        ],
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
+        fused=cuda,
+        capturable=cuda,
     )
     warmup, first, started, losses = max(1, options.steps // 10), FIRST_STEP * (seed + 1), time.time(), []
+    update = None
     for step, values in enumerate(batches(data, options.batch, first, first + options.steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = options.rate * min(
-                (step + 1) / warmup, (options.steps - step) / max(1, options.steps - warmup)
-            )
-        loss = loss_of(model, *values).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+        if update is None:
+            update = Step(model, [optimizer], values, graphed=cuda)
+        share = min((step + 1) / warmup, (options.steps - step) / max(1, options.steps - warmup))
+        losses.append(update(values, share).clone())
     training = torch.stack(losses).float().cpu()
     if not training.isfinite().all():
         raise FloatingPointError("a training loss is not finite")
     seconds = time.time() - started
     after = held_out_losses(model, data, options.batch)
     return {
-        "config": None if config is None else {"method": type(config).__name__, **config.to_dict()},
+        "config": None if arm.config is None else {"method": type(arm.config).__name__, **arm.config.to_dict()},
         "steps": options.steps,
         "batch": options.batch,
         "rate": options.rate,
+        "added_rate": options.rate * arm.added_rate,
         "levels": list(SIGMAS),
         "before": before.mean(0).tolist(),
         "after": [[round(x, 7) for x in clip] for clip in after.tolist()],
@@ -131,6 +158,7 @@ def train(options: argparse.Namespace) -> None:
         aside = options.output.with_suffix(".part")
         aside.write_text(json.dumps(found) + "\n")
         os.replace(aside, options.output)
+        gc.collect()  # the memory of its CUDA graph
         mean = torch.tensor(found[key]["after"]).mean().item()
         before = sum(found[key]["before"]) / len(SIGMAS)
         print(f"{key}: {before:.5f} -> {mean:.5f}, {found[key]['seconds']} s", flush=True)

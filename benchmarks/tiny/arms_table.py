@@ -14,7 +14,7 @@ def interval(values: list[float]) -> str:
 
 
 def table(runs: list[dict]) -> str:
-    """A Markdown table: an interval is over clips, of their means over the seeds.
+    """A Markdown table: an interval is over clips, of their means over the seeds; the last column has every seed.
 
     Args:
         runs: as `arms.py` writes them, in the order of the rows. An arm is compared with "dense" and with the arm that
@@ -22,7 +22,7 @@ def table(runs: list[dict]) -> str:
     """
     losses = {(run["arm"], run["seed"]): [statistics.mean(levels) for levels in run["after"]] for run in runs}
     before = {run["arm"]: statistics.mean(run["before"]) for run in runs}
-    titles = ("attention", "seeds", "loss before", "after", "against dense", "against no branch")
+    titles = ("attention", "seeds", "loss before", "after", "against dense", "against no branch", "by seed")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for arm in before:
         seeds = [seed for name, seed in losses if name == arm]
@@ -33,5 +33,6 @@ def table(runs: list[dict]) -> str:
             pairs = [zip(losses[arm, seed], losses[other, seed], strict=True) for seed in shared]
             relative = [[mine / theirs - 1 for mine, theirs in pair] for pair in pairs]
             cells.append(interval([statistics.mean(clip) for clip in zip(*relative, strict=True)]) if shared else "")
+        cells.append(" / ".join(f"{100 * statistics.mean(clips):+.2f}" for clips in relative))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -223,6 +223,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--vae-batch", type=int, default=4)
     parser.add_argument("--vae-rate", type=float, default=1.5e-3)
+    parser.add_argument("--decoder-only", action="store_true", help="vae: the latents stay those of --pipeline")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--guidance", type=float, default=2.0)
@@ -238,6 +239,7 @@ def main() -> None:
             batch=options.vae_batch,
             rate=options.vae_rate,
             start=options.pipeline,
+            decoder_only=options.decoder_only,
             commit=options.commit,
         )
     elif options.stage == "latents":

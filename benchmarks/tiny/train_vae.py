@@ -91,15 +91,17 @@ def lighten(vae: nn.Module) -> None:
 class Trainer:
     """A VAE with its optimizer and its average. A step on a GPU is one CUDA graph.
 
-    Launched one by one, the 3,000 kernels of a step take the host 110 ms and the GPU 20 ms.
+    Launched one by one, the 3,000 kernels of a step take the host 110 ms and the GPU 20 ms. Parameters that require no
+    gradient stay as they are.
     """
 
     def __init__(self, vae: nn.Module, shape: tuple[int, ...]) -> None:
         cuda = DEVICE.type == "cuda"
         self.vae, self.model, self.video = vae, Reconstruction(vae), torch.zeros(shape, device=DEVICE)
         self.rate = torch.tensor(0.0, device=DEVICE)
+        self.trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            vae.parameters(), lr=self.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=cuda, capturable=cuda
+            self.trained, lr=self.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=cuda, capturable=cuda
         )
         self.average = {name: value.clone() for name, value in vae.state_dict().items()}
         self.steps, self.graph = 0, None
@@ -126,7 +128,7 @@ class Trainer:
     def _update(self) -> None:
         loss, self.kl = self.model(self.video)
         loss.backward()
-        self.norm = nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        self.norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.loss = loss.detach()
 
@@ -156,17 +158,32 @@ def crops(clips: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.stack(found)
 
 
-def train_vae(work: Path, *, seconds: float, batch: int, rate: float, start: Path | None, commit: str | None) -> None:
+def train_vae(
+    work: Path,
+    *,
+    seconds: float,
+    batch: int,
+    rate: float,
+    start: Path | None,
+    decoder_only: bool,
+    commit: str | None,
+) -> None:
     """Trains on crops of whole length: a decoder that has seen 17 frames at most lets colors drift later.
 
-    `start` is a pipeline whose VAE it goes on from.
+    `start` is a pipeline whose VAE it goes on from. With `decoder_only` its latents stay what they are, and so a
+    transformer that was trained on them stays valid.
     """
+    if decoder_only and start is None:
+        raise ValueError("decoder_only needs a pipeline to start from: an encoder without training is of no use")
     torch.manual_seed(0)
     clips = torch.from_numpy(read_clips(work / "clips" / "train")[0]).to(DEVICE)
     held_out = torch.from_numpy(read_clips(work / "clips" / "held-out")[0][::8][:16])
     vae = parts.build_vae()
     if start is not None:
         vae.load_state_dict(weights_of(start, "vae"))
+    if decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     vae.to(DEVICE)
     lighten(vae)
     trainer = Trainer(vae, (batch, 3, parts.FRAMES, *CROP))
@@ -196,6 +213,7 @@ def train_vae(work: Path, *, seconds: float, batch: int, rate: float, start: Pat
     how = {
         "clips": len(clips),
         "started_from_a_pipeline": start is not None,
+        "decoder_only": decoder_only,
         "steps": trainer.steps,
         "batch": batch,
         "crop": CROP,
