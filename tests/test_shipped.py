@@ -109,17 +109,19 @@ def test_eval_takes_its_names(tmp_path):
 def test_figures_of_its_page_are_those_of_its_runs():
     root = Path(__file__).parents[1]
     page, runs = (root / "docs" / "tiny.md").read_text(), root / "benchmarks" / "results" / "tiny"
-    vae = json.loads((runs / "vae.json").read_text())
-    assert (vae["batch"], vae["crop"]) == (4, [72, 128])
-    assert f"{vae['steps']:,} steps of four clips, of each a quarter of the picture" in " ".join(page.split())
-    assert page.count(f"{vae['psnr']:.1f} dB") == 1
+    first, decoder = (json.loads((runs / name).read_text()) for name in ("vae-start.json", "vae.json"))
+    words = " ".join(page.split())
+    assert (first["batch"], first["crop"]) == (decoder["batch"], decoder["crop"]) == (4, [72, 128])
+    assert f"{first['steps']:,} steps of four clips, of each a quarter of the picture" in words
+    assert decoder["decoder_only"]
+    assert f"{decoder['steps']:,} steps of the decoder only (commit `{decoder['commit']}`)" in words
+    assert all(page.count(f"{run['psnr']:.1f} dB") == 1 for run in (first, decoder))
     losses = {
         line["step"]: line["text"] for line in map(json.loads, (runs / "transformer.jsonl").open()) if "step" in line
     }
     shown = [f"{losses[step]:.4f}" for step in (1000, 5000, max(losses))]
     assert f"{shown[0]} after 1,000 steps, {shown[1]} after 5,000, and {shown[2]} at the end" in " ".join(page.split())
     start = [json.loads(line) for line in (runs / "transformer-start.jsonl").open()]
-    words = " ".join(page.split())
     assert f"which {start[-1]['step']:,} steps on the clips of commit `{start[0]['commit'][:7]}` had made" in words
     assert f"{max(losses):,} more steps of 64 clips" in words
     rows = []
