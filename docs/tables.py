@@ -235,6 +235,7 @@ def parallel() -> str:
     for size, backward, label in (
         ("1.3b", False, "1.3B under Ulysses, forward, compiled"),
         ("14b", False, "14B under Ulysses, forward, compiled"),
+        ("h3", False, "MiniMax-H3, 8 blocks, 15 s under Ulysses, forward, compiled"),
         ("1.3b", True, "1.3B under Ulysses, forward and backward"),
     ):
         wanted = {"size": size, "backward": backward}
@@ -347,9 +348,9 @@ def quality(pattern: str = "quality-arms-*.json", base: str = "sparse5", seed: i
     return "\n".join([*lines, "", caption])
 
 
-def quality_tiny() -> str:
+def quality_tiny(date: str) -> str:
     """Held-out losses of the tiny model's arms, as benchmarks/tiny/arms.py prints them."""
-    runs = list(json.loads((RESULTS / "quality-tiny-nvidia-h200-2026-11-29.json").read_text()).values())
+    runs = list(json.loads((RESULTS / f"quality-tiny-nvidia-h200-{date}.json").read_text()).values())
     first = runs[0]
     clips = f"{first['steps']} steps of {first['batch']} clips, {len(first['after'])} held-out clips"
     made = f"{first['device']}, torch {first['torch']}, commit {first['commit']}"
@@ -495,6 +496,7 @@ TABLES = {
     "kernels_480p": kernels,
     "flex": lambda: kernels("flex-*.json"),
     "kernels_h3": lambda: kernels(shape="h3-5s"),
+    "kernels_h3_15s": lambda: kernels(shape="h3-15s"),
     "methods": lambda: methods(given=False),
     "methods_480p": methods,
     "shapes": shapes,
@@ -518,7 +520,8 @@ TABLES = {
     "quality_long": lambda: quality("quality-long-*.json", "sparse5-tile"),
     "quality_scratch": lambda: quality("quality-scratch-*.json", "sparse5-tile"),
     "quality_scratch_1": lambda: quality("quality-scratch-*.json", "sparse5-tile", seed=1),
-    "quality_tiny": quality_tiny,
+    "quality_tiny": lambda: quality_tiny("2026-11-30"),
+    "quality_tiny_before": lambda: quality_tiny("2026-11-29"),
     "attention_mass": attention_mass,
     "branches": branches,
     "int8_instructions": int8_instructions,
