@@ -25,6 +25,7 @@ import contextlib
 import importlib
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -269,7 +270,9 @@ def tables(results: dict[str, Any], file: str) -> str:
             cells = [f"{times[name][who]:.2f}" for name in PASSES]
             lines.append(f"| {case['case']} | {who} | {' | '.join(cells)} |")
     shape, found = results["shape"], results["machine"]
-    left_out = "".join(f" {name} was left out: {why}." for name, why in results["left_out"].items())
+    # Of a library that does not load, the name and not its folder.
+    reasons = {name: re.sub(r"/\S*/", "", why) for name, why in results["left_out"].items()}
+    left_out = "".join(f" {name} was left out: {why}." for name, why in reasons.items())
     lines += [
         "",
         f"*One sample of 480p: {shape['heads']} heads of {shape['head_dim']}, {shape['length']:,} tokens, bfloat16; "

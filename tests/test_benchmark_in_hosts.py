@@ -82,6 +82,18 @@ def test_the_page_shows_the_file_of_results(script):
     if files:
         results = json.loads(files[-1].read_text(encoding="utf-8"))
         assert script.PAGE.tables() == script.tables(results, files[-1].name)
+        gains = {}
+        for host, found in results["hosts"].items():
+            dense, *others = found["milliseconds"].values()
+            gains[host] = [dense / ms for ms in others]
+        comfyui, vllm = (
+            " ".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").split())
+            for page in ("comfyui", "vllm-omni")
+        )
+        said = "{:.2f} times faster than dense attention with 30% of the blocks, and {:.2f} times with 10%"
+        assert said.format(*gains["ComfyUI"]) in comfyui
+        assert f"with 21 of 168 cubes it is {gains['vLLM-Omni'][1]:.2f} times faster" in vllm
+        assert gains["vLLM-Omni"][0] == pytest.approx(1.0, abs=0.02)  # "with the default of 64 it is as fast"
     else:
         assert script.PAGE.tables() == "Nobody has timed them yet."
 

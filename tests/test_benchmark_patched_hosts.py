@@ -171,6 +171,19 @@ def test_the_page_shows_the_file_of_results(script):
     if files:
         results = json.loads(files[-1].read_text(encoding="utf-8"))
         assert script.PAGE.tables() == script.tables(results, files[-1].name)
+        ratios = [
+            {
+                way: next(ms for name, ms in found.items() if name != "foveal") / found["foveal"]
+                for way, found in case["milliseconds"].items()
+            }
+            for case in results["cases"]
+        ]
+        vsa, slas = ratios[0], ratios[2:]
+        low, high = ({way: pick(ratio[way] for ratio in slas) for way in vsa} for pick in (min, max))
+        said = " ".join(script.PAGE.file.read_text(encoding="utf-8").split())
+        assert f"{vsa['forward']:.2f} times faster forward and {vsa['backward']:.2f} times backward" in said
+        assert f"{low['forward']:.1f} to {high['forward']:.1f} times" in said
+        assert f"{low['backward']:.1f} to {high['backward']:.1f} times" in said
     else:
         assert script.PAGE.tables() == "Nobody has timed them yet."
 
