@@ -213,18 +213,67 @@ def test_figures_of_the_page_are_those_of_the_run():
 
 def test_parts_of_a_compiled_block_are_those_of_its_profile():
     root = SCRIPT.parent.parent
+    words = " ".join((root / "docs" / "minimax-h3.md").read_text().split())
+    file = root / "benchmarks" / "results" / "minimax-h3-compiled-nvidia-h200-2026-11-30.json"
+    assert f"`{file.name}`" in words
+    figures = json.loads(file.read_text())["figures"]
+    arms = figures["15 s, compiled"]["arms"]
+    took = {name: arm["block_milliseconds"] for name, arm in arms.items()}
+
+    def part(arm, *kernels):
+        return sum(ms for name, ms in arms[arm]["profile"].items() if name.startswith(kernels))
+
+    sla, vsa, dense = "SLA 5 %", "VSA 10 %", "dense cuDNN"
+    choice = ("_pick_kernel", "_score_kernel", "_pool_kernel", "_key_state_kernel", "_pooled_fwd_kernel")
+    protected, cubes = "cudnn_generated_fort_native_sdpa", part(vsa, "cubes_fwd_kernel")
+    gates = part(vsa, "nvjet_sm90_tst_256x152_64x4_1x2_h_bz_coopA_bias")
+    assert f"Where SLA's {took[sla] - took['no attention']:.0f} ms go" in words
+    assert f"{part(sla, 'block_sparse_fwd_kernel'):.0f} ms in the block-sparse kernel" in words
+    assert f"{part(sla, protected):.0f} ms in dense attention" in words
+    assert f"{part(sla, 'nvjet_sm90_tst_320x128'):.0f} ms in the projection" in words
+    assert f"{part(sla, *choice):.0f} ms in pooling" in words
+    assert f"Where VSA's {took[vsa] - took['no attention']:.0f} ms go" in words
+    assert f"{cubes:.0f} ms in the kernel of the cubes, {gates:.0f} ms in the projection of the gates" in words
+    assert f"{part(vsa, protected):.0f} ms in dense attention for the protected rows, " in words
+    assert f"{part(vsa, '_gather_cubes_kernel'):.0f} ms in copies to cubes, and {part(vsa, *choice):.0f} ms" in words
+
+    def work(seconds):
+        """TFLOP of the cubes' kernel, of which every query cube reads a tenth and all protected tiles."""
+        shape = figures[f"{seconds} s, compiled"]["shape"]
+        tiles = -(-shape["latent_frames"] // 4) * 6 * 11
+        read = -(-tiles // 10) + -(-shape["text_tokens"] // 64) + -(-shape["audio_tokens"] // 64)
+        return 4 * 56 * 128 * (64 * tiles) * (64 * read) / 1e12, 64 * tiles / shape["video_tokens"] - 1
+
+    left = took[dense] / 3.4 - took["no attention"] - gates - part(vsa, protected)
+    tokens = figures["15 s, compiled"]["shape"]["tokens"]
+    flops, padded = work(15)
+    assert f"3.4x would leave {left:.0f} ms to the kernel" in words
+    assert f"{flops / left * 1e3:.0f} TFLOP/s for its {flops:.0f} TFLOP" in words
+    dense_rate = 4 * 56 * 128 * tokens**2 / 1e9 / part(dense, protected)
+    assert f"reaches {dense_rate:.0f} in the same run, and this one {flops / cubes * 1e3:.0f}," in words
+    flops, more_padded = work(5)
+    cubes = figures["5 s, compiled"]["arms"][vsa]["profile"]["cubes_fwd_kernel"]
+    assert f"it reaches {flops / cubes * 1e3:.0f}." in words
+    assert f"which costs {100 * padded:.0f}% more rows at 15 s and {100 * more_padded:.0f}% at 5 s" in words
+    again = [figures[f"{seconds} s, compiled"]["arms"][arm]["speedup"] for seconds in (5, 15) for arm in (vsa, sla)]
+    said = "{:.2f}x with VSA and {:.2f}x with SLA at 5 s, and {:.2f}x and {:.2f}x at 15 s"
+    assert said.format(*again) in words
+
+
+def test_figures_of_a_training_step_are_those_of_its_run():
+    root = SCRIPT.parent.parent
     page = (root / "docs" / "minimax-h3.md").read_text()
-    file = root / "benchmarks" / "results" / "minimax-h3-compiled-nvidia-h200-2026-11-29.json"
-    arms = json.loads(file.read_text())["figures"]["15 s, compiled"]["arms"]
-    parts = arms["SLA 5 %"]["profile"]
-
-    def part(*kernels):
-        return round(sum(ms for name, ms in parts.items() if name.startswith(kernels)))
-
-    whole = arms["SLA 5 %"]["block_milliseconds"] - arms["no attention"]["block_milliseconds"]
-    chosen = part("_pick_kernel", "_score_kernel", "_pool_kernel", "_key_state_kernel")
-    words = " ".join(page.split())
-    assert f"Where SLA's {whole:.0f} ms go" in words
-    assert f"{part('block_sparse_fwd_kernel')} ms in the block-sparse kernel" in words
-    assert f"{part('cudnn_generated_fort_native_sdpa')} ms in dense attention" in words
-    assert f"{part('nvjet_sm90_tst_320x128')} ms in the projection, {chosen} ms in pooling" in words
+    (name,) = re.findall(r"`(minimax-h3-training-\S+\.json)`", page)
+    (found,) = json.loads((root / "benchmarks" / "results" / name).read_text())["figures"].values()
+    for arm, x in found["arms"].items():
+        row = f"| {arm} | {x['block_milliseconds']:.0f} | {x['step_seconds']:.1f} |"
+        if "speedup" in x:
+            row += f" {x['speedup']:.2f}x |"
+        if "speedup_with_teacher" in x:
+            row += f" {x['step_seconds_with_teacher']:.1f} | {x['speedup_with_teacher']:.2f}x |"
+        assert row in page
+    run = json.loads(max((root / "benchmarks" / "results").glob("context-parallel-h3-*.json")).read_text())["calls"]
+    said = "is {:.2f} times faster with VSA, and {:.2f} times with dense".format(
+        *(run[arm]["speedup"] for arm in ("VSA 10 %", "dense"))
+    )
+    assert said in " ".join(page.split())
