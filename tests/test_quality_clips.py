@@ -63,6 +63,16 @@ def test_captions_say_what_the_game_knows(clips, turned, walked, seen, event, ex
     assert clips.caption("a cave", turned, walked, seen, event) == f"first-person view of a cave, {expected}"
 
 
+def test_long_and_large_clips_have_jobs_and_captions_of_their_own(clips, tmp_path):
+    found = clips.jobs(tmp_path, seeds=2, frames=97, times=2)
+    assert {job.seed for job in found if job.file.parent.name == "train"} == {0, 1}
+    assert {job.seed for job in found if job.file.parent.name == "held-out"} == {100, 101}
+    assert {(job.frames, job.times, job.scale) for job in found} == {(97, 2, 4)}
+    # The same pace over twice the time, and an enemy in a third of the frames.
+    assert clips.caption("a cave", 0, 420, {"Demon": 33}, frames=97).endswith("walking forward, a demon ahead")
+    assert clips.caption("a cave", 0, 210, {"Demon": 32}, frames=97).endswith("moving slowly")
+
+
 def test_doors_are_lines_of_their_kinds_that_have_another_side(clips, tmp_path):
     import game
 

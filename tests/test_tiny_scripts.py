@@ -139,11 +139,13 @@ def test_every_arm_trains_and_the_table_pairs_them(scripts, monkeypatch):
     data.latents = data.held_out = torch.randn(2, 16, 3, 8, 8, generator=torch_random)
     data.texts, data.empty = torch.randn(1, 8, 64, generator=torch_random), 0
     data.caption = data.held_out_caption = torch.zeros(2, dtype=torch.long)
-    options = Namespace(batch=2, steps=1, rate=1e-3, commit=None)
+    options = Namespace(batch=2, steps=1, rate=1e-3, commit=None, compile=False)
     torch.manual_seed(0)
     dense = scripts["model"].build_transformer()
     dense.blocks = dense.blocks[:1]
-    runs = [{"arm": name, "seed": 0, **arms.train_arm(dense, arm, data, 0, options)} for name, arm in arms.ARMS.items()]
+    runs = [
+        {"arm": name, "seed": 0, **arms.train_arm(dense, arm, data, 0, options)} for name, arm in arms.arms().items()
+    ]
     assert all(run["after"] != runs[0]["after"] for run in runs[1:])
     assert {run["arm"]: len(run["added_norms"]) > 0 for run in runs} == {
         name: any(word in name for word in ("coarse", "linear", "SLA2")) for name in arms.ARMS
@@ -165,6 +167,36 @@ def test_a_pipeline_gives_a_work_folder_its_weights(scripts, tmp_path):
     tensors = load_file(tmp_path / "transformer.safetensors")
     transformer.load_state_dict({key.removeprefix("average/"): value for key, value in tensors.items()})
     assert all(value.dtype == torch.float32 for value in tensors.values())
+
+
+def test_latents_of_other_clips_keep_a_pipelines_words_and_statistics(scripts, monkeypatch, tmp_path):
+    import json
+
+    import numpy as np
+    from safetensors.torch import load_file
+
+    from foveal.models.shipped import FOLDER
+
+    pipeline, seen = FOLDER / "tiny", []
+    monkeypatch.setattr(scripts["vae"], "CLIP_PIXELS", 2 * 5 * 16 * 24)
+    encode = scripts["model"].encode
+    monkeypatch.setattr(scripts["model"], "encode", lambda vae, video: seen.append(len(video)) or encode(vae, video))
+    scripts["make"].unpack(tmp_path, pipeline)
+    for part, count in (("train", 3), ("held-out", 1)):
+        folder = tmp_path / "clips" / part
+        folder.mkdir(parents=True)
+        for number in range(2):
+            frames = np.random.RandomState(number).randint(0, 256, (count, 5, 16, 24, 3)).astype(np.uint8)
+            np.savez(folder / f"{number}.npz", frames=frames, captions=[f"turning left, then {number}"] * count)
+    scripts["vae"].write_latents(tmp_path, pipeline)
+    tensors, facts = load_file(tmp_path / "latents.safetensors"), json.loads((tmp_path / "latents.json").read_text())
+    assert seen == [2, 2, 1, 1] * 2 + [1] * 4
+    assert tensors["train"].shape == tensors["train-mirrored"].shape == (6, 16, 2, 2, 3)
+    config = json.loads((pipeline / "vae" / "config.json").read_text())
+    assert facts["mean"] == pytest.approx(config["latents_mean"])
+    assert len(facts["words"]) == 53
+    assert facts["captions"]["train"][3:] == ["turning left, then 1"] * 3
+    assert facts["captions"]["train-mirrored"][0] == "turning right, then 0"
 
 
 def test_a_step_clips_and_moves_by_its_share_of_the_rate(scripts, monkeypatch):

@@ -1,6 +1,7 @@
 """Captioned clips of game video, from ViZDoom's scenarios and maps of Freedoom, rendered on all cores.
 
     python benchmarks/quality/clips.py --output FOLDER
+    python benchmarks/quality/clips.py --output FOLDER --frames 97 --times 2 --seeds 4
 
 There are three kinds of clips. In a *walk* the player steers by the depth buffer, so that it follows corridors and
 does not stare at walls, or it stands and looks around. In a *meeting* an enemy stands close ahead, where a command of
@@ -11,8 +12,9 @@ The game is drawn at twice the size and averaged, which takes away the flicker o
 scene and a seed) always takes the same walks, with the same captions; pixels of effects differ from run to run in some
 scenes. `held-out` has seeds of its own, and a map of its own. Jobs that are on disk are not rendered again.
 
-FOLDER/PART/JOB.npz holds `frames` uint8 [clips, 49, 144, 256, 3] at 35 frames a second, and `captions`. This file
-imports no torch, because each of its processes would load it.
+FOLDER/PART/JOB.npz holds `frames` uint8 [clips, 49, 144, 256, 3] at 35 frames a second, and `captions`. The second
+command renders 97 frames of 288 x 512 pixels, of fewer games. This file imports no torch, because each of its processes
+would load it.
 
 ViZDoom is under the MIT license, Freedoom's maps, textures, and sprites are under the BSD license.
 """
@@ -70,19 +72,26 @@ SETTLED = 3  # ticks, until the picture shows where the player was put
 
 @dataclass(frozen=True)
 class Job:
-    """One game: a scenario or a map, a seed, and the file for its clips."""
+    """One game: a scenario or a map, a seed, and the file for its clips; and how long and how large they are."""
 
     scene: str
     seed: int
     file: Path
+    frames: int = FRAMES
+    times: int = 1
+
+    @property
+    def scale(self) -> int:
+        """How many times larger than 144 x 256 pixels the game draws."""
+        return SCALE * self.times
 
 
-def jobs(output: Path) -> list[Job]:
-    """All jobs, held-out ones first, then by seed: the first half of them has every scene."""
+def jobs(output: Path, *, seeds: int | None = None, frames: int = FRAMES, times: int = 1) -> list[Job]:
+    """All jobs, held-out ones first, then by seed: the first half of them has every scene. `seeds` limits training."""
     return [
-        Job(scene, seed, output / part / f"{scene}-{seed}.npz")
+        Job(scene, seed, output / part / f"{scene}-{seed}.npz", frames, times)
         for part in ("held-out", "train")
-        for seed in SEEDS[part]
+        for seed in SEEDS[part][: seeds if part == "train" else None]
         for scene in PLACES
         if part == "held-out" or scene not in HELD_OUT
     ]
@@ -137,12 +146,15 @@ class Clip:
         return float(((np.diff(np.array(self.states)[:, 2]) + 180) % 360 - 180).sum())
 
 
-def caption(place: str, turned: float, walked: float, seen: dict[str, int], event: str = "") -> str:
-    """A sentence from what the game knows about a clip."""
-    how = "walking forward" if walked > 200 else "moving slowly" if walked > 40 else "standing still"
+def caption(
+    place: str, turned: float, walked: float, seen: dict[str, int], event: str = "", *, frames: int = FRAMES
+) -> str:
+    """A sentence from what the game knows about a clip of so many frames."""
+    pace = walked * FRAMES / frames
+    how = "walking forward" if pace > 200 else "moving slowly" if pace > 40 else "standing still"
     if abs(turned) > 15:
         how += f" and turning {'right' if turned < 0 else 'left'}"
-    named = sorted({NAMES[name] for name, frames in seen.items() if frames > FRAMES // 3})
+    named = sorted({NAMES[name] for name, count in seen.items() if count > frames // 3})
     parts = [f"first-person view of {place}", how]
     if named:
         parts.append(f"{' and '.join(named)} ahead")
@@ -157,9 +169,9 @@ class Game:
         from vizdoom import Button, GameVariable
 
         self.random = np.random.RandomState([job.seed, *job.scene.encode()])
-        self.walker, self.place = Walker(self.random), PLACES[job.scene]
+        self.walker, self.place, self.job = Walker(self.random), PLACES[job.scene], job
         game = new_game(
-            1000 * job.seed + sum(job.scene.encode()), job.scene if job.scene in SCENARIOS else None, scale=SCALE
+            1000 * job.seed + sum(job.scene.encode()), job.scene if job.scene in SCENARIOS else None, scale=job.scale
         )
         self.doors: list[Door] = []
         if job.scene in MAPS:
@@ -214,7 +226,7 @@ class Game:
         """[144, 256] of the picture."""
         if self.game.is_episode_finished():
             self.restart()
-        return self.game.get_state().depth_buffer[::SCALE, ::SCALE]
+        return self.game.get_state().depth_buffer[:: self.job.scale, :: self.job.scale]
 
     def walk(self, ticks: int, *, stands: bool = False) -> None:
         for _ in range(ticks):
@@ -223,16 +235,16 @@ class Game:
     def record(self, act: Walk | Slow) -> Clip | None:
         """A clip in which `act` gives each action, or None if the game ended."""
         clip = Clip()
-        for _ in range(FRAMES):
+        for _ in range(self.job.frames):
             if self.game.is_episode_finished():
                 return None
             state = self.game.get_state()
-            depth = state.depth_buffer[::SCALE, ::SCALE]
+            depth = state.depth_buffer[:: self.job.scale, :: self.job.scale]
             clip.frames.append(picture(state.screen_buffer))
             clip.states.append(np.array(state.game_variables))
             clip.ahead.append(float(np.median(depth[50:90, 112:144])))
             clip.blocked += bool(np.median(depth[30:110, 48:208]) < 8)
-            plain = {x.object_name for x in state.labels if x.width * x.height > PLAIN * SCALE**2}
+            plain = {x.object_name for x in state.labels if x.width * x.height > PLAIN * self.job.scale**2}
             for name in plain & set(NAMES):
                 clip.seen[name] = clip.seen.get(name, 0) + 1
             self.game.make_action(act(depth, clip.states[-1][:2]), 1)
@@ -243,9 +255,9 @@ class Game:
         stands = self.random.rand() < 0.2
         self.walk(self.random.randint(5, 60))
         clip = self.record(Walk(self.walker, stands))
-        if clip is None or clip.blocked >= FRAMES // 4 or not (stands or clip.walked() > 120):
+        if clip is None or clip.blocked >= self.job.frames // 4 or not (stands or clip.walked() > 120):
             return None
-        return clip, caption(self.place, clip.turned(), clip.walked(), clip.seen)
+        return clip, self.caption(clip)
 
     def a_meeting(self) -> tuple[Clip, str] | None:
         """An enemy close ahead of a player who stands, or slowly moves."""
@@ -267,9 +279,9 @@ class Game:
         clip = self.record(Slow(speed, float(self.random.uniform(-0.3, 0.3))))
         self.game.send_game_command(f"remove {enemy}")
         self.wait(1)
-        if clip is None or clip.seen.get(enemy, 0) < 2 * FRAMES // 3:
+        if clip is None or clip.seen.get(enemy, 0) < 2 * self.job.frames // 3:
             return None
-        return clip, caption(self.place, clip.turned(), clip.walked(), clip.seen)
+        return clip, self.caption(clip)
 
     def a_door(self) -> tuple[Clip, str] | None:
         """A door that opens before the player, who walks toward it."""
@@ -289,9 +301,12 @@ class Game:
         self.game.send_game_command("freeze")
         speed = (0.0, 0.3, 0.6)[self.random.randint(3)]
         clip = self.record(Slow(speed, float(self.random.uniform(-0.15, 0.15))))
-        if clip is None or max(clip.ahead) < 1.5 * clip.ahead[0] or clip.blocked >= FRAMES // 4:
+        if clip is None or max(clip.ahead) < 1.5 * clip.ahead[0] or clip.blocked >= self.job.frames // 4:
             return None
-        return clip, caption(self.place, clip.turned(), clip.walked(), clip.seen, "a door opens")
+        return clip, self.caption(clip, "a door opens")
+
+    def caption(self, clip: Clip, event: str = "") -> str:
+        return caption(self.place, clip.turned(), clip.walked(), clip.seen, event, frames=self.job.frames)
 
     def put(self, place: np.ndarray) -> None:
         self.game.send_game_command(f"warp {place[0]:.0f} {place[1]:.0f}")
@@ -322,7 +337,7 @@ class Slow:
 
 
 def picture(screen: np.ndarray) -> np.ndarray:
-    """uint8 [144, 256, 3] of a screen that is `SCALE` times larger."""
+    """uint8 [H, W, 3] of a screen that is `SCALE` times larger."""
     rows = sum(screen[row::SCALE].astype(np.uint16) for row in range(SCALE))
     return BRIGHTER[sum(rows[:, column::SCALE] for column in range(SCALE)) // SCALE**2]
 
@@ -348,7 +363,7 @@ def render(job: Job) -> tuple[str, int]:
                 done += 1
     game.game.close()
     part = job.file.with_suffix(".part")
-    shape = (0, FRAMES, HEIGHT, WIDTH, 3)
+    shape = (0, job.frames, HEIGHT * job.times, WIDTH * job.times, 3)
     with open(part, "wb") as file:
         np.savez(file, frames=np.stack(clips) if clips else np.zeros(shape, np.uint8), captions=np.array(captions))
     os.replace(part, job.file)
@@ -360,9 +375,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--only", help="jobs whose file name starts so")
+    parser.add_argument("--frames", type=int, default=FRAMES, help="of a clip; 1 more than a multiple of 4")
+    parser.add_argument("--times", type=int, default=1, choices=(1, 2), help="144 x 256 pixels times this")
+    parser.add_argument("--seeds", type=int, help="training games of each place, at most")
     options = parser.parse_args()
     started = time.time()
-    left = [job for job in jobs(options.output.resolve()) if not job.file.exists()]
+    wanted = jobs(options.output.resolve(), seeds=options.seeds, frames=options.frames, times=options.times)
+    left = [job for job in wanted if not job.file.exists()]
     left = [job for job in left if job.file.name.startswith(options.only or "")]
     for job in left:
         job.file.parent.mkdir(parents=True, exist_ok=True)

@@ -34,14 +34,9 @@ from torch import Tensor, nn
 from train_transformer import SIGMAS, Data, Step, batches, loss_of
 
 from foveal import SLA2Config, SLAConfig, SLAVSAConfig, sparsify
+from foveal.lab.train.model import compile_blocks
 from foveal.methods.base import Config
 from foveal.models.processor import sparse_processors
-
-CUBES = SLAVSAConfig(keep_ratio=0.125, coarse=False, linear_scope="none")
-BLOCKS = SLAConfig(
-    keep_ratio=0.1, drop_ratio=0.0, linear_scope="none", token_order="tile", block_q=64, block_k=64, projection=False
-)
-MARGINAL = BLOCKS.replace(drop_ratio=0.1, linear_scope="marginal", projection=True)
 
 
 class Arm(NamedTuple):
@@ -51,21 +46,38 @@ class Arm(NamedTuple):
     added_rate: float = 1.0
 
 
-ARMS = {
-    "dense": Arm(),
-    "cubes": Arm(CUBES),
-    "cubes, coarse": Arm(CUBES.replace(coarse=True)),
-    "cubes, linear": Arm(CUBES.replace(linear_scope="noncritical")),
-    "cubes, coarse, linear": Arm(CUBES.replace(coarse=True, linear_scope="noncritical")),
-    "cubes, coarse, linear (rate x 10)": Arm(CUBES.replace(coarse=True, linear_scope="noncritical"), 10.0),
-    "blocks": Arm(BLOCKS),
-    "blocks, linear": Arm(MARGINAL),
-    "blocks, linear (rate x 10)": Arm(MARGINAL, 10.0),
-    "blocks, linear (relu)": Arm(MARGINAL.replace(feature_map="relu")),
-    "blocks, linear (all)": Arm(MARGINAL.replace(linear_scope="all")),
-    "blocks, SLA2": Arm(SLA2Config(keep_ratio=0.1, block_q=64, block_k=64, token_order="tile")),
-    "blocks (12.5%)": Arm(BLOCKS.replace(keep_ratio=0.125)),
-}
+def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
+    """The arms by name, for the share of the key blocks and of the cubes that are exact."""
+    plain = SLAConfig(
+        keep_ratio=blocks,
+        drop_ratio=0.0,
+        linear_scope="none",
+        token_order="tile",
+        block_q=64,
+        block_k=64,
+        projection=False,
+    )
+    sla = plain.replace(drop_ratio=0.1, linear_scope="marginal", projection=True)
+    exact = SLAVSAConfig(keep_ratio=cubes, coarse=False, linear_scope="none")
+    both = exact.replace(coarse=True, linear_scope="noncritical")
+    return {
+        "dense": Arm(),
+        "cubes": Arm(exact),
+        "cubes, coarse": Arm(exact.replace(coarse=True)),
+        "cubes, linear": Arm(exact.replace(linear_scope="noncritical")),
+        "cubes, coarse, linear": Arm(both),
+        "cubes, coarse, linear (rate x 10)": Arm(both, 10.0),
+        "blocks": Arm(plain),
+        "blocks, linear": Arm(sla),
+        "blocks, linear (rate x 10)": Arm(sla, 10.0),
+        "blocks, linear (relu)": Arm(sla.replace(feature_map="relu")),
+        "blocks, linear (all)": Arm(sla.replace(linear_scope="all")),
+        "blocks, SLA2": Arm(SLA2Config(keep_ratio=blocks, block_q=64, block_k=64, token_order="tile")),
+        "blocks (x 1.25)": Arm(plain.replace(keep_ratio=1.25 * blocks)),
+    }
+
+
+ARMS = tuple(arms())
 FIRST_STEP = 1_000_000  # seeds' batches begin here, far from those of pretraining
 
 
@@ -112,6 +124,8 @@ def train_arm(dense: nn.Module, arm: Arm, data: Data, seed: int, options: argpar
         capturable=cuda,
     )
     warmup, first, started, losses = max(1, options.steps // 10), FIRST_STEP * (seed + 1), time.time(), []
+    if options.compile:
+        compile_blocks(model, fullgraph=True)
     update = None
     for step, values in enumerate(batches(data, options.batch, first, first + options.steps)):
         if update is None:
@@ -127,6 +141,8 @@ def train_arm(dense: nn.Module, arm: Arm, data: Data, seed: int, options: argpar
         "config": None if arm.config is None else {"method": type(arm.config).__name__, **arm.config.to_dict()},
         "steps": options.steps,
         "batch": options.batch,
+        "tokens": math.prod(data.latents.shape[2:]) // 4,
+        "parameters": sum(p.numel() for p in dense.parameters()),
         "rate": options.rate,
         "added_rate": options.rate * arm.added_rate,
         "levels": list(SIGMAS),
@@ -143,7 +159,7 @@ def train_arm(dense: nn.Module, arm: Arm, data: Data, seed: int, options: argpar
 
 def train(options: argparse.Namespace) -> None:
     data = Data(options.work, held_out=options.clips)
-    dense = parts.build_transformer()
+    dense, found_arms = parts.build_transformer(options.size), arms(options.keep_blocks, options.keep_cubes)
     tensors = load_file(options.work / f"{options.name}.safetensors")
     dense.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("average/")})
     dense.to(DEVICE)
@@ -154,7 +170,7 @@ def train(options: argparse.Namespace) -> None:
         key = f"{name} #{seed}"
         if key in found or time.time() > options.deadline:
             continue
-        found[key] = {"arm": name, "seed": seed, **train_arm(dense, ARMS[name], data, seed, options)}
+        found[key] = {"arm": name, "seed": seed, **train_arm(dense, found_arms[name], data, seed, options)}
         aside = options.output.with_suffix(".part")
         aside.write_text(json.dumps(found) + "\n")
         os.replace(aside, options.output)
@@ -171,8 +187,12 @@ def main() -> None:
     trains.add_argument("--work", type=Path, required=True)
     trains.add_argument("--output", type=Path, required=True)
     trains.add_argument("--name", default="transformer", help="of the checkpoint in WORK")
+    trains.add_argument("--size", choices=tuple(parts.SIZES), default="tiny", help="of the checkpoint")
+    trains.add_argument("--keep-blocks", type=float, default=0.1, help="the share of exact key blocks")
+    trains.add_argument("--keep-cubes", type=float, default=0.125, help="the share of exact cubes")
+    trains.add_argument("--compile", action="store_true", help="the blocks, for many steps")
     trains.add_argument("--seeds", type=int, nargs="+", default=[0])
-    trains.add_argument("--arms", nargs="+", choices=tuple(ARMS))
+    trains.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help=f"of {len(ARMS)}: {'; '.join(ARMS)}")
     trains.add_argument("--share", default="0/1", help="I/N: run the I-th of every N runs")
     trains.add_argument("--steps", type=int, default=300)
     trains.add_argument("--batch", type=int, default=32)
@@ -187,7 +207,7 @@ def main() -> None:
         train(options)
     else:
         runs = [run for file in options.files for run in json.loads(file.read_text()).values()]
-        print(table(sorted(runs, key=lambda run: list(ARMS).index(run["arm"]))))
+        print(table(sorted(runs, key=lambda run: ARMS.index(run["arm"]))))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,16 +40,28 @@ def first_rank_says(value: float) -> float:
     return said.item()
 
 
+def read_file(file: Path) -> tuple[np.ndarray, list[str]]:
+    """uint8 [clips, F, H, W, 3] and captions of one file of clips."""
+    with np.load(file) as content:
+        return content["frames"], content["captions"].tolist()
+
+
+def read_ahead(folder: Path) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """What `read_file` gives, in the order of the files' names, with one file more in memory than the caller has."""
+    with ThreadPoolExecutor(1) as pool:
+        following = None
+        for file in sorted(folder.glob("*.npz")):
+            current, following = following, pool.submit(read_file, file)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()
+
+
 def read_clips(folder: Path) -> tuple[np.ndarray, list[str]]:
-    """uint8 [clips, 49, H, W, 3] and captions of a part of the clips, in the order of the files' names."""
-    files = sorted(folder.glob("*.npz"))
-
-    def read(file: Path) -> tuple[np.ndarray, list[str]]:
-        with np.load(file) as content:
-            return content["frames"], content["captions"].tolist()
-
+    """uint8 [clips, F, H, W, 3] and captions of a part of the clips, in the order of the files' names."""
     with ThreadPoolExecutor(8) as pool:
-        read_files = list(pool.map(read, files))
+        read_files = list(pool.map(read_file, sorted(folder.glob("*.npz"))))
     return np.concatenate([frames for frames, _ in read_files]), [text for _, texts in read_files for text in texts]
 
 
@@ -72,9 +85,9 @@ def machine(commit: str | None) -> dict[str, str | None]:
     return {"device": device, "torch": torch.__version__, "commit": commit}
 
 
-def weights_of(pipeline: Path, part: str) -> dict[str, Tensor]:
+def weights_of(pipeline: Path, part: str, file: str = "diffusion_pytorch_model.safetensors") -> dict[str, Tensor]:
     """A part of a pipeline's folder, in float32."""
-    tensors = load_file(pipeline / part / "diffusion_pytorch_model.safetensors")
+    tensors = load_file(pipeline / part / file)
     return {name: value.float() for name, value in tensors.items()}
 
 

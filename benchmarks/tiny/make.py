@@ -16,8 +16,15 @@
 after `--seconds` with a checkpoint, and the same command goes on from it. What `ship` writes takes the place of
 src/foveal/models/shipped_files. What a run measured is in WORK/vae.json and WORK/transformer.jsonl; those of the model
 that ships are in benchmarks/results/tiny. With `--pipeline`, `vae` and `transformer` go on from the weights of an
-earlier pipeline. `unpack` takes the place of `vae` and `transformer`: it gives WORK those of a
-pipeline, such as the one that ships, so that `latents` and arms.py run without training.
+earlier pipeline, and `latents` takes its words and statistics. `unpack` takes the place of `vae` and `transformer`: it
+gives WORK those of a pipeline, such as the one that ships, so that `latents` and arms.py run without training.
+
+The same model over 14,400 tokens, for `arms.py --name long`:
+
+    python benchmarks/quality/clips.py --output WORK/clips --frames 97 --times 2 --seeds 4
+    python benchmarks/tiny/make.py unpack --work WORK --pipeline FOLDER
+    python benchmarks/tiny/make.py latents --work WORK --pipeline FOLDER
+    python benchmarks/tiny/make.py transformer --work WORK --pipeline FOLDER --name long --batch 8 --steps 2000
 """
 
 from __future__ import annotations
@@ -73,9 +80,9 @@ SHIPPED_CLIPS = {
 }
 
 
-def write_pipeline(work: Path, name: str, output: Path) -> None:
+def write_pipeline(work: Path, name: str, size: str, output: Path) -> None:
     facts = json.loads((work / "latents.json").read_text())
-    vae, transformer = parts.build_vae(facts["mean"], facts["std"]), parts.build_transformer()
+    vae, transformer = parts.build_vae(facts["mean"], facts["std"]), parts.build_transformer(size)
     vae.load_state_dict(load_file(work / "vae.safetensors"))
     tensors = load_file(work / f"{name}.safetensors")
     transformer.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("average/")})
@@ -215,7 +222,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--pipeline", type=Path)
-    parser.add_argument("--name", default="transformer")
+    parser.add_argument("--name", default="transformer", help="of the transformer's files in WORK")
+    parser.add_argument("--size", choices=tuple(parts.SIZES), default="tiny", help="of the transformer")
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--steps", type=int, default=17400)
     parser.add_argument("--commit", help="the commit of this tree, for the record")
@@ -243,11 +251,12 @@ def main() -> None:
             commit=options.commit,
         )
     elif options.stage == "latents":
-        write_latents(work)
+        write_latents(work, options.pipeline)
     elif options.stage == "transformer":
         train_transformer(
             work,
             options.name,
+            size=options.size,
             steps=options.steps,
             seconds=options.seconds,
             batch=options.batch,
@@ -257,7 +266,7 @@ def main() -> None:
             commit=options.commit,
         )
     elif options.stage == "pipeline":
-        write_pipeline(work, options.name, options.output)
+        write_pipeline(work, options.name, options.size, options.output)
     elif options.stage == "unpack":
         unpack(work, options.pipeline)
     elif options.stage == "ship":

@@ -17,6 +17,11 @@ from torch import Tensor, nn
 FRAMES, HEIGHT, WIDTH = 49, 144, 256
 LATENT_CHANNELS, TEXT_TOKENS, TEXT_DIM = 16, 512, 64
 FLOW_SHIFT = 3.0
+# Of 6.3 and 63 million parameters. The smaller one ships.
+SIZES = {
+    "tiny": {"num_attention_heads": 4, "ffn_dim": 832, "num_layers": 6},
+    "large": {"num_attention_heads": 10, "ffn_dim": 2560, "num_layers": 9},
+}
 SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
@@ -41,20 +46,18 @@ def build_vae(mean: list[float] | None = None, std: list[float] | None = None) -
     )
 
 
-def build_transformer() -> nn.Module:
-    """A `WanTransformer3DModel` of 6.4 M parameters, randomly initialized."""
+def build_transformer(size: str = "tiny") -> nn.Module:
+    """A randomly initialized `WanTransformer3DModel` of one of `SIZES`."""
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=4,
         attention_head_dim=64,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         text_dim=TEXT_DIM,
         freq_dim=128,
-        ffn_dim=832,
-        num_layers=6,
+        **SIZES[size],
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=64,

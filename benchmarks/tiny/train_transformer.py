@@ -224,6 +224,7 @@ def train_transformer(
     work: Path,
     name: str,
     *,
+    size: str,
     steps: int,
     seconds: float,
     batch: int,
@@ -235,7 +236,7 @@ def train_transformer(
     """Goes on from WORK's checkpoint if there is one, and else from the weights of the pipeline `start`, if given."""
     data = Data(work)
     torch.manual_seed(0)
-    model, average = parts.build_transformer(), parts.build_transformer().to(DEVICE).eval()
+    model, average = parts.build_transformer(size), parts.build_transformer(size).to(DEVICE).eval()
     if start is not None:
         model.load_state_dict(weights_of(start, "transformer"))
     model.to(DEVICE)
@@ -250,7 +251,8 @@ def train_transformer(
     replica = data_parallel(model)
     sums, last = torch.zeros((), device=DEVICE), (time.time(), first)
     log = open(work / f"{name}.jsonl", "a")  # noqa: SIM115
-    how = {"steps": steps, "batch": batch, "rate": rate, "optimizer": optimizer, "ranks": RANKS}
+    how = {"size": size, "steps": steps, "batch": batch, "rate": rate, "optimizer": optimizer, "ranks": RANKS}
+    how["latents"] = list(data.latents.shape)
     how["started_from_a_pipeline"] = start is not None
     if RANK == 0:
         log.write(json.dumps({"begin": first, **how, **machine(commit)}) + "\n")

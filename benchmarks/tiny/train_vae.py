@@ -10,7 +10,7 @@ from types import MethodType
 
 import model as parts
 import torch
-from common import DEVICE, autocast, machine, mirrored, read_clips, to_video, weights_of, write
+from common import DEVICE, autocast, machine, mirrored, read_ahead, read_clips, to_video, weights_of, write
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +27,7 @@ def reconstruction_loss(output: Tensor, video: Tensor) -> Tensor:
     return loss
 
 
+CLIP_PIXELS = 32 * 49 * 144 * 256  # that the encoder takes at once
 CROP = (72, 128)  # pixels of what a training step sees of a clip
 
 
@@ -224,29 +225,42 @@ def train_vae(
 
 
 @torch.no_grad()
-def write_latents(work: Path) -> None:
+def write_latents(work: Path, pipeline: Path | None) -> None:
+    """The latents and captions of all clips, normalized, and the embeddings of the captions.
+
+    `pipeline` is one whose statistics, tokenizer, and text encoder count; without one they are made from the clips.
+    """
     vae = parts.build_vae().to(DEVICE).eval()
     vae.load_state_dict(load_file(work / "vae.safetensors"))
     tensors, captions = {}, {}
     for part in ("train", "held-out"):
-        clips, captions[part] = read_clips(work / "clips" / part)
-        for name, flip in (("", False), ("-mirrored", True)):
-            found = []
-            for start in range(0, len(clips), 32):
-                video = to_video(torch.from_numpy(clips[start : start + 32]))
-                with autocast():
-                    moments = parts.encode(vae, video.flip(-1) if flip else video)
-                found.append(moments.float().chunk(2, 1)[0])
-            tensors[part + name] = torch.cat(found)
-            captions[part + name] = [mirrored(text) if flip else text for text in captions[part]]
-            print(part + name, tuple(tensors[part + name].shape), flush=True)
+        found: dict[str, list[Tensor]] = {"": [], "-mirrored": []}
+        captions[part], captions[f"{part}-mirrored"] = [], []
+        for clips, texts in read_ahead(work / "clips" / part):
+            at_once = max(1, CLIP_PIXELS // math.prod(clips.shape[1:4]))
+            for video in map(to_video, torch.from_numpy(clips).split(at_once)):
+                for name, shown in (("", video), ("-mirrored", video.flip(-1))):
+                    with autocast():
+                        found[name].append(parts.encode(vae, shown).float().chunk(2, 1)[0])
+            captions[part] += texts
+            captions[f"{part}-mirrored"] += [mirrored(text) for text in texts]
+        tensors |= {part + name: torch.cat(latents) for name, latents in found.items()}
+        print(part, tuple(tensors[part].shape), flush=True)
     train = tensors["train"]
     mean, std = train.mean((0, 2, 3, 4)), train.std((0, 2, 3, 4))
-    shape = (1, -1, 1, 1, 1)
-    tensors = {k: ((v - mean.view(shape)) / std.view(shape)).bfloat16().cpu() for k, v in tensors.items()}
     texts = sorted({text for found in captions.values() for text in found} | {""})
     words = parts.vocabulary(texts)
-    tokenizer, encoder = parts.build_tokenizer(words), parts.build_text_encoder(words).to(DEVICE)
+    if pipeline is not None:
+        config = json.loads((pipeline / "vae" / "config.json").read_text())
+        mean, std = (torch.tensor(config[f"latents_{name}"], device=DEVICE) for name in ("mean", "std"))
+        words = json.loads((pipeline / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    shape = (1, -1, 1, 1, 1)
+    tensors = {k: ((v - mean.view(shape)) / std.view(shape)).bfloat16().cpu() for k, v in tensors.items()}
+    tokenizer, encoder = parts.build_tokenizer(words), parts.build_text_encoder(words)
+    if pipeline is not None:
+        tensors_of_text = weights_of(pipeline, "text_encoder", "model.safetensors")
+        encoder.load_state_dict({**tensors_of_text, "encoder.embed_tokens.weight": tensors_of_text["shared.weight"]})
+    encoder.to(DEVICE)
     embedded = []
     for text in texts:
         ids = tokenizer([text], return_tensors="pt").input_ids.to(DEVICE)
