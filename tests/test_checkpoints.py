@@ -60,6 +60,7 @@ def test_turbodiffusion(tmp_path, suffix, prefix):
     assert "turbodiffusion-sla" in str(report)
     assert "not in the file" in str(report)
     assert "keep_ratio=0.3" in str(report)
+    assert "distilled to 1 to 4 forwards" in str(report)
 
 
 def test_heads_of_128_with_the_released_configuration(tmp_path):
@@ -115,6 +116,7 @@ def test_fastvideo(tmp_path, kind):
             block.attn1.processor.attention.to_gate_coarse.bias.copy_(state[f"blocks.{i}.to_gate_compress.bias"])
     assert torch.equal(outputs(model), outputs(expected))
     assert (report.format, report.sparse_tensors, report.base_tensors) == ("fastvideo-vsa", 6, len(state) - 6)
+    assert "3 forwards at timesteps 1000, 757, 522" in str(report)
 
 
 def test_fastvideo_ratio_goes_by_the_model_size():

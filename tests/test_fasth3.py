@@ -71,6 +71,7 @@ def test_a_release(tmp_path, inside):
     assert "num_inference_steps=9 in diffusers" in text
     assert "shift of the schedule: 10 (video), 3 (audio)" in text
     assert "FastVideo keeps ceil" not in text  # a packed sequence rounds up here too
+    assert "v1" not in text
 
 
 @torch.no_grad()
@@ -86,10 +87,17 @@ def test_shifts_of_the_schedulers(tmp_path):
     assert "shift of the schedule: 12 (video), 3 (audio)" in str(report)
 
 
+def says_how_v1_runs(report) -> bool:
+    words = "taken for FastH3 v1", "4 forwards at timesteps 999, 749, 500, 250, with guidance 1"
+    words += "num_inference_steps=5 in diffusers", "shift of the schedule: 12 (video), 3 (audio)"
+    return all(x in str(report) for x in words)
+
+
 def test_weights_without_a_contract(tmp_path):
     report = load_checkpoint(tiny.model(), release(tmp_path / "weights", contract=None), keep_ratio=0.3)
     assert not report.from_file
     assert report.config == VSAConfig(keep_ratio=0.3, tile=(4, 4, 4))
+    assert says_how_v1_runs(report)
 
 
 def test_128_tokens(tmp_path):
@@ -183,6 +191,7 @@ def test_an_adapter(tmp_path):
     report = load_checkpoint(model, path)
     assert (report.format, report.sparse_tensors, report.base_tensors) == ("fasth3-vsa-adapter", LAYERS, 7)
     assert "merged into the base weights" in str(report)
+    assert says_how_v1_runs(report)
     expected = expected_model(report.config, seed=0)
     state = expected.state_dict()
     for module in ("transformer_blocks.0.attn.to_q", "transformer_blocks.2.attn.to_out.0"):

@@ -134,7 +134,7 @@ def load_checkpoint(
     notes = (*notes, *about_file)
     if contract is not None:
         notes = (*notes, *contract.notes)
-    if header is None:
+    if header is None and not (found.contract and contract is not None):
         notes = (*notes, *found.notes)
     return CheckpointReport(
         path=str(path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ SCHEMA = "fasth3-inference-contract-v1"
 BACKEND = "VIDEO_SPARSE_ATTN_H3"
 # Cubes by the number of their tokens.
 TILES = {64: (4, 4, 4), 128: (4, 4, 8)}
+# How the first release is run, for files that come without their contract.
+V1 = {
+    "transformer_forwards": 4,
+    "dmd_denoising_steps": (999, 749, 500, 250),
+    "guidance_scale": 1.0,
+    "video_scheduler_shift": 12.0,
+    "audio_scheduler_shift": 3.0,
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,11 @@ def read_contract(path: Path) -> Contract | None:
         raise ValueError(f"{found} must have a vsa_tile_size of {' or '.join(map(str, TILES))}, got {tokens!r}")
     # 1 - 0.9 is not 0.1 in binary.
     keep = round(1.0 - sparsity, 12)
-    return Contract({"keep_ratio": keep, "tile": TILES[tokens]}, _notes(values, found.parent))
+    shifts = {
+        f"{name}_scheduler_shift": _shift(found.parent / folder / "scheduler_config.json")
+        for name, folder in (("video", "scheduler"), ("audio", "audio_scheduler"))
+    }
+    return Contract({"keep_ratio": keep, "tile": TILES[tokens]}, how_to_run(shifts | values))
 
 
 def forwards_in_diffusers(forwards: int) -> str:
@@ -65,20 +78,15 @@ def forwards_in_diffusers(forwards: int) -> str:
     return f"num_inference_steps={forwards + 1} in diffusers, whose MiniMax-H3 counts the end of the schedule"
 
 
-def _notes(values: dict[str, Any], root: Path) -> tuple[str, ...]:
+def how_to_run(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the entries of a contract mean for a pipeline, in words."""
     notes = []
     steps, forwards = values.get("dmd_denoising_steps"), values.get("transformer_forwards")
     if forwards is not None:
         at = f" at timesteps {', '.join(map(str, steps))}" if steps else ""
         notes.append(f"distilled to {forwards} forwards{at}, with guidance {values.get('guidance_scale', 1.0):g}")
         notes.append(forwards_in_diffusers(forwards))
-    shifts = [
-        (name, values.get(key, _shift(root / folder / "scheduler_config.json")))
-        for name, key, folder in (
-            ("video", "video_scheduler_shift", "scheduler"),
-            ("audio", "audio_scheduler_shift", "audio_scheduler"),
-        )
-    ]
+    shifts = [(name, values.get(f"{name}_scheduler_shift")) for name in ("video", "audio")]
     known = [f"{shift:g} ({name})" for name, shift in shifts if isinstance(shift, int | float) and math.isfinite(shift)]
     if known:
         notes.append(f"shift of the schedule: {', '.join(known)}")

@@ -14,7 +14,7 @@ from foveal.checks import check_choice
 from foveal.methods.base import Config
 from foveal.methods.sla.config import SLAConfig
 from foveal.methods.vsa.config import VSAConfig
-from foveal.models.files.contracts import forwards_in_diffusers
+from foveal.models.files.contracts import FILE, V1, forwards_in_diffusers, how_to_run
 
 # Prefixes that other tools put before every name of a state dict.
 PREFIXES = ("net.", "model.diffusion_model.", "diffusion_model.", "module.", "base_model.model.")
@@ -42,7 +42,7 @@ class CheckpointFormat:
         plain: it holds only base weights, and nothing tells that they were made for sparse attention.
         shared: it holds one set of parameters for the layers of each head size, which stands in the place of {index}.
         contract: whether a `fastvideo_inference.json` beside the file may say the configuration.
-        notes: what a pipeline needs to know to run the released weights, for the report.
+        notes: what a pipeline needs to know to run the released weights, for the report, unless a contract says it.
     """
 
     name: str
@@ -78,6 +78,8 @@ _FASTVIDEO_KEEP = {1536: 0.2, 5120: 0.1}
 # SimpleTuner's defaults; the file says what a run had.
 _SIMPLETUNER = SLAConfig(keep_ratio=0.2, drop_ratio=0.0, block_q=64, block_k=64, linear_scope="all")
 _FASTH3 = VSAConfig(keep_ratio=0.1, tile=(4, 4, 4))
+_FASTH3_NOTES = (f"taken for FastH3 v1, since no {FILE} is beside it", *how_to_run(V1))
+_TURBODIFFUSION_NOTES = ("distilled to 1 to 4 forwards of a sampler of its own (rCM), which sets the noise levels",)
 
 FORMATS = {
     made.name: made
@@ -94,6 +96,7 @@ FORMATS = {
             },
             layout="wan",
             flat_patches=True,
+            notes=_TURBODIFFUSION_NOTES,
         ),
         CheckpointFormat(
             name="turbodiffusion-sla-diffusers",
@@ -106,6 +109,7 @@ FORMATS = {
                 for part in ("weight", "bias")
             },
             layout="diffusers",
+            notes=_TURBODIFFUSION_NOTES,
         ),
         CheckpointFormat(
             name="fastvideo-vsa",
@@ -117,6 +121,10 @@ FORMATS = {
                 f"to_gate_coarse.{part}": f"blocks.{{index}}.to_gate_compress.{part}" for part in ("weight", "bias")
             },
             layout="diffusers",
+            notes=(
+                "FastWan is distilled to 3 forwards at timesteps 1000, 757, 522",
+                "shift of FastWan's schedule: 8 (Wan 2.1), 5 (Wan 2.2 5B)",
+            ),
         ),
         # FastH3 for MiniMax-H3: v1 at 90% sparsity, the 8-step V2 at 80%, which its contract says.
         CheckpointFormat(
@@ -128,6 +136,7 @@ FORMATS = {
             sparse_keys={"to_gate_coarse.weight": "transformer_blocks.{index}.attn.to_gate_compress.weight"},
             layout="diffusers",
             contract=True,
+            notes=_FASTH3_NOTES,
         ),
         # The same under the names of MiniMax-H3's repository, which ComfyUI reads.
         CheckpointFormat(
@@ -139,6 +148,7 @@ FORMATS = {
             sparse_keys={"to_gate_coarse.weight": "transformer_blocks.{index}.attn.to_gate_compress.weight"},
             layout="minimax_h3",
             contract=True,
+            notes=_FASTH3_NOTES,
         ),
         CheckpointFormat(
             name="fasth3-vsa-adapter",
@@ -150,6 +160,7 @@ FORMATS = {
             layout="diffusers",
             updates=True,
             contract=True,
+            notes=_FASTH3_NOTES,
         ),
         # Distilled at 85% sparsity, run as plain block-sparse: the files have no projection, and none is applied.
         CheckpointFormat(
