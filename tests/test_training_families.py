@@ -43,6 +43,7 @@ FAMILY = pytest.mark.parametrize("name", TINY)
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    AcceleratorState._reset_state(reset_partial_state=True)  # a test before this one in the process may have trained
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
