@@ -34,6 +34,11 @@ def test_split_and_join(layout):
     by_rows = layout.split(x[0, 0].T, 1)
     assert torch.equal(by_rows[1][0], protected.flatten())
     assert torch.equal(layout.join(*by_rows, 1)[0], x.flatten())
+    # As transformers hold heads, and as their next layer reads them.
+    heads = torch.randn(2, layout.num_tokens, 3, 8).transpose(1, 2)
+    joined = layout.join(*layout.split(heads))
+    assert torch.equal(joined, heads)
+    assert joined.stride() == heads.stride()
 
 
 @pytest.mark.parametrize(

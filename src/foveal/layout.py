@@ -233,10 +233,13 @@ class TokenLayout:
         return video, torch.cat((before, after), dim)
 
     def join(self, video: Tensor, protected: Tensor, dim: int = 2) -> Tensor:
-        """The inverse of `split`."""
+        """The inverse of `split`. A video [B, H, L, D] whose heads lie inside of its tokens in memory stays like that."""
         before, _, after = self.lengths
         before, after = protected.split((before, after), dim)
-        return torch.cat((before, video, after), dim)
+        parts = before, video, after
+        if dim == 2 and video.dim() == 4 and video.stride(1) < video.stride(2):
+            return torch.cat([x.transpose(1, 2) for x in parts], 1).transpose(1, 2)
+        return torch.cat(parts, dim)
 
     def tile_order(self, tile: tuple[int, int, int], slot: int, device: torch.device) -> TileOrder:
         """Tiles in slots: the video's cubes, then chunks of at most as many tokens of each segment, in order."""
