@@ -181,6 +181,7 @@ def _forward(call: VSACall, options: VSAOptions, save: bool) -> tuple[tuple[Tens
     copies, coarse, selection = coarse_stage(call, scale, backend.cube_copies)
     save_fine = save and gates.fine is not None
     given = CubesCall(call.query, copies, call.cubes, selection, coarse.output, gates, scale, save_fine)
+    coarse = coarse if save else ()  # nobody else holds what was pooled while the fine stage takes memory
     output, fine, lse = backend.attend_cubes(given)
     of_fine = (fine,) if save_fine else ()
     return (output,), (lse, *coarse, *of_fine, *made_lists(call, selection))
