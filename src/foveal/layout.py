@@ -233,7 +233,7 @@ class TokenLayout:
         return video, torch.cat((before, after), dim)
 
     def join(self, video: Tensor, protected: Tensor, dim: int = 2) -> Tensor:
-        """The inverse of `split`. A video [B, H, L, D] whose heads lie inside of its tokens in memory stays like that."""
+        """The inverse of `split`. Where a [B, H, L, D] video has its heads inside of tokens in memory, so has this."""
         before, _, after = self.lengths
         before, after = protected.split((before, after), dim)
         parts = before, video, after
