@@ -5,7 +5,7 @@ import torch
 from family_checks import DENSE_METHODS
 from test_fasth3 import LAYERS, release
 from test_minimax_h3 import TestMiniMaxH3 as Tiny
-from tiny_wan import SPARSE_SLA, SPARSE_VSA, randomize
+from tiny_wan import DENSE_VSA, SPARSE_SLA, SPARSE_VSA, randomize
 
 import foveal
 from foveal import Policy, TokenLayout, VideoGrid, load_checkpoint, set_policy, sparsify
@@ -137,6 +137,51 @@ def test_layouts_of_the_pipeline():
     generate(pipe, steps=2)
     assert [(x.before, x.after) for x in seen] == [((WORDS, 2 * 207), ())]
     assert all(isinstance(x, TokenLayout) for x in seen)
+
+
+@torch.no_grad()
+def test_references_have_a_transformer_of_their_own():
+    """Two pictures and a clip of other sizes, a voice, and a clip's own sound: each run of a kind is a segment."""
+    from diffusers.modular_pipelines import SequentialPipelineBlocks
+    from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3AudioReference as Sound
+    from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3ImageReference as Picture
+    from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3VideoReference as Clip
+    from diffusers.modular_pipelines.minimax_h3 import modular_blocks_minimax_h3 as blocks
+
+    steps = {"denoise": blocks.MiniMaxH3Ref2VACoreDenoiseStep(), "decode": blocks.MiniMaxH3DecodeStep()}
+    pipe = SequentialPipelineBlocks.from_blocks_dict(steps).init_pipeline()
+    parts, model = tiny_pipeline(), Tiny().model(audio_in_channels=SOUND)
+    shared = ("vae", "audio_vae", "scheduler", "audio_scheduler")
+    pipe.update_components(transformer_ref=model, **{name: getattr(parts, name) for name in shared})
+    pipe.set_progress_bar_config(disable=True)
+
+    def video_and_sound():
+        generator = torch.Generator().manual_seed(1)
+        draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        made = pipe(
+            prompt_embeds=draw(1, WORDS, 16),
+            text_token_tags=torch.tensor([1, 0, 0, 1, 1, 1, 1, 1, 1]),
+            normalized_references=[Picture(None), Picture(None), Sound(None), Clip(None, audio=torch.zeros(2, 1))],
+            condition_latents=[draw(1, CHANNELS, *sides) for sides in ((1, 4, 4), (1, 6, 4), (2, 4, 6))],
+            audio_condition_latents=[draw(10, SOUND), draw(6, SOUND)],
+            height=HEIGHT,
+            width=WIDTH,
+            num_frames=22,
+            num_inference_steps=2,
+            generator=generator,
+            output_type="pt",
+            output=["videos", "audio"],
+        )
+        return made["videos"][0], made["audio"][0]
+
+    expected, layouts = video_and_sound(), []
+    sparsify(pipe, DENSE_VSA)
+    for processor in sparse_processors(model).values():
+        run = processor._run_method
+        processor._run_method = lambda tokens, *rest, run=run: layouts.append(tokens) or run(tokens, *rest)
+    for made, x in zip(video_and_sound(), expected, strict=True):
+        torch.testing.assert_close(made, x, rtol=0, atol=1e-4)
+    assert layouts == [TokenLayout(VideoGrid(7, 2, 3), (WORDS, 4 + 6, 10 + 6, 12, 2 * 37))] * LAYERS
 
 
 @pytest.mark.parametrize(("given", "forwards"), [(2, 1), (5, 4), (9, 8)])
