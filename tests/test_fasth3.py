@@ -1,6 +1,7 @@
 """FastH3, FastVideo's sparse checkpoints for MiniMax-H3: files of their names and shapes, for a tiny H3."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from test_minimax_h3 import TestMiniMaxH3 as Tiny
 
 from foveal import VSAConfig, export_checkpoint, load_checkpoint, sparsify
 from foveal.models.files.formats import FORMATS
+from foveal.models.files.loading import loader
+from foveal.models.files.tensor_files import TensorFile
 from foveal.models.processor import sparse_processors
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -234,16 +237,25 @@ def test_an_adapter_of_another_kind(tmp_path):
 
 
 def test_a_full_size_state_maps_without_a_missing_or_extra_name():
+    """Names and shapes are checked before the model, which has no memory on the meta device."""
     import diffusers
 
     with torch.device("meta"):
-        dense = diffusers.MiniMaxH3Transformer3DModel()
-        model = sparsify(diffusers.MiniMaxH3Transformer3DModel(), VSAConfig(keep_ratio=0.1))
-    key = FORMATS["fasth3-vsa"].sparse_keys["to_gate_coarse.weight"]
-    gates = {key.format(index=index) for index in range(50)}
-    assert FORMATS["fasth3-vsa"].matches([*dense.state_dict(), *gates])
-    ours = set(model.state_dict())
-    assert {name for name in ours if ".processor." not in name} == set(dense.state_dict())
-    added = {name: x.shape for name, x in model.state_dict().items() if name.endswith("to_gate_coarse.weight")}
-    assert len(added) == len(gates)
-    assert set(added.values()) == {(7168, 5376)}
+        model = diffusers.MiniMaxH3Transformer3DModel()
+    release = FORMATS["fasth3-vsa"]
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    shapes |= {f"transformer_blocks.{i}.attn.to_gate_compress.weight": (7168, 5376) for i in range(50)}
+
+    def load(shapes):
+        file = TensorFile(Path("release"), shapes, frozenset(), {}, read=shapes.__getitem__)
+        loader(release)(model, file, {name: name for name in shapes}, release, release.config_for(5376), "auto")
+
+    with pytest.raises(ValueError, match="are on the meta device; load before offloading it"):
+        load(shapes)
+    last = "transformer_blocks.49.attn.to_gate_compress"
+    with pytest.raises(ValueError, match=f"lacks {last}.weight"):
+        load({name: x for name, x in shapes.items() if name != f"{last}.weight"})
+    with pytest.raises(ValueError, match=f"has unexpected {last}.bias"):
+        load(shapes | {f"{last}.bias": (7168,)})
+    with pytest.raises(ValueError, match=rf"{last}.weight has shape \(5376, 7168\), the model's is \(7168, 5376\)"):
+        load(shapes | {f"{last}.weight": (5376, 7168)})
