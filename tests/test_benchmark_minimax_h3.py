@@ -251,9 +251,26 @@ def test_parts_of_a_compiled_block_are_those_of_its_profile():
     assert f"{flops / left * 1e3:.0f} TFLOP/s for its {flops:.0f} TFLOP" in words
     dense_rate = 4 * 56 * 128 * tokens**2 / 1e9 / part(dense, protected)
     assert f"reaches {dense_rate:.0f} in the same run, and this one {flops / cubes * 1e3:.0f}," in words
+    memory = {"7.0 GiB": 5 * tokens * 7168 * 2, "1.0 GiB": tokens * 5376 * 2}
+    rows = 64 * (-(-102 // 4) * 6 * 11 + 256 // 64 + -(-1150 // 64))
+    memory |= {"3.0 GiB": 2 * rows * 7168 * 2, "0.14 GiB": 3 * rows // 64 * 7168 * 4, "0.07 GiB": 5376 * 7168 * 2}
+    for said, size in memory.items():
+        assert f"{size / 2**30:.{len(said.split()[0]) - 2}f} GiB" == said
+        assert said in words
     flops, more_padded = work(5)
-    cubes = figures["5 s, compiled"]["arms"][vsa]["profile"]["cubes_fwd_kernel"]
+    arms = figures["5 s, compiled"]["arms"]
+    cubes = arms[vsa]["profile"]["cubes_fwd_kernel"]
     assert f"it reaches {flops / cubes * 1e3:.0f}." in words
+    gates, protected = (part(vsa, name) for name in ("nvjet_sm90_tst_128x288_64x4_2x1_v_bz_coopA_bias", protected))
+    took = {name: arm["block_milliseconds"] for name, arm in arms.items()}
+    left, beside = took[dense] / 2.0 - took["no attention"] - gates - protected, part(vsa, "_gather_cubes", *choice)
+    assert (
+        f"would leave {left:.1f} ms, of which copies, scores, the choice, and the coarse branch take {beside:.1f} ms"
+        in words
+    )
+    rate = 4 * 56 * 128 * figures["5 s, compiled"]["shape"]["tokens"] ** 2 / 1e9 / part(dense, "cudnn_generated_fort")
+    said = "{:.0f} TFLOP/s for the kernel's {:.1f} TFLOP, where cuDNN's dense kernel reaches {:.0f}."
+    assert said.format(flops / (left - beside) * 1e3, flops, rate) in words
     assert f"which costs {100 * padded:.0f}% more rows at 15 s and {100 * more_padded:.0f}% at 5 s" in words
     again = [figures[f"{seconds} s, compiled"]["arms"][arm]["speedup"] for seconds in (5, 15) for arm in (vsa, sla)]
     said = "{:.2f}x with VSA and {:.2f}x with SLA at 5 s, and {:.2f}x and {:.2f}x at 15 s"
