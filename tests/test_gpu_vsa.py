@@ -60,6 +60,8 @@ LARGER = {
     "wide cubes": ((9, 20, 24), "wide", 5, 128),
     "full wide cubes": ((8, 12, 16), (4, 4, 8), 4, 128),
     "partial wide cubes": ((9, 14, 22), (7, 6, 3), 5, 64),
+    "cubes in two slots": ((9, 14, 22), (4, 8, 8), 3, 128),
+    "whole cubes in two slots": ((8, 16, 24), (4, 8, 8), 4, 64),
     "one cube": ((2, 3, 4), (4, 4, 4), 3, 128),
     "all cubes": ((6, 10, 8), "auto", 100, 64),
 }

@@ -137,17 +137,17 @@ def _tile_order(shape, before, after, tile, slot, device) -> TileOrder:
         order = _packed_indices(shape, before, after, tile, slot, device)
     else:
         order = *tile_indices(shape, tile, slot, device), cube_sizes(shape, tile, device)
-    return TileOrder(*map(_marked, order), of_any_size(math.prod(tile), device), slot)
+    return TileOrder(*map(of_any_length, order), of_any_size(math.prod(tile), device), slot)
 
 
 @cached_constant
 def of_any_size(size: int, device: torch.device) -> Tensor:
     """int8 [size], for its size: what compiled code reads instead of a number that would be a part of its graph."""
-    return _marked(torch.zeros(size, dtype=torch.int8, device=device))
+    return of_any_length(torch.zeros(size, dtype=torch.int8, device=device))
 
 
-def _marked(x: Tensor) -> Tensor:
-    """x [N], marked so that a graph that takes it takes any N.
+def of_any_length(x: Tensor) -> Tensor:
+    """x [N, ...], marked so that a graph that takes it takes any N.
 
     As `torch._dynamo.maybe_mark_dynamic` does it, which would import torch._dynamo, and Triton with it. Without a mark,
     a graph takes other sizes only where one was seen to change, and sizes that do not change together would cost a

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from foveal.blocks import BlockSelection
+from foveal.kernels.spans import Spans
 from foveal.kernels.values import LOG2_E, LinearTerm, Problem, packable, size_stride
 
 # Where each backend lies, the fastest first; then those of other precisions than that of the inputs, see `name_of`.
@@ -49,6 +50,8 @@ class Cubes(NamedTuple):
     slot: tokens that a block takes up, 64 or 128.
     whole: tokens of a whole cube; 0 for tokens that come in tile order.
     length: tokens of the video.
+    spans: where cubes have more tokens than a slot: which slots belong to which cube. What is a cube above is then a
+        slot. None where each cube has a slot of its own.
     """
 
     places: Tensor
@@ -57,10 +60,16 @@ class Cubes(NamedTuple):
     slot: int
     whole: int
     length: int
+    spans: Spans | None = None
 
     @property
     def num_cubes(self) -> int:
         return self.cube_sizes.shape[1]
+
+    @property
+    def num_ranked(self) -> int:
+        """How many cubes there are to pool and to choose from."""
+        return self.num_cubes if self.spans is None else self.spans.cubes
 
     @property
     def uniform(self) -> int:

@@ -14,11 +14,11 @@ from torch import Tensor
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.backends.fastvideo_vsa import FastVideoVSABackend, FastVideoVSAImpl
 
-from foveal.hosts.fastvideo import vsa_over_tiles
 from foveal.hosts.vllm_omni.function import coarse_gate, config_of
 from foveal.kernels.api import IMPLS
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.vsa.attention import vsa_attention
+from foveal.methods.vsa.config import VSAConfig
 
 H3_TILE = (4, 4, 4)
 NAME = "FovealVSA_"  # and an implementation: vLLM-Omni looks a backend up by the path of its class
@@ -53,39 +53,26 @@ class FovealVSAImpl(FastVideoVSAImpl):
         gate = coarse_gate(attn_metadata.extra.get("gate_compress"), tensors[0])
         layout = _packed_layout(attn_metadata)
         if layout is None:
-            output = self._wan(*tensors, gate, VideoGrid(*attn_metadata.extra["vsa_dit_seq_shape"]))
+            config = config_of(topk=self.topk, tile=self.block_size)
+            where = VideoGrid(*attn_metadata.extra["vsa_dit_seq_shape"])
         else:
-            output = self._minimax_h3(*tensors, gate, layout, attn_metadata.extra.get("vsa_h3_sparsity"))
-        output = output.transpose(1, 2)
-        return output if valid == length else torch.nn.functional.pad(output, (0, 0, 0, 0, 0, length - valid))
-
-    def _wan(self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, grid: VideoGrid) -> Tensor:
-        """[B, H, L, D] in raster order."""
-        order = grid.tile_order(self.block_size, self.block_elements, query.device)
-        sizes = order.cube_sizes
-        tiled = (order.sort(x) for x in (query, key, value))
-        more = self.topk, self.block_size, order.sort(gate), self.implementation, self.softmax_scale
-        output = vsa_over_tiles(*tiled, sizes, sizes, *more)
-        return order.unsort(output)
-
-    def _minimax_h3(
-        self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, layout: TokenLayout, sparsity: float | None
-    ) -> Tensor:
-        """[B, H, L, D] as the model packs it: the protected segments, then the video."""
-        topk = self.topk
-        if sparsity is not None and not self.topk_was_given:
-            topk = max(1, math.ceil((1 - sparsity) * layout.grid.num_cubes(H3_TILE)))
-        config = config_of(topk=topk, tile=H3_TILE)
-        return vsa_attention(
-            query,
-            key,
-            value,
+            config, where = self._packed_config(layout, attn_metadata.extra.get("vsa_h3_sparsity")), layout
+        output = vsa_attention(
+            *tensors,
             config=config,
-            layout=layout,
+            layout=where,
             gate_coarse=gate,
             scale=self.softmax_scale,
             impl=self.implementation,
-        )
+        ).transpose(1, 2)
+        return output if valid == length else torch.nn.functional.pad(output, (0, 0, 0, 0, 0, length - valid))
+
+    def _packed_config(self, layout: TokenLayout, sparsity: float | None) -> VSAConfig:
+        """MiniMax-H3's, whose checkpoint may bring a sparsity."""
+        topk = self.topk
+        if sparsity is not None and not self.topk_was_given:
+            topk = max(1, math.ceil((1 - sparsity) * layout.grid.num_cubes(H3_TILE)))
+        return config_of(topk=topk, tile=H3_TILE)
 
     def _why_dense(self, tensors: tuple[Tensor, Tensor, Tensor], metadata: AttentionMetadata | None) -> str | None:
         """Why this call is not sparse; None if it is."""

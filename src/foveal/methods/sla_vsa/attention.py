@@ -16,10 +16,10 @@ from foveal.methods.sla.feature_maps import linear_layer
 from foveal.methods.sla.linear import linear_output
 from foveal.methods.sla.projection import Projection
 from foveal.methods.sla_vsa.config import SLAVSAConfig
-from foveal.methods.vsa.attention import VideoSparseAttention, select_cubes, validate_call, vsa_attention
+from foveal.methods.vsa.attention import select_cubes, validate_call, vsa_attention
 from foveal.methods.vsa.cpu import vsa_attention_torch
 from foveal.methods.vsa.gates import check_gates, constant_linear, gates_of
-from foveal.methods.vsa.layout import CubeLayout, token_places
+from foveal.methods.vsa.layout import CubeLayout, resolve_tile, slot_size, token_places
 from foveal.methods.vsa.packed import PackedTiles
 
 
@@ -277,7 +277,8 @@ class SparseLinearVideoAttention(nn.Module):
         """Tokens of the query and key blocks that kernels get: a cube's slot."""
         if grid is None:
             raise ValueError("layout is required for an SLAVSAConfig: its cubes are the blocks, got None")
-        return VideoSparseAttention.kernel_blocks(config.cubes, grid)
+        slot = slot_size(resolve_tile(config.cubes, grid))
+        return slot, slot
 
     def select(
         self,

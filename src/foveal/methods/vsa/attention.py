@@ -24,7 +24,7 @@ from foveal.layout import TokenLayout, VideoGrid, Where, resolve_layout
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cpu import vsa_attention_torch
 from foveal.methods.vsa.gates import check_gates, constant_linear, gates_of
-from foveal.methods.vsa.layout import CubeLayout, resolve_tile, slot_size, token_places
+from foveal.methods.vsa.layout import CubeLayout, kernel_slot, resolve_tile, slot_size, token_places
 from foveal.methods.vsa.packed import PackedTiles
 
 
@@ -59,7 +59,7 @@ def select_cubes(
         return tiles.with_protected(select_cubes(*video, config=video_config, grid=grid, scale=scale))
     layout = CubeLayout(config, grid, key, kv_lengths)
     query, key = query.detach(), key.detach()
-    on_gpu = choose_impl("auto", query, key, key, layout.slot, layout.slot).impl in ("triton", "gluon")
+    on_gpu = choose_impl("auto", query, key, key, layout.kernel_slot, layout.kernel_slot).impl in ("triton", "gluon")
     if on_gpu and (config.ranks_means or layout.num_cubes <= KERNEL_MAX_BLOCKS):
         from foveal.methods.vsa.gpu import select_cubes_gpu
 
@@ -147,7 +147,7 @@ def _attend(
     check_gates(query, gate_coarse, gate_fine)
     scale = check_scale(scale, query.shape[-1])
     tiles = CubeLayout(config, grid, key, kv_lengths) if packed is None else PackedTiles(config, packed, key.device)
-    ran = choose_impl(impl, query, key, value, tiles.slot, tiles.slot, config.precision)
+    ran = choose_impl(impl, query, key, value, tiles.kernel_slot, tiles.kernel_slot, config.precision)
     impl = ran.impl
     on_kernels, slow = impl in ("triton", "gluon"), tiles.ranked_cubes > KERNEL_MAX_BLOCKS
     if selection is None and on_kernels and slow:
@@ -325,10 +325,10 @@ class VideoSparseAttention(nn.Module):
 
     @staticmethod
     def kernel_blocks(config: VSAConfig, grid: VideoGrid | None) -> tuple[int, int]:
-        """Tokens of the query and key blocks that kernels get: a cube's slot."""
+        """Tokens of the query and key blocks that kernels get: a cube's slot, or half of it."""
         if grid is None:
             raise ValueError("layout is required for a VSAConfig: its cubes are the blocks, got None")
-        slot = slot_size(resolve_tile(config, grid))
+        slot = kernel_slot(config, slot_size(resolve_tile(config, grid)))
         return slot, slot
 
     def select(

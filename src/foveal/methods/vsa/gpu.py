@@ -18,6 +18,7 @@ from foveal.kernels.backend import BackwardCall, Cubes, CubesCall, Gates, Raster
 from foveal.kernels.choice import append_blocks, choose_in_pieces, with_squares
 from foveal.kernels.host import on_device_of
 from foveal.kernels.operator import KernelOperator
+from foveal.kernels.spans import PARTS
 from foveal.kernels.triton.cube_gradients import return_gradients, split_gradient
 from foveal.kernels.triton.cubes import pool_cubes
 from foveal.kernels.triton.lists import column_lists
@@ -97,13 +98,13 @@ def _select_op(
     cubes = unflatten(cube_tensors, cube_numbers)
     with on_device_of(query):  # Triton launches on the current device
         rule = unflatten(rule_tensors, rule_numbers)
-        *_, ranked = pool_cubes(query, key, None, cubes, score=rule.score)
+        _, ranked = pooled_cubes(*pool_cubes(query, key, None, cubes, score=rule.score)[1:], cubes)
         return _picked(ranked, cubes, rule, scale)
 
 
 @_select_op.register_fake
 def _(query, key, cube_tensors, cube_numbers, rule_tensors, rule_numbers, scale):
-    rows = (*query.shape[:2], unflatten(cube_tensors, cube_numbers).num_cubes)
+    rows = (*query.shape[:2], unflatten(cube_tensors, cube_numbers).num_ranked)
     width = unflatten(rule_tensors, rule_numbers).width
     return query.new_empty((*rows, width), dtype=torch.int32), query.new_empty(rows, dtype=torch.int32)
 
@@ -138,7 +139,7 @@ def _picked(ranked: tuple[Tensor, Tensor], cubes: Cubes, rule: SelectionRule, sc
 
     ranked: of query and key, what `pool_cubes` makes for the rule's score.
     """
-    if cubes.num_cubes > api.KERNEL_MAX_BLOCKS:
+    if cubes.num_ranked > api.KERNEL_MAX_BLOCKS:
         return choose_in_pieces(*ranked, scale, rule)
     query, key = ranked
     if rule.spread:
@@ -150,25 +151,42 @@ def _picked(ranked: tuple[Tensor, Tensor], cubes: Cubes, rule: SelectionRule, sc
 def lists_of(choice: Choice, ranked: tuple[Tensor, Tensor], cubes: Cubes, scale: float) -> tuple[Tensor, Tensor]:
     """The lists of a choice, contiguous, with the blocks of text behind the cubes that it picks, and their counts."""
     if choice.rule is None:
-        return choice.critical.contiguous(), choice.counts.contiguous()
+        return given_lists(choice, cubes)
     critical, counts = _picked(ranked, cubes, choice.rule, scale)
-    if choice.text_counts is None:
-        return critical, counts
-    ends = cubes.num_cubes, cubes.key_sizes.shape[1]
-    return append_blocks(critical, counts, *ends, choice.text_counts, ragged=choice.rule.ragged())
+    if choice.text_counts is not None:
+        ends = cubes.num_ranked, cubes.key_sizes.shape[1] if cubes.spans is None else cubes.spans.slots.shape[0]
+        critical, counts = append_blocks(critical, counts, *ends, choice.text_counts, ragged=choice.rule.ragged())
+    return (critical, counts) if cubes.spans is None else cubes.spans.lists(critical, counts)
+
+
+def given_lists(choice: Choice, cubes: Cubes) -> tuple[Tensor, Tensor]:
+    """The lists of slots, contiguous, of a choice that was given."""
+    lists = choice.critical.contiguous(), choice.counts.contiguous()
+    return lists if cubes.spans is None else cubes.spans.lists(*lists)
+
+
+def pooled_cubes(
+    pooled: tuple[Tensor, ...], ranked: tuple[Tensor, ...], cubes: Cubes
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What `pool_cubes` made of slots, of cubes."""
+    if cubes.spans is None:
+        return pooled, ranked
+    pooled = tuple(map(cubes.spans.means, pooled))
+    return pooled, pooled[:2]
 
 
 def coarse_stage(call: VSACall, scale: float, gather: str) -> tuple[tuple[Tensor, ...], Coarse, BlockSelection]:
-    """Copies in tile order of what `gather` names, the coarse stage, and the selection."""
+    """Copies in tile order of what `gather` names, the coarse stage over cubes, and the selection over slots."""
     score = "mean" if call.choice.rule is None else call.choice.rule.score
     copies, pooled, ranked = pool_cubes(*call[:3], call.cubes, gather=gather, score=score)
+    pooled, ranked = pooled_cubes(pooled, ranked, call.cubes)
     lists = lists_of(call.choice, ranked, call.cubes, scale)
     return copies, Coarse(*pooled, *pooled_attention(*pooled, scale)), call.cubes.selection(*lists)
 
 
 def used_selection(call: VSACall, made: tuple[Tensor, ...]) -> BlockSelection:
     """The selection that a forward used: that of a given choice, or what `made_lists` returned."""
-    return call.cubes.selection(*(made or (call.choice.critical.contiguous(), call.choice.counts.contiguous())))
+    return call.cubes.selection(*(made or given_lists(call.choice, call.cubes)))
 
 
 def made_lists(call: VSACall, selection: BlockSelection) -> tuple[Tensor, ...]:
@@ -176,11 +194,17 @@ def made_lists(call: VSACall, selection: BlockSelection) -> tuple[Tensor, ...]:
     return () if call.choice.rule is None else (selection.critical, selection.critical_count)
 
 
+def coarse_of_slots(coarse: Coarse, cubes: Cubes) -> Tensor:
+    """The coarse output, [B, H, S, D]: each slot's, of the cube that it belongs to."""
+    return coarse.output if cubes.spans is None else cubes.spans.of_slots(coarse.output)
+
+
 def _forward(call: VSACall, options: VSAOptions, save: bool) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
     backend, scale, gates = backend_named(options.backend), options.scale, Gates(call.gate_coarse, call.gate_fine)
     copies, coarse, selection = coarse_stage(call, scale, backend.cube_copies)
     save_fine = save and gates.fine is not None
-    given = CubesCall(call.query, copies, call.cubes, selection, coarse.output, gates, scale, save_fine)
+    of_slots = coarse_of_slots(coarse, call.cubes)
+    given = CubesCall(call.query, copies, call.cubes, selection, of_slots, gates, scale, save_fine)
     coarse = coarse if save else ()  # nobody else holds what was pooled while the fine stage takes memory
     output, fine, lse = backend.attend_cubes(given)
     of_fine = (fine,) if save_fine else ()
@@ -196,10 +220,13 @@ def _backward(call: VSACall, options: VSAOptions, outputs, saved, grads) -> tupl
     (grad,), selection = grads, used_selection(call, made)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     columns = column_lists(selection)
-    split = split_gradient(grad, attended, coarse.output, Gates(call.gate_coarse, call.gate_fine), call.cubes)
+    gates, spans = Gates(call.gate_coarse, call.gate_fine), call.cubes.spans
+    split = split_gradient(grad, attended, coarse_of_slots(coarse, call.cubes), gates, call.cubes)
     grad_fine, delta, grad_coarse, grad_gates = split
     del split
-    pooled = pooled_attention_backward(grad_coarse, *coarse, scale)
+    pooled = pooled_attention_backward(grad_coarse if spans is None else spans.sums(grad_coarse), *coarse, scale)
+    if spans is not None:
+        pooled = tuple(map(spans.gradients, pooled))
     copies, *_ = pool_cubes(*inputs, call.cubes, gather="qkv", pool=False)
     fine = BackwardCall(Problem(*copies, selection, scale, call.cubes.uniform), grad_fine, delta, lse, columns)
     if backend.writes_raster:
@@ -216,7 +243,7 @@ def _backward(call: VSACall, options: VSAOptions, outputs, saved, grads) -> tupl
 
 def fake_coarse(call: VSACall) -> Coarse:
     """Tensors like what the coarse stage leaves."""
-    rows = (*call.query.shape[:2], call.cubes.num_cubes)
+    rows = (*call.query.shape[:2], call.cubes.num_ranked)
     shapes = *((*rows, call.query.shape[3]) for _ in range(4)), rows
     return Coarse(*(call.query.new_empty(shape, dtype=torch.float32) for shape in shapes))
 
@@ -226,8 +253,12 @@ def fake_lists(call: VSACall) -> tuple[Tensor, ...]:
     query, cubes, rule = call.query, call.cubes, call.choice.rule
     if rule is None:
         return ()
-    rows, text_blocks = (*query.shape[:2], cubes.num_cubes), cubes.key_sizes.shape[1] - cubes.num_cubes
-    shapes = (*rows, rule.width + text_blocks), rows
+    rows, width = (*query.shape[:2], cubes.num_cubes), rule.width
+    if cubes.spans is None:
+        width += cubes.key_sizes.shape[1] - cubes.num_cubes
+    else:
+        width = PARTS * (width + cubes.spans.slots.shape[0] - cubes.num_ranked)
+    shapes = (*rows, width), rows
     return tuple(query.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 

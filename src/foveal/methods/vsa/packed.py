@@ -20,7 +20,7 @@ from foveal.kernels.dense import dense_attention
 from foveal.layout import TokenLayout
 from foveal.methods.choosing import rows_alike
 from foveal.methods.vsa.config import VSAConfig
-from foveal.methods.vsa.layout import CubeLayout, picked_by_head, slot_size
+from foveal.methods.vsa.layout import CubeLayout, SplitCubes, kernel_slot, picked_by_head, slot_size
 
 
 class PackedTiles(CubeLayout):
@@ -36,12 +36,17 @@ class PackedTiles(CubeLayout):
         self.slot = slot_size(self.tile)
         self.order = layout.tile_order(self.tile, self.slot, device)
         self.cube_sizes = self.key_sizes = self.order.cube_sizes[None]
+        self.kernel_slot = kernel_slot(config, self.slot)
         self.video_cubes = self.num_cubes - layout.num_chunks(math.prod(self.tile))
         self.text_length, self.text_counts = 0, None
 
     @property
     def ranked_cubes(self) -> int:
         return self.video_cubes
+
+    def split(self, device: torch.device) -> SplitCubes:
+        layout = self.layout
+        return SplitCubes.of(layout.grid.shape, layout.before, layout.after, self.tile, device)
 
     def with_protected(self, selection: BlockSelection) -> BlockSelection:
         """A selection of the video's cubes among each other, with all protected chunks beside those picked."""
