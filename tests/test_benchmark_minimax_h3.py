@@ -289,6 +289,12 @@ def test_figures_of_a_training_step_are_those_of_its_run():
         if "speedup_with_teacher" in x:
             row += f" {x['step_seconds_with_teacher']:.1f} | {x['speedup_with_teacher']:.2f}x |"
         assert row in page
+    more, weights = found["arms"]["VSA 10 %"]["peak_bytes"] / 2**30, 61.7 + 50 * 5376 * 7168 * 2 / 2**30
+    kept = found["shape"]["tokens"] * 5376 * 2 / 2**30
+    words = " ".join(page.split())
+    assert f"weights and gates take {weights:.0f} GiB, VSA's step with three blocks took {more:.0f} GiB more" in words
+    assert f"47 keeps its input of {kept:.2f} GiB, which makes {weights + more + 47 * kept:.0f} GiB" in words
+    assert f"halve the weights: {weights / 2 + more + 47 * kept:.0f} GiB on each" in words
     run = json.loads(max((root / "benchmarks" / "results").glob("context-parallel-h3-*.json")).read_text())["calls"]
     said = "is {:.2f} times faster with VSA, and {:.2f} times with dense".format(
         *(run[arm]["speedup"] for arm in ("VSA 10 %", "dense"))
