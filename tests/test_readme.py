@@ -118,6 +118,12 @@ def test_sentences_about_speed_are_those_of_the_results(tables):
     links += "fastvideo-kernel's Triton kernels, and at its 15 s shape [{:.2f} times](notes/tables.md#minimax-h3-15-s) "
     assert (links + "and {:.2f} times").format(*ratios) in said
 
+    (log,) = (ROOT / "benchmarks" / "results").glob("demo-nvidia-h200-*.log")
+    minutes, seconds = re.search(r"real\s+(\d+)m([\d.]+)s", log.read_text()).groups()
+    took = f"{60 * int(minutes) + float(seconds):.0f} seconds on an H200"
+    assert took in " ".join((ROOT / "README.md").read_text().split())
+    assert took in words("demo.md")
+
     host = tables.latest("host-cost-*.json")["calls"]
     queued = {
         name: {way: found["replayed"]["queued_ms"] for way, found in host[name].items()}
