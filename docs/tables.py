@@ -354,8 +354,9 @@ def quality_tiny(date: str) -> str:
     first = runs[0]
     clips = f"{first['steps']} steps of {first['batch']} clips, {len(first['after'])} held-out clips"
     made = f"{first['device']}, torch {first['torch']}, commit {first['commit']}"
-    table = runpy.run_path(str(ROOT / "benchmarks" / "tiny" / "arms_table.py"))["table"]
-    return f"{table(runs)}\n\n{made}; {clips}."
+    script = runpy.run_path(str(ROOT / "benchmarks" / "tiny" / "arms_table.py"))
+    shown = [script["table"](runs), script["quality"](runs), f"{made}; {clips}."]
+    return "\n\n".join(filter(None, shown))
 
 
 def host() -> str:

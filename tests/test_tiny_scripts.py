@@ -1,29 +1,40 @@
 """The scripts that make the model in the box: encoding in two calls, given frames, and what a checkpoint keeps."""
 
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 SCRIPTS = Path(__file__).parents[1] / "benchmarks" / "tiny"
-NAMES = ("common", "model", "train_transformer", "train_vae", "make", "arms", "arms_table")
+NAMES = ("common", "model", "train_transformer", "train_vae", "make", "arms", "arms_quality", "arms_table")
 
 
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import arms
+    import arms_quality
     import common
     import make
     import model
     import train_transformer
     import train_vae
 
-    yield {"arms": arms, "vae": train_vae, "common": common, "make": make, "model": model, "train": train_transformer}
+    yield {
+        "arms": arms,
+        "quality": arms_quality,
+        "vae": train_vae,
+        "common": common,
+        "make": make,
+        "model": model,
+        "train": train_transformer,
+    }
     for name in NAMES:
         sys.modules.pop(name, None)
 
@@ -44,10 +55,17 @@ def test_two_calls_of_the_vae_are_as_good_as_many(scripts):
 def test_a_given_frame_is_clean_and_has_timestep_zero(scripts):
     clean, noise = torch.randn(2, 2, 16, 3, 4, 6)
     given = torch.tensor([True, False])
-    noisy, timesteps, mask = scripts["train"].noisy(clean, noise, torch.tensor([0.5, 0.25]), given)
+    seen = []
+
+    def model(x, timesteps, text, return_dict):
+        seen.extend((x, timesteps))
+        return (noise - clean + (torch.arange(3) == 1).view(3, 1, 1),)  # wrong by 1 in the second frame
+
+    losses, _ = scripts["train"].loss_and_velocity(model, clean, noise, torch.tensor([0.5, 0.25]), given, None)
+    noisy, timesteps = seen
+    assert losses.tolist() == pytest.approx([1 / 2, 1 / 3])  # of the frames that are not given
     assert torch.equal(noisy[0, :, 0], clean[0, :, 0])
     assert timesteps.tolist() == [[0.0] * 6 + [500.0] * 12, [250.0] * 18]
-    assert mask[:, 0, :, 0, 0].tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
 def test_mirrored_captions_turn_the_other_way(scripts):
@@ -132,7 +150,7 @@ def test_a_decoder_is_not_trained_without_its_encoder(scripts, tmp_path):
         scripts["vae"].train_vae(tmp_path, seconds=1, batch=1, rate=1e-3, start=None, decoder_only=True, commit=None)
 
 
-def test_every_arm_trains_and_the_table_pairs_them(scripts, monkeypatch):
+def test_every_arm_trains_and_the_tables_pair_them(scripts, monkeypatch, tmp_path):
     arms, torch_random = scripts["arms"], torch.Generator().manual_seed(0)
     monkeypatch.setattr(scripts["model"], "TEXT_TOKENS", 8)
     data = object.__new__(scripts["train"].Data)
@@ -143,9 +161,21 @@ def test_every_arm_trains_and_the_table_pairs_them(scripts, monkeypatch):
     torch.manual_seed(0)
     dense = scripts["model"].build_transformer()
     dense.blocks = dense.blocks[:1]
+    (tmp_path / "latents.json").write_text(json.dumps({"mean": [0.0] * 16, "std": [1.0] * 16}))
+    save_file(scripts["model"].build_vae().state_dict(), tmp_path / "vae.safetensors")
+    beside = scripts["quality"].DenseCheckpoint(dense, data, tmp_path, batch=2, videos=1, steps=2)
+    rounding = max(beside.losses_and_errors(dense)[1])  # of what is kept
+    assert 0 < rounding < 0.01
+    assert beside.compare_videos(dense)["psnr_db"] == 100
     runs = [
-        {"arm": name, "seed": 0, **arms.train_arm(dense, arm, data, 0, options)} for name, arm in arms.arms().items()
+        {"arm": name, "seed": 0, **arms.train_arm(dense, arm, data, beside, 0, options)}
+        for name, arm in arms.arms().items()
     ]
+    assert runs[0]["velocity_error"]["before"] != runs[0]["velocity_error"]["after"]
+    assert {run["arm"]: max(run["velocity_error"]["before"]) > rounding for run in runs}["blocks"]
+    shown = arms.quality(runs).splitlines()
+    assert len(shown) == 2 + len(runs)
+    assert f"| {runs[1]['videos']['psnr_db']:.1f} |" in shown[3]
     assert all(run["after"] != runs[0]["after"] for run in runs[1:])
     assert {run["arm"]: len(run["added_norms"]) > 0 for run in runs} == {
         name: any(word in name for word in ("coarse", "linear", "SLA2")) for name in arms.ARMS
@@ -170,8 +200,6 @@ def test_a_pipeline_gives_a_work_folder_its_weights(scripts, tmp_path):
 
 
 def test_latents_of_other_clips_keep_a_pipelines_words_and_statistics(scripts, monkeypatch, tmp_path):
-    import json
-
     import numpy as np
     from safetensors.torch import load_file
 

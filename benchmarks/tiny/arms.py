@@ -3,11 +3,11 @@
     python benchmarks/tiny/arms.py train --work WORK --output FILE.json --seeds 0 1 2
     python benchmarks/tiny/arms.py table FILE.json
 
-WORK is that of `make.py` with its latents and its transformer. A run is an arm and a seed; the seed picks the batches
-and their noise, and all arms share them. All weights train, those that conversion adds at the same rate unless the
-arm's name says otherwise. `table` compares held-out losses, paired by clip and noise level. FILE gains a run as soon as
-it has ended, and what it has is not run again; several processes, each with a file of its own, take `--share 0/2` and
-`--share 1/2` of the runs.
+WORK is that of `make.py` with its latents, its VAE, and its transformer. A run is an arm and a seed; the seed picks the
+batches and their noise, and all arms share them. All weights train, those that conversion adds at the same rate unless
+the arm's name says otherwise. `table` compares held-out losses, paired by clip and noise level, and shows how far
+velocities and videos are from those of the dense checkpoint. FILE gains a run as soon as it has ended, and what it has
+is not run again; several processes, each with a file of its own, take `--share 0/2` and `--share 1/2` of the runs.
 
 The cubes arms differ in nothing but their branches: the same exact cubes, with and without the coarse branch (VSA's),
 the linear branch (SLA's), or both.
@@ -27,11 +27,12 @@ from typing import NamedTuple
 
 import model as parts
 import torch
-from arms_table import table
+from arms_quality import DenseCheckpoint
+from arms_table import quality, table
 from common import DEVICE, machine
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from train_transformer import SIGMAS, Data, Step, batches, loss_of
+from torch import nn
+from train_transformer import SIGMAS, Data, Step, batches
 
 from foveal import SLA2Config, SLAConfig, SLAVSAConfig, sparsify
 from foveal.lab.train.model import compile_blocks
@@ -81,30 +82,15 @@ ARMS = tuple(arms())
 FIRST_STEP = 1_000_000  # seeds' batches begin here, far from those of pretraining
 
 
-def held_out_losses(model: nn.Module, data: Data, batch: int) -> Tensor:
-    """float64 [clips, levels] with one noise a clip; every second clip has its first frame given."""
-    noise = torch.randn(data.held_out.shape, generator=torch.Generator().manual_seed(11))
-    levels = []
-    with torch.no_grad():
-        for sigma in SIGMAS:
-            found = []
-            for start in range(0, len(noise), batch):
-                clean = data.held_out[start : start + batch].float()
-                given = torch.arange(start, start + len(clean), device=DEVICE) % 2 == 1
-                sigmas = torch.full((len(clean),), sigma, device=DEVICE)
-                text = data.text(data.held_out_caption[start : start + batch])
-                found.append(loss_of(model, clean, noise[start : start + batch].to(DEVICE), sigmas, given, text))
-            levels.append(torch.cat(found).double().cpu())
-    return torch.stack(levels, 1)
-
-
-def train_arm(dense: nn.Module, arm: Arm, data: Data, seed: int, options: argparse.Namespace) -> dict:
+def train_arm(
+    dense: nn.Module, arm: Arm, data: Data, beside: DenseCheckpoint, seed: int, options: argparse.Namespace
+) -> dict:
     torch.manual_seed(seed)
     model = copy.deepcopy(dense)
     if arm.config is not None:
         sparsify(model, arm.config)
     added = [p for processor in sparse_processors(model).values() for p in processor.parameters()]
-    before = held_out_losses(model, data, options.batch)
+    before, errors_before = beside.losses_and_errors(model)
     cuda = DEVICE.type == "cuda"
     known = {id(p) for p in added}
     groups = [(arm.added_rate, added), (1.0, [p for p in model.parameters() if id(p) not in known])]
@@ -136,7 +122,7 @@ def train_arm(dense: nn.Module, arm: Arm, data: Data, seed: int, options: argpar
     if not training.isfinite().all():
         raise FloatingPointError("a training loss is not finite")
     seconds = time.time() - started
-    after = held_out_losses(model, data, options.batch)
+    after, errors = beside.losses_and_errors(model)
     return {
         "config": None if arm.config is None else {"method": type(arm.config).__name__, **arm.config.to_dict()},
         "steps": options.steps,
@@ -148,6 +134,8 @@ def train_arm(dense: nn.Module, arm: Arm, data: Data, seed: int, options: argpar
         "levels": list(SIGMAS),
         "before": before.mean(0).tolist(),
         "after": [[round(x, 7) for x in clip] for clip in after.tolist()],
+        "velocity_error": {"before": errors_before, "after": errors},
+        "videos": beside.compare_videos(model),
         "training_loss": [round(x, 6) for x in training.unflatten(0, (-1, 10)).mean(1).tolist()]
         if options.steps % 10 == 0
         else None,
@@ -163,6 +151,7 @@ def train(options: argparse.Namespace) -> None:
     tensors = load_file(options.work / f"{options.name}.safetensors")
     dense.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("average/")})
     dense.to(DEVICE)
+    beside = DenseCheckpoint(dense, data, options.work, options.batch, options.videos)
     found = json.loads(options.output.read_text()) if options.output.exists() else {}
     mine, shares = (int(part) for part in options.share.split("/"))
     runs = [(name, seed) for seed in options.seeds for name in options.arms or ARMS]
@@ -170,7 +159,7 @@ def train(options: argparse.Namespace) -> None:
         key = f"{name} #{seed}"
         if key in found or time.time() > options.deadline:
             continue
-        found[key] = {"arm": name, "seed": seed, **train_arm(dense, found_arms[name], data, seed, options)}
+        found[key] = {"arm": name, "seed": seed, **train_arm(dense, found_arms[name], data, beside, seed, options)}
         aside = options.output.with_suffix(".part")
         aside.write_text(json.dumps(found) + "\n")
         os.replace(aside, options.output)
@@ -198,6 +187,7 @@ def main() -> None:
     trains.add_argument("--batch", type=int, default=32)
     trains.add_argument("--rate", type=float, default=3e-4)
     trains.add_argument("--clips", type=int, default=256, help="held-out clips, at most")
+    trains.add_argument("--videos", type=int, default=8, help="held-out clips that every arm continues")
     trains.add_argument("--deadline", type=float, default=math.inf, help="Unix time after which no run begins")
     trains.add_argument("--commit", help="of this tree, for the record")
     stages.add_parser("table").add_argument("files", type=Path, nargs="+")
@@ -207,7 +197,8 @@ def main() -> None:
         train(options)
     else:
         runs = [run for file in options.files for run in json.loads(file.read_text()).values()]
-        print(table(sorted(runs, key=lambda run: ARMS.index(run["arm"]))))
+        runs.sort(key=lambda run: ARMS.index(run["arm"]))
+        print(table(runs), quality(runs), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -36,3 +36,20 @@ def table(runs: list[dict]) -> str:
         cells.append(" / ".join(f"{100 * statistics.mean(clips):+.2f}" for clips in relative))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def quality(runs: list[dict]) -> str:
+    """A Markdown table of how far arms are from the dense checkpoint, means over the seeds; empty for older runs."""
+    runs = [run for run in runs if "videos" in run]
+    titles = ("attention", "velocity error before", "after", "PSNR, dB", "SSIM", "flicker", "the checkpoint's")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"] if runs else []
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        mine = [run for run in runs if run["arm"] == arm]
+        errors = (
+            statistics.mean(statistics.mean(run["velocity_error"][x]) for run in mine) for x in ("before", "after")
+        )
+        videos = {name: statistics.mean(run["videos"][name] for run in mine) for name in mine[0]["videos"]}
+        cells = [arm, *(f"{100 * error:.1f}%" for error in errors), f"{videos['psnr_db']:.1f}", f"{videos['ssim']:.3f}"]
+        cells += [f"{videos[name]:.2f}" for name in ("flicker", "flicker_dense")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

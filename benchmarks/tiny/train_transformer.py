@@ -44,22 +44,35 @@ class Data:
         return F.pad(text, (0, 0, 0, parts.TEXT_TOKENS - text.shape[1]))
 
 
-def noisy(clean: Tensor, noise: Tensor, sigmas: Tensor, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_t, timesteps [B, tokens], mask of what is not given [B, 1, F, 1, 1]): a given first frame has no noise."""
-    level = sigmas.view(-1, 1, 1, 1, 1).expand(-1, 1, clean.shape[2], 1, 1).clone()
+def levels_of_frames(sigmas: Tensor, given: Tensor, frames: int) -> Tensor:
+    """[B, 1, F, 1, 1]: the noise levels [B], but 0 for a given first frame."""
+    level = sigmas.view(-1, 1, 1, 1, 1).expand(-1, 1, frames, 1, 1).clone()
     level[:, :, 0] *= ~given.view(-1, 1, 1, 1)
-    timesteps = NUM_TRAIN_TIMESTEPS * level.flatten(1)
-    per_frame = (clean.shape[3] // 2) * (clean.shape[4] // 2)
-    return (1 - level) * clean + level * noise, timesteps.repeat_interleave(per_frame, 1), (level > 0).float()
+    return level
 
 
-def loss_of(model: nn.Module, clean: Tensor, noise: Tensor, sigmas: Tensor, given: Tensor, text: Tensor) -> Tensor:
-    """Flow-matching loss [B] over the frames that are not given."""
-    x, timesteps, mask = noisy(clean, noise, sigmas, given)
+def velocity_of(model: nn.Module, x: Tensor, sigmas: Tensor, given: Tensor, text: Tensor) -> Tensor:
+    """float32, like x [B, C, F, H, W], which has these noise levels [B]."""
+    timesteps = NUM_TRAIN_TIMESTEPS * levels_of_frames(sigmas, given, x.shape[2]).flatten(1)
+    timesteps = timesteps.repeat_interleave((x.shape[3] // 2) * (x.shape[4] // 2), 1)
     with autocast():
-        velocity = model(x, timesteps, text, return_dict=False)[0]
-    error = (velocity.float() - (noise - clean)).square() * mask
-    return error.flatten(1).sum(1) / mask.expand_as(error).flatten(1).sum(1)
+        return model(x, timesteps, text, return_dict=False)[0].float()
+
+
+def loss_and_velocity(
+    model: nn.Module, clean: Tensor, noise: Tensor, sigmas: Tensor, given: Tensor, text: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Flow-matching loss [B] over the frames that are not given, and the velocity."""
+    level = levels_of_frames(sigmas, given, clean.shape[2])
+    velocity = velocity_of(model, (1 - level) * clean + level * noise, sigmas, given, text)
+    mask = (level > 0).float()
+    error = (velocity - (noise - clean)).square() * mask
+    return error.flatten(1).sum(1) / mask.expand_as(error).flatten(1).sum(1), velocity
+
+
+def loss_of(model: nn.Module, *values: Tensor) -> Tensor:
+    """The loss of `loss_and_velocity`."""
+    return loss_and_velocity(model, *values)[0]
 
 
 @torch.no_grad()

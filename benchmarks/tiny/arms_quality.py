@@ -1,0 +1,101 @@
+"""How far an arm of `arms.py` is from the dense checkpoint that it began with: velocities and videos."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import model as parts
+import torch
+from common import DEVICE
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from train_transformer import SIGMAS, Data, loss_and_velocity, velocity_of
+
+from foveal.lab.evaluate.metrics import flicker, psnr, ssim
+
+
+def held_out_batches(data: Data, batch: int) -> Iterator[tuple[int, Tensor, tuple[Tensor, ...]]]:
+    """(index of the noise level, mask of what counts, what `loss_of` takes), with one noise a clip.
+
+    Every second clip has its first frame given.
+    """
+    noise = torch.randn(data.held_out.shape, generator=torch.Generator().manual_seed(11))
+    for index, sigma in enumerate(SIGMAS):
+        for start in range(0, len(noise), batch):
+            clean = data.held_out[start : start + batch].float()
+            given = torch.arange(start, start + len(clean), device=DEVICE) % 2 == 1
+            sigmas = torch.full((len(clean),), sigma, device=DEVICE)
+            text = data.text(data.held_out_caption[start : start + batch])
+            counts = torch.ones(len(clean), 1, clean.shape[2], 1, 1, device=DEVICE)
+            counts[given, :, 0] = 0
+            yield index, counts, (clean, noise[start : start + batch].to(DEVICE), sigmas, given, text)
+
+
+class DenseCheckpoint:
+    """The dense model before its arms are trained.
+
+    Args:
+        model: the model, in eval mode or not; it stays as it is.
+        data: with its held-out clips.
+        work: the folder with the VAE.
+        batch: clips in a forward.
+        videos, steps: how many held-out clips to continue from their first frame, and in how many steps.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, work: Path, batch: int, videos: int, steps: int = 16) -> None:
+        self.data, self.batch, self.steps = data, batch, steps
+        facts = json.loads((work / "latents.json").read_text())
+        self.mean, self.std = (torch.tensor(facts[name]).view(1, -1, 1, 1, 1).to(DEVICE) for name in ("mean", "std"))
+        self.vae = parts.build_vae().to(DEVICE).eval()
+        self.vae.load_state_dict(load_file(work / "vae.safetensors"))
+        stride = max(1, len(data.held_out) // max(1, videos))
+        self.picked = list(range(0, len(data.held_out), stride))[:videos]
+        with torch.no_grad():
+            held_out = held_out_batches(data, batch)
+            self.velocities = [loss_and_velocity(model, *values)[1].bfloat16().cpu() for *_, values in held_out]
+        self.videos = [self._video(model, clip) for clip in self.picked]
+
+    @torch.no_grad()
+    def losses_and_errors(self, model: nn.Module) -> tuple[Tensor, list[float]]:
+        """Held-out losses, float64 [clips, levels], and at each level the error of velocities over their norm."""
+        losses = [[] for _ in SIGMAS]
+        squares = torch.zeros(len(SIGMAS), 2, dtype=torch.float64)
+        for (index, counts, values), dense in zip(
+            held_out_batches(self.data, self.batch), self.velocities, strict=True
+        ):
+            loss, velocity = loss_and_velocity(model, *values)
+            losses[index].append(loss.double().cpu())
+            dense = dense.to(DEVICE).float()
+            for place, x in enumerate((velocity - dense, dense)):
+                squares[index, place] += (x.square() * counts).sum(dtype=torch.float64).cpu()
+        errors = (squares[:, 0] / squares[:, 1]).sqrt().tolist()
+        return torch.stack([torch.cat(found) for found in losses], 1), errors
+
+    def compare_videos(self, model: nn.Module) -> dict[str, float]:
+        """Means over the videos, without their given frame: PSNR and SSIM to those of the dense model, and flicker."""
+        found = []
+        for clip, dense in zip(self.picked, self.videos, strict=True):
+            video = self._video(model, clip)
+            found.append((psnr(video, dense), ssim(video, dense), flicker(video), flicker(dense)))
+        names = ("psnr_db", "ssim", "flicker", "flicker_dense")
+        return {name: statistics.mean(values) for name, values in zip(names, zip(*found, strict=True), strict=True)}
+
+    @torch.no_grad()
+    def _video(self, model: nn.Module, clip: int) -> Tensor:
+        """uint8 [frames, 3, H, W] without the first frame: a continuation of it, by Euler steps."""
+        clean = self.data.held_out[clip : clip + 1].float()
+        x = torch.randn(clean.shape, generator=torch.Generator().manual_seed(clip)).to(DEVICE)
+        x[:, :, 0] = clean[:, :, 0]
+        text = self.data.text(self.data.held_out_caption[clip : clip + 1])
+        given = torch.ones(1, dtype=torch.bool, device=DEVICE)
+        even = torch.linspace(1, 0, self.steps + 1, device=DEVICE)
+        levels = parts.FLOW_SHIFT * even / (1 + (parts.FLOW_SHIFT - 1) * even)
+        for level, following in itertools.pairwise(levels):
+            velocity = velocity_of(model, x, level[None], given, text)
+            x[:, :, 1:] += (following - level) * velocity[:, :, 1:]
+        video = parts.decode(self.vae, x * self.std + self.mean)[0, :, 1:]
+        return (127.5 * (video.clamp(-1, 1) + 1)).round().byte().movedim(1, 0).cpu()
