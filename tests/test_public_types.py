@@ -4,6 +4,7 @@ Needs pyright, which `pip install -e ".[lint]"` brings; skipped without it.
 """
 
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
@@ -46,3 +47,15 @@ def test_a_users_program_is_understood():
     assert said["summary"]["filesAnalyzed"] == 1
     problems = [f"line {x['range']['start']['line'] + 1}: {x['message']}" for x in said["generalDiagnostics"]]
     assert not problems, "\n".join(problems)
+
+
+def test_decorators_of_public_functions_say_what_they_return():
+    """mypy takes what an untyped decorator makes for `Any`, where pyright looks through the decorator."""
+    seen = 0
+    for function in filter(inspect.isfunction, (getattr(foveal, name) for name in foveal.__all__)):
+        names, decorated = function.__globals__, inspect.unwrap(function) is not function
+        if decorated and names["__name__"].startswith("foveal."):
+            decorator = names[function.__code__.co_qualname.partition(".")[0]]
+            assert "return" in decorator.__annotations__, f"{function.__name__}: {decorator.__name__} is untyped"
+            seen += 1
+    assert seen >= 2

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 _constants: list[dict[tuple, Any]] = []
 MOST_CONSTANTS = 64  # of one function
 
@@ -62,11 +64,11 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def without_autocast(function):
+def without_autocast(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Runs a function of tensors in the dtypes that they have, also inside of `torch.autocast`."""
 
     @functools.wraps(function)
-    def call(*arguments, **named):
+    def call(*arguments: Parameters.args, **named: Parameters.kwargs) -> Result:
         known = _first_tensor((*arguments, *named.values()))
         device = "meta" if known is None else known.device.type
         if device == "meta" or not torch.is_autocast_enabled(device):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -61,6 +61,31 @@ OLDEST_TRITON = (3, 6)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+# For type checkers: `return_lse` decides what comes back.
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: BlockSelection,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+    return_lse: Literal[False] = False,
+    precision: str = "input",
+) -> Tensor: ...
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: BlockSelection,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+    return_lse: Literal[True],
+    precision: str = "input",
+) -> tuple[Tensor, Tensor]: ...
 @without_autocast
 def block_sparse_attention(
     query: Tensor,
