@@ -17,6 +17,7 @@ from host_modules import HostSLA, fastvideo_modules, turbodiffusion_modules
 from torch.nn import functional
 
 import foveal
+from foveal.hosts.patching import import_host
 from foveal.testing import assert_close_to_reference
 
 BLOCK, DIM, HEADS, BATCH = 64, 16, 2, 2
@@ -265,6 +266,11 @@ def test_an_absent_host_is_named_with_its_install_command(monkeypatch):
         foveal.patch("fastvideo")
     with pytest.raises(ImportError, match=r"TurboDiffusion is not installed.*pip install turbodiffusion, or put"):
         foveal.patch("turbodiffusion")
+    # Also where only a part of it is asked for; another part that it has not got is no missing host.
+    with pytest.raises(ImportError, match=r"^Host is not installed, and patching needs it: pip install host$"):
+        import_host("no_such_host.attention", "Host", "pip install host")
+    with pytest.raises(ImportError, match=r"^Host is installed, but needs json\.no_such_part"):
+        import_host("json.no_such_part", "Host", "pip install host")
 
 
 @pytest.mark.parametrize("host", ["diffusers", "fastvideo", "turbodiffusion"])
@@ -284,12 +290,24 @@ def test_a_command_shows_that_it_runs(fastvideo, sla_class, monkeypatch, capsys,
     assert command.main([host]) == 1
 
 
-def test_a_command_says_what_is_missing(monkeypatch, capsys):
+def test_commands_say_what_is_missing(monkeypatch, capsys):
     from foveal.hosts import __main__ as command
+    from foveal.hosts.sglang import __main__ as sglang
+    from foveal.hosts.vllm_omni import __main__ as vllm_omni
 
-    monkeypatch.setitem(sys.modules, "fastvideo_kernel", None)
-    assert command.main(["fastvideo"]) == 1
-    assert capsys.readouterr().out.endswith("pip install fastvideo-kernel einops\n")
+    for name in ("diffusers", "fastvideo_kernel", "SLA", "sglang", "vllm_omni"):
+        monkeypatch.setitem(sys.modules, name, None)
+    commands = {
+        "pip install diffusers": lambda: command.main(["diffusers"]),
+        "pip install fastvideo-kernel einops": lambda: command.main(["fastvideo"]),
+        'pip install "sglang[diffusion]"': sglang.main,
+        "pip install vllm-omni": vllm_omni.main,
+    }
+    for how_to_install, main in commands.items():
+        assert main() == 1
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1
+        assert said.endswith(f"is not installed, and patching needs it: {how_to_install}\n")
 
 
 def test_a_host_of_another_version_is_left_alone(fastvideo, monkeypatch):

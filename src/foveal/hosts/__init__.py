@@ -8,6 +8,8 @@ from foveal.checks import check_choice
 from foveal.hosts.patching import Patch
 from foveal.kernels.api import IMPLS
 
+__all__ = ["HOSTS", "Patch", "patch"]
+
 HOSTS = ("fastvideo", "turbodiffusion", "vllm_omni", "sglang")
 
 

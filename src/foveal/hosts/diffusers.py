@@ -44,7 +44,6 @@ def register_attention_backend(config: SLAConfig, *, impl: str = "auto") -> Patc
     """
     check_bare(config)
     check_choice("impl", impl, IMPLS)
-    import_host("diffusers", "diffusers", HOW_TO_INSTALL)
     dispatch = import_host("diffusers.models.attention_dispatch", "diffusers", HOW_TO_INSTALL)
     names, registry = _parts(dispatch)
     if NAME in names._value2member_map_:

@@ -61,10 +61,12 @@ def _rebind(old: Callable, new: Callable) -> None:
 
 def import_host(module: str, package: str, how_to_install: str) -> ModuleType:
     """The host's module; an ImportError that says how to install it if it is absent, or why it did not load."""
+    host = module.partition(".")[0]
     try:
+        importlib.import_module(host)
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name == module:
+        if error.name == host:
             raise ImportError(f"{package} is not installed, and patching needs it: {how_to_install}") from error
         raise ImportError(f"{package} is installed, but needs {error.name}, which is not: {error}") from error
     except Exception as error:

@@ -43,7 +43,6 @@ def register() -> None:
 
 def patch(impl: str) -> Patch:
     """The same methods run by `impl`; existing layers too."""
-    import_host("sglang", "SGLang", HOW_TO_INSTALL)
     replacements = []
     for target, hook in _hooks(impl).items():
         module, class_name, method = target.split(".")

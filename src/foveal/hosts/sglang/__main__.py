@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from importlib.metadata import version
 
 import torch
 
-from foveal.hosts.sglang import BACKENDS, LAYOUT, packed_attention
+from foveal.hosts.patching import import_host
+from foveal.hosts.sglang import BACKENDS, HOW_TO_INSTALL, LAYOUT, packed_attention
 from foveal.testing import relative_error
 
 FRAMES, HEIGHT, WIDTH = 5, 16, 17
@@ -18,8 +18,13 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 def main() -> int:
     """Print whether SGLang applied foveal's hooks, and how far their output is from the reference. The exit code."""
-    importlib.import_module("sglang.multimodal_gen.runtime.platforms.plugins").apply_plugin_hooks()
-    backend = importlib.import_module(f"{BACKENDS}.video_sparse_attn_h3")
+    try:
+        plugins = import_host("sglang.multimodal_gen.runtime.platforms.plugins", "SGLang", HOW_TO_INSTALL)
+        plugins.apply_plugin_hooks()
+        backend = import_host(f"{BACKENDS}.video_sparse_attn_h3", "SGLang", HOW_TO_INSTALL)
+    except ImportError as error:
+        print(error)
+        return 1
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     metadata = backend.VideoSparseAttentionH3MetadataBuilder().build(
         current_timestep=0,

@@ -34,8 +34,8 @@ def register() -> None:
 
 def patch(impl: str) -> Patch:
     """The slot FASTVIDEO_VSA run by `impl`, in models that are built from now on."""
-    registry = _import(f"{ATTENTION}.backends.registry")
-    selector, slot = _import(f"{ATTENTION}.selector"), vsa_slot()
+    registry = import_part(f"{ATTENTION}.backends.registry")
+    selector, slot = import_part(f"{ATTENTION}.selector"), vsa_slot()
     former = slot.get_path() if slot.is_overridden() else None
     if is_ours(slot.get_path()):
         raise ValueError("host 'vllm_omni' is patched already: undo that patch first")
@@ -46,7 +46,7 @@ def patch(impl: str) -> Patch:
     # MiniMax-H3 puts a class of its own in the place of the slot's, by this name. Where its package does not load, the
     # host cannot run the model either.
     with contextlib.suppress(ImportError):
-        replacements.append((_import(f"{H3}.attention.fastvideo_h3"), "MiniMaxH3VSAImpl", backend.get_impl_cls()))
+        replacements.append((import_part(f"{H3}.attention.fastvideo_h3"), "MiniMaxH3VSAImpl", backend.get_impl_cls()))
 
     def give_back() -> None:
         slot.clear_override()
@@ -61,14 +61,14 @@ def patch(impl: str) -> Patch:
     return patched
 
 
-def _import(module: str) -> ModuleType:
-    import_host("vllm_omni", "vLLM-Omni", HOW_TO_INSTALL)
+def import_part(module: str) -> ModuleType:
+    """A module of the host; an ImportError that says what is missing."""
     return import_host(module, "vLLM-Omni", HOW_TO_INSTALL)
 
 
 def vsa_slot() -> Any:
     """The host's slot for VSA; an ImportError if it has none."""
-    slot = getattr(_import(f"{ATTENTION}.backends.registry").DiffusionAttentionBackendEnum, "FASTVIDEO_VSA", None)
+    slot = getattr(import_part(f"{ATTENTION}.backends.registry").DiffusionAttentionBackendEnum, "FASTVIDEO_VSA", None)
     if slot is None:
         raise ImportError("vLLM-Omni has no attention backend FASTVIDEO_VSA; foveal knows the one of 0.30")
     return slot

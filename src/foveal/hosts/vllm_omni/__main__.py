@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 
-from foveal.hosts.vllm_omni import is_ours, vsa_slot
+from foveal.hosts.vllm_omni import import_part, is_ours, vsa_slot
 from foveal.hosts.vllm_omni.function import sparse_attention
 from foveal.testing import relative_error
 
@@ -17,10 +17,12 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 def main() -> int:
     """Print what the slot runs, and how far its output is from the reference. Returns the exit code."""
-    from vllm_omni.plugins import load_omni_general_plugins
-
-    load_omni_general_plugins()
-    slot = vsa_slot()
+    try:
+        import_part("vllm_omni.plugins").load_omni_general_plugins()
+        slot = vsa_slot()
+    except ImportError as error:
+        print(error)
+        return 1
     print(f"vLLM-Omni {version('vllm-omni')}: the slot FASTVIDEO_VSA runs {slot.get_path()}")
     if not is_ours(slot.get_path()):
         print("That is not foveal. Is it installed in this environment, and does VLLM_PLUGINS, if set, name it?")
