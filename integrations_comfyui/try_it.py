@@ -85,6 +85,7 @@ class Host:
             raise RuntimeError(f"ComfyUI did not load {HERE}")
         nodes.NODE_CLASS_MAPPINGS["RandomConditioning"] = RandomConditioning
         self.executor = execution.PromptExecutor(Server())
+        self.executor.cache_args = {"ram": 0.0}  # what later versions read as they run, and their server sets
 
     def run(self, prompt):
         """Executes a prompt, {id: {"class_type", "inputs"}}; returns the values of each node by id.
