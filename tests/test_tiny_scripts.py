@@ -150,14 +150,14 @@ def test_a_decoder_is_not_trained_without_its_encoder(scripts, tmp_path):
         scripts["vae"].train_vae(tmp_path, seconds=1, batch=1, rate=1e-3, start=None, decoder_only=True, commit=None)
 
 
-def test_every_arm_trains_and_the_tables_pair_them(scripts, monkeypatch, tmp_path):
+def test_arms_train_and_the_tables_pair_them(scripts, monkeypatch, tmp_path):
     arms, torch_random = scripts["arms"], torch.Generator().manual_seed(0)
     monkeypatch.setattr(scripts["model"], "TEXT_TOKENS", 8)
     data = object.__new__(scripts["train"].Data)
     data.latents = data.held_out = torch.randn(2, 16, 3, 8, 8, generator=torch_random)
     data.texts, data.empty = torch.randn(1, 8, 64, generator=torch_random), 0
     data.caption = data.held_out_caption = torch.zeros(2, dtype=torch.long)
-    options = Namespace(batch=2, steps=1, rate=1e-3, commit=None, compile=False)
+    options = Namespace(batch=2, steps=1, rate=1e-3, commit=None, compile=False, scratch=False, evaluate_every=1)
     torch.manual_seed(0)
     dense = scripts["model"].build_transformer()
     dense.blocks = dense.blocks[:1]
@@ -170,6 +170,7 @@ def test_every_arm_trains_and_the_tables_pair_them(scripts, monkeypatch, tmp_pat
     runs = [
         {"arm": name, "seed": 0, **arms.train_arm(dense, arm, data, beside, 0, options)}
         for name, arm in arms.arms().items()
+        if name in ("dense", "cubes", "cubes, coarse, linear", "blocks", "blocks, SLA2", "VSA 4x4x4")
     ]
     assert runs[0]["velocity_error"]["before"] != runs[0]["velocity_error"]["after"]
     assert {run["arm"]: max(run["velocity_error"]["before"]) > rounding for run in runs}["blocks"]
@@ -178,8 +179,17 @@ def test_every_arm_trains_and_the_tables_pair_them(scripts, monkeypatch, tmp_pat
     assert f"| {runs[1]['videos']['psnr_db']:.1f} |" in shown[3]
     assert all(run["after"] != runs[0]["after"] for run in runs[1:])
     assert {run["arm"]: len(run["added_norms"]) > 0 for run in runs} == {
-        name: any(word in name for word in ("coarse", "linear", "SLA2")) for name in arms.ARMS
+        run["arm"]: any(word in run["arm"] for word in ("coarse", "SLA2", "VSA")) for run in runs
     }
+    options.steps = 2
+    again = arms.train_arm(dense, arms.Arm(), data, beside, 0, options)
+    assert [step for step, _ in again["curve"]] == [1]
+    assert sum(again["before"]) / 4 > again["curve"][0][1] > 0
+    tokens, weights = 25 * 18 * 32, sum(p.numel() for p in dense.parameters())
+    attention = 6 * 3.5 * 4 * tokens**2 * 4 * 64  # layers, passes, and products of 4 heads of 64
+    flops = arms.step_flops(dense, None, (16, 25, 36, 64))
+    assert flops == 6 * weights * tokens + attention
+    assert arms.step_flops(dense, arms.arms()["VSA 4x4x4"].config, (16, 25, 36, 64)) < flops - attention / 2
     rows = arms.table(runs).splitlines()
     assert len(rows) == 2 + len(runs)
     assert rows[2].startswith("| dense | 1 |")

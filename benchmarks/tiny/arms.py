@@ -7,7 +7,8 @@ WORK is that of `make.py` with its latents, its VAE, and its transformer. A run 
 batches and their noise, and all arms share them. All weights train, those that conversion adds at the same rate unless
 the arm's name says otherwise. `table` compares held-out losses, paired by clip and noise level, and shows how far
 velocities and videos are from those of the dense checkpoint. FILE gains a run as soon as it has ended, and what it has
-is not run again; several processes, each with a file of its own, take `--share 0/2` and `--share 1/2` of the runs.
+is not run again. With `--scratch` arms begin with random weights; the checkpoint then is what they are compared with.
+Several processes, each with a file of its own, take `--share 0/2` and `--share 1/2` of the runs.
 
 The cubes arms differ in nothing but their branches: the same exact cubes, with and without the coarse branch (VSA's),
 the linear branch (SLA's), or both.
@@ -34,7 +35,7 @@ from safetensors.torch import load_file
 from torch import nn
 from train_transformer import SIGMAS, Data, Step, batches
 
-from foveal import SLA2Config, SLAConfig, SLAVSAConfig, sparsify
+from foveal import SLA2Config, SLAConfig, SLAVSAConfig, VideoGrid, VSAConfig, attention_cost, sparsify
 from foveal.lab.train.model import compile_blocks
 from foveal.methods.base import Config
 from foveal.models.processor import sparse_processors
@@ -45,6 +46,9 @@ class Arm(NamedTuple):
 
     config: Config | None = None
     added_rate: float = 1.0
+
+
+TILES = {"2x4x4": (2, 4, 4), "4x4x4": (4, 4, 4), "4x4x8": (4, 4, 8), "auto": "auto", "wide": "wide"}
 
 
 def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
@@ -75,11 +79,22 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         "blocks, linear (all)": Arm(sla.replace(linear_scope="all")),
         "blocks, SLA2": Arm(SLA2Config(keep_ratio=blocks, block_q=64, block_k=64, token_order="tile")),
         "blocks (x 1.25)": Arm(plain.replace(keep_ratio=1.25 * blocks)),
+        **{f"VSA {name}": Arm(VSAConfig(keep_ratio=cubes, tile=tile)) for name, tile in TILES.items()},
     }
 
 
 ARMS = tuple(arms())
 FIRST_STEP = 1_000_000  # seeds' batches begin here, far from those of pretraining
+
+
+def step_flops(model: nn.Module, config: Config | None, latents: torch.Size) -> float:
+    """FLOPs of a training step on one clip, forward and backward: those of the weights, and of self-attention."""
+    frames, height, width = latents[-3:]
+    heads = {"heads": model.config.num_attention_heads, "head_dim": model.config.attention_head_dim}
+    cost = attention_cost(config, grid=VideoGrid(frames, height // 2, width // 2), **heads)
+    weights = sum(p.numel() for p in model.parameters())
+    attention = model.config.num_layers * (cost.flops + cost.backward_flops)
+    return 6 * weights * frames * height * width / 4 + attention
 
 
 def train_arm(
@@ -109,7 +124,8 @@ def train_arm(
         fused=cuda,
         capturable=cuda,
     )
-    warmup, first, started, losses = max(1, options.steps // 10), FIRST_STEP * (seed + 1), time.time(), []
+    warmup, first, started = max(1, options.steps // 10), FIRST_STEP * (seed + 1), time.time()
+    losses, curve = [], []
     if options.compile:
         compile_blocks(model, fullgraph=True)
     update = None
@@ -118,6 +134,8 @@ def train_arm(
             update = Step(model, [optimizer], values, graphed=cuda)
         share = min((step + 1) / warmup, (options.steps - step) / max(1, options.steps - warmup))
         losses.append(update(values, share).clone())
+        if options.evaluate_every and (step + 1) % options.evaluate_every == 0 and step + 1 < options.steps:
+            curve.append([step + 1, beside.losses_and_errors(model)[0].mean().item()])
     training = torch.stack(losses).float().cpu()
     if not training.isfinite().all():
         raise FloatingPointError("a training loss is not finite")
@@ -129,6 +147,9 @@ def train_arm(
         "batch": options.batch,
         "tokens": math.prod(data.latents.shape[2:]) // 4,
         "parameters": sum(p.numel() for p in dense.parameters()),
+        "scratch": options.scratch,
+        "flops_of_a_clip": step_flops(dense, arm.config, data.latents.shape),
+        "curve": curve,
         "rate": options.rate,
         "added_rate": options.rate * arm.added_rate,
         "levels": list(SIGMAS),
@@ -152,6 +173,9 @@ def train(options: argparse.Namespace) -> None:
     dense.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("average/")})
     dense.to(DEVICE)
     beside = DenseCheckpoint(dense, data, options.work, options.batch, options.videos)
+    if options.scratch:
+        torch.manual_seed(0)
+        dense = parts.build_transformer(options.size).to(DEVICE)
     found = json.loads(options.output.read_text()) if options.output.exists() else {}
     mine, shares = (int(part) for part in options.share.split("/"))
     runs = [(name, seed) for seed in options.seeds for name in options.arms or ARMS]
@@ -187,6 +211,8 @@ def main() -> None:
     trains.add_argument("--batch", type=int, default=32)
     trains.add_argument("--rate", type=float, default=3e-4)
     trains.add_argument("--clips", type=int, default=256, help="held-out clips, at most")
+    trains.add_argument("--scratch", action="store_true", help="begin with random weights, the same for all arms")
+    trains.add_argument("--evaluate-every", type=int, default=0, metavar="N", help="also every N steps; 0: at the end")
     trains.add_argument("--videos", type=int, default=8, help="held-out clips that every arm continues")
     trains.add_argument("--deadline", type=float, default=math.inf, help="Unix time after which no run begins")
     trains.add_argument("--commit", help="of this tree, for the record")
