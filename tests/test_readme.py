@@ -150,3 +150,26 @@ def test_sentences_about_speed_are_those_of_the_results(tables):
     said = "It is {} faster than dense in the forward and {} in the backward".format(*speedups("auto"))
     forward, backward = speedups("wide")
     assert f'{said} with `tile="auto"`, and {forward} and {backward} with `tile="wide"`' in words("limits.md")
+
+
+def test_sentences_about_the_tiny_models_arms_are_those_of_the_table(tables):
+    page = " ".join((ROOT / "docs" / "evidence.md").read_text().split())
+    rows = [row.strip("| ").split(" | ") for row in tables.quality_tiny("2026-11-30").splitlines() if row[:2] == "| "]
+    found = {row[0]: row for row in rows[1:]}
+
+    def gain(arm):
+        return -float(found[arm][5].split(" ")[0])
+
+    gains = [gain(arm) for arm in found if "," in arm]
+    assert f"every branch does, by {min(gains):.1f} to {max(gains):.1f}%" in page
+    both, coarse, linear = (gain(f"cubes, {kind}") for kind in ("coarse, linear", "coarse", "linear"))
+    assert f"together they gain {both:.2f}%, by themselves {coarse:.2f}% and {linear:.2f}%" in page
+    seeds = [[float(x) for x in row[6].split(" / ")] for row in found.values() if " / " in row[-1]]
+    assert f"differs by {max(abs(x - y) for x, y in seeds):.2f}%" in page
+    slow, fast = gain("blocks, linear"), gain("blocks, linear (rate x 10)")
+    assert f"more than doubles SLA's gain**, from {slow:.2f}% to {fast:.2f}%" in page
+    assert fast > 2 * slow
+    prices = [float(found[arm][4].split(" ")[0]) for arm in ("cubes", "blocks")]
+    assert "costs {:.1f}% in cubes after 300 steps and {:.1f}% in blocks".format(*prices) in page
+    assert gain("cubes, coarse, linear (rate x 10)") / prices[0] < 1 / 20
+    assert fast / prices[1] < 1 / 20

@@ -287,7 +287,7 @@ def test_arguments_of_a_direct_launch():
     assert made == [first + 8, second + 8]
 
 
-INTERPRETED = ["sla, marginal", "sla, all, strides", "sla, selection", "vsa", "vsa, both gates, text"]
+INTERPRETED = ["sla, marginal", "sla, all, strides", "sla, selection", "vsa", "vsa, both gates, text", "vsa, two slots"]
 
 
 def run_replays(name: str) -> None:
@@ -302,7 +302,9 @@ def run_replays(name: str) -> None:
 
     def case(seed: int):
         sizes = {"batch": 1, "heads": 1, "head_dim": 64, "dtype": torch.bfloat16, "seed": seed}
-        query, key, value = make_inputs(query_length=100, key_length=100, **sizes)
+        grid = VideoGrid(5, 8, 8) if "slots" in name else VideoGrid(4, 5, 5)
+        lengths = {"query_length": grid.num_tokens, "key_length": grid.num_tokens}
+        query, key, value = make_inputs(**lengths, **sizes)
         generator = torch.Generator().manual_seed(seed)
         weight, bias = (torch.randn(shape, generator=generator) / 8 for shape in ((64, 64), (64,)))
         if name.startswith("sla"):
@@ -318,13 +320,14 @@ def run_replays(name: str) -> None:
             return (query, key, value, weight, bias), lambda query, key, value, weight, bias: sla_attention_gpu(
                 query, key, value, config, choice, 0.125, weight, bias, "triton"
             )
-        grid, text = VideoGrid(4, 5, 5), 30 if "text" in name else 0
+        text = 30 if "text" in name else 0
         key, value = (torch.cat((x, x[:, :, :text].flip(2)), 2) for x in (key, value))
-        gates = make_inputs(query_length=100, key_length=100, **sizes | {"seed": seed + 50})[:2]
+        gates = make_inputs(**lengths, **sizes | {"seed": seed + 50})[:2]
         gates = gates if "both" in name else gates[:1]
 
         def attend(query, key, value, coarse, fine=None):
-            layout = CubeLayout(VSAConfig(topk=1), grid, key, None)
+            tile = (4, 8, 8) if "slots" in name else (4, 4, 4)
+            layout = CubeLayout(VSAConfig(topk=1, tile=tile), grid, key, None)
             return vsa_attention_gpu(query, key, value, layout, None, 0.125, coarse, fine, "triton")
 
         return (query, key, value, *gates), attend

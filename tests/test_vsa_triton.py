@@ -179,7 +179,7 @@ def run_tiled(slot: int, gated: bool) -> None:
     def by(impl):
         def run(query, key, value, gate=None):
             tile = (4, 4, slot // 16)
-            output = fastvideo.vsa_over_tiles(query, key, value, sizes, sizes, 2, tile, gate, impl, 0.3)
+            output = fastvideo.vsa_over_tiles(query, key, value, sizes, sizes, 2, tile, gate, impl)
             assert impl != "triton" or not (output * ~valid).any()
             return torch.where(valid, output, 0)
 

@@ -62,7 +62,6 @@ def vsa_over_tiles(
     block_size: int | tuple[int, int, int],
     gate_coarse: Tensor | None,
     impl: str,
-    scale: float | None = None,
 ) -> Tensor:
     """O = Gc * Oc + Of over tokens that stand in tile order already (VSA, arXiv 2505.13389, eq. 1-4).
 
@@ -73,7 +72,6 @@ def vsa_over_tiles(
         block_size: the cube of tokens. An int is the side of a cube, as in the host.
         gate_coarse: [B, H, Sq, D], or None for 1.
         impl: see `block_sparse_attention`.
-        scale: of both stages; None for 1 / sqrt(D).
 
     Returns:
         [B, H, Sq, D] in the dtype of `query`. What its padding rows hold means nothing.
@@ -89,7 +87,7 @@ def vsa_over_tiles(
         )
     query_sizes = _sizes("q_variable_block_sizes", query_block_sizes, query, block)
     key_sizes = _sizes("variable_block_sizes", key_block_sizes, key, block)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = query.shape[-1] ** -0.5
     # Whether other tensors hold the same sizes could only be read on the host.
     if block != WIDE and query_block_sizes is key_block_sizes:
         validate_qkv(query, key, value)
