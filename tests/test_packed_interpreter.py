@@ -17,10 +17,11 @@ SLA_CASES = {
 }
 
 
-# name: (grid, tile, before, after, gates); in the first the cubes are partial.
+# name: (grid, tile, before, after, gates); in the first and the last cubes are partial, and a chunk has two slots.
 VSA_CASES = {
     "vsa": ((4, 5, 5), (4, 4, 4), (7, 1), (70,), 1),
     "vsa, both gates": ((4, 4, 8), (4, 4, 4), (), (64, 3), 2),
+    "vsa, two slots": ((5, 8, 8), (4, 8, 8), (200,), (1,), 1),
 }
 
 

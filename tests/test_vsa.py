@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from foveal import VideoGrid, VideoSparseAttention, VSAConfig, vsa_attention
 from foveal.methods.vsa.attention import resolve_tile, select_cubes, slot_size
+from foveal.methods.vsa.layout import SplitCubes
 from foveal.testing import assert_close_to_reference, make_inputs, output_and_gradients, poison_empty
+from foveal.token_order import tile_order
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 GRID = VideoGrid(3, 5, 6)
@@ -449,3 +451,28 @@ class TestErrors:
     def test_unknown_impl(self):
         with pytest.raises(ValueError, match=r"unknown impl 'flash'; expected one of \('auto', 'reference', 'torch'"):
             self.attend(impl="flash")
+
+
+SIDES = st.tuples(*(st.integers(1, 12) for _ in range(3)))
+SEGMENTS = st.lists(st.integers(1, 600), max_size=2).map(tuple)
+
+
+@given(shape=SIDES, before=SEGMENTS, after=SEGMENTS, tile=st.sampled_from([(4, 8, 8), (3, 8, 8), (5, 5, 7)]))
+def test_cubes_in_two_slots_have_every_token_once(shape, before, after, tile):
+    """And a compiler is told the shapes that they have."""
+    from torch._subclasses import FakeTensorMode
+
+    given = shape, before, after, tile
+    found = SplitCubes.of(*given, torch.device("cpu"))
+    tokens, sizes = found.places.view(-1, 128), found.sizes
+    assert torch.equal((tokens >= 0).sum(1).int(), sizes)
+    assert sizes.min() > 0
+    assert sorted(tokens[tokens >= 0].tolist()) == list(range(math.prod(shape) + sum((*before, *after))))
+    whole = tile_order(*given, 256, torch.device("cpu"))
+    held = torch.zeros_like(whole.cube_sizes).index_add_(0, found.owner, sizes)
+    assert torch.equal(held, whole.cube_sizes)
+    assert torch.equal(found.counts, torch.bincount(found.owner).int())
+    torch.testing.assert_close(found.shares[:, 0], sizes / held[found.owner])
+    with FakeTensorMode():
+        told = torch.ops.foveal.vsa_split_cubes(*map(list, given), torch.device("cpu"))
+    assert [(x.shape, x.dtype) for x in told] == [(x.shape, x.dtype) for x in found]

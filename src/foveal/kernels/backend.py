@@ -72,6 +72,19 @@ class Cubes(NamedTuple):
         return self.num_cubes if self.spans is None else self.spans.cubes
 
     @property
+    def num_listed(self) -> int:
+        """How many blocks a choice can name: cubes, then blocks of text as large."""
+        return self.key_sizes.shape[1] if self.spans is None else self.spans.slots.shape[0]
+
+    def lists_of_slots(self, critical: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Lists of what a choice names and their counts, as those of slots."""
+        return (critical, counts) if self.spans is None else self.spans.lists(critical, counts)
+
+    def of_slots(self, x: Tensor) -> Tensor:
+        """What each cube has, [B, H, C, ...], for each of its slots."""
+        return x if self.spans is None else self.spans.of_slots(x)
+
+    @property
     def uniform(self) -> int:
         """The size of every block; 0 where they differ: some cube is partial, or there is text."""
         blocks = self.key_sizes.shape[1]

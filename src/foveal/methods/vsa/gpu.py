@@ -152,17 +152,16 @@ def lists_of(choice: Choice, ranked: tuple[Tensor, Tensor], cubes: Cubes, scale:
     """The lists of a choice, contiguous, with the blocks of text behind the cubes that it picks, and their counts."""
     if choice.rule is None:
         return given_lists(choice, cubes)
-    critical, counts = _picked(ranked, cubes, choice.rule, scale)
+    lists = _picked(ranked, cubes, choice.rule, scale)
     if choice.text_counts is not None:
-        ends = cubes.num_ranked, cubes.key_sizes.shape[1] if cubes.spans is None else cubes.spans.slots.shape[0]
-        critical, counts = append_blocks(critical, counts, *ends, choice.text_counts, ragged=choice.rule.ragged())
-    return (critical, counts) if cubes.spans is None else cubes.spans.lists(critical, counts)
+        ends = cubes.num_ranked, cubes.num_listed
+        lists = append_blocks(*lists, *ends, choice.text_counts, ragged=choice.rule.ragged())
+    return cubes.lists_of_slots(*lists)
 
 
 def given_lists(choice: Choice, cubes: Cubes) -> tuple[Tensor, Tensor]:
     """The lists of slots, contiguous, of a choice that was given."""
-    lists = choice.critical.contiguous(), choice.counts.contiguous()
-    return lists if cubes.spans is None else cubes.spans.lists(*lists)
+    return cubes.lists_of_slots(choice.critical.contiguous(), choice.counts.contiguous())
 
 
 def pooled_cubes(
@@ -194,17 +193,12 @@ def made_lists(call: VSACall, selection: BlockSelection) -> tuple[Tensor, ...]:
     return () if call.choice.rule is None else (selection.critical, selection.critical_count)
 
 
-def coarse_of_slots(coarse: Coarse, cubes: Cubes) -> Tensor:
-    """The coarse output, [B, H, S, D]: each slot's, of the cube that it belongs to."""
-    return coarse.output if cubes.spans is None else cubes.spans.of_slots(coarse.output)
-
-
 def _forward(call: VSACall, options: VSAOptions, save: bool) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
     backend, scale, gates = backend_named(options.backend), options.scale, Gates(call.gate_coarse, call.gate_fine)
     copies, coarse, selection = coarse_stage(call, scale, backend.cube_copies)
     save_fine = save and gates.fine is not None
-    of_slots = coarse_of_slots(coarse, call.cubes)
-    given = CubesCall(call.query, copies, call.cubes, selection, of_slots, gates, scale, save_fine)
+    output_of_slots = call.cubes.of_slots(coarse.output)
+    given = CubesCall(call.query, copies, call.cubes, selection, output_of_slots, gates, scale, save_fine)
     coarse = coarse if save else ()  # nobody else holds what was pooled while the fine stage takes memory
     output, fine, lse = backend.attend_cubes(given)
     of_fine = (fine,) if save_fine else ()
@@ -221,7 +215,7 @@ def _backward(call: VSACall, options: VSAOptions, outputs, saved, grads) -> tupl
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     columns = column_lists(selection)
     gates, spans = Gates(call.gate_coarse, call.gate_fine), call.cubes.spans
-    split = split_gradient(grad, attended, coarse_of_slots(coarse, call.cubes), gates, call.cubes)
+    split = split_gradient(grad, attended, call.cubes.of_slots(coarse.output), gates, call.cubes)
     grad_fine, delta, grad_coarse, grad_gates = split
     del split
     pooled = pooled_attention_backward(grad_coarse if spans is None else spans.sums(grad_coarse), *coarse, scale)
@@ -253,12 +247,8 @@ def fake_lists(call: VSACall) -> tuple[Tensor, ...]:
     query, cubes, rule = call.query, call.cubes, call.choice.rule
     if rule is None:
         return ()
-    rows, width = (*query.shape[:2], cubes.num_cubes), rule.width
-    if cubes.spans is None:
-        width += cubes.key_sizes.shape[1] - cubes.num_cubes
-    else:
-        width = PARTS * (width + cubes.spans.slots.shape[0] - cubes.num_ranked)
-    shapes = (*rows, width), rows
+    rows, width = (*query.shape[:2], cubes.num_cubes), rule.width + cubes.num_listed - cubes.num_ranked
+    shapes = (*rows, width if cubes.spans is None else PARTS * width), rows
     return tuple(query.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
