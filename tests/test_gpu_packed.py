@@ -116,3 +116,14 @@ def test_inductor_compiles_partial_blocks(name, impl):
     # Inductor keeps VSA's pooled means and gates in float32 where eager PyTorch rounds them.
     with torch.no_grad():
         assert relative_error(torch.compile(scaled, fullgraph=True)(*inputs), scaled(*inputs)) < 5e-3
+
+
+@torch.inference_mode()
+def test_heads_in_groups_make_the_same_bits(impl, monkeypatch):
+    from foveal.methods.vsa import gpu
+
+    layout, config = LAYOUTS["both sides"], CONFIGS["vsa"]
+    inputs, attention = inputs_of(config, layout, 128), attention_of(config, layout, None, impl)
+    whole = attention(*inputs)
+    monkeypatch.setattr(gpu, "COPIES_BYTES", 1)
+    assert torch.equal(attention(*inputs), whole)

@@ -28,6 +28,10 @@ from foveal.kernels.triton.select import select
 from foveal.kernels.values import Problem, flatten, packable, unflatten
 from foveal.methods.vsa.layout import CubeLayout
 from foveal.rules import Choosing, SelectionRule, rule_of
+from foveal.symbols import ceil_div
+
+# Without gradients, keys and values in tile order take at most so much at a time (1.5 GiB): heads go in groups.
+COPIES_BYTES = 3 * 2**29
 
 
 @packable
@@ -193,7 +197,28 @@ def made_lists(call: VSACall, selection: BlockSelection) -> tuple[Tensor, ...]:
     return () if call.choice.rule is None else (selection.critical, selection.critical_count)
 
 
-def _forward(call: VSACall, options: VSAOptions, save: bool) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
+def head_groups(call: VSACall, copies: int) -> list[slice]:
+    """The heads in groups whose copies in tile order, so many tensors, stay within `COPIES_BYTES`.
+
+    One group of all heads where a rule picks cubes: it may have a ratio for each head.
+    """
+    batch, heads, _, head_dim = call.query.shape
+    rows = call.cubes.key_sizes.shape[1] * call.cubes.slot
+    size = copies * batch * heads * rows * head_dim * call.query.itemsize
+    groups = 1 if call.choice.rule is not None else min(heads, ceil_div(size, COPIES_BYTES))
+    step = ceil_div(heads, groups)
+    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
+
+
+def _of_heads(call: VSACall, heads: slice) -> VSACall:
+    """The call of some heads."""
+    tensors = (None if x is None else x[:, heads] for x in call[:5])
+    choice = call.choice._replace(critical=call.choice.critical[:, heads], counts=call.choice.counts[:, heads])
+    return VSACall(*tensors, call.cubes, choice)
+
+
+def _attend(call: VSACall, options: VSAOptions, save: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The output, and what a backward reads if there will be one."""
     backend, scale, gates = backend_named(options.backend), options.scale, Gates(call.gate_coarse, call.gate_fine)
     copies, coarse, selection = coarse_stage(call, scale, backend.cube_copies)
     save_fine = save and gates.fine is not None
@@ -202,7 +227,18 @@ def _forward(call: VSACall, options: VSAOptions, save: bool) -> tuple[tuple[Tens
     coarse = coarse if save else ()  # nobody else holds what was pooled while the fine stage takes memory
     output, fine, lse = backend.attend_cubes(given)
     of_fine = (fine,) if save_fine else ()
-    return (output,), (lse, *coarse, *of_fine, *made_lists(call, selection))
+    return output, (lse, *coarse, *of_fine, *made_lists(call, selection))
+
+
+def _forward(call: VSACall, options: VSAOptions, save: bool) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
+    groups = [] if save else head_groups(call, len(backend_named(options.backend).cube_copies))
+    if len(groups) < 2:
+        output, saved = _attend(call, options, save)
+        return (output,), saved
+    output = call.cubes.new_like(call.query)
+    for heads in groups:
+        output[:, heads] = _attend(_of_heads(call, heads), options, save)[0]
+    return (output,), ()
 
 
 def _backward(call: VSACall, options: VSAOptions, outputs, saved, grads) -> tuple[Tensor | None, ...]:
