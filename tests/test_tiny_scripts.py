@@ -157,7 +157,8 @@ def test_arms_train_and_the_tables_pair_them(scripts, monkeypatch, tmp_path):
     data.latents = data.held_out = torch.randn(2, 16, 3, 8, 8, generator=torch_random)
     data.texts, data.empty = torch.randn(1, 8, 64, generator=torch_random), 0
     data.caption = data.held_out_caption = torch.zeros(2, dtype=torch.long)
-    options = Namespace(batch=2, steps=1, rate=1e-3, commit=None, compile=False, scratch=False, evaluate_every=1)
+    options = Namespace(batch=2, steps=1, rate=1e-3, commit=None, compile=False, scratch=False)
+    options.evaluate_every, options.distillation = 1, 0.0
     torch.manual_seed(0)
     dense = scripts["model"].build_transformer()
     dense.blocks = dense.blocks[:1]
@@ -185,6 +186,10 @@ def test_arms_train_and_the_tables_pair_them(scripts, monkeypatch, tmp_path):
     again = arms.train_arm(dense, arms.Arm(), data, beside, 0, options)
     assert [step for step, _ in again["curve"]] == [1]
     assert sum(again["before"]) / 4 > again["curve"][0][1] > 0
+    options.distillation = 1.0
+    taught = arms.train_arm(dense, arms.Arm(), data, beside, 0, options)
+    assert taught["distillation"] == 1
+    assert max(taught["velocity_error"]["after"]) < min(again["velocity_error"]["after"])  # a copy is its own teacher
     tokens, weights = 25 * 18 * 32, sum(p.numel() for p in dense.parameters())
     attention = 6 * 3.5 * 4 * tokens**2 * 4 * 64  # layers, passes, and products of 4 heads of 64
     flops = arms.step_flops(dense, None, (16, 25, 36, 64))
@@ -251,3 +256,20 @@ def test_a_step_clips_and_moves_by_its_share_of_the_rate(scripts, monkeypatch):
         assert losses[1] < losses[0]
         moved.append((model.weight - before).norm().item())
     assert moved == pytest.approx([0.2, 0.1])  # two steps of a gradient of norm 1, at rates of 0.1 and 0.05
+
+
+def test_a_taught_loss_compares_what_is_not_given_with_the_teachers_velocity(scripts, monkeypatch):
+    train, generator = scripts["train"], torch.Generator().manual_seed(0)
+    monkeypatch.setattr(train, "velocity_of", lambda model, x, sigmas, given, text: x * model.weight)
+    clean, noise = torch.randn(2, 2, 4, 3, 2, 2, generator=generator)
+    values = clean, noise, torch.tensor([0.3, 0.8]), torch.tensor([True, False]), None
+    model, teacher = (torch.nn.Linear(1, 1, bias=False) for _ in range(2))
+    plain = train.loss_of(model, *values)
+    assert torch.equal(train.taught_loss(model, *values, teacher=teacher, share=0.0), plain)
+    assert train.taught_loss(model, *values, teacher=model, share=1.0).tolist() == [0, 0]
+    x = [0.7 * clean[0, :, 1:] + 0.3 * noise[0, :, 1:], 0.2 * clean[1] + 0.8 * noise[1]]
+    expected = torch.stack([((model.weight - teacher.weight) * mine).square().mean() for mine in x])
+    torch.testing.assert_close(train.taught_loss(model, *values, teacher=teacher, share=1.0), expected)
+    torch.testing.assert_close(
+        train.taught_loss(model, *values, teacher=teacher, share=0.25), 0.75 * plain + 0.25 * expected
+    )

@@ -8,6 +8,7 @@ batches and their noise, and all arms share them. All weights train, those that 
 the arm's name says otherwise. `table` compares held-out losses, paired by clip and noise level, and shows how far
 velocities and videos are from those of the dense checkpoint. FILE gains a run as soon as it has ended, and what it has
 is not run again. With `--scratch` arms begin with random weights; the checkpoint then is what they are compared with.
+With `--distillation`, a share of the loss is that against the velocity of the dense checkpoint.
 Several processes, each with a file of its own, take `--share 0/2` and `--share 1/2` of the runs.
 
 The cubes arms differ in nothing but their branches: the same exact cubes, with and without the coarse branch (VSA's),
@@ -23,6 +24,7 @@ import json
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +35,7 @@ from arms_table import quality, table
 from common import DEVICE, machine
 from safetensors.torch import load_file
 from torch import nn
-from train_transformer import SIGMAS, Data, Step, batches
+from train_transformer import SIGMAS, Data, Step, batches, loss_of, taught_loss
 
 from foveal import SLA2Config, SLAConfig, SLAVSAConfig, VideoGrid, VSAConfig, attention_cost, sparsify
 from foveal.lab.train.model import compile_blocks
@@ -63,6 +65,7 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         projection=False,
     )
     sla = plain.replace(drop_ratio=0.1, linear_scope="marginal", projection=True)
+    sla2 = SLA2Config(keep_ratio=blocks, block_q=64, block_k=64, token_order="tile")
     exact = SLAVSAConfig(keep_ratio=cubes, coarse=False, linear_scope="none")
     both = exact.replace(coarse=True, linear_scope="noncritical")
     return {
@@ -72,12 +75,15 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         "cubes, linear": Arm(exact.replace(linear_scope="noncritical")),
         "cubes, coarse, linear": Arm(both),
         "cubes, coarse, linear (rate x 10)": Arm(both, 10.0),
+        "cubes, coarse, linear (rate x 30)": Arm(both, 30.0),
         "blocks": Arm(plain),
         "blocks, linear": Arm(sla),
         "blocks, linear (rate x 10)": Arm(sla, 10.0),
+        "blocks, linear (rate x 30)": Arm(sla, 30.0),
         "blocks, linear (relu)": Arm(sla.replace(feature_map="relu")),
         "blocks, linear (all)": Arm(sla.replace(linear_scope="all")),
-        "blocks, SLA2": Arm(SLA2Config(keep_ratio=blocks, block_q=64, block_k=64, token_order="tile")),
+        "blocks, SLA2": Arm(sla2),
+        "blocks, SLA2 (rate x 10)": Arm(sla2, 10.0),
         "blocks (x 1.25)": Arm(plain.replace(keep_ratio=1.25 * blocks)),
         **{f"VSA {name}": Arm(VSAConfig(keep_ratio=cubes, tile=tile)) for name, tile in TILES.items()},
     }
@@ -126,21 +132,30 @@ def train_arm(
     )
     warmup, first, started = max(1, options.steps // 10), FIRST_STEP * (seed + 1), time.time()
     losses, curve = [], []
+    loss, modules = loss_of, [model]
+    if options.distillation:
+        teacher = copy.deepcopy(beside.model).requires_grad_(False)
+        loss, modules = partial(taught_loss, teacher=teacher, share=options.distillation), [model, teacher]
     if options.compile:
-        compile_blocks(model, fullgraph=True)
+        torch.compiler.reset()  # what earlier arms compiled counts toward a limit
+        for module in modules:
+            compile_blocks(module, fullgraph=True)
     update = None
     for step, values in enumerate(batches(data, options.batch, first, first + options.steps)):
         if update is None:
-            update = Step(model, [optimizer], values, graphed=cuda)
+            update = Step(model, [optimizer], values, graphed=cuda, loss=loss)
         share = min((step + 1) / warmup, (options.steps - step) / max(1, options.steps - warmup))
         losses.append(update(values, share).clone())
         if options.evaluate_every and (step + 1) % options.evaluate_every == 0 and step + 1 < options.steps:
-            curve.append([step + 1, beside.losses_and_errors(model)[0].mean().item()])
+            with torch.compiler.set_stance("force_eager"):
+                curve.append([step + 1, beside.losses_and_errors(model)[0].mean().item()])
     training = torch.stack(losses).float().cpu()
     if not training.isfinite().all():
         raise FloatingPointError("a training loss is not finite")
     seconds = time.time() - started
-    after, errors = beside.losses_and_errors(model)
+    with torch.compiler.set_stance("force_eager"):
+        after, errors = beside.losses_and_errors(model)
+        videos = beside.compare_videos(model)
     return {
         "config": None if arm.config is None else {"method": type(arm.config).__name__, **arm.config.to_dict()},
         "steps": options.steps,
@@ -148,6 +163,7 @@ def train_arm(
         "tokens": math.prod(data.latents.shape[2:]) // 4,
         "parameters": sum(p.numel() for p in dense.parameters()),
         "scratch": options.scratch,
+        "distillation": options.distillation,
         "flops_of_a_clip": step_flops(dense, arm.config, data.latents.shape),
         "curve": curve,
         "rate": options.rate,
@@ -156,7 +172,7 @@ def train_arm(
         "before": before.mean(0).tolist(),
         "after": [[round(x, 7) for x in clip] for clip in after.tolist()],
         "velocity_error": {"before": errors_before, "after": errors},
-        "videos": beside.compare_videos(model),
+        "videos": videos,
         "training_loss": [round(x, 6) for x in training.unflatten(0, (-1, 10)).mean(1).tolist()]
         if options.steps % 10 == 0
         else None,
@@ -212,6 +228,7 @@ def main() -> None:
     trains.add_argument("--rate", type=float, default=3e-4)
     trains.add_argument("--clips", type=int, default=256, help="held-out clips, at most")
     trains.add_argument("--scratch", action="store_true", help="begin with random weights, the same for all arms")
+    trains.add_argument("--distillation", type=float, default=0.0, help="share of the loss against the checkpoint's")
     trains.add_argument("--evaluate-every", type=int, default=0, metavar="N", help="also every N steps; 0: at the end")
     trains.add_argument("--videos", type=int, default=8, help="held-out clips that every arm continues")
     trains.add_argument("--deadline", type=float, default=math.inf, help="Unix time after which no run begins")

@@ -47,7 +47,7 @@ class DenseCheckpoint:
     """
 
     def __init__(self, model: nn.Module, data: Data, work: Path, batch: int, videos: int, steps: int = 16) -> None:
-        self.data, self.batch, self.steps = data, batch, steps
+        self.model, self.data, self.batch, self.steps = model, data, batch, steps
         facts = json.loads((work / "latents.json").read_text())
         self.mean, self.std = (torch.tensor(facts[name]).view(1, -1, 1, 1, 1).to(DEVICE) for name in ("mean", "std"))
         self.vae = parts.build_vae().to(DEVICE).eval()

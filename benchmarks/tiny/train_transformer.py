@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,11 @@ def velocity_of(model: nn.Module, x: Tensor, sigmas: Tensor, given: Tensor, text
         return model(x, timesteps, text, return_dict=False)[0].float()
 
 
+def masked_mean(errors: Tensor, mask: Tensor) -> Tensor:
+    """The mean [B] of errors [B, C, F, H, W] where the mask, which broadcasts, is 1."""
+    return (errors * mask).flatten(1).sum(1) / mask.expand_as(errors).flatten(1).sum(1)
+
+
 def loss_and_velocity(
     model: nn.Module, clean: Tensor, noise: Tensor, sigmas: Tensor, given: Tensor, text: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -66,13 +71,22 @@ def loss_and_velocity(
     level = levels_of_frames(sigmas, given, clean.shape[2])
     velocity = velocity_of(model, (1 - level) * clean + level * noise, sigmas, given, text)
     mask = (level > 0).float()
-    error = (velocity - (noise - clean)).square() * mask
-    return error.flatten(1).sum(1) / mask.expand_as(error).flatten(1).sum(1), velocity
+    return masked_mean((velocity - (noise - clean)).square(), mask), velocity
 
 
 def loss_of(model: nn.Module, *values: Tensor) -> Tensor:
     """The loss of `loss_and_velocity`."""
     return loss_and_velocity(model, *values)[0]
+
+
+def taught_loss(model: nn.Module, *values: Tensor, teacher: nn.Module, share: float) -> Tensor:
+    """The loss of `loss_and_velocity` and, at this share of the sum, that against the teacher's velocity."""
+    clean, _, sigmas, given, _ = values
+    loss, velocity = loss_and_velocity(model, *values)
+    with torch.no_grad():
+        taught = loss_and_velocity(teacher, *values)[1]
+    mask = (levels_of_frames(sigmas, given, clean.shape[2]) > 0).float()
+    return (1 - share) * loss + share * masked_mean((velocity - taught).square(), mask)
 
 
 @torch.no_grad()
@@ -124,9 +138,15 @@ class Step:
     """
 
     def __init__(
-        self, model: nn.Module, found: list[torch.optim.Optimizer], values: tuple[Tensor, ...], *, graphed: bool
+        self,
+        model: nn.Module,
+        found: list[torch.optim.Optimizer],
+        values: tuple[Tensor, ...],
+        *,
+        graphed: bool,
+        loss: Callable[..., Tensor] | None = None,
     ) -> None:
-        self.model, self.optimizers = model, found
+        self.model, self.optimizers, self.loss_of = model, found, loss or loss_of
         self.values, self.graph = tuple(value.clone() for value in values), None
         if graphed:
             self.graph = self._captured()
@@ -149,7 +169,7 @@ class Step:
         return self.loss
 
     def _update(self, values: tuple[Tensor, ...]) -> None:
-        loss = loss_of(self.model, *values).mean()
+        loss = self.loss_of(self.model, *values).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
