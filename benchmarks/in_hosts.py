@@ -29,6 +29,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -397,6 +398,23 @@ def tables(results: dict[str, Any], file: str) -> str:
     return "\n".join(lines)
 
 
+def page_of(files: list[Path]) -> str:
+    """What the page shows of several files: a tool's rows are those of the last file that has it.
+
+    Raises:
+        ValueError: if the files differ in the model's size, the device, or the versions.
+    """
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    setting, *others = (
+        (made["size"], *(made["machine"][name] for name in ("device", "torch", "triton"))) for made in results
+    )
+    for file, other in zip(files[1:], others, strict=True):
+        if other != setting:
+            raise ValueError(f"--page takes files of one model and machine, got {setting} and, in {file}, {other}")
+    hosts = {name: host for made in results for name, host in made["hosts"].items()}
+    return tables({**results[0], "hosts": hosts}, "`, `".join(file.name for file in files))
+
+
 def measure(options: argparse.Namespace, device: torch.device, timer: Timer) -> dict[str, Any]:
     """Every host, written after each."""
     started, size = time.monotonic(), SIZES[options.size]
@@ -441,10 +459,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=1)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--commit", help="the commit of this tree, where git cannot tell")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="put the table of this file into docs/hosts.md")
+    parser.add_argument(
+        "--page", type=Path, nargs="+", metavar="FILE", help="put the table of these files into docs/hosts.md"
+    )
     options = parser.parse_args(arguments)
     if options.page is not None:
-        PAGE.show(options.page, tables)
+        PAGE.renew(page_of(options.page))
         return
     on_gpu = torch.cuda.is_available()
     if not on_gpu and options.size == FULL:
