@@ -350,7 +350,19 @@ def quality(pattern: str = "quality-arms-*.json", base: str = "sparse5", seed: i
 
 def quality_tiny(date: str) -> str:
     """Held-out losses of the tiny model's arms, as benchmarks/tiny/arms.py prints them."""
-    runs = list(json.loads((RESULTS / f"quality-tiny-nvidia-h200-{date}.json").read_text()).values())
+    return _arms(list(json.loads((RESULTS / f"quality-tiny-nvidia-h200-{date}.json").read_text()).values()))
+
+
+def quality_tiny_taught() -> str:
+    """The tiny model's arms with the loss of flow matching, and distilled from the dense checkpoint."""
+    runs = []
+    for name, prefix in (("rates", ""), ("distillation", "distilled ")):
+        found = json.loads((RESULTS / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json").read_text())
+        runs += [{**run, "arm": prefix + run["arm"]} for run in found.values()]
+    return _arms(runs)
+
+
+def _arms(runs: list[dict]) -> str:
     first = runs[0]
     clips = f"{first['steps']} steps of {first['batch']} clips, {len(first['after'])} held-out clips"
     made = f"{first['device']}, torch {first['torch']}, commit {first['commit']}"
@@ -522,6 +534,7 @@ TABLES = {
     "quality_scratch": lambda: quality("quality-scratch-*.json", "sparse5-tile"),
     "quality_scratch_1": lambda: quality("quality-scratch-*.json", "sparse5-tile", seed=1),
     "quality_tiny": lambda: quality_tiny("2026-11-30"),
+    "quality_tiny_taught": quality_tiny_taught,
     "quality_tiny_before": lambda: quality_tiny("2026-11-29"),
     "attention_mass": attention_mass,
     "branches": branches,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -173,3 +175,32 @@ def test_sentences_about_the_tiny_models_arms_are_those_of_the_table(tables):
     assert "costs {:.1f}% in cubes after 300 steps and {:.1f}% in blocks".format(*prices) in page
     assert gain("cubes, coarse, linear (rate x 10)") / prices[0] < 1 / 20
     assert fast / prices[1] < 1 / 20
+
+
+def test_sentences_about_distilled_arms_are_those_of_their_runs(tables):
+    page = " ".join((ROOT / "docs" / "evidence.md").read_text().split())
+    results = ROOT / "benchmarks" / "results"
+    plain, taught = (
+        json.loads((results / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json").read_text())
+        for name in ("rates", "distillation")
+    )
+    assert {run["distillation"] for run in plain.values()} == {0}
+    assert {run["distillation"] for run in taught.values()} == {1}
+
+    def lower(mine, other):
+        clips = [[statistics.mean(levels) for levels in run["after"]] for run in (mine, other)]
+        return 100 * statistics.mean(1 - x / y for x, y in zip(*clips, strict=True))
+
+    def closer(mine, other):
+        return mine["videos"]["psnr_db"] - other["videos"]["psnr_db"]
+
+    pairs = (
+        (plain["blocks, linear (rate x 30) #0"], plain["blocks #0"]),
+        (taught["blocks, linear (rate x 10) #0"], taught["blocks #0"]),
+    )
+    assert f"Thirty times the rate gains {lower(*pairs[0]):.2f}%**" in page
+    assert f"on top of it: {lower(*pairs[1]):.2f}% at ten times the rate" in page
+    assert "branch end {:.2f}% lower, clip by clip".format(lower(taught["blocks #0"], plain["blocks #0"])) in page
+    said = "they are {:.1f} dB closer to the dense checkpoint's, and {:.1f} dB if distilled"
+    assert said.format(*(closer(*pair) for pair in pairs)) in page
+    assert all(mine["videos"]["flicker"] < other["videos"]["flicker"] for mine, other in pairs)
