@@ -375,8 +375,7 @@ def time_group(
         return
     device = base.device
     timer = CudaTimer(device) if device.type == "cuda" else CpuTimer()
-    ready, known, dense = {}, {}, None
-    started = time.monotonic()
+    ready, known, dense, warm = {}, {}, None, 0.0
     for arm in options.arms:
         if not in_time(0.0):
             return
@@ -387,7 +386,9 @@ def time_group(
                 known[arm]["profile"] = by_operation(ready[arm])
             known[arm]["peak_bytes"] = None
             if device.type == "cuda":
+                began = time.monotonic()
                 known[arm]["peak_bytes"] = peak_memory(device, lambda arm=arm: ready[arm](max(options.layers)))
+                warm += time.monotonic() - began
         except RuntimeError as error:
             ready.pop(arm, None)
             known[arm] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
@@ -396,13 +397,14 @@ def time_group(
     for arm, about in known.items():
         entry = group["arms"].setdefault(arm, {"milliseconds": {str(layers): [] for layers in options.layers}})
         entry.update(about)
+    figures.write()  # peaks and failures, even if no round is in time
     functions = {
         (arm, layers): lambda steps=steps, layers=layers: steps(layers)
         for arm, steps in ready.items()
         for layers in options.layers
     }
-    # An arm was called twice with the most blocks; a round calls it with each count, and once that does not count.
-    took = (time.monotonic() - started) / 2 * (options.calls + 1) * sum(options.layers) / max(options.layers)
+    # Every arm's peak took a call with the most blocks; a round has calls with each count, and one that does not count.
+    took = warm * (options.calls + 1) * sum(options.layers) / max(options.layers)
     while group["rounds"] < options.rounds and in_time(took):
         started = time.monotonic()
         for (arm, layers), times in in_turns(timer, functions, rounds=1, calls=options.calls).items():
