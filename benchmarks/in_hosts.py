@@ -412,7 +412,8 @@ def page_of(files: list[Path]) -> str:
         if other != setting:
             raise ValueError(f"--page takes files of one model and machine, got {setting} and, in {file}, {other}")
     hosts = {name: host for made in results for name, host in made["hosts"].items()}
-    return tables({**results[0], "hosts": hosts}, "`, `".join(file.name for file in files))
+    left_out = {name: why for made in results for name, why in made["left_out"].items() if name not in hosts}
+    return tables({**results[0], "hosts": hosts, "left_out": left_out}, "`, `".join(file.name for file in files))
 
 
 def measure(options: argparse.Namespace, device: torch.device, timer: Timer) -> dict[str, Any]:

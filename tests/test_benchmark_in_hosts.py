@@ -75,12 +75,17 @@ def test_results_are_written_and_shown(script, tiny, monkeypatch, tmp_path):
     assert "`in-hosts.json`" in script.PAGE.tables()
     # The page's other table stays.
     assert page.read_text().count("<!-- and ends -->") == 2
+    shown_before = script.page_of([file])
     later, other = tmp_path / "later.json", tmp_path / "other.json"
+    assert "vLLM-Omni was left out" in shown_before
     times["dense"] *= 2
+    results["hosts"]["vLLM-Omni"] = results["hosts"]["diffusers"]
     later.write_text(json.dumps(results))
     shown = script.page_of([file, later])
     assert f"| dense | {times['dense']:.0f} |" in shown
     assert "`in-hosts.json`, `later.json`" in shown
+    assert "ComfyUI was left out" in shown
+    assert "vLLM-Omni was left out" not in shown
     other.write_text(json.dumps({**results, "machine": {**results["machine"], "torch": "1.0"}}))
     with pytest.raises(ValueError, match=r"--page takes files of one model and machine, .*other\.json"):
         script.page_of([file, other])
