@@ -236,6 +236,8 @@ def main() -> None:
     stages.add_parser("table").add_argument("files", type=Path, nargs="+")
     options = parser.parse_args()
     if options.stage == "train":
+        if not 0 <= options.distillation <= 1:
+            parser.error(f"argument --distillation: expected a share from 0 to 1, got {options.distillation}")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         train(options)
     else:
