@@ -353,10 +353,10 @@ def quality_tiny(date: str) -> str:
     return _arms(list(json.loads((RESULTS / f"quality-tiny-nvidia-h200-{date}.json").read_text()).values()))
 
 
-def quality_tiny_taught() -> str:
+def quality_tiny_taught(plain: str, distilled: str) -> str:
     """The tiny model's arms with the loss of flow matching, and distilled from the dense checkpoint."""
     runs = []
-    for name, prefix in (("rates", ""), ("distillation", "distilled ")):
+    for name, prefix in ((plain, ""), (distilled, "distilled ")):
         found = json.loads((RESULTS / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json").read_text())
         runs += [{**run, "arm": prefix + run["arm"]} for run in found.values()]
     return _arms(runs)
@@ -534,7 +534,9 @@ TABLES = {
     "quality_scratch": lambda: quality("quality-scratch-*.json", "sparse5-tile"),
     "quality_scratch_1": lambda: quality("quality-scratch-*.json", "sparse5-tile", seed=1),
     "quality_tiny": lambda: quality_tiny("2026-11-30"),
-    "quality_tiny_taught": quality_tiny_taught,
+    "quality_tiny_taught": lambda: quality_tiny_taught("rates", "distillation"),
+    "quality_tiny_1000": lambda: quality_tiny_taught("1000", "1000-distillation"),
+    "quality_tiny_14400": lambda: quality_tiny_taught("14400", "14400-distillation"),
     "quality_tiny_before": lambda: quality_tiny("2026-11-29"),
     "attention_mass": attention_mass,
     "branches": branches,
