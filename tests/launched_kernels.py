@@ -203,17 +203,22 @@ def compiled(launched: Launched):
 
 def figures(binary) -> Figures:
     """Read from the machine code that a launch would load."""
-    report = machine_code(binary)
-    registers = int(re.search(r"REG:(\d+)", report).group(1))
-    return Figures(registers, binary.metadata.shared, *_spills(report))
+    used = _dump(binary, "--dump-resource-usage")
+    registers, stack = (int(re.search(rf"{name}:(\d+)", used).group(1)) for name in ("REG", "STACK"))
+    spills = _spills(machine_code(binary)) if stack else (0, 0)  # the instructions take half a second to dump
+    return Figures(registers, binary.metadata.shared, *spills)
 
 
 def machine_code(binary) -> str:
     """What `cuobjdump` says of a kernel: what it takes, and its instructions."""
+    return _dump(binary, "--dump-resource-usage", "--dump-sass")
+
+
+def _dump(binary, *what: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", path]
+        command = [knobs.nvidia.cuobjdump.path, *what, path]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -599,7 +599,10 @@ def test_compiled_blocks_work_while_gradients_travel(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("parallel", "degree", "keep"), [("fsdp", 1, ""), ("fsdp", 2, "no-"), ("ddp", 2, "")])
+@pytest.mark.parametrize(
+    ("parallel", "degree", "keep"),
+    [("fsdp", 2, "no-"), *(pytest.param(*x, marks=pytest.mark.exhaustive) for x in (("fsdp", 1, ""), ("ddp", 2, "")))],
+)
 def test_compiled_blocks_are_spread(tmp_path, parallel, degree, keep):
     compiled, alone = tmp_path / "compiled", tmp_path / "alone"
     arguments = ["--steps", 2, "--batch-size", 2, "--evaluation.every", 0]
@@ -965,7 +968,8 @@ def test_flops_are_counted_by_hand():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "parallel", "degree"), [(2, "fsdp", 1), (2, "ddp", 1), (2, "ddp", 2), (4, "fsdp", 2)]
+    ("processes", "parallel", "degree"),
+    [(2, "ddp", 2), (4, "fsdp", 2), *(pytest.param(2, x, 1, marks=pytest.mark.exhaustive) for x in ("fsdp", "ddp"))],
 )
 def test_processes_have_the_losses_of_one(tmp_path, processes, parallel, degree, capsys):
     """gloo on the CPU; then one process goes on with what they have saved."""

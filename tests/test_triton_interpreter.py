@@ -333,6 +333,7 @@ SELECTING_CASES = {
         {"score": "log_sum_exp", "kv_lengths": (201, 80), "keep_mass": 0.6},
     ),
 }
+JOINED = ("selecting, padding keys", "selecting, quarters")  # which another case joins
 
 
 def run_selecting(name: str) -> None:
@@ -473,7 +474,10 @@ def main(names) -> None:
         pytest.param(["selection"], id="selection", marks=pytest.mark.exhaustive),
         pytest.param(["states"], id="states"),
         *(pytest.param([name], id=name) for name in SLA_CASES),
-        *(pytest.param([name], id=name, marks=pytest.mark.slow) for name in SELECTING_CASES),
+        *(
+            pytest.param([name], id=name, marks=pytest.mark.exhaustive if name in JOINED else pytest.mark.slow)
+            for name in SELECTING_CASES
+        ),
         pytest.param(WAYS, id="ways"),
     ],
 )
