@@ -18,7 +18,7 @@ pytest.importorskip("tyro")
 
 from tiny_training import config
 
-from foveal import SLAConfig, VSAConfig
+from foveal import SLA2Config, SLAConfig, VSAConfig
 from foveal.lab.train.config import TrainingConfig, differences
 from foveal.lab.train.inputs import NoiseAhead
 from foveal.lab.train.objective import sample_noise, sample_sigmas, scheduler_shift
@@ -47,6 +47,8 @@ def test_recipes_are_those_of_the_papers():
     sla = RECIPES["wan-1.3b-sla"]()
     assert (sla.steps, sla.batch_size, sla.optimizer.learning_rate) == (2000, 64, 1e-5)
     assert (sla.sparsity.attention.keep_ratio, sla.sparsity.attention.drop_ratio) == (0.05, 0.10)
+    sla2 = RECIPES["wan-1.3b-sla2"]()
+    assert (sla2.steps, sla2.batch_size, sla2.sparsity.attention) == (500, 64, SLA2Config(keep_ratio=0.05))
     vsa = RECIPES["wan-1.3b-vsa"]()
     annealing = vsa.sparsity.annealing
     assert (annealing.dense_steps, annealing.every, vsa.sparsity.attention.topk) == (50, 50, 32)

@@ -27,6 +27,7 @@ from foveal.lab.train.settings import (
 )
 from foveal.methods.base import Config
 from foveal.methods.sla.config import SLAConfig
+from foveal.methods.sla2.config import SLA2Config
 from foveal.methods.vsa.config import VSAConfig
 from foveal.models.shipped import TINY
 
@@ -69,6 +70,13 @@ def wan_1_3b_sla() -> TrainingConfig:
         output=Path("wan-1.3b-sla"),
         optimizer=OptimizerSettings(learning_rate=1e-5, new_learning_rate=2e-4, ema_decay=0.99),
         evaluation=EvaluationSettings(sample_every=500),
+    )
+
+
+def wan_1_3b_sla2() -> TrainingConfig:
+    """Wan2.1-1.3B to SLA2: the paper's 500 steps (arXiv 2602.12675), router and weights in one run."""
+    return wan_1_3b_sla().replace(
+        sparsity=SparsitySettings(SLA2Config(keep_ratio=0.05)), output=Path("wan-1.3b-sla2"), steps=500
     )
 
 
@@ -167,6 +175,11 @@ def tiny_sla() -> TrainingConfig:
     return _tiny_adapter("tiny-sla", SLAConfig(keep_ratio=0.1, drop_ratio=0.1, token_order="tile"))
 
 
+def tiny_sla2() -> TrainingConfig:
+    """The model that comes with foveal to SLA2, 10% of the key blocks read exactly, by LoRA."""
+    return _tiny_adapter("tiny-sla2", SLA2Config(keep_ratio=0.1, block_q=64, token_order="tile"))
+
+
 def tiny_vsa() -> TrainingConfig:
     """The model that comes with foveal to VSA, 12.5% of the cubes read exactly, by LoRA."""
     return _tiny_adapter("tiny-vsa", VSAConfig(keep_ratio=0.125))
@@ -202,8 +215,10 @@ def scratch_vsa() -> TrainingConfig:
 RECIPES: dict[str, Callable[[], TrainingConfig]] = {
     "tiny": tiny,
     "tiny-sla": tiny_sla,
+    "tiny-sla2": tiny_sla2,
     "tiny-vsa": tiny_vsa,
     "wan-1.3b-sla": wan_1_3b_sla,
+    "wan-1.3b-sla2": wan_1_3b_sla2,
     "wan-14b-sla": wan_14b_sla,
     "wan-1.3b-vsa": wan_1_3b_vsa,
     "wan-14b-vsa": wan_14b_vsa,
