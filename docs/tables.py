@@ -362,11 +362,21 @@ def quality_tiny_taught(plain: str, distilled: str) -> str:
     return _arms(runs)
 
 
+def quality_tiny_levels(name: str) -> str:
+    """The same arms at each noise level."""
+    found = json.loads((RESULTS / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json").read_text())
+    return _arms_table()["levels"](list(found.values()))
+
+
+def _arms_table() -> dict:
+    return runpy.run_path(str(ROOT / "benchmarks" / "tiny" / "arms_table.py"))
+
+
 def _arms(runs: list[dict]) -> str:
     first = runs[0]
     clips = f"{first['steps']} steps of {first['batch']} clips, {len(first['after'])} held-out clips"
     made = f"{first['device']}, torch {first['torch']}, commit {first['commit']}"
-    script = runpy.run_path(str(ROOT / "benchmarks" / "tiny" / "arms_table.py"))
+    script = _arms_table()
     shown = [script["table"](runs), script["quality"](runs), f"{made}; {clips}."]
     return "\n\n".join(filter(None, shown))
 
@@ -536,6 +546,8 @@ TABLES = {
     "quality_tiny": lambda: quality_tiny("2026-11-30"),
     "quality_tiny_taught": lambda: quality_tiny_taught("rates", "distillation"),
     "quality_tiny_1000": lambda: quality_tiny_taught("1000", "1000-distillation"),
+    "quality_tiny_1000_levels": lambda: quality_tiny_levels("1000"),
+    "quality_tiny_14400_levels": lambda: quality_tiny_levels("14400"),
     "quality_tiny_14400": lambda: quality_tiny_taught("14400", "14400-distillation"),
     "quality_tiny_before": lambda: quality_tiny("2026-11-29"),
     "attention_mass": attention_mass,

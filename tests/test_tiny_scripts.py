@@ -201,6 +201,21 @@ def test_arms_train_and_the_tables_pair_them(scripts, monkeypatch, tmp_path):
     assert rows[4].count("±") == 2
 
 
+def test_the_table_by_noise_level_pairs_clips_of_the_same_seed(scripts):
+    found = [
+        ("dense", 0, [1.0, 2.0]),
+        ("blocks", 0, [1.1, 2.0]),
+        ("blocks, linear", 0, [1.1, 1.0]),
+        ("cubes", 1, [9, 9]),
+    ]
+    runs = [{"arm": arm, "seed": seed, "levels": [0.2, 0.9], "after": [x, x]} for arm, seed, x in found]
+    assert scripts["arms"].levels(runs).splitlines()[2:] == [
+        "| blocks | dense | +10.00 ± 0.00% | +0.00 ± 0.00% |",
+        "| blocks, linear | blocks | +0.00 ± 0.00% | -50.00 ± 0.00% |",
+    ]
+    assert scripts["arms"].levels(runs[3:]) == ""
+
+
 def test_a_pipeline_gives_a_work_folder_its_weights(scripts, tmp_path):
     from safetensors.torch import load_file
 

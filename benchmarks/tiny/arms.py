@@ -31,7 +31,7 @@ from typing import NamedTuple
 import model as parts
 import torch
 from arms_quality import DenseCheckpoint
-from arms_table import quality, table
+from arms_table import levels, quality, table
 from common import DEVICE, machine
 from safetensors.torch import load_file
 from torch import nn
@@ -244,7 +244,7 @@ def main() -> None:
     else:
         runs = [run for file in options.files for run in json.loads(file.read_text()).values()]
         runs.sort(key=lambda run: ARMS.index(run["arm"]))
-        print(table(runs), quality(runs), sep="\n\n")
+        print(*filter(None, (table(runs), levels(runs), quality(runs))), sep="\n\n")
 
 
 if __name__ == "__main__":

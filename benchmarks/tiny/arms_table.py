@@ -38,6 +38,28 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def levels(runs: list[dict]) -> str:
+    """A Markdown table of how much losses differ at each noise level, of the same clips in the same seeds.
+
+    An arm with a branch is compared with the same without one, and one without with "dense"; empty if neither ran.
+    """
+    losses = {(run["arm"], run["seed"]): run["after"] for run in runs}
+    names = [f"{level:g}" for level in runs[0]["levels"]]
+    lines = [f"| {' | '.join(('attention', 'against', *names))} |", "|---" * (2 + len(names)) + "|"]
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        other = arm.split(",")[0] if "," in arm else "dense"
+        seeds = [seed for name, seed in losses if name == arm and (other, seed) in losses and other != arm]
+        if not seeds:
+            continue
+        cells = [arm, other]
+        for level in range(len(names)):
+            pairs = [zip(losses[arm, seed], losses[other, seed], strict=True) for seed in seeds]
+            relative = [[mine[level] / theirs[level] - 1 for mine, theirs in pair] for pair in pairs]
+            cells.append(interval([statistics.mean(clip) for clip in zip(*relative, strict=True)]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def quality(runs: list[dict]) -> str:
     """A Markdown table of how far arms are from the dense checkpoint, means over the seeds; empty for older runs."""
     runs = [run for run in runs if "videos" in run]
