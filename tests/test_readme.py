@@ -263,5 +263,20 @@ def test_sentences_about_longer_training_and_longer_clips_are_those_of_their_run
     assert f"dense attention itself gains {100 * (1 - _mean(dense['after']) / _mean(dense['before'])):.1f}%" in page
 
 
+def test_the_readmes_losses_are_those_of_the_evidence(tables):
+    readme = " ".join((ROOT / "README.md").read_text().split())
+
+    def prices(name, *arms):
+        rows = [row.strip("| ").split(" | ") for row in tables.TABLES[name]().splitlines() if row[:2] == "| "]
+        found = {row[0]: row for row in reversed(rows)}  # the first of the tables has losses
+        return [f"{float(found[arm][4].split(' ')[0]):.1f}%" for arm in arms]
+
+    sla, sla2 = "blocks, linear (rate x 10)", "blocks, SLA2 (rate x 10)"
+    short = prices("quality_tiny_1000", "blocks", sla, sla2, "cubes, coarse, linear (rate x 10)")
+    said = "ends {} above the loss of dense attention, SLA {}, and SLA2 {}; 12.5% of the cubes, with VSA's and SLA's"
+    assert f"{said} branches, {{}}.".format(*short) in readme
+    assert "these are {}, {}, and {}.".format(*prices("quality_tiny_14400", "blocks", sla, sla2)) in readme
+
+
 def _mean(losses):
     return statistics.mean(statistics.mean(x) if isinstance(x, list) else x for x in losses)
