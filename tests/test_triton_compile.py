@@ -93,7 +93,8 @@ SPILLS = [
     ("_query_grad_kernel", 80, {"D": 128}, 0, 2048),
     ("_query_grad_kernel", 80, {"D": 64}, 0, 336),
     ("_query_grad_kernel", 90, {"D": 128, "BLOCK_Q": 128}, 0, 400),
-    ("_query_grad_kernel", 90, {"D": 64, "BLOCK_Q": 128}, 0, 96),
+    ("_query_grad_kernel", 90, {"D": 64, "BLOCK_Q": 128}, 0, 148),
+    ("_query_grad_kernel", 90, {"D": 64}, 0, 64),
     ("_key_grad_kernel", 80, {"D": 128, "FEATURE_MAP": "elu"}, 0, 7424),
     ("_key_grad_kernel", 80, {"D": 128}, 0, 48),
     ("_projection_grad_kernel", 80, {"D": 128}, 4, 20),
@@ -103,7 +104,7 @@ SPILLS = [
     ("_pooled_dkdv_kernel", 80, {"D": 64}, 0, 44),
     ("_pooled_dkdv_kernel", 80, {"D": 128}, 0, 32),
     ("_pooled_dkdv_kernel", 90, {"D": 128}, 240, 260),
-    ("_tail_dq_kernel", 80, {"D": 128}, 0, 16),
+    ("_tail_dq_kernel", 80, {"D": 128}, 12, 40),
     ("_tail_means_kernel", 90, {"D": 128}, 0, 8),
     ("_tail_means_kernel", 100, {"D": 128}, 0, 4),
     ("_gather_cubes_kernel", 100, {"QUARTERS": True}, 0, 20),
@@ -169,6 +170,7 @@ NO_LOOP_SPILLS = ("sm_80", "sm_86", "sm_89", "sm_120")
 # Bytes that some variants may, all the same: (kernel, some constants, bytes).
 LOOP_SPILLS = [
     ("_tail_dq_kernel", {}, 64),
+    ("_projection_grad_kernel", {"D": 128}, 8),
     ("_block_sparse_fwd_kernel", {"D": 128, "BLOCK_Q": 128, "INT8": True}, 20),
 ]
 
