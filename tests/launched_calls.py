@@ -83,7 +83,7 @@ def sla(
 
 
 def sla2(head_dim, block_q, block_k, dtype, padded, feature_map="softmax", train=True, backend="triton"):
-    """SLA2 by a rule, and its backward when it is trained, without that of the router."""
+    """SLA2 by a rule, and its backward when it is trained."""
     inputs, blocks = _inputs(head_dim, dtype), {"block_q": block_q, "block_k": block_k}
     rule = selection_rule(*inputs[:2], keep_ratio=0.1, **blocks, kv_lengths=_lengths(padded))
     with torch.set_grad_enabled(train):

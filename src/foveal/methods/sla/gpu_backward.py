@@ -8,6 +8,8 @@ Source: SLA (arXiv 2509.24006), Algorithm 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,11 +24,15 @@ from foveal.methods.sla.gpu_forward import Results
 GROUP_BYTES = 224 * 2**20
 
 
-def own_states(side: QuerySide, mask: Tensor, backend: Backend) -> SharedGradients:
+def own_states(
+    side: QuerySide, mask: Tensor, backend: Backend, look: Callable[[range, Tensor, Tensor], None] | None = None
+) -> SharedGradients:
     """What the query side gives, G and z for each key block, where each query block has an H of its own.
 
     Args:
         mask: bfloat16 [B * H, padded Tq, padded Tk], what H was summed over.
+        look: called with some pairs of batch and head, their dH, bfloat16 [pairs, padded Tq, D, D], and dZ of all,
+            float32 [B * H, padded Tq, D], that of these pairs written.
     """
     pairs, rows, columns = mask.shape
     query, term, head_dim = side.query, side.term, side.query.shape[-1]
@@ -42,6 +48,8 @@ def own_states(side: QuerySide, mask: Tensor, backend: Backend) -> SharedGradien
         part = term._replace(state=term.state[group], norm=term.norm[group], means=term.means[:, group])
         grad_state = backend.query_gradients(side._replace(term=part), range(group.start, group.stop))
         torch.bmm(mask[group].transpose(1, 2), grad_state.flatten(2), out=key_state[group].flatten(2))
+        if look is not None:
+            look(range(group.start, group.stop), grad_state, grad_norm)
         # Before the next group's: its memory becomes theirs.
         del grad_state
     projection = (None, None) if linear is None else projection_gradients(side.grad, linear)

@@ -150,7 +150,8 @@ def forward_in_groups(
     return _by_masks(problem, call, mask, choice, term, beside, keep_states, weigh)
 
 
-def _keys_of(problem: Problem, term: LinearTerm) -> Keys:
+def keys_of(problem: Problem, term: LinearTerm) -> Keys:
+    """What the states of a problem's keys are made of."""
     sizes, block_k = problem.selection.key_block_sizes, problem.selection.block_k
     zeroed = sizes is not None and problem.uniform is not None
     return Keys(problem.key, problem.value, sizes, block_k, term.feature_map, zeroed)
@@ -162,7 +163,7 @@ def _over_all_keys(
     (output, lse), pairs = call.results, range(call.pairs)
     means = lse.new_empty((2, call.pairs if keep_states else 0, 1, output.shape[-1]))
     pooled = _means_of_keys(call, choice, call.pairs)
-    keys = _keys_of(problem, term)
+    keys = keys_of(problem, term)
     state, norm = key_state_sums(keys, pooled, Means(means[0], means[1], term.weight) if keep_states else None)
     if call.wants_means:
         call.take_means(pairs, pooled)
@@ -202,7 +203,7 @@ def _by_masks(
         z, sums = h[..., area:], mask.new_empty((largest, rows, area + head_dim))
     squares = (h if keep_states else h[..., :area]).unflatten(2, square)
     mask_of_pairs = mask.flatten(0, 1)
-    keys = _keys_of(problem, term)
+    keys = keys_of(problem, term)
 
     def prepare(group: range) -> None:
         """A group's key states in h and z, its keys where the call wants their means, its lists, mask, and mix."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from foveal.blocks import BlockSelection
+from foveal.blocks import BlockSelection, pool_blocks
 from foveal.checks import check_choice, check_positive_int, check_scale, validate_qkv, without_autocast
 from foveal.kernels.api import IMPLS, SLOW_SELECTION, Ran, choose_impl, may_note
 from foveal.kernels.backend import name_of
@@ -117,7 +117,7 @@ def _attend(
     if logits is None:
         logits = start_logits(query.shape[1], 1, config.alpha, query.device)
     inputs = blocks.query, blocks.in_blocks(key), blocks.in_blocks(value)
-    ranked = _ranked(inputs, blocks, choice, weights.router, scale)
+    ranked = _ranked(inputs, blocks, choice, weights.router, scale, on_kernels and not soft)
     if ran.impl == "reference":
         from foveal.methods.sla2.reference import sla2_attention_reference
 
@@ -153,14 +153,18 @@ def _ranked(
     choice: BlockSelection | SelectionRule,
     router: Router,
     scale: float,
+    on_kernels: bool,
 ) -> Ranked | None:
     """The scores by which the router's projections get a gradient or blocks weights; None where neither is so."""
     config = blocks.config
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in router)
     if config.routing != "soft" and (config.routing == "fixed" or not learns):
         return None
+    pool = pool_blocks
+    if on_kernels:
+        from foveal.methods.sla2.gpu import pool_gpu as pool
     ranked = blocks.ranked(choice.key_block_sizes)
-    return Ranked(ranked_scores(*inputs[:2], router, choice, ranked, scale), config.temperature)
+    return Ranked(ranked_scores(*inputs[:2], router, choice, ranked, scale, pool), config.temperature)
 
 
 def _validate_weights(query: Tensor, weights: Weights) -> None:

@@ -15,8 +15,9 @@ from foveal.methods.sla2.config import SLA2Config
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, *, config: SLA2Config, **rest) -> Tensor:
-    """With the projections that training starts from, which take no gradient here."""
+    """With the projections that training starts from; the router learns where the inputs have gradients."""
     eye = torch.eye(query.shape[-1], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    eye.requires_grad_(query.requires_grad)
     return sla2_attention(query, key, value, config=config, proj_query=eye, proj_key=eye, **rest)
 
 
@@ -40,7 +41,8 @@ def _head(
 
 
 CONFIGS = {
-    "SLA2 64x64": SLA2Config(keep_ratio=0.05, block_q=64),
-    "SLA2 128x64": SLA2Config(keep_ratio=0.05),
+    "SLA2 64x64": SLA2Config(keep_ratio=0.05, block_q=64, routing="fixed"),
+    "SLA2 128x64": SLA2Config(keep_ratio=0.05, routing="fixed"),
+    "SLA2 64x64, learning": SLA2Config(keep_ratio=0.05, block_q=64),
 }
 CASES = tuple(BenchCase(name, config, _call, _select, head=_head) for name, config in CONFIGS.items())

@@ -12,6 +12,7 @@ size is made: with P alpha = exp(S - (LSE - log alpha)) it is that of dO with an
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,16 +24,18 @@ from foveal.kernels.backend import BackwardCall, QuerySide, backend_named
 from foveal.kernels.host import on_device_of
 from foveal.kernels.int8 import lse_shift
 from foveal.kernels.operator import KernelOperator
-from foveal.kernels.triton.lists import column_lists, padded_blocks
+from foveal.kernels.triton.choice_gradient import GainFacts, exact_gain, linear_loss, scores_gradient
+from foveal.kernels.triton.linear import Keys, Means, key_states
+from foveal.kernels.triton.lists import column_lists, noncritical_mask, padded_blocks
 from foveal.kernels.triton.mixing import write_mix
 from foveal.kernels.triton.pooling import pool
 from foveal.kernels.triton.select import select
 from foveal.kernels.values import LinearTerm, Problem, flatten, linear_term, packable, unflatten
 from foveal.methods.sla.gpu import fake_results, made_by_rule, mask_operand, new_selection, used_selection
 from foveal.methods.sla.gpu_backward import own_states
-from foveal.methods.sla.gpu_forward import Results, forward_in_groups
+from foveal.methods.sla.gpu_forward import Results, forward_in_groups, keys_of
 from foveal.methods.sla2.mixing import branches_with_keys, to_tokens
-from foveal.methods.sla2.routing import Ranked, Router, RowFacts, score_gradient
+from foveal.methods.sla2.routing import Router
 from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div
 
@@ -109,6 +112,18 @@ def _(query, key, proj_query, proj_key, rule_tensors, rule_numbers, scale):
     return query.new_empty((*rows, rule.width), dtype=torch.int32), query.new_empty(rows, dtype=torch.int32)
 
 
+@torch.library.custom_op("foveal::sla2_pool_gpu", mutates_args=())
+def pool_gpu(x: Tensor, block: int, sizes: Tensor | None) -> Tensor:
+    """`pool_blocks` of half-precision tensors on a GPU."""
+    with on_device_of(x):  # Triton launches on the current device
+        return pool(x, block, sizes)
+
+
+@pool_gpu.register_fake
+def _(x, block, sizes):
+    return x.new_empty((*x.shape[:2], ceil_div(x.shape[2], block), x.shape[3]), dtype=torch.float32)
+
+
 def _counts(selection: BlockSelection) -> Tensor:
     """int32 [B, H, Tq]: how many blocks each row reads exactly; all, where it sums over none of the others."""
     if selection.marginal is None:
@@ -150,11 +165,14 @@ def _backward(call: SLA2Call, options: SLA2Options, outputs, saved, grads) -> tu
     backend = backend_named(options.backend)
     grad_query, lse = torch.empty_like(query), results.lse
     dots = lse.new_empty((2, *lse.shape))
+    problem = Problem(query, key, value, selection, options.scale)
     exact_dot, linear_dot = dots
     query_side = QuerySide(query, results.output, grad, term, block_q, grad_query, exact_dot, linear_dot=linear_dot)
-    side = own_states(query_side, mask, backend)
+    loss = None if scores is None else torch.empty_like(scores, memory_format=torch.contiguous_format)
+    look = None if loss is None else partial(_write_loss, keys_of(problem, term), mask.shape[2], loss)
+    side = own_states(query_side, mask, backend, look)
     key_side = LinearTerm(options.feature_map, state=side.state, norm=side.norm, means=results.means)
-    problem, columns = Problem(query, key, value, selection, options.scale), column_lists(selection)
+    columns = column_lists(selection)
     alpha, rest = mix[:, : selection.num_query_blocks].unflatten(0, (batch, heads)).unbind(-1)
     of_weighted = lse - to_tokens(alpha.log(), block_q, length)[..., 0]
     grads = backend.backward(BackwardCall(problem, grad, exact_dot, of_weighted, columns, grad_query, key_side))
@@ -166,10 +184,20 @@ def _backward(call: SLA2Call, options: SLA2Options, outputs, saved, grads) -> tu
         return *grads, grad_logits, None
     if backend.centers_keys:
         lse = lse + lse_shift(query, key, selection, options.scale)
-    facts = RowFacts(alpha, rest, lse, exact_dot * to_tokens(alpha, block_q, length)[..., 0], linear_dot)
-    ranked = Ranked(scores, options.temperature)
-    of_scores = score_gradient(problem, grad, ranked, facts, options.feature_map)
+    unread = noncritical_mask(selection)
+    gain = exact_gain(problem, grad, unread, GainFacts(mix, lse, exact_dot), scores.shape[3])
+    of_scores = scores_gradient(scores, options.temperature, unread, gain, loss)
     return *grads, grad_logits, of_scores
+
+
+def _write_loss(keys: Keys, columns: int, loss: Tensor, pairs: range, grad_state: Tensor, grad_norm: Tensor) -> None:
+    """What these pairs lose of the linear branch by a block that is read; the states of their keys are made anew."""
+    head_dim = grad_norm.shape[-1]
+    state = grad_state.new_empty((len(pairs), columns, head_dim, head_dim))
+    norm = grad_norm.new_empty((len(pairs), columns, head_dim))
+    means = grad_norm.new_empty((2, len(pairs), head_dim))
+    key_states(keys, pairs, None, state, norm, Means(means[0], means[1], None))
+    linear_loss(grad_state, grad_norm, state, norm, pairs, loss)
 
 
 def _fake(call: SLA2Call, options: SLA2Options) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
