@@ -348,9 +348,9 @@ def quality(pattern: str = "quality-arms-*.json", base: str = "sparse5", seed: i
     return "\n".join([*lines, "", caption])
 
 
-def quality_tiny(date: str) -> str:
+def quality_tiny(name: str, date: str = "2026-11-30") -> str:
     """Held-out losses of the tiny model's arms, as benchmarks/tiny/arms.py prints them."""
-    return _arms(list(json.loads((RESULTS / f"quality-tiny-nvidia-h200-{date}.json").read_text()).values()))
+    return _arms(list(json.loads((RESULTS / f"quality-{name}-nvidia-h200-{date}.json").read_text()).values()))
 
 
 def quality_tiny_taught(plain: str, distilled: str) -> str:
@@ -543,13 +543,15 @@ TABLES = {
     "quality_long": lambda: quality("quality-long-*.json", "sparse5-tile"),
     "quality_scratch": lambda: quality("quality-scratch-*.json", "sparse5-tile"),
     "quality_scratch_1": lambda: quality("quality-scratch-*.json", "sparse5-tile", seed=1),
-    "quality_tiny": lambda: quality_tiny("2026-11-30"),
+    "quality_tiny": lambda: quality_tiny("tiny"),
     "quality_tiny_taught": lambda: quality_tiny_taught("rates", "distillation"),
     "quality_tiny_1000": lambda: quality_tiny_taught("1000", "1000-distillation"),
     "quality_tiny_1000_levels": lambda: quality_tiny_levels("1000"),
+    "quality_tiny_router": lambda: quality_tiny("tiny-router"),
+    "quality_tiny_large": lambda: quality_tiny("tiny-large"),
     "quality_tiny_14400_levels": lambda: quality_tiny_levels("14400"),
     "quality_tiny_14400": lambda: quality_tiny_taught("14400", "14400-distillation"),
-    "quality_tiny_before": lambda: quality_tiny("2026-11-29"),
+    "quality_tiny_before": lambda: quality_tiny("tiny", "2026-11-29"),
     "attention_mass": attention_mass,
     "branches": branches,
     "int8_instructions": int8_instructions,

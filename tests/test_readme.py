@@ -156,7 +156,7 @@ def test_sentences_about_speed_are_those_of_the_results(tables):
 
 def test_sentences_about_the_tiny_models_arms_are_those_of_the_table(tables):
     page = " ".join((ROOT / "docs" / "evidence.md").read_text().split())
-    rows = [row.strip("| ").split(" | ") for row in tables.quality_tiny("2026-11-30").splitlines() if row[:2] == "| "]
+    rows = [row.strip("| ").split(" | ") for row in tables.quality_tiny("tiny").splitlines() if row[:2] == "| "]
     found = {row[0]: row for row in rows[1:]}
 
     def gain(arm):
@@ -269,6 +269,50 @@ def test_sentences_about_longer_training_and_longer_clips_are_those_of_their_run
     assert "costs {:.1f}% to {:.1f}% of loss on data".format(*costs) in page
     dense = long["dense #0"]
     assert f"dense attention itself gains {100 * (1 - _mean(dense['after']) / _mean(dense['before'])):.1f}%" in page
+
+
+LARGE_PRETRAINING = "quality-tiny-large-pretraining-nvidia-h200-2026-11-30.jsonl"
+
+
+def test_sentences_about_the_router_and_the_larger_model_are_those_of_their_runs():
+    page = " ".join((ROOT / "docs" / "evidence.md").read_text().split())
+    results = ROOT / "benchmarks" / "results"
+    router, large = (
+        json.loads((results / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json").read_text())
+        for name in ("router", "large")
+    )
+
+    def gains(runs, arm, other="blocks", seeds=(0, 1)):
+        found = []
+        for seed in seeds:
+            clips = zip(runs[f"{arm} #{seed}"]["after"], runs[f"{other} #{seed}"]["after"], strict=True)
+            found.append(100 * statistics.mean(1 - statistics.mean(x) / statistics.mean(y) for x, y in clips))
+        return found
+
+    sla, sla2 = "blocks, linear (rate x 10)", "blocks, SLA2 (rate x 10)"
+    fixed = "blocks, SLA2 (fixed router, rate x 10)"
+    learned, kept = (statistics.mean(gains(router, arm)) for arm in (sla2, fixed))
+    assert f"SLA2 gains {learned:.1f}% with a learned router and {kept:.1f}% with a fixed one, which is half" in page
+    (of_sla,), (of_both,) = (
+        gains(router, *arms, seeds=(1,)) for arms in ((sla,), ("cubes, coarse, linear (rate x 10)", "cubes"))
+    )
+    assert round(of_sla / kept) == 2
+    said = "first run**: {:.1f}% and {:.1f}% for SLA2, with other kernels, {:.1f}% for SLA, and {:.1f}% for both"
+    assert said.format(*gains(router, sla2), of_sla, of_both) in page
+
+    def closer(arm):
+        return statistics.mean(
+            router[f"{arm} #{seed}"]["videos"]["psnr_db"] - router[f"blocks #{seed}"]["videos"]["psnr_db"]
+            for seed in (0, 1)
+        )
+
+    assert f"With the learned router they are {closer(sla2):.1f} dB closer" in page
+    assert closer(fixed) < 0.05
+
+    assert f"has {large['blocks #0']['parameters'] / 1e6:.1f} million parameters" in page
+    assert f"**SLA2 gains {gains(large, sla2, seeds=(0,))[0]:.1f}% here too**" in page
+    begin, end = (json.loads(line) for line in (results / LARGE_PRETRAINING).read_text().splitlines())
+    assert f"trained for {end['step']} dense steps of {begin['batch']} clips from random weights" in page
 
 
 def test_the_readmes_losses_are_those_of_the_evidence(tables):

@@ -76,13 +76,17 @@ class DenseCheckpoint:
         return torch.stack([torch.cat(found) for found in losses], 1), errors
 
     def compare_videos(self, model: nn.Module) -> dict[str, float]:
-        """Means over the videos, without their given frame: PSNR and SSIM to those of the dense model, and flicker."""
+        """Means over the videos, without their given frame: PSNR and SSIM to those of the dense model, and flicker.
+
+        Empty without videos.
+        """
         found = []
         for clip, dense in zip(self.picked, self.videos, strict=True):
             video = self._video(model, clip)
             found.append((psnr(video, dense), ssim(video, dense), flicker(video), flicker(dense)))
         names = ("psnr_db", "ssim", "flicker", "flicker_dense")
-        return {name: statistics.mean(values) for name, values in zip(names, zip(*found, strict=True), strict=True)}
+        columns = zip(*found, strict=True) if found else ()
+        return {name: statistics.mean(values) for name, values in zip(names, columns, strict=bool(found))}
 
     @torch.no_grad()
     def _video(self, model: nn.Module, clip: int) -> Tensor:

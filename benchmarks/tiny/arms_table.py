@@ -61,8 +61,8 @@ def levels(runs: list[dict]) -> str:
 
 
 def quality(runs: list[dict]) -> str:
-    """A Markdown table of how far arms are from the dense checkpoint, means over the seeds; empty for older runs."""
-    runs = [run for run in runs if "videos" in run]
+    """A Markdown table of how far arms are from the dense checkpoint, means over the seeds; empty without videos."""
+    runs = [run for run in runs if run.get("videos")]
     titles = ("attention", "velocity error before", "after", "PSNR, dB", "SSIM", "flicker", "the checkpoint's")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"] if runs else []
     for arm in dict.fromkeys(run["arm"] for run in runs):
