@@ -125,7 +125,7 @@ def test_figures_of_its_page_are_those_of_its_runs():
     assert f"which {start[-1]['step']:,} steps on the clips of commit `{start[0]['commit'][:7]}` had made" in words
     assert f"{max(losses):,} more steps of 64 clips" in words
     rows = []
-    for method, kept in (("sla", "10%"), ("vsa", "12.5%")):
+    for method, kept in (("sla", "10%"), ("sla2", "10%"), ("vsa", "12.5%")):
         lines = [
             line for line in map(json.loads, (runs / f"{method}-adapter.jsonl").open()) if "held_out/sparse" in line
         ]

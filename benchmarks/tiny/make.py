@@ -7,6 +7,7 @@
     python benchmarks/tiny/make.py pipeline --work WORK --output FOLDER
     python benchmarks/tiny/make.py shards --work WORK --pipeline FOLDER --output WORK/shards
     foveal train tiny-sla --model.path FOLDER --data.folder WORK/shards --output WORK/sla
+    foveal train tiny-sla2 --model.path FOLDER --data.folder WORK/shards --output WORK/sla2
     foveal train tiny-vsa --model.path FOLDER --data.folder WORK/shards --output WORK/vsa
     python benchmarks/tiny/make.py ship --work WORK --pipeline FOLDER --output WORK/shipped_files
     python benchmarks/tiny/make.py samples --work WORK --pipeline FOLDER --output PICTURES
@@ -108,14 +109,8 @@ def ship(work: Path, pipeline: Path, output: Path) -> None:
     """A new folder for the package: the pipeline, its adapters in bfloat16, and a few clips with their latents."""
     output.mkdir(parents=True)
     shutil.copytree(pipeline, output / SHIPPED["foveal/tiny"])
-    for method in ("sla", "vsa"):
-        trained, adapter = work / method / "export", output / SHIPPED[f"foveal/tiny-{method}"]
-        shutil.copytree(trained / "sparse", adapter / "sparse")
-        (adapter / "lora").mkdir()
-        lora = "lora/pytorch_lora_weights.safetensors"
-        with safe_open(trained / lora, "pt") as opened:
-            metadata = opened.metadata()
-        save_file({name: x.bfloat16() for name, x in load_file(trained / lora).items()}, adapter / lora, metadata)
+    for method in ("sla", "sla2", "vsa"):
+        ship_adapter(work / method / "export", output / SHIPPED[f"foveal/tiny-{method}"])
     loaded = load_pipeline(pipeline, device=DEVICE, dtype=torch.float32)
     folder, captions = output / "clips", {}
     folder.mkdir()
@@ -131,6 +126,16 @@ def ship(work: Path, pipeline: Path, output: Path) -> None:
                 write_small_video(folder / f"{name}.mp4", frames)
         save_file(latents, folder / f"{part}.safetensors")
     (folder / "captions.json").write_text(json.dumps(captions, indent=1) + "\n")
+
+
+def ship_adapter(trained: Path, output: Path) -> None:
+    """What `foveal train` exported, its LoRA in bfloat16."""
+    shutil.copytree(trained / "sparse", output / "sparse")
+    (output / "lora").mkdir()
+    lora = "lora/pytorch_lora_weights.safetensors"
+    with safe_open(trained / lora, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({name: x.bfloat16() for name, x in load_file(trained / lora).items()}, output / lora, metadata)
 
 
 def write_small_video(file: Path, frames: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""The models that come with foveal: "foveal/tiny", a Wan pipeline of 8 M parameters, and its SLA and VSA adapters.
+"""The models that come with foveal: "foveal/tiny", a Wan pipeline of 8 M parameters, and its adapters.
 
 Every command takes these names where it takes a folder or a hub id, and needs no network for them.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).with_name("shipped_files")
 TINY = "foveal/tiny"
-SHIPPED = {TINY: "tiny", "foveal/tiny-sla": "tiny-sla", "foveal/tiny-vsa": "tiny-vsa"}
+SHIPPED = {TINY: "tiny", **{f"foveal/tiny-{method}": f"tiny-{method}" for method in ("sla", "sla2", "vsa")}}
 
 
 def local_path(source: str) -> str:

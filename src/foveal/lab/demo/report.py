@@ -14,6 +14,7 @@ from foveal.lab.demo.settings import (
     ARMS,
     DENSE,
     PICTURED,
+    SLA2_ADAPTER,
     SLA_ADAPTER,
     SLA_CONVERTED,
     VSA_ADAPTER,
@@ -28,6 +29,7 @@ COLORS = {
     DENSE: "#33415c",
     SLA_CONVERTED: "#c1666b",
     SLA_ADAPTER: "#2a7f8e",
+    SLA2_ADAPTER: "#5fa84f",
     VSA_CONVERTED: "#6a4c93",
     VSA_ADAPTER: "#a06cd5",
     VSA_TRAINED: "#d19a2e",
@@ -183,7 +185,8 @@ def conclusions(results: dict[str, Any]) -> list[str]:
         f"Leaving blocks out has a price at first. The dense model has a held-out loss of {dense:.4f}. Untrained, "
         f"SLA has {against(SLA_CONVERTED)} with {work[SLA_CONVERTED]} of the attention arithmetic, and VSA "
         f"{against(VSA_CONVERTED)} with {work[VSA_CONVERTED]}.",
-        f"The adapters that come with foveal bring SLA to {against(SLA_ADAPTER)} and VSA to {against(VSA_ADAPTER)}.",
+        f"The adapters that come with foveal bring SLA to {against(SLA_ADAPTER)} and VSA to {against(VSA_ADAPTER)}. "
+        f"SLA2's has {against(SLA2_ADAPTER)}: it reads as much as SLA, and learns which blocks.",
         f"{tuning[-1][0]} steps here, with a few clips, bring VSA to {against(VSA_TRAINED)}.",
     ]
     missed = [verdict["expected"] for verdict in results["expectations"] if not verdict["met"]]
@@ -259,7 +262,7 @@ much in PSNR, because a continuation is free to go elsewhere.</p>
 <p>To go on with this model: <code>foveal ui</code> shows where its tokens look,
 <code>foveal inspect --model foveal/tiny --prompt "first-person view of a brown stone corridor"</code> measures what
 sparsity costs it, and
-<code>foveal generate --model foveal/tiny --sparse foveal/tiny-sla --compare dense --prompt "..."</code> makes videos.
+<code>foveal generate --model foveal/tiny --sparse foveal/tiny-sla2 --compare dense --prompt "..."</code> makes videos.
 On a pretrained model, begin with <code>foveal inspect</code>.</p>
 <h2>Measured</h2>
 <div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>

@@ -19,6 +19,7 @@ from foveal.lab.demo.settings import (
     ARMS,
     DENSE,
     PICTURED,
+    SLA2_ADAPTER,
     SLA_ADAPTER,
     SLA_CONVERTED,
     VSA_ADAPTER,
@@ -40,7 +41,7 @@ from foveal.models.shipped import TINY, local_path
 from foveal.output_folder import OutputFolder
 
 RESULTS_FILE = "results.json"
-ADAPTERS = {SLA_ADAPTER: "foveal/tiny-sla", VSA_ADAPTER: "foveal/tiny-vsa"}
+ADAPTERS = {SLA_ADAPTER: "foveal/tiny-sla", SLA2_ADAPTER: "foveal/tiny-sla2", VSA_ADAPTER: "foveal/tiny-vsa"}
 
 
 def run_demo(
@@ -195,6 +196,11 @@ def _expectations(arms: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "expected": "each adapter brings back at least a third of what its method costs",
             "met": all(loss[plain] - loss[tuned] > (loss[plain] - loss[DENSE]) / 3 for plain, tuned in adapters),
             "figures": figures(DENSE, *adapters[0], *adapters[1]),
+        },
+        {
+            "expected": "SLA2, whose choice of blocks is learned, ends closer to dense attention than SLA",
+            "met": loss[SLA2_ADAPTER] < loss[SLA_ADAPTER],
+            "figures": figures(DENSE, SLA_ADAPTER, SLA2_ADAPTER),
         },
         {
             "expected": "a few steps of fine-tuning bring back some of what VSA costs",
