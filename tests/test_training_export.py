@@ -8,13 +8,16 @@ pytest.importorskip("diffusers")
 pytest.importorskip("safetensors")
 
 from accelerate.state import AcceleratorState
-from tiny_training import config, write_data
+from safetensors.torch import load_file
+from tiny_training import SPARSE, config, write_data
 from tiny_wan import generate, tiny_pipeline, tiny_transformer
 
 import foveal
-from foveal import SLAConfig
+from foveal import SLA2Config, SLAConfig
+from foveal.lab.train.model import build_model
 from foveal.lab.train.settings import LoraSettings, ModelSettings, SparsitySettings
 from foveal.lab.train.trainer import Trainer
+from foveal.models.processor import sparse_processors
 
 TURBO = SLAConfig(keep_ratio=0.4, drop_ratio=0.0, block_q=16, block_k=16, linear_scope="all")
 
@@ -89,3 +92,55 @@ def test_the_adapter_of_one_expert_goes_into_its_place(tmp_path):
     loaded = {name.replace(f".{adapter}.", ".default."): p for name, p in pipe.transformer_2.named_parameters()}
     for name, tensor in averages(trainer).items():
         assert torch.equal(loaded[name], tensor), name
+
+
+SLA2 = SLA2Config(keep_ratio=0.4, block_q=16, block_k=16)
+
+
+def own_parameters(model):
+    """What conversion added, named as in a file of `foveal.save`."""
+    return {
+        f"transformer.{name}.{key}": parameter.detach().clone()
+        for name, processor in sparse_processors(model).items()
+        for key, parameter in processor.attention.named_parameters()
+    }
+
+
+def test_a_second_stage_starts_from_what_the_first_exported(tmp_path):
+    write_data(tmp_path / "data")
+    first = config(
+        tmp_path,
+        output=tmp_path / "first",
+        steps=2,
+        sparsity=SparsitySettings(SLA2.replace(routing="soft")),
+        optimizer__trainable="new",
+    )
+    exported = Trainer(first).run().export / "sparse"
+    saved = load_file(exported / "foveal.safetensors")
+    routers = {name for name in saved if ".router." in name}
+    assert routers
+    assert any(not torch.equal(saved[name], x) for name, x in own_parameters(build_model(first)).items())
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    fixed = SparsitySettings(SLA2.replace(routing="fixed"), parameters=exported)
+    trainer = Trainer(config(tmp_path, output=tmp_path / "second", steps=2, sparsity=fixed))
+    begun = own_parameters(trainer.transformer)
+    assert set(begun) == set(saved)
+    assert all(torch.equal(begun[name], saved[name]) for name in saved)
+    trainer.run()
+    ended = own_parameters(trainer.transformer)
+    assert {name for name in saved if torch.equal(ended[name], saved[name])} == routers
+
+
+def test_parameters_that_do_not_fit_are_refused(tmp_path):
+    write_data(tmp_path / "data")
+    foveal.save(build_model(config(tmp_path)), tmp_path / "sla")
+    with pytest.raises(ValueError, match=r"lacks .*router.* and has unexpected .*proj"):
+        build_model(config(tmp_path, sparsity=SparsitySettings(SLA2, parameters=tmp_path / "sla")))
+    one_dense = SparsitySettings(SPARSE, dense_layers=(0,), parameters=tmp_path / "sla")
+    with pytest.raises(ValueError, match=r"has unexpected transformer\.blocks\.0"):
+        build_model(config(tmp_path, sparsity=one_dense))
+    with pytest.raises(ValueError, match=r"sparsity\.parameters needs sparsity\.attention"):
+        SparsitySettings(parameters=tmp_path / "sla")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        SparsitySettings(SLA2, parameters=tmp_path / "none")

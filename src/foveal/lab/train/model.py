@@ -23,6 +23,7 @@ from foveal.methods.base import Config, method_of
 from foveal.models import dense, reconfigure, sparse_parameters, sparsify
 from foveal.models.families.table import FAMILIES, family_of
 from foveal.models.files.manifest import check_component
+from foveal.models.files.persist import load_parameters
 from foveal.models.files.policy_file import ComponentPolicy, read_policy
 from foveal.models.policy import attach_policy
 from foveal.models.processor import sparse_processors
@@ -44,6 +45,7 @@ def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
 
     Raises:
         FileNotFoundError, ValueError: as `transformer_fields` does.
+        ValueError: as `load_parameters` does.
         ValueError: for layers that the model does not have, or a policy file that is not for it.
     """
     torch.manual_seed(config.seed)
@@ -60,6 +62,8 @@ def build_model(config: TrainingConfig, *, empty: bool = False) -> nn.Module:
         sparsify(model, layers=component.layers, **how)
         # Evaluations and samples are no generations whose steps a policy could count.
         attach_policy(model, dataclasses.replace(component.policy, dense_first_steps=0, dense_last_steps=0))
+    if config.sparsity.parameters is not None and not empty:
+        load_parameters(model, config.sparsity.parameters)
     if config.optimizer.trainable == "lora":
         _add_lora(model, config)
     choose_trained(model, config.optimizer.trainable)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from foveal.checks import check_choice, check_positive_int, check_ratio
 from foveal.methods.base import Config, method_of
+from foveal.models.files.persist import check_saved
 from foveal.models.files.policy_file import read_policy
 from foveal.models.record import ON_FALLBACK
 from foveal.models.shipped import local_path
@@ -130,6 +131,8 @@ class SparsitySettings:
         attention: a method's configuration, such as an `SLAConfig`; None trains the dense model.
         policy: a file that `foveal calibrate` wrote, in the place of `attention`: each layer's configuration, and when
             it runs dense. The denoising steps that it counts matter only to what is exported.
+        parameters: what `foveal.save` or an earlier run wrote, such as RUN/export/sparse: the parameters of the sparse
+            layers begin as these and not as conversion makes them. Settings may differ where the parameters do not.
         dense_layers: layers that stay dense, by index.
         layer_keep_ratio: keep_ratio of single layers, by index.
         annealing: how the model gets there; None is sparse from the first step.
@@ -139,6 +142,7 @@ class SparsitySettings:
 
     attention: Config | None = None
     policy: Path | None = None
+    parameters: Path | None = None
     dense_layers: tuple[int, ...] = ()
     layer_keep_ratio: dict[int, float] = field(default_factory=dict)
     annealing: Annealing | None = None
@@ -147,6 +151,10 @@ class SparsitySettings:
 
     def __post_init__(self) -> None:
         check_choice("on_fallback", self.on_fallback, ON_FALLBACK)
+        if self.parameters is not None:
+            if not self.is_sparse:
+                raise ValueError("sparsity.parameters needs sparsity.attention or sparsity.policy")
+            check_saved(self.parameters)
         if self.policy is not None:
             if self.dense_layers or self.layer_keep_ratio or self.annealing:
                 raise ValueError(

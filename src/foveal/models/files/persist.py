@@ -166,6 +166,31 @@ def load(model: Model, folder: str | os.PathLike[str], *, impl: str = "auto") ->
     return model
 
 
+def load_parameters(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Puts the parameters that `save` wrote into sparse layers, whose configurations may be others than the saved ones.
+
+    Args:
+        model: a sparse transformer or pipeline like the saved one, whole and not offloaded. It keeps its policy.
+        folder: what `save` wrote.
+
+    Raises:
+        FileNotFoundError, TypeError: as in `load`.
+        ValueError: a file that is corrupt or of another format version, a model of another class or size than the saved
+            one, and missing, extra or misshapen parameters, each by name; the model is unchanged then.
+    """
+    manifest, tensors = _read(Path(folder))
+    state = {}
+    for component, transformer in components_of(model).items():
+        if component in manifest["components"]:
+            _check_model(folder, component, transformer, manifest["components"][component])
+        state |= _state(component, sparse_processors(transformer))
+    _check_tensors(tensors, state, str(folder))
+    _check_not_offloaded(state)
+    with torch.no_grad():
+        for name, parameter in state.items():
+            parameter.copy_(tensors[name])
+
+
 def check_saved(folder: str | os.PathLike[str]) -> None:
     """Check what `save` wrote as far as that goes without a model.
 
