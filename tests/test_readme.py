@@ -310,6 +310,19 @@ def test_sentences_about_the_router_and_the_larger_model_are_those_of_their_runs
     assert f"With the learned router they are {closer(sla2):.1f} dB closer" in page
     assert closer(fixed) < 0.05
 
+    ends = {}
+    for name in ("sla", "sla2"):
+        lines = map(json.loads, (results / "tiny" / f"{name}-adapter.jsonl").read_text().splitlines())
+        ends[name] = [line for line in lines if "held_out/sparse" in line]
+        assert ends[name][-1]["recall/mean"] < ends[name][0]["recall/mean"]
+    of_sla, of_sla2 = (ends[name][-1] for name in ("sla", "sla2"))
+    assert {f"{100 * end['recall/mean']:.0f}%" for end in (of_sla, of_sla2)} == {"57%"}
+    lower = 100 * (1 - of_sla2["held_out/sparse"] / of_sla["held_out/sparse"])
+    errors = [f"{100 * ends[name][at]['error/mean']:.0f}%" for at in (-1, 0) for name in ("sla2", "sla")]
+    said = "end with 57% of dense attention's weight, as SLA's do, and with less than at the start. Yet its loss is"
+    assert f"{said} {lower:.1f}% lower" in page
+    assert "by {} of them, where SLA's are off by {}; it was {} and {} at the start".format(*errors) in page
+
     assert f"has {large['blocks #0']['parameters'] / 1e6:.1f} million parameters" in page
     assert f"**SLA2 gains {gains(large, sla2, seeds=(0,))[0]:.1f}% here too**" in page
     begin, end = (json.loads(line) for line in (results / LARGE_PRETRAINING).read_text().splitlines())

@@ -171,7 +171,16 @@ def test_arms_train_and_the_tables_pair_them(scripts, monkeypatch, tmp_path):
     runs = [
         {"arm": name, "seed": 0, **arms.train_arm(dense, arm, data, beside, 0, options)}
         for name, arm in arms.arms().items()
-        if name in ("dense", "cubes", "cubes, coarse, linear", "blocks", "blocks, SLA2", "VSA 4x4x4")
+        if name
+        in (
+            "dense",
+            "cubes",
+            "cubes, coarse, linear",
+            "blocks",
+            "blocks, SLA2",
+            "blocks, router (rate x 10)",
+            "VSA 4x4x4",
+        )
     ]
     assert runs[0]["velocity_error"]["before"] != runs[0]["velocity_error"]["after"]
     assert {run["arm"]: max(run["velocity_error"]["before"]) > rounding for run in runs}["blocks"]
@@ -180,8 +189,16 @@ def test_arms_train_and_the_tables_pair_them(scripts, monkeypatch, tmp_path):
     assert f"| {runs[1]['videos']['psnr_db']:.1f} |" in shown[3]
     assert all(run["after"] != runs[0]["after"] for run in runs[1:])
     assert {run["arm"]: len(run["added_norms"]) > 0 for run in runs} == {
-        run["arm"]: any(word in run["arm"] for word in ("coarse", "SLA2", "VSA")) for run in runs
+        run["arm"]: any(word in run["arm"] for word in ("coarse", "SLA2", "router", "VSA")) for run in runs
     }
+    routed, mixed = (
+        next(run for run in runs if run["arm"] == f"blocks, {name}") for name in ("router (rate x 10)", "SLA2")
+    )
+    assert len(mixed["added_norms"]) == len(routed["added_norms"]) + 1  # the ratio does not train
+
+    without = scripts["quality"].DenseCheckpoint(dense, data, tmp_path, batch=2, videos=0, steps=2)
+    assert without.compare_videos(dense) == {}
+    assert arms.quality([{**run, "videos": {}} for run in runs]) == ""
     options.steps = 2
     again = arms.train_arm(dense, arms.Arm(), data, beside, 0, options)
     assert [step for step, _ in again["curve"]] == [1]
