@@ -125,8 +125,8 @@ GROUPS = [
     Mutant(
         "SLA backward: pairs",
         SLA_BACKWARD,
-        "range(group.start, group.stop)",
-        "range(group.stop - group.start)",
+        "(side._replace(term=part), members)",
+        "(side._replace(term=part), range(len(members)))",
         (SLA,),
     ),
     Mutant("SLA backward: G", SLA_BACKWARD, "key_state[group]", "key_state[: group.stop - group.start]", (SLA,)),

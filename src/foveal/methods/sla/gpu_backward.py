@@ -44,12 +44,13 @@ def own_states(
     key_state = torch.empty((pairs, columns, head_dim, head_dim), dtype=torch.bfloat16, device=query.device)
     most = max(1, GROUP_BYTES // (rows * head_dim**2 * 2))
     for start in range(0, pairs, most):
-        group = slice(start, min(start + most, pairs))
+        members = range(start, min(start + most, pairs))
+        group = slice(members.start, members.stop)
         part = term._replace(state=term.state[group], norm=term.norm[group], means=term.means[:, group])
-        grad_state = backend.query_gradients(side._replace(term=part), range(group.start, group.stop))
+        grad_state = backend.query_gradients(side._replace(term=part), members)
         torch.bmm(mask[group].transpose(1, 2), grad_state.flatten(2), out=key_state[group].flatten(2))
         if look is not None:
-            look(range(group.start, group.stop), grad_state, grad_norm)
+            look(members, grad_state, grad_norm)
         # Before the next group's: its memory becomes theirs.
         del grad_state
     projection = (None, None) if linear is None else projection_gradients(side.grad, linear)
