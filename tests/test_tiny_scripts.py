@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
+pytest.importorskip("torchmetrics")
 SCRIPTS = Path(__file__).parents[1] / "benchmarks" / "tiny"
-NAMES = ("common", "model", "train_transformer", "train_vae", "make", "arms", "arms_quality", "arms_table")
+NAMES = ("common", "model", "train_transformer", "train_vae", "make", "arms", "arms_quality", "arms_table", "features")
 
 
 @pytest.fixture
@@ -21,6 +22,7 @@ def scripts(monkeypatch):
     import arms
     import arms_quality
     import common
+    import features
     import make
     import model
     import train_transformer
@@ -31,6 +33,7 @@ def scripts(monkeypatch):
         "quality": arms_quality,
         "vae": train_vae,
         "common": common,
+        "features": features,
         "make": make,
         "model": model,
         "train": train_transformer,
@@ -216,6 +219,79 @@ def test_arms_train_and_the_tables_pair_them(scripts, monkeypatch, tmp_path):
     assert len(rows) == 2 + len(runs)
     assert rows[2].startswith("| dense | 1 |")
     assert rows[4].count("±") == 2
+
+
+def test_features_tell_sets_of_clips_apart(scripts, monkeypatch, tmp_path):
+    """Clips whose latents depend on what their captions say, as training clips and as held-out ones."""
+    features, generator = scripts["features"], torch.Generator().manual_seed(0)
+    texts = [
+        "",
+        "a view of a maze",
+        "a view of a maze, a demon ahead",
+        "a view of an arena",
+        "a view of an arena, a demon",
+    ]
+    patterns = torch.randn(len(texts), 16, 1, 1, 1, generator=generator)
+
+    def clips(number):
+        told = torch.randint(1, len(texts), (number,), generator=generator)
+        latents = patterns[told] + 0.3 * torch.randn(number, 16, 5, 6, 8, generator=generator)
+        return latents, [texts[i] for i in told]
+
+    (train, captions), (held_out, held_out_captions) = clips(48), clips(32)
+    tensors = {
+        "train": train,
+        "train-mirrored": train.clone(),
+        "held-out": held_out,
+        "texts": torch.zeros(len(texts), 2, 4),
+    }
+    save_file(tensors, tmp_path / "latents.safetensors")
+    captions = {"train": captions, "train-mirrored": captions, "held-out": held_out_captions}
+    (tmp_path / "latents.json").write_text(json.dumps({"texts": texts, "captions": captions}))
+    assert features.words_of(texts)[0] == ["ahead", "an", "arena", "demon", "maze"]
+    features.train_features(tmp_path, steps=80, batch=16, rate=3e-3, commit="abc")
+    record = json.loads((tmp_path / "features.json").read_text())
+    assert (record["steps"], record["commit"], record["held_out_clips"]) == (80, "abc", 32)
+    assert record["captions_right"] > 0.9
+
+    model, real = features.load_features(tmp_path), held_out.split(8)
+    assert abs(features.frechet_distance(model, real, real)) < 1e-3
+    same = features.frechet_distance(model, real, clips(32)[0].split(8))
+    others = features.frechet_distance(model, real, (held_out.flip(1),))
+    assert 0 < same < others / 2
+
+    monkeypatch.setattr(scripts["model"], "TEXT_TOKENS", 8)
+    data = scripts["train"].Data(tmp_path)
+    (tmp_path / "latents.json").write_text(json.dumps({"mean": [0.0] * 16, "std": [1.0] * 16}))
+    save_file(scripts["model"].build_vae().state_dict(), tmp_path / "vae.safetensors")
+    monkeypatch.setattr(
+        scripts["quality"],
+        "velocity_of",
+        lambda model, x, *rest: x * model.share,  # goes to zero, or stays as it is
+    )
+    monkeypatch.setattr(scripts["quality"], "loss_and_velocity", lambda model, clean, *rest: (None, clean))
+    found, shares = {}, (1.0, 0.5)
+    models = [Namespace(share=share) for share in shares]
+    beside = scripts["quality"].DenseCheckpoint(models[0], data, tmp_path, batch=8, videos=0, steps=2, distance=20)
+    for model in models:
+        found[model.share] = beside.compare_sets(model)
+    assert len(torch.cat(beside.continued)) == 20
+    assert abs(found[1.0]["dense"]) < 1e-3 < found[0.5]["dense"]
+    assert found[1.0]["real"] == pytest.approx(found[1.0]["dense_to_real"], abs=1e-4)
+    assert found[1.0]["dense_to_real"] == found[0.5]["dense_to_real"] > 0
+    runs = [
+        {
+            "arm": f"share {share:g}",
+            "velocity_error": {"before": [0.5], "after": [0.25]},
+            "videos": {"psnr_db": 30.0, "ssim": 0.9, "flicker": 3.0, "flicker_dense": 2.0},
+            "frechet": found[share],
+        }
+        for share in shares
+    ]
+    shown = scripts["arms"].quality(runs).splitlines()
+    assert shown[0].endswith("| Fréchet distance to real | the checkpoint's | to the checkpoint's |")
+    assert shown[3].endswith(" | {real:.2f} | {dense_to_real:.2f} | {dense:.2f} |".format(**found[0.5]))
+    assert "Fréchet" not in scripts["arms"].quality([runs[0], {**runs[1], "frechet": {}}])
 
 
 def test_the_table_by_noise_level_pairs_clips_of_the_same_seed(scripts):

@@ -165,7 +165,7 @@ def train_arm(
     seconds = time.time() - started
     with torch.compiler.set_stance("force_eager"):
         after, errors = beside.losses_and_errors(model)
-        videos = beside.compare_videos(model)
+        videos, sets = beside.compare_videos(model), beside.compare_sets(model)
     return {
         "config": None if arm.config is None else {"method": type(arm.config).__name__, **arm.config.to_dict()},
         "steps": options.steps,
@@ -183,6 +183,7 @@ def train_arm(
         "after": [[round(x, 7) for x in clip] for clip in after.tolist()],
         "velocity_error": {"before": errors_before, "after": errors},
         "videos": videos,
+        "frechet": sets,
         "training_loss": [round(x, 6) for x in training.unflatten(0, (-1, 10)).mean(1).tolist()]
         if options.steps % 10 == 0
         else None,
@@ -198,7 +199,7 @@ def train(options: argparse.Namespace) -> None:
     tensors = load_file(options.work / f"{options.name}.safetensors")
     dense.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("average/")})
     dense.to(DEVICE)
-    beside = DenseCheckpoint(dense, data, options.work, options.batch, options.videos)
+    beside = DenseCheckpoint(dense, data, options.work, options.batch, options.videos, distance=options.distance)
     if options.scratch:
         torch.manual_seed(0)
         dense = parts.build_transformer(options.size).to(DEVICE)
@@ -241,6 +242,13 @@ def main() -> None:
     trains.add_argument("--distillation", type=float, default=0.0, help="share of the loss against the checkpoint's")
     trains.add_argument("--evaluate-every", type=int, default=0, metavar="N", help="also every N steps; 0: at the end")
     trains.add_argument("--videos", type=int, default=8, help="held-out clips that every arm continues")
+    trains.add_argument(
+        "--distance",
+        type=int,
+        default=0,
+        metavar="CLIPS",
+        help="held-out clips that every arm continues, compared as a set by the network of `make.py features`",
+    )
     trains.add_argument("--deadline", type=float, default=math.inf, help="Unix time after which no run begins")
     trains.add_argument("--commit", help="of this tree, for the record")
     stages.add_parser("table").add_argument("files", type=Path, nargs="+")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import model as parts
 import torch
 from common import DEVICE
+from features import frechet_distance, load_features
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_transformer import SIGMAS, Data, loss_and_velocity, velocity_of
@@ -44,9 +45,19 @@ class DenseCheckpoint:
         work: the folder with the VAE.
         batch: clips in a forward.
         videos, steps: how many held-out clips to continue from their first frame, and in how many steps.
+        distance: how many of them are compared as a set, by the network of `features.py` in WORK.
     """
 
-    def __init__(self, model: nn.Module, data: Data, work: Path, batch: int, videos: int, steps: int = 16) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        work: Path,
+        batch: int,
+        videos: int,
+        steps: int = 16,
+        distance: int = 0,
+    ) -> None:
         self.model, self.data, self.batch, self.steps = model, data, batch, steps
         facts = json.loads((work / "latents.json").read_text())
         self.mean, self.std = (torch.tensor(facts[name]).view(1, -1, 1, 1, 1).to(DEVICE) for name in ("mean", "std"))
@@ -58,6 +69,10 @@ class DenseCheckpoint:
             held_out = held_out_batches(data, batch)
             self.velocities = [loss_and_velocity(model, *values)[1].bfloat16().cpu() for *_, values in held_out]
         self.videos = [self._video(model, clip) for clip in self.picked]
+        self.features, self.compared = None, range(min(distance, len(data.held_out)))
+        if distance:
+            self.features = load_features(work)
+            self.continued = self._set(model)
 
     @torch.no_grad()
     def losses_and_errors(self, model: nn.Module) -> tuple[Tensor, list[float]]:
@@ -88,18 +103,41 @@ class DenseCheckpoint:
         columns = zip(*found, strict=True) if found else ()
         return {name: statistics.mean(values) for name, values in zip(names, columns, strict=bool(found))}
 
-    @torch.no_grad()
+    def compare_sets(self, model: nn.Module) -> dict[str, float]:
+        """Fréchet distances of continued clips: to the real clips, to the dense model's, and between these two.
+
+        Empty where no sets are compared.
+        """
+        if self.features is None:
+            return {}
+        real = self.data.held_out[: len(self.compared)].split(self.batch)
+        mine = self._set(model)
+        pairs = {"real": (real, mine), "dense": (self.continued, mine), "dense_to_real": (real, self.continued)}
+        return {name: frechet_distance(self.features, *pair) for name, pair in pairs.items()}
+
+    def _set(self, model: nn.Module) -> list[Tensor]:
+        """The compared clips as a model continues them, in batches of latents."""
+        return [self._continued(model, self.compared[i : i + self.batch]) for i in self.compared[:: self.batch]]
+
     def _video(self, model: nn.Module, clip: int) -> Tensor:
-        """uint8 [frames, 3, H, W] without the first frame: a continuation of it, by Euler steps."""
-        clean = self.data.held_out[clip : clip + 1].float()
-        x = torch.randn(clean.shape, generator=torch.Generator().manual_seed(clip)).to(DEVICE)
+        """uint8 [frames, 3, H, W] without the first frame, which a model continues."""
+        with torch.no_grad():
+            latents = self._continued(model, [clip]) * self.std + self.mean
+            video = parts.decode(self.vae, latents)[0, :, 1:]
+        return (127.5 * (video.clamp(-1, 1) + 1)).round().byte().movedim(1, 0).cpu()
+
+    @torch.no_grad()
+    def _continued(self, model: nn.Module, clips: Sequence[int]) -> Tensor:
+        """Latents of held-out clips [clips, C, F, H, W] whose first frame is given, by Euler steps."""
+        clean = self.data.held_out[list(clips)].float()
+        noise = [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(clip)) for clip in clips]
+        x = torch.stack(noise).to(DEVICE)
         x[:, :, 0] = clean[:, :, 0]
-        text = self.data.text(self.data.held_out_caption[clip : clip + 1])
-        given = torch.ones(1, dtype=torch.bool, device=DEVICE)
+        text = self.data.text(self.data.held_out_caption[list(clips)])
+        given = torch.ones(len(x), dtype=torch.bool, device=DEVICE)
         even = torch.linspace(1, 0, self.steps + 1, device=DEVICE)
         levels = parts.FLOW_SHIFT * even / (1 + (parts.FLOW_SHIFT - 1) * even)
         for level, following in itertools.pairwise(levels):
-            velocity = velocity_of(model, x, level[None], given, text)
+            velocity = velocity_of(model, x, level.expand(len(x)), given, text)
             x[:, :, 1:] += (following - level) * velocity[:, :, 1:]
-        video = parts.decode(self.vae, x * self.std + self.mean)[0, :, 1:]
-        return (127.5 * (video.clamp(-1, 1) + 1)).round().byte().movedim(1, 0).cpu()
+        return x

@@ -63,7 +63,9 @@ def levels(runs: list[dict]) -> str:
 def quality(runs: list[dict]) -> str:
     """A Markdown table of how far arms are from the dense checkpoint, means over the seeds; empty without videos."""
     runs = [run for run in runs if run.get("videos")]
-    titles = ("attention", "velocity error before", "after", "PSNR, dB", "SSIM", "flicker", "the checkpoint's")
+    sets = all(run.get("frechet") for run in runs)
+    titles = ["attention", "velocity error before", "after", "PSNR, dB", "SSIM", "flicker", "the checkpoint's"]
+    titles += ["Fréchet distance to real", "the checkpoint's", "to the checkpoint's"] * sets
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"] if runs else []
     for arm in dict.fromkeys(run["arm"] for run in runs):
         mine = [run for run in runs if run["arm"] == arm]
@@ -73,5 +75,10 @@ def quality(runs: list[dict]) -> str:
         videos = {name: statistics.mean(run["videos"][name] for run in mine) for name in mine[0]["videos"]}
         cells = [arm, *(f"{100 * error:.1f}%" for error in errors), f"{videos['psnr_db']:.1f}", f"{videos['ssim']:.3f}"]
         cells += [f"{videos[name]:.2f}" for name in ("flicker", "flicker_dense")]
+        if sets:
+            cells += [
+                f"{statistics.mean(run['frechet'][name] for run in mine):.2f}"
+                for name in ("real", "dense_to_real", "dense")
+            ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -12,6 +12,7 @@
     python benchmarks/tiny/make.py ship --work WORK --pipeline FOLDER --output WORK/shipped_files
     python benchmarks/tiny/make.py samples --work WORK --pipeline FOLDER --output PICTURES
     python benchmarks/tiny/make.py unpack --work WORK --pipeline FOLDER
+    python benchmarks/tiny/make.py features --work WORK --steps 1500
 
 `transformer` uses several GPUs under `torchrun --standalone --nproc-per-node 2 benchmarks/tiny/make.py`. It stops
 after `--seconds` with a checkpoint, and the same command goes on from it. What `ship` writes takes the place of
@@ -19,6 +20,7 @@ src/foveal/models/shipped_files. What a run measured is in WORK/vae.json and WOR
 that ships are in benchmarks/results/tiny. With `--pipeline`, `vae` and `transformer` go on from the weights of an
 earlier pipeline, and `latents` takes its words and statistics. `unpack` takes the place of `vae` and `transformer`: it
 gives WORK those of a pipeline, such as the one that ships, so that `latents` and arms.py run without training.
+`features` trains the network by which `arms.py --distance` compares sets of clips, on the latents.
 
 The same model over 14,400 tokens, for `arms.py --name long`:
 
@@ -40,6 +42,7 @@ import model as parts
 import numpy as np
 import torch
 from common import DEVICE, read_clips, to_video, weights_of
+from features import train_features
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -222,7 +225,8 @@ def make_samples(work: Path, pipeline: Path, output: Path, *, steps: int, guidan
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "stage", choices=("vae", "latents", "transformer", "pipeline", "shards", "ship", "samples", "unpack")
+        "stage",
+        choices=("vae", "latents", "transformer", "pipeline", "shards", "ship", "samples", "unpack", "features"),
     )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path)
@@ -276,6 +280,8 @@ def main() -> None:
         unpack(work, options.pipeline)
     elif options.stage == "ship":
         ship(work, options.pipeline, options.output)
+    elif options.stage == "features":
+        train_features(work, steps=options.steps, batch=options.batch, rate=options.rate, commit=options.commit)
     elif options.stage == "shards":
         write_shards(work, options.pipeline, options.output)
     else:

@@ -23,7 +23,7 @@ HELD_OUT = 64  # clips of the held-out loss
 
 
 class Data:
-    """Latents, captions, and the index of each caption's embedding, on the device."""
+    """Latents, captions, and the index of each caption's embedding and text, on the device."""
 
     def __init__(self, work: Path, held_out: int = HELD_OUT) -> None:
         tensors, facts = load_file(work / "latents.safetensors"), json.loads((work / "latents.json").read_text())
@@ -36,7 +36,8 @@ class Data:
         self.held_out = tensors["held-out"][::stride][:held_out].to(DEVICE)
         texts = facts["captions"]["held-out"][::stride][:held_out]
         self.held_out_caption = torch.tensor([number[text] for text in texts], device=DEVICE)
-        self.texts, self.empty = tensors["texts"].to(DEVICE), number[""]
+        self.texts, self.texts_of_captions = tensors["texts"].to(DEVICE), list(facts["texts"])
+        self.empty = number[""]
 
     def text(self, caption: Tensor) -> Tensor:
         """[B, 512, C], with zeros after the caption as the pipeline pads it."""
