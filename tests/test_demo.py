@@ -208,8 +208,6 @@ def test_same_seed_same_figures(report, tmp_path):
     _, results = report
     again = run_demo(TINY, output=tmp_path / "again", device=torch.device("cpu"))
     assert _without_seconds(again) == _without_seconds(results)
-    other = run_demo(dataclasses.replace(TINY, seed=1), output=tmp_path / "other", device=torch.device("cpu"))
-    assert other["arms"][DENSE]["held_out_loss"] != results["arms"][DENSE]["held_out_loss"]
 
 
 def test_interrupted_run_leaves_the_former_report(report, tmp_path, monkeypatch):
@@ -220,6 +218,7 @@ def test_interrupted_run_leaves_the_former_report(report, tmp_path, monkeypatch)
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(demo_run, "_measure", lambda *args: ({}, {}))
     monkeypatch.setattr(demo_run, "write_report", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_demo(TINY, output=folder, device=torch.device("cpu"))
@@ -229,6 +228,7 @@ def test_interrupted_run_leaves_the_former_report(report, tmp_path, monkeypatch)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == former
     monkeypatch.undo()
     other = run_demo(dataclasses.replace(TINY, seed=1), output=folder, device=torch.device("cpu"))
+    assert other["arms"][DENSE]["held_out_loss"] != report[1]["arms"][DENSE]["held_out_loss"]
     assert {path.name for path in folder.iterdir()} == FILES
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(other))
 
