@@ -35,7 +35,10 @@ def latest(pattern: str, wanted=lambda run: True) -> dict:
 
 
 def bench_run(shape: str, kind: str, pattern: str = "nvidia-*.json") -> tuple[dict, list[dict]]:
-    """The newest run of `foveal bench` with this shape and kind of candidates, and those of its entries that ran."""
+    """The newest run of `foveal bench` with this shape and kind of candidates, and those of its entries that ran.
+
+    Not one of only some candidates by name.
+    """
 
     def entries(run: dict) -> list[dict]:
         return [
@@ -44,7 +47,9 @@ def bench_run(shape: str, kind: str, pattern: str = "nvidia-*.json") -> tuple[di
             if entry["shape"] == shape and entry["status"] == "ok" and entry["kind"] in (kind, "dense")
         ]
 
-    run = latest(pattern, lambda run: any(entry["kind"] == kind for entry in entries(run)))
+    run = latest(
+        pattern, lambda run: not run["settings"].get("names") and any(entry["kind"] == kind for entry in entries(run))
+    )
     return run, entries(run)
 
 

@@ -380,6 +380,18 @@ def test_candidates_of_a_gpu():
     assert kinds == {"dense", "method"}
 
 
+def test_candidates_by_parts_of_their_names():
+    settings = BenchSettings(device="cpu", length=600, names=("SLA2 64x64", "torch"))
+    (shape,) = settings.chosen_shapes()
+    names = [candidate.name for candidate in settings.candidates(shape)]
+    assert names[0] == "SDPA"
+    assert {"SLA2 64x64, auto", "SLA2 64x64, selection given, auto", "block-sparse 64x64 5 %, torch"} <= set(names)
+    assert all(name == "SDPA" or "SLA2 64x64" in name or "torch" in name for name in names)
+    assert set(names) < {candidate.name for candidate in settings.candidates(shape, named=False)}
+    with pytest.raises(ValueError, match=r"names must be parts of \[.*'VSA 12.5 %, auto'.*\], got 'SLA3'"):
+        BenchSettings(device="cpu", length=600, names=("SLA2", "SLA3"))
+
+
 def test_flex_attention_gets_the_same_blocks():
     """The last block is partial; without compiling, FlexAttention would not look at the lists."""
     selection = Inputs(shape_of_length(600), device=CPU, dtype=torch.float32, seed=0).random_selection(128, 128, 0.4)
@@ -446,6 +458,7 @@ def test_file_name():
         (["--shapes", "5k"], "unknown shape '5k'"),
         (["--only", "everything", "--device", "cpu"], "unknown only 'everything'"),
         (["--impl", "cuda"], "unknown impl 'cuda'"),
+        (["--device", "cpu", "--length", "64", "--names", "SLA3"], "names must be parts of"),
         (["--device", "cpu", "--length", "64", "--shapes", "480p"], "give shapes or length"),
     ],
 )

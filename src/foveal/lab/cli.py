@@ -81,6 +81,8 @@ class Bench(Command):
     """The folder to write figures and plot into."""
     only: str | None = None
     """Run only kernels or only methods."""
+    names: tuple[str, ...] = ()
+    """Parts of names, such as SLA2: run what has one of them in its name, and dense attention."""
     impl: tuple[str, ...] = ()
     """foveal's implementations to run instead of the default ones."""
     seed: int = 0
@@ -100,6 +102,7 @@ class Bench(Command):
             shapes=self.shapes,
             quick=self.quick,
             only=self.only,
+            names=self.names,
             impls=self.impl,
             seed=self.seed,
             device=self.device,

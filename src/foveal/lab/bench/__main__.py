@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="the folder to write into")
     parser.add_argument("--only", help="kernels or methods")
+    parser.add_argument("--names", nargs="+", default=[], metavar="PART", help="only what has one of these in its name")
     parser.add_argument("--impl", nargs="+", default=[], metavar="NAME", help=f"some of {', '.join(IMPLS)}")
     parser.add_argument("--seed", type=int, default=0, help="of tensors and random selections")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with a --length")
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             shapes=tuple(options.shapes),
             quick=options.quick,
             only=options.only,
+            names=tuple(options.names),
             impls=tuple(options.impl),
             seed=options.seed,
             device=options.device,

@@ -46,6 +46,8 @@ class BenchSettings:
         shapes: names out of `SHAPES` or `SHAPE_SETS`; the long ones by default.
         quick: only 480p unless `shapes` says otherwise, fewer repetitions, no FlexAttention, no "both" pass.
         only: "kernels" or "methods"; None for both.
+        names: parts of names, such as "SLA2": run what has one of them in its name, and dense attention. Without any,
+            run all.
         impls: implementations of ours to run instead of the default ones.
         seed: the seed of all tensors and random selections.
         device: "cuda", or "cpu" with a `length`.
@@ -60,6 +62,7 @@ class BenchSettings:
     shapes: tuple[str, ...] = ()
     quick: bool = False
     only: str | None = None
+    names: tuple[str, ...] = ()
     impls: tuple[str, ...] = ()
     seed: int = 0
     device: str = "cuda"
@@ -86,6 +89,11 @@ class BenchSettings:
             raise ValueError(
                 "the benchmark needs a CUDA device, and torch finds none; device 'cpu' with length 2048 tries it out"
             )
+        if self.names:
+            known = {x.name for shape in self.chosen_shapes() for x in self.candidates(shape, named=False)}
+            for part in self.names:
+                if not any(part in name for name in known):
+                    raise ValueError(f"names must be parts of {sorted(known)}, got {part!r}")
 
     def chosen_shapes(self) -> list[Shape]:
         """The shapes to run, in order."""
@@ -93,6 +101,19 @@ class BenchSettings:
             return [shape_of_length(self.length)]
         names = self.shapes or (("480p",) if self.quick else ("long",))
         return [SHAPES[name] for one in names for name in SHAPE_SETS.get(one, (one,))]
+
+    def candidates(self, shape: Shape, *, named: bool = True) -> list[Candidate]:
+        """What to run of a shape, in order; with `named` only that, else all that `names` chooses from."""
+        found = candidates_for(
+            self.device,
+            only="kernels" if shape.before else self.only,
+            impls=self.impls,
+            quick=self.quick,
+            keep_ratios=shape.keep_ratios,
+        )
+        if not (named and self.names):
+            return found
+        return [x for x in found if x.kind == "dense" or any(part in x.name for part in self.names)]
 
 
 def run_bench(
@@ -122,22 +143,24 @@ def run_bench(
         device, dtype = torch.device("cpu"), torch.float32
     if timer is None:
         timer = CudaTimer(device) if device.type == "cuda" else CpuTimer()
-    how = {"impls": settings.impls, "quick": settings.quick}
     shapes = settings.chosen_shapes()
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": {"quick": settings.quick, "only": settings.only, "seed": settings.seed, "dtype": str(dtype)[6:]},
+        "settings": {
+            "quick": settings.quick,
+            "only": settings.only,
+            "names": list(settings.names),
+            "seed": settings.seed,
+            "dtype": str(dtype)[6:],
+        },
         "machine": machine(device, settings.commit),
         "shapes": {shape.name: shape.to_dict() for shape in shapes},
         "results": [],
         "break_even": [],
     }
     for shape in shapes:
-        chosen = candidates
-        if chosen is None:
-            only = "kernels" if shape.before else settings.only
-            chosen = candidates_for(settings.device, only=only, **how, keep_ratios=shape.keep_ratios)
+        chosen = settings.candidates(shape) if candidates is None else candidates
         results["results"] += _run_shape(shape, chosen, settings, timer, device, dtype, log)
         results["break_even"] = break_evens(results, BASELINES)
         keep(results)
