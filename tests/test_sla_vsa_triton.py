@@ -125,7 +125,7 @@ def main(names) -> None:
 
 
 # The interpreter takes seconds for a case. The others are left out unless asked for.
-QUICK = ("partial cubes", "packed", "ways")
+QUICK = ("partial cubes", "packed")
 
 
 @pytest.mark.parametrize(
