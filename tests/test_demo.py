@@ -192,7 +192,7 @@ def test_the_page_says_what_to_conclude(report):
     assert "VSA 0.2500 (+25.0 %) with " in price
     assert adapters == (
         "The adapters that come with foveal bring SLA to 0.2100 (+5.0 %) and VSA to 0.2200 (+10.0 %). "
-        "SLA2's has 0.2050 (+2.5 %): it reads as much as SLA, and learns which blocks."
+        "SLA2's adapter has 0.2050 (+2.5 %): it reads as much as SLA, and learns which blocks."
     )
     assert here == "2 steps here, with a few clips, bring VSA to 0.2400 (+20.0 %)."
     for arm, loss, missed in (

@@ -186,7 +186,7 @@ def conclusions(results: dict[str, Any]) -> list[str]:
         f"SLA has {against(SLA_CONVERTED)} with {work[SLA_CONVERTED]} of the attention arithmetic, and VSA "
         f"{against(VSA_CONVERTED)} with {work[VSA_CONVERTED]}.",
         f"The adapters that come with foveal bring SLA to {against(SLA_ADAPTER)} and VSA to {against(VSA_ADAPTER)}. "
-        f"SLA2's has {against(SLA2_ADAPTER)}: it reads as much as SLA, and learns which blocks.",
+        f"SLA2's adapter has {against(SLA2_ADAPTER)}: it reads as much as SLA, and learns which blocks.",
         f"{tuning[-1][0]} steps here, with a few clips, bring VSA to {against(VSA_TRAINED)}.",
     ]
     missed = [verdict["expected"] for verdict in results["expectations"] if not verdict["met"]]
