@@ -321,7 +321,7 @@ def test_sentences_about_the_router_and_the_larger_model_are_those_of_their_runs
     errors = [f"{100 * ends[name][at]['error/mean']:.0f}%" for at in (-1, 0) for name in ("sla2", "sla")]
     said = "end with 57% of dense attention's weight, as SLA's do, and with less than at the start. Yet its loss is"
     assert f"{said} {lower:.1f}% lower" in page
-    assert "by {} of them, where SLA's are off by {}; it was {} and {} at the start".format(*errors) in page
+    assert "off by {}, where SLA's are off by {}. At the start it was {} and {}.".format(*errors) in page
 
     assert f"has {large['blocks #0']['parameters'] / 1e6:.1f} million parameters" in page
     assert f"**SLA2 gains {gains(large, sla2, seeds=(0,))[0]:.1f}% here too**" in page
