@@ -123,8 +123,8 @@ def test_sentences_about_speed_are_those_of_the_results(tables):
     (log,) = (ROOT / "benchmarks" / "results").glob("demo-nvidia-h200-*.log")
     minutes, seconds = re.search(r"real\s+(\d+)m([\d.]+)s", log.read_text()).groups()
     took = 60 * int(minutes) + float(seconds)
-    assert took < 50
-    assert "less than a minute on an H200" in " ".join((ROOT / "README.md").read_text().split())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{took:.0f} seconds on an H200 when it made one video less" in readme
     assert f"On an H200 it took {took:.0f} seconds before SLA2's adapter joined it" in words("demo.md")
 
     host = tables.latest("host-cost-*.json")["calls"]
@@ -294,6 +294,9 @@ def test_sentences_about_the_router_and_the_larger_model_are_those_of_their_runs
     fixed = "blocks, SLA2 (fixed router, rate x 10)"
     learned, kept = (statistics.mean(gains(router, arm)) for arm in (sla2, fixed))
     assert f"SLA2 gains {learned:.1f}% with a learned router and {kept:.1f}% with a fixed one, which is half" in page
+    assert f"without it {kept:.1f}% are left" in page
+    sla2_page = " ".join((ROOT / "docs" / "sla2.md").read_text().split())
+    assert f"with a fixed one the loss is {kept:.1f}% lower" in sla2_page
     (of_sla,), (of_both,) = (
         gains(router, *arms, seeds=(1,)) for arms in ((sla,), ("cubes, coarse, linear (rate x 10)", "cubes"))
     )

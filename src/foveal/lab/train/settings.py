@@ -133,6 +133,7 @@ class SparsitySettings:
             it runs dense. The denoising steps that it counts matter only to what is exported.
         parameters: what `foveal.save` or an earlier run wrote, such as RUN/export/sparse: the parameters of the sparse
             layers begin as these and not as conversion makes them. Settings may differ where the parameters do not.
+            What else that run trained, weights or LoRA, is not taken over.
         dense_layers: layers that stay dense, by index.
         layer_keep_ratio: keep_ratio of single layers, by index.
         annealing: how the model gets there; None is sparse from the first step.
