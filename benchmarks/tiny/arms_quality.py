@@ -100,8 +100,7 @@ class DenseCheckpoint:
             video = self._video(model, clip)
             found.append((psnr(video, dense), ssim(video, dense), flicker(video), flicker(dense)))
         names = ("psnr_db", "ssim", "flicker", "flicker_dense")
-        columns = zip(*found, strict=True) if found else ()
-        return {name: statistics.mean(values) for name, values in zip(names, columns, strict=bool(found))}
+        return {name: statistics.mean(x[i] for x in found) for i, name in enumerate(names) if found}
 
     def compare_sets(self, model: nn.Module) -> dict[str, float]:
         """Fréchet distances of continued clips: to the real clips, to the dense model's, and between these two.
