@@ -17,6 +17,9 @@ from foveal import SLAConfig, VideoGrid, VSAConfig
 from foveal.kernels.tail import pooled_tail
 from foveal.kernels.triton import pooling, select
 from foveal.kernels.triton.linear import Keys, key_state_sums
+from foveal.kernels.values import Problem
+from foveal.methods.sla2.gpu import exact_score_gradient
+from foveal.methods.sla2.routing import Ranked
 from foveal.methods.vsa.gpu import select_cubes_gpu
 from foveal.methods.vsa.layout import CubeLayout
 from foveal.rules import SelectionRule
@@ -92,6 +95,16 @@ def sla2(head_dim, block_q, block_k, dtype, padded, feature_map="softmax", train
         torch.autograd.grad(output.sum(), inputs)
 
 
+def router(head_dim, block_q, block_k, dtype, padded):
+    """The gradient of SLA2's router where there is no linear branch."""
+    inputs = _inputs(head_dim, dtype)
+    selection = random_selection(**SIZES, block_q=block_q, block_k=block_k, kv_lengths=_lengths(padded))
+    rows, columns = selection.num_query_blocks, selection.num_key_blocks
+    ranked, lse = Ranked(torch.zeros(1, 2, rows, columns), 0.1), torch.zeros(1, 2, inputs[0].shape[2])
+    output = torch.empty_like(inputs[0])
+    exact_score_gradient(Problem(*inputs, selection, 0.125), output, output, lse, ranked)
+
+
 def tail(head_dim, block_q, dtype):
     """The pooled tail and its backward."""
     query, key, value = _inputs(head_dim, dtype)
@@ -163,6 +176,7 @@ FEW = [
     partial(sla, 128, 64, 64, BF16, False, "softmax", "marginal", train=False, score="log_sum_exp"),
     partial(sla2, 128, 64, 64, BF16, False),
     partial(sla2, 64, 128, 64, FP16, True, train=False),
+    partial(router, 128, 64, 64, BF16, False),
     partial(sparse, 128, 128, 128, BF16, True),
     partial(sparse, 64, 64, 64, FP16, False, with_lse=False),
     partial(sparse, 128, 64, 64, BF16, True, backend=INT8),
@@ -202,6 +216,7 @@ def all_calls() -> Iterator[Callable]:
         scopes = itertools.product(("softmax", "elu", "relu"), ("marginal", "noncritical", "all"), both, both, both)
         yield from (partial(sla, *case, *scope) for scope in scopes)
         yield from (partial(sla, *case, "softmax", scope, score="log_sum_exp") for scope in ("marginal", "all"))
+        yield partial(router, *case)
         yield from (partial(sla2, *case, *rest) for rest in itertools.product(("softmax", "elu", "relu"), both))
     yield from (partial(vsa, *case) for case in itertools.product(dims, dtypes, CUBES, both, both, both))
     yield from (partial(pool, *case) for case in itertools.product(dims, (*dtypes, FP32), both))

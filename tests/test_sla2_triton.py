@@ -14,6 +14,8 @@ CASES = {
     "eight bits": (64, 64, 64, 1, 130, 201, (201, 70), 1.0, "bfloat16"),
     "large logits": (64, 64, 64, 2, 150, 330, None, 1.0, "bfloat16"),
     "one block": (64, 64, 64, 1, 70, 40, None, 1.0, "float16"),
+    "no linear branch": (64, 64, 64, 2, 150, 330, (330, 201), None, "bfloat16"),
+    "no linear branch, wide, eight bits": (128, 64, 128, 1, 150, 201, None, None, "float16"),
 }
 NAMES = ("output", "grad_query", "grad_key", "grad_value", "grad_alpha", "grad_proj_query", "grad_proj_key")
 
@@ -27,7 +29,8 @@ def make_case(name, device):
 
     block_q, block_k, head_dim, heads, length, keys, lengths, logit, dtype = CASES[name]
     config = SLA2Config(keep_ratio=0.4, block_q=block_q, block_k=block_k, alpha_rows=2)
-    config = config.replace(precision="int8") if name == "eight bits" else config
+    config = config.replace(precision="int8") if "eight bits" in name else config
+    config = config.replace(linear_scope="none") if logit is None else config
     sizes = {"batch": 1 if lengths is None else 2, "heads": heads, "head_dim": head_dim, "device": device}
     query, key, value = make_inputs(
         query_length=length, key_length=keys, layout="BLHD", dtype=getattr(torch, dtype), **sizes
@@ -35,11 +38,17 @@ def make_case(name, device):
     if name == "large logits":  # also by the mean of the keys
         query, key = 6 * query, key + 1
     generator = torch.Generator().manual_seed(2)
-    logits = logit + torch.randn(heads, 2, generator=generator) / 4
+    # Without a linear branch they are not read.
+    logits = (logit or 0.0) + torch.randn(heads, 2, generator=generator) / 4
     projections = (torch.randn(head_dim, head_dim, generator=generator) / head_dim**0.5 for _ in range(2))
     weights = (x.to(device) for x in (logits, *projections))
     lengths = None if lengths is None else torch.tensor(lengths, device=device)
     return (query, key, value + 1, *weights), config, lengths
+
+
+def ratio(config, logits):
+    """What a call is told of the log-odds of alpha."""
+    return {} if config.linear_scope == "none" else {"alpha_logits": logits}
 
 
 def check_case(name, device, attend):
@@ -58,7 +67,7 @@ def check_case(name, device, attend):
     def reference(query, key, value, logits, *projections):
         named = dict(zip(("proj_query", "proj_key"), projections, strict=True))
         return sla2_attention(
-            query, key, value, config=config, selection=selection, alpha_logits=logits, impl="reference", **named
+            query, key, value, config=config, selection=selection, impl="reference", **ratio(config, logits), **named
         )
 
     poisoned = inputs
@@ -91,7 +100,7 @@ def run_case(name: str) -> None:
     def attend(tensors, config, selection, lengths):
         query, key, value, logits, proj_query, proj_key = tensors
         given = {"selection": selection} if selection is not None else {"kv_lengths": lengths}
-        named = {"alpha_logits": logits, "proj_query": proj_query, "proj_key": proj_key}
+        named = {**ratio(config, logits), "proj_query": proj_query, "proj_key": proj_key}
         return attention.sla2_attention(query, key, value, config=config, impl="triton", **given, **named)
 
     check_case(name, "cpu", attend)
@@ -134,7 +143,7 @@ def main(names) -> None:
 
 
 # The interpreter takes seconds for a case. The others are left out unless asked for.
-QUICK = ("padding", "ways")
+QUICK = ("padding", "no linear branch", "ways")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +171,7 @@ def test_on_gpu(name, impl):
     def attend(tensors, config, selection, lengths):
         query, key, value, logits, proj_query, proj_key = tensors
         given = {"selection": selection} if selection is not None else {"kv_lengths": lengths}
-        named = {"alpha_logits": logits, "proj_query": proj_query, "proj_key": proj_key}
+        named = {**ratio(config, logits), "proj_query": proj_query, "proj_key": proj_key}
         return sla2_attention(query, key, value, config=config, impl=impl, **given, **named)
 
     for _ in range(4):  # the third forward and the fourth backward are replayed

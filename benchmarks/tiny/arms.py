@@ -44,11 +44,10 @@ from foveal.models.processor import sparse_processors
 
 
 class Arm(NamedTuple):
-    """A method, the rate of the parameters that it adds, over that of the others, and those that do not train."""
+    """A method, and the rate of the parameters that it adds, over that of the others."""
 
     config: Config | None = None
     added_rate: float = 1.0
-    frozen: str = ""  # the end of their names
 
 
 TILES = {"2x4x4": (2, 4, 4), "4x4x4": (4, 4, 4), "4x4x8": (4, 4, 8), "auto": "auto", "wide": "wide"}
@@ -87,8 +86,7 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         "blocks, SLA2 (rate x 10)": Arm(sla2, 10.0),
         "blocks, SLA2 (rate x 30)": Arm(sla2, 30.0),
         "blocks, SLA2 (fixed router, rate x 10)": Arm(sla2.replace(routing="fixed"), 10.0),
-        # As good as no linear branch.
-        "blocks, router (rate x 10)": Arm(sla2.replace(alpha=1 - 1e-6), 10.0, "alpha_logits"),
+        "blocks, router (rate x 10)": Arm(sla2.replace(linear_scope="none"), 10.0),
         "blocks (x 1.25)": Arm(plain.replace(keep_ratio=1.25 * blocks)),
         **{f"VSA {name}": Arm(VSAConfig(keep_ratio=cubes, tile=tile)) for name, tile in TILES.items()},
     }
@@ -115,16 +113,11 @@ def train_arm(
     model = copy.deepcopy(dense)
     if arm.config is not None:
         sparsify(model, arm.config)
-    added = []
-    for processor in sparse_processors(model).values():
-        for name, parameter in processor.named_parameters():
-            parameter.requires_grad_(not (arm.frozen and name.endswith(arm.frozen)))
-            added += [parameter] if parameter.requires_grad else []
+    added = [p for processor in sparse_processors(model).values() for p in processor.parameters()]
     before, errors_before = beside.losses_and_errors(model)
     cuda = DEVICE.type == "cuda"
     known = {id(p) for p in added}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    groups = [(arm.added_rate, added), (1.0, others)]
+    groups = [(arm.added_rate, added), (1.0, [p for p in model.parameters() if id(p) not in known])]
     optimizer = torch.optim.AdamW(
         [
             {

@@ -169,6 +169,7 @@ def _soft_top_k_gradient_kernel(
     TILES: tl.constexpr,
     WIDTH: tl.constexpr,
     HALVINGS: tl.constexpr,
+    HAS_LOSS: tl.constexpr,
 ):
     """The gradient of one row's scores: that of sigmoid(score / temperature + lambda), whose sum stays."""
     await_previous()
@@ -190,7 +191,9 @@ def _soft_top_k_gradient_kernel(
         low, high = tl.where(less, middle, low), tl.where(less, high, middle)
     soft = _sigmoid(scaled + (low + high) / 2)
     slope = soft * (1.0 - soft)
-    change = -tl.load(loss_ptr + row * ranked + column, mask=inside, other=0.0)
+    change = tl.zeros([WIDTH], tl.float32)
+    if HAS_LOSS:
+        change -= tl.load(loss_ptr + row * ranked + column, mask=inside, other=0.0)
     for tile in tl.static_range(TILES):
         change += tl.load(gain_ptr + (row * TILES + tile) * ranked + column, mask=inside, other=0.0)
     mean = tl.sum(slope * change) / tl.maximum(tl.sum(slope), 1.1754943508222875e-38)
@@ -294,10 +297,11 @@ def exact_gain(problem: Problem, grad: Tensor, unread: Tensor, facts: GainFacts,
     return gain
 
 
-def scores_gradient(scores: Tensor, temperature: float, unread: Tensor, gain: Tensor, loss: Tensor) -> Tensor:
+def scores_gradient(scores: Tensor, temperature: float, unread: Tensor, gain: Tensor, loss: Tensor | None) -> Tensor:
     """The gradient of the scores, float32 [B, H, Tq, C], from what `exact_gain` and `linear_loss` made.
 
     scores: float32 [B, H, Tq, C]; -inf for blocks that are not the router's choice.
+    loss: None without a linear branch.
     """
     scores = scores.contiguous()
     grad, (batch, heads, blocks, ranked) = torch.empty_like(scores), scores.shape
@@ -308,7 +312,7 @@ def scores_gradient(scores: Tensor, temperature: float, unread: Tensor, gain: Te
         score_ptr=scores,
         unread_ptr=unread,
         gain_ptr=gain,
-        loss_ptr=loss,
+        loss_ptr=gain if loss is None else loss,
         grad_ptr=grad,
         unread_strides=unread.stride()[1:3],
         blocks=blocks,
@@ -317,6 +321,7 @@ def scores_gradient(scores: Tensor, temperature: float, unread: Tensor, gain: Te
         TILES=gain.shape[2] // blocks,
         WIDTH=width,
         HALVINGS=HALVINGS,
+        HAS_LOSS=loss is not None,
         num_warps=min(16, max(1, width // 512)),
     )
     return grad

@@ -17,6 +17,7 @@ from foveal.methods.sla.projection import PreciseParameters
 from foveal.methods.sla2.blocks import CallBlocks
 from foveal.methods.sla2.config import SLA2Config
 from foveal.methods.sla2.cpu import sla2_attention_torch
+from foveal.methods.sla2.exact import sla2_attention_exact
 from foveal.methods.sla2.mixing import block_logits, start_logits
 from foveal.methods.sla2.routing import Ranked, Router, ranked_scores
 from foveal.methods.sla2.soft import sla2_attention_soft
@@ -64,7 +65,7 @@ def sla2_attention(
         config: see `SLA2Config`.
         selection: a fixed selection instead of the router's. The projections get the gradient of this choice then.
         alpha_logits: [H, R], log-odds of alpha, R values for each head along the query blocks of the video; None for
-            `config.alpha` everywhere.
+            `config.alpha` everywhere, and without a linear branch.
         proj_query, proj_key: [D, D] each, the router's projections of pooled queries and keys; None for the identity.
         grid, layout, protected_keys, kv_lengths: as in `sla_attention`. With a layout's protected segments the linear
             branch sums over the video's keys.
@@ -98,23 +99,24 @@ def _attend(
     if not isinstance(config, SLA2Config):
         raise TypeError(f"config must be an SLA2Config, got {type(config).__name__}")
     validate_qkv(query, key, value)
-    _validate_weights(query, weights)
+    _validate_weights(query, weights, config)
     ran = choose_impl(impl, query, key, value, config.block_q, config.block_k, config.precision)
     scale = check_scale(scale, query.shape[-1])
     blocks = CallBlocks(query, key, config, where, selection)
     soft, on_kernels = config.routing == "soft", ran.impl in ("triton", "gluon")
     if soft and on_kernels:
         ran = ran.but(SLOW_ROUTING)
+    exact = config.linear_scope == "none"
     if selection is not None:
         choice = blocks.checked(selection)
-    elif on_kernels and blocks.packed is None and not blocks.slow and not soft:
+    elif on_kernels and blocks.packed is None and not (blocks.slow or soft or exact):
         choice = blocks.rule()
     else:
         choice = blocks.choose(weights.router, scale)
         if on_kernels and blocks.slow:
             ran = ran.but(SLOW_SELECTION)
     logits = weights.alpha_logits
-    if logits is None:
+    if logits is None:  # without a linear branch nothing is weighed by them
         logits = start_logits(query.shape[1], 1, config.alpha, query.device)
     inputs = blocks.query, blocks.in_blocks(key), blocks.in_blocks(value)
     ranked = _ranked(inputs, blocks, choice, weights.router, scale, on_kernels and not soft)
@@ -131,6 +133,8 @@ def _attend(
             proj_query_DD=weights.router.query,
             proj_key_DD=weights.router.key,
         )
+    elif exact and not soft:
+        output = sla2_attention_exact(*inputs, config, choice, scale, ranked, ran.impl)
     elif soft:
         output = sla2_attention_soft(*inputs, config, choice, scale, logits, ranked)
     elif on_kernels:
@@ -167,7 +171,7 @@ def _ranked(
     return Ranked(ranked_scores(*inputs[:2], router, choice, ranked, scale, pool), config.temperature)
 
 
-def _validate_weights(query: Tensor, weights: Weights) -> None:
+def _validate_weights(query: Tensor, weights: Weights, config: SLA2Config) -> None:
     heads, head_dim = query.shape[1], query.shape[-1]
     given = {"proj_query": weights.router.query, "proj_key": weights.router.key}
     for name, weight in given.items():
@@ -178,6 +182,8 @@ def _validate_weights(query: Tensor, weights: Weights) -> None:
     if logits is not None and (not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != heads):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"alpha_logits must have shape [{heads}, rows] for {heads} heads, got {got}")
+    if logits is not None and config.linear_scope == "none":
+        raise ValueError('alpha_logits weigh the linear branch, which linear_scope="none" does not have')
     for name, weight in {"alpha_logits": logits, **given}.items():
         if weight is not None and weight.device != query.device:
             raise ValueError(f"{name} is on {weight.device}, but query is on {query.device}")
@@ -195,7 +201,7 @@ class RoutedSparseLinearAttention(nn.Module):
         router: proj_query and proj_key, [D, D] each, shared by the heads, float32, the identity at the start, which
             ranks blocks as SLA does.
         mixing: alpha_logits, float32 [H, `config.alpha_rows`], log-odds of alpha, `config.alpha` everywhere at the
-            start.
+            start; None without a linear branch.
         ran: what the last call ran (`Ran`: `impl`, and `why` if that is slower than asked); None before. Compiled
             calls with gradients leave it.
     """
@@ -206,7 +212,7 @@ class RoutedSparseLinearAttention(nn.Module):
     impl: str
     ran: Ran | None
     router: PreciseParameters
-    mixing: PreciseParameters
+    mixing: PreciseParameters | None
 
     def __init__(self, num_heads: int, head_dim: int, config: SLA2Config, *, impl: str = "auto") -> None:
         super().__init__()
@@ -218,7 +224,9 @@ class RoutedSparseLinearAttention(nn.Module):
         self.num_heads, self.head_dim, self.config, self.impl = num_heads, head_dim, config, impl
         self.ran = None
         self.router = PreciseParameters(proj_query=torch.eye(head_dim), proj_key=torch.eye(head_dim))
-        self.mixing = PreciseParameters(alpha_logits=start_logits(num_heads, config.alpha_rows, config.alpha))
+        self.mixing = None
+        if config.linear_scope != "none":
+            self.mixing = PreciseParameters(alpha_logits=start_logits(num_heads, config.alpha_rows, config.alpha))
 
     def forward(
         self,
@@ -241,7 +249,7 @@ class RoutedSparseLinearAttention(nn.Module):
         """
         if query.shape[-1] != self.head_dim:
             raise ValueError(f"query must have head_dim {self.head_dim}, got {query.shape[-1]}")
-        if alpha_logits is None:
+        if alpha_logits is None and self.mixing is not None:
             (alpha_logits,) = self.mixing()
         weights = Weights(alpha_logits, Router(*self.router()))
         config, where = self.config if config is None else config, Where(grid, layout, protected_keys, kv_lengths)

@@ -44,5 +44,6 @@ CONFIGS = {
     "SLA2 64x64": SLA2Config(keep_ratio=0.05, block_q=64, routing="fixed"),
     "SLA2 128x64": SLA2Config(keep_ratio=0.05, routing="fixed"),
     "SLA2 64x64, learning": SLA2Config(keep_ratio=0.05, block_q=64),
+    "SLA2 64x64, no linear branch, learning": SLA2Config(keep_ratio=0.05, block_q=64, linear_scope="none"),
 }
 CASES = tuple(BenchCase(name, config, _call, _select, head=_head) for name, config in CONFIGS.items())

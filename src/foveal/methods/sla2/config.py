@@ -10,6 +10,7 @@ from foveal.methods.config import MethodConfig
 from foveal.methods.sla.config import TOKEN_ORDERS, SLAConfig
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
+LINEAR_SCOPES = ("noncritical", "none")
 ROUTINGS = ("straight_through", "soft", "fixed")
 PRECISIONS = ("input", "int8")  # those that have a backward
 
@@ -22,6 +23,8 @@ class SLA2Config(MethodConfig):
         keep_ratio: fraction of key blocks that each query block attends to exactly; the others are summed by the linear
             branch. `sparsity` is 1 - keep_ratio.
         block_q, block_k: block sizes in tokens. The GPU kernels take 64 and 128; `impl="torch"` takes any.
+        linear_scope: the key blocks that the linear branch sums over: "noncritical" (the paper), or "none": there is
+            no linear branch then and no ratio, only the exact branch of what the router chooses.
         feature_map: phi of the linear branch: "softmax" (over the head dimension; the paper), "elu" (elu + 1), "relu".
         routing: how the router's projections are trained. "straight_through" gives them the gradient of a soft top-k
             behind the hard choice; "fixed" gives them none, as in the paper's second stage. The output is the same.
@@ -42,6 +45,7 @@ class SLA2Config(MethodConfig):
     keep_ratio: float = 0.05
     block_q: int = 128
     block_k: int = 64
+    linear_scope: str = "noncritical"
     feature_map: str = "softmax"
     routing: str = "straight_through"
     temperature: float = 0.1
@@ -57,6 +61,7 @@ class SLA2Config(MethodConfig):
         check_positive_int("block_q", self.block_q)
         check_positive_int("block_k", self.block_k)
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        check_choice("linear_scope", self.linear_scope, LINEAR_SCOPES)
         check_choice("routing", self.routing, ROUTINGS)
         for name in ("temperature", "alpha"):
             value = getattr(self, name)
@@ -86,6 +91,8 @@ class SLA2Config(MethodConfig):
             block_q=self.block_q,
             block_k=self.block_k,
             feature_map=self.feature_map,
+            # A selection that is given may leave blocks to neither branch.
+            linear_scope="none" if self.linear_scope == "none" else "marginal",
             projection=False,
             token_order=self.token_order,
         )

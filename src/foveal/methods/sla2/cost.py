@@ -13,7 +13,7 @@ def cost_parts(config: SLA2Config, shape: AttentionShape) -> tuple[CostPart, ...
     - `router`: the projections of pooled queries and keys. With "straight_through" its backward also has the products
       of queries with mean keys, of gradients with mean values, and of the states' gradients with the states.
       With "soft" the other parts are those of every block, read and summed.
-    - `combine`: alpha O^s + (1 - alpha) O^l. Here the bytes are those of a pass over the output.
+    - `combine`: alpha O^s + (1 - alpha) O^l, with a linear branch. Here the bytes are those of a pass over the output.
     """
     pairs, head_dim, dtype_bytes = shape.pairs, shape.head_dim, shape.dtype_bytes
     protected = 0 if shape.layout is None else shape.layout.num_protected
@@ -22,16 +22,19 @@ def cost_parts(config: SLA2Config, shape: AttentionShape) -> tuple[CostPart, ...
     backward = 0.0
     if config.routing == "straight_through":
         by_means = 4 * pairs * shape.query_length * ranked * head_dim
-        by_states = 2 * pairs * rows * ranked * head_dim * (head_dim + 1)
+        by_states = 2 * pairs * rows * ranked * head_dim * (head_dim + 1) * (config.linear_scope != "none")
         backward = 2 + (by_means + by_states) / router
     branches = config.branches
     if config.routing == "soft":
-        branches = branches.replace(keep_ratio=1.0, linear_scope="all")
+        scope = "none" if config.linear_scope == "none" else "all"
+        branches = branches.replace(keep_ratio=1.0, linear_scope=scope)
     pooled_bytes = 2 * pairs * (rows + ranked) * head_dim * FLOAT32_BYTES
     parts = [
         CostPart("router", router, pooled_bytes + 2 * head_dim**2 * FLOAT32_BYTES, backward),
         *branch_parts(branches, shape),
     ]
+    if config.linear_scope == "none":
+        return tuple(parts)
     elements = pairs * shape.query_length * head_dim
     parts.append(CostPart("combine", 2 * elements, 2 * elements * dtype_bytes))
     return tuple(parts)

@@ -24,6 +24,7 @@ from foveal.kernels.backend import BackwardCall, QuerySide, backend_named
 from foveal.kernels.host import on_device_of
 from foveal.kernels.int8 import lse_shift
 from foveal.kernels.operator import KernelOperator
+from foveal.kernels.triton.backward import output_delta
 from foveal.kernels.triton.choice_gradient import GainFacts, exact_gain, linear_loss, scores_gradient
 from foveal.kernels.triton.linear import Keys, Means, key_states
 from foveal.kernels.triton.lists import column_lists, noncritical_mask, padded_blocks
@@ -35,7 +36,7 @@ from foveal.methods.sla.gpu import fake_results, made_by_rule, mask_operand, new
 from foveal.methods.sla.gpu_backward import own_states
 from foveal.methods.sla.gpu_forward import Results, forward_in_groups, keys_of
 from foveal.methods.sla2.mixing import branches_with_keys, to_tokens
-from foveal.methods.sla2.routing import Router
+from foveal.methods.sla2.routing import Ranked, Router
 from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div
 
@@ -188,6 +189,17 @@ def _backward(call: SLA2Call, options: SLA2Options, outputs, saved, grads) -> tu
     gain = exact_gain(problem, grad, unread, GainFacts(mix, lse, exact_dot), scores.shape[3])
     of_scores = scores_gradient(scores, options.temperature, unread, gain, loss)
     return *grads, grad_logits, of_scores
+
+
+def exact_score_gradient(problem: Problem, grad: Tensor, output: Tensor, lse: Tensor, ranked: Ranked) -> Tensor:
+    """The gradient of the scores, [B, H, Tq, C], where there is only the exact branch; of half-precision tensors."""
+    selection = problem.selection.with_contiguous_lists()
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    unread = noncritical_mask(selection)
+    mix = lse.new_ones((lse.shape[0] * lse.shape[1], selection.num_query_blocks, 2))
+    facts = GainFacts(mix, lse.contiguous(), output_delta(grad, output, None))
+    gain = exact_gain(problem._replace(selection=selection), grad, unread, facts, ranked.scores.shape[3])
+    return scores_gradient(ranked.scores, ranked.temperature, unread, gain, None)
 
 
 def _write_loss(keys: Keys, columns: int, loss: Tensor, pairs: range, grad_state: Tensor, grad_norm: Tensor) -> None:

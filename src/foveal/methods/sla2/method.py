@@ -22,18 +22,22 @@ def _build(
 
 
 def _run(module: RoutedSparseLinearAttention, call: LayerCall) -> Tensor:
-    logits = None if call.gates is None else module.logits_of(call.gates[0])
+    logits = module.logits_of(call.gates[0]) if call.gates else None
     return module(*call[:3], logits, protected_keys=call.text(), **call.named())
 
 
 def _idle(module: RoutedSparseLinearAttention, hidden_states: Tensor) -> tuple[Tensor, ...]:
-    return *module.mixing(), *module.router()
+    mixing = () if module.mixing is None else module.mixing()
+    return *mixing, *module.router()
+
+
+def _gates(module: RoutedSparseLinearAttention, hidden_states: Tensor) -> tuple[Tensor, ...]:
+    return () if module.mixing is None else (module.token_gates(hidden_states),)
 
 
 def _cells(config: SLA2Config, grid: VideoGrid | None) -> SummaryCells:
-    return SummaryCells(
-        keep=f"{config.keep_ratio:g}", linear="noncritical", blocks=blocks_cell(token_blocks(config), config.precision)
-    )
+    blocks = blocks_cell(token_blocks(config), config.precision)
+    return SummaryCells(keep=f"{config.keep_ratio:g}", linear=config.linear_scope, blocks=blocks)
 
 
 def _kept_blocks(config: SLA2Config, grid: VideoGrid, packed: bool) -> tuple[int, int]:
@@ -52,7 +56,7 @@ SLA2 = Method(
     cells=_cells,
     key_blocks=key_blocks,
     kept_blocks=_kept_blocks,
-    gates=lambda module, hidden_states: (module.token_gates(hidden_states),),
+    gates=_gates,
     plan=lambda config, grid, device: token_order(config.branches, grid, device),
     precision=lambda config: config.precision,
     presets={"SLA2": SLA2Config()},

@@ -4,6 +4,8 @@
     O_l = norm(phi(Q) phi(K)^T) V over the keys of all other blocks                                       (eq. 14)
     O   = alpha O_s + (1 - alpha) O_l, alpha = sigmoid(logit) of a head and a run of query blocks         (eq. 13)
 
+With linear_scope="none" there is no O_l, and alpha is 1.
+
 With precision="int8" O_s is that of queries and keys after a round trip through eight bits (`foveal.kernels.int8`).
 
 routing="soft" has that soft mask in the forward: weights exp(s_ij) m_ij in O_s, and (1 - m_ij) phi(q_i) phi(k_j) in
@@ -63,7 +65,7 @@ def sla2_attention_reference(
     sparse_BHMD, lse_BHM = block_sparse_attention_reference(*read, value_BHND, selection, scale)
     lse_BHM = lse_BHM + shift_BHM
     dtype = torch.promote_types(query_BHMD.dtype, torch.float32)
-    critical_BHST, linear_BHST = selection.critical_mask(), selection.linear_mask("marginal") != 0
+    critical_BHST, linear_BHST = selection.critical_mask(), _linear_mask(selection, config)
     critical_BHMN, linear_BHMN = selection.expand(critical_BHST), selection.expand(linear_BHST)
     valid_BHND = selection.key_valid()[:, None, :, None]
     key_BHND, value_BHND = (torch.where(valid_BHND, x, 0).to(dtype) for x in (key_BHND, value_BHND))
@@ -112,6 +114,12 @@ def sla2_attention_reference(
     moved_BHST = soft_BHST - soft_BHST.detach()
     output_BHMD = output_BHMD + torch.einsum("bhmt,bhmtd->bhmd", moved_BHST[:, :, block_M], change_BHMTD)
     return output_BHMD.to(query_BHMD.dtype)
+
+
+def _linear_mask(selection: BlockSelection, config: SLA2Config) -> Tensor:
+    """bool [B, H, S, T]: what the linear branch sums over."""
+    mask_BHST = selection.linear_mask("marginal") != 0
+    return torch.zeros_like(mask_BHST) if config.linear_scope == "none" else mask_BHST
 
 
 def _router_scores(
@@ -170,7 +178,7 @@ def _soft_reference(
 
     row_M = block_M * alpha_logits_HR.shape[1] // selection.num_query_blocks
     alpha_BHM1 = torch.sigmoid(alpha_logits_HR.to(dtype))[:, row_M, None]
-    linear_BHM1 = selection.expand(selection.linear_mask("marginal") != 0).any(-1, keepdim=True)
+    linear_BHM1 = selection.expand(_linear_mask(selection, config)).any(-1, keepdim=True)
     alpha_BHM1 = torch.where(selection.expand(hard_BHST).any(-1, keepdim=True), alpha_BHM1, 0)
     alpha_BHM1 = torch.where(linear_BHM1, alpha_BHM1, 1)
     return (alpha_BHM1 * sparse_BHMD + (1 - alpha_BHM1) * linear_BHMD).to(output_dtype)

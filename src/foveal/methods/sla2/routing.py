@@ -115,32 +115,36 @@ class RowFacts(NamedTuple):
     alpha, rest: [B, H, Tq], the weights of the exact and of the linear branch.
     lse: [B, H, Lq], of the exact branch.
     exact_dot, linear_dot: [B, H, Lq], the rowsum of the gradient with each branch's weighted output.
+
+    Without a linear branch, `rest` and `linear_dot` are None.
     """
 
     alpha: Tensor
-    rest: Tensor
+    rest: Tensor | None
     lse: Tensor
     exact_dot: Tensor
-    linear_dot: Tensor
+    linear_dot: Tensor | None
 
 
-def score_gradient(problem: Problem, grad: Tensor, ranked: Ranked, facts: RowFacts, feature_map: str) -> Tensor:
+def score_gradient(problem: Problem, grad: Tensor, ranked: Ranked, facts: RowFacts, feature_map: str | None) -> Tensor:
     """The gradient of the router's scores, [B, H, Tq, C], from that of the output, [B, H, Lq, D]; a head at a time.
 
-    The problem may be of any dtype and head dimension.
+    The problem may be of any dtype and head dimension. The feature map is the linear branch's; None without one.
     """
     query, key, value, selection, scale, _ = problem
     count = ranked.scores.shape[-1]
     critical = selection.critical_mask()[..., :count]
-    linear = selection.linear_mask("marginal")[:, :, : selection.num_query_blocks, :count]  # kernels have it padded
+    linear = None
+    if feature_map is not None:
+        linear = selection.linear_mask("marginal")[:, :, : selection.num_query_blocks, :count]  # kernels have it padded
     sizes = selection.key_block_sizes
     of_mask = torch.empty_like(ranked.scores)
     for b in range(query.shape[0]):
         sample_sizes = _sizes(selection, key) if sizes is None else sizes[b % sizes.shape[0]]
         for h in range(query.shape[1]):
             tensors = [x[b, h] for x in (grad, query, key, value)]
-            rows = RowFacts(*(x[b, h].to(ranked.scores.dtype) for x in facts))
-            masks = critical[b, h], linear[b, h], sample_sizes[:count]
+            rows = RowFacts(*(None if x is None else x[b, h].to(ranked.scores.dtype) for x in facts))
+            masks = critical[b, h], None if linear is None else linear[b, h], sample_sizes[:count]
             of_mask[b, h] = _head_gradient(tensors, masks, rows, selection, feature_map, scale)
     kept = (critical & (ranked.scores != -torch.inf)).sum(-1, keepdim=True)
     return soft_top_k_gradient(ranked.scores, kept, ranked.temperature, of_mask)
@@ -153,10 +157,10 @@ def _sizes(selection: BlockSelection, key: Tensor) -> Tensor:
 
 def _head_gradient(
     tensors: Sequence[Tensor],
-    masks: tuple[Tensor, Tensor, Tensor],
+    masks: tuple[Tensor, Tensor | None, Tensor],
     facts: RowFacts,
     selection: BlockSelection,
-    feature_map: str,
+    feature_map: str | None,
     scale: float,
 ) -> Tensor:
     """[Tq, C]: the gradient of one head's mask.
@@ -180,6 +184,8 @@ def _head_gradient(
     log_share = torch.where(sizes > 0, log_share, -torch.inf)
     share = torch.where(critical[:, None], log_share.clamp(max=0).exp(), torch.sigmoid(log_share))
     exact = (share * ((facts.alpha[:, None, None] * grad) @ mean_value.t() - dots)).sum(1)
+    if feature_map is None:
+        return exact
 
     # What they lose of the linear branch: the gradients of its sums, with each block's states.
     phi_key = torch.where(valid, apply_feature_map(key, feature_map), 0)

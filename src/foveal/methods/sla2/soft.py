@@ -68,13 +68,17 @@ def sla2_attention_soft(
     mask, valid = soft_mask(selection, ranked).to(dtype), selection.key_valid()
     logits = block_logits(logits.to(dtype), selection.num_query_blocks)
     alpha, rest = branch_weights(logits, selection)
+    if config.linear_scope == "none":
+        alpha, rest, feature_map = torch.ones_like(alpha), torch.zeros_like(rest), None
+    else:
+        feature_map = config.feature_map
     weights = (to_tokens(x, selection.block_q, query.shape[2]).expand(*query.shape[:3], 1) for x in (alpha, rest))
     alpha, rest = weights
     heads = []
     for b in range(query.shape[0]):
         for h in range(query.shape[1]):
             inputs, weights = (tuple(x[b, h] for x in several) for several in ((query, key, value), (alpha, rest)))
-            given = inputs, mask[b, h], weights, valid[b % valid.shape[0]], selection, config.feature_map, scale
+            given = inputs, mask[b, h], weights, valid[b % valid.shape[0]], selection, feature_map, scale
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 heads.append(checkpoint(_head, *given, use_reentrant=False))
             else:
@@ -88,10 +92,13 @@ def _head(
     weights: tuple[Tensor, Tensor],
     valid: Tensor,
     selection: BlockSelection,
-    feature_map: str,
+    feature_map: str | None,
     scale: float,
 ) -> Tensor:
-    """One head's output, [Lq, D]; the mask is [Tq, Tk], the weights of the branches [Lq, 1], `valid` [Lk]."""
+    """One head's output, [Lq, D]; the mask is [Tq, Tk], the weights of the branches [Lq, 1], `valid` [Lk].
+
+    The feature map is None without a linear branch.
+    """
     (query, key, value), (alpha, rest) = inputs, weights
     block_q, block_k, (length, keys) = selection.block_q, selection.block_k, (query.shape[0], key.shape[0])
     # Padding may hold anything, NaN included, and 0 * NaN would spread it.
@@ -105,6 +112,8 @@ def _head(
     highest = scores.detach().amax(-1, keepdim=True)
     weights = (scores - highest.masked_fill(highest == -torch.inf, 0)).exp()
     exact = weights @ value / weights.sum(-1, keepdim=True).clamp(min=least)
+    if feature_map is None:
+        return exact.to(output_dtype)
 
     phi_query, phi_key = (apply_feature_map(x, feature_map) for x in (query, key))
     phi_key = torch.where(valid[:, None], phi_key, 0)
