@@ -363,7 +363,9 @@ def test_wrong_arguments():
     selection = select_routed(*inputs[:2], CONFIG)
     for message, options in {
         r"alpha_logits must have shape \[2, rows\] for 2 heads, got \(3, 1\)": {"alpha_logits": torch.zeros(3, 1)},
-        r"proj_key must have shape \(8, 8\) for head_dim 8, got \(8, 4\)": {"proj_key": torch.zeros(8, 4)},
+        r"proj_key must have shape \(8, 8\) or \(2, 8, 8\) for 2 heads of 8, got \(8, 4\)": {
+            "proj_key": torch.zeros(8, 4)
+        },
         "give kv_lengths or selection, not both": {"selection": selection, "kv_lengths": torch.tensor([80])},
         "selection has blocks of 16x16, but config asks for 32x16": {
             "selection": selection,

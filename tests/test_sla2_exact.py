@@ -117,3 +117,48 @@ def test_it_costs_no_linear_branch():
     parts = {part.name for part in exact.parts}
     assert {"router", "sparse"} <= parts
     assert not parts & {"state build", "mask GEMM", "apply", "combine"}
+
+
+def by_head(heads=2, head_dim=8):
+    generator = torch.Generator().manual_seed(5)
+    return tuple(torch.randn(heads, head_dim, head_dim, generator=generator, dtype=torch.float64) for _ in range(2))
+
+
+@pytest.mark.parametrize("linear_scope", ["none", "noncritical"])
+@pytest.mark.parametrize("routing", ["straight_through", "soft"])
+def test_each_head_may_have_a_router_of_its_own(linear_scope, routing):
+    config = CONFIG.replace(linear_scope=linear_scope, routing=routing)
+    query, key, value = make_inputs(batch=2, query_length=90, key_length=100, head_dim=8)
+
+    def attend(impl):
+        def function(query, key, value, proj_query, proj_key):
+            named = {"proj_query": proj_query, "proj_key": proj_key}
+            return sla2_attention(query, key, value, config=config, impl=impl, **named)
+
+        return function
+
+    inputs = query, key, value, *by_head()
+    ours, exact = (output_and_gradients(attend(impl), inputs) for impl in ("torch", "reference"))
+    for label, one, other in zip(NAMES, ours, exact, strict=True):
+        assert other.abs().sum() > 0, label
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10, msg=lambda text, label=label: f"{label}: {text}")
+    for h in range(2):
+        single = attend("torch")(*(x[:, [h]] for x in inputs[:3]), *(x[h] for x in inputs[3:]))
+        torch.testing.assert_close(ours[0][:, [h]], single)
+
+
+def test_a_module_with_a_router_for_each_head():
+    layer = RoutedSparseLinearAttention(2, 8, CONFIG.replace(router="per_head"))
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
+        "router.proj_query": (2, 8, 8),
+        "router.proj_key": (2, 8, 8),
+    }
+    inputs = make_inputs(query_length=90, head_dim=8, dtype=torch.float32)
+    shared = RoutedSparseLinearAttention(2, 8, CONFIG)
+    assert torch.equal(layer(*inputs), shared(*inputs))
+    layer(*inputs).square().sum().backward()
+    assert all(p.grad.flatten(1).abs().sum(1).min() > 0 for p in layer.parameters())
+    with pytest.raises(ValueError, match='query must have 2 heads for router="per_head", got 1'):
+        layer(*(x[:, :1] for x in inputs))
+    with pytest.raises(ValueError, match=r"proj_query must have shape \(8, 8\) or \(2, 8, 8\) for 2 heads of 8, got"):
+        sla2_attention(*inputs, config=CONFIG, proj_query=torch.zeros(3, 8, 8))

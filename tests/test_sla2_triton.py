@@ -16,6 +16,7 @@ CASES = {
     "one block": (64, 64, 64, 1, 70, 40, None, 1.0, "float16"),
     "no linear branch": (64, 64, 64, 2, 150, 330, (330, 201), None, "bfloat16"),
     "no linear branch, wide, eight bits": (128, 64, 128, 1, 150, 201, None, None, "float16"),
+    "a router for each head": (64, 64, 64, 2, 150, 201, (201, 130), 1.0, "bfloat16"),
 }
 NAMES = ("output", "grad_query", "grad_key", "grad_value", "grad_alpha", "grad_proj_query", "grad_proj_key")
 
@@ -40,7 +41,8 @@ def make_case(name, device):
     generator = torch.Generator().manual_seed(2)
     # Without a linear branch they are not read.
     logits = (logit or 0.0) + torch.randn(heads, 2, generator=generator) / 4
-    projections = (torch.randn(head_dim, head_dim, generator=generator) / head_dim**0.5 for _ in range(2))
+    shape = (heads,) * (name == "a router for each head") + (head_dim, head_dim)
+    projections = (torch.randn(shape, generator=generator) / head_dim**0.5 for _ in range(2))
     weights = (x.to(device) for x in (logits, *projections))
     lengths = None if lengths is None else torch.tensor(lengths, device=device)
     return (query, key, value + 1, *weights), config, lengths

@@ -66,7 +66,8 @@ def sla2_attention(
         selection: a fixed selection instead of the router's. The projections get the gradient of this choice then.
         alpha_logits: [H, R], log-odds of alpha, R values for each head along the query blocks of the video; None for
             `config.alpha` everywhere, and without a linear branch.
-        proj_query, proj_key: [D, D] each, the router's projections of pooled queries and keys; None for the identity.
+        proj_query, proj_key: [D, D] each, or [H, D, D], the router's projections of pooled queries and keys; None for
+            the identity.
         grid, layout, protected_keys, kv_lengths: as in `sla_attention`. With a layout's protected segments the linear
             branch sums over the video's keys.
         scale: softmax scale; None for 1 / sqrt(D).
@@ -106,10 +107,10 @@ def _attend(
     soft, on_kernels = config.routing == "soft", ran.impl in ("triton", "gluon")
     if soft and on_kernels:
         ran = ran.but(SLOW_ROUTING)
-    exact = config.linear_scope == "none"
+    exact, per_head = config.linear_scope == "none", any(x is not None and x.dim() == 3 for x in weights.router)
     if selection is not None:
         choice = blocks.checked(selection)
-    elif on_kernels and blocks.packed is None and not (blocks.slow or soft or exact):
+    elif on_kernels and blocks.packed is None and not (blocks.slow or soft or exact or per_head):
         choice = blocks.rule()
     else:
         choice = blocks.choose(weights.router, scale)
@@ -173,11 +174,13 @@ def _ranked(
 
 def _validate_weights(query: Tensor, weights: Weights, config: SLA2Config) -> None:
     heads, head_dim = query.shape[1], query.shape[-1]
-    given = {"proj_query": weights.router.query, "proj_key": weights.router.key}
+    given, allowed = dict(zip(("proj_query", "proj_key"), weights.router, strict=True)), [(head_dim, head_dim)]
+    allowed.append((heads, *allowed[0]))
     for name, weight in given.items():
-        if weight is not None and (not isinstance(weight, Tensor) or tuple(weight.shape) != (head_dim, head_dim)):
+        if weight is not None and (not isinstance(weight, Tensor) or tuple(weight.shape) not in allowed):
             got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            raise ValueError(f"{name} must have shape {(head_dim, head_dim)} for head_dim {head_dim}, got {got}")
+            shapes = " or ".join(map(str, allowed))
+            raise ValueError(f"{name} must have shape {shapes} for {heads} heads of {head_dim}, got {got}")
     logits = weights.alpha_logits
     if logits is not None and (not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != heads):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -198,8 +201,8 @@ class RoutedSparseLinearAttention(nn.Module):
         impl: see `block_sparse_attention`.
 
     Attributes:
-        router: proj_query and proj_key, [D, D] each, shared by the heads, float32, the identity at the start, which
-            ranks blocks as SLA does.
+        router: proj_query and proj_key, [D, D] each, shared by the heads, or [H, D, D], float32, the identity at the
+            start, which ranks blocks as SLA does.
         mixing: alpha_logits, float32 [H, `config.alpha_rows`], log-odds of alpha, `config.alpha` everywhere at the
             start; None without a linear branch.
         ran: what the last call ran (`Ran`: `impl`, and `why` if that is slower than asked); None before. Compiled
@@ -223,7 +226,9 @@ class RoutedSparseLinearAttention(nn.Module):
         check_choice("impl", impl, IMPLS)
         self.num_heads, self.head_dim, self.config, self.impl = num_heads, head_dim, config, impl
         self.ran = None
-        self.router = PreciseParameters(proj_query=torch.eye(head_dim), proj_key=torch.eye(head_dim))
+        shape = (head_dim, head_dim) if config.router == "shared" else (num_heads, head_dim, head_dim)
+        starts = {name: torch.eye(head_dim).expand(shape).clone() for name in ("proj_query", "proj_key")}
+        self.router = PreciseParameters(**starts)
         self.mixing = None
         if config.linear_scope != "none":
             self.mixing = PreciseParameters(alpha_logits=start_logits(num_heads, config.alpha_rows, config.alpha))
@@ -249,6 +254,11 @@ class RoutedSparseLinearAttention(nn.Module):
         """
         if query.shape[-1] != self.head_dim:
             raise ValueError(f"query must have head_dim {self.head_dim}, got {query.shape[-1]}")
+        if self.config.router == "per_head" and query.shape[1] != self.num_heads:
+            raise ValueError(
+                f'query must have {self.num_heads} heads for router="per_head", got {query.shape[1]}; where heads are '
+                'divided among processes, take router="shared"'
+            )
         if alpha_logits is None and self.mixing is not None:
             (alpha_logits,) = self.mixing()
         weights = Weights(alpha_logits, Router(*self.router()))

@@ -11,6 +11,7 @@ from foveal.methods.sla.config import TOKEN_ORDERS, SLAConfig
 
 FEATURE_MAPS = ("softmax", "elu", "relu")
 LINEAR_SCOPES = ("noncritical", "none")
+ROUTERS = ("shared", "per_head")
 ROUTINGS = ("straight_through", "soft", "fixed")
 PRECISIONS = ("input", "int8")  # those that have a backward
 
@@ -26,6 +27,8 @@ class SLA2Config(MethodConfig):
         linear_scope: the key blocks that the linear branch sums over: "noncritical" (the paper), or "none": there is
             no linear branch then and no ratio, only the exact branch of what the router chooses.
         feature_map: phi of the linear branch: "softmax" (over the head dimension; the paper), "elu" (elu + 1), "relu".
+        router: whether the heads share the router's projections, "shared" (the paper), or each has its own, "per_head".
+            The latter not under context parallelism, where a process has some of the heads.
         routing: how the router's projections are trained. "straight_through" gives them the gradient of a soft top-k
             behind the hard choice; "fixed" gives them none, as in the paper's second stage. The output is the same.
             "soft" has the soft top-k in the forward, as in the paper's first stage: every block is read and summed by
@@ -47,6 +50,7 @@ class SLA2Config(MethodConfig):
     block_k: int = 64
     linear_scope: str = "noncritical"
     feature_map: str = "softmax"
+    router: str = "shared"
     routing: str = "straight_through"
     temperature: float = 0.1
     alpha: float = 0.9
@@ -62,6 +66,7 @@ class SLA2Config(MethodConfig):
         check_positive_int("block_k", self.block_k)
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
         check_choice("linear_scope", self.linear_scope, LINEAR_SCOPES)
+        check_choice("router", self.router, ROUTERS)
         check_choice("routing", self.routing, ROUTINGS)
         for name in ("temperature", "alpha"):
             value = getattr(self, name)

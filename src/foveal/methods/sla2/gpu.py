@@ -48,7 +48,8 @@ class SLA2Call(NamedTuple):
     query: [B, H, Lq, D]. key, value: [B, H, Lk, D].
     logits: float32 [1, H, Tq], log-odds of alpha.
     scores: those of `Ranked`, or None; only the backward reads them.
-    proj_query, proj_key: the router's projections, float32 and without their history, for a rule; see `projections_of`.
+    proj_query, proj_key: the router's projections, float32 [D, D] and without their history, for a rule; see
+        `projections_of`.
     choice: what was chosen, or a rule for what the router's scores choose on the way.
     """
 
@@ -81,7 +82,7 @@ def _float32(router: Router) -> tuple[Tensor | None, Tensor | None]:
     if router.query is None and router.key is None:
         return None, None
     known = next(x for x in router if x is not None)
-    eye = torch.eye(known.shape[0], device=known.device)
+    eye = torch.eye(known.shape[-1], device=known.device)
     return tuple(eye if x is None else x.detach().float() for x in router)
 
 

@@ -53,6 +53,7 @@ def sla2_attention_reference(
     """The output [B, H, Lq, D], with tokens in the order in which the selection's blocks are cut.
 
     ranked_BC: bool [B or 1, C], the key blocks that the router could have kept; None without a gradient for it.
+    proj_query_DD, proj_key_DD: also [H, D, D].
     """
     if config.routing == "soft":
         scores_BHST = _router_scores(query_BHMD, key_BHND, selection, ranked_BC, proj_query_DD, proj_key_DD, scale)
@@ -106,7 +107,7 @@ def sla2_attention_reference(
         normalizer_BHMT = phi_query_BHMD @ sums_BHTD.mT
         linear_BHMTD = linear_BHMTD - normalizer_BHMT[..., None] * linear_BHMD[..., None, :]
         change_BHMTD = alpha_BHM1[..., None] * exact_BHMTD - ((1 - alpha_BHM1) / total_BHM1)[..., None] * linear_BHMTD
-    scores_BHST = (mean_query_BHSD @ proj_query_DD.to(dtype).T) @ (mean_key_BHTD @ proj_key_DD.to(dtype).T).mT * scale
+    scores_BHST = (mean_query_BHSD @ proj_query_DD.to(dtype).mT) @ (mean_key_BHTD @ proj_key_DD.to(dtype).mT).mT * scale
     kept_BHST = critical_BHST[..., :ranked] & ranked_BC[:, None, None]
     soft_BHST = soft_top_k(
         scores_BHST.masked_fill(~ranked_BC[:, None, None], -torch.inf), kept_BHST, config.temperature
@@ -137,9 +138,9 @@ def _router_scores(
     sizes_BT = selection.key_block_sizes
     key_BHTD = pool_blocks(key_BHND.detach(), selection.block_k, sizes_BT).to(dtype)[:, :, : ranked_BC.shape[1]]
     if proj_query_DD is not None:
-        query_BHSD = query_BHSD @ proj_query_DD.to(dtype).T
+        query_BHSD = query_BHSD @ proj_query_DD.to(dtype).mT
     if proj_key_DD is not None:
-        key_BHTD = key_BHTD @ proj_key_DD.to(dtype).T
+        key_BHTD = key_BHTD @ proj_key_DD.to(dtype).mT
     return (query_BHSD @ key_BHTD.mT * scale).masked_fill(~ranked_BC[:, None, None], -torch.inf)
 
 

@@ -30,20 +30,25 @@ BISECTIONS = {torch.float32: 40, torch.float64: 70}
 
 
 class Router(NamedTuple):
-    """proj_q and proj_k, [D, D] in any floating dtype; None for the identity, which is SLA's choice."""
+    """proj_q and proj_k, [D, D] or [H, D, D] in any floating dtype; None for the identity, which is SLA's choice."""
 
     query: Tensor | None
     key: Tensor | None
 
     def project(self, pooled_query: Tensor, pooled_key: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled blocks [..., T, D], float32 or float64, projected in their dtype."""
+        """Pooled blocks [B, H, T, D], float32 or float64, projected in their dtype."""
         return _projected(pooled_query, self.query), _projected(pooled_key, self.key)
 
 
 def _projected(pooled: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return pooled
-    return product(pooled.flatten(0, -2), weight.to(pooled.dtype).t()).unflatten(0, pooled.shape[:-1])
+    weight = weight.to(pooled.dtype).mT
+    if weight.dim() == 2:
+        return product(pooled.flatten(0, -2), weight).unflatten(0, pooled.shape[:-1])
+    batch, _, blocks, _ = pooled.shape
+    by_head = product(pooled.transpose(0, 1).flatten(1, 2), weight)
+    return by_head.unflatten(1, (batch, blocks)).transpose(0, 1)
 
 
 class Ranked(NamedTuple):
