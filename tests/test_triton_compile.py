@@ -75,8 +75,7 @@ def variants(arch, every):
 # Variants that spill, the first that fits counts: (kernel, architecture, some constants, bytes in loops, bytes in all),
 # the most that Triton 3.6 and 3.9 made of them. What is not here spills nothing.
 SPILLS = [
-    ("_exact_gain_kernel", 80, {"D": 128}, 16, 16),
-    ("_exact_gain_kernel", 100, {"D": 128}, 8, 8),
+    ("_exact_gain_kernel", 100, {"D": 64, "HAS_SIZES": True}, 4, 4),
     ("_block_sparse_fwd_kernel", 80, {"D": 128, "BLOCK_Q": 64}, 0, 128),
     ("_block_sparse_fwd_kernel", 80, {"D": 64, "BLOCK_Q": 128}, 0, 12),
     ("_block_sparse_fwd_kernel", 90, {"D": 128, "BLOCK_Q": 128, "HAS_SIZES": False}, 64, 64),

@@ -6,7 +6,7 @@
 share_rj is what a read block has of the row's softmax, by its mean key, and what another one would have. dH_i and h_j
 are those of the linear branch's backward and forward, of V - m both: any m gives the same loss. The gradient of the
 soft top-k then goes from gain - loss to the scores. It takes one kernel each. Products take queries and gradients as
-they are, and float32 means as sums of two numbers in their dtype.
+they are, and float32 means as sums of two numbers in their dtype, which are split before.
 """
 
 from __future__ import annotations
@@ -22,14 +22,20 @@ from foveal.kernels.chips import Plan, fitting
 from foveal.kernels.host import launch
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.pooling import pool
-from foveal.kernels.triton.tail import load_split
-from foveal.kernels.triton.tiles import TILE, load_rows, row_strides
+from foveal.kernels.triton.tiles import load_rows, row_strides
 from foveal.kernels.values import LOG2_E, Problem, size_stride
 
-COLUMNS = 32  # means at a time
 _LOG2_E = tl.constexpr(LOG2_E)
 HALVINGS = 40  # of the interval that holds lambda, as in `soft_top_k`
-# By head_dim. STEP is how much of a state's D * D numbers comes at a time.
+# By head_dim.
+GAIN_PLANS = {
+    64: [Plan(40960, {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "num_stages": 1})],
+    128: [
+        Plan(73728, {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "num_stages": 1}),
+        Plan(40960, {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}),
+    ],
+}
+# STEP is how much of a state's D * D numbers comes at a time.
 LOSS_PLANS = [
     Plan(98304, {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 8, "num_stages": 3}),
     Plan(49152, {"ROWS": 64, "COLUMNS": 64, "STEP": 64, "num_warps": 4, "num_stages": 3}),
@@ -43,7 +49,14 @@ def _sigmoid(x):
     return tl.where(x >= 0, 1.0, small) / (1.0 + small)
 
 
-@triton.jit(do_not_specialize=["heads", "length", "columns", "ranked", "size_stride", "key_length", "scale"])
+@triton.jit
+def _load_mean(mean_ptr, column, columns, D: tl.constexpr):
+    """Means [COLUMNS, D] of one head, or what they lost by rounding; zero past `columns`."""
+    places = column[:, None] * D + tl.arange(0, D)[None, :]
+    return tl.load(mean_ptr + places, mask=(column < columns)[:, None], other=0.0)
+
+
+@triton.jit(do_not_specialize=["heads", "length", "columns", "ranked", "size_stride", "key_length", "blocks", "scale"])
 def _exact_gain_kernel(
     query_ptr,
     grad_ptr,
@@ -63,6 +76,7 @@ def _exact_gain_kernel(
     key_length,
     columns,
     ranked,
+    blocks,
     size_stride,
     mix_stride,
     scale,
@@ -73,39 +87,57 @@ def _exact_gain_kernel(
     COLUMNS: tl.constexpr,
     HAS_SIZES: tl.constexpr,
 ):
-    """gain of the first `ranked` of `columns` key blocks, over ROWS rows of a query block."""
+    """gain of the first `ranked` of `columns` key blocks: over ROWS rows, apart for each query block among them.
+
+    Means come as two tensors [B * H, columns, D], one behind the other: rounded to the queries' dtype, and the rest.
+    """
     await_previous()
+    PARTS: tl.constexpr = (ROWS + BLOCK_Q - 1) // BLOCK_Q  # query blocks in the rows
+    TILES: tl.constexpr = (BLOCK_Q + ROWS - 1) // ROWS  # programs of a query block
     tile, pair = tl.program_id(0), tl.program_id(1)
     batch, head = pair // heads, pair % heads
     pair = pair.to(tl.int64)
     start = tile * ROWS
-    block = start // BLOCK_Q
+    first_block = start // BLOCK_Q
+    rest = tl.num_programs(1).to(tl.int64) * columns * D  # from what is rounded to what is left
     key_ptr += pair * columns * D
     value_ptr += pair * columns * D
-    unread_ptr += pair * unread_strides[0] + block * unread_strides[1]
-    gain_ptr += (pair * tl.num_programs(0) + tile) * ranked
-    alpha = tl.load(mix_ptr + pair * mix_stride + block * 2)
+    unread_ptr += pair * unread_strides[0]
+    mix_ptr += pair * mix_stride
+    gain_ptr += pair * blocks * TILES * ranked
     q = load_rows(query_ptr, query_strides, batch, head, start, length, ROWS, D, False)
     g = load_rows(grad_ptr, grad_strides, batch, head, start, length, ROWS, D, False)
     row = start + tl.arange(0, ROWS)
+    block = row // BLOCK_Q
     inside = row < length
     lse = tl.load(lse_ptr + pair * length + row, mask=inside, other=0.0)
     dot = tl.load(dot_ptr + pair * length + row, mask=inside, other=0.0)
-    for first in range(0, ranked, COLUMNS):
+    for first in tl.range(0, ranked, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         size = tl.minimum(key_length - column * BLOCK_K, BLOCK_K)
         if HAS_SIZES:
             listed = size_ptr + batch.to(tl.int64) * size_stride + column
             size = tl.minimum(size, tl.load(listed, mask=column < ranked, other=0))
-        k_high, k_low = load_split(key_ptr, column, columns, D, q.dtype)
-        scores = tl.dot(q, k_high.T, tl.dot(q, k_low.T)) * scale
+        scores = tl.dot(q, _load_mean(key_ptr + rest, column, columns, D).T)
+        scores = tl.dot(q, _load_mean(key_ptr, column, columns, D).T, scores) * scale
         logs = scores + (tl.log(tl.maximum(size, 1).to(tl.float32))[None, :] - lse[:, None])
-        read = tl.load(unread_ptr + column, mask=column < ranked, other=1.0).to(tl.float32) == 0.0
-        share = tl.where(read[None, :], tl.math.exp2(tl.minimum(logs, 0.0) * _LOG2_E), _sigmoid(logs))
-        v_high, v_low = load_split(value_ptr, column, columns, D, g.dtype)
-        change = share * (tl.dot(g, v_high.T, tl.dot(g, v_low.T)) - dot[:, None])
-        gain = alpha * tl.sum(tl.where(inside[:, None], change, 0.0), 0)
-        tl.store(gain_ptr + column, tl.where(size > 0, gain, 0.0), mask=column < ranked)
+        if PARTS == 1:
+            unread = tl.load(unread_ptr + first_block * unread_strides[1] + column, mask=column < ranked, other=1.0)
+            unread = unread[None, :]
+        else:
+            places = block[:, None] * unread_strides[1] + column[None, :]
+            unread = tl.load(unread_ptr + places, mask=inside[:, None] & (column < ranked)[None, :], other=1.0)
+        read = unread.to(tl.float32) == 0.0
+        share = tl.where(read, tl.math.exp2(tl.minimum(logs, 0.0) * _LOG2_E), _sigmoid(logs))
+        of_values = tl.dot(g, _load_mean(value_ptr + rest, column, columns, D).T)
+        of_values = tl.dot(g, _load_mean(value_ptr, column, columns, D).T, of_values)
+        change = tl.where(inside[:, None], share * (of_values - dot[:, None]), 0.0)
+        for part in tl.static_range(PARTS):
+            mine = first_block + part
+            gain = tl.sum(tl.where((block == mine)[:, None], change, 0.0), 0) if PARTS > 1 else tl.sum(change, 0)
+            gain *= tl.load(mix_ptr + tl.minimum(mine, blocks - 1) * 2)
+            places = gain_ptr + (tile * PARTS + part) * ranked + column
+            tl.store(places, tl.where(size > 0, gain, 0.0), mask=column < tl.where(mine < blocks, ranked, 0))
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "blocks", "ranked", "first_pair"])
@@ -247,7 +279,7 @@ def linear_loss(grad_state: Tensor, grad_norm: Tensor, state: Tensor, norm: Tens
 
 
 def exact_gain(problem: Problem, grad: Tensor, unread: Tensor, facts: GainFacts, ranked: int) -> Tensor:
-    """What rows gain by a block that is read, float32 [B, H, tiles, ranked], over each tile of TILE rows.
+    """What rows gain by a block that is read, float32 [B, H, parts, ranked], a query block's parts one after another.
 
     Args:
         grad: [B, H, Lq, D], the gradient of the output, contiguous last dimension.
@@ -256,11 +288,12 @@ def exact_gain(problem: Problem, grad: Tensor, unread: Tensor, facts: GainFacts,
     """
     query, key, value, selection, scale, _ = problem
     batch, heads, length, head_dim = query.shape
-    tiles = selection.num_query_blocks * selection.block_q // TILE
-    sizes, columns = selection.key_block_sizes, selection.num_key_blocks
-    means = (pool(x, selection.block_k, sizes) for x in (key, value))
-    gain = torch.empty((batch, heads, tiles, ranked), dtype=torch.float32, device=query.device)
-    key_mean, value_mean = means
+    sizes, columns, blocks = selection.key_block_sizes, selection.num_key_blocks, selection.num_query_blocks
+    plan = fitting(query.device, GAIN_PLANS[head_dim])
+    tiles = -(-blocks * selection.block_q // plan["ROWS"])
+    parts = blocks * -(-selection.block_q // plan["ROWS"])
+    key_mean, value_mean = (_split(pool(x, selection.block_k, sizes), query.dtype) for x in (key, value))
+    gain = torch.empty((batch, heads, parts, ranked), dtype=torch.float32, device=query.device)
     launch(
         _exact_gain_kernel,
         (tiles, batch * heads),
@@ -282,19 +315,23 @@ def exact_gain(problem: Problem, grad: Tensor, unread: Tensor, facts: GainFacts,
         key_length=key.shape[2],
         columns=columns,
         ranked=ranked,
+        blocks=blocks,
         size_stride=size_stride(sizes),
         mix_stride=facts.mix.stride(0),
         scale=scale,
         D=head_dim,
         BLOCK_Q=selection.block_q,
         BLOCK_K=selection.block_k,
-        ROWS=TILE,
-        COLUMNS=COLUMNS,
         HAS_SIZES=sizes is not None,
-        num_warps=8,
-        num_stages=1,
+        **plan,
     )
     return gain
+
+
+def _split(mean: Tensor, dtype: torch.dtype) -> Tensor:
+    """[2, ...]: float32 means rounded to another dtype, and what is left of them."""
+    high = mean.to(dtype)
+    return torch.stack((high, (mean - high).to(dtype)))
 
 
 def scores_gradient(scores: Tensor, temperature: float, unread: Tensor, gain: Tensor, loss: Tensor | None) -> Tensor:
