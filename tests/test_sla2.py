@@ -318,18 +318,23 @@ def test_compiles_without_graph_break_and_checkpoints(layout):
             torch.testing.assert_close(one, other)
 
 
-def test_values_of_alpha_travel_with_heads():
-    """What a rank gets of all tokens of its heads holds their log-odds, and their gradient."""
-    module = RoutedSparseLinearAttention(4, 8, CONFIG.replace(alpha_rows=3))
-    torch.nn.init.normal_(module.mixing.alpha_logits)
-    gates = module.token_gates(torch.zeros(2, 7, 5))
-    assert gates.shape == (2, 4, 7, 1)
-    logits = module.logits_of(gates[:, 2:])
-    assert torch.equal(logits, module.mixing.alpha_logits[2:])
-    logits.sum().backward()
-    assert module.mixing.alpha_logits.grad.tolist() == [[0.0] * 3] * 2 + [[1.0] * 3] * 2
-    with pytest.raises(ValueError, match="at least alpha_rows=3 tokens, got 2"):
-        module.token_gates(torch.zeros(1, 2, 5))
+@pytest.mark.parametrize("router", ["shared", "per_head"])
+def test_some_heads_have_their_own_parameters(router):
+    """As a rank has them under context parallelism."""
+    module = RoutedSparseLinearAttention(4, 8, CONFIG.replace(alpha_rows=3, router=router))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    inputs = make_inputs(heads=4, query_length=90, head_dim=8, dtype=torch.float32)
+    expected = module(*inputs)
+    part = module(*(x[:, 2:] for x in inputs), heads=range(2, 4))
+    torch.testing.assert_close(part, expected[:, 2:])
+    part.square().sum().backward()
+    for name, parameter in module.named_parameters():
+        of_heads = parameter.grad.flatten(1).abs().sum(1) > 0
+        expected = [False, False, True, True] if len(of_heads) == 4 else [True] * len(of_heads)
+        assert of_heads.tolist() == expected, name
+    with pytest.raises(ValueError, match="query must have 4 heads, got 2; `heads` says which some are"):
+        module(*(x[:, 2:] for x in inputs))
 
 
 def test_parameters_stay_in_float32():

@@ -28,7 +28,8 @@ from tiny_wan import SPARSE_SLA, inputs, randomize, tiny_transformer
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import foveal
-from foveal import SLAConfig, SparseLinearAttention, VideoGrid, VideoSparseAttention, VSAConfig
+from foveal import SLA2Config, VideoGrid, VSAConfig
+from foveal.methods.base import method_of
 from foveal.methods.sla.attention import Projection
 from foveal.models.context_parallel import Shards, context_parallel_attention
 from foveal.testing import make_inputs
@@ -36,6 +37,7 @@ from foveal.testing import make_inputs
 RANKS = 2
 CONFIGS = {
     "sla": SPARSE_SLA,
+    "sla2": SLA2Config(keep_ratio=0.4, block_q=8, block_k=8, router="per_head", alpha_rows=2),
     "sla tile": SPARSE_SLA.replace(token_order="tile", feature_map="hedgehog"),
     "vsa": VSAConfig(keep_ratio=0.3, tile=(2, 2, 4), fine_gate=True),
 }
@@ -113,10 +115,7 @@ def own_modules(name, **fields):
     """`context_parallel_attention` on shards of 105 tokens: outputs, gradients of the inputs and of the parameters."""
     config, grid, rank = CONFIGS[name].replace(**fields), VideoGrid(3, 5, 7), dist.get_rank()
     torch.manual_seed(0)
-    if isinstance(config, SLAConfig):
-        module = SparseLinearAttention(8, config).double()
-    else:
-        module = VideoSparseAttention(24, 4, 8, config).double()
+    module = method_of(config).build(config, 24, 4, 8, "auto").double()
     for parameter in module.parameters():
         parameter.data.normal_(0, 0.5)
     query, key, value = make_inputs(batch=2, heads=4, query_length=105, head_dim=8, dtype=torch.float64)

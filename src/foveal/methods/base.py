@@ -87,6 +87,7 @@ class LayerCall(NamedTuple):
     kv_lengths: int [B], each sample's valid keys; None for all.
     config: stands in for the module's own, with other ratios; None for that.
     gates: stand in for the hidden states; the tensors may then hold only some of the heads.
+    heads: which of the layer's heads the tensors hold; None for all.
     """
 
     query: Tensor
@@ -97,6 +98,7 @@ class LayerCall(NamedTuple):
     kv_lengths: Tensor | None = None
     config: Config | None = None
     gates: tuple[Tensor | None, ...] | None = None
+    heads: range | None = None
 
     def named(self) -> dict[str, Any]:
         """What every module takes by name."""

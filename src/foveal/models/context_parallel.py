@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from foveal.layout import TokenLayout, VideoGrid
-from foveal.methods.base import METHODS, Config, LayerCall, method_of
+from foveal.methods.base import METHODS, LayerCall, method_of
 
 # Families whose transformers diffusers can shard, and whose sharded attention the tests cover.
 FAMILIES_WITH_PLAN = ("wan", "ltx_video", "flux", "minimax_h3")
@@ -157,9 +157,9 @@ class Shards:
             arrived = _video_first(arrived.split(counts), sizes)
         return arrived.permute(1, 2, 0, 3)
 
-    def of_heads(self, config: Config, heads: int) -> Config:
-        """A layer's configuration for the heads that `receive` gives this rank, so many."""
-        return config.of_heads(self.rank * heads, (self.rank + 1) * heads)
+    def heads(self, count: int) -> range:
+        """Which heads `receive` gives this rank, so many."""
+        return range(self.rank * count, (self.rank + 1) * count)
 
     def to_tokens(self, x: Tensor, sizes: list[int]) -> Tensor:
         """This rank's tokens of all heads, [B, H, l, D], from all tokens of its heads, [B, h, L, D].
@@ -223,8 +223,9 @@ def context_parallel_attention(
     gates = send_gates(attention, hidden_states, grid, shards)
     query, key, value = (shards.receive(x, grid.num_tokens) for x in under_way)
     gates = receive_gates(gates, grid, shards)
-    config = shards.of_heads(attention.config, query.shape[1])
-    call = LayerCall(query, key, value, None, grid, config=config, gates=gates)
+    heads = shards.heads(query.shape[1])
+    config = attention.config.of_heads(heads.start, heads.stop)
+    call = LayerCall(query, key, value, None, grid, config=config, gates=gates, heads=heads)
     output = method_of(config).run(attention, call)
     return shards.to_tokens(output, shards.sizes(grid.num_tokens))
 

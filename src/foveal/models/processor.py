@@ -174,13 +174,14 @@ class SparseAttentionProcessor(nn.Module):
         receive: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> Tensor:
         method, config = method_of(self.config), phase.apply(self.config)
-        gates = None
+        gates, heads = None, None
         if shards is not None:
             gates, hidden_states = send_gates(self.attention, hidden_states, tokens, shards), None
         query, key, value = map(receive, (query, key, value))
         if shards is not None:
-            gates, config = receive_gates(gates, tokens, shards), shards.of_heads(config, query.shape[1])
-        call = LayerCall(query, key, value, hidden_states, tokens, kv_lengths, config, gates)
+            gates, heads = receive_gates(gates, tokens, shards), shards.heads(query.shape[1])
+            config = config.of_heads(heads.start, heads.stop)
+        call = LayerCall(query, key, value, hidden_states, tokens, kv_lengths, config, gates, heads)
         output = method.run(self.attention, call)
         if may_note():
             self.record.ran = getattr(self.attention, "ran", UNTOLD)

@@ -238,8 +238,8 @@ class RoutedSparseLinearAttention(nn.Module):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        alpha_logits: Tensor | None = None,
         *,
+        heads: range | None = None,
         grid: VideoGrid | None = None,
         layout: TokenLayout | VideoGrid | None = None,
         protected_keys: tuple[int, int] | None = None,
@@ -249,40 +249,27 @@ class RoutedSparseLinearAttention(nn.Module):
     ) -> Tensor:
         """[B, H, Lq, D], [B, H, Lk, D] twice to [B, H, Lq, D]; see `sla2_attention`.
 
-        A `config` stands in for the module's own; it must need the same parameters. `alpha_logits`, those of only some
-        of the heads, stand in for the module's where the tensors hold only these.
+        A `config` stands in for the module's own; it must need the same parameters. `heads` says which of the module's
+        heads the tensors hold, as under context parallelism; None for all.
         """
         if query.shape[-1] != self.head_dim:
             raise ValueError(f"query must have head_dim {self.head_dim}, got {query.shape[-1]}")
-        if self.config.router == "per_head" and query.shape[1] != self.num_heads:
-            raise ValueError(
-                f'query must have {self.num_heads} heads for router="per_head", got {query.shape[1]}; where heads are '
-                'divided among processes, take router="shared"'
-            )
-        if alpha_logits is None and self.mixing is not None:
-            (alpha_logits,) = self.mixing()
-        weights = Weights(alpha_logits, Router(*self.router()))
+        weights = self._weights(query, heads)
         config, where = self.config if config is None else config, Where(grid, layout, protected_keys, kv_lengths)
         output, ran = _attend((query, key, value), config, selection, weights, where, None, self.impl)
         if may_note():
             self.ran = ran
         return output
 
-    def token_gates(self, hidden_states: Tensor) -> Tensor:
-        """The log-odds of alpha as one number of each head and token, [B, H, L, 1], of hidden_states [B, L, C].
-
-        Token t has the value t modulo `alpha_rows` of its head: so values travel with heads to other ranks.
-        """
-        (logits,) = self.mixing()
-        tokens = hidden_states.shape[1]
-        if tokens < logits.shape[1]:
-            raise ValueError(f"hidden_states must have at least alpha_rows={logits.shape[1]} tokens, got {tokens}")
-        logits = logits[:, torch.arange(tokens, device=logits.device) % logits.shape[1]]
-        return logits[None, :, :, None].expand(hidden_states.shape[0], -1, -1, -1)
-
-    def logits_of(self, gates: Tensor) -> Tensor:
-        """[h, `alpha_rows`] of the heads that `token_gates` of all tokens, [B, h, L, 1], are of."""
-        return gates[0, :, : self.config.alpha_rows, 0]
+    def _weights(self, query: Tensor, heads: range | None) -> Weights:
+        """The parameters of these heads."""
+        count = self.num_heads if heads is None else len(heads)
+        if query.shape[1] != count:
+            raise ValueError(f"query must have {count} heads, got {query.shape[1]}; `heads` says which some are")
+        own = slice(None) if heads is None else slice(heads.start, heads.stop)
+        logits = None if self.mixing is None else self.mixing()[0][own]
+        router = self.router()
+        return Weights(logits, Router(*(x if x.dim() == 2 else x[own] for x in router)))
 
     @staticmethod
     def kernel_blocks(config: SLA2Config, grid: VideoGrid | None) -> tuple[int, int]:
@@ -302,7 +289,7 @@ class RoutedSparseLinearAttention(nn.Module):
     ) -> BlockSelection:
         """The selection that `forward` makes for the same arguments, to look at."""
         config = self.config if config is None else config
-        router = Router(*self.router())
+        router = self._weights(query, None).router
         return select_routed(query, key, config, router, Where(grid, layout, protected_keys, kv_lengths))
 
     def token_places(self, grid: VideoGrid) -> Tensor:

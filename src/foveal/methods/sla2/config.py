@@ -28,7 +28,6 @@ class SLA2Config(MethodConfig):
             no linear branch then and no ratio, only the exact branch of what the router chooses.
         feature_map: phi of the linear branch: "softmax" (over the head dimension; the paper), "elu" (elu + 1), "relu".
         router: whether the heads share the router's projections, "shared" (the paper), or each has its own, "per_head".
-            The latter not under context parallelism, where a process has some of the heads.
         routing: how the router's projections are trained. "straight_through" gives them the gradient of a soft top-k
             behind the hard choice; "fixed" gives them none, as in the paper's second stage. The output is the same.
             "soft" has the soft top-k in the forward, as in the paper's first stage: every block is read and summed by

@@ -22,17 +22,12 @@ def _build(
 
 
 def _run(module: RoutedSparseLinearAttention, call: LayerCall) -> Tensor:
-    logits = module.logits_of(call.gates[0]) if call.gates else None
-    return module(*call[:3], logits, protected_keys=call.text(), **call.named())
+    return module(*call[:3], heads=call.heads, protected_keys=call.text(), **call.named())
 
 
 def _idle(module: RoutedSparseLinearAttention, hidden_states: Tensor) -> tuple[Tensor, ...]:
     mixing = () if module.mixing is None else module.mixing()
     return *mixing, *module.router()
-
-
-def _gates(module: RoutedSparseLinearAttention, hidden_states: Tensor) -> tuple[Tensor, ...]:
-    return () if module.mixing is None else (module.token_gates(hidden_states),)
 
 
 def _cells(config: SLA2Config, grid: VideoGrid | None) -> SummaryCells:
@@ -56,7 +51,6 @@ SLA2 = Method(
     cells=_cells,
     key_blocks=key_blocks,
     kept_blocks=_kept_blocks,
-    gates=_gates,
     plan=lambda config, grid, device: token_order(config.branches, grid, device),
     precision=lambda config: config.precision,
     presets={"SLA2": SLA2Config()},
