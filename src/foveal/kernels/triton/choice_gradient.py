@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foveal.kernels.chips import Plan, fitting
+from foveal.kernels.chips import Plan, chip_of, fitting
 from foveal.kernels.host import launch
 from foveal.kernels.triton.await_previous import await_previous
 from foveal.kernels.triton.pooling import pool
@@ -27,14 +27,12 @@ from foveal.kernels.values import LOG2_E, Problem, size_stride
 
 _LOG2_E = tl.constexpr(LOG2_E)
 HALVINGS = 40  # of the interval that holds lambda, as in `soft_top_k`
-# By head_dim.
+# By head_dim. At 128 features more columns spill where tensor cores read registers.
 GAIN_PLANS = {
     64: [Plan(40960, {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "num_stages": 1})],
-    128: [
-        Plan(73728, {"ROWS": 128, "COLUMNS": 32, "num_warps": 8, "num_stages": 1}),
-        Plan(40960, {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}),
-    ],
+    128: [Plan(40968, {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 1})],
 }
+WIDE_GAIN_PLANS = {128: [Plan(49160, {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 1})]}
 # STEP is how much of a state's D * D numbers comes at a time.
 LOSS_PLANS = [
     Plan(98304, {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 8, "num_stages": 3}),
@@ -289,7 +287,8 @@ def exact_gain(problem: Problem, grad: Tensor, unread: Tensor, facts: GainFacts,
     query, key, value, selection, scale, _ = problem
     batch, heads, length, head_dim = query.shape
     sizes, columns, blocks = selection.key_block_sizes, selection.num_key_blocks, selection.num_query_blocks
-    plan = fitting(query.device, GAIN_PLANS[head_dim])
+    wide = WIDE_GAIN_PLANS.get(head_dim) if chip_of(query.device).uses_tma else None
+    plan = fitting(query.device, wide or GAIN_PLANS[head_dim])
     tiles = -(-blocks * selection.block_q // plan["ROWS"])
     parts = blocks * -(-selection.block_q // plan["ROWS"])
     key_mean, value_mean = (_split(pool(x, selection.block_k, sizes), query.dtype) for x in (key, value))
