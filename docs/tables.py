@@ -97,6 +97,23 @@ def methods(shape: str = "480p", given: bool = True) -> str:
     return "\n".join([*lines, "", _caption(run, shape)])
 
 
+def sla2_learning() -> str:
+    """SLA2's rows, while its router learns and when it does not, of the newest run of only some candidates."""
+    run = latest("nvidia-*.json", lambda run: "SLA2" in (run["settings"].get("names") or ()))
+    heads = ("candidate", "forward, ms", "sustained", "host", "backward, ms", "sustained", "host", "extra MiB")
+    lines = [_row(*heads), "|---" * len(heads) + "|"]
+    for entry in run["results"]:
+        if entry["status"] != "ok" or GIVEN in entry["name"]:
+            continue
+        cells = []
+        for name in ("forward", "backward"):
+            figures = entry["passes"][name]
+            cells += [f"{figures[key]:.2f}" for key in ("rested_ms", "sustained_ms", "host_ms")]
+        cells.append(f"{entry['memory']['forward'] / 2**20:.0f}, {entry['memory']['forward_backward'] / 2**20:.0f}")
+        lines.append(_row(entry["name"].removesuffix(", auto"), *cells))
+    return "\n".join([*lines, "", _caption(run)])
+
+
 def shapes() -> str:
     """How many times faster than dense cuDNN each method is at each shape."""
     names = ("480p", "720p", "paper", "d64")
@@ -367,6 +384,15 @@ def quality_tiny_taught(plain: str, distilled: str) -> str:
     return _arms(runs)
 
 
+def quality_tiny_per_head() -> str:
+    """The arms with a router for each head, and the dense arm of the run before."""
+    mine, before = (
+        json.loads((RESULTS / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json").read_text())
+        for name in ("per-head", "router")
+    )
+    return _arms([*mine.values(), *(run for run in before.values() if run["arm"] == "dense")])
+
+
 def quality_tiny_levels(name: str) -> str:
     """The same arms at each noise level."""
     found = json.loads((RESULTS / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json").read_text())
@@ -527,6 +553,7 @@ TABLES = {
     "kernels_h3_15s": lambda: kernels(shape="h3-15s"),
     "methods": lambda: methods(given=False),
     "methods_480p": methods,
+    "sla2_learning": sla2_learning,
     "shapes": shapes,
     "short": short,
     "methods_720p": lambda: methods("720p"),
@@ -553,7 +580,11 @@ TABLES = {
     "quality_tiny_1000": lambda: quality_tiny_taught("1000", "1000-distillation"),
     "quality_tiny_1000_levels": lambda: quality_tiny_levels("1000"),
     "quality_tiny_router": lambda: quality_tiny("tiny-router"),
+    "quality_tiny_per_head": quality_tiny_per_head,
+    "quality_tiny_per_head_levels": lambda: quality_tiny_levels("per-head"),
     "quality_tiny_large": lambda: quality_tiny("tiny-large"),
+    "quality_tiny_large_14400": lambda: quality_tiny("tiny-large-14400"),
+    "quality_tiny_14400_per_head": lambda: quality_tiny("tiny-14400-per-head"),
     "quality_tiny_14400_levels": lambda: quality_tiny_levels("14400"),
     "quality_tiny_14400": lambda: quality_tiny_taught("14400", "14400-distillation"),
     "quality_tiny_before": lambda: quality_tiny("tiny", "2026-11-29"),

@@ -121,11 +121,12 @@ def test_sentences_about_speed_are_those_of_the_results(tables):
     assert (links + "and {:.2f} times").format(*ratios) in said
 
     (log,) = (ROOT / "benchmarks" / "results").glob("demo-nvidia-h200-*.log")
-    minutes, seconds = re.search(r"real\s+(\d+)m([\d.]+)s", log.read_text()).groups()
-    took = 60 * int(minutes) + float(seconds)
+    took = re.findall(r"real\s+(\d+)m([\d.]+)s", log.read_text())
+    first, second = (60 * int(minutes) + float(seconds) for minutes, seconds in took)
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"{took:.0f} seconds on an H200 when it made one video less" in readme
-    assert f"On an H200 it took {took:.0f} seconds before SLA2's adapter joined it" in words("demo.md")
+    assert f"{second:.0f} to {first:.0f} seconds on an H200 whose CPU was busy" in readme
+    timed = f"On an H200 it took {first:.0f} seconds the first time, when kernels compile, and {second:.0f} the second"
+    assert timed in words("demo.md")
 
     host = tables.latest("host-cost-*.json")["calls"]
     queued = {
@@ -228,7 +229,6 @@ def test_sentences_about_longer_training_and_longer_clips_are_those_of_their_run
     def both(runs, *arms):
         return [lower(runs, *arms, seed=seed) for seed in (0, 1)]
 
-    assert f"SLA's by {statistics.mean(both(short, sla)):.1f}% after 1,000 steps" in page
     assert f"SLA2 gains {statistics.mean(both(short, sla2)):.1f}%, four times what SLA gains" in page
     assert 4 < statistics.mean(both(short, sla2)) / statistics.mean(both(short, sla)) < 5
     assert "ahead of SLA by {:.1f}% and {:.1f}% in the two seeds".format(*both(short, sla2, sla)) in page
@@ -238,8 +238,6 @@ def test_sentences_about_longer_training_and_longer_clips_are_those_of_their_run
     assert "{:.2f}% and {:.2f}% after 1,000 steps".format(*both(short, sla)) in page
     high, low = (lower(short, sla, level=level) for level in (3, 0))
     assert f"largest at high noise, {high:.1f}%, and {low:.1f}% at low noise" in page
-    assert f"and SLA2's by {statistics.mean(both(short, sla2)):.1f}%, a fifth of what sparsity costs there" in page
-    assert round(1 / brought_back(short, sla2)) == 5
     closer = [
         taught[f"{arm} #0"]["videos"]["psnr_db"] - short[f"{arm} #0"]["videos"]["psnr_db"]
         for arm in ("blocks", sla, sla2)
@@ -262,10 +260,6 @@ def test_sentences_about_longer_training_and_longer_clips_are_those_of_their_run
     price = statistics.mean(-lower(long, "blocks", "dense", seed=seed) for seed in (0, 1))
     assert f"less at this length**, {price:.1f}% with 5% of the blocks, and SLA2 brings back a ninth of that" in page
     assert round(1 / brought_back(long, sla2)) == 9
-    said = "At 14,400 tokens the gains are smaller: {:.1f}% for SLA, and {:.1f}% for SLA2, which has one seed"
-    assert said.format(statistics.mean(both(long, sla)), lower(long, sla2)) in page
-    best = min(-lower(long, arm.split(" #")[0], "dense") for arm in long if "#0" in arm and "dense" not in arm)
-    assert f"the best ends {best:.0f}% behind it at 95% sparsity and 14,400 tokens" in page
     costs = [-lower(long_taught, arm, arm, others=long) for arm in ("blocks", sla)]
     assert "costs {:.1f}% to {:.1f}% of loss on data".format(*costs) in page
     dense = long["dense #0"]
@@ -294,7 +288,6 @@ def test_sentences_about_the_router_and_the_larger_model_are_those_of_their_runs
     fixed = "blocks, SLA2 (fixed router, rate x 10)"
     learned, kept = (statistics.mean(gains(router, arm)) for arm in (sla2, fixed))
     assert f"SLA2 gains {learned:.1f}% with a learned router and {kept:.1f}% with a fixed one, which is half" in page
-    assert f"without it {kept:.1f}% are left" in page
     sla2_page = " ".join((ROOT / "docs" / "sla2.md").read_text().split())
     assert f"with a fixed one the loss is {kept:.1f}% lower" in sla2_page
     (of_sla,), (of_both,) = (
@@ -332,6 +325,69 @@ def test_sentences_about_the_router_and_the_larger_model_are_those_of_their_runs
     assert f"trained for {end['step']} dense steps of {begin['batch']} clips from random weights" in page
 
 
+def test_sentences_about_a_router_for_each_head_are_those_of_their_runs():
+    page, sla2_page = (" ".join((ROOT / "docs" / f"{name}.md").read_text().split()) for name in ("evidence", "sla2"))
+    short, before, long, large = (
+        json.loads((ROOT / "benchmarks" / "results" / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json").read_text())
+        for name in ("per-head", "router", "14400-per-head", "large-14400")
+    )
+    short["dense #1"] = before["dense #1"]
+
+    def lower(runs, arm, other="blocks"):
+        """By how many percent the loss of an arm is lower, over the seeds that both have."""
+        found = []
+        for seed in (0, 1):
+            if {f"{arm} #{seed}", f"{other} #{seed}"} <= runs.keys():
+                clips = zip(runs[f"{arm} #{seed}"]["after"], runs[f"{other} #{seed}"]["after"], strict=True)
+                found.append(100 * statistics.mean(1 - statistics.mean(x) / statistics.mean(y) for x, y in clips))
+        return statistics.mean(found)
+
+    per_head, shared = "blocks, router per head (rate x 10)", "blocks, router (rate x 10)"
+    sla, sla2 = "blocks, linear (rate x 10)", "blocks, SLA2 (rate x 10)"
+    prices = [-lower(runs, arm, "dense") for runs in (short, long) for arm in (per_head, "blocks")]
+    assert f"it ends {lower(short, per_head):.1f}% below sparse attention that chooses by mean queries" in page
+    said = "what sparsity costs: {:.1f}% above dense attention instead of {:.1f}%. At 14,400 tokens and 95% sparsity "
+    assert (said + "it ends {:.1f}% above dense attention instead of {:.1f}%").format(*prices) in page
+    assert all(0.45 < prices[i] / prices[i + 1] < 0.55 for i in (0, 2))
+    gains = [lower(before, sla), lower(long, sla), lower(short, sla2), lower(long, sla2)]
+    assert "SLA gains {:.1f}% and {:.1f}% at these lengths, and SLA2 {:.1f}% and {:.1f}%".format(*gains) in page
+    both = [lower(short, arm) for arm in (shared, sla2)]
+    assert "gains more**, {:.1f}% instead of {:.1f}%".format(*both) in page
+    with_branch, without = (lower(short, arm) for arm in ("blocks, SLA2 (router per head, rate x 10)", per_head))
+    assert f"with the linear branch, {with_branch:.1f}%, and without, {without:.1f}%" in page
+    assert "{:.1f}% instead of {:.1f}%, and {:.1f}% with a router".format(*both, without) in sla2_page
+    more = [lower(short, "blocks, SLA2 (router per head, rate x 10)", sla2), lower(short, per_head, shared)]
+    assert "it gains {:.1f} to {:.1f}% over a shared router".format(*more) in sla2_page
+    for seed in (0, 1):  # at every noise level
+        by_level = [zip(*short[f"{arm} #{seed}"]["after"], strict=True) for arm in (per_head, "blocks")]
+        assert all(sum(mine) < sum(theirs) for mine, theirs in zip(*by_level, strict=True))
+
+    def mean(arm, *keys):
+        found = [short[f"{arm} #{seed}"] for seed in (0, 1)]
+        for key in keys:
+            found = [x[key] for x in found]
+        return statistics.mean(found)
+
+    off = [
+        100 * statistics.mean(mean(arm, "velocity_error", "after", i) for i in range(4)) for arm in (per_head, "blocks")
+    ]
+    closer = mean(per_head, "videos", "psnr_db") - mean("blocks", "videos", "psnr_db")
+    said = "is off from the dense checkpoint's by {:.1f}% instead of {:.1f}%, and the videos are {:.1f} dB closer"
+    assert said.format(*off, closer) in page
+    to_dense, to_real = (
+        sorted((mean(arm, "frechet", key), arm) for arm in {x.rpartition(" #")[0] for x in short} - {"dense"})
+        for key in ("dense", "real")
+    )
+    assert [to_dense[i][1] for i in (0, -1)] == [per_head, "blocks"]
+    assert to_real[-1][1] == per_head
+    ends = [to_dense[-1][0], to_dense[0][0], to_real[0][0], to_real[-1][0], mean("blocks", "frechet", "dense_to_real")]
+    said = (
+        "falls with the loss, from {:.1f} to {:.1f}. The distance to the real clips does not: it is {:.1f} to {:.1f} "
+    )
+    assert (said + "for every arm and {:.1f} for the checkpoint").format(*ends) in page
+    assert f"**The router gains {lower(large, shared):.2f}% in this run.**" in page
+
+
 def test_the_readmes_losses_are_those_of_the_evidence(tables):
     readme = " ".join((ROOT / "README.md").read_text().split())
 
@@ -345,6 +401,11 @@ def test_the_readmes_losses_are_those_of_the_evidence(tables):
     said = "ends {} above the loss of dense attention, SLA {}, and SLA2 {}; 12.5% of the cubes, with VSA's and SLA's"
     assert f"{said} branches, {{}}.".format(*short) in readme
     assert "these are {}, {}, and {}.".format(*prices("quality_tiny_14400", "blocks", sla, sla2)) in readme
+    best = [
+        prices(f"quality_tiny_{name}", "blocks, router per head (rate x 10)")[0]
+        for name in ("per_head", "14400_per_head")
+    ]
+    assert "{} at the short length and {} at the long one".format(*best) in readme
 
 
 def _mean(losses):

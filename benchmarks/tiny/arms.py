@@ -88,6 +88,7 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         "blocks, SLA2 (fixed router, rate x 10)": Arm(sla2.replace(routing="fixed"), 10.0),
         "blocks, SLA2 (router per head, rate x 10)": Arm(sla2.replace(router="per_head"), 10.0),
         "blocks, router (rate x 10)": Arm(sla2.replace(linear_scope="none"), 10.0),
+        "blocks, router per head (rate x 10)": Arm(sla2.replace(linear_scope="none", router="per_head"), 10.0),
         "blocks (x 1.25)": Arm(plain.replace(keep_ratio=1.25 * blocks)),
         **{f"VSA {name}": Arm(VSAConfig(keep_ratio=cubes, tile=tile)) for name, tile in TILES.items()},
     }
