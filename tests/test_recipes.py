@@ -49,6 +49,9 @@ def test_recipes_are_those_of_the_papers():
     assert (sla.sparsity.attention.keep_ratio, sla.sparsity.attention.drop_ratio) == (0.05, 0.10)
     sla2 = RECIPES["wan-1.3b-sla2"]()
     assert (sla2.steps, sla2.batch_size, sla2.sparsity.attention) == (500, 64, SLA2Config(keep_ratio=0.05))
+    router = RECIPES["wan-1.3b-router"]()
+    own = {"linear_scope": "none", "router": "per_head", "token_order": "tile"}
+    assert (router.steps, router.sparsity.attention) == (500, sla2.sparsity.attention.replace(**own))
     vsa = RECIPES["wan-1.3b-vsa"]()
     annealing = vsa.sparsity.annealing
     assert (annealing.dense_steps, annealing.every, vsa.sparsity.attention.topk) == (50, 50, 32)

@@ -80,6 +80,12 @@ def wan_1_3b_sla2() -> TrainingConfig:
     )
 
 
+def wan_1_3b_router() -> TrainingConfig:
+    """Wan2.1-1.3B to exact blocks that a router in each head learns to choose, without a linear branch."""
+    attention = SLA2Config(keep_ratio=0.05, linear_scope="none", router="per_head", token_order="tile")
+    return wan_1_3b_sla2().replace(sparsity=SparsitySettings(attention), output=Path("wan-1.3b-router"))
+
+
 def wan_14b_sla() -> TrainingConfig:
     """Wan2.1-14B to SLA, sharded over the devices of `torchrun`."""
     return wan_1_3b_sla().replace(model=ModelSettings(WAN_14B), output=Path("wan-14b-sla"), parallel="fsdp")
@@ -180,6 +186,12 @@ def tiny_sla2() -> TrainingConfig:
     return _tiny_adapter("tiny-sla2", SLA2Config(keep_ratio=0.1, block_q=64, token_order="tile"))
 
 
+def tiny_router() -> TrainingConfig:
+    """The model that comes with foveal to 10% of the key blocks, which a router in each head learns to choose."""
+    attention = SLA2Config(keep_ratio=0.1, block_q=64, linear_scope="none", router="per_head", token_order="tile")
+    return _tiny_adapter("tiny-router", attention)
+
+
 def tiny_vsa() -> TrainingConfig:
     """The model that comes with foveal to VSA, 12.5% of the cubes read exactly, by LoRA."""
     return _tiny_adapter("tiny-vsa", VSAConfig(keep_ratio=0.125))
@@ -216,9 +228,11 @@ RECIPES: dict[str, Callable[[], TrainingConfig]] = {
     "tiny": tiny,
     "tiny-sla": tiny_sla,
     "tiny-sla2": tiny_sla2,
+    "tiny-router": tiny_router,
     "tiny-vsa": tiny_vsa,
     "wan-1.3b-sla": wan_1_3b_sla,
     "wan-1.3b-sla2": wan_1_3b_sla2,
+    "wan-1.3b-router": wan_1_3b_router,
     "wan-14b-sla": wan_14b_sla,
     "wan-1.3b-vsa": wan_1_3b_vsa,
     "wan-14b-vsa": wan_14b_vsa,
