@@ -47,3 +47,13 @@ def test_constants_do_not_pile_up():
         assert double(x) == 2 * x
         assert double(x) == 2 * x
     assert len(calls) == 200
+
+
+def test_nothing_is_kept_of_a_transform():
+    """A tensor made inside of torch.func is a wrapper, whose memory cannot be looked at when that has ended."""
+    clear_constants()
+    grid, x = VideoGrid(3, 4, 5), torch.randn(1, 1, 60, 4)
+    torch.func.grad(lambda x: grid.to_tile_order(x, (2, 2, 2)).square().sum())(x)
+    order = grid.to_tile_order(x, (2, 2, 2))
+    compiled = torch.compile(lambda x: grid.to_tile_order(x, (2, 2, 2)), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), order)

@@ -20,8 +20,8 @@ def cached_constant(function):
     """Computes once per arguments; `torch.compile` takes the result as it is, where it would trace through a cache.
 
     Never in inference mode: whoever trains after a first call there would meet tensors that autograd refuses. While
-    tensors are traced as fakes or functional ones (as in `torch.export`), or a CUDA graph is captured, the cache is
-    left out: what is made then is of no use afterwards. `clear_constants` empties all caches.
+    tensors are traced as fakes or functional ones (as in `torch.export`), wrapped by a transform of `torch.func`, or a
+    CUDA graph is captured, the cache is left out: what is made then is of no use afterwards. `clear_constants` empties all caches.
     """
     make = torch.inference_mode(False)(function)
     known: dict[tuple, Any] = {}
@@ -52,7 +52,9 @@ def clear_constants() -> None:
 
 
 def _traced() -> bool:
-    """Whether tensors that are made now are fakes, functional ones or proxies."""
+    """Whether tensors that are made now are fakes, functional ones, proxies, or wrapped by a transform."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
     if not torch._C._len_torch_dispatch_stack():
         return False
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
