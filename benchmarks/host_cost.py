@@ -1,4 +1,4 @@
-"""What a call of SLA or VSA costs the host, and where the time goes.
+"""What a call of SLA, SLA2, or VSA costs the host, and where the time goes.
 
     PYTHONPATH=src python benchmarks/host_cost.py [--profile] [--gpu [--out FILE]]
 
@@ -37,12 +37,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from launched_kernels import as_if_on
 
-from foveal import SLAConfig, VideoGrid, VSAConfig, sla_attention, vsa_attention
+from foveal import SLA2Config, SLAConfig, VideoGrid, VSAConfig, sla2_attention, sla_attention, vsa_attention
 from foveal.kernels import host
 from foveal.kernels.hopper import support
 from foveal.lab.bench.machine import machine
 from foveal.lab.bench.timing import HOST_CALLS, CudaTimer
 from foveal.methods.sla import attention as sla
+from foveal.methods.sla2 import blocks as sla2_blocks
 
 CALLS = 200
 LAYERS = 8
@@ -71,6 +72,7 @@ def without_launches():
     with pytest.MonkeyPatch.context() as patch, as_if_on(patch, "sm_90"):
         patch.setattr(JITFunction, "run", lambda kernel, *arguments, grid, warmup, **named: Launched())
         patch.setattr(sla, "fits_kernel", lambda *_: True)
+        patch.setattr(sla2_blocks, "fits_kernel", lambda *_: True)
         patch.setattr(support, "_why_not_device", lambda device: None)
         patch.setattr(torch, "bmm", lambda a, b, out: out)
         patch.setattr(host.DOORS["replay"], "on", True)
@@ -101,8 +103,20 @@ def cases() -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]]
     return {
         "SLA marginal": (sla_of("marginal"), [query, key, value, weight, bias]),
         "SLA all": (sla_of("all"), [query, key, value, weight, bias]),
+        "SLA2": (sla2_of("noncritical", "gluon"), [query, key, value, weight, weight.t().contiguous()]),
+        "SLA2, router only": (sla2_of("none", "gluon"), [query, key, value, *torch.randn(2, heads, *weight.shape)]),
         "VSA": (vsa, [query, key, value, gate]),
     }
+
+
+def sla2_of(scope: str, impl: str = "auto") -> Callable[..., torch.Tensor]:
+    """SLA2 with a router that learns where its projections have gradients."""
+    config = SLA2Config(block_q=64, linear_scope=scope)
+
+    def run(query, key, value, proj_query, proj_key):
+        return sla2_attention(query, key, value, config=config, proj_query=proj_query, proj_key=proj_key, impl=impl)
+
+    return run
 
 
 def milliseconds(function: Callable[[], object]) -> float:
@@ -139,6 +153,8 @@ def gpu_cases() -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tenso
     return {
         "SLA marginal": (sla_of("marginal"), [query, key, value, weight, bias]),
         "SLA all": (sla_of("all"), [query, key, value, weight, bias]),
+        "SLA2": (sla2_of("noncritical"), [query, key, value, weight, weight.t().contiguous()]),
+        "SLA2, router only": (sla2_of("none"), [query, key, value, *make(2, heads, head_dim, head_dim).float()]),
         "VSA": (vsa, [query, key, value, gate]),
         "cuDNN": (dense, [query, key, value]),
     }
@@ -199,7 +215,7 @@ def on_gpu(profiled: bool, out: Path | None, commit: str | None) -> None:
                 figures = {"back_to_back_ms": statistics.median(times), "queued_ms": queued}
                 way = "as it is" if name == "cuDNN" else "replayed" if replays else "worked out"
                 found.setdefault(name, {}).setdefault(label, {})[way] = figures
-                print(f"{name:14} {label:22} {way:10} " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+                print(f"{name:18} {label:22} {way:10} " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
                 print(per_launch, flush=True)
                 if profiled:
                     torch.cuda.synchronize()
@@ -264,7 +280,7 @@ def main() -> None:
     with without_launches():
         for name, (run, tensors) in cases().items():
             for label, function in passes(run, tensors).items():
-                print(f"{name:14} {label:22} {milliseconds(function) / calls_of(label):.3f} ms")
+                print(f"{name:18} {label:22} {milliseconds(function) / calls_of(label):.3f} ms")
                 if options.profile:
                     show_profile(function)
 

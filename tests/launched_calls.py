@@ -17,9 +17,7 @@ from foveal import SLAConfig, VideoGrid, VSAConfig
 from foveal.kernels.tail import pooled_tail
 from foveal.kernels.triton import pooling, select
 from foveal.kernels.triton.linear import Keys, key_state_sums
-from foveal.kernels.values import Problem
-from foveal.methods.sla2.gpu import exact_score_gradient
-from foveal.methods.sla2.routing import Ranked
+from foveal.methods.sla2.gpu_exact import ExactCall, ExactOptions, sla2_exact_gpu
 from foveal.methods.vsa.gpu import select_cubes_gpu
 from foveal.methods.vsa.layout import CubeLayout
 from foveal.rules import SelectionRule
@@ -96,13 +94,13 @@ def sla2(head_dim, block_q, block_k, dtype, padded, feature_map="softmax", train
 
 
 def router(head_dim, block_q, block_k, dtype, padded):
-    """The gradient of SLA2's router where there is no linear branch."""
+    """SLA2 where there is no linear branch, and its backward while its router learns."""
     inputs = _inputs(head_dim, dtype)
+    weights = [torch.zeros(2, head_dim, head_dim, requires_grad=True) for _ in range(2)]
     selection = random_selection(**SIZES, block_q=block_q, block_k=block_k, kv_lengths=_lengths(padded))
-    rows, columns = selection.num_query_blocks, selection.num_key_blocks
-    ranked, lse = Ranked(torch.zeros(1, 2, rows, columns), 0.1), torch.zeros(1, 2, inputs[0].shape[2])
-    output = torch.empty_like(inputs[0])
-    exact_score_gradient(Problem(*inputs, selection, 0.125), output, output, lse, ranked)
+    call = ExactCall(*inputs, *weights, None, None, None, selection)
+    (output,) = sla2_exact_gpu(call, ExactOptions(0.125, 0.1, "triton"))
+    torch.autograd.grad(output.sum(), [*inputs, *weights])
 
 
 def tail(head_dim, block_q, dtype):

@@ -30,9 +30,8 @@ def sla2_attention_gpu(query, key, value, choice, scale, feature_map, backend):
     """With a router and log-odds of alpha as they start; the router is trained if the inputs are."""
     eye, rows = torch.eye(query.shape[3]), -(-query.shape[2] // choice.block_q)
     logits = block_logits(start_logits(query.shape[1], 1, 0.9), rows)
-    columns = -(-key.shape[2] // choice.block_k)
-    scores = query.new_zeros((*query.shape[:2], rows, columns), dtype=torch.float32) if query.requires_grad else None
-    call = sla2.SLA2Call(query, key, value, logits, scores, eye, eye, choice)
+    router = (eye, eye, None, None) if query.requires_grad else (None, None, eye, eye)
+    call = sla2.SLA2Call(query, key, value, logits, *router, None, choice)
     return sla2.sla2_attention_gpu(call, sla2.SLA2Options(scale, 0.1, feature_map, backend))[0]
 
 

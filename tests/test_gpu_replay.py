@@ -4,7 +4,7 @@ import pytest
 import torch
 from counted_replays import replays
 
-from foveal import SLAConfig, VideoGrid, VSAConfig, sla_attention, vsa_attention
+from foveal import SLA2Config, SLAConfig, VideoGrid, VSAConfig, sla2_attention, sla_attention, vsa_attention
 from foveal.kernels import host
 from foveal.kernels.record import POOL_BYTES
 from foveal.methods.sla import gpu_forward
@@ -26,6 +26,17 @@ def attention(name: str):
             return vsa_attention(query, key, value, config=config, grid=GRID, gate_coarse=coarse, gate_fine=fine)
 
         return vsa, 2 if "both gates" in options else 1
+    if method == "sla2":
+        scope, router = (
+            "none" if "none" in options else "noncritical",
+            "per_head" if "per head" in options else "shared",
+        )
+        routed = SLA2Config(keep_ratio=0.2, block_q=64, linear_scope=scope, router=router)
+
+        def sla2(query, key, value, proj_query, proj_key):
+            return sla2_attention(query, key, value, config=routed, proj_query=proj_query, proj_key=proj_key)
+
+        return sla2, 2
     config = SLAConfig(
         keep_ratio=0.2,
         block_q=128 if "128" in options else 64,
@@ -49,6 +60,8 @@ NAMES = [
     "sla, all, 128",
     "sla, none",
     "sla, tile",
+    "sla2",
+    "sla2, none, per head",
     "vsa",
     "vsa, both gates",
     "vsa, wide",
@@ -65,6 +78,9 @@ def tensors_of(name: str, seed: int, head_dim: int) -> list[torch.Tensor]:
     heads = [normal(2, GRID.num_tokens, 3, head_dim).transpose(1, 2) for _ in range(3 + more * name.startswith("vsa"))]
     if name.startswith("vsa") or not more:
         return heads
+    if name.startswith("sla2"):
+        shape = (3,) * ("per head" in name) + (head_dim, head_dim)
+        return [*heads, *(normal(*shape, dtype=torch.float32) / 8 for _ in range(2))]
     return [*heads, normal(head_dim, head_dim, dtype=torch.float32) / 8, normal(head_dim, dtype=torch.float32)]
 
 

@@ -287,7 +287,11 @@ def test_arguments_of_a_direct_launch():
     assert made == [first + 8, second + 8]
 
 
-INTERPRETED = ["sla, marginal", "sla, all, strides", "sla, selection", "vsa", "vsa, both gates, text", "vsa, two slots"]
+INTERPRETED = [
+    *("sla, marginal", "sla, all, strides", "sla, selection"),
+    *("vsa", "vsa, both gates, text", "vsa, two slots"),
+    "sla2, no linear branch",
+]
 
 
 def run_replays(name: str) -> None:
@@ -295,6 +299,7 @@ def run_replays(name: str) -> None:
     from on_kernels import selection_rule, sla_attention_gpu, vsa_attention_gpu
 
     from foveal import SLAConfig, VideoGrid, VSAConfig, select_blocks
+    from foveal.methods.sla2.gpu_exact import ExactCall, ExactOptions, sla2_exact_gpu
     from foveal.methods.vsa.layout import CubeLayout
     from foveal.testing import make_inputs, output_and_gradients
 
@@ -307,6 +312,15 @@ def run_replays(name: str) -> None:
         query, key, value = make_inputs(**lengths, **sizes)
         generator = torch.Generator().manual_seed(seed)
         weight, bias = (torch.randn(shape, generator=generator) / 8 for shape in ((64, 64), (64,)))
+        if name.startswith("sla2"):
+            rule = selection_rule(query, key, **blocks, keep_ratio=0.5)
+            weights = [torch.randn(1, 64, 64, generator=generator) / 8 for _ in range(2)]
+
+            def routed(query, key, value, *weights):
+                call = ExactCall(query, key, value, *weights, None, None, None, rule)
+                return sla2_exact_gpu(call, ExactOptions(0.125, 0.1, "triton"))[0]
+
+            return (query, key, value, *weights), routed
         if name.startswith("sla"):
             config = SLAConfig(
                 keep_ratio=0.5, drop_ratio=0.0, feature_map="relu", linear_scope="all" if "all" in name else "marginal"

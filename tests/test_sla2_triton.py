@@ -17,6 +17,7 @@ CASES = {
     "no linear branch": (64, 64, 64, 2, 150, 330, (330, 201), None, "bfloat16"),
     "no linear branch, wide, eight bits": (128, 64, 128, 1, 150, 201, None, None, "float16"),
     "a router for each head": (64, 64, 64, 2, 150, 201, (201, 130), 1.0, "bfloat16"),
+    "no linear branch, a router for each head": (64, 64, 64, 2, 70, 201, (201, 130), None, "bfloat16"),
 }
 NAMES = ("output", "grad_query", "grad_key", "grad_value", "grad_alpha", "grad_proj_query", "grad_proj_key")
 
@@ -41,7 +42,7 @@ def make_case(name, device):
     generator = torch.Generator().manual_seed(2)
     # Without a linear branch they are not read.
     logits = (logit or 0.0) + torch.randn(heads, 2, generator=generator) / 4
-    shape = (heads,) * (name == "a router for each head") + (head_dim, head_dim)
+    shape = (heads,) * ("a router for each head" in name) + (head_dim, head_dim)
     projections = (torch.randn(shape, generator=generator) / head_dim**0.5 for _ in range(2))
     weights = (x.to(device) for x in (logits, *projections))
     lengths = None if lengths is None else torch.tensor(lengths, device=device)
@@ -117,8 +118,25 @@ def run_case(name: str) -> None:
     check_case(name, "cpu", attend)
 
 
+def with_fakes(run):
+    """The forward of an operator, whose results must be as its fakes say."""
+
+    def checked(self, tensors, given):
+        from foveal.kernels.values import unflatten
+
+        numbers, options, save = given
+        results = run(self, tensors, given)
+        outputs, saved = self._fake(unflatten(tensors, numbers), options)
+        fakes = [*outputs, *saved] if save else outputs
+        known = [[(x.shape, x.stride(), x.dtype) for x in several] for several in (results, fakes)]
+        assert known[0] == known[1]
+        return results
+
+    return checked
+
+
 def run_ways() -> None:
-    """The custom operators, checkpointed or not, give the bits of the autograd function."""
+    """The custom operators, checkpointed or not, give the bits of the autograd function, in what their fakes tell."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -129,19 +147,23 @@ def run_ways() -> None:
     pretend_to_be_on("sm_90")
     api.why_not = lambda backend, *_, **__: None if backend == "triton" else "interpreted"
     blocks.fits_kernel = lambda *_: True
-    inputs, config, _ = make_case("128 features", "cpu")
+    operator.KernelOperator.run = with_fakes(operator.KernelOperator.run)
+    is_plain = operator.is_plain
+    for name in ("128 features", "no linear branch, a router for each head"):
+        inputs, config, lengths = make_case(name, "cpu")
 
-    def attend(query, key, value, logits, proj_query, proj_key):
-        named = {"alpha_logits": logits, "proj_query": proj_query, "proj_key": proj_key}
-        return attention.sla2_attention(query, key, value, config=config, impl="triton", **named)
+        def attend(query, key, value, logits, proj_query, proj_key, config=config, lengths=lengths):
+            named = {**ratio(config, logits), "proj_query": proj_query, "proj_key": proj_key, "kv_lengths": lengths}
+            return attention.sla2_attention(query, key, value, config=config, impl="triton", **named)
 
-    expected = output_and_gradients(attend, inputs)
-    operator.is_plain = lambda *_: False
-    for way in (attend, lambda *x: checkpoint(attend, *x, use_reentrant=False)):
-        got = output_and_gradients(way, inputs)
-        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-    with torch.no_grad():  # which keeps no states, and rounds Z as it rounds H
-        assert relative_error(attend(*inputs), expected[0]) < 5e-3
+        operator.is_plain = is_plain
+        expected = output_and_gradients(attend, inputs)
+        operator.is_plain = lambda *_: False
+        for way in (attend, lambda *x, attend=attend: checkpoint(attend, *x, use_reentrant=False)):
+            got = output_and_gradients(way, inputs)
+            assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+        with torch.no_grad():  # which keeps no states, and rounds Z as it rounds H
+            assert relative_error(attend(*inputs), expected[0]) < 5e-3
 
 
 def main(names) -> None:

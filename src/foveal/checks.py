@@ -21,7 +21,8 @@ def cached_constant(function):
 
     Never in inference mode: whoever trains after a first call there would meet tensors that autograd refuses. While
     tensors are traced as fakes or functional ones (as in `torch.export`), wrapped by a transform of `torch.func`, or a
-    CUDA graph is captured, the cache is left out: what is made then is of no use afterwards. `clear_constants` empties all caches.
+    CUDA graph is captured, the cache is left out: what is made then is of no use afterwards. `clear_constants` empties
+    all caches.
     """
     make = torch.inference_mode(False)(function)
     known: dict[tuple, Any] = {}

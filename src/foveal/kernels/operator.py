@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from foveal.checks import without_autocast
 from foveal.kernels.host import CACHES, has_saved_tensor_hooks, is_plain, on_device_of, refuse_forward_mode, remember
 from foveal.kernels.record import Packing
 from foveal.kernels.replay import Replays, kind_of
@@ -141,6 +142,7 @@ class KernelOperator:
         found = self._backward_op(tensors, ctx.numbers, *ctx.options, [*given, ctx.keeps])
         return [*found, *[None] * (ctx.num_tensors - len(found))], None, None, None, None
 
+    @without_autocast
     def _gradients_op(self, tensors, numbers, factors, words, given) -> list[Tensor]:
         *given, keeps = given
         saved = iter(tensors)
@@ -186,6 +188,7 @@ class PlainCalls:
         # Checkpointing counts what is saved, here and when it calls again.
         return (self._training if has_saved_tensor_hooks() else self._packing)(tensors)
 
+    @without_autocast
     def gradients(self, saved: Sequence[Tensor], grads: Sequence[Tensor | None], packing: Packing | None) -> Tensors:
         """The gradients of the inputs, of what a forward saved, with its packing, and the outputs' gradients."""
         count = len(saved)

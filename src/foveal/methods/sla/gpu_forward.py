@@ -64,7 +64,7 @@ class Choice(NamedTuple):
     rule: how to choose. scale: of the softmax. lists: what is written.
     query: of all heads what `pick` takes, [B * H, Tq, D].
     key: the same; None for what comes with the states of keys.
-    project_key: float32 [D, D], what maps these means (x W^T); None for the identity.
+    project_key: float32 [D, D] or [B * H, D, D], what maps these means (x W^T); None for the identity.
     """
 
     rule: SelectionRule
@@ -92,14 +92,15 @@ class Choice(NamedTuple):
             return cls(rule, scale, lists, *(x.flatten(0, 1) for x in ranked_of(query, key, rule, scale)), None)
         pooled, project_key = pool(query, rule.block_q, quarters=bool(rule.quarters)).flatten(0, 1), None
         if projections is not None:
-            pooled, project_key = pooled @ projections[0].t(), projections[1]
+            pooled, project_key = pooled @ projections[0].mT, projections[1]
         return cls(rule, scale, lists, pooled, None, project_key)
 
     def make(self, pairs: range, means: Tensor | None) -> None:
         """Writes the lists and the mask of these pairs, whose keys have these means, of blocks or of quarters."""
         key = means if self.key is None else self.key[pairs.start : pairs.stop]
         if self.project_key is not None:
-            key = key @ self.project_key.t()
+            weight = self.project_key if self.project_key.dim() == 2 else self.project_key[pairs.start : pairs.stop]
+            key = key @ weight.mT
         query = self.query if len(pairs) == self.query.shape[0] else self.query[pairs.start : pairs.stop]
         pick(query, key, self.scale, self.rule, pairs.start, self.lists, Sizes(key=self.rule.key_block_sizes))
 
@@ -134,7 +135,8 @@ def forward_in_groups(
         rule: how to choose, into the problem's lists and `mask`; None if they hold a choice already.
         term: the linear branch without its states.
         keep_states: whether a backward follows.
-        projections: float32 [D, D] each, what maps pooled queries and keys (x W^T) before a rule scores them.
+        projections: float32 [D, D] or [B * H, D, D] each, what maps pooled queries and keys (x W^T) before a rule
+            scores them.
         weigh: what writes `term.mix` of some pairs, whose lists it may read; None where there is no mix, as with a sum
             over every key.
     """

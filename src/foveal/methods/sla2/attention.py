@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from foveal.blocks import BlockSelection, pool_blocks
+from foveal.blocks import BlockSelection
 from foveal.checks import check_choice, check_positive_int, check_scale, validate_qkv, without_autocast
 from foveal.kernels.api import IMPLS, SLOW_SELECTION, Ran, choose_impl, may_note
 from foveal.kernels.backend import name_of
@@ -23,6 +23,9 @@ from foveal.methods.sla2.routing import Ranked, Router, ranked_scores
 from foveal.methods.sla2.soft import sla2_attention_soft
 from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div
+
+if TYPE_CHECKING:
+    from foveal.methods.sla2.gpu_choice import CallRouter
 
 # Why a call on a GPU's kernels is slower than others, in `Ran`.
 SLOW_ROUTING = 'routing="soft" reads every block, in PyTorch'
@@ -107,20 +110,35 @@ def _attend(
     soft, on_kernels = config.routing == "soft", ran.impl in ("triton", "gluon")
     if soft and on_kernels:
         ran = ran.but(SLOW_ROUTING)
-    exact, per_head = config.linear_scope == "none", any(x is not None and x.dim() == 3 for x in weights.router)
+    exact = config.linear_scope == "none"
     if selection is not None:
         choice = blocks.checked(selection)
-    elif on_kernels and blocks.packed is None and not (blocks.slow or soft or exact or per_head):
+    elif on_kernels and blocks.packed is None and not (blocks.slow or soft):
         choice = blocks.rule()
     else:
         choice = blocks.choose(weights.router, scale)
         if on_kernels and blocks.slow:
             ran = ran.but(SLOW_SELECTION)
+    inputs = blocks.query, blocks.in_blocks(key), blocks.in_blocks(value)
+    if exact and on_kernels and not soft:
+        from foveal.methods.sla2.gpu_exact import ExactCall, ExactOptions, sla2_exact_gpu
+
+        learning, fixed, ranked = _router_of(blocks, choice, weights.router)
+        options = ExactOptions(scale, config.temperature, name_of(ran.impl, config.precision))
+        (output,) = sla2_exact_gpu(ExactCall(*inputs, *learning, *fixed, ranked, choice), options)
+        return blocks.output(output, query, key, value, scale), ran
     logits = weights.alpha_logits
     if logits is None:  # without a linear branch nothing is weighed by them
         logits = start_logits(query.shape[1], 1, config.alpha, query.device)
-    inputs = blocks.query, blocks.in_blocks(key), blocks.in_blocks(value)
-    ranked = _ranked(inputs, blocks, choice, weights.router, scale, on_kernels and not soft)
+    if on_kernels and not soft:
+        from foveal.methods.sla2.gpu import SLA2Call, SLA2Options, sla2_attention_gpu
+
+        learning, fixed, ranked = _router_of(blocks, choice, weights.router)
+        options = SLA2Options(scale, config.temperature, config.feature_map, name_of(ran.impl, config.precision))
+        logits = block_logits(logits.float(), ceil_div(blocks.query.shape[2], config.block_q))
+        (output,) = sla2_attention_gpu(SLA2Call(*inputs, logits, *learning, *fixed, ranked, choice), options)
+        return blocks.output(output, query, key, value, scale), ran
+    ranked = _ranked(inputs, blocks, choice, weights.router, scale)
     if ran.impl == "reference":
         from foveal.methods.sla2.reference import sla2_attention_reference
 
@@ -135,21 +153,28 @@ def _attend(
             proj_key_DD=weights.router.key,
         )
     elif exact and not soft:
-        output = sla2_attention_exact(*inputs, config, choice, scale, ranked, ran.impl)
+        output = sla2_attention_exact(*inputs, config, choice, scale, ranked)
     elif soft:
         output = sla2_attention_soft(*inputs, config, choice, scale, logits, ranked)
-    elif on_kernels:
-        from foveal.methods.sla2.gpu import SLA2Call, SLA2Options, projections_of, sla2_attention_gpu
-
-        backend = name_of(ran.impl, config.precision)
-        options = SLA2Options(scale, config.temperature, config.feature_map, backend)
-        logits = block_logits(logits.float(), ceil_div(blocks.query.shape[2], config.block_q))
-        scores = None if ranked is None else ranked.scores
-        call = SLA2Call(*inputs, logits, scores, *projections_of(choice, weights.router), choice)
-        (output,) = sla2_attention_gpu(call, options)
     else:
         output = sla2_attention_torch(*inputs, config, choice, scale, logits, ranked)
     return blocks.output(output, query, key, value, scale), ran
+
+
+def _learns(config: SLA2Config, router: Router) -> bool:
+    """Whether a call's choice gives the router's projections a gradient."""
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in router)
+    return config.routing != "fixed" and differentiable
+
+
+def _router_of(blocks: CallBlocks, choice: BlockSelection | SelectionRule, router: Router) -> CallRouter:
+    """The router of a call on kernels, which chooses by its weights, learns, or does both."""
+    from foveal.methods.sla2.gpu_choice import CallRouter, in_float32, without_history
+
+    if _learns(blocks.config, router):
+        sizes = choice.key_block_sizes
+        return CallRouter(in_float32(router), ranked=None if blocks.ranks_all(sizes) else blocks.ranked(sizes))
+    return CallRouter(fixed=without_history(router)) if isinstance(choice, SelectionRule) else CallRouter()
 
 
 def _ranked(
@@ -158,18 +183,13 @@ def _ranked(
     choice: BlockSelection | SelectionRule,
     router: Router,
     scale: float,
-    on_kernels: bool,
 ) -> Ranked | None:
     """The scores by which the router's projections get a gradient or blocks weights; None where neither is so."""
     config = blocks.config
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in router)
-    if config.routing != "soft" and (config.routing == "fixed" or not learns):
+    if config.routing != "soft" and not _learns(config, router):
         return None
-    pool = pool_blocks
-    if on_kernels:
-        from foveal.methods.sla2.gpu import pool_gpu as pool
     ranked = blocks.ranked(choice.key_block_sizes)
-    return Ranked(ranked_scores(*inputs[:2], router, choice, ranked, scale, pool), config.temperature)
+    return Ranked(ranked_scores(*inputs[:2], router, choice, ranked, scale), config.temperature)
 
 
 def _validate_weights(query: Tensor, weights: Weights, config: SLA2Config) -> None:

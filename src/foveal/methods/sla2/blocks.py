@@ -107,7 +107,7 @@ class CallBlocks:
             of_pooled = rule._replace(block_q=1, block_k=1, key_block_sizes=None)  # whose tokens are blocks
             critical, counts, _ = choose_blocks(*pooled, scale, of_pooled, False)
         else:
-            from foveal.methods.sla2.gpu import choose_gpu
+            from foveal.methods.sla2.gpu_choice import choose_gpu
 
             critical, counts = choose_gpu(query, key, rule, router, scale)
         selection = BlockSelection.by_rule(rule, query, key, critical, counts)
@@ -126,6 +126,11 @@ class CallBlocks:
                 f"but config asks for {blocks[0]}x{blocks[1]}"
             )
         return selection if self.packed is None else dataclasses.replace(selection, key_block_sizes=self.packed.sizes)
+
+    def ranks_all(self, sizes: Tensor | None) -> bool:
+        """Whether every key block is the router's choice."""
+        protected = self.protected_keys is not None and self.protected_keys[0] < self.protected_keys[1]
+        return self.packed is None and sizes is None and not protected
 
     def ranked(self, sizes: Tensor | None) -> Tensor:
         """bool [B or 1, C]: which of the first C key blocks are the router's choice, by the blocks' valid tokens."""

@@ -1,4 +1,4 @@
-"""SLA2 without its linear branch: the exact branch of what the router chooses, and the gradient of its choice.
+"""SLA2 without its linear branch, in PyTorch: attention over the blocks that the router chooses, and its gradient.
 
     O = softmax(q K^T * scale) V over the keys of the critical blocks
 
@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from foveal.blocks import BlockSelection
 from foveal.kernels.api import block_sparse_attention
-from foveal.kernels.host import on_device_of
 from foveal.kernels.values import Problem, flatten, unflatten
 from foveal.methods.sla2.config import SLA2Config
 from foveal.methods.sla2.routing import Ranked, RowFacts, score_gradient
@@ -28,15 +27,14 @@ def sla2_attention_exact(
     selection: BlockSelection,
     scale: float,
     ranked: Ranked | None,
-    impl: str,
 ) -> Tensor:
-    """O, [B, H, Lq, D], differentiable, in the scores of `ranked` too; `impl` is "torch" or that of a GPU's kernels."""
-    how = {"scale": scale, "impl": impl, "precision": config.precision}
+    """O, [B, H, Lq, D], differentiable, in the scores of `ranked` too."""
+    how = {"scale": scale, "impl": "torch", "precision": config.precision}
     if ranked is None:
         return block_sparse_attention(query, key, value, selection, **how)
     output, lse = block_sparse_attention(query, key, value, selection, return_lse=True, **how)
     tensors, numbers = flatten(selection)
-    options = numbers, ranked.temperature, scale, impl != "torch"
+    options = numbers, ranked.temperature, scale
     return _Choice.apply(output, ranked.scores, options, query, key, value, lse, *tensors)
 
 
@@ -70,14 +68,8 @@ def _score_gradient_op(
     selection_numbers: list[int],
     temperature: float,
     scale: float,
-    on_kernels: bool,
 ) -> Tensor:
     problem = Problem(query, key, value, unflatten(selection_tensors, selection_numbers), scale)
-    if on_kernels:
-        from foveal.methods.sla2.gpu import exact_score_gradient
-
-        with on_device_of(query):  # Triton launches on the current device
-            return exact_score_gradient(problem, grad, output, lse, Ranked(scores, temperature))
     dots = (grad.to(output.dtype) * output).sum(-1, dtype=lse.dtype)
     alpha = lse.new_ones((*lse.shape[:2], problem.selection.num_query_blocks))
     facts = RowFacts(alpha, None, lse, dots, None)

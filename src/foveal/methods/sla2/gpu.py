@@ -21,22 +21,18 @@ from torch import Tensor
 
 from foveal.blocks import BlockSelection
 from foveal.kernels.backend import BackwardCall, QuerySide, backend_named
-from foveal.kernels.host import on_device_of
 from foveal.kernels.int8 import lse_shift
 from foveal.kernels.operator import KernelOperator
-from foveal.kernels.triton.backward import output_delta
 from foveal.kernels.triton.choice_gradient import GainFacts, exact_gain, linear_loss, scores_gradient
 from foveal.kernels.triton.linear import Keys, Means, key_states
 from foveal.kernels.triton.lists import column_lists, noncritical_mask, padded_blocks
 from foveal.kernels.triton.mixing import write_mix
-from foveal.kernels.triton.pooling import pool
-from foveal.kernels.triton.select import select
-from foveal.kernels.values import LinearTerm, Problem, flatten, linear_term, packable, unflatten
+from foveal.kernels.values import LinearTerm, Problem, linear_term, packable
 from foveal.methods.sla.gpu import fake_results, made_by_rule, mask_operand, new_selection, used_selection
 from foveal.methods.sla.gpu_backward import own_states
 from foveal.methods.sla.gpu_forward import Results, forward_in_groups, keys_of
+from foveal.methods.sla2.gpu_choice import Scored, pooled
 from foveal.methods.sla2.mixing import branches_with_keys, to_tokens
-from foveal.methods.sla2.routing import Ranked, Router
 from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div
 
@@ -47,9 +43,7 @@ class SLA2Call(NamedTuple):
 
     query: [B, H, Lq, D]. key, value: [B, H, Lk, D].
     logits: float32 [1, H, Tq], log-odds of alpha.
-    scores: those of `Ranked`, or None; only the backward reads them.
-    proj_query, proj_key: the router's projections, float32 [D, D] and without their history, for a rule; see
-        `projections_of`.
+    proj_query, proj_key, fixed_query, fixed_key, ranked: the fields of a `CallRouter`.
     choice: what was chosen, or a rule for what the router's scores choose on the way.
     """
 
@@ -57,10 +51,20 @@ class SLA2Call(NamedTuple):
     key: Tensor
     value: Tensor
     logits: Tensor
-    scores: Tensor | None
     proj_query: Tensor | None
     proj_key: Tensor | None
+    fixed_query: Tensor | None
+    fixed_key: Tensor | None
+    ranked: Tensor | None
     choice: BlockSelection | SelectionRule
+
+    @property
+    def projections(self) -> tuple[Tensor, Tensor] | None:
+        """By which a rule chooses, float32 [D, D] or [B * H, D, D]; None for the means as they are."""
+        weights = (self.fixed_query, self.fixed_key) if self.proj_query is None else (self.proj_query, self.proj_key)
+        if weights[0] is None:
+            return None
+        return tuple(x if x.dim() == 2 else x.repeat(self.query.shape[0], 1, 1) for x in weights)
 
 
 class SLA2Options(NamedTuple):
@@ -70,60 +74,6 @@ class SLA2Options(NamedTuple):
     temperature: float
     feature_map: str
     backend: str
-
-
-def projections_of(choice: BlockSelection | SelectionRule, router: Router) -> tuple[Tensor | None, Tensor | None]:
-    """What a call reads of the router: nothing where the choice is made."""
-    return (None, None) if isinstance(choice, BlockSelection) else _float32(router)
-
-
-def _float32(router: Router) -> tuple[Tensor | None, Tensor | None]:
-    """The projections without their history: the scores have that."""
-    if router.query is None and router.key is None:
-        return None, None
-    known = next(x for x in router if x is not None)
-    eye = torch.eye(known.shape[-1], device=known.device)
-    return tuple(eye if x is None else x.detach().float() for x in router)
-
-
-def choose_gpu(query: Tensor, key: Tensor, rule: SelectionRule, router: Router, scale: float) -> tuple[Tensor, Tensor]:
-    """The lists and counts of a rule over the router's scores; `BlockSelection` has their shapes."""
-    return _choose_op(query.detach(), key.detach(), *_float32(router), *flatten(rule), scale)
-
-
-@torch.library.custom_op("foveal::sla2_choose_gpu", mutates_args=())
-def _choose_op(
-    query: Tensor,
-    key: Tensor,
-    proj_query: Tensor | None,
-    proj_key: Tensor | None,
-    rule_tensors: list[Tensor],
-    rule_numbers: list[int],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    rule, router = unflatten(rule_tensors, rule_numbers), Router(proj_query, proj_key)
-    with on_device_of(query):  # Triton launches on the current device
-        pooled = router.project(pool(query, rule.block_q), pool(key, rule.block_k, rule.key_block_sizes))
-        return select(*pooled, scale, rule, with_marginal=False)[:2]
-
-
-@_choose_op.register_fake
-def _(query, key, proj_query, proj_key, rule_tensors, rule_numbers, scale):
-    rule = unflatten(rule_tensors, rule_numbers)
-    rows = (*query.shape[:2], ceil_div(query.shape[2], rule.block_q))
-    return query.new_empty((*rows, rule.width), dtype=torch.int32), query.new_empty(rows, dtype=torch.int32)
-
-
-@torch.library.custom_op("foveal::sla2_pool_gpu", mutates_args=())
-def pool_gpu(x: Tensor, block: int, sizes: Tensor | None) -> Tensor:
-    """`pool_blocks` of half-precision tensors on a GPU."""
-    with on_device_of(x):  # Triton launches on the current device
-        return pool(x, block, sizes)
-
-
-@pool_gpu.register_fake
-def _(x, block, sizes):
-    return x.new_empty((*x.shape[:2], ceil_div(x.shape[2], block), x.shape[3]), dtype=torch.float32)
 
 
 def _counts(selection: BlockSelection) -> Tensor:
@@ -150,13 +100,12 @@ def _forward(call: SLA2Call, options: SLA2Options, save: bool) -> tuple[tuple[Te
 
     term = linear_term(options.feature_map, None, None, query)._replace(mix=mix)
     problem, backend = Problem(query, key, value, selection, options.scale), backend_named(options.backend)
-    projections = None if call.proj_query is None else (call.proj_query, call.proj_key)
-    results = forward_in_groups(problem, mask, rule, term, backend, save, projections, weigh)
+    results = forward_in_groups(problem, mask, rule, term, backend, save, call.projections, weigh)
     return results[:1], (*results[1:], mix, *made_by_rule(choice, selection))
 
 
 def _backward(call: SLA2Call, options: SLA2Options, outputs, saved, grads) -> tuple[Tensor | None, ...]:
-    query, key, value, _, scores = call[:5]
+    query, key, value = call[:3]
     results, mix, (grad,) = Results(*outputs, *saved[:4]), saved[4], grads
     selection = used_selection(call.choice, query, key, saved[5:])
     block_q, (batch, heads, length, _) = selection.block_q, query.shape
@@ -170,8 +119,12 @@ def _backward(call: SLA2Call, options: SLA2Options, outputs, saved, grads) -> tu
     problem = Problem(query, key, value, selection, options.scale)
     exact_dot, linear_dot = dots
     query_side = QuerySide(query, results.output, grad, term, block_q, grad_query, exact_dot, linear_dot=linear_dot)
-    loss = None if scores is None else torch.empty_like(scores, memory_format=torch.contiguous_format)
-    look = None if loss is None else partial(_write_loss, keys_of(problem, term), mask.shape[2], loss)
+    weights = call.proj_query, call.proj_key
+    scored = look = None
+    if call.proj_query is not None:
+        scored = Scored.of(pooled(query, key, selection), weights, call.ranked, options.scale)
+        loss = torch.empty_like(scored.scores, memory_format=torch.contiguous_format)
+        look = partial(_write_loss, keys_of(problem, term), mask.shape[2], loss)
     side = own_states(query_side, mask, backend, look)
     key_side = LinearTerm(options.feature_map, state=side.state, norm=side.norm, means=results.means)
     columns = column_lists(selection)
@@ -182,25 +135,14 @@ def _backward(call: SLA2Call, options: SLA2Options, outputs, saved, grads) -> tu
     # alpha (1 - alpha) (dO . O^s - dO . O^l). Where a branch has no keys, both weights are 1 whatever alpha is.
     of_rows = torch.where(alpha + rest < 2, alpha * (rest * exact_sum - linear_sum), 0)
     grad_logits = of_rows.sum(0, keepdim=True)
-    if scores is None:
-        return *grads, grad_logits, None
+    if scored is None:
+        return *grads, grad_logits, None, None
     if backend.centers_keys:
         lse = lse + lse_shift(query, key, selection, options.scale)
     unread = noncritical_mask(selection)
-    gain = exact_gain(problem, grad, unread, GainFacts(mix, lse, exact_dot), scores.shape[3])
-    of_scores = scores_gradient(scores, options.temperature, unread, gain, loss)
-    return *grads, grad_logits, of_scores
-
-
-def exact_score_gradient(problem: Problem, grad: Tensor, output: Tensor, lse: Tensor, ranked: Ranked) -> Tensor:
-    """The gradient of the scores, [B, H, Tq, C], where there is only the exact branch; of half-precision tensors."""
-    selection = problem.selection.with_contiguous_lists()
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    unread = noncritical_mask(selection)
-    mix = lse.new_ones((lse.shape[0] * lse.shape[1], selection.num_query_blocks, 2))
-    facts = GainFacts(mix, lse.contiguous(), output_delta(grad, output, None))
-    gain = exact_gain(problem._replace(selection=selection), grad, unread, facts, ranked.scores.shape[3])
-    return scores_gradient(ranked.scores, ranked.temperature, unread, gain, None)
+    gain = exact_gain(problem, grad, unread, GainFacts(mix, lse, exact_dot), scored.scores.shape[3])
+    of_scores = scores_gradient(scored.scores, options.temperature, unread, gain, loss)
+    return *grads, grad_logits, *scored.gradients(of_scores, weights, options.scale)
 
 
 def _write_loss(keys: Keys, columns: int, loss: Tensor, pairs: range, grad_state: Tensor, grad_norm: Tensor) -> None:
@@ -224,5 +166,5 @@ def _fake(call: SLA2Call, options: SLA2Options) -> tuple[tuple[Tensor], tuple[Te
 
 # alpha O_s + (1 - alpha) O_l, [B, H, Lq, D].
 sla2_attention_gpu = KernelOperator(
-    "foveal::sla2_gpu", inputs=5, options=SLA2Options, forward=_forward, backward=_backward, fake=_fake
+    "foveal::sla2_gpu", inputs=6, options=SLA2Options, forward=_forward, backward=_backward, fake=_fake
 )

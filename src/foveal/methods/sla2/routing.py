@@ -11,7 +11,7 @@ ranked: the first ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,19 +69,17 @@ def ranked_scores(
     choice: BlockSelection | SelectionRule,
     ranked: Tensor,
     scale: float,
-    pool: Callable[[Tensor, int, Tensor | None], Tensor] = pool_blocks,
 ) -> Tensor:
     """Scores of the ranked blocks, [B, H, Tq, C]; -inf where `ranked`, bool [B or 1, C], is False.
 
     Args:
         query, key: [B, H, L, D], in the order that blocks are cut from.
         choice: what was chosen, or how: the sizes of the blocks.
-        pool: `pool_blocks`, or what gives the same.
     """
     count, sizes = ranked.shape[1], choice.key_block_sizes
     keys = key[:, :, : count * choice.block_k]
-    pooled_query = pool(query.detach(), choice.block_q, None)
-    pooled_key = pool(keys.detach(), choice.block_k, None if sizes is None else sizes[:, :count])
+    pooled_query = pool_blocks(query.detach(), choice.block_q)
+    pooled_key = pool_blocks(keys.detach(), choice.block_k, None if sizes is None else sizes[:, :count])
     scores = pooled_scores(*router.project(pooled_query, pooled_key), scale)
     return scores.masked_fill(~ranked[:, None, None], -torch.inf)
 
