@@ -78,6 +78,7 @@ ARMS = {
     "VSA 20 %": Arm(config=FASTH3.replace(keep_ratio=0.2)),
     "SLA 15 %": Arm(config=FORMATS["lightx2v-h3-sla-lora"].config_for(WIDTH)),
     "SLA 5 %": Arm(config=foveal.SLAConfig(keep_ratio=0.05, drop_ratio=0.10)),
+    "router 5 %": Arm(config=foveal.SLA2Config(keep_ratio=0.05, linear_scope="none", router="per_head")),
     "no attention": Arm(attention=False),
 }
 MODES = ("compiled", "eager")

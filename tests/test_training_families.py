@@ -230,7 +230,7 @@ def test_flops_count_what_the_tokens_of_the_video_go_through(run, name):
     assert sparse < more
 
 
-@pytest.mark.parametrize("recipe", ["minimax-h3-vsa", "minimax-h3-sla"])
+@pytest.mark.parametrize("recipe", ["minimax-h3-vsa", "minimax-h3-sla", "minimax-h3-router"])
 def test_the_recipes_of_minimax_h3(run, recipe, tmp_path):
     """As they are, on the tiny model: in bfloat16, with gradient checkpointing."""
     run("minimax_h3")
@@ -239,7 +239,7 @@ def test_the_recipes_of_minimax_h3(run, recipe, tmp_path):
     assert whole.model.gradient_checkpointing
     options = {"model.path": tmp_path / "base", "data.folder": tmp_path / "data", "data.held-out": 2, "batch-size": 2}
     options |= {"steps": 2, "device": "cpu", "tracker": "none", "output": tmp_path / "run"}
-    if recipe == "minimax-h3-sla":
+    if recipe != "minimax-h3-vsa":
         options |= {"sparsity.attention.block-q": 16, "sparsity.attention.block-k": 16}
     settings = parse([recipe, *(x for name, value in options.items() for x in (f"--{name}", str(value)))])
     result = run_training(settings)

@@ -66,6 +66,7 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
     )
     sla = plain.replace(drop_ratio=0.1, linear_scope="marginal", projection=True)
     sla2 = SLA2Config(keep_ratio=blocks, block_q=64, block_k=64, token_order="tile")
+    router = sla2.replace(linear_scope="none", router="per_head")
     exact = SLAVSAConfig(keep_ratio=cubes, coarse=False, linear_scope="none")
     both = exact.replace(coarse=True, linear_scope="noncritical")
     return {
@@ -88,8 +89,12 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         "blocks, SLA2 (fixed router, rate x 10)": Arm(sla2.replace(routing="fixed"), 10.0),
         "blocks, SLA2 (router per head, rate x 10)": Arm(sla2.replace(router="per_head"), 10.0),
         "blocks, router (rate x 10)": Arm(sla2.replace(linear_scope="none"), 10.0),
-        "blocks, router per head (rate x 10)": Arm(sla2.replace(linear_scope="none", router="per_head"), 10.0),
+        "blocks, router per head (rate x 10)": Arm(router, 10.0),
+        "blocks, router per head (rate x 30)": Arm(router, 30.0),
+        "blocks, router per head (temperature 0.03, rate x 10)": Arm(router.replace(temperature=0.03), 10.0),
+        "blocks, router per head (temperature 0.3, rate x 10)": Arm(router.replace(temperature=0.3), 10.0),
         "blocks (x 1.25)": Arm(plain.replace(keep_ratio=1.25 * blocks)),
+        "blocks, router per head (x 1.25, rate x 10)": Arm(router.replace(keep_ratio=1.25 * blocks), 10.0),
         **{f"VSA {name}": Arm(VSAConfig(keep_ratio=cubes, tile=tile)) for name, tile in TILES.items()},
     }
 

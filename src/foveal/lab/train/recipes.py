@@ -156,6 +156,13 @@ def minimax_h3_sla() -> TrainingConfig:
     return _minimax_h3("minimax-h3-sla", SLAConfig(keep_ratio=0.05, drop_ratio=0.10), settings)
 
 
+def minimax_h3_router() -> TrainingConfig:
+    """MiniMax-H3 to exact blocks that a router in each head learns to choose: trains LoRA and the routers."""
+    settings = OptimizerSettings(trainable="lora", learning_rate=1e-4, new_learning_rate=1e-3, ema_decay=0.99)
+    attention = SLA2Config(keep_ratio=0.05, linear_scope="none", router="per_head")
+    return _minimax_h3("minimax-h3-router", attention, settings)
+
+
 def _tiny_adapter(name: str, attention: Config) -> TrainingConfig:
     """LoRA and the new parameters, on a few thousand clips: the recipe of the adapters that come with foveal."""
     return TrainingConfig(
@@ -239,6 +246,7 @@ RECIPES: dict[str, Callable[[], TrainingConfig]] = {
     "wan-1.3b-lora": wan_1_3b_lora,
     "minimax-h3-vsa": minimax_h3_vsa,
     "minimax-h3-sla": minimax_h3_sla,
+    "minimax-h3-router": minimax_h3_router,
     "scratch-sla": scratch_sla,
     "scratch-vsa": scratch_vsa,
 }
