@@ -36,8 +36,9 @@ def sla2_attention_gpu(query, key, value, choice, scale, feature_map, backend):
 
 
 def vsa_attention_gpu(query, key, value, layout, selection, scale, gate_coarse, gate_fine, backend):
-    call = vsa.VSACall(query, key, value, gate_coarse, gate_fine, layout.cubes(), vsa.choice_of(layout, selection))
-    return vsa.vsa_attention_gpu(call, vsa.VSAOptions(scale, backend))[0]
+    gates, choice = (gate_coarse, gate_fine), vsa.choice_of(layout, selection)
+    call = vsa.VSACall(query, key, value, *gates, None, None, layout.cubes(), choice)
+    return vsa.vsa_attention_gpu(call, vsa.VSAOptions(scale, 1.0, backend))[0]
 
 
 LIMITS = "kv_lengths", "protected_keys", "protected_queries"

@@ -17,8 +17,8 @@ from foveal import (
 )
 from foveal.kernels import api
 from foveal.layout import Where
+from foveal.methods import routing
 from foveal.methods.sla2 import attention as sla2
-from foveal.methods.sla2 import routing
 from foveal.methods.sla2.attention import select_routed
 from foveal.testing import (
     assert_close_to_reference,

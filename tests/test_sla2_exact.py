@@ -14,9 +14,9 @@ from foveal import (
     block_sparse_attention,
     sla2_attention,
 )
+from foveal.methods.routing import Router
 from foveal.methods.sla2.attention import select_routed
 from foveal.methods.sla2.mixing import LARGEST_LOGIT
-from foveal.methods.sla2.routing import Router
 from foveal.testing import make_inputs, output_and_gradients, poison_empty
 
 GRID = VideoGrid(3, 5, 6)  # 90 tokens: the last block of 16 has 10

@@ -60,8 +60,8 @@ def check_case(name, device, attend):
 
     from foveal import sla2_attention
     from foveal.layout import Where
+    from foveal.methods.routing import Router
     from foveal.methods.sla2.attention import select_routed
-    from foveal.methods.sla2.routing import Router
     from foveal.testing import assert_close_to_reference, output_and_gradients, poison_empty, relative_error
 
     inputs, config, lengths = make_case(name, device)

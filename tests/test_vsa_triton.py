@@ -152,7 +152,7 @@ def run_selection(name: str) -> None:
     assert torch.equal(ours.critical_count, expected.critical_count)
     assert torch.equal(ours.key_block_sizes, expected.key_block_sizes)
     assert rule not in RAGGED or ours.critical_count.unique().numel() > 1
-    call = VSACall(query, key, value, None, None, layout.cubes(), choice_of(layout, None))
+    call = VSACall(query, key, value, None, None, None, None, layout.cubes(), choice_of(layout, None))
     *_, made = coarse_stage(call, query.shape[-1] ** -0.5, "qkv")
     lists = ours.critical, ours.critical_count
     if call.cubes.spans is not None:

@@ -39,6 +39,7 @@ CONFIGS = {
     "sla": SPARSE_SLA,
     "sla2": SLA2Config(keep_ratio=0.4, block_q=8, block_k=8, router="per_head", alpha_rows=2),
     "sla tile": SPARSE_SLA.replace(token_order="tile", feature_map="hedgehog"),
+    "vsa router": VSAConfig(keep_ratio=0.3, tile=(2, 2, 4), router="per_head"),
     "vsa": VSAConfig(keep_ratio=0.3, tile=(2, 2, 4), fine_gate=True),
 }
 # 48 tokens divide between the ranks, 105 do not.

@@ -96,6 +96,7 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         "blocks (x 1.25)": Arm(plain.replace(keep_ratio=1.25 * blocks)),
         "blocks, router per head (x 1.25, rate x 10)": Arm(router.replace(keep_ratio=1.25 * blocks), 10.0),
         **{f"VSA {name}": Arm(VSAConfig(keep_ratio=cubes, tile=tile)) for name, tile in TILES.items()},
+        "VSA 4x4x4, router per head (rate x 10)": Arm(VSAConfig(keep_ratio=cubes, router="per_head"), 10.0),
     }
 
 

@@ -129,6 +129,14 @@ def check_choice(name: str, value: Any, valid: tuple[str, ...]) -> None:
         raise ValueError(f"unknown {name} {value!r}; expected one of {valid}")
 
 
+def check_positive(name: str, value: object) -> None:
+    """Raises a TypeError or ValueError unless the value is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be finite and above 0, got {value}")
+
+
 def check_positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")

@@ -97,7 +97,7 @@ def vsa_over_tiles(
             from foveal.methods.vsa.gpu import VSAOptions, tiled_call, vsa_attention_gpu
 
             call = tiled_call((query, key, value), gate_coarse, key_sizes, block, topk)
-            return vsa_attention_gpu(call, VSAOptions(scale, backend))[0]
+            return vsa_attention_gpu(call, VSAOptions(scale, 1.0, backend))[0]
     pooled_query = pool_blocks(query, block, query_sizes)
     pooled_key, pooled_value = (pool_blocks(x, block, key_sizes) for x in (key, value))
     scores = pooled_scores(pooled_query, pooled_key, scale)

@@ -1,4 +1,4 @@
-"""The gradient of a router's scores on the device, see `foveal.methods.sla2.routing`: what reading a block changes.
+"""The gradient of a router's scores on the device, see `foveal.methods.routing`: what reading a block changes.
 
     gain_ij = sum over rows r of i: share_rj alpha_i (dO_r . mean V_j - rowsum(dO * O^s))      the exact branch
     loss_ij = <dH_i, h_j> + dZ_i . z_j                                                         the linear branch

@@ -12,14 +12,15 @@ from foveal.checks import check_choice, check_positive_int, check_scale, validat
 from foveal.kernels.api import IMPLS, SLOW_SELECTION, Ran, choose_impl, may_note
 from foveal.kernels.backend import name_of
 from foveal.layout import NOWHERE, TokenLayout, VideoGrid, Where
+from foveal.methods.parameters import PreciseParameters
+from foveal.methods.routing import Ranked, Router, check_projections, of_heads, start_projections
 from foveal.methods.sla.order import token_places
-from foveal.methods.sla.projection import PreciseParameters
 from foveal.methods.sla2.blocks import CallBlocks
 from foveal.methods.sla2.config import SLA2Config
 from foveal.methods.sla2.cpu import sla2_attention_torch
 from foveal.methods.sla2.exact import sla2_attention_exact
 from foveal.methods.sla2.mixing import block_logits, start_logits
-from foveal.methods.sla2.routing import Ranked, Router, ranked_scores
+from foveal.methods.sla2.routing import ranked_scores
 from foveal.methods.sla2.soft import sla2_attention_soft
 from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div
@@ -169,7 +170,8 @@ def _learns(config: SLA2Config, router: Router) -> bool:
 
 def _router_of(blocks: CallBlocks, choice: BlockSelection | SelectionRule, router: Router) -> CallRouter:
     """The router of a call on kernels, which chooses by its weights, learns, or does both."""
-    from foveal.methods.sla2.gpu_choice import CallRouter, in_float32, without_history
+    from foveal.methods.gpu_routing import in_float32, without_history
+    from foveal.methods.sla2.gpu_choice import CallRouter
 
     if _learns(blocks.config, router):
         sizes = choice.key_block_sizes
@@ -193,23 +195,16 @@ def _ranked(
 
 
 def _validate_weights(query: Tensor, weights: Weights, config: SLA2Config) -> None:
-    heads, head_dim = query.shape[1], query.shape[-1]
-    given, allowed = dict(zip(("proj_query", "proj_key"), weights.router, strict=True)), [(head_dim, head_dim)]
-    allowed.append((heads, *allowed[0]))
-    for name, weight in given.items():
-        if weight is not None and (not isinstance(weight, Tensor) or tuple(weight.shape) not in allowed):
-            got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            shapes = " or ".join(map(str, allowed))
-            raise ValueError(f"{name} must have shape {shapes} for {heads} heads of {head_dim}, got {got}")
+    check_projections(weights.router, query)
+    heads = query.shape[1]
     logits = weights.alpha_logits
     if logits is not None and (not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != heads):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"alpha_logits must have shape [{heads}, rows] for {heads} heads, got {got}")
     if logits is not None and config.linear_scope == "none":
         raise ValueError('alpha_logits weigh the linear branch, which linear_scope="none" does not have')
-    for name, weight in {"alpha_logits": logits, **given}.items():
-        if weight is not None and weight.device != query.device:
-            raise ValueError(f"{name} is on {weight.device}, but query is on {query.device}")
+    if logits is not None and logits.device != query.device:
+        raise ValueError(f"alpha_logits is on {logits.device}, but query is on {query.device}")
 
 
 class RoutedSparseLinearAttention(nn.Module):
@@ -246,9 +241,7 @@ class RoutedSparseLinearAttention(nn.Module):
         check_choice("impl", impl, IMPLS)
         self.num_heads, self.head_dim, self.config, self.impl = num_heads, head_dim, config, impl
         self.ran = None
-        shape = (head_dim, head_dim) if config.router == "shared" else (num_heads, head_dim, head_dim)
-        starts = {name: torch.eye(head_dim).expand(shape).clone() for name in ("proj_query", "proj_key")}
-        self.router = PreciseParameters(**starts)
+        self.router = start_projections(config.router, num_heads, head_dim)
         self.mixing = None
         if config.linear_scope != "none":
             self.mixing = PreciseParameters(alpha_logits=start_logits(num_heads, config.alpha_rows, config.alpha))
@@ -283,13 +276,9 @@ class RoutedSparseLinearAttention(nn.Module):
 
     def _weights(self, query: Tensor, heads: range | None) -> Weights:
         """The parameters of these heads."""
-        count = self.num_heads if heads is None else len(heads)
-        if query.shape[1] != count:
-            raise ValueError(f"query must have {count} heads, got {query.shape[1]}; `heads` says which some are")
+        router = Router(*of_heads(self.router(), self.num_heads, query, heads))
         own = slice(None) if heads is None else slice(heads.start, heads.stop)
-        logits = None if self.mixing is None else self.mixing()[0][own]
-        router = self.router()
-        return Weights(logits, Router(*(x if x.dim() == 2 else x[own] for x in router)))
+        return Weights(None if self.mixing is None else self.mixing()[0][own], router)
 
     @staticmethod
     def kernel_blocks(config: SLA2Config, grid: VideoGrid | None) -> tuple[int, int]:

@@ -14,10 +14,10 @@ from foveal.blocks import BlockSelection, pool_blocks
 from foveal.kernels.api import fits_kernel, validate_selection
 from foveal.kernels.choice import choose_blocks
 from foveal.layout import Where, resolve_layout
+from foveal.methods.routing import Router
 from foveal.methods.sla.order import token_order, validate_tile_order, video_sorted
 from foveal.methods.sla.packed import packed_keys
 from foveal.methods.sla2.config import SLA2Config
-from foveal.methods.sla2.routing import Router
 from foveal.rules import Choosing, SelectionRule, num_critical, selection_rule
 
 

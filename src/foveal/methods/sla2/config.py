@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from foveal.checks import check_choice, check_positive_int, check_ratio
+from foveal.checks import check_choice, check_positive, check_positive_int, check_ratio
 from foveal.methods.config import MethodConfig
 from foveal.methods.sla.config import TOKEN_ORDERS, SLAConfig
 
@@ -67,12 +67,9 @@ class SLA2Config(MethodConfig):
         check_choice("linear_scope", self.linear_scope, LINEAR_SCOPES)
         check_choice("router", self.router, ROUTERS)
         check_choice("routing", self.routing, ROUTINGS)
-        for name in ("temperature", "alpha"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and above 0, got {self.temperature}")
+        check_positive("temperature", self.temperature)
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float):
+            raise TypeError(f"alpha must be a number, got {self.alpha!r} ({type(self.alpha).__name__})")
         if not 0.0 < self.alpha < 1.0:
             raise ValueError(f"alpha must be between 0 and 1, got {self.alpha}")
         check_positive_int("alpha_rows", self.alpha_rows)

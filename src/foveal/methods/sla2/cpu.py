@@ -9,10 +9,11 @@ from torch.autograd.function import once_differentiable
 from foveal.blocks import BlockSelection
 from foveal.kernels.api import block_sparse_attention
 from foveal.kernels.values import flatten
+from foveal.methods.routing import Ranked
 from foveal.methods.sla.linear import linear_output
 from foveal.methods.sla2.config import SLA2Config
 from foveal.methods.sla2.mixing import block_logits, branch_weights, to_tokens
-from foveal.methods.sla2.routing import Ranked, score_gradient_op
+from foveal.methods.sla2.routing import score_gradient_op
 
 
 def sla2_attention_torch(

@@ -28,10 +28,11 @@ from foveal.kernels.triton.linear import Keys, Means, key_states
 from foveal.kernels.triton.lists import column_lists, noncritical_mask, padded_blocks
 from foveal.kernels.triton.mixing import write_mix
 from foveal.kernels.values import LinearTerm, Problem, linear_term, packable
+from foveal.methods.gpu_routing import Scored
 from foveal.methods.sla.gpu import fake_results, made_by_rule, mask_operand, new_selection, used_selection
 from foveal.methods.sla.gpu_backward import own_states
 from foveal.methods.sla.gpu_forward import Results, forward_in_groups, keys_of
-from foveal.methods.sla2.gpu_choice import Scored, pooled
+from foveal.methods.sla2.gpu_choice import pooled
 from foveal.methods.sla2.mixing import branches_with_keys, to_tokens
 from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div

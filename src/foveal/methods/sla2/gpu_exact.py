@@ -21,9 +21,10 @@ from foveal.kernels.triton.lists import column_lists, noncritical_mask
 from foveal.kernels.triton.picking import new_lists
 from foveal.kernels.triton.select import select
 from foveal.kernels.values import Problem, packable
+from foveal.methods.gpu_routing import Scored, Weights
+from foveal.methods.routing import Router
 from foveal.methods.sla.gpu import used_selection
-from foveal.methods.sla2.gpu_choice import Scored, Weights, pooled
-from foveal.methods.sla2.routing import Router
+from foveal.methods.sla2.gpu_choice import pooled
 from foveal.rules import SelectionRule
 from foveal.symbols import ceil_div
 

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from foveal.blocks import BlockSelection
 from foveal.kernels.cpu import blocked
+from foveal.methods.routing import Ranked, soft_top_k, soft_top_k_gradient
 from foveal.methods.sla.feature_maps import apply_feature_map
 from foveal.methods.sla.linear import EPSILON
 from foveal.methods.sla2.config import SLA2Config
 from foveal.methods.sla2.mixing import block_logits, branch_weights, to_tokens
-from foveal.methods.sla2.routing import Ranked, soft_top_k, soft_top_k_gradient
 
 
 class _SoftTopK(torch.autograd.Function):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from foveal.blocks import BlockSelection
+from foveal.blocks import BlockSelection, pool_blocks
 from foveal.checks import (
     check_choice,
     check_kv_lengths,
@@ -21,11 +21,14 @@ from foveal.kernels.backend import name_of
 from foveal.kernels.choice import block_scores
 from foveal.kernels.operator import KnownCalls
 from foveal.layout import TokenLayout, VideoGrid, Where, resolve_layout
+from foveal.methods.parameters import PreciseParameters
+from foveal.methods.routing import Router, of_heads, start_projections
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cpu import vsa_attention_torch
 from foveal.methods.vsa.gates import check_gates, constant_linear, gates_of
 from foveal.methods.vsa.layout import CubeLayout, kernel_slot, resolve_tile, slot_size, token_places
 from foveal.methods.vsa.packed import PackedTiles
+from foveal.methods.vsa.router import CubeRouter
 
 
 @without_autocast
@@ -38,13 +41,15 @@ def select_cubes(
     layout: TokenLayout | VideoGrid | None = None,
     scale: float | None = None,
     kv_lengths: Tensor | None = None,
+    proj_query: Tensor | None = None,
+    proj_key: Tensor | None = None,
 ) -> BlockSelection:
     """The cubes that each cube attends to, as `vsa_attention` picks them: for reuse, or to look at.
 
     Args:
         query: [B, H, L, D], raster order, or a packed sequence.
         key: [B, H, L + text, D], or a packed sequence.
-        layout, kv_lengths: as in `vsa_attention`.
+        layout, kv_lengths, proj_query, proj_key: as in `vsa_attention`.
 
     Returns:
         A selection over the slotted tile order: one row per cube, one column per cube and per block of text or chunk of
@@ -52,20 +57,25 @@ def select_cubes(
     """
     grid, packed = validate_call((query, key, key), config, Where(grid, layout, kv_lengths=kv_lengths))
     scale = check_scale(scale, query.shape[-1])
+    router = _router_of(config, proj_query, proj_key, query)
     if packed is not None:
         tiles = PackedTiles(config, packed, key.device)
         video_config = config if config.topk is not None else config.replace(rounding="up")
         video = query[:, :, packed.video], key[:, :, packed.video]
-        return tiles.with_protected(select_cubes(*video, config=video_config, grid=grid, scale=scale))
+        weights = {"proj_query": proj_query, "proj_key": proj_key}
+        return tiles.with_protected(select_cubes(*video, config=video_config, grid=grid, scale=scale, **weights))
     layout = CubeLayout(config, grid, key, kv_lengths)
     query, key = query.detach(), key.detach()
     on_gpu = choose_impl("auto", query, key, key, layout.kernel_slot, layout.kernel_slot).impl in ("triton", "gluon")
     if on_gpu and (config.ranks_means or layout.num_cubes <= KERNEL_MAX_BLOCKS):
         from foveal.methods.vsa.gpu import select_cubes_gpu
 
-        return select_cubes_gpu(query, key, layout, scale)
+        return select_cubes_gpu(query, key, layout, scale, router)
     cubes = (layout.to_cubes(x) for x in (query, key[:, :, : grid.num_tokens]))
     sizes = layout.cube_sizes, layout.cube_sizes
+    if router is not None:
+        means = (pool_blocks(x, layout.slot, layout.cube_sizes) for x in cubes)
+        return layout.pick(router.scores(*means, scale).detach())
     return layout.pick(block_scores(*cubes, layout.slot, layout.slot, scale, config.score, *sizes))
 
 
@@ -84,6 +94,8 @@ def vsa_attention(
     gate_fine: Tensor | None = None,
     selection: BlockSelection | None = None,
     kv_lengths: Tensor | None = None,
+    proj_query: Tensor | None = None,
+    proj_key: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -104,18 +116,21 @@ def vsa_attention(
         selection: a fixed selection (see `select_cubes`) instead of the top of the coarse stage.
         kv_lengths: int [B], valid keys of each sample, video and text, between L and L + text; the rest is padding. Not
             with a layout's protected segments.
+        proj_query, proj_key: [D, D] each, or [H, D, D], the projections by which a router ranks cubes, see `VSAConfig`;
+            None for the coarse stage's scores.
         scale: softmax scale of both stages; None for 1 / sqrt(D).
         impl: "auto", "reference", "torch", "triton" or "gluon"; see `block_sparse_attention`.
 
     Returns:
-        [B, H, L, D] in the dtype and order of `query`. Gradients flow through the pooling and the gates, not
-        through the choice of cubes.
+        [B, H, L, D] in the dtype and order of `query`. Gradients flow through the pooling and the gates, and not
+        through the choice of cubes, but for a router's projections: they get that of a soft top-k, which
+        `impl="reference"` does not have.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     gates, where = (gate_coarse, gate_fine), Where(grid, layout, kv_lengths=kv_lengths)
-    return _attend((query, key, value), config, gates, selection, where, scale, impl)[0]
+    return _attend((query, key, value), config, gates, (proj_query, proj_key), selection, where, scale, impl)[0]
 
 
 @without_autocast
@@ -123,6 +138,7 @@ def _attend(
     inputs: tuple[Tensor, Tensor, Tensor],
     config: VSAConfig,
     gates: tuple[Tensor | None, Tensor | None],
+    projections: tuple[Tensor | None, Tensor | None],
     selection: BlockSelection | None,
     where: Where,
     scale: float | None,
@@ -133,10 +149,11 @@ def _attend(
     Args:
         inputs: its query, key, and value.
         gates: its gate_coarse and gate_fine.
+        projections: its proj_query and proj_key.
     """
     (query, key, value), kv_lengths = inputs, where.kv_lengths
     key_of_call = None
-    if selection is where.layout is kv_lengths is None:
+    if selection is where.layout is kv_lengths is projections[0] is projections[1] is None:
         tensors = *inputs, *gates
         key_of_call, known = _KNOWN.find(tensors, (config, where.grid, type(scale), scale, impl))
         if known is not None:
@@ -145,6 +162,7 @@ def _attend(
     grid, packed = validate_call(inputs, config, where)
     gate_coarse, gate_fine = gates
     check_gates(query, gate_coarse, gate_fine)
+    router = _router_of(config, *projections, query)
     scale = check_scale(scale, query.shape[-1])
     tiles = CubeLayout(config, grid, key, kv_lengths) if packed is None else PackedTiles(config, packed, key.device)
     ran = choose_impl(impl, query, key, value, tiles.kernel_slot, tiles.kernel_slot, config.precision)
@@ -155,9 +173,9 @@ def _attend(
     if selection is not None:
         selection = tiles.checked(selection, query)
     elif impl == "reference" or packed is not None or not (config.ranks_means or (on_kernels and not slow)):
-        selection = select_cubes(
-            query, key, config=config, layout=grid if packed is None else packed, scale=scale, kv_lengths=kv_lengths
-        )
+        weights = dict(zip(("proj_query", "proj_key"), projections, strict=True))
+        whole = grid if packed is None else packed
+        selection = select_cubes(query, key, config=config, layout=whole, scale=scale, kv_lengths=kv_lengths, **weights)
     if impl == "reference":
         from foveal.methods.vsa.reference import vsa_attention_reference
 
@@ -180,8 +198,8 @@ def _attend(
         remember = functools.partial(_KNOWN.remember, key_of_call, ran)
     run = _run_with(impl, config.precision, remember)
     if packed is None:
-        return run(inputs, tiles, selection, scale, gates), ran
-    output = run(inputs, tiles, tiles.with_all_rows(selection), scale, gates)
+        return run(inputs, tiles, selection, scale, gates, router=router), ran
+    output = run(inputs, tiles, tiles.with_all_rows(selection), scale, gates, router=router)
     return tiles.with_protected_queries(output, inputs, gate_fine, scale), ran
 
 
@@ -192,17 +210,35 @@ def _run_with(impl: str, precision: str, remember: Callable | None) -> Callable[
     """
     if impl == "torch":
         return functools.partial(vsa_attention_torch, precision=precision)
+    from foveal.methods.gpu_routing import in_float32, without_history
     from foveal.methods.vsa.gpu import VSACall, VSAOptions, choice_of, vsa_attention_gpu
 
-    def run(inputs, tiles, selection, scale, gates) -> Tensor:
-        call = VSACall(*inputs, *gates, tiles.cubes(), choice_of(tiles, selection))
-        options = VSAOptions(scale, name_of(impl, precision))
+    def run(inputs, tiles, selection, scale, gates, router) -> Tensor:
+        choice, learning, temperature = choice_of(tiles, selection), (None, None), 1.0
+        if router is not None:
+            weights, temperature = Router(router.query, router.key), router.temperature
+            if router.learns:
+                learning = in_float32(weights)
+            elif choice.rule is not None:
+                choice = choice._replace(**dict(zip(("proj_query", "proj_key"), without_history(weights), strict=True)))
+        call = VSACall(*inputs, *gates, *learning, tiles.cubes(), choice, tiles.ranked_cubes)
+        options = VSAOptions(scale, temperature, name_of(impl, precision))
         (output,) = vsa_attention_gpu(call, options)
         if remember is not None:
             remember(vsa_attention_gpu.worked_out(call, options))
         return output
 
     return run
+
+
+def _router_of(
+    config: VSAConfig, proj_query: Tensor | None, proj_key: Tensor | None, query: Tensor
+) -> CubeRouter | None:
+    """The router of a call, or None; a ValueError for one that the configuration has not, or that does not fit."""
+    given = proj_query is not None or proj_key is not None
+    if given and config.router == "none":
+        raise ValueError('proj_query and proj_key are of a router, and config has router="none"')
+    return CubeRouter.of(proj_query, proj_key, query, config.temperature)
 
 
 def validate_call(
@@ -251,6 +287,8 @@ class VideoSparseAttention(nn.Module):
             calls with gradients leave it.
         to_gate_fine: the same for the fine branch, the constant 1 at the start; None unless config.fine_gate, and
             the gate is then fixed at 1.
+        router: proj_query and proj_key, [D, D] each or [H, D, D], float32, the identity at the start, which ranks cubes
+            as the coarse branch does; None without `config.router`.
     """
 
     hidden_dim: int
@@ -261,6 +299,7 @@ class VideoSparseAttention(nn.Module):
     ran: Ran | None
     to_gate_coarse: nn.Linear
     to_gate_fine: nn.Linear | None
+    router: PreciseParameters | None
 
     def __init__(
         self, hidden_dim: int, num_heads: int, head_dim: int, config: VSAConfig, *, impl: str = "auto"
@@ -276,6 +315,9 @@ class VideoSparseAttention(nn.Module):
         self.ran = None
         self.to_gate_coarse = constant_linear(hidden_dim, num_heads * head_dim, 0.0)
         self.to_gate_fine = constant_linear(hidden_dim, num_heads * head_dim, 1.0) if config.fine_gate else None
+        self.router = None
+        if config.router != "none":
+            self.router = start_projections(config.router, num_heads, head_dim)
 
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gc and Gf, [B, H, L, D] each, from hidden_states [B, L, hidden_dim]; None for a fine gate fixed at 1."""
@@ -295,13 +337,14 @@ class VideoSparseAttention(nn.Module):
         selection: BlockSelection | None = None,
         kv_lengths: Tensor | None = None,
         config: VSAConfig | None = None,
+        heads: range | None = None,
     ) -> Tensor:
         """[B, H, L, D], [B, H, L + text, D] twice and hidden_states [B, L, hidden_dim], the video's, to [B, H, L, D].
 
         With a layout's protected segments all of them are the whole sequence, hidden_states [B, L, hidden_dim] too.
         See `vsa_attention`. A `config` stands in for the module's own; it must need the same parameters. `gates`, as
         `self.gates` returns them, stand in for `hidden_states`, which must then be None; all tensors may then hold
-        only some of the layer's heads.
+        only some of the layer's heads, and a router for each head needs to know which: `heads`.
         """
         expected = (self.num_heads, self.head_dim)
         if gates is None:
@@ -318,10 +361,17 @@ class VideoSparseAttention(nn.Module):
             raise ValueError("gates stand in for hidden_states; give one of them")
         config = self.config if config is None else config
         where = Where(grid, layout, kv_lengths=kv_lengths)
-        output, ran = _attend((query, key, value), config, gates, selection, where, None, self.impl)
+        projections = self._projections(query, heads)
+        output, ran = _attend((query, key, value), config, gates, projections, selection, where, None, self.impl)
         if may_note():
             self.ran = ran
         return output
+
+    def _projections(self, query: Tensor, heads: range | None) -> tuple[Tensor | None, Tensor | None]:
+        """Those of the router, of these heads."""
+        if self.router is None:
+            return None, None
+        return of_heads(self.router(), self.num_heads, query, heads)
 
     @staticmethod
     def kernel_blocks(config: VSAConfig, grid: VideoGrid | None) -> tuple[int, int]:
@@ -343,7 +393,8 @@ class VideoSparseAttention(nn.Module):
     ) -> BlockSelection:
         """The selection that `forward` makes for the same arguments, to look at; see `select_cubes`."""
         config = self.config if config is None else config
-        return select_cubes(query, key, config=config, grid=grid, layout=layout, kv_lengths=kv_lengths)
+        weights = dict(zip(("proj_query", "proj_key"), self._projections(query, None), strict=True))
+        return select_cubes(query, key, config=config, grid=grid, layout=layout, kv_lengths=kv_lengths, **weights)
 
     def token_places(self, grid: VideoGrid) -> Tensor:
         """int64 [L]: where each token, in raster order, stands in the slotted tile order."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from foveal.checks import check_choice, check_head_ratios, check_positive_int, check_triple
+from foveal.checks import check_choice, check_head_ratios, check_positive, check_positive_int, check_triple
 from foveal.kernels.int8 import PRECISIONS
 from foveal.methods.choosing import check_choosing
 from foveal.methods.config import MethodConfig
 from foveal.rules import mean_ratio, ratios_of
 
 ROUNDINGS = ("up", "down")
+ROUTERS = ("none", "shared", "per_head")
+MOST_ROUTED = 128  # tokens of a cube that a router ranks: those of the kernels' largest slot
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class VSAConfig(MethodConfig):
         window: cubes (frames, height, width) around the query's own that it keeps, beside those picked. As in sliding
             tile attention (arXiv 2502.04507) the window is shifted inward at the borders of the video, so that every
             cube has as many neighbors.
+        router: "none" ranks cubes by the coarse branch's scores (the paper). "shared" and "per_head" rank them by the
+            products of projected means, with projections that the heads share or that each has of its own, as in
+            `SLA2Config`. They are learned by the gradient of a soft top-k behind the choice; the coarse branch stays
+            as it is. Cubes may have up to 128 tokens, and `score` must be "mean".
+        temperature: of that soft top-k.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -52,6 +60,8 @@ class VSAConfig(MethodConfig):
     precision: str = "input"
     sink_frames: int = 0
     window: tuple[int, int, int] | None = None
+    router: str = "none"
+    temperature: float = 0.1
 
     def __post_init__(self) -> None:
         if self.topk is None:
@@ -74,6 +84,16 @@ class VSAConfig(MethodConfig):
         if self.topk is not None and self.rounding != "up":
             raise ValueError(f"rounding is how keep_ratio rounds, and topk replaces it, got {self.rounding=}")
         check_choosing(self)
+        check_choice("router", self.router, ROUTERS)
+        check_positive("temperature", self.temperature)
+        if self.router != "none":
+            self._check_routed()
+
+    def _check_routed(self) -> None:
+        if self.score != "mean":
+            raise ValueError(f'a router ranks cubes by their means: score must be "mean" beside it, got {self.score!r}')
+        if not isinstance(self.tile, str) and math.prod(self.tile) > MOST_ROUTED:
+            raise ValueError(f"tile must have at most {MOST_ROUTED} tokens beside a router, got {self.tile}")
 
     def replace(self, **changes: Any) -> VSAConfig:
         """A copy with some fields changed, validated again. A `topk` replaces a ratio, and a ratio a `topk`."""

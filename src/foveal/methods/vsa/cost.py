@@ -20,6 +20,8 @@ def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
     - `selection`: only the ranking, so no FLOPs.
     - `fine`: softmax attention on the chosen cubes, on average if some are kept beside the picked ones, and on the
       protected chunks of a packed sequence.
+    - `router`: the projections of pooled queries and keys, and their products, with a router. Its backward also has the
+      products of queries with mean keys and of gradients with mean values, as it learns.
     - `gates`: their linear projections, from hidden states of width heads * head_dim.
     - `combine`: Gc * Oc + Gf * Of.
 
@@ -48,7 +50,7 @@ def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
     hidden_bytes = shape.batch * tokens * hidden_dim * dtype_bytes
     weight_bytes = hidden_dim * (hidden_dim + 1) * FLOAT32_BYTES
     elements = pairs * tokens * head_dim
-    return (
+    parts = [
         CostPart("reorder", 0, 4 * (token_bytes + slot_bytes)),
         CostPart(
             "coarse",
@@ -62,6 +64,13 @@ def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
             4 * slot_bytes + list_bytes + lse_bytes,
             backward=2.5,
         ),
+    ]
+    if config.router != "none":
+        flops = 4 * pairs * tiles * head_dim**2 + 2 * pairs * tiles * cubes * head_dim
+        backward = 2 + 4 * pairs * slots * cubes * head_dim / flops
+        parts.append(CostPart("router", flops, 2 * pooled_bytes + score_bytes, backward))
+    return (
+        *parts,
         CostPart(
             "gates",
             gates * 2 * shape.batch * tokens * hidden_dim * hidden_dim,

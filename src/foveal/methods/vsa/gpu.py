@@ -17,16 +17,21 @@ from foveal.kernels import api
 from foveal.kernels.backend import BackwardCall, Cubes, CubesCall, Gates, RasterGradients, backend_named
 from foveal.kernels.choice import append_blocks, choose_in_pieces, with_squares
 from foveal.kernels.host import on_device_of
+from foveal.kernels.int8 import lse_shift
 from foveal.kernels.operator import KernelOperator
 from foveal.kernels.spans import PARTS
+from foveal.kernels.triton.choice_gradient import GainFacts, exact_gain, scores_gradient
 from foveal.kernels.triton.cube_gradients import return_gradients, split_gradient
 from foveal.kernels.triton.cubes import pool_cubes
-from foveal.kernels.triton.lists import column_lists
+from foveal.kernels.triton.lists import column_lists, noncritical_mask
 from foveal.kernels.triton.pooled import pooled_attention, pooled_attention_backward
 from foveal.kernels.triton.scores import NO_SIZES, Sizes
 from foveal.kernels.triton.select import select
 from foveal.kernels.values import Problem, flatten, packable, unflatten
+from foveal.methods.gpu_routing import Scored, without_history
+from foveal.methods.routing import Router
 from foveal.methods.vsa.layout import CubeLayout
+from foveal.methods.vsa.router import CubeRouter
 from foveal.rules import Choosing, SelectionRule, rule_of
 from foveal.symbols import ceil_div
 
@@ -41,12 +46,16 @@ class Choice(NamedTuple):
     rule: how cubes are chosen, by the coarse scores; None where lists are given.
     text_counts: int32 [B or 1], blocks of text that hold a valid key; None without text.
     critical, counts: given lists, int32 [B, H, C, W] and [B, H, C], or None.
+    proj_query, proj_key: the projections of a router that a rule chooses by and that does not learn, float32 [D, D] or
+        [H, D, D]; None without one.
     """
 
     rule: SelectionRule | None
     text_counts: Tensor | None = None
     critical: Tensor | None = None
     counts: Tensor | None = None
+    proj_query: Tensor | None = None
+    proj_key: Tensor | None = None
 
 
 @packable
@@ -55,6 +64,8 @@ class VSACall(NamedTuple):
 
     query, key, value: [B, H, L, D] and [B, H, L + text, D] twice, in raster order.
     gate_coarse, gate_fine: [B, H, L, D], any strides; None for 1.
+    proj_query, proj_key: the projections of a router that learns, as in `Choice`.
+    ranked_cubes: how many cubes, the first ones, the router ranks.
     """
 
     query: Tensor
@@ -62,14 +73,25 @@ class VSACall(NamedTuple):
     value: Tensor
     gate_coarse: Tensor | None
     gate_fine: Tensor | None
+    proj_query: Tensor | None
+    proj_key: Tensor | None
     cubes: Cubes
     choice: Choice
+    ranked_cubes: int = 0
+
+    @property
+    def router(self) -> Router | None:
+        """By which a rule ranks cubes; None for the coarse scores."""
+        choice = self.choice
+        weights = (choice.proj_query, choice.proj_key) if self.proj_query is None else (self.proj_query, self.proj_key)
+        return None if weights[0] is None else Router(*weights)
 
 
 class VSAOptions(NamedTuple):
-    """`backend` is a backend's name."""
+    """`temperature` is that of a router's soft top-k, `backend` a backend's name."""
 
     scale: float
+    temperature: float
     backend: str
 
 
@@ -83,16 +105,22 @@ class Coarse(NamedTuple):
     lse: Tensor
 
 
-def select_cubes_gpu(query: Tensor, key: Tensor, layout: CubeLayout, scale: float) -> BlockSelection:
+def select_cubes_gpu(
+    query: Tensor, key: Tensor, layout: CubeLayout, scale: float, router: CubeRouter | None = None
+) -> BlockSelection:
     """The selection that `vsa_attention_gpu` makes, from [B, H, L, D] and [B, H, L + text, D] in raster order."""
     rule = layout.rule()
-    return layout.selection(*_select_op(query, key, *flatten(layout.cubes()), *flatten(rule), scale), rule.ragged())
+    weights = (None, None) if router is None else without_history(Router(router.query, router.key))
+    flat = *flatten(layout.cubes()), *flatten(rule)
+    return layout.selection(*_select_op(query, key, *weights, *flat, scale), rule.ragged())
 
 
 @torch.library.custom_op("foveal::vsa_select_gpu", mutates_args=())
 def _select_op(
     query: Tensor,
     key: Tensor,
+    proj_query: Tensor | None,
+    proj_key: Tensor | None,
     cube_tensors: list[Tensor],
     cube_numbers: list[int],
     rule_tensors: list[Tensor],
@@ -103,11 +131,13 @@ def _select_op(
     with on_device_of(query):  # Triton launches on the current device
         rule = unflatten(rule_tensors, rule_numbers)
         _, ranked = pooled_cubes(*pool_cubes(query, key, None, cubes, score=rule.score)[1:], cubes)
+        if proj_query is not None:
+            ranked = Router(proj_query, proj_key).project(*ranked)
         return _picked(ranked, cubes, rule, scale)
 
 
 @_select_op.register_fake
-def _(query, key, cube_tensors, cube_numbers, rule_tensors, rule_numbers, scale):
+def _(query, key, proj_query, proj_key, cube_tensors, cube_numbers, rule_tensors, rule_numbers, scale):
     rows = (*query.shape[:2], unflatten(cube_tensors, cube_numbers).num_ranked)
     width = unflatten(rule_tensors, rule_numbers).width
     return query.new_empty((*rows, width), dtype=torch.int32), query.new_empty(rows, dtype=torch.int32)
@@ -135,7 +165,9 @@ def tiled_call(
     place = torch.arange(cubes * slot, device=device).view(-1, slot)
     places = torch.where(torch.arange(slot, device=device) < sizes[0, :, None], place, -1).flatten()
     rule = rule_of(cubes, device, (slot, slot), Choosing(topk=topk))
-    return VSACall(*inputs, gate_coarse, None, Cubes(places, sizes, sizes, slot, 0, cubes * slot), Choice(rule))
+    return VSACall(
+        *inputs, gate_coarse, None, None, None, Cubes(places, sizes, sizes, slot, 0, cubes * slot), Choice(rule)
+    )
 
 
 def _picked(ranked: tuple[Tensor, Tensor], cubes: Cubes, rule: SelectionRule, scale: float) -> tuple[Tensor, Tensor]:
@@ -178,11 +210,18 @@ def pooled_cubes(
     return pooled, pooled[:2]
 
 
-def coarse_stage(call: VSACall, scale: float, gather: str) -> tuple[tuple[Tensor, ...], Coarse, BlockSelection]:
-    """Copies in tile order of what `gather` names, the coarse stage over cubes, and the selection over slots."""
+def coarse_stage(
+    call: VSACall, scale: float, gather: str, router: Router | None = None
+) -> tuple[tuple[Tensor, ...], Coarse, BlockSelection]:
+    """Copies in tile order of what `gather` names, the coarse stage over cubes, and the selection over slots.
+
+    router: by which a rule ranks cubes; None for the coarse scores.
+    """
     score = "mean" if call.choice.rule is None else call.choice.rule.score
     copies, pooled, ranked = pool_cubes(*call[:3], call.cubes, gather=gather, score=score)
     pooled, ranked = pooled_cubes(pooled, ranked, call.cubes)
+    if router is not None and call.choice.rule is not None:
+        ranked = router.project(*ranked)
     lists = lists_of(call.choice, ranked, call.cubes, scale)
     return copies, Coarse(*pooled, *pooled_attention(*pooled, scale)), call.cubes.selection(*lists)
 
@@ -214,13 +253,13 @@ def _of_heads(call: VSACall, heads: slice) -> VSACall:
     """The call of some heads."""
     tensors = (None if x is None else x[:, heads] for x in call[:5])
     choice = call.choice._replace(critical=call.choice.critical[:, heads], counts=call.choice.counts[:, heads])
-    return VSACall(*tensors, call.cubes, choice)
+    return call._replace(**dict(zip(call._fields, tensors, strict=False)), choice=choice)
 
 
 def _attend(call: VSACall, options: VSAOptions, save: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and what a backward reads if there will be one."""
     backend, scale, gates = backend_named(options.backend), options.scale, Gates(call.gate_coarse, call.gate_fine)
-    copies, coarse, selection = coarse_stage(call, scale, backend.cube_copies)
+    copies, coarse, selection = coarse_stage(call, scale, backend.cube_copies, call.router)
     save_fine = save and gates.fine is not None
     output_of_slots = call.cubes.of_slots(coarse.output)
     given = CubesCall(call.query, copies, call.cubes, selection, output_of_slots, gates, scale, save_fine)
@@ -258,6 +297,7 @@ def _backward(call: VSACall, options: VSAOptions, outputs, saved, grads) -> tupl
     if spans is not None:
         pooled = tuple(map(spans.gradients, pooled))
     copies, *_ = pool_cubes(*inputs, call.cubes, gather="qkv", pool=False)
+    of_router = _of_router(call, options, coarse, Problem(*copies, selection, scale), (grad_fine, delta, lse))
     fine = BackwardCall(Problem(*copies, selection, scale, call.cubes.uniform), grad_fine, delta, lse, columns)
     if backend.writes_raster:
         grads = tuple(call.cubes.new_like(x) for x in inputs)
@@ -268,7 +308,30 @@ def _backward(call: VSACall, options: VSAOptions, outputs, saved, grads) -> tupl
         del fine, grad_fine
         grads = tuple(call.cubes.new_like(x) for x in inputs)
         return_gradients(copies, RasterGradients(grads, pooled, call.cubes))
-    return *grads, *grad_gates
+    return *grads, *grad_gates, *of_router
+
+
+def _of_router(
+    call: VSACall, options: VSAOptions, coarse: Coarse, problem: Problem, rows: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the projections of a router that learns.
+
+    Args:
+        problem: the fine stage, in tile order.
+        rows: its gradient, rowsum(dO * O), and log-sum-exp.
+    """
+    weights = call.proj_query, call.proj_key
+    if call.proj_query is None:
+        return weights
+    (grad, delta, lse), selection = rows, problem.selection
+    if backend_named(options.backend).centers_keys:
+        lse = lse + lse_shift(*problem[:2], selection, options.scale)
+    scored = Scored.of((coarse.query, coarse.key[:, :, : call.ranked_cubes]), weights, None, options.scale)
+    unread = noncritical_mask(selection)
+    mix = lse.new_ones((lse.shape[0] * lse.shape[1], selection.num_query_blocks, 2))
+    gain = exact_gain(problem, grad, unread, GainFacts(mix, lse, delta), call.ranked_cubes)
+    of_scores = scores_gradient(scored.scores, options.temperature, unread, gain, None)
+    return scored.gradients(of_scores, weights, options.scale)
 
 
 def fake_coarse(call: VSACall) -> Coarse:
@@ -303,7 +366,7 @@ def _fake(call: VSACall, options: VSAOptions) -> tuple[tuple[Tensor], tuple[Tens
 # O = Gc * Oc + Gf * Of, [B, H, L, D] in raster order; the backend's kernels do the fine stage.
 vsa_attention_gpu = KernelOperator(
     "foveal::vsa_gpu",
-    inputs=5,
+    inputs=7,
     options=VSAOptions,
     forward=_forward,
     backward=_backward,

@@ -25,11 +25,12 @@ def _gates(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor,
 
 
 def _run(module: VideoSparseAttention, call: LayerCall) -> Tensor:
-    return module(*call[:3], call.hidden_states, call.gates, **call.named())
+    return module(*call[:3], call.hidden_states, call.gates, heads=call.heads, **call.named())
 
 
 def _idle(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor | None, ...]:
-    return module.gates(hidden_states[:, :0])  # of no token
+    router = () if module.router is None else module.router()
+    return *module.gates(hidden_states[:, :0]), *router  # of no token
 
 
 def _cells(config: VSAConfig, grid: VideoGrid | None) -> SummaryCells:
