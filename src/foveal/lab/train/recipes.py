@@ -5,6 +5,7 @@ Your own recipe is such a function in your own file: `foveal train path/to/file.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -34,6 +35,8 @@ from foveal.models.shipped import TINY
 WAN_1_3B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 WAN_14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 MINIMAX_H3 = "MiniMaxAI/MiniMax-H3"
+# Routers start at the identity, so their steps are of a size of their own: that of the runs in docs/evidence.md.
+ROUTER_LEARNING_RATE = 3e-3
 
 
 def tiny() -> TrainingConfig:
@@ -83,7 +86,12 @@ def wan_1_3b_sla2() -> TrainingConfig:
 def wan_1_3b_router() -> TrainingConfig:
     """Wan2.1-1.3B to exact blocks that a router in each head learns to choose, without a linear branch."""
     attention = SLA2Config(keep_ratio=0.05, linear_scope="none", router="per_head", token_order="tile")
-    return wan_1_3b_sla2().replace(sparsity=SparsitySettings(attention), output=Path("wan-1.3b-router"))
+    base = wan_1_3b_sla2()
+    return base.replace(
+        sparsity=SparsitySettings(attention),
+        output=Path("wan-1.3b-router"),
+        optimizer=dataclasses.replace(base.optimizer, new_learning_rate=ROUTER_LEARNING_RATE),
+    )
 
 
 def wan_14b_sla() -> TrainingConfig:
@@ -158,7 +166,8 @@ def minimax_h3_sla() -> TrainingConfig:
 
 def minimax_h3_router() -> TrainingConfig:
     """MiniMax-H3 to exact blocks that a router in each head learns to choose: trains LoRA and the routers."""
-    settings = OptimizerSettings(trainable="lora", learning_rate=1e-4, new_learning_rate=1e-3, ema_decay=0.99)
+    rates = {"learning_rate": 1e-4, "new_learning_rate": ROUTER_LEARNING_RATE}
+    settings = OptimizerSettings(trainable="lora", **rates, ema_decay=0.99)
     attention = SLA2Config(keep_ratio=0.05, linear_scope="none", router="per_head")
     return _minimax_h3("minimax-h3-router", attention, settings)
 
