@@ -82,11 +82,15 @@ def arms_of(shape: Shape) -> list[Arm]:
         Arm("SLA, tile order", "mean", sla.replace(token_order="tile")),
         Arm("SLA, tile order", "window", sla.replace(token_order="tile", window=(1, 3, 3))),
     ]
+    router = SLA2Config(keep_ratio=0.05, block_q=64, linear_scope="none", router="per_head")
     rules["window"] = {"window": (1, 3, 3)}
     arms += [Arm("VSA", rule, vsa.replace(**changes)) for rule, changes in rules.items()]
     return [
         *arms,
         Arm("SLA2", "router", SLA2Config(keep_ratio=0.05, block_q=64)),
+        Arm("SLA2, no linear branch", "router", router),
+        Arm("SLA2, no linear branch, tile order", "router", router.replace(token_order="tile")),
+        Arm("VSA", "router", vsa.replace(router="per_head")),
         Arm("SLA + VSA", "mean", SLAVSAConfig(keep_ratio=0.05, tile="auto")),
     ]
 

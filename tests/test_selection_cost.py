@@ -31,7 +31,7 @@ def test_every_score_and_rule_has_an_arm():
     rules = {"mean", "log_sum_exp", "mean_spread", "top-p", "top-p, log_sum_exp", "first frame", "ratio by head"}
     for shape in script.SMOKE:
         found = {name: {x.rule for x in script.arms_of(shape) if x.method == name} for name in ("SLA", "VSA")}
-        assert found == {"SLA": rules, "VSA": rules | {"window"}}
+        assert found == {"SLA": rules, "VSA": rules | {"window", "router"}}
 
 
 def test_an_arm_that_fails_is_said_and_not_timed(monkeypatch, capsys):
