@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("av")
 
-from foveal import SLAConfig, VideoGrid, VSAConfig
+from foveal import SLA2Config, SLAConfig, VideoGrid, VSAConfig
 from foveal.lab import cli
 from foveal.lab.data.windows import sample_clip
 from foveal.lab.pipelines import load_pipeline
@@ -65,6 +65,21 @@ def test_a_token_sees_its_own_cube(config):
     assert seen.head_error < 0.01
     if isinstance(config, SLAConfig):
         assert sorted(seen.labels.unique().tolist()) == [-1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SLA2Config(keep_ratio=0.25, block_q=64),
+        SLA2Config(keep_ratio=0.25, block_q=64, linear_scope="none", router="per_head", token_order="tile"),
+        VSAConfig(keep_ratio=0.25, router="per_head"),
+        VSAConfig(keep_ratio=(0.1, 0.2, 0.5, 0.25)),
+    ],
+)
+def test_the_last_of_several_heads(scene, config):
+    seen = view(scene, config, layer="blocks.1.attn1", head=3, token=(1, 2, 9))
+    assert (seen.kept, seen.blocks) == (2 if isinstance(config, VSAConfig) else 1, 6)  # which rounds up
+    assert 0 < seen.head_recall < 1
 
 
 def test_raster_order_mixes_the_cubes():

@@ -6,11 +6,15 @@ import pytest
 import torch
 from packed_loops import cubes_of, place, segments, softmax_over
 from routed_loops import change_by, soft_top_k
-from tiny_wan import tiny_transformer
+from tiny_wan import inputs as wan_inputs
+from tiny_wan import randomize, run, tiny_transformer
 
 import foveal
-from foveal import TokenLayout, VideoGrid, VideoSparseAttention, VSAConfig, vsa_attention
+from foveal import SLA2Config, TokenLayout, VideoGrid, VideoSparseAttention, VSAConfig, vsa_attention
+from foveal.lab.inspect.capture import capture_selections
+from foveal.methods.base import method_of
 from foveal.methods.vsa.attention import select_cubes
+from foveal.methods.vsa.router import CubeRouter
 from foveal.testing import make_inputs, output_and_gradients, poison_empty
 
 GRID = VideoGrid(3, 5, 6)
@@ -90,7 +94,7 @@ def test_the_output_is_that_of_the_chosen_cubes(name):
     inputs = make_inputs(batch=2, query_length=layout.num_tokens, head_dim=8)
     named = {"config": CONFIG, "layout": layout}
     weights = {"proj_query": proj_query, "proj_key": proj_key}
-    chosen = select_cubes(*inputs[:2], **named, **weights)
+    chosen = select_cubes(*inputs[:2], **named, router=CubeRouter(proj_query, proj_key, 0.1))
     assert not torch.equal(chosen.critical, select_cubes(*inputs[:2], **named).critical)
     for impl in ("torch", "reference"):
         output = vsa_attention(*inputs, impl=impl, **named, **weights)
@@ -170,6 +174,28 @@ def test_models_of_it_are_saved_and_loaded(tmp_path):
     assert all(torch.equal(again[name], parameter) for name, parameter in foveal.sparse_parameters(model).items())
     with pytest.raises(ValueError, match=r"would need .*router"):
         foveal.reconfigure(foveal.sparsify(tiny_transformer(), config.replace(router="none")), config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        VSAConfig(keep_ratio=0.3, tile=(2, 2, 4), router="per_head"),
+        SLA2Config(keep_ratio=0.3, block_q=16, block_k=16, router="per_head"),
+    ],
+    ids=["vsa", "sla2"],
+)
+@torch.no_grad()
+def test_selections_are_captured(config):
+    """Made a second time by the projections of the layer."""
+    model = foveal.sparsify(tiny_transformer(num_layers=1), config)
+    randomize(model)
+    (layer,) = (x for x in model.modules() if isinstance(x, method_of(config).module_type))
+    calls = []
+    layer.register_forward_pre_hook(lambda module, args, named: calls.append((args, named)), with_kwargs=True)
+    with capture_selections(model) as found:
+        run(model, **wan_inputs())
+    (selection,), ((args, named),) = found.values(), calls
+    torch.testing.assert_close(layer(*args, **named, selection=selection), layer(*args, **named))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def check_case(name, device, impl):
 
     from foveal import TokenLayout, VideoGrid, VSAConfig, vsa_attention
     from foveal.methods.vsa.attention import select_cubes
+    from foveal.methods.vsa.router import CubeRouter
     from foveal.testing import (
         assert_close_to_reference,
         make_inputs,
@@ -44,8 +45,7 @@ def check_case(name, device, impl):
     shape = (heads,) * (router == "per_head") + (head_dim, head_dim)
     weights = [torch.randn(shape, generator=generator).to(device) / head_dim**0.5 for _ in range(2)]
     named = {"config": config, "layout": layout, "kv_lengths": lengths}
-    chosen = dict(zip(("proj_query", "proj_key"), weights, strict=True))
-    selection = select_cubes(*inputs[:2], **named, **chosen)
+    selection = select_cubes(*inputs[:2], **named, router=CubeRouter(*weights, config.temperature))
 
     def by(impl, selection=selection):
         def attend(query, key, value, proj_query, proj_key):

@@ -228,14 +228,14 @@ def view(scene: Scene, config: Config, *, layer: str, head: int, token: tuple[in
         raise ValueError(f"token must lie in the grid {scene.grid.shape}, got {token}")
     attention = method_of(config).build(config, heads * head_dim, heads, head_dim, "auto")
     # The selection among the video's blocks. Every token reads the text.
-    selection = attention.select(query[:, head : head + 1], key[:, head : head + 1, :tokens], grid=scene.grid)
-    labels = token_labels(selection, attention, scene.grid, token=token, head=0)
+    selection = attention.select(query, key[:, :, :tokens], grid=scene.grid)
+    labels = token_labels(selection, attention, scene.grid, token=token, head=head)
     places = attention.token_places(scene.grid)
-    kept = int(selection.critical_count[0, 0, places[_index(token, scene.grid)] // selection.block_q])
+    kept = int(selection.critical_count[0, head, places[_index(token, scene.grid)] // selection.block_q])
 
     some = torch.cat((torch.tensor([_index(token, scene.grid)]), sample(tokens, SAMPLED_TOKENS)))
     weights = ((query[0, head, some].float() * head_dim**-0.5) @ key[0, head].float().T).softmax(-1)
-    row_labels = selection.labels()[0, 0][places[some] // selection.block_q][:, places // selection.block_k]
+    row_labels = selection.labels()[0, head][places[some] // selection.block_q][:, places // selection.block_k]
     read = torch.cat((row_labels == 1, row_labels.new_ones(len(some), key.shape[2] - tokens, dtype=torch.bool)), 1)
     inside = weights * read
     exact = weights @ value[0, head].float()

@@ -295,10 +295,11 @@ class RoutedSparseLinearAttention(nn.Module):
         protected_keys: tuple[int, int] | None = None,
         kv_lengths: Tensor | None = None,
         config: SLA2Config | None = None,
+        heads: range | None = None,
     ) -> BlockSelection:
         """The selection that `forward` makes for the same arguments, to look at."""
         config = self.config if config is None else config
-        router = self._weights(query, None).router
+        router = self._weights(query, heads).router
         return select_routed(query, key, config, router, Where(grid, layout, protected_keys, kv_lengths))
 
     def token_places(self, grid: VideoGrid) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from foveal.layout import VideoGrid
-from foveal.methods.base import Method, Schedule, SummaryCells, blocks_cell
+from foveal.methods.base import LayerCall, Method, Schedule, SummaryCells, blocks_cell
 from foveal.methods.sla_vsa.attention import SparseLinearVideoAttention
 from foveal.methods.sla_vsa.bench import CASES
 from foveal.methods.sla_vsa.config import SLAVSAConfig
@@ -18,6 +18,10 @@ def _build(
     config: SLAVSAConfig, hidden_dim: int, num_heads: int, head_dim: int, impl: str
 ) -> SparseLinearVideoAttention:
     return SparseLinearVideoAttention(hidden_dim, num_heads, head_dim, config, impl=impl)
+
+
+def _run(module: SparseLinearVideoAttention, call: LayerCall) -> Tensor:
+    return module(*call[:3], call.hidden_states, call.gates, **call.named())
 
 
 def _idle(module: SparseLinearVideoAttention, hidden_states: Tensor) -> tuple[Tensor | None, ...]:
@@ -48,7 +52,7 @@ SLA_VSA = Method(
     config_type=SLAVSAConfig,
     module_type=SparseLinearVideoAttention,
     build=_build,
-    run=VSA.run,
+    run=_run,
     idle=_idle,
     cost=cost_parts,
     cells=_cells,

@@ -41,15 +41,15 @@ def select_cubes(
     layout: TokenLayout | VideoGrid | None = None,
     scale: float | None = None,
     kv_lengths: Tensor | None = None,
-    proj_query: Tensor | None = None,
-    proj_key: Tensor | None = None,
+    router: CubeRouter | None = None,
 ) -> BlockSelection:
     """The cubes that each cube attends to, as `vsa_attention` picks them: for reuse, or to look at.
 
     Args:
         query: [B, H, L, D], raster order, or a packed sequence.
         key: [B, H, L + text, D], or a packed sequence.
-        layout, kv_lengths, proj_query, proj_key: as in `vsa_attention`.
+        layout, kv_lengths: as in `vsa_attention`.
+        router: what ranks the cubes; None for the coarse stage's scores.
 
     Returns:
         A selection over the slotted tile order: one row per cube, one column per cube and per block of text or chunk of
@@ -57,13 +57,11 @@ def select_cubes(
     """
     grid, packed = validate_call((query, key, key), config, Where(grid, layout, kv_lengths=kv_lengths))
     scale = check_scale(scale, query.shape[-1])
-    router = _router_of(config, proj_query, proj_key, query)
     if packed is not None:
         tiles = PackedTiles(config, packed, key.device)
         video_config = config if config.topk is not None else config.replace(rounding="up")
         video = query[:, :, packed.video], key[:, :, packed.video]
-        weights = {"proj_query": proj_query, "proj_key": proj_key}
-        return tiles.with_protected(select_cubes(*video, config=video_config, grid=grid, scale=scale, **weights))
+        return tiles.with_protected(select_cubes(*video, config=video_config, grid=grid, scale=scale, router=router))
     layout = CubeLayout(config, grid, key, kv_lengths)
     query, key = query.detach(), key.detach()
     on_gpu = choose_impl("auto", query, key, key, layout.kernel_slot, layout.kernel_slot).impl in ("triton", "gluon")
@@ -173,9 +171,8 @@ def _attend(
     if selection is not None:
         selection = tiles.checked(selection, query)
     elif impl == "reference" or packed is not None or not (config.ranks_means or (on_kernels and not slow)):
-        weights = dict(zip(("proj_query", "proj_key"), projections, strict=True))
-        whole = grid if packed is None else packed
-        selection = select_cubes(query, key, config=config, layout=whole, scale=scale, kv_lengths=kv_lengths, **weights)
+        whole = {"layout": grid if packed is None else packed, "kv_lengths": kv_lengths}
+        selection = select_cubes(query, key, config=config, scale=scale, router=router, **whole)
     if impl == "reference":
         from foveal.methods.vsa.reference import vsa_attention_reference
 
@@ -368,7 +365,7 @@ class VideoSparseAttention(nn.Module):
         return output
 
     def _projections(self, query: Tensor, heads: range | None) -> tuple[Tensor | None, Tensor | None]:
-        """Those of the router, of these heads."""
+        """Those of the router, of these heads; None without one."""
         if self.router is None:
             return None, None
         return of_heads(self.router(), self.num_heads, query, heads)
@@ -390,11 +387,12 @@ class VideoSparseAttention(nn.Module):
         layout: TokenLayout | VideoGrid | None = None,
         kv_lengths: Tensor | None = None,
         config: VSAConfig | None = None,
+        heads: range | None = None,
     ) -> BlockSelection:
         """The selection that `forward` makes for the same arguments, to look at; see `select_cubes`."""
         config = self.config if config is None else config
-        weights = dict(zip(("proj_query", "proj_key"), self._projections(query, None), strict=True))
-        return select_cubes(query, key, config=config, grid=grid, layout=layout, kv_lengths=kv_lengths, **weights)
+        router = _router_of(config, *self._projections(query, heads), query)
+        return select_cubes(query, key, config=config, grid=grid, layout=layout, kv_lengths=kv_lengths, router=router)
 
     def token_places(self, grid: VideoGrid) -> Tensor:
         """int64 [L]: where each token, in raster order, stands in the slotted tile order."""
