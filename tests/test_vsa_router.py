@@ -221,5 +221,7 @@ def test_calls_that_are_refused():
         vsa_attention(*inputs, config=CONFIG.replace(router="none"), grid=GRID, proj_query=eye)
     with pytest.raises(ValueError, match=r"proj_key must have shape \(8, 8\) or \(2, 8, 8\) for 2 heads of 8, got"):
         vsa_attention(*inputs, config=CONFIG, grid=GRID, proj_key=torch.eye(4))
+    with pytest.raises(ValueError, match='impl="reference" has no gradient for proj_query and proj_key'):
+        vsa_attention(*inputs, config=CONFIG, grid=GRID, proj_key=torch.eye(8).requires_grad_(), impl="reference")
     with pytest.raises(TypeError, match="temperature must be a number, got 'cold'"):
         VSAConfig(temperature="cold")

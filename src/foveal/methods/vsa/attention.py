@@ -121,8 +121,8 @@ def vsa_attention(
 
     Returns:
         [B, H, L, D] in the dtype and order of `query`. Gradients flow through the pooling and the gates, and not
-        through the choice of cubes, but for a router's projections: they get that of a soft top-k, which
-        `impl="reference"` does not have.
+        through the choice of cubes, but for a router's projections: they get that of a soft top-k. With
+        `impl="reference"` these may not require a gradient.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -174,6 +174,8 @@ def _attend(
         whole = {"layout": grid if packed is None else packed, "kv_lengths": kv_lengths}
         selection = select_cubes(query, key, config=config, scale=scale, router=router, **whole)
     if impl == "reference":
+        if router is not None and router.learns:
+            raise ValueError('impl="reference" has no gradient for proj_query and proj_key: expected "auto" or another')
         from foveal.methods.vsa.reference import vsa_attention_reference
 
         output = vsa_attention_reference(
