@@ -7,6 +7,7 @@ same picture without training a model; the pages say so.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from foveal.methods.vsa.attention import select_cubes, slot_size
 from foveal.token_order import tile_indices
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tables import bench_run, latest
+from tables import RESULTS, bench_run, latest
 
 ASSETS = Path(__file__).parent / "assets"
 PATCH = 8
@@ -224,6 +225,42 @@ def draw_fine_tune(path: Path) -> None:
     figure.savefig(path)
 
 
+def draw_routers(path: Path) -> None:
+    """Held-out losses of the tiny model's arms by step, seed by seed, and at each noise level above dense attention."""
+    runs, before = (
+        list(json.loads((RESULTS / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json").read_text()).values())
+        for name in ("per-head", "router")
+    )
+    (dense,) = (run for run in before if run["arm"] == "dense")
+    names = {
+        "blocks": "by mean queries and keys",
+        "blocks, SLA2 (rate x 10)": "SLA2: one router, and a linear branch",
+        "blocks, router (rate x 10)": "one router",
+        "blocks, router per head (rate x 10)": "a router for each head",
+    }
+    figure = figure_of(3.6)
+    by_step, by_level = figure.subplots(1, 2, width_ratios=[1.5, 1])
+    base = torch.tensor(dense["after"]).mean(0)
+    for (arm, label), color in zip(names.items(), ("#888", "#d19a2e", "#5aa9b8", "#1f5f6e"), strict=True):
+        of_arm = [run for run in runs if run["arm"] == arm]
+        for run, style in zip(of_arm, ("-", "--"), strict=True):
+            steps, losses = zip(*run["curve"], (run["steps"], torch.tensor(run["after"]).mean().item()), strict=True)
+            by_step.plot(
+                steps, losses, style, color=color, marker="o", markersize=3, label=label if style == "-" else None
+            )
+        after = torch.tensor([run["after"] for run in of_arm]).mean((0, 1))
+        by_level.plot(dense["levels"], 100 * (after / base - 1), color=color, marker="o", markersize=3)
+    by_step.axhline(base.mean().item(), color="#444", linewidth=1, linestyle=":", label="dense attention")
+    by_step.set(xlabel="steps", ylabel="held-out loss")
+    by_step.set_title("10% of the blocks, 1,872 tokens, both seeds", fontsize=10)
+    by_step.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 0.05))
+    by_level.axhline(0, color="#444", linewidth=1, linestyle=":")
+    by_level.set(xlabel="noise level", ylabel="above dense attention, %", ylim=(-0.5, None))
+    for axis in (by_step, by_level):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 def draw_kernels(path: Path) -> None:
     """Kernels and methods against dense attention, as `foveal bench` draws its own results."""
     write_plot(path, bench_run("480p", "kernel")[0])
@@ -270,6 +307,7 @@ FIGURES = {
     "speed.png": draw_speed,
     "error.png": draw_error,
     "fine-tune.png": draw_fine_tune,
+    "routers.png": draw_routers,
     "token-orders.png": draw_token_orders,
     "selection.png": draw_selection,
     "vsa-stages.png": draw_stages,

@@ -362,6 +362,19 @@ def test_sentences_about_a_router_for_each_head_are_those_of_their_runs():
         by_level = [zip(*short[f"{arm} #{seed}"]["after"], strict=True) for arm in (per_head, "blocks")]
         assert all(sum(mine) < sum(theirs) for mine, theirs in zip(*by_level, strict=True))
 
+    grown = []
+    for at in (0, 1, 2, None):
+        shares = []
+        for seed in (0, 1):
+            mine, theirs = (
+                _mean(run["after"]) if at is None else run["curve"][at][1]
+                for run in (short[f"{arm} #{seed}"] for arm in (per_head, "blocks"))
+            )
+            shares.append(100 * (1 - mine / theirs))
+        grown.append(statistics.mean(shares))
+    said = "{:.1f}% after 250 steps, {:.1f}% after 500, {:.1f}% after 750, and {:.1f}% after 1,000"
+    assert said.format(*grown) in page
+
     def mean(arm, *keys):
         found = [short[f"{arm} #{seed}"] for seed in (0, 1)]
         for key in keys:
