@@ -11,7 +11,7 @@ from interpreted import mend_interpreter, run_interpreted
 from tiny_wan import SPARSE_SLA, SPARSE_VSA, inputs, randomize, run, tiny_transformer
 
 import foveal
-from foveal import SLAConfig, VideoGrid, VSAConfig, sla_attention, vsa_attention
+from foveal import SLA2Config, SLAConfig, VideoGrid, VSAConfig, sla_attention, vsa_attention
 from foveal.layout import PlannedGrid
 from foveal.methods.base import LayerCall, method_of
 from foveal.rules import count, num_critical
@@ -199,13 +199,19 @@ def run_kernels(name: str) -> None:
     """Forward and backward of Triton's kernels as custom ops, at three grids and lengths of text."""
     from foveal.kernels import api
     from foveal.methods.sla import attention as sla
+    from foveal.methods.sla2 import attention as sla2
+    from foveal.methods.sla2 import blocks
     from foveal.methods.vsa import attention as vsa
 
-    for module in (api, sla, vsa):
+    for module in (api, sla, sla2, vsa):
         module.choose_impl = lambda *_: api.Ran("triton")
-    api.fits_kernel = sla.fits_kernel = lambda *_: True
+    api.fits_kernel = sla.fits_kernel = blocks.fits_kernel = lambda *_: True
     tile_order = "tile" if name == "sla tile order" else "raster"
-    config = VSAConfig(keep_ratio=0.3) if name == "vsa" else SLAConfig(keep_ratio=0.3, token_order=tile_order)
+    config = {
+        "vsa": VSAConfig(keep_ratio=0.3),
+        "vsa router": VSAConfig(keep_ratio=0.3, router="per_head"),
+        "sla2 router": SLA2Config(keep_ratio=0.3, block_q=64, linear_scope="none", router="per_head"),
+    }.get(name, SLAConfig(keep_ratio=0.3, token_order=tile_order))
     method, device = method_of(config), torch.device("cpu")
     module = method.build(config, 16, 1, 64, "triton")
 
@@ -229,7 +235,7 @@ def run_kernels(name: str) -> None:
     assert graphs() == 2, graphs()
 
 
-@pytest.mark.parametrize("name", ["sla tile order", "vsa"])
+@pytest.mark.parametrize("name", ["sla tile order", "vsa", "vsa router", "sla2 router"])
 def test_kernels_are_two_graphs(name):
     pytest.importorskip("triton")
     run_interpreted(__file__, [name])

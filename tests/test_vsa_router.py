@@ -10,7 +10,7 @@ from tiny_wan import inputs as wan_inputs
 from tiny_wan import randomize, run, tiny_transformer
 
 import foveal
-from foveal import SLA2Config, TokenLayout, VideoGrid, VideoSparseAttention, VSAConfig, vsa_attention
+from foveal import SLA2Config, TokenLayout, VideoGrid, VideoSparseAttention, VSAConfig, attention_cost, vsa_attention
 from foveal.lab.inspect.capture import capture_selections
 from foveal.methods.base import method_of
 from foveal.methods.vsa.attention import select_cubes
@@ -196,6 +196,15 @@ def test_selections_are_captured(config):
         run(model, **wan_inputs())
     (selection,), ((args, named),) = found.values(), calls
     torch.testing.assert_close(layer(*args, **named, selection=selection), layer(*args, **named))
+
+
+def test_it_costs_the_projections_and_their_products():
+    shape = {"grid": VideoGrid(21, 30, 52), "heads": 12, "head_dim": 128}
+    plain, routed = (attention_cost(VSAConfig(router=router), **shape) for router in ("none", "per_head"))
+    (part,) = (part for part in routed.parts if part.name == "router")
+    assert routed.flops - plain.flops == part.flops > 0
+    assert part.backward > 2
+    assert [x.name for x in plain.parts] == [x.name for x in routed.parts if x.name != "router"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Queries, keys, values, and outputs to tile order and back: by a kernel that copies whole rows where kernels run.
 
-PyTorch's `index_select` copies number by number, which takes about three times as long as the memory would.
+PyTorch's `index_select` looks up an index for each number that it copies.
 """
 
 from __future__ import annotations

@@ -7,6 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveal.kernels.backend import BackwardCall
+from foveal.kernels.int8 import lse_shift
+from foveal.kernels.triton.choice_gradient import GainFacts, exact_gain, scores_gradient
+from foveal.kernels.triton.lists import noncritical_mask
 from foveal.methods.routing import Router
 
 Weights = tuple[Tensor | None, Tensor | None]
@@ -54,6 +58,27 @@ class Scored(NamedTuple):
         grad = grad * scale
         (query, key), of_query, of_key = self.projected, *weights
         return _of_weight(grad @ key, self.means[0], of_query), _of_weight(grad.mT @ query, self.means[1], of_key)
+
+
+def projection_gradients(
+    fine: BackwardCall, scored: Scored, weights: Weights, temperature: float, *, centers_keys: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the projections of a router that learns, where blocks it leaves are not summed otherwise.
+
+    Args:
+        fine: the backward of the blocks that are read.
+        temperature: of the soft top-k.
+        centers_keys: whether the log-sum-exp is that of keys less their mean, see `Backend`.
+    """
+    problem, lse = fine.problem, fine.lse
+    selection = problem.selection
+    if centers_keys:
+        lse = lse + lse_shift(problem.query, problem.key, selection, problem.scale)
+    unread = noncritical_mask(selection)
+    mix = lse.new_ones((lse.shape[0] * lse.shape[1], selection.num_query_blocks, 2))
+    gain = exact_gain(problem, fine.grad, unread, GainFacts(mix, lse, fine.delta), scored.scores.shape[3])
+    of_scores = scores_gradient(scored.scores, temperature, unread, gain, None)
+    return scored.gradients(of_scores, weights, problem.scale)
 
 
 def _of_weight(grad: Tensor, means: Tensor, weight: Tensor) -> Tensor:

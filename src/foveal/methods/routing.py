@@ -58,17 +58,16 @@ def start_projections(router: str, num_heads: int, head_dim: int) -> PrecisePara
 def of_heads(
     weights: tuple[Tensor, Tensor], num_heads: int, query: Tensor, heads: range | None
 ) -> tuple[Tensor, Tensor]:
-    """A module's projections for a query of some of its heads; None for all."""
-    check_num_heads(num_heads, query, heads)
-    own = slice(None) if heads is None else slice(heads.start, heads.stop)
-    return tuple(x if x.dim() == 2 else x[own] for x in weights)
+    """A module's projections for a query [B, H, L, D] of some of its heads; None for all.
 
-
-def check_num_heads(num_heads: int, query: Tensor, heads: range | None) -> None:
-    """Raises a ValueError unless the query, [B, H, L, D], has all heads of a module, or those that are named."""
+    Raises:
+        ValueError: the query has another number of heads.
+    """
     count = num_heads if heads is None else len(heads)
     if query.shape[1] != count:
         raise ValueError(f"query must have {count} heads, got {query.shape[1]}; `heads` says which some are")
+    own = slice(None) if heads is None else slice(heads.start, heads.stop)
+    return tuple(x if x.dim() == 2 else x[own] for x in weights)
 
 
 def check_projections(router: Router, query: Tensor) -> None:

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from foveal.blocks import BlockSelection
 from foveal.kernels.backend import BackwardCall, backend_named
-from foveal.kernels.int8 import lse_shift
 from foveal.kernels.operator import KernelOperator
 from foveal.kernels.triton.backward import output_delta
-from foveal.kernels.triton.choice_gradient import GainFacts, exact_gain, scores_gradient
-from foveal.kernels.triton.lists import column_lists, noncritical_mask
+from foveal.kernels.triton.lists import column_lists
 from foveal.kernels.triton.picking import new_lists
 from foveal.kernels.triton.select import select
 from foveal.kernels.values import Problem, packable
-from foveal.methods.gpu_routing import Scored, Weights
+from foveal.methods.gpu_routing import Scored, Weights, projection_gradients
 from foveal.methods.routing import Router
 from foveal.methods.sla.gpu import used_selection
 from foveal.methods.sla2.gpu_choice import pooled
@@ -88,17 +86,13 @@ def _backward(call: ExactCall, options: ExactOptions, outputs, saved, grads) -> 
     problem = Problem(*call[:3], selection, options.scale)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     delta = output_delta(grad, output, None)
-    found = backend.backward(BackwardCall(problem, grad, delta, lse, column_lists(selection)))
-    if not call.learns:
-        return *found, None, None
-    if backend.centers_keys:
-        lse = lse + lse_shift(*call[:2], selection, options.scale)
-    scored = Scored.of(means, call.learning, call.ranked, options.scale)
-    unread = noncritical_mask(selection)
-    mix = lse.new_ones((lse.shape[0] * lse.shape[1], selection.num_query_blocks, 2))
-    gain = exact_gain(problem, grad, unread, GainFacts(mix, lse, delta), scored.scores.shape[3])
-    of_scores = scores_gradient(scored.scores, options.temperature, unread, gain, None)
-    return *found, *scored.gradients(of_scores, call.learning, options.scale)
+    fine = BackwardCall(problem, grad, delta, lse, column_lists(selection))
+    found, of_router = backend.backward(fine), (None, None)
+    if call.learns:
+        scored = Scored.of(means, call.learning, call.ranked, options.scale)
+        given = scored, call.learning, options.temperature
+        of_router = projection_gradients(fine, *given, centers_keys=backend.centers_keys)
+    return *found, *of_router
 
 
 def _fake(call: ExactCall, options: ExactOptions) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:

@@ -174,7 +174,7 @@ def _attend(
         whole = {"layout": grid if packed is None else packed, "kv_lengths": kv_lengths}
         selection = select_cubes(query, key, config=config, scale=scale, router=router, **whole)
     if impl == "reference":
-        if router is not None and router.learns:
+        if router is not None and router.learns():
             raise ValueError('impl="reference" has no gradient for proj_query and proj_key: expected "auto" or another')
         from foveal.methods.vsa.reference import vsa_attention_reference
 
@@ -216,7 +216,7 @@ def _run_with(impl: str, precision: str, remember: Callable | None) -> Callable[
         choice, learning, temperature = choice_of(tiles, selection), (None, None), 1.0
         if router is not None:
             weights, temperature = Router(router.query, router.key), router.temperature
-            if router.learns:
+            if router.learns():
                 learning = in_float32(weights)
             elif choice.rule is not None:
                 choice = choice._replace(**dict(zip(("proj_query", "proj_key"), without_history(weights), strict=True)))

@@ -46,7 +46,7 @@ def vsa_attention_torch(
     fine_key, fine_value = layout.add_text(cubes[1], key), layout.add_text(cubes[2], value)
     options = {"scale": scale, "impl": "torch", "precision": precision}
     fine = cubes[0], fine_key, fine_value, selection
-    if router is not None and router.learns:
+    if router is not None and router.learns():
         output, lse = block_sparse_attention(*fine, return_lse=True, **options)
         fine = with_choice(output, lse, Ranked(by_router, router.temperature), Problem(*fine, scale))
     else:

@@ -17,18 +17,16 @@ from foveal.kernels import api
 from foveal.kernels.backend import BackwardCall, Cubes, CubesCall, Gates, RasterGradients, backend_named
 from foveal.kernels.choice import append_blocks, choose_in_pieces, with_squares
 from foveal.kernels.host import on_device_of
-from foveal.kernels.int8 import lse_shift
 from foveal.kernels.operator import KernelOperator
 from foveal.kernels.spans import PARTS
-from foveal.kernels.triton.choice_gradient import GainFacts, exact_gain, scores_gradient
 from foveal.kernels.triton.cube_gradients import return_gradients, split_gradient
 from foveal.kernels.triton.cubes import pool_cubes
-from foveal.kernels.triton.lists import column_lists, noncritical_mask
+from foveal.kernels.triton.lists import column_lists
 from foveal.kernels.triton.pooled import pooled_attention, pooled_attention_backward
 from foveal.kernels.triton.scores import NO_SIZES, Sizes
 from foveal.kernels.triton.select import select
 from foveal.kernels.values import Problem, flatten, packable, unflatten
-from foveal.methods.gpu_routing import Scored, without_history
+from foveal.methods.gpu_routing import Scored, projection_gradients, without_history
 from foveal.methods.routing import Router
 from foveal.methods.vsa.layout import CubeLayout
 from foveal.methods.vsa.router import CubeRouter
@@ -297,8 +295,12 @@ def _backward(call: VSACall, options: VSAOptions, outputs, saved, grads) -> tupl
     if spans is not None:
         pooled = tuple(map(spans.gradients, pooled))
     copies, *_ = pool_cubes(*inputs, call.cubes, gather="qkv", pool=False)
-    of_router = _of_router(call, options, coarse, Problem(*copies, selection, scale), (grad_fine, delta, lse))
     fine = BackwardCall(Problem(*copies, selection, scale, call.cubes.uniform), grad_fine, delta, lse, columns)
+    of_router = weights = call.proj_query, call.proj_key
+    if call.proj_query is not None:  # before the copies may be overwritten
+        scored = Scored.of((coarse.query, coarse.key[:, :, : call.ranked_cubes]), weights, None, scale)
+        given = scored, weights, options.temperature
+        of_router = projection_gradients(fine, *given, centers_keys=backend.centers_keys)
     if backend.writes_raster:
         grads = tuple(call.cubes.new_like(x) for x in inputs)
         backend.backward(fine._replace(raster=RasterGradients(grads, pooled, call.cubes)))
@@ -309,29 +311,6 @@ def _backward(call: VSACall, options: VSAOptions, outputs, saved, grads) -> tupl
         grads = tuple(call.cubes.new_like(x) for x in inputs)
         return_gradients(copies, RasterGradients(grads, pooled, call.cubes))
     return *grads, *grad_gates, *of_router
-
-
-def _of_router(
-    call: VSACall, options: VSAOptions, coarse: Coarse, problem: Problem, rows: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the projections of a router that learns.
-
-    Args:
-        problem: the fine stage, in tile order.
-        rows: its gradient, rowsum(dO * O), and log-sum-exp.
-    """
-    weights = call.proj_query, call.proj_key
-    if call.proj_query is None:
-        return weights
-    (grad, delta, lse), selection = rows, problem.selection
-    if backend_named(options.backend).centers_keys:
-        lse = lse + lse_shift(*problem[:2], selection, options.scale)
-    scored = Scored.of((coarse.query, coarse.key[:, :, : call.ranked_cubes]), weights, None, options.scale)
-    unread = noncritical_mask(selection)
-    mix = lse.new_ones((lse.shape[0] * lse.shape[1], selection.num_query_blocks, 2))
-    gain = exact_gain(problem, grad, unread, GainFacts(mix, lse, delta), call.ranked_cubes)
-    of_scores = scores_gradient(scored.scores, options.temperature, unread, gain, None)
-    return scored.gradients(of_scores, weights, options.scale)
 
 
 def fake_coarse(call: VSACall) -> Coarse:

@@ -40,8 +40,8 @@ class CubeRouter(NamedTuple):
         eye = torch.eye(query.shape[-1], device=query.device)
         return cls(eye if proj_query is None else proj_query, eye if proj_key is None else proj_key, temperature)
 
-    @property
     def learns(self) -> bool:
+        """Whether the projections get a gradient. A method, see `SelectionRule.ragged`."""
         return torch.is_grad_enabled() and (self.query.requires_grad or self.key.requires_grad)
 
     def project(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
