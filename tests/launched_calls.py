@@ -17,6 +17,7 @@ from foveal import SLAConfig, VideoGrid, VSAConfig
 from foveal.kernels.tail import pooled_tail
 from foveal.kernels.triton import pooling, select
 from foveal.kernels.triton.linear import Keys, key_state_sums
+from foveal.kernels.triton.rows import permuted_rows
 from foveal.methods.sla2.gpu_exact import ExactCall, ExactOptions, sla2_exact_gpu
 from foveal.methods.vsa.gpu import select_cubes_gpu
 from foveal.methods.vsa.layout import CubeLayout
@@ -103,6 +104,11 @@ def router(head_dim, block_q, block_k, dtype, padded):
     torch.autograd.grad(output.sum(), [*inputs, *weights])
 
 
+def rows(head_dim, dtype):
+    """Tokens in another order."""
+    permuted_rows(_inputs(head_dim, dtype)[0], torch.zeros(100, dtype=torch.int64))
+
+
 def tail(head_dim, block_q, dtype):
     """The pooled tail and its backward."""
     query, key, value = _inputs(head_dim, dtype)
@@ -182,6 +188,8 @@ FEW = [
     partial(sla, 128, 64, 64, BF16, False, "softmax", "marginal", backend=INT8),
     partial(sla, 128, 128, 64, BF16, True, "softmax", "all", train=False, backend=INT8),
     partial(state_sums, 128, BF16),
+    partial(rows, 128, BF16),
+    partial(rows, 64, FP16),
     partial(tail, 128, 64, BF16),
     partial(tail, 64, 128, FP16),
     partial(select_blocks, 128, BF16, True),
@@ -218,6 +226,7 @@ def all_calls() -> Iterator[Callable]:
         yield from (partial(sla2, *case, *rest) for rest in itertools.product(("softmax", "elu", "relu"), both))
     yield from (partial(vsa, *case) for case in itertools.product(dims, dtypes, CUBES, both, both, both))
     yield from (partial(pool, *case) for case in itertools.product(dims, (*dtypes, FP32), both))
+    yield from (partial(rows, *case) for case in itertools.product(dims, dtypes))
     yield from (partial(tail, *case) for case in itertools.product(dims, blocks, dtypes))
     columns = (100, 500, 1000, 2000, 4000, 8000, 16000)
     yield from (partial(pick, *case) for case in itertools.product(columns, both, both, (0, 1), both, both, both))

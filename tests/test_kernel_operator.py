@@ -162,6 +162,7 @@ class Stub:
 @pytest.fixture
 def stub(monkeypatch):
     pytest.importorskip("triton")
+    from foveal.kernels import order
     from foveal.methods.sla import attention as sla
     from foveal.methods.sla import gpu as sla_gpu
     from foveal.methods.vsa import attention as vsa
@@ -173,6 +174,7 @@ def stub(monkeypatch):
     for module in (sla, vsa):
         monkeypatch.setattr(module, "choose_impl", lambda *_: Ran("triton"))
     monkeypatch.setattr(sla, "fits_kernel", lambda *_: True)
+    monkeypatch.setattr(order, "is_plain", lambda *_: False)  # its kernel is no stub
     return one
 
 

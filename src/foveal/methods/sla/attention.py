@@ -28,6 +28,7 @@ from foveal.kernels.api import (
 )
 from foveal.kernels.backend import name_of
 from foveal.kernels.operator import KnownCalls
+from foveal.kernels.order import unsort_tokens
 from foveal.kernels.tail import attend_with_tail
 from foveal.layout import NOWHERE, TokenLayout, VideoGrid, Where, resolve_layout
 from foveal.methods.choosing import choosing_of, rows_alike
@@ -130,11 +131,12 @@ def _attend(
     check_weights(query, config, proj_weight, proj_bias, feature_weight)
     ran = choose_impl(impl, query, key, value, config.block_q, config.block_k, config.precision)
     impl = ran.impl
+    on_kernels = impl in ("triton", "gluon")
     scale = check_scale(scale, query.shape[-1])
 
     grid, packed = resolve_layout(grid, layout)
     if packed is not None:
-        keys = packed_keys(query, key, packed, config, protected_keys, kv_lengths)
+        keys = packed_keys(query, key, packed, config, protected_keys, kv_lengths, on_kernels)
         output, inner = _packed_attention(inputs, keys, config, selection, weights, kv_lengths, scale, impl)
         return output, ran if inner.why is None else ran.but(inner.why)
     order = None
@@ -145,11 +147,10 @@ def _attend(
         if selection is None:
             validate_tile_order(grid, key, protected_keys, kv_lengths)
         order = token_order(config, grid, query.device)
-        query, key, value = (video_sorted(x, order) for x in (query, key, value))
+        query, key, value = (video_sorted(x, order, on_kernels) for x in (query, key, value))
     elif grid is not None:
         grid.check_length(query.shape[2])
 
-    on_kernels = impl in ("triton", "gluon")
     on_gpu = on_kernels and config.linear_scope != "none" and config.feature_map != "hedgehog"
     fused = on_gpu and config.tail == "none"
     if on_kernels and not on_gpu and config.linear_scope != "none":
@@ -213,7 +214,7 @@ def _attend(
             if proj_weight is not None:
                 linear = linear_layer(linear, proj_weight, proj_bias)
             output = (output + linear).to(query.dtype)
-    return output if order is None else order.unsort(output), ran
+    return output if order is None else unsort_tokens(output, order, on_kernels), ran
 
 
 def _rule(
@@ -244,7 +245,7 @@ def _packed_attention(inputs, keys, config, selection, weights, kv_lengths, scal
         validate_selection(selection, video, key[:, :, :1].expand(-1, -1, keys.length, -1))
         selection = dataclasses.replace(selection, key_block_sizes=keys.sizes)
     # They are in the order that blocks are cut from, and the selection has what is fixed.
-    config = config if keys.tile is None else config.replace(token_order="raster", window=None)
+    config = config if config.token_order == "raster" else config.replace(token_order="raster", window=None)
     blocks = video, keys.in_blocks(key), keys.in_blocks(value)
     video, ran = _attend(blocks, config, selection, weights, NOWHERE, scale, impl)
     output = keys.with_protected_queries(video, query, key, value, kv_lengths, scale)

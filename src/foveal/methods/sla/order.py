@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from foveal.fixed_blocks import fixed_blocks
+from foveal.kernels.order import sort_tokens
 from foveal.layout import VideoGrid
 from foveal.methods.choosing import fixes_blocks
 from foveal.methods.sla.config import SLAConfig
@@ -42,12 +43,12 @@ def plan(config: SLAConfig, grid: VideoGrid, device: torch.device) -> None:
     fixed_of(config, grid, device)
 
 
-def video_sorted(x: Tensor, order: TileOrder) -> Tensor:
-    """[B, H, L, D], the video's tokens to tile order; those after them (text) stay."""
+def video_sorted(x: Tensor, order: TileOrder, on_kernels: bool = False) -> Tensor:
+    """[B, H, L, D], the video's tokens to tile order; those after them (text) stay. See `sort_tokens`."""
     video = order.to_raster.shape[0]
     if x.shape[2] == video:
-        return order.sort(x)
-    return torch.cat((order.sort(x[:, :, :video]), x[:, :, video:]), 2)
+        return sort_tokens(x, order, on_kernels)
+    return torch.cat((sort_tokens(x[:, :, :video], order, on_kernels), x[:, :, video:]), 2)
 
 
 def validate_tile_order(

@@ -16,6 +16,7 @@ from foveal.blocks import BlockSelection
 from foveal.checks import cached_constant, check_kv_lengths
 from foveal.kernels.choice import append_blocks, block_sizes
 from foveal.kernels.dense import dense_attention
+from foveal.kernels.order import sort_tokens, unsort_tokens
 from foveal.layout import TokenLayout
 from foveal.methods.sla.config import SLAConfig
 from foveal.symbols import ceil_div
@@ -29,6 +30,7 @@ class PackedKeys:
         tile: the cube that the video's keys are sorted by; None for raster order.
         block_k: tokens per block.
         kv_lengths: int [B], valid keys at the front of each sample, in sequence order; None for all.
+        on_kernels: whether the call runs on a GPU's kernels.
 
     Attributes:
         sizes: int32 [B or 1, T], valid keys of each block; None where all are full but the last.
@@ -41,8 +43,10 @@ class PackedKeys:
         block_k: int,
         kv_lengths: Tensor | None,
         device: torch.device,
+        on_kernels: bool,
     ) -> None:
-        self.layout, self.tile, self.block_k = layout, tile, block_k
+        self.layout, self.block_k, self._on_kernels = layout, block_k, on_kernels
+        self._order = None if tile is None else layout.grid.tile_order(tile, None, device)
         video, protected = layout.grid.num_tokens, layout.num_protected
         self.video_blocks, self.protected_blocks = ceil_div(video, block_k), ceil_div(protected, block_k)
         self.padding = self.video_blocks * block_k - video
@@ -64,11 +68,11 @@ class PackedKeys:
 
     def video(self, x: Tensor) -> Tensor:
         """The video's [B, H, Lv, D] in raster order, in the order that blocks are cut from."""
-        return x if self.tile is None else self.layout.grid.to_tile_order(x, self.tile)
+        return x if self._order is None else sort_tokens(x, self._order, self._on_kernels)
 
     def in_blocks(self, x: Tensor) -> Tensor:
         """Keys or values [B, H, L, D] in sequence order to [B, H, length, D], zeros in the empty places."""
-        if self.tile is None and not self.layout.before and not self.padding:
+        if self._order is None and not self.layout.before and not self.padding:
             return x
         video, protected = self.layout.split(x)
         return torch.cat((self.video(video), x.new_zeros((*x.shape[:2], self.padding, x.shape[3])), protected), 2)
@@ -96,7 +100,7 @@ class PackedKeys:
     ) -> Tensor:
         """The output in sequence order: the video's, in the order of its blocks, and dense attention of the others."""
         protected = dense_attention(self.layout.split(query)[1], key, value, kv_lengths, scale)
-        video = video if self.tile is None else self.layout.grid.to_raster_order(video, self.tile)
+        video = video if self._order is None else unsort_tokens(video, self._order, self._on_kernels)
         return self.layout.join(video, protected)
 
 
@@ -107,6 +111,7 @@ def packed_keys(
     config: SLAConfig,
     protected_keys: tuple[int, int] | None,
     kv_lengths: Tensor | None,
+    on_kernels: bool = False,
 ) -> PackedKeys:
     """The key blocks of a call with a layout's protected segments; a ValueError unless its arguments fit together."""
     layout.check_length(query.shape[2])
@@ -115,7 +120,7 @@ def packed_keys(
         raise ValueError("a layout names the protected keys; give protected_keys or a layout with segments, not both")
     if kv_lengths is not None:
         check_kv_lengths(kv_lengths, key.shape[0], layout.video.stop, layout.num_tokens)
-    return PackedKeys(layout, config.tile_for(layout.grid), config.block_k, kv_lengths, key.device)
+    return PackedKeys(layout, config.tile_for(layout.grid), config.block_k, kv_lengths, key.device, on_kernels)
 
 
 def _block_sizes(video: int, protected: int, block: int, device: torch.device) -> Tensor:

@@ -107,8 +107,8 @@ def _attend(
     _validate_weights(query, weights, config)
     ran = choose_impl(impl, query, key, value, config.block_q, config.block_k, config.precision)
     scale = check_scale(scale, query.shape[-1])
-    blocks = CallBlocks(query, key, config, where, selection)
     soft, on_kernels = config.routing == "soft", ran.impl in ("triton", "gluon")
+    blocks = CallBlocks(query, key, config, where, selection, on_kernels)
     if soft and on_kernels:
         ran = ran.but(SLOW_ROUTING)
     exact = config.linear_scope == "none"

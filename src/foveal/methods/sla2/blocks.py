@@ -13,6 +13,7 @@ from torch import Tensor
 from foveal.blocks import BlockSelection, pool_blocks
 from foveal.kernels.api import fits_kernel, validate_selection
 from foveal.kernels.choice import choose_blocks
+from foveal.kernels.order import unsort_tokens
 from foveal.layout import Where, resolve_layout
 from foveal.methods.routing import Router
 from foveal.methods.sla.order import token_order, validate_tile_order, video_sorted
@@ -27,6 +28,7 @@ class CallBlocks:
     Args:
         query, key: [B, H, L, D], as the caller has them.
         selection: the caller's, or None.
+        on_kernels: whether the call runs on a GPU's kernels.
 
     Attributes:
         query: the queries that have blocks, in the order that these are cut from.
@@ -43,14 +45,15 @@ class CallBlocks:
         config: SLA2Config,
         where: Where,
         selection: BlockSelection | None,
+        on_kernels: bool = False,
     ) -> None:
         grid, layout, protected_keys, kv_lengths = where
         grid, layout = resolve_layout(grid, layout)
-        self.config, self.key = config, key
+        self.config, self.key, self._on_kernels = config, key, on_kernels
         self.protected_keys, self.kv_lengths = protected_keys, kv_lengths
         self.packed = self.order = None
         if layout is not None:
-            self.packed = packed_keys(query, key, layout, config.branches, protected_keys, kv_lengths)
+            self.packed = packed_keys(query, key, layout, config.branches, protected_keys, kv_lengths, on_kernels)
             self.query = self.packed.video(layout.split(query)[0])
             self.video_key = self.packed.video(key[:, :, layout.video])
             self.protected_keys, self.padding, self.kv_lengths = None, kv_lengths, None
@@ -78,7 +81,7 @@ class CallBlocks:
                 raise ValueError(f"{name} goes into a selection when that is made; give {name} or selection, not both")
 
     def _sorted(self, x: Tensor) -> Tensor:
-        return x if self.order is None else video_sorted(x, self.order)
+        return x if self.order is None else video_sorted(x, self.order, self._on_kernels)
 
     def in_blocks(self, x: Tensor) -> Tensor:
         """Keys or values in the order that blocks are cut from."""
@@ -88,7 +91,7 @@ class CallBlocks:
         """The output of all queries in the caller's order, from that of the queries that have blocks."""
         if self.packed is not None:
             return self.packed.with_protected_queries(video, query, key, value, self.padding, scale)
-        return video if self.order is None else self.order.unsort(video)
+        return video if self.order is None else unsort_tokens(video, self.order, self._on_kernels)
 
     def rule(self) -> SelectionRule:
         """How to choose among the blocks that the router ranks."""
