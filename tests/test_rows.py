@@ -63,7 +63,9 @@ def test_methods_on_a_gpu(protected):
         for plain in (order.is_plain, lambda *_: False):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(order, "is_plain", plain)
-                results.append(output_and_gradients(run, inputs))
+                output, query, key, value = output_and_gradients(run, inputs)
+                # cuDNN gives the gradient of protected queries, and adds it up in any order.
+                results.append((output, query[:, :, : layout.grid.num_tokens], key, value))
         assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 

@@ -69,6 +69,7 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
     router = sla2.replace(linear_scope="none", router="per_head")
     exact = SLAVSAConfig(keep_ratio=cubes, coarse=False, linear_scope="none")
     both = exact.replace(coarse=True, linear_scope="noncritical")
+    vsa_router = VSAConfig(keep_ratio=cubes, router="per_head")
     return {
         "dense": Arm(),
         "cubes": Arm(exact),
@@ -93,10 +94,12 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         "blocks, router per head (rate x 30)": Arm(router, 30.0),
         "blocks, router per head (temperature 0.03, rate x 10)": Arm(router.replace(temperature=0.03), 10.0),
         "blocks, router per head (temperature 0.3, rate x 10)": Arm(router.replace(temperature=0.3), 10.0),
-        "blocks (x 1.25)": Arm(plain.replace(keep_ratio=1.25 * blocks)),
-        "blocks, router per head (x 1.25, rate x 10)": Arm(router.replace(keep_ratio=1.25 * blocks), 10.0),
+        "blocks (x 4/3)": Arm(plain.replace(keep_ratio=4 / 3 * blocks)),
+        "blocks, router per head (x 4/3, rate x 10)": Arm(router.replace(keep_ratio=4 / 3 * blocks), 10.0),
         **{f"VSA {name}": Arm(VSAConfig(keep_ratio=cubes, tile=tile)) for name, tile in TILES.items()},
-        "VSA 4x4x4, router per head (rate x 10)": Arm(VSAConfig(keep_ratio=cubes, router="per_head"), 10.0),
+        "VSA 4x4x4, router per head (rate x 10)": Arm(vsa_router, 10.0),
+        "VSA 4x4x4, router per head (rate x 30)": Arm(vsa_router, 30.0),
+        "VSA 4x4x4, router per head (x 1/2, rate x 10)": Arm(vsa_router.replace(keep_ratio=cubes / 2), 10.0),
     }
 
 

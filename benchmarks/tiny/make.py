@@ -8,7 +8,9 @@
     python benchmarks/tiny/make.py shards --work WORK --pipeline FOLDER --output WORK/shards
     foveal train tiny-sla --model.path FOLDER --data.folder WORK/shards --output WORK/sla
     foveal train tiny-sla2 --model.path FOLDER --data.folder WORK/shards --output WORK/sla2
+    foveal train tiny-router --model.path FOLDER --data.folder WORK/shards --output WORK/router
     foveal train tiny-vsa --model.path FOLDER --data.folder WORK/shards --output WORK/vsa
+    foveal train tiny-vsa-router --model.path FOLDER --data.folder WORK/shards --output WORK/vsa-router
     python benchmarks/tiny/make.py ship --work WORK --pipeline FOLDER --output WORK/shipped_files
     python benchmarks/tiny/make.py samples --work WORK --pipeline FOLDER --output PICTURES
     python benchmarks/tiny/make.py unpack --work WORK --pipeline FOLDER
@@ -53,7 +55,7 @@ from train_vae import train_vae, write_latents
 from foveal.lab.data.dataset import write_latent_dataset
 from foveal.lab.encoding import encode_video, vae_facts
 from foveal.lab.pipelines import DEFAULTS_FILE, load_pipeline
-from foveal.models.shipped import SHIPPED
+from foveal.models.shipped import ADAPTERS, SHIPPED
 
 # What the pipeline is called with where nothing else is asked for.
 DEFAULTS = {
@@ -112,8 +114,8 @@ def ship(work: Path, pipeline: Path, output: Path) -> None:
     """A new folder for the package: the pipeline, its adapters in bfloat16, and a few clips with their latents."""
     output.mkdir(parents=True)
     shutil.copytree(pipeline, output / SHIPPED["foveal/tiny"])
-    for method in ("sla", "sla2", "vsa"):
-        ship_adapter(work / method / "export", output / SHIPPED[f"foveal/tiny-{method}"])
+    for name in ADAPTERS:
+        ship_adapter(work / name / "export", output / SHIPPED[f"foveal/tiny-{name}"])
     loaded = load_pipeline(pipeline, device=DEVICE, dtype=torch.float32)
     folder, captions = output / "clips", {}
     folder.mkdir()

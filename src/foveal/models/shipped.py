@@ -14,7 +14,8 @@ from torch import Tensor
 
 FOLDER = Path(__file__).with_name("shipped_files")
 TINY = "foveal/tiny"
-SHIPPED = {TINY: "tiny", **{f"foveal/tiny-{method}": f"tiny-{method}" for method in ("sla", "sla2", "vsa")}}
+ADAPTERS = ("sla", "sla2", "router", "vsa", "vsa-router")
+SHIPPED = {TINY: "tiny", **{f"foveal/tiny-{name}": f"tiny-{name}" for name in ADAPTERS}}
 
 
 def local_path(source: str) -> str:

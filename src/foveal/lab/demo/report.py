@@ -14,11 +14,12 @@ from foveal.lab.demo.settings import (
     ARMS,
     DENSE,
     PICTURED,
-    SLA2_ADAPTER,
+    ROUTER_ADAPTER,
     SLA_ADAPTER,
     SLA_CONVERTED,
     VSA_ADAPTER,
     VSA_CONVERTED,
+    VSA_ROUTER_ADAPTER,
     VSA_TRAINED,
 )
 
@@ -29,9 +30,10 @@ COLORS = {
     DENSE: "#33415c",
     SLA_CONVERTED: "#c1666b",
     SLA_ADAPTER: "#2a7f8e",
-    SLA2_ADAPTER: "#5fa84f",
+    ROUTER_ADAPTER: "#5fa84f",
     VSA_CONVERTED: "#6a4c93",
     VSA_ADAPTER: "#a06cd5",
+    VSA_ROUTER_ADAPTER: "#c94f9b",
     VSA_TRAINED: "#d19a2e",
 }
 PAGE, LOSS_FIGURE, SIDE_BY_SIDE, REAL = "index.html", "loss.png", "side-by-side.mp4", "the real clip"
@@ -39,7 +41,7 @@ FPS = 16
 BRIGHTNESS = {1: 1.0, 0: 0.42, -1: 0.10}
 # The page is this many pixels wide at most: what is drawn for it keeps its letters readable at that width.
 PAGE_WIDTH = 1080
-VIDEO_COLUMNS, FRAME_COLUMNS = 4, 3
+VIDEO_COLUMNS, FRAME_COLUMNS = 3, 3
 
 
 def report_files() -> list[str]:
@@ -186,7 +188,8 @@ def conclusions(results: dict[str, Any]) -> list[str]:
         f"SLA has {against(SLA_CONVERTED)} with {work[SLA_CONVERTED]} of the attention arithmetic, and VSA "
         f"{against(VSA_CONVERTED)} with {work[VSA_CONVERTED]}.",
         f"The adapters that come with foveal bring SLA to {against(SLA_ADAPTER)} and VSA to {against(VSA_ADAPTER)}. "
-        f"SLA2's adapter has {against(SLA2_ADAPTER)}: it reads as much as SLA, and learns which blocks.",
+        f"Where a router in each head learns which blocks to read, as many as SLA, the loss is {against(ROUTER_ADAPTER)}; "
+        f"where it learns which cubes VSA reads, {against(VSA_ROUTER_ADAPTER)}.",
         f"{tuning[-1][0]} steps here, with a few clips, bring VSA to {against(VSA_TRAINED)}.",
     ]
     missed = [verdict["expected"] for verdict in results["expectations"] if not verdict["met"]]
@@ -262,7 +265,7 @@ much in PSNR, because a continuation is free to go elsewhere.</p>
 <p>To go on with this model: <code>foveal ui</code> shows where its tokens look,
 <code>foveal inspect --model foveal/tiny --prompt "first-person view of a brown stone corridor"</code> measures what
 sparsity costs it, and
-<code>foveal generate --model foveal/tiny --sparse foveal/tiny-sla2 --compare dense --prompt "..."</code> makes videos.
+<code>foveal generate --model foveal/tiny --sparse foveal/tiny-vsa-router --compare dense --prompt "..."</code> makes videos.
 On a pretrained model, begin with <code>foveal inspect</code>.</p>
 <h2>Measured</h2>
 <div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>

@@ -11,9 +11,19 @@ from foveal.methods.sla.config import SLAConfig
 from foveal.methods.vsa.config import VSAConfig
 
 # What the demo compares, in this order.
-DENSE, SLA_CONVERTED, SLA_ADAPTER, SLA2_ADAPTER = "dense", "SLA, no training", "SLA adapter", "SLA2 adapter"
-VSA_CONVERTED, VSA_ADAPTER, VSA_TRAINED = "VSA, no training", "VSA adapter", "VSA, trained here"
-ARMS = (DENSE, SLA_CONVERTED, SLA_ADAPTER, SLA2_ADAPTER, VSA_CONVERTED, VSA_ADAPTER, VSA_TRAINED)
+DENSE, SLA_CONVERTED, SLA_ADAPTER, ROUTER_ADAPTER = "dense", "SLA, no training", "SLA adapter", "router adapter"
+VSA_CONVERTED, VSA_ADAPTER, VSA_ROUTER_ADAPTER = "VSA, no training", "VSA adapter", "VSA router adapter"
+VSA_TRAINED = "VSA, trained here"
+ARMS = (
+    DENSE,
+    SLA_CONVERTED,
+    SLA_ADAPTER,
+    ROUTER_ADAPTER,
+    VSA_CONVERTED,
+    VSA_ADAPTER,
+    VSA_ROUTER_ADAPTER,
+    VSA_TRAINED,
+)
 # Arms whose choice of blocks the report draws.
 PICTURED = (SLA_ADAPTER, VSA_TRAINED)
 

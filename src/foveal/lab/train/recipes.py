@@ -213,6 +213,11 @@ def tiny_vsa() -> TrainingConfig:
     return _tiny_adapter("tiny-vsa", VSAConfig(keep_ratio=0.125))
 
 
+def tiny_vsa_router() -> TrainingConfig:
+    """The model that comes with foveal to VSA, whose cubes a router in each head learns to choose, by LoRA."""
+    return _tiny_adapter("tiny-vsa-router", VSAConfig(keep_ratio=0.125, router="per_head"))
+
+
 def _from_scratch(output: str) -> TrainingConfig:
     """A Wan of about 0.4B parameters with random weights, dense."""
     return TrainingConfig(
@@ -246,6 +251,7 @@ RECIPES: dict[str, Callable[[], TrainingConfig]] = {
     "tiny-sla2": tiny_sla2,
     "tiny-router": tiny_router,
     "tiny-vsa": tiny_vsa,
+    "tiny-vsa-router": tiny_vsa_router,
     "wan-1.3b-sla": wan_1_3b_sla,
     "wan-1.3b-sla2": wan_1_3b_sla2,
     "wan-1.3b-router": wan_1_3b_router,
