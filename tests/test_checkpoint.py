@@ -219,7 +219,7 @@ def _build(seed: int):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     fast = list(model[1].parameters())
-    groups = parameter_groups(model.parameters(), learning_rate=1e-2, fast_parameters=fast, fast_learning_rate=0.1)
+    groups = parameter_groups(model.parameters(), (fast, 0.1), learning_rate=1e-2)
     optimizer = build_optimizer(groups)
     return model, optimizer, warmup_and_decay(optimizer, steps=20, warmup=3)
 

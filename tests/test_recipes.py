@@ -52,7 +52,11 @@ def test_recipes_are_those_of_the_papers():
     router = RECIPES["wan-1.3b-router"]()
     own = {"linear_scope": "none", "router": "per_head", "token_order": "tile"}
     assert (router.steps, router.sparsity.attention) == (500, sla2.sparsity.attention.replace(**own))
-    vsa = RECIPES["wan-1.3b-vsa"]()
+    assert (router.optimizer.router_learning_rate, router.optimizer.new_learning_rate) == (3e-3, 2e-4)
+    vsa, routed = (RECIPES[f"wan-1.3b-vsa{router}"]() for router in ("", "-router"))
+    assert routed.sparsity.attention == vsa.sparsity.attention.replace(router="per_head")
+    assert routed.sparsity.annealing == vsa.sparsity.annealing
+    assert (routed.optimizer.router_learning_rate, routed.optimizer.new_learning_rate) == (3e-3, 2e-4)
     annealing = vsa.sparsity.annealing
     assert (annealing.dense_steps, annealing.every, vsa.sparsity.attention.topk) == (50, 50, 32)
     assert annealing.kept(vsa.steps, 32) == 32

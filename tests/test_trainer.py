@@ -864,6 +864,24 @@ def test_a_resumed_run_says_what_changed(folder, capsys):
         run_training(config(folder, steps=6, resume=True, seed=1))
 
 
+def test_routers_have_a_learning_rate_of_their_own(folder):
+    """Beside that of the gates, with a schedule that ends where the others do."""
+    vsa = SparsitySettings(VSAConfig(topk=2, tile=(2, 2, 2), router="per_head"))
+    rates = {"optimizer__new_learning_rate": 1e-2, "optimizer__router_learning_rate": 5e-2}
+    trainer = Trainer(config(folder, sparsity=vsa, steps=2, **rates))
+    names = {id(parameter): name for name, parameter in trainer.state.parameters.items()}
+    trainer.run()
+    found = {
+        group["lr"]: {names[id(p)].split("attention.")[-1] for p in group["params"]}
+        for group in trainer.state.optimizer.param_groups
+    }
+    assert found[5e-2] == {"router.proj_query", "router.proj_key"}
+    assert found[1e-2] == {"to_gate_coarse.weight", "to_gate_coarse.bias"}
+    assert len(found) == 3
+    with pytest.raises(ValueError, match=r"optimizer.router_learning_rate must be above 0, got -1"):
+        config(folder, optimizer__router_learning_rate=-1)
+
+
 def test_the_command_answers_mistakes_in_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     output = ["--tracker", "none", "--output", str(tmp_path / "run")]

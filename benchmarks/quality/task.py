@@ -165,12 +165,7 @@ def fit(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     fast = [p for p in fast or () if p.requires_grad] if fast_learning_rate is not None else []
-    groups = parameter_groups(
-        parameters,
-        learning_rate=learning_rate,
-        fast_parameters=fast,
-        fast_learning_rate=fast_learning_rate if fast else None,
-    )
+    groups = parameter_groups(parameters, (fast, fast_learning_rate), learning_rate=learning_rate)
     optimizer = build_optimizer(groups)
     peaks = [group["lr"] for group in optimizer.param_groups]
     ranks, warmup = (dist.get_world_size() if dist.is_initialized() else 1), max(1, steps // 10)

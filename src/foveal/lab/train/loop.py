@@ -121,12 +121,7 @@ def train(
     if (fast_parameters is None) != (fast_learning_rate is None):
         raise ValueError("give fast_parameters and fast_learning_rate together")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = parameter_groups(
-        parameters,
-        learning_rate=learning_rate,
-        fast_parameters=fast_parameters or (),
-        fast_learning_rate=fast_learning_rate,
-    )
+    groups = parameter_groups(parameters, (fast_parameters or (), fast_learning_rate), learning_rate=learning_rate)
     optimizer = build_optimizer(groups)
     schedule = warmup_and_decay(optimizer, steps=steps, warmup=warmup, floor=final_learning_rate / learning_rate)
     record = TrainingRecord()

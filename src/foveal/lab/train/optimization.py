@@ -12,18 +12,22 @@ from torch.optim.lr_scheduler import LambdaLR
 
 def parameter_groups(
     parameters: Iterable[nn.Parameter],
-    *,
+    *own_rates: tuple[Iterable[nn.Parameter], float | None],
     learning_rate: float,
-    fast_parameters: Iterable[nn.Parameter] = (),
-    fast_learning_rate: float | None = None,
 ) -> list[dict]:
-    """Groups for an optimizer: the fast parameters with their own rate, and the others with `learning_rate`."""
-    fast = {id(p) for p in fast_parameters} if fast_learning_rate is not None else set()
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if id(p) not in fast], "lr": learning_rate},
-        {"params": [p for p in parameters if id(p) in fast], "lr": fast_learning_rate},
-    ]
+    """Groups for an optimizer, each with its learning rate.
+
+    Args:
+        parameters: all that are trained.
+        own_rates: some of them with a rate of their own. A later pair goes before an earlier one; a rate of None
+            changes nothing.
+        learning_rate: of the others.
+    """
+    rates = [learning_rate, *(rate for _, rate in own_rates)]
+    group_of = {id(p): at for at, (own, rate) in enumerate(own_rates, 1) if rate is not None for p in own}
+    groups = [{"params": [], "lr": rate} for rate in rates]
+    for parameter in parameters:
+        groups[group_of.get(id(parameter), 0)]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 

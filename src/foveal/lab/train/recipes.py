@@ -90,7 +90,7 @@ def wan_1_3b_router() -> TrainingConfig:
     return base.replace(
         sparsity=SparsitySettings(attention),
         output=Path("wan-1.3b-router"),
-        optimizer=dataclasses.replace(base.optimizer, new_learning_rate=ROUTER_LEARNING_RATE),
+        optimizer=dataclasses.replace(base.optimizer, router_learning_rate=ROUTER_LEARNING_RATE),
     )
 
 
@@ -114,6 +114,17 @@ def wan_1_3b_vsa() -> TrainingConfig:
         steps=4000,
         optimizer=OptimizerSettings(learning_rate=1e-5, new_learning_rate=2e-4, ema_decay=0.99),
         evaluation=EvaluationSettings(sample_every=500),
+    )
+
+
+def wan_1_3b_vsa_router() -> TrainingConfig:
+    """Wan2.1-1.3B to VSA, whose cubes a router in each head learns to choose; annealed as `wan_1_3b_vsa` is."""
+    base = wan_1_3b_vsa()
+    attention = base.sparsity.attention.replace(router="per_head")
+    return base.replace(
+        sparsity=dataclasses.replace(base.sparsity, attention=attention),
+        output=Path("wan-1.3b-vsa-router"),
+        optimizer=dataclasses.replace(base.optimizer, router_learning_rate=ROUTER_LEARNING_RATE),
     )
 
 
@@ -158,6 +169,13 @@ def minimax_h3_vsa() -> TrainingConfig:
     return _minimax_h3("minimax-h3-vsa", VSAConfig(keep_ratio=0.1), settings)
 
 
+def minimax_h3_vsa_router() -> TrainingConfig:
+    """MiniMax-H3 to VSA, whose cubes a router in each head learns to choose: trains LoRA, gates, and routers."""
+    rates = {"learning_rate": 1e-4, "new_learning_rate": 1e-4, "router_learning_rate": ROUTER_LEARNING_RATE}
+    settings = OptimizerSettings(trainable="lora", **rates)
+    return _minimax_h3("minimax-h3-vsa-router", VSAConfig(keep_ratio=0.1, router="per_head"), settings)
+
+
 def minimax_h3_sla() -> TrainingConfig:
     """MiniMax-H3 to SLA, video and sound: trains LoRA and the projections, with the dense model as teacher."""
     settings = OptimizerSettings(trainable="lora", learning_rate=1e-4, new_learning_rate=1e-3, ema_decay=0.99)
@@ -166,7 +184,7 @@ def minimax_h3_sla() -> TrainingConfig:
 
 def minimax_h3_router() -> TrainingConfig:
     """MiniMax-H3 to exact blocks that a router in each head learns to choose: trains LoRA and the routers."""
-    rates = {"learning_rate": 1e-4, "new_learning_rate": ROUTER_LEARNING_RATE}
+    rates = {"learning_rate": 1e-4, "router_learning_rate": ROUTER_LEARNING_RATE}
     settings = OptimizerSettings(trainable="lora", **rates, ema_decay=0.99)
     attention = SLA2Config(keep_ratio=0.05, linear_scope="none", router="per_head")
     return _minimax_h3("minimax-h3-router", attention, settings)
@@ -257,9 +275,11 @@ RECIPES: dict[str, Callable[[], TrainingConfig]] = {
     "wan-1.3b-router": wan_1_3b_router,
     "wan-14b-sla": wan_14b_sla,
     "wan-1.3b-vsa": wan_1_3b_vsa,
+    "wan-1.3b-vsa-router": wan_1_3b_vsa_router,
     "wan-14b-vsa": wan_14b_vsa,
     "wan-1.3b-lora": wan_1_3b_lora,
     "minimax-h3-vsa": minimax_h3_vsa,
+    "minimax-h3-vsa-router": minimax_h3_vsa_router,
     "minimax-h3-sla": minimax_h3_sla,
     "minimax-h3-router": minimax_h3_router,
     "scratch-sla": scratch_sla,

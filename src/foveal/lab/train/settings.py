@@ -317,6 +317,8 @@ class OptimizerSettings:
         learning_rate: the peak.
         new_learning_rate: the peak of the new parameters, which start at zero and have a longer way to go; None is
             `learning_rate`.
+        router_learning_rate: the peak of routers' projections, which start at the identity; None is that of the new
+            parameters.
         warmup: steps up to the peak.
         decay: fall linearly to `final_learning_rate` at the last step; False keeps the peak rate.
         final_learning_rate: where the decay ends.
@@ -329,6 +331,7 @@ class OptimizerSettings:
     trainable: Literal["all", "attention", "new", "lora"] = "all"
     learning_rate: float = 1e-5
     new_learning_rate: float | None = None
+    router_learning_rate: float | None = None
     warmup: int = 100
     decay: bool = False
     final_learning_rate: float = 0.0
@@ -340,7 +343,7 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         check_choice("optimizer.name", self.name, OPTIMIZERS)
         check_choice("optimizer.trainable", self.trainable, TRAINABLE)
-        for name in ("learning_rate", "new_learning_rate"):
+        for name in ("learning_rate", "new_learning_rate", "router_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
                 raise ValueError(f"optimizer.{name} must be above 0, got {rate}")

@@ -132,11 +132,12 @@ def build_state(
 ) -> RunState:
     """What a run changes, at its start: the optimizer, its schedule, and the average as the configuration says."""
     settings = config.optimizer
+    new = sparse_parameters(transformer)
     groups = parameter_groups(
         parameters.values(),
+        (new.values(), settings.new_learning_rate),
+        ((p for name, p in new.items() if "router" in name.split(".")), settings.router_learning_rate),
         learning_rate=settings.learning_rate,
-        fast_parameters=sparse_parameters(transformer).values(),
-        fast_learning_rate=settings.new_learning_rate,
     )
     optimizer = build_optimizer(groups, name=settings.name, betas=settings.betas, weight_decay=settings.weight_decay)
     schedule = warmup_and_decay(
