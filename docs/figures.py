@@ -261,6 +261,49 @@ def draw_routers(path: Path) -> None:
     figure.savefig(path)
 
 
+def draw_routers_share(path: Path) -> None:
+    """What sparsity costs the tiny model, by the share of blocks or cubes that are read, with and without a router."""
+    runs = {}
+    for name in ("per-head", "router-settings", "vsa-router", "router"):
+        file = RESULTS / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json"
+        runs |= {key: run for key, run in json.loads(file.read_text()).items() if name != "router" or "dense" in key}
+    dense = torch.tensor(runs["dense #1"]["after"]).mean(1)
+
+    def price(arm: str) -> float:
+        """In percent above dense attention, the mean over clips, in seed 1, which the dense arm has."""
+        return 100 * (torch.tensor(runs[f"{arm} #1"]["after"]).mean(1) / dense - 1).mean().item()
+
+    router = "blocks, router per head"
+    lines = {  # arms with the share of 30 blocks or of 48 cubes
+        "blocks, by means": ("#888", {"blocks": 3 / 30}),
+        "blocks, a router for each head": (
+            "#1f5f6e",
+            {f"{router} (rate x 10)": 3 / 30, f"{router} (x 4/3, rate x 10)": 4 / 30},
+        ),
+        "VSA": ("#a06cd5", {"VSA 4x4x4": 6 / 48}),
+        "VSA, a router for each head": (
+            "#c94f9b",
+            {
+                "VSA 4x4x4, router per head (x 1/2, rate x 10)": 3 / 48,
+                "VSA 4x4x4, router per head (rate x 10)": 6 / 48,
+            },
+        ),
+    }
+    figure = figure_of(3.4, 7)
+    axis = figure.subplots()
+    for label, (color, arms) in lines.items():
+        shares, prices = [100 * share for share in arms.values()], [price(arm) for arm in arms]
+        axis.plot(shares, prices, color=color, marker="o", markersize=6, label=label)
+        for share, cost in zip(shares, prices, strict=True):
+            axis.annotate(f"{cost:.1f}%", (share, cost), (6, 5), textcoords="offset points", fontsize=9, color=color)
+    axis.axhline(0, color="#444", linewidth=1, linestyle=":")
+    axis.set(xlabel="read exactly, % of the blocks or cubes", ylabel="loss above dense attention, %")
+    axis.set(xlim=(5, 15), ylim=(-0.5, 12.5))
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 def draw_kernels(path: Path) -> None:
     """Kernels and methods against dense attention, as `foveal bench` draws its own results."""
     write_plot(path, bench_run("480p", "kernel")[0])
@@ -308,6 +351,7 @@ FIGURES = {
     "error.png": draw_error,
     "fine-tune.png": draw_fine_tune,
     "routers.png": draw_routers,
+    "routers-share.png": draw_routers_share,
     "token-orders.png": draw_token_orders,
     "selection.png": draw_selection,
     "vsa-stages.png": draw_stages,

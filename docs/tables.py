@@ -384,13 +384,16 @@ def quality_tiny_taught(plain: str, distilled: str) -> str:
     return _arms(runs)
 
 
-def quality_tiny_per_head() -> str:
-    """The arms with a router for each head, and the dense arm of the run before."""
-    mine, before = (
-        json.loads((RESULTS / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json").read_text())
-        for name in ("per-head", "router")
-    )
-    return _arms([*mine.values(), *(run for run in before.values() if run["arm"] == "dense")])
+def quality_tiny_with(name: str, **others: tuple[str, ...]) -> str:
+    """The arms of a run, and those of earlier runs that they are compared with, by the name of that run."""
+    mine = _tiny_runs(name)
+    for other, arms in others.items():
+        mine += [run for run in _tiny_runs(other.replace("_", "-")) if run["arm"] in arms]
+    return _arms(mine)
+
+
+def _tiny_runs(name: str) -> list[dict]:
+    return list(json.loads((RESULTS / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json").read_text()).values())
 
 
 def quality_tiny_levels(name: str) -> str:
@@ -406,7 +409,8 @@ def _arms_table() -> dict:
 def _arms(runs: list[dict]) -> str:
     first = runs[0]
     clips = f"{first['steps']} steps of {first['batch']} clips, {len(first['after'])} held-out clips"
-    made = f"{first['device']}, torch {first['torch']}, commit {first['commit']}"
+    commits = " and ".join(sorted({run["commit"] for run in runs}))
+    made = f"{first['device']}, torch {first['torch']}, commit {commits}"
     script = _arms_table()
     shown = [script["table"](runs), script["quality"](runs), f"{made}; {clips}."]
     return "\n\n".join(filter(None, shown))
@@ -499,9 +503,9 @@ def int8_instructions() -> str:
     return "\n".join([*lines, "", f"Triton {run['triton']}."])
 
 
-def selection_cost() -> str:
+def selection_cost(pattern: str = "selection-cost-*.json") -> str:
     """What choosing blocks costs of a forward, by shape, method, and rule."""
-    run = latest("selection-cost-*.json")
+    run = latest(pattern)
     lines = [
         _row("shape", "method", "rule", "blocks kept", "forward, ms", "choosing, ms", "share", "by itself, ms"),
         "|---" * 8 + "|",
@@ -580,7 +584,12 @@ TABLES = {
     "quality_tiny_1000": lambda: quality_tiny_taught("1000", "1000-distillation"),
     "quality_tiny_1000_levels": lambda: quality_tiny_levels("1000"),
     "quality_tiny_router": lambda: quality_tiny("tiny-router"),
-    "quality_tiny_per_head": quality_tiny_per_head,
+    "quality_tiny_per_head": lambda: quality_tiny_with("per-head", router=("dense",)),
+    "quality_tiny_vsa_router": lambda: quality_tiny_with("vsa-router", router=("dense",)),
+    "quality_tiny_vsa_router_levels": lambda: quality_tiny_levels("vsa-router"),
+    "quality_tiny_router_settings": lambda: quality_tiny_with(
+        "router-settings", per_head=("blocks", "blocks, router per head (rate x 10)"), router=("dense",)
+    ),
     "quality_tiny_per_head_levels": lambda: quality_tiny_levels("per-head"),
     "quality_tiny_large": lambda: quality_tiny("tiny-large"),
     "quality_tiny_large_14400": lambda: quality_tiny("tiny-large-14400"),
@@ -592,6 +601,7 @@ TABLES = {
     "branches": branches,
     "int8_instructions": int8_instructions,
     "selection_cost": selection_cost,
+    "tile_order_cost": lambda: selection_cost("tile-order-cost-*.json"),
     "beside_sla": beside_sla,
 }
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -188,8 +188,8 @@ def conclusions(results: dict[str, Any]) -> list[str]:
         f"SLA has {against(SLA_CONVERTED)} with {work[SLA_CONVERTED]} of the attention arithmetic, and VSA "
         f"{against(VSA_CONVERTED)} with {work[VSA_CONVERTED]}.",
         f"The adapters that come with foveal bring SLA to {against(SLA_ADAPTER)} and VSA to {against(VSA_ADAPTER)}. "
-        f"Where a router in each head learns which blocks to read, as many as SLA, the loss is {against(ROUTER_ADAPTER)}; "
-        f"where it learns which cubes VSA reads, {against(VSA_ROUTER_ADAPTER)}.",
+        "Where a router in each head learns which blocks to read, as many as SLA, the loss is "
+        f"{against(ROUTER_ADAPTER)}; where it learns which cubes VSA reads, {against(VSA_ROUTER_ADAPTER)}.",
         f"{tuning[-1][0]} steps here, with a few clips, bring VSA to {against(VSA_TRAINED)}.",
     ]
     missed = [verdict["expected"] for verdict in results["expectations"] if not verdict["met"]]
@@ -265,8 +265,8 @@ much in PSNR, because a continuation is free to go elsewhere.</p>
 <p>To go on with this model: <code>foveal ui</code> shows where its tokens look,
 <code>foveal inspect --model foveal/tiny --prompt "first-person view of a brown stone corridor"</code> measures what
 sparsity costs it, and
-<code>foveal generate --model foveal/tiny --sparse foveal/tiny-vsa-router --compare dense --prompt "..."</code> makes videos.
-On a pretrained model, begin with <code>foveal inspect</code>.</p>
+<code>foveal generate --model foveal/tiny --sparse foveal/tiny-vsa-router --compare dense --prompt "..."</code> makes
+videos. On a pretrained model, begin with <code>foveal inspect</code>.</p>
 <h2>Measured</h2>
 <div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 <ul>{verdicts}</ul>
