@@ -33,11 +33,17 @@ def test_configurations_by_layer(config, layers, expected):
     assert configs_of(sparsify(tiny_transformer(num_layers=4), config, layers=layers)) == expected
 
 
+def test_the_configuration_of_who_names_none():
+    """All layers, or those of a collection, with what came out best in the evidence."""
+    best = VSAConfig(keep_ratio=0.125, router="per_head")
+    assert configs_of(sparsify(tiny_transformer(num_layers=3))) == [best] * 3
+    assert configs_of(sparsify(tiny_transformer(num_layers=3), layers=[1])) == [None, best, None]
+    assert configs_of(sparsify(tiny_transformer(num_layers=2), policy=Policy(dense_layers=(0,)))) == [best] * 2
+
+
 @pytest.mark.parametrize(
     ("config", "layers", "error", "match"),
     [
-        (None, None, TypeError, "config must be one of SLAConfig, .*, SLAVSAConfig, got NoneType"),
-        (None, [0], TypeError, "config must be one of"),
         (None, {}, ValueError, "layers leaves every layer dense"),
         (None, {0: None}, ValueError, "layers leaves every layer dense"),
         (None, lambda index, name: None, ValueError, "layers leaves every layer dense"),

@@ -194,7 +194,6 @@ def test_attention_backend_reaches_the_dense_processor():
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"config": None}, TypeError, "config must be one of SLAConfig, .*, SLAVSAConfig, got NoneType"),
         ({"config": {"keep_ratio": 0.1}}, TypeError, "config must be"),
         ({"layers": [2]}, ValueError, r"layers must be in 0\.\.1, got 2"),
         ({"layers": [-1]}, ValueError, r"layers must be in 0\.\.1, got -1"),

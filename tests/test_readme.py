@@ -63,7 +63,7 @@ def test_wan_example_runs(monkeypatch, tmp_path):
     scope = {}
     exec(compile(example, "README.md", "exec"), scope)
     assert calls[0].isfinite().all()
-    assert (tmp_path / "wan-sla" / "foveal.safetensors").exists()
+    assert (tmp_path / "wan-sparse" / "foveal.safetensors").exists()
     assert len([line for line in example.split("\n") if line.strip() and not line.startswith(("import", "from"))]) <= 10
 
 

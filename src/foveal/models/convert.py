@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
 from foveal.methods.base import Config
+from foveal.methods.default import DEFAULT
 from foveal.models.families.table import components_of, family_of
 from foveal.models.files.manifest import check_component
 from foveal.models.files.policy_file import read_policy
@@ -45,7 +46,8 @@ def sparsify(
     Args:
         model: a transformer of a family in the table, or a pipeline, whose `transformer` and `transformer_2` are
             converted in the same way.
-        config: an `SLAConfig` or `VSAConfig`.
+        config: of any method. Without one, and without `layers` that have configurations of their own, it is what
+            lost least in docs/evidence.md: `VSAConfig(keep_ratio=0.125, router="per_head")`.
         layers: which layers, by index or by name ("blocks.0.attn1"). None converts all of them. A collection, [0, 5]
             or range(2, 28), converts these. A table, {0: None, range(1, 4): one, "blocks.7.attn1": another}, gives
             these layers configurations of their own, None for dense, and the others `config`; without a `config` the
@@ -75,6 +77,8 @@ def sparsify(
         if config is not None or layers is not None:
             raise ValueError("a policy file has the configuration of every layer: give config and layers, or the file")
         return _follow_file(model, policy, impl=impl, on_fallback=on_fallback)
+    if config is None and not callable(layers) and not isinstance(layers, Mapping):
+        config = DEFAULT
     if policy is not None:
         check_schedule(policy, None if isinstance(model, nn.Module) else model)
     plans = []
