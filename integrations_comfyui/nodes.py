@@ -1,5 +1,8 @@
 """The nodes. They read widgets and pass values to `foveal.hosts.comfyui`, which does the work."""
 
+from pathlib import Path
+
+import comfy.lora
 import comfy.model_patcher
 import comfy.sd
 import folder_paths
@@ -11,10 +14,20 @@ from foveal.hosts.comfyui.layers import build_layers, parse_ratios, write_budget
 from foveal.hosts.comfyui.preview import preview
 from foveal.kernels.api import IMPLS
 from foveal.lab.inspect.budgets import BudgetCalibration
-from foveal.models.files.parts import read_base_weights, read_sparse_parameters
+from foveal.models.files.exports import EXPORTED
+from foveal.models.files.parts import (
+    read_base_weights,
+    read_exported_lora,
+    read_exported_weights,
+    read_saved_parameters,
+    read_sparse_parameters,
+)
+from foveal.models.files.persist import WEIGHTS_FILE
 
 CATEGORY = "foveal"
 FOLDER = "diffusion_models"
+EXPORTS = "foveal"  # models/foveal has a folder for each model that was trained with foveal
+folder_paths.add_model_folder_path(EXPORTS, str(Path(folder_paths.models_dir) / EXPORTS))
 DTYPES = {
     "default": None,
     "bf16": torch.bfloat16,
@@ -58,7 +71,7 @@ CHOICES = {
 }
 
 
-def _made_sparse(model, config, *, parameters=None, policy=None, budgets=None, impl="auto", **running):
+def _made_sparse(model, config=None, *, parameters=None, policy=None, budgets=None, impl="auto", **running):
     """The cloned model with foveal's attention, and that attention, whose record the preview shows."""
     modules, held = build_layers(model.model.diffusion_model, config, parameters=parameters, budgets=budgets, impl=impl)
     attention = SparseAttention(modules, held, policy=policy, **running)
@@ -106,9 +119,9 @@ class TrainingFree:
 
 
 class Trained:
-    """SLA with its linear branch and projection, or VSA with its gates, from released weights."""
+    """Sparse attention as weights were trained for it: released ones, or those of `foveal train`."""
 
-    DESCRIPTION = "Sparse attention as a checkpoint was trained for it: TurboWan's SLA, FastWan's VSA."
+    DESCRIPTION = "Sparse attention as a checkpoint was trained for it: TurboWan's SLA, FastWan's VSA, or your own."
     CATEGORY = CATEGORY
     FUNCTION = "apply"
     RETURN_TYPES = ("MODEL", "FOVEAL_RUN")
@@ -127,8 +140,9 @@ class Trained:
         }
 
     def apply(self, model, parameters, keep_ratio, **running):
-        config = parameters.config if keep_ratio == 0 else parameters.config.replace(keep_ratio=keep_ratio)
-        return _made_sparse(model, config, parameters=parameters, **running)
+        if keep_ratio != 0:
+            parameters = parameters.following(keep_ratio=keep_ratio)
+        return _made_sparse(model, parameters=parameters, **running)
 
 
 class LoadModel:
@@ -158,6 +172,60 @@ class LoadModel:
         if model is None:
             raise ValueError(f"{file} is for no model that this ComfyUI knows")
         return model, parameters
+
+
+class LoadTrained:
+    """What `foveal train` exported, or `foveal.save` wrote, for a Wan model."""
+
+    DESCRIPTION = "Loads a model that was trained with foveal: a folder of `foveal train`'s export in models/foveal."
+    CATEGORY = CATEGORY
+    FUNCTION = "load"
+    RETURN_TYPES = ("MODEL", "FOVEAL_PARAMETERS", "FOVEAL_POLICY")
+    RETURN_NAMES = ("model", "parameters", "policy")
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        saved = [Path(name) for name in folder_paths.get_filename_list(EXPORTS) if Path(name).name == WEIGHTS_FILE]
+        folders = {path.parent.parent if path.parent.name == EXPORTED else path.parent for path in saved}
+        return {
+            "required": {
+                "folder": (sorted(map(str, folders)),),
+                "component": (
+                    ["transformer", "transformer_2"],
+                    {"tooltip": "Of Wan 2.2 14B: transformer for high noise, transformer_2 for low noise."},
+                ),
+                "strength": (
+                    "FLOAT",
+                    {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05, "tooltip": "Of its LoRA, if it has one."},
+                ),
+            },
+            "optional": {"model": ("MODEL", {"tooltip": "The dense model, unless the export has weights of its own."})},
+        }
+
+    def load(self, folder, component, strength, model=None):
+        at = Path(folder_paths.get_full_path_or_raise(EXPORTS, str(self._saved(folder)))).parent
+        parameters, policy = read_saved_parameters(at, component)
+        export, depth = at.parent if at.name == EXPORTED else at, len(parameters.layers)
+        weights, lora = read_exported_weights(export, depth), read_exported_lora(export, depth)
+        if weights is not None and model is not None:
+            raise ValueError(f"{folder} has weights of its own: leave model unconnected")
+        if weights is not None:
+            model = comfy.sd.load_diffusion_model_state_dict(weights)
+        if model is None:
+            raise ValueError(f"{folder} has no weights of a model: connect the one that it was trained from")
+        if lora is not None:
+            known = comfy.lora.model_lora_keys_unet(model.model, {})
+            unknown = sorted({name.rpartition(".lora_")[0] for name in lora} - known.keys())
+            if unknown:
+                raise ValueError(f"the model has no {unknown[0]}, which the LoRA of {folder} updates: another model?")
+            model, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)
+        return model, parameters, policy
+
+    @staticmethod
+    def _saved(folder):
+        """The file of sparse parameters in a folder, as ComfyUI lists it."""
+        names = [str(Path(folder) / WEIGHTS_FILE), str(Path(folder) / EXPORTED / WEIGHTS_FILE)]
+        return next(name for name in names if name in folder_paths.get_filename_list(EXPORTS))
 
 
 class LoadParameters:
@@ -319,6 +387,7 @@ NODE_CLASS_MAPPINGS = {
     "FovealTrainingFree": TrainingFree,
     "FovealTrained": Trained,
     "FovealLoadModel": LoadModel,
+    "FovealLoadTrained": LoadTrained,
     "FovealLoadParameters": LoadParameters,
     "FovealPolicy": MakePolicy,
     "FovealBudgets": MakeBudgets,
@@ -330,6 +399,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "FovealTrainingFree": "Sparse Attention (training-free)",
     "FovealTrained": "Sparse Attention (trained)",
     "FovealLoadModel": "Load Sparse Wan Model",
+    "FovealLoadTrained": "Load Trained Sparse Model",
     "FovealLoadParameters": "Load Sparse Parameters",
     "FovealPolicy": "Sparse Attention Policy",
     "FovealBudgets": "Sparse Attention Budgets",

@@ -149,11 +149,11 @@ def test_turbowan_runs_its_linear_branch_and_its_projections(host, prompt_of):
     prompt = prompt_of("turbowan_sla")
     got = latents(host, prompt)
     parameters = read_sparse_parameters(host.models / "tiny_turbowan.pth")
-    assert parameters.config == SLAConfig(keep_ratio=0.1, drop_ratio=0.0, linear_scope="all")
+    assert parameters.configs[0] == SLAConfig(keep_ratio=0.1, drop_ratio=0.0, linear_scope="all")
 
     def attend(layer, query, key, value, hidden):
         weights = {name.replace(".", "_"): weight for name, weight in parameters.layers[layer].items()}
-        return foveal.sla_attention(query, key, value, config=parameters.config, impl="reference", **weights)
+        return foveal.sla_attention(query, key, value, config=parameters.configs[0], impl="reference", **weights)
 
     ReferenceAttention.attend = attend
     assert_equal(got, latents(host, in_place_of(prompt, "FovealTrained", "ReferenceAttention")))
@@ -163,18 +163,96 @@ def test_fastwan_runs_its_gates(host, prompt_of):
     prompt = prompt_of("fastwan_vsa")
     got = latents(host, prompt)
     parameters = read_sparse_parameters(host.models / "tiny_fastwan.safetensors")
-    assert parameters.config == VSAConfig(keep_ratio=0.2, tile=(4, 4, 4))
+    assert parameters.configs[0] == VSAConfig(keep_ratio=0.2, tile=(4, 4, 4))
 
     def attend(layer, query, key, value, hidden):
         weights = parameters.layers[layer]
         gate = torch.nn.functional.linear(hidden, weights["to_gate_coarse.weight"], weights["to_gate_coarse.bias"])
         gate = gate.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
         return foveal.vsa_attention(
-            query, key, value, config=parameters.config, grid=GRID, gate_coarse=gate, impl="reference"
+            query, key, value, config=parameters.configs[0], grid=GRID, gate_coarse=gate, impl="reference"
         )
 
     ReferenceAttention.attend = attend
     assert_equal(got, latents(host, in_place_of(prompt, "FovealTrained", "ReferenceAttention")))
+
+
+def test_a_model_that_was_trained_with_foveal(host, prompt_of):
+    """Its routers and gates from models/foveal, its LoRA in the base model, its dense layer, and its policy."""
+    diffusers = pytest.importorskip("diffusers")
+    from safetensors.torch import load_file, save_file
+
+    prompt = prompt_of("wan_training_free")
+    weights = load_file(host.models / "tiny_wan.safetensors")
+    width = weights["blocks.0.self_attn.q.weight"].shape[0]
+    sizes = {"num_attention_heads": width // 128, "attention_head_dim": 128, "num_layers": LAYERS, "ffn_dim": 256}
+    model = diffusers.WanTransformer3DModel(**sizes)
+    config = VSAConfig(keep_ratio=0.2, tile=(2, 4, 4), router="per_head")
+    foveal.sparsify(model, config, layers={2: None})
+    generator = torch.Generator().manual_seed(5)
+    for parameter in foveal.sparse_parameters(model).values():
+        parameter.data += torch.randn(parameter.shape, generator=generator) / 16
+    foveal.set_policy(model, foveal.Policy(dense_layers=("blocks.1.attn1",)))
+    folder = host.models.parent / "foveal" / "mine"
+    foveal.save(model, folder / "sparse")
+    (folder / "lora").mkdir()
+    down, up = (torch.randn(shape, generator=generator) / 16 for shape in ((4, width), (width, 4)))
+    lora = {"transformer.blocks.0.attn1.to_q.lora_A.weight": down, "transformer.blocks.0.attn1.to_q.lora_B.weight": up}
+    said = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8, "transformer.r": 4})}
+    save_file(lora, folder / "lora" / "pytorch_lora_weights.safetensors", said)
+    (sparse,), (loader,) = ids_of(prompt, "FovealTrainingFree"), ids_of(prompt, "UNETLoader")
+    inputs = {"folder": "mine", "component": "transformer", "strength": 1.0, "model": [loader, 0]}
+    prompt["trained"] = {"class_type": "FovealLoadTrained", "inputs": inputs}
+    kept = {name: x for name, x in prompt[sparse]["inputs"].items() if name in ("min_tokens", "preview_step", "impl")}
+    links = {"model": ["trained", 0], "parameters": ["trained", 1], "policy": ["trained", 2]}
+    prompt[sparse] = {"class_type": "FovealTrained", "inputs": {**kept, **links, "keep_ratio": 0.0, "strict": True}}
+    results = host.run(prompt)
+    _, report = results[ids_of(prompt, "FovealPreview")[0]]
+    assert f"foveal: {STEPS} of {STEPS * LAYERS} calls" in report
+    assert "it was trained dense" in report
+    assert "the policy's dense_layers" in report
+
+    own = {
+        name.partition("attention.")[2]: x
+        for name, x in foveal.sparse_parameters(model).items()
+        if name.startswith("blocks.0.")
+    }
+
+    def attend(layer, query, key, value, hidden):
+        if layer:
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        gate = torch.nn.functional.linear(hidden, own["to_gate_coarse.weight"], own["to_gate_coarse.bias"])
+        return foveal.vsa_attention(
+            query,
+            key,
+            value,
+            config=config,
+            grid=GRID,
+            gate_coarse=gate.unflatten(2, (query.shape[1], -1)).transpose(1, 2),
+            proj_query=own["router.proj_query"],
+            proj_key=own["router.proj_key"],
+            impl="reference",
+        )
+
+    weights["blocks.0.self_attn.q.weight"] += 2 * up @ down
+    save_file(weights, host.models / "tuned.safetensors")
+    ReferenceAttention.attend = attend
+    expected = in_place_of(prompt, "FovealTrained", "ReferenceAttention")
+    expected[loader]["inputs"]["unet_name"] = "tuned.safetensors"
+    (replaced,) = ids_of(expected, "ReferenceAttention")
+    expected[replaced]["inputs"]["model"] = [loader, 0]
+    del expected["trained"]
+    got = results[ids_of(prompt, "KSampler")[-1]][0]["samples"]
+    assert_equal(got, latents(host, expected))
+
+    prompt["trained"]["inputs"].pop("model")
+    with pytest.raises(RuntimeError, match="mine has no weights of a model: connect the one that it was trained from"):
+        host.run(prompt)
+    dense = diffusers.WanTransformer3DModel(**sizes)
+    dense.save_pretrained(folder / "transformer")
+    prompt["trained"]["inputs"]["model"] = [loader, 0]
+    with pytest.raises(RuntimeError, match="mine has weights of its own: leave model unconnected"):
+        host.run(prompt)
 
 
 def test_parameters_load_on_their_own(host, prompt_of):

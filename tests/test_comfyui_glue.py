@@ -51,7 +51,7 @@ def parameters_of(config, layers=LAYERS, head_dim=64):
         width = head_dim * HEADS
         shapes = {"to_gate_coarse.weight": (width, width), "to_gate_coarse.bias": (width,)}
     states = tuple(drawn(shapes, seed) for seed in range(layers))
-    return SparseParameters("file", "a-format", "someone", config, False, states)
+    return SparseParameters("file", "a-format", "someone", (config,) * layers, False, states)
 
 
 def sparse(model, config=SPARSE, *, parameters=None, budgets=None, **settings):

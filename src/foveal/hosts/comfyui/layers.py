@@ -12,8 +12,9 @@ from torch import nn
 from foveal.checks import check_ratio
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Config, method_of
+from foveal.methods.parameters import PreciseParameters
 from foveal.models.files.parts import SparseParameters
-from foveal.models.layers import choose_configs
+from foveal.models.layers import choose_layers
 from foveal.symbols import ceil_div
 
 Budgets = Mapping[int | str | range, float]
@@ -92,7 +93,7 @@ def host_family(model: nn.Module) -> HostFamily:
 
 def build_layers(
     model: nn.Module,
-    config: Config,
+    config: Config | None = None,
     *,
     parameters: SparseParameters | None = None,
     budgets: Budgets | None = None,
@@ -102,7 +103,7 @@ def build_layers(
 
     Args:
         model: the diffusion model. It is not changed.
-        config: of every layer.
+        config: of every layer; None with `parameters`, which have each layer's.
         parameters: what the modules are filled with; None for a configuration that needs none.
         budgets: the keep_ratio of layers that have one of their own, by index, range, or name. 1 keeps a layer dense.
         impl: see `block_sparse_attention`.
@@ -112,12 +113,6 @@ def build_layers(
     """
     family = host_family(model)
     layers = family.layers(model)
-    configs = dict.fromkeys(layers, config)
-    if budgets:
-        for ratio in budgets.values():
-            check_ratio("budgets", ratio)
-        ratios = {key: method_of(config).follow(config, keep_ratio=float(ratio)) for key, ratio in budgets.items()}
-        configs = choose_configs(layers, config, ratios)
     if parameters is not None:
         if family is not WAN:
             raise ValueError(f"{parameters.path} is for Wan, got a model of {family.name}")
@@ -127,18 +122,39 @@ def build_layers(
                 f"{parameters.path} has sparse parameters of {len(parameters.layers)} layers, "
                 f"but the model has {depth}: another model size"
             )
+    configs = dict.fromkeys(layers, config)
+    if parameters is not None:
+        configs |= dict(zip(layers, parameters.configs, strict=False))
+    for name, ratio in _budgets_of(layers, budgets or {}).items():
+        if configs[name] is not None:
+            configs[name] = method_of(configs[name]).follow(configs[name], keep_ratio=ratio)
     modules, reasons = {}, {}
     for index, (name, layer) in enumerate(layers.items()):
         own = configs[name]
-        if budgets and own.keep_ratio == 1.0:
-            reasons[name] = "its budget keeps everything"
-        elif parameters is not None and index >= len(parameters.layers):
+        if parameters is not None and index >= len(parameters.layers):
             reasons[name] = "the file has no parameters for it"
+        elif own is None:
+            reasons[name] = "it was trained dense"
+        elif budgets and own.keep_ratio == 1.0:
+            reasons[name] = "its budget keeps everything"
         else:
             modules[name] = method_of(own).build(own, *family.dimensions(layer), impl)
             modules[name].requires_grad_(False)
             _fill(name, modules[name], None if parameters is None else parameters.layers[index])
     return modules, reasons
+
+
+def _budgets_of(layers: dict[str, nn.Module], budgets: Budgets) -> dict[str, float]:
+    """The share of each layer that has one of its own."""
+    for ratio in budgets.values():
+        check_ratio("budgets", ratio)
+    found: dict[str, float] = {}
+    for key, ratio in budgets.items():
+        for name in choose_layers(layers, key if isinstance(key, range) else [key], argument="budgets"):
+            if name in found:
+                raise ValueError(f"budgets has {name} twice; expected each layer under one key")
+            found[name] = float(ratio)
+    return found
 
 
 def _fill(name: str, module: nn.Module, values: dict | None) -> None:
@@ -157,8 +173,10 @@ def _fill(name: str, module: nn.Module, values: dict | None) -> None:
     ]
     if wrong:
         raise ValueError(f"layer {name}: the file has {', '.join(wrong)}: another model size")
-    # In the file's dtype, but for those that take small steps from zero and stay in float32.
-    module.to(next(iter(values.values())).dtype)
+    # In the file's dtypes, but for those that take small steps and stay in float32.
+    for part, parameter in module.named_parameters():
+        if not isinstance(module.get_submodule(part.rpartition(".")[0]), PreciseParameters):
+            parameter.data = parameter.data.to(values[part].dtype)
     module.load_state_dict(values)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from foveal.models.files.persist import load
 
-# Where `foveal train` puts the sparse part, and diffusers the adapter.
-EXPORTED = "sparse"
+# Where `foveal train` puts the sparse part and, if it trained them, the weights; and where diffusers puts an adapter.
+EXPORTED, WEIGHTS = "sparse", "transformer"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -24,9 +24,9 @@ def load_export(model: Any, folder: str | os.PathLike[str], *, impl: str = "auto
     """
     folder = Path(folder)
     transformer = getattr(model, "transformer", model)
-    if (folder / "transformer").is_dir():
+    if (folder / WEIGHTS).is_dir():
         dtype, device = transformer.dtype, transformer.device
-        transformer = type(transformer).from_pretrained(folder / "transformer", dtype=dtype).to(device)
+        transformer = type(transformer).from_pretrained(folder / WEIGHTS, dtype=dtype).to(device)
         if hasattr(model, "transformer"):
             model.transformer = transformer
         else:

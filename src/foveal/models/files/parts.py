@@ -1,20 +1,27 @@
-"""The parts of a released Wan checkpoint, sparse parameters and the rest, for a host that builds the model itself."""
+"""The parts of a Wan checkpoint or of what `foveal train` exports, for a host that builds the model itself."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from foveal.methods.base import Config, method_of
 from foveal.models.files.checkpoints import choose_format, configuration, file_header, translated
+from foveal.models.files.exports import LORA_FILE, WEIGHTS
 from foveal.models.files.formats import CheckpointFormat, to_diffusers, wan_names, without_prefix
+from foveal.models.files.manifest import parse_component
+from foveal.models.files.persist import read_saved
 from foveal.models.files.tensor_files import TensorFile, enumerated, open_tensors
+from foveal.models.policy import Policy
 
 PATCH_EMBEDDING = "patch_embedding.weight"
 PATCH = (1, 2, 2)
@@ -25,24 +32,31 @@ class SparseParameters:
     """The sparse parameters of a checkpoint, on the CPU, in the file's dtypes.
 
     Args:
-        path: the path of the file.
-        format: the name of its format, one of `FORMATS`.
+        path: the path of the file or folder.
+        format: the name of its format, one of `FORMATS`, or "foveal" for what `save` wrote.
         source: who writes that format.
-        config: what the layers run with.
+        configs: what the layers run with, in order of depth; None for a dense one.
         from_file: whether the file said so; otherwise it is what the released weights were made with.
-        layers: for each layer, in order of depth, the parameters of the method's module by name.
+        layers: for each layer the parameters of the method's module by name.
     """
 
     path: str
     format: str
     source: str
-    config: Config
+    configs: tuple[Config | None, ...]
     from_file: bool
     layers: tuple[dict[str, Tensor], ...]
 
+    def following(self, *, keep_ratio: float) -> SparseParameters:
+        """The same with another share of the blocks or cubes in every sparse layer."""
+        configs = (config and method_of(config).follow(config, keep_ratio=keep_ratio) for config in self.configs)
+        return replace(self, configs=tuple(configs))
+
     def __str__(self) -> str:
         origin = "said by the file" if self.from_file else f"as {self.source}'s weights were made"
-        return f"{method_of(self.config).name} parameters of {len(self.layers)} layers; {self.config}, {origin}"
+        counts = Counter(config for config in self.configs if config is not None)
+        kinds = (f"{method_of(config).name} in {count} layers: {config}" for config, count in counts.items())
+        return f"parameters of {len(self.layers)} layers; {'; '.join(kinds)}, {origin}"
 
 
 def read_sparse_parameters(
@@ -74,7 +88,79 @@ def read_sparse_parameters(
         )
     width = next(iter(layers[0].values())).shape[-1]
     config = configuration(found, header, None, width, changes)
-    return SparseParameters(str(path), found.name, found.source, config, header is not None, layers)
+    return SparseParameters(str(path), found.name, found.source, (config,) * len(layers), header is not None, layers)
+
+
+def read_saved_parameters(
+    folder: str | os.PathLike[str], component: str = "transformer"
+) -> tuple[SparseParameters, Policy | None]:
+    """What `save` wrote for a model of Wan, and the policy that was saved with it, for its layers by their indices.
+
+    Args:
+        folder: what `save` wrote.
+        component: of a pipeline, "transformer" or "transformer_2".
+
+    Raises:
+        FileNotFoundError: the folder, or what `save` writes, is not there.
+        ValueError: the files are corrupt or do not agree, have no such component, or are for another family.
+    """
+    manifest, tensors = read_saved(Path(folder))
+    components = manifest["components"]
+    if component not in components:
+        raise ValueError(f"component must be {' or '.join(components)}, which {folder} has, got {component!r}")
+    family, configs, policy = parse_component(component, components[component])
+    if family != "wan":
+        raise ValueError(f"{folder} is for models of family {family}, expected wan")
+    names = list(components[component].get("model", {}).get("self_attention", configs))
+    layers = []
+    for name in names:
+        prefix = f"{component}.{name}."
+        layers.append({key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)})
+    if policy is not None:
+        dense = tuple(names.index(layer) if layer in names else layer for layer in policy.dense_layers)
+        policy = replace(policy, dense_layers=dense)
+    in_order = tuple(configs.get(name) for name in names)
+    return SparseParameters(str(folder), "foveal", "foveal", in_order, True, tuple(layers)), policy
+
+
+def read_exported_lora(folder: str | os.PathLike[str], num_layers: int) -> dict[str, Tensor] | None:
+    """The LoRA that `foveal train` exported for a Wan model, by the names of the Wan repository; None without one.
+
+    Args:
+        folder: the export.
+        num_layers: of the model.
+
+    Returns:
+        "diffusion_model.blocks.0.self_attn.q.lora_down.weight" and so on, as ComfyUI and others read it. A scale other
+        than 1 is in the second factor.
+
+    Raises:
+        ValueError: the file has updates of what the Wan repository has no names for.
+        ImportError: diffusers, which knows what its names mean, is not installed.
+    """
+    path = Path(folder) / "lora" / LORA_FILE
+    if not path.is_file():
+        return None
+    with open_tensors(path) as file:
+        names = {name.removeprefix("transformer."): name for name in file.shapes}
+        described = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
+        values = {short: file.read(name) for short, name in names.items()}
+    settings = {name.removeprefix("transformer."): value for name, value in described.items()}
+    updated = {name.rpartition(".lora_")[0] for name in values}
+    known = _wan_named([f"{name}.weight" for name in sorted(updated)], num_layers, path)
+    tensors = {}
+    for name, value in values.items():
+        module, _, part = name.rpartition(".lora_")
+        target = f"diffusion_model.{known[f'{module}.weight'].removesuffix('.weight')}"
+        if part == "A.weight":
+            tensors[f"{target}.lora_down.weight"] = value
+        elif part == "B.weight":
+            rank = values[f"{module}.lora_A.weight"].shape[0]
+            alpha = settings.get("lora_alpha", rank)
+            tensors[f"{target}.lora_up.weight"] = value * (alpha / settings.get("r", rank))
+        else:
+            raise ValueError(f"{path} has {name}, expected pairs of lora_A.weight and lora_B.weight")
+    return tensors
 
 
 def read_base_weights(path: str | os.PathLike[str], *, format: str | None = None) -> dict[str, Tensor]:
@@ -94,16 +180,39 @@ def read_base_weights(path: str | os.PathLike[str], *, format: str | None = None
             raise ValueError(f"{path} has only sparse parameters; load the model from its own file")
         renamed = {name: name for name in base}
         if found.layout == "diffusers":
-            known = to_diffusers(wan_names(max(_layer_indices(names, found)) + 1), "wan")
-            unknown = [name for name in base if name not in known]
-            if unknown:
-                raise ValueError(f"the Wan repository has no names for {enumerated(unknown)} of {path}")
-            renamed = {name: known[name] for name in base}
+            renamed = _wan_named(base, max(_layer_indices(names, found)) + 1, path)
         weights = {renamed[name]: file.read(names[name]) for name in base}
     patches = weights.get(PATCH_EMBEDDING)
     if patches is not None and patches.dim() == 2:
         weights[PATCH_EMBEDDING] = patches.unflatten(1, (-1, *PATCH))
     return weights
+
+
+def read_exported_weights(folder: str | os.PathLike[str], num_layers: int) -> dict[str, Tensor] | None:
+    """The weights that `foveal train` exported for a Wan model, named as by `read_base_weights`; None without.
+
+    Args:
+        folder: the export.
+        num_layers: of the model.
+
+    Raises:
+        ValueError, ImportError: as `read_base_weights`.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.is_dir():
+        return None
+    with open_tensors(path) as file:
+        renamed = _wan_named(file.shapes, num_layers, path)
+        return {target: file.read(name) for name, target in renamed.items()}
+
+
+def _wan_named(names: Iterable[str], num_layers: int, path: str | os.PathLike[str]) -> dict[str, str]:
+    """diffusers' names to those of the Wan repository."""
+    known = to_diffusers(wan_names(num_layers), "wan")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"the Wan repository has no names for {enumerated(unknown)} of {path}")
+    return {name: known[name] for name in names}
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def load(model: Model, folder: str | os.PathLike[str], *, impl: str = "auto") ->
             than the model's, and missing, extra or misshapen parameters, each by name.
     """
     components = components_of(model)
-    manifest, tensors = _read(Path(folder))
+    manifest, tensors = read_saved(Path(folder))
     saved = {name: parse_component(name, entry) for name, entry in manifest["components"].items()}
     missing = sorted(set(saved) - set(components))
     if missing:
@@ -178,7 +178,7 @@ def load_parameters(model: Any, folder: str | os.PathLike[str]) -> None:
         ValueError: a file that is corrupt or of another format version, a model of another class or size than the saved
             one, and missing, extra or misshapen parameters, each by name; the model is unchanged then.
     """
-    manifest, tensors = _read(Path(folder))
+    manifest, tensors = read_saved(Path(folder))
     state = {}
     for component, transformer in components_of(model).items():
         if component in manifest["components"]:
@@ -197,7 +197,7 @@ def check_saved(folder: str | os.PathLike[str]) -> None:
     Raises:
         FileNotFoundError, ValueError: as in `load`.
     """
-    _read(Path(folder))
+    read_saved(Path(folder))
 
 
 def _check_model(folder: str | os.PathLike[str], component: str, transformer: nn.Module, entry: dict[str, Any]) -> None:
@@ -265,7 +265,7 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The manifest and the tensors of a folder, each checked as far as that goes without a model."""
     from safetensors import SafetensorError, safe_open
 
