@@ -10,7 +10,7 @@ import torch
 from tiny_wan import SPARSE_SLA, inputs, run, tiny_pipeline, tiny_transformer
 
 import foveal
-from foveal import SLAConfig, VideoGrid, sla_attention, sparsify
+from foveal import SLA2Config, SLAConfig, VideoGrid, sla_attention, sparsify
 from foveal.lab import cli
 from foveal.lab.inspect.advice import Advice, advise
 from foveal.lab.inspect.probe import InspectSettings, LayerObservation, look_at, observe
@@ -249,7 +249,8 @@ def test_advice_takes_the_fewest_blocks_within_the_tolerance():
 
 
 def advice_with(dense, *, components=("transformer",), reached=True):
-    config = SLAConfig(keep_ratio=0.3, drop_ratio=0.1, block_q=16, block_k=16, token_order="tile")
+    own = {"linear_scope": "none", "router": "per_head", "token_order": "tile"}
+    config = SLA2Config(keep_ratio=0.3, block_q=16, block_k=16, **own)
     layers = tuple((component, f"blocks.{index}.attn1") for component in components for index in (0, 1))
     return Advice(
         config=config,

@@ -10,7 +10,7 @@ import torch
 
 from foveal.lab.inspect.probe import InspectSettings, LayerObservation
 from foveal.methods.cost import attention_cost
-from foveal.methods.sla.config import SLAConfig
+from foveal.methods.sla2.config import SLA2Config
 
 # Larger query blocks run faster, so they win unless their error is larger by more than this factor.
 WORTH = 1.10
@@ -23,7 +23,8 @@ class Advice:
     """What to try first.
 
     Attributes:
-        config: an `SLAConfig` for the layers that are converted.
+        config: for the layers that are converted: blocks of which a router in each head learns to choose, as the means
+            do at first. Of all choices of blocks this lost least in docs/evidence.md.
         layers: (component, layer) of all layers that were looked at.
         dense_layers: the ones among them whose output changes by more than twice the tolerance.
         tolerance: the error that was allowed.
@@ -34,7 +35,7 @@ class Advice:
         reached: whether the error is within the tolerance.
     """
 
-    config: SLAConfig
+    config: SLA2Config
     layers: tuple[tuple[str, str], ...]
     dense_layers: tuple[tuple[str, str], ...]
     tolerance: float
@@ -47,7 +48,7 @@ class Advice:
         """The Python that converts a pipeline `pipe` as recommended; a comment if no layer is to be converted."""
         if set(self.dense_layers) == set(self.layers):
             return "# Leave attention dense, or allow a larger tolerance."
-        fields = ("keep_ratio", "drop_ratio", "block_q", "block_k", "token_order")
+        fields = ("keep_ratio", "block_q", "block_k", "linear_scope", "router", "token_order")
         config = ", ".join(f"{name}={getattr(self.config, name)!r}" for name in fields)
         dense: dict[str, list[str]] = {component: [] for component, _ in self.layers}
         for component, layer in self.dense_layers:
@@ -58,7 +59,7 @@ class Advice:
         lines = []
         for target, names in targets.items():
             table = "{" + ", ".join(f'"{name}": None' for name in names) + "}"
-            lines.append(f"foveal.sparsify({target}, foveal.SLAConfig({config}){f', layers={table}' if names else ''})")
+            lines.append(f"foveal.sparsify({target}, foveal.SLA2Config({config}){f', layers={table}' if names else ''})")
         return "\n".join(lines)
 
     def verdict(self) -> str:
@@ -85,7 +86,6 @@ def advise(
     heads: int,
     head_dim: int,
     tolerance: float = 0.1,
-    drop_ratio: float = 0.1,
 ) -> Advice:
     """Recommend the fewest blocks whose output error is within `tolerance` in the median layer, in the better order.
 
@@ -95,7 +95,6 @@ def advise(
         heads, head_dim: the layers' sizes, for the cost.
         tolerance: the relative output error of the sparse branch before fine-tuning. Fine-tuning repairs much of it,
             and SLA's paper starts from far larger errors.
-        drop_ratio: the drop_ratio to recommend; it is lowered where it would not leave room.
 
     Raises:
         ValueError: there are no observations.
@@ -127,8 +126,13 @@ def advise(
     dense = tuple(layer for layer, values in by_layer.items() if sum(values) / len(values) > 2 * tolerance)
     converted = [o for o in observations if (o.component, o.layer) not in dense]
     order, block_q, block_k = best
-    config = SLAConfig(
-        keep_ratio=ratio, drop_ratio=min(drop_ratio, 1 - ratio), block_q=block_q, block_k=block_k, token_order=order
+    config = SLA2Config(
+        keep_ratio=ratio,
+        block_q=block_q,
+        block_k=block_k,
+        linear_scope="none",
+        router="per_head",
+        token_order=order,
     )
     cost = attention_cost(config, grid=observations[0].grid, heads=heads, head_dim=head_dim)
     counted = [o.quality[best] for o in converted or observations]

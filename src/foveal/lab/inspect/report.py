@@ -208,7 +208,8 @@ dt {{ color: #4a5866; }} dd {{ margin: 0; }}
 {" x ".join(map(str, observations[0].grid.shape))} tokens.</p>
 <h2>To try first</h2>
 <pre>{html.escape(advice.code())}</pre>
-<p>{html.escape(advice.verdict())}</p>
+<p>{html.escape(advice.verdict())} Converted, the model reads the blocks that were measured here; fine-tuning teaches a
+router in each head which to read.</p>
 <h2>What is kept, and what that costs</h2>
 {picture("quality", "recall and output error against the share of kept blocks")}
 <p>Dotted: the blocks with the most attention mass, known in hindsight. Solid: the blocks that pooled scores choose, as
