@@ -44,10 +44,18 @@ def _head(
     return sum(x if gate is None else x * gate for x, gate in zip(branches, gates, strict=True))
 
 
+def _routed(query: Tensor, key: Tensor, value: Tensor, *, config: VSAConfig, **rest) -> Tensor:
+    """With the projections that training starts from; the router learns where the inputs have gradients."""
+    eye = torch.eye(query.shape[-1], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    eye = eye.repeat(query.shape[1], 1, 1).requires_grad_(query.requires_grad)
+    return vsa_attention(query, key, value, config=config, proj_query=eye, proj_key=eye, **rest)
+
+
 def _case(name: str, config: VSAConfig) -> BenchCase:
     extras = {"gate_coarse": "BHLD"} | ({"gate_fine": "BHLD"} if config.fine_gate else {})
+    call = vsa_attention if config.router == "none" else _routed
     # The gates' projections belong to the model around.
-    return BenchCase(name, config, vsa_attention, select_cubes, extras, _head, left_out=("gates",))
+    return BenchCase(name, config, call, select_cubes, extras, _head, left_out=("gates",))
 
 
 CASES = (
@@ -55,6 +63,7 @@ CASES = (
     _case("VSA 12.5 %, int8", VSAConfig(keep_ratio=0.125, precision="int8")),
     # The cube that wastes least: at Wan's grids (3, 5, 4), where (4, 4, 4) computes a fifth for nothing.
     _case("VSA 12.5 %, auto tile", VSAConfig(keep_ratio=0.125, tile="auto")),
+    _case("VSA 12.5 %, auto tile, router", VSAConfig(keep_ratio=0.125, tile="auto", router="per_head")),
     # Half the memory traffic for a coarser choice.
     _case("VSA 12.5 %, wide tile", VSAConfig(keep_ratio=0.125, tile="wide")),
     _case("VSA 12.5 %, both gates", VSAConfig(keep_ratio=0.125, fine_gate=True)),
