@@ -15,6 +15,8 @@ round; medians count.
 
     dense cuDNN, dense flash    diffusers' attention backends
     VSA 10 %, VSA 20 %          what FastH3 v1 and its 8-step V2 keep, the same at every timestep
+    VSA ..., router             the same, and half of the cubes, chosen by a router in each head
+    router 5 %                  blocks chosen so, without a linear branch
     SLA 15 %                    LightX2V's Turbo-SLA: block-sparse, without a linear branch
     SLA 5 %                     with the linear branch over marginal blocks, and its projection
     no attention                the projections stay: a bound
@@ -76,6 +78,8 @@ ARMS = {
     "dense flash": Arm("_native_flash"),
     "VSA 10 %": Arm(config=FASTH3),
     "VSA 20 %": Arm(config=FASTH3.replace(keep_ratio=0.2)),
+    "VSA 10 %, router": Arm(config=FASTH3.replace(router="per_head")),
+    "VSA 5 %, router": Arm(config=FASTH3.replace(keep_ratio=0.05, router="per_head")),
     "SLA 15 %": Arm(config=FORMATS["lightx2v-h3-sla-lora"].config_for(WIDTH)),
     "SLA 5 %": Arm(config=foveal.SLAConfig(keep_ratio=0.05, drop_ratio=0.10)),
     "router 5 %": Arm(config=foveal.SLA2Config(keep_ratio=0.05, linear_scope="none", router="per_head")),

@@ -44,6 +44,7 @@ ARMS = {
     "SLA 64x64 marginal": foveal.SLAConfig(keep_ratio=0.05, drop_ratio=0.10),
     "SLA 128x64 all": foveal.SLAConfig(keep_ratio=0.05, drop_ratio=0.0, block_q=128, linear_scope="all"),
     "VSA 12.5 %": foveal.VSAConfig(keep_ratio=0.125, tile="auto"),
+    "VSA 12.5 %, router": foveal.VSAConfig(keep_ratio=0.125, tile="auto", router="per_head"),
     "VSA 12.5 %, wide tile": foveal.VSAConfig(keep_ratio=0.125, tile="wide"),
 }
 TEXT_TOKENS = 512

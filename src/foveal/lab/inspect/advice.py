@@ -59,7 +59,9 @@ class Advice:
         lines = []
         for target, names in targets.items():
             table = "{" + ", ".join(f'"{name}": None' for name in names) + "}"
-            lines.append(f"foveal.sparsify({target}, foveal.SLA2Config({config}){f', layers={table}' if names else ''})")
+            lines.append(
+                f"foveal.sparsify({target}, foveal.SLA2Config({config}){f', layers={table}' if names else ''})"
+            )
         return "\n".join(lines)
 
     def verdict(self) -> str:
