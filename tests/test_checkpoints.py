@@ -119,6 +119,18 @@ def test_fastvideo(tmp_path, kind):
     assert "3 forwards at timesteps 1000, 757, 522" in str(report)
 
 
+def test_a_released_checkpoint_may_get_routers_and_begins_as_it_was(tmp_path):
+    path = fastvideo_folder(tmp_path / "fastwan", trained().state_dict() | gates())
+    released, routed = trained(), trained()
+    load_checkpoint(released, path, keep_ratio=0.3)
+    report = load_checkpoint(routed, path, keep_ratio=0.3, router="per_head")
+    assert report.config.router == "per_head"
+    given = inputs()
+    assert torch.equal(routed(**given).sample, released(**given).sample)
+    with pytest.raises(ValueError, match=r"has no place for router\.proj_query, router\.proj_key"):
+        export_checkpoint(routed, tmp_path / "back.safetensors", format="fastvideo-vsa")
+
+
 def test_fastvideo_ratio_goes_by_the_model_size():
     config_for = FORMATS["fastvideo-vsa"].config_for
     assert config_for(1536) == VSAConfig(keep_ratio=0.2, tile=(4, 4, 4))

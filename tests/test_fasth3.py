@@ -78,6 +78,16 @@ def test_a_release(tmp_path, inside):
 
 
 @torch.no_grad()
+def test_a_release_with_routers_begins_as_it_was(tmp_path):
+    folder = release(tmp_path / "FastH3")
+    plain, routed = tiny.model(), tiny.model()
+    load_checkpoint(plain, folder, keep_ratio=0.3)
+    report = load_checkpoint(routed, folder, keep_ratio=0.3, router="per_head")
+    assert report.config.router == "per_head"
+    assert torch.equal(tiny.run(routed), tiny.run(plain))
+
+
+@torch.no_grad()
 def test_shifts_of_the_schedulers(tmp_path):
     """v1 says its steps in the contract, and its shifts in its schedulers."""
     contract = {name: x for name, x in CONTRACT.items() if not name.endswith("_shift")} | {"vsa_sparsity": 0.9}

@@ -10,6 +10,7 @@ from tiny_wan import SPARSE_SLA, SPARSE_VSA, generate, randomize, run, tiny_pipe
 
 from foveal import Policy, SLAConfig, VideoGrid, VSAConfig, get_policy, set_policy
 from foveal.models import densify, load, save, sparsify
+from foveal.models.files.persist import load_parameters
 from foveal.models.processor import sparse_processors
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -131,6 +132,23 @@ def test_files_without_rounding_keep_the_number_of_cubes_that_they_were_trained_
     save(sparsify(tiny_transformer(), VSAConfig(keep_ratio=0.3, tile=(2, 2, 4))), tmp_path / "today")
     first, _ = sparse_processors(load(tiny_transformer(), tmp_path / "today")).values()
     assert first.attention.select(query, query, grid=grid).critical_count.unique().tolist() == [4]
+
+
+def test_a_router_may_join_saved_parameters(tmp_path):
+    """The layers begin as they were, and choose as they did; a router that was saved is taken over, or missed."""
+    routed = SPARSE_VSA.replace(router="per_head")
+    saved, model, other = (sparsify(tiny_transformer(), config) for config in (SPARSE_VSA, routed, routed))
+    randomize(saved)
+    save(saved, tmp_path / "plain")
+    load_parameters(model, tmp_path / "plain")
+    assert torch.equal(run(model), run(saved))
+    randomize(other)
+    save(other, tmp_path / "routed")
+    load_parameters(model, tmp_path / "routed")
+    assert torch.equal(run(model), run(other))
+    assert not torch.equal(run(model), run(saved))
+    with pytest.raises(ValueError, match=r"has unexpected .*router"):
+        load_parameters(saved, tmp_path / "routed")
 
 
 def test_layers_without_parameters(tmp_path):

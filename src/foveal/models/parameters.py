@@ -35,6 +35,11 @@ def sparse_parameters(model: Any) -> dict[str, nn.Parameter]:
     return found
 
 
+def of_router(name: str) -> bool:
+    """Whether a parameter that `sparsify` added is a router's, by its name."""
+    return "router" in name.split(".")
+
+
 def own_tensors(attention: nn.Module) -> dict[str, Tensor]:
     """The parameters of a sparse layer by their names in it, whatever PEFT wrapped around them.
 

@@ -132,8 +132,8 @@ class SparsitySettings:
         policy: a file that `foveal calibrate` wrote, in the place of `attention`: each layer's configuration, and when
             it runs dense. The denoising steps that it counts matter only to what is exported.
         parameters: what `foveal.save` or an earlier run wrote, such as RUN/export/sparse: the parameters of the sparse
-            layers begin as these and not as conversion makes them. Settings may differ where the parameters do not.
-            What else that run trained, weights or LoRA, is not taken over.
+            layers begin as these and not as conversion makes them. Settings may differ where the parameters do not,
+            and a router may be new. What else that run trained, weights or LoRA, is not taken over.
         dense_layers: layers that stay dense, by index.
         layer_keep_ratio: keep_ratio of single layers, by index.
         annealing: how the model gets there; None is sparse from the first step.

@@ -21,6 +21,7 @@ from foveal.lab.train.faults import LossGuard
 from foveal.lab.train.optimization import build_optimizer, parameter_groups, set_steps_taken, warmup_and_decay
 from foveal.lab.train.parallel import peers_of
 from foveal.models import sparse_parameters
+from foveal.models.parameters import of_router
 
 
 @dataclass
@@ -136,7 +137,7 @@ def build_state(
     groups = parameter_groups(
         parameters.values(),
         (new.values(), settings.new_learning_rate),
-        ((p for name, p in new.items() if "router" in name.split(".")), settings.router_learning_rate),
+        ((p for name, p in new.items() if of_router(name)), settings.router_learning_rate),
         learning_rate=settings.learning_rate,
     )
     optimizer = build_optimizer(groups, name=settings.name, betas=settings.betas, weight_decay=settings.weight_decay)

@@ -37,7 +37,7 @@ from foveal.models.files.manifest import (
 )
 from foveal.models.files.tensor_files import check_replaceable, enumerated, header_entry, save_tensors
 from foveal.models.installation import build_attention, build_processors, install
-from foveal.models.parameters import own_tensors
+from foveal.models.parameters import of_router, own_tensors
 from foveal.models.policy import attach_policy, get_policy
 from foveal.models.pretrained import become_sparse, register_components
 from foveal.models.processor import SparseAttentionProcessor, sparse_processors
@@ -169,6 +169,9 @@ def load(model: Model, folder: str | os.PathLike[str], *, impl: str = "auto") ->
 def load_parameters(model: Any, folder: str | os.PathLike[str]) -> None:
     """Puts the parameters that `save` wrote into sparse layers, whose configurations may be others than the saved ones.
 
+    Where the saved layers had no router, the model's stays as it is: of a freshly converted one the identity, by which
+    a layer chooses as the saved one did.
+
     Args:
         model: a sparse transformer or pipeline like the saved one, whole and not offloaded. It keeps its policy.
         folder: what `save` wrote.
@@ -184,6 +187,8 @@ def load_parameters(model: Any, folder: str | os.PathLike[str]) -> None:
         if component in manifest["components"]:
             _check_model(folder, component, transformer, manifest["components"][component])
         state |= _state(component, sparse_processors(transformer))
+    if not any(of_router(name) for name in tensors):
+        state = {name: parameter for name, parameter in state.items() if not of_router(name)}
     _check_tensors(tensors, state, str(folder))
     _check_not_offloaded(state)
     with torch.no_grad():
