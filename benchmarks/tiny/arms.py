@@ -104,6 +104,7 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         "VSA 4x4x4, router per head (rate x 10)": Arm(vsa_router, 10.0),
         "VSA 4x4x4, router per head (rate x 30)": Arm(vsa_router, 30.0),
         "VSA 4x4x4, router per head (closed gate, rate x 10)": Arm(vsa_router, 10.0, "gate"),
+        "VSA auto, router per head (rate x 10)": Arm(vsa_router.replace(tile="auto"), 10.0),
         "VSA 4x4x4, router (rate x 10)": Arm(vsa_router.replace(router="shared"), 10.0),
         "VSA 4x4x4, router per head (x 1/2, rate x 10)": Arm(vsa_router.replace(keep_ratio=cubes / 2), 10.0),
     }
