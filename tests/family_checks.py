@@ -6,13 +6,18 @@ import pytest
 import torch
 from tiny_wan import DENSE_SLA, DENSE_VSA, SPARSE_SLA, SPARSE_VSA, randomize
 
-from foveal import SLAConfig
+from foveal import SLA2Config, SLAConfig, VSAConfig
 from foveal.lab.inspect.capture import capture_selections
 from foveal.models import dense, densify, load, save, sparsify, summary
+from foveal.models.parameters import of_router
 from foveal.models.processor import sparse_processors, state_of
 
 METHODS = pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_VSA], ids=["sla", "vsa"])
 DENSE_METHODS = pytest.mark.parametrize("config", [DENSE_SLA, DENSE_VSA], ids=["sla", "vsa"])
+ROUTED = (
+    SLA2Config(keep_ratio=0.3, block_q=16, block_k=16, linear_scope="none", router="per_head"),
+    SPARSE_VSA.replace(router="per_head"),
+)
 
 
 def replace_arguments(attn, *args, **kwargs) -> None:
@@ -186,7 +191,23 @@ class FamilyChecks:
             assert gradient.isfinite().all(), name
             assert gradient.abs().max() > 0, name
 
-    @METHODS
+    @torch.no_grad()
+    def test_without_a_configuration_it_begins_as_vsa(self):
+        model, other = sparsify(self.model()), sparsify(self.model(), VSAConfig(keep_ratio=0.125))
+        assert {processor.config.router for processor in sparse_processors(model).values()} == {"per_head"}
+        assert torch.equal(self.run(model), self.run(other))
+
+    @pytest.mark.parametrize("config", ROUTED, ids=["sla2", "vsa"])
+    def test_routers_learn(self, config):
+        model = self.sparse(config).train()
+        self.run(model).square().sum().backward()
+        routers = {name: p for name, p in model.named_parameters() if of_router(name)}
+        assert len(routers) == 2 * len(self.LAYERS)
+        for name, parameter in routers.items():
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.abs().max() > 0, name
+
+    @pytest.mark.parametrize("config", [SPARSE_SLA, SPARSE_VSA, *ROUTED], ids=["sla", "vsa", "sla2", "vsa router"])
     def test_gradient_checkpointing_gives_the_same_gradients(self, config):
         model = self.sparse(config).train()
         checkpointed = copy.deepcopy(model)
