@@ -19,7 +19,13 @@ SHIPPED = {TINY: "tiny", **{f"foveal/tiny-{name}": f"tiny-{name}" for name in AD
 
 
 def local_path(source: str) -> str:
-    """The folder of a model that foveal ships; any other folder or hub id as it is."""
+    """The folder of a model that foveal ships; any other folder or hub id as it is.
+
+    Raises:
+        FileNotFoundError: for a name like those that foveal ships, which is none of them and no folder.
+    """
+    if source.startswith(TINY) and source not in SHIPPED and not Path(source).exists():
+        raise FileNotFoundError(f"no {source} comes with foveal; expected one of {', '.join(SHIPPED)}")
     return str(FOLDER / SHIPPED[source]) if source in SHIPPED else source
 
 
