@@ -56,7 +56,7 @@ def parameters_of(config, layers=LAYERS, head_dim=64):
 
 def sparse(model, config=SPARSE, *, parameters=None, budgets=None, **settings):
     """The attention, and a patcher whose model runs it."""
-    modules, held = build_layers(model, config, parameters=parameters, budgets=budgets)
+    modules, held = build_layers(model, None if parameters else config, parameters=parameters, budgets=budgets)
     attention = SparseAttention(modules, held, **settings)
     return attention, attention.attach(Patcher(model))
 
@@ -113,7 +113,7 @@ def test_ltx_video_has_other_names_sizes_and_timesteps(context):
     assert [sum(layer.sparse.values()) for layer in layers.values()] == [1, 0, 1]
     assert dict(layers["transformer_blocks.0.attn1"].dense) == {f"{BY_POLICY} dense_above": 1}
     with pytest.raises(ValueError, match="is for Wan, got a model of LTX-Video"):
-        build_layers(model, TRAINED, parameters=parameters_of(TRAINED))
+        build_layers(model, parameters=parameters_of(TRAINED))
 
 
 def test_trained_sla_runs_its_linear_branch_and_each_layers_projection(model, latent, context):
@@ -269,16 +269,30 @@ def test_models_and_files_that_do_not_fit(model):
     with pytest.raises(TypeError, match="Wan or LTX-Video as ComfyUI has it, got Linear"):
         host_family(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="5 layers, but the model has 3"):
-        build_layers(model, TRAINED, parameters=parameters_of(TRAINED, layers=5))
+        build_layers(model, parameters=parameters_of(TRAINED, layers=5))
     with pytest.raises(ValueError, match=r"proj.weight \(16, 16\), expected \(64, 64\)"):
-        build_layers(model, TRAINED, parameters=parameters_of(TRAINED, head_dim=16))
+        build_layers(model, parameters=parameters_of(TRAINED, head_dim=16))
     with pytest.raises(ValueError, match=r"needs proj\.weight, proj\.bias"):
         build_layers(model, TRAINED)
+    with pytest.raises(ValueError, match="give either a config or parameters"):
+        build_layers(model, TRAINED, parameters=parameters_of(TRAINED))
+
+
+def test_each_layer_has_the_configuration_that_it_was_trained_with(model):
+    """One stays dense, and budgets and another share of blocks leave the rest of a configuration alone."""
+    plain = SLAConfig(keep_ratio=0.2, drop_ratio=0.0, linear_scope="none", projection=False)
+    first = parameters_of(TRAINED).layers[0]
+    parameters = SparseParameters("folder", "foveal", "foveal", (TRAINED, None, plain), True, (first, {}, {}))
+    modules, held = build_layers(model, parameters=parameters, budgets={2: 0.5})
+    assert held == {"blocks.1.self_attn": "it was trained dense"}
+    assert [module.config for module in modules.values()] == [TRAINED, plain.replace(keep_ratio=0.5)]
+    modules, _ = build_layers(model, parameters=parameters.following(keep_ratio=0.4))
+    assert [module.config.keep_ratio for module in modules.values()] == [0.4, 0.4]
 
 
 def test_layers_without_parameters_stay_dense(model, latent, context):
     model.vace_blocks = torch.nn.ModuleList([type(model.blocks[0])(64 * HEADS)])
-    modules, held = build_layers(model, TRAINED, parameters=parameters_of(TRAINED))
+    modules, held = build_layers(model, parameters=parameters_of(TRAINED))
     assert list(held) == ["vace_blocks.0.self_attn"]
     assert len(modules) == LAYERS
 

@@ -50,7 +50,9 @@ def test_it_is_an_ordinary_pipeline_that_foveal_converts():
 def test_names_are_folders_and_others_stay():
     assert all((FOLDER / folder).is_dir() for folder in SHIPPED.values())
     assert local_path("Wan-AI/Wan2.1-T2V-1.3B-Diffusers") == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    with pytest.raises(FileNotFoundError, match=r"no foveal/tiny-vsa-routr comes with foveal; .* foveal/tiny-vsa-router"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no foveal/tiny-vsa-routr comes with foveal; .* foveal/tiny-vsa-router"
+    ):
         local_path("foveal/tiny-vsa-routr")
 
 

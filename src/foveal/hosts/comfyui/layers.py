@@ -103,14 +103,16 @@ def build_layers(
 
     Args:
         model: the diffusion model. It is not changed.
-        config: of every layer; None with `parameters`, which have each layer's.
-        parameters: what the modules are filled with; None for a configuration that needs none.
+        config: of every layer, one that needs no parameters.
+        parameters: instead of it, each layer's configuration and what its module is filled with.
         budgets: the keep_ratio of layers that have one of their own, by index, range, or name. 1 keeps a layer dense.
         impl: see `block_sparse_attention`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    if (config is None) == (parameters is None):
+        raise ValueError("give either a config or parameters, which have one for each layer")
     family = host_family(model)
     layers = family.layers(model)
     if parameters is not None:
@@ -122,9 +124,8 @@ def build_layers(
                 f"{parameters.path} has sparse parameters of {len(parameters.layers)} layers, "
                 f"but the model has {depth}: another model size"
             )
-    configs = dict.fromkeys(layers, config)
-    if parameters is not None:
-        configs |= dict(zip(layers, parameters.configs, strict=False))
+    given = [config] * len(layers) if parameters is None else parameters.configs
+    configs = dict.fromkeys(layers) | dict(zip(layers, given, strict=False))
     for name, ratio in _budgets_of(layers, budgets or {}).items():
         if configs[name] is not None:
             configs[name] = method_of(configs[name]).follow(configs[name], keep_ratio=ratio)
