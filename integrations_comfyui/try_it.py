@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+import foveal
 from foveal.models.files.formats import to_diffusers
 
 HERE = Path(__file__).resolve().parent
@@ -141,6 +142,8 @@ class Host:
             inputs |= {key: value for key, value in SMALL.items() if key in inputs}
             for key in {"unet_name", "file"} & inputs.keys():
                 inputs[key] = self.tiny_file(inputs[key])
+            if kind == "FovealLoadTrained":
+                self.tiny_export(inputs["folder"])
             kept[name] = {"class_type": kind, "inputs": inputs}
         return kept
 
@@ -154,6 +157,21 @@ class Host:
                 weights = tiny_turbowan(weights) if word == "Turbo" else tiny_fastwan(weights)
             torch.save(weights, target) if target.suffix == ".pth" else save_file(weights, target)
         return target.name
+
+    def tiny_export(self, name):
+        """Writes what `foveal.save` does for a tiny model that was trained with VSA and routers."""
+        from diffusers import WanTransformer3DModel
+
+        target = self.models.parent / "foveal" / name
+        if target.exists():
+            return
+        depth, width = depth_of(weights := tiny_wan()), weights["head.modulation"].shape[-1]
+        sizes = {"num_attention_heads": width // 128, "num_layers": depth, "ffn_dim": 256}
+        model = foveal.sparsify(WanTransformer3DModel(**sizes, attention_head_dim=128))
+        generator = torch.Generator().manual_seed(2)
+        for parameter in foveal.sparse_parameters(model).values():
+            parameter.data += torch.randn(parameter.shape, generator=generator) / 16
+        foveal.save(model, target)
 
 
 def tiny_wan(layers=3, heads=2, seed=0):
