@@ -409,8 +409,8 @@ def _arms_table() -> dict:
 def _arms(runs: list[dict]) -> str:
     first = runs[0]
     clips = f"{first['steps']} steps of {first['batch']} clips, {len(first['after'])} held-out clips"
-    commits = " and ".join(sorted({run["commit"] for run in runs}))
-    made = f"{first['device']}, torch {first['torch']}, commit {commits}"
+    commits = sorted({run["commit"] for run in runs})
+    made = f"{first['device']}, torch {first['torch']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     script = _arms_table()
     shown = [script["table"](runs), script["quality"](runs), f"{made}; {clips}."]
     return "\n\n".join(filter(None, shown))

@@ -23,8 +23,8 @@ class Advice:
     """What to try first.
 
     Attributes:
-        config: for the layers that are converted: blocks of which a router in each head learns to choose, as the means
-            do at first. Of all choices of blocks this lost least in docs/evidence.md.
+        config: for the layers that are converted. A router in each head learns to choose the blocks, and chooses by
+            their means at first. Of all ways to choose blocks this lost least in docs/evidence.md.
         layers: (component, layer) of all layers that were looked at.
         dense_layers: the ones among them whose output changes by more than twice the tolerance.
         tolerance: the error that was allowed.
