@@ -244,3 +244,13 @@ def test_older_pytorch_shards_weights_of_one_dtype(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.__version__", "2.8.1")
     with pytest.raises(ValueError, match=r"weights of one dtype with PyTorch 2\.8\.1"):
         config(tmp_path, **changes)
+
+
+def test_the_line_that_trains_a_released_checkpoint_with_routers():
+    """As docs/checkpoints.md has it: half of FastWan's cubes from the first step on."""
+    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    line = re.search(r"foveal train (wan-1\.3b-vsa-router .*?)\n```", page, re.DOTALL)[1].replace("\\\n", " ")
+    line = line.replace("--sparsity.parameters start/sparse", "")
+    built = parse(line.split())
+    assert {built.sparsity.annealing.kept(step, built.sparsity.attention.topk) for step in (1, 50, 4000)} == {62}
+    assert built.sparsity.attention.topk == round(0.2 * 624) // 2
