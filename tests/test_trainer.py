@@ -699,6 +699,12 @@ def test_a_run_that_diverges_says_so(folder, monkeypatch, capsys):
 def test_a_run_says_where_it_is(folder, monkeypatch, capsys):
     """Off a terminal, whatever it is doing; here all the time."""
     monkeypatch.setitem(Progress.__init__.__kwdefaults__, "every", 0.001)
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.3)  # the thread that says so may have to wait for a core
+        return build_model(*args, **kwargs)
+
+    monkeypatch.setattr("foveal.lab.train.trainer.build_model", slowly)
     run_training(config(folder, steps=2))
     said = capsys.readouterr().err
     for line in (r"load the model: 0:\d\d", "train: 0 of 2 steps, .*held-out loss", r"train: 1 of 2 steps, .*loss \d"):
