@@ -17,6 +17,8 @@ import foveal
 ROOT = Path(__file__).parent.parent
 # The package comes from where it was installed, and from nowhere else.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+# Python 3.11 has it from 3.11.4 on.
+SAFELY = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 
 def run(*command, folder, environment=ENVIRONMENT):
@@ -39,7 +41,7 @@ def built(tmp_path_factory):
     run(*build, "sdist", folder=ROOT, environment=environment)
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "source", filter="data")
+        archive.extractall(folder / "source", **SAFELY)
     (source,) = (folder / "source").iterdir()
     run(*build, "wheel", folder=source, environment=environment)
     (wheel,) = folder.glob("*.whl")

@@ -135,7 +135,7 @@ def test_a_second_stage_starts_from_what_the_first_exported(tmp_path):
 def test_parameters_that_do_not_fit_are_refused(tmp_path):
     write_data(tmp_path / "data")
     foveal.save(build_model(config(tmp_path)), tmp_path / "sla")
-    with pytest.raises(ValueError, match=r"lacks .*router.* and has unexpected .*proj"):
+    with pytest.raises(ValueError, match=r"lacks .*alpha_logits.* and has unexpected .*proj"):
         build_model(config(tmp_path, sparsity=SparsitySettings(SLA2, parameters=tmp_path / "sla")))
     one_dense = SparsitySettings(SPARSE, dense_layers=(0,), parameters=tmp_path / "sla")
     with pytest.raises(ValueError, match=r"has unexpected transformer\.blocks\.0"):
