@@ -14,7 +14,7 @@ from foveal.hosts.comfyui.layers import build_layers, parse_ratios, write_budget
 from foveal.hosts.comfyui.preview import preview
 from foveal.kernels.api import IMPLS
 from foveal.lab.inspect.budgets import BudgetCalibration
-from foveal.models.files.exports import EXPORTED
+from foveal.models.files.exports import EXPORTED, WEIGHTS
 from foveal.models.files.parts import (
     read_base_weights,
     read_exported_lora,
@@ -206,9 +206,9 @@ class LoadTrained:
         at = Path(folder_paths.get_full_path_or_raise(EXPORTS, str(self._saved(folder)))).parent
         parameters, policy = read_saved_parameters(at, component)
         export, depth = at.parent if at.name == EXPORTED else at, len(parameters.layers)
-        weights, lora = read_exported_weights(export, depth), read_exported_lora(export, depth)
-        if weights is not None and model is not None:
+        if model is not None and (export / WEIGHTS).is_dir():
             raise ValueError(f"{folder} has weights of its own: leave model unconnected")
+        lora, weights = read_exported_lora(export, depth), read_exported_weights(export, depth)
         if weights is not None:
             model = comfy.sd.load_diffusion_model_state_dict(weights)
         if model is None:

@@ -147,6 +147,11 @@ def test_the_lora_of_an_export_by_the_names_of_the_wan_repository(tmp_path):
     for name, tensor in fused.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-5)
     assert read_exported_lora(tmp_path / "sparse", LAYERS) is None
+    model = trained()
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=["to_q"]))
+    _save_lora(model, tmp_path / "other" / "lora")
+    with pytest.raises(ValueError, match="has use_rslora, which ComfyUI's names have no place for"):
+        read_exported_lora(tmp_path / "other", LAYERS)
 
 
 def test_the_weights_of_an_export(tmp_path):

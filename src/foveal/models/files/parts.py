@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from foveal.methods.base import Config, method_of
 from foveal.models.files.checkpoints import choose_format, configuration, file_header, translated
 from foveal.models.files.exports import LORA_FILE, WEIGHTS
-from foveal.models.files.formats import CheckpointFormat, to_diffusers, wan_names, without_prefix
+from foveal.models.files.formats import CheckpointFormat, from_diffusers, without_prefix
 from foveal.models.files.manifest import parse_component
 from foveal.models.files.persist import read_saved
 from foveal.models.files.tensor_files import TensorFile, enumerated, open_tensors
@@ -135,7 +135,7 @@ def read_exported_lora(folder: str | os.PathLike[str], num_layers: int) -> dict[
         than 1 is in the second factor.
 
     Raises:
-        ValueError: the file has updates of what the Wan repository has no names for.
+        ValueError: the file has updates of what the Wan repository has no names for, or is of another kind of LoRA.
         ImportError: diffusers, which knows what its names mean, is not installed.
     """
     path = Path(folder) / "lora" / LORA_FILE
@@ -146,8 +146,11 @@ def read_exported_lora(folder: str | os.PathLike[str], num_layers: int) -> dict[
         described = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
         values = {short: file.read(name) for short, name in names.items()}
     settings = {name.removeprefix("transformer."): value for name, value in described.items()}
+    special = [name for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if settings.get(name)]
+    if special:
+        raise ValueError(f"{path} has {enumerated(special)}, which ComfyUI's names have no place for; merge it instead")
     updated = {name.rpartition(".lora_")[0] for name in values}
-    known = _wan_named([f"{name}.weight" for name in sorted(updated)], num_layers, path)
+    known = from_diffusers([f"{name}.weight" for name in sorted(updated)], "wan", num_layers)
     tensors = {}
     for name, value in values.items():
         module, _, part = name.rpartition(".lora_")
@@ -180,7 +183,7 @@ def read_base_weights(path: str | os.PathLike[str], *, format: str | None = None
             raise ValueError(f"{path} has only sparse parameters; load the model from its own file")
         renamed = {name: name for name in base}
         if found.layout == "diffusers":
-            renamed = _wan_named(base, max(_layer_indices(names, found)) + 1, path)
+            renamed = from_diffusers(base, "wan", max(_layer_indices(names, found)) + 1)
         weights = {renamed[name]: file.read(names[name]) for name in base}
     patches = weights.get(PATCH_EMBEDDING)
     if patches is not None and patches.dim() == 2:
@@ -202,17 +205,8 @@ def read_exported_weights(folder: str | os.PathLike[str], num_layers: int) -> di
     if not path.is_dir():
         return None
     with open_tensors(path) as file:
-        renamed = _wan_named(file.shapes, num_layers, path)
+        renamed = from_diffusers(file.shapes, "wan", num_layers)
         return {target: file.read(name) for name, target in renamed.items()}
-
-
-def _wan_named(names: Iterable[str], num_layers: int, path: str | os.PathLike[str]) -> dict[str, str]:
-    """diffusers' names to those of the Wan repository."""
-    known = to_diffusers(wan_names(num_layers), "wan")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"the Wan repository has no names for {enumerated(unknown)} of {path}")
-    return {name: known[name] for name in names}
 
 
 @contextmanager
