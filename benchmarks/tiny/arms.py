@@ -98,6 +98,9 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         "blocks, router per head (rate x 30)": Arm(router, 30.0),
         "blocks, router per head (temperature 0.03, rate x 10)": Arm(router.replace(temperature=0.03), 10.0),
         "blocks, router per head (temperature 0.3, rate x 10)": Arm(router.replace(temperature=0.3), 10.0),
+        # At 1,872 tokens these two are 3 of 30 blocks again: repeats.
+        "blocks (x 1.25)": Arm(plain.replace(keep_ratio=1.25 * blocks)),
+        "blocks, router per head (x 1.25, rate x 10)": Arm(router.replace(keep_ratio=1.25 * blocks), 10.0),
         "blocks (x 4/3)": Arm(plain.replace(keep_ratio=4 / 3 * blocks)),
         "blocks, router per head (x 4/3, rate x 10)": Arm(router.replace(keep_ratio=4 / 3 * blocks), 10.0),
         **{f"VSA {name}": Arm(VSAConfig(keep_ratio=cubes, tile=tile)) for name, tile in TILES.items()},
