@@ -1,8 +1,10 @@
 """The kernels' operators by the arguments that tests have: tensors, configurations, and a backend's name."""
 
+import pytest
 import torch
 
 from foveal.kernels import sparse
+from foveal.kernels.api import why_not
 from foveal.methods.sla import gpu as sla
 from foveal.methods.sla2 import gpu as sla2
 from foveal.methods.sla2.mixing import block_logits, start_logits
@@ -39,6 +41,13 @@ def vsa_attention_gpu(query, key, value, layout, selection, scale, gate_coarse, 
     gates, choice = (gate_coarse, gate_fine), vsa.choice_of(layout, selection)
     call = vsa.VSACall(query, key, value, *gates, None, None, layout.cubes(), choice)
     return vsa.vsa_attention_gpu(call, vsa.VSAOptions(scale, 1.0, backend))[0]
+
+
+def skip_without(impl, *arguments):
+    """Skips the test that runs where an implementation does not take such a call, for the reason that it gives."""
+    reason = why_not(impl, *arguments)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 LIMITS = "kv_lengths", "protected_keys", "protected_queries"

@@ -192,14 +192,12 @@ def test_interpreted(name):
 @pytest.mark.parametrize("impl", ["triton", "gluon"])
 def test_on_gpu(name, impl):
     import torch
+    from on_kernels import skip_without
 
     from foveal import sla2_attention
-    from foveal.kernels.api import why_not
 
     inputs, config, _ = make_case(name, "cuda")
-    reason = why_not(impl, *inputs[:3], config.block_q, config.block_k, config.precision)
-    if reason is not None:
-        pytest.skip(reason)
+    skip_without(impl, *inputs[:3], config.block_q, config.block_k, config.precision)
 
     def attend(tensors, config, selection, lengths):
         query, key, value, logits, proj_query, proj_key = tensors

@@ -141,15 +141,13 @@ def test_interpreted(name):
 @pytest.mark.parametrize("impl", ["triton", "gluon"])
 def test_on_gpu(name, impl):
     import torch
+    from on_kernels import skip_without
 
-    from foveal.kernels.api import why_not
     from foveal.methods.sla_vsa.attention import SparseLinearVideoAttention
 
     qkv, _, layout, config, _ = make_case(name, "cuda")
     blocks = SparseLinearVideoAttention.kernel_blocks(config, getattr(layout, "grid", layout))
-    reason = why_not(impl, *qkv, *blocks, config.precision)
-    if reason is not None:
-        pytest.skip(reason)
+    skip_without(impl, *qkv, *blocks, config.precision)
     for _ in range(4):  # the third forward and the fourth backward are replayed
         check_case(name, "cuda", impl)
     torch._dynamo.reset()

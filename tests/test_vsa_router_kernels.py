@@ -97,13 +97,10 @@ def test_interpreted(name):
 @pytest.mark.parametrize("impl", ["triton", "gluon"])
 def test_on_gpu(name, impl):
     import torch
-
-    from foveal.kernels.api import why_not
+    from on_kernels import skip_without
 
     slot, tensor = 128 if "wide" in name else 64, torch.empty(1, 1, 1, 64, device="cuda", dtype=torch.float16)
-    reason = why_not(impl, tensor, tensor, tensor, slot, slot, "input")
-    if reason is not None:
-        pytest.skip(reason)
+    skip_without(impl, tensor, tensor, tensor, slot, slot, "input")
     for _ in range(4):  # the third forward and the fourth backward are replayed
         check_case(name, "cuda", impl)
 
