@@ -50,13 +50,13 @@ class Scored(NamedTuple):
         projected = Router(*weights).project(query, key)
         scores = projected[0] @ (projected[1] * scale).mT
         if ranked is not None:
-            scores = scores.masked_fill(~ranked[:, None, None], -torch.inf)
+            scores.masked_fill_(~ranked[:, None, None], -torch.inf)
         return cls(scores, (query, key), projected)
 
     def gradients(self, grad: Tensor, weights: Weights, scale: float) -> tuple[Tensor, Tensor]:
         """Those of the projections, from that of the scores."""
-        grad = grad * scale
-        (query, key), of_query, of_key = self.projected, *weights
+        query, key = (x * scale for x in self.projected)  # and not the gradient, which has a number for each pair
+        of_query, of_key = weights
         return _of_weight(grad @ key, self.means[0], of_query), _of_weight(grad.mT @ query, self.means[1], of_key)
 
 
