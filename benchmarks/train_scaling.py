@@ -9,17 +9,23 @@ random weights: float32 weights, bfloat16 autocast, gradient checkpointing, fuse
 the model (FSDP2) or copy it, and divide the samples, or with `--context-parallel` the tokens of each. The step's batch
 is the same whatever the number of processes: with one, gradients accumulate. Few layers, so that checkpoint and export
 are small; what a layer costs does not depend on their number.
+
+With `--recipe minimax-h3-vsa-router`, or another of MiniMax-H3's, that recipe runs on a model of its full width with
+random weights and `--layers` blocks, and on random latents of video and sound of `--seconds`: LoRA and the new
+parameters, taught by the dense model, the frozen weights in bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +34,7 @@ from foveal.lab.bench.machine import machine
 from foveal.lab.bench.report import write_json
 from foveal.lab.data.dataset import write_latent_dataset
 from foveal.lab.train.config import TrainingConfig
+from foveal.lab.train.recipes import RECIPES
 from foveal.lab.train.settings import (
     CheckpointSettings,
     DataSettings,
@@ -42,6 +49,7 @@ from foveal.lab.train.trainer import run_training
 
 # Relative, of a loss. The batch is split otherwise, and bfloat16 gradients are summed in another order.
 SAME = 2e-3
+TEXT_TOKENS = 256
 
 
 def write_data(folder: Path, options: argparse.Namespace) -> None:
@@ -60,6 +68,64 @@ def write_data(folder: Path, options: argparse.Namespace) -> None:
     write_latent_dataset(folder, samples, empty_prompt={"prompt_embeds": torch.zeros_like(text)})
 
 
+def write_minimax_h3(base: Path, data: Path, options: argparse.Namespace) -> None:
+    """A model as its pipeline is saved, with random weights, and samples of the shape that the pipeline packs."""
+    from diffusers import MiniMaxH3Scheduler
+    from minimax_h3 import build, pack
+
+    smoke = options.device == "cpu"
+    model = build(options.layers, torch.device("cpu" if smoke else "cuda"), smoke)
+    config = model.config
+    request = pack(options.seconds, TEXT_TOKENS, model, smoke)
+    model.save_pretrained(base / "transformer")
+    for part, shift in (("scheduler", 12.0), ("audio_scheduler", 3.0)):
+        MiniMaxH3Scheduler(shift=shift).save_pretrained(base / part)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(TEXT_TOKENS, config.text_dim, generator=generator).bfloat16()
+    mask = torch.ones(TEXT_TOKENS).long()
+    samples = [
+        {
+            "latents": torch.randn(config.in_channels, *request.latent, generator=generator),
+            "audio_latents": torch.randn(
+                2, config.audio_in_channels, request.shape["audio_tokens"] // 2, generator=generator
+            ),
+            "prompt_embeds": text,
+            "prompt_attention_mask": mask,
+            "caption": "noise",
+            "id": f"noise-{number}#0",
+        }
+        for number in range(options.batch + 1)
+    ]
+    empty = {"prompt_embeds": torch.zeros_like(text), "prompt_attention_mask": torch.zeros_like(mask)}
+    write_latent_dataset(data, samples, settings={"space": "latent", "fps": 24, "model": None}, empty_prompt=empty)
+
+
+def recipe(base: Path, data: Path, output: Path, options: argparse.Namespace) -> TrainingConfig:
+    """A recipe of MiniMax-H3, on that model."""
+    found = RECIPES[options.recipe]()
+    return dataclasses.replace(
+        found,
+        model=dataclasses.replace(found.model, path=str(base), compile=options.compile),
+        data=dataclasses.replace(found.data, folder=data, held_out=1),
+        output=output,
+        **shared(options),
+    )
+
+
+def shared(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a configuration that both kinds of runs have in common."""
+    return {
+        "steps": options.steps,
+        "batch_size": options.batch,
+        "evaluation": EvaluationSettings(every=0),
+        "checkpoint": CheckpointSettings(every=10 * options.steps),
+        "parallel": options.parallel,
+        "context_parallel": options.context_parallel,
+        "device": options.device,
+        "tracker": "none",
+    } | ({"precision": "no"} if options.recipe and options.device == "cpu" else {})
+
+
 def configuration(data: Path, output: Path, options: argparse.Namespace) -> TrainingConfig:
     return TrainingConfig(
         model=ModelSettings(
@@ -70,16 +136,9 @@ def configuration(data: Path, output: Path, options: argparse.Namespace) -> Trai
         sparsity=SparsitySettings(SLAConfig(keep_ratio=0.05, drop_ratio=0.10)),
         data=DataSettings(folder=data, held_out=1, caption_dropout=0.0),
         output=output,
-        steps=options.steps,
-        batch_size=options.batch,
         objective=ObjectiveSettings(shift=3.0),
         optimizer=OptimizerSettings(learning_rate=1e-4, new_learning_rate=1e-3, warmup=1),
-        evaluation=EvaluationSettings(every=0),
-        checkpoint=CheckpointSettings(every=10 * options.steps),
-        parallel=options.parallel,
-        context_parallel=options.context_parallel,
-        device=options.device,
-        tracker="none",
+        **shared(options),
     )
 
 
@@ -102,6 +161,9 @@ def main(arguments: list[str] | None = None) -> None:
         default=True,
         help="compiled blocks keep what came by exchanges for the backward",
     )
+    names = [name for name in RECIPES if name.startswith("minimax-h3")]
+    parser.add_argument("--recipe", choices=names, help="train MiniMax-H3 by it, and not Wan")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of MiniMax-H3's clips")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--commit", help="of this tree, where git cannot say")
     parser.add_argument("--json", type=Path, required=True)
@@ -109,17 +171,18 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     # Folders beside the file that will be written: all processes know them.
-    data, output = options.json.with_suffix(".data"), options.json.with_suffix(".run")
+    base, data, output = (options.json.with_suffix(suffix) for suffix in (".base", ".data", ".run"))
     if rank == 0:
-        write_data(data, options)
+        write_minimax_h3(base, data, options) if options.recipe else write_data(data, options)
+        torch.cuda.empty_cache()  # of the model that was written
     while not (data / "index.json").exists():
         time.sleep(0.1)
-    run_training(configuration(data, output, options))
+    run_training(recipe(base, data, output, options) if options.recipe else configuration(data, output, options))
     if rank:
         return
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    for folder in (data, output):
-        shutil.rmtree(folder)
+    for folder in (base, data, output):
+        shutil.rmtree(folder, ignore_errors=folder == base)
     steps = [line for line in lines if "loss" in line]
     results = {
         "settings": {name: value for name, value in vars(options).items() if name not in ("json", "against")},

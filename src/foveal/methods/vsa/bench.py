@@ -44,11 +44,12 @@ def _head(
     return sum(x if gate is None else x * gate for x, gate in zip(branches, gates, strict=True))
 
 
-def _routed(query: Tensor, key: Tensor, value: Tensor, *, config: VSAConfig, **rest) -> Tensor:
+def _routed(query: Tensor, key: Tensor, value: Tensor, *, config: VSAConfig, impl: str, **rest) -> Tensor:
     """With the projections that training starts from; the router learns where the inputs have gradients."""
     eye = torch.eye(query.shape[-1], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
-    eye = eye.repeat(query.shape[1], 1, 1).requires_grad_(query.requires_grad)
-    return vsa_attention(query, key, value, config=config, proj_query=eye, proj_key=eye, **rest)
+    learns = query.requires_grad and impl != "reference"  # which has none for projections, only for the inputs
+    eye = eye.repeat(query.shape[1], 1, 1).requires_grad_(learns)
+    return vsa_attention(query, key, value, config=config, impl=impl, proj_query=eye, proj_key=eye, **rest)
 
 
 def _case(name: str, config: VSAConfig) -> BenchCase:
