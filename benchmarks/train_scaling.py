@@ -69,15 +69,16 @@ def write_data(folder: Path, options: argparse.Namespace) -> None:
 
 
 def write_minimax_h3(base: Path, data: Path, options: argparse.Namespace) -> None:
-    """A model as its pipeline is saved, with random weights, and samples of the shape that the pipeline packs."""
+    """A model's folder without its weights, and samples of the shape that its pipeline packs."""
     from diffusers import MiniMaxH3Scheduler
     from minimax_h3 import build, pack
 
     smoke = options.device == "cpu"
-    model = build(options.layers, torch.device("cpu" if smoke else "cuda"), smoke)
-    config = model.config
+    model = build(1, torch.device("cpu" if smoke else "cuda"), smoke)
     request = pack(options.seconds, TEXT_TOKENS, model, smoke)
-    model.save_pretrained(base / "transformer")
+    model.register_to_config(num_layers=options.layers)
+    config = model.config
+    model.save_config(base / "transformer")
     for part, shift in (("scheduler", 12.0), ("audio_scheduler", 3.0)):
         MiniMaxH3Scheduler(shift=shift).save_pretrained(base / part)
     generator = torch.Generator().manual_seed(0)
@@ -100,6 +101,18 @@ def write_minimax_h3(base: Path, data: Path, options: argparse.Namespace) -> Non
     write_latent_dataset(data, samples, settings={"space": "latent", "fps": 24, "model": None}, empty_prompt=empty)
 
 
+def build_where_it_is_loaded(options: argparse.Namespace) -> None:
+    """The trainer gets random weights instead of those of a file, which would have 66 GB for all 50 blocks."""
+    from diffusers import MiniMaxH3Transformer3DModel
+    from minimax_h3 import build
+
+    def from_pretrained(*args: Any, **settings: Any) -> torch.nn.Module:
+        smoke = options.device == "cpu"
+        return build(options.layers, torch.device("cpu" if smoke else "cuda"), smoke).train().requires_grad_(True).cpu()
+
+    MiniMaxH3Transformer3DModel.from_pretrained = from_pretrained
+
+
 def recipe(base: Path, data: Path, output: Path, options: argparse.Namespace) -> TrainingConfig:
     """A recipe of MiniMax-H3, on that model."""
     found = RECIPES[options.recipe]()
@@ -117,7 +130,7 @@ def shared(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "steps": options.steps,
         "batch_size": options.batch,
-        "evaluation": EvaluationSettings(every=0),
+        "evaluation": EvaluationSettings(every=0, sigmas=(0.5,)),
         "checkpoint": CheckpointSettings(every=10 * options.steps),
         "parallel": options.parallel,
         "context_parallel": options.context_parallel,
@@ -174,9 +187,10 @@ def main(arguments: list[str] | None = None) -> None:
     base, data, output = (options.json.with_suffix(suffix) for suffix in (".base", ".data", ".run"))
     if rank == 0:
         write_minimax_h3(base, data, options) if options.recipe else write_data(data, options)
-        torch.cuda.empty_cache()  # of the model that was written
     while not (data / "index.json").exists():
         time.sleep(0.1)
+    if options.recipe:
+        build_where_it_is_loaded(options)
     run_training(recipe(base, data, output, options) if options.recipe else configuration(data, output, options))
     if rank:
         return
