@@ -44,14 +44,10 @@ from foveal.models.processor import sparse_processors
 
 
 class Arm(NamedTuple):
-    """A method, the rate of the parameters that it adds, over that of the others, and which of them are not trained.
-
-    `closed`: parameters with this in their name stay what they start at, which for gates is zero.
-    """
+    """A method, and the rate of the parameters that it adds, over that of the others."""
 
     config: Config | None = None
     added_rate: float = 1.0
-    closed: str | None = None
 
 
 TILES = {"2x4x4": (2, 4, 4), "4x4x4": (4, 4, 4), "4x4x8": (4, 4, 8), "auto": "auto", "wide": "wide"}
@@ -106,7 +102,7 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         **{f"VSA {name}": Arm(VSAConfig(keep_ratio=cubes, tile=tile)) for name, tile in TILES.items()},
         "VSA 4x4x4, router per head (rate x 10)": Arm(vsa_router, 10.0),
         "VSA 4x4x4, router per head (rate x 30)": Arm(vsa_router, 30.0),
-        "VSA 4x4x4, router per head (closed gate, rate x 10)": Arm(vsa_router, 10.0, "gate"),
+        "VSA 4x4x4, router per head (closed gate, rate x 10)": Arm(vsa_router.replace(coarse=False), 10.0),
         "VSA auto, router per head (rate x 10)": Arm(vsa_router.replace(tile="auto"), 10.0),
         "VSA 4x4x4, router (rate x 10)": Arm(vsa_router.replace(router="shared"), 10.0),
         "VSA 4x4x4, router per head (x 1/2, rate x 10)": Arm(vsa_router.replace(keep_ratio=cubes / 2), 10.0),
@@ -134,13 +130,10 @@ def train_arm(
     model = copy.deepcopy(dense)
     if arm.config is not None:
         sparsify(model, arm.config)
-    own = [pair for processor in sparse_processors(model).values() for pair in processor.named_parameters()]
-    for name, parameter in own:
-        parameter.requires_grad_(arm.closed is None or arm.closed not in name)
-    added = [parameter for _, parameter in own if parameter.requires_grad]
+    added = [parameter for processor in sparse_processors(model).values() for parameter in processor.parameters()]
     before, errors_before = beside.losses_and_errors(model)
     cuda = DEVICE.type == "cuda"
-    known = {id(p) for _, p in own}
+    known = {id(p) for p in added}
     groups = [(arm.added_rate, added), (1.0, [p for p in model.parameters() if id(p) not in known])]
     optimizer = torch.optim.AdamW(
         [

@@ -18,7 +18,7 @@ from foveal.methods.sla.projection import Projection
 from foveal.methods.sla_vsa.config import SLAVSAConfig
 from foveal.methods.vsa.attention import select_cubes, validate_call, vsa_attention
 from foveal.methods.vsa.cpu import vsa_attention_torch
-from foveal.methods.vsa.gates import check_gates, constant_linear, gates_of
+from foveal.methods.vsa.gates import check_gates, closed_gate, constant_linear, gates_of
 from foveal.methods.vsa.layout import CubeLayout, resolve_tile, slot_size, token_places
 from foveal.methods.vsa.packed import PackedTiles
 
@@ -92,9 +92,7 @@ def _attend(
     check_gates(query, weights.gate_coarse, weights.gate_fine)
     check_weights(query, config.branch(64), weights.proj_weight, weights.proj_bias, None)
     if not config.coarse:
-        if weights.gate_coarse is not None:
-            raise ValueError("gate_coarse was given, but config has coarse=False")
-        weights = weights._replace(gate_coarse=query.new_zeros(()).expand_as(query))
+        weights = weights._replace(gate_coarse=closed_gate(query, weights.gate_coarse))
     scale = check_scale(scale, query.shape[-1])
     tiles = (
         CubeLayout(config.cubes, grid, key, kv_lengths)

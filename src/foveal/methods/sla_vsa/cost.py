@@ -25,9 +25,7 @@ def cost_parts(config: SLAVSAConfig, shape: AttentionShape) -> tuple[CostPart, .
         found = sla_parts(config.branch(slot_size(tile)), in_slots)
         linear = tuple(part for part in found if part.name in LINEAR_PARTS)
     parts = []
-    for part in vsa_parts(config.cubes, shape):
-        if part.name == "gates" and not (config.coarse or config.fine_gate):
-            continue
+    for part in vsa_parts(config.cubes.replace(coarse=config.coarse), shape):
         parts.append(part)
         if part.name == "fine":
             parts.extend(linear)

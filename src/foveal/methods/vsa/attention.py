@@ -25,7 +25,7 @@ from foveal.methods.parameters import PreciseParameters
 from foveal.methods.routing import Router, of_heads, start_projections
 from foveal.methods.vsa.config import VSAConfig
 from foveal.methods.vsa.cpu import vsa_attention_torch
-from foveal.methods.vsa.gates import check_gates, constant_linear, gates_of
+from foveal.methods.vsa.gates import check_gates, closed_gate, constant_linear, gates_of
 from foveal.methods.vsa.layout import CubeLayout, kernel_slot, resolve_tile, slot_size, token_places
 from foveal.methods.vsa.packed import PackedTiles
 from foveal.methods.vsa.router import CubeRouter
@@ -110,7 +110,8 @@ def vsa_attention(
             of at most as many tokens as a cube. The coarse stage pools and attends over cubes and chunks alike, and its
             output goes to all tokens. In the fine stage cubes read the cubes that they pick and all chunks, and
             protected queries read everything. `keep_ratio` then counts cubes of the video.
-        gate_coarse, gate_fine: [B, H, L, D], like `query`; a missing gate is 1.
+        gate_coarse, gate_fine: [B, H, L, D], like `query`; a missing gate is 1. With `config.coarse` False there is no
+            gate_coarse.
         selection: a fixed selection (see `select_cubes`) instead of the top of the coarse stage.
         kv_lengths: int [B], valid keys of each sample, video and text, between L and L + text; the rest is padding. Not
             with a layout's protected segments.
@@ -150,6 +151,10 @@ def _attend(
         projections: its proj_query and proj_key.
     """
     (query, key, value), kv_lengths = inputs, where.kv_lengths
+    if not isinstance(config, VSAConfig):
+        raise TypeError(f"config must be a VSAConfig, got {type(config).__name__}")
+    if not config.coarse:
+        gates = (closed_gate(query, gates[0]), gates[1])
     key_of_call = None
     if selection is where.layout is kv_lengths is projections[0] is projections[1] is None:
         tensors = *inputs, *gates
@@ -281,7 +286,7 @@ class VideoSparseAttention(nn.Module):
 
     Attributes:
         to_gate_coarse: Linear(hidden_dim, H * D), zero at the start, so that a retrofitted layer first equals its
-            fine branch.
+            fine branch; None without a coarse branch.
         ran: what the last call ran (`Ran`: `impl`, and `why` if that is slower than asked); None before. Compiled
             calls with gradients leave it.
         to_gate_fine: the same for the fine branch, the constant 1 at the start; None unless config.fine_gate, and
@@ -296,7 +301,7 @@ class VideoSparseAttention(nn.Module):
     config: VSAConfig
     impl: str
     ran: Ran | None
-    to_gate_coarse: nn.Linear
+    to_gate_coarse: nn.Linear | None
     to_gate_fine: nn.Linear | None
     router: PreciseParameters | None
 
@@ -312,14 +317,14 @@ class VideoSparseAttention(nn.Module):
         self.hidden_dim, self.num_heads, self.head_dim = hidden_dim, num_heads, head_dim
         self.config, self.impl = config, impl
         self.ran = None
-        self.to_gate_coarse = constant_linear(hidden_dim, num_heads * head_dim, 0.0)
+        self.to_gate_coarse = constant_linear(hidden_dim, num_heads * head_dim, 0.0) if config.coarse else None
         self.to_gate_fine = constant_linear(hidden_dim, num_heads * head_dim, 1.0) if config.fine_gate else None
         self.router = None
         if config.router != "none":
             self.router = start_projections(config.router, num_heads, head_dim)
 
-    def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gc and Gf, [B, H, L, D] each, from hidden_states [B, L, hidden_dim]; None for a fine gate fixed at 1."""
+    def gates(self, hidden_states: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Gc and Gf, [B, H, L, D] each, from hidden_states [B, L, hidden_dim]; None for what there is not."""
         to_gates = self.to_gate_coarse, self.to_gate_fine
         return gates_of(to_gates, hidden_states, self.hidden_dim, (self.num_heads, self.head_dim))
 
@@ -329,7 +334,7 @@ class VideoSparseAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         hidden_states: Tensor | None,
-        gates: tuple[Tensor, Tensor | None] | None = None,
+        gates: tuple[Tensor | None, Tensor | None] | None = None,
         *,
         grid: VideoGrid | None = None,
         layout: TokenLayout | VideoGrid | None = None,

@@ -27,6 +27,8 @@ class VSAConfig(MethodConfig):
             tuple has one for each head.
         tile: cube of tokens (frames, height, width); "auto" takes the compact cube of at most 64 tokens that wastes
             least at the grid it meets, "wide" the one of at most 128: a coarser choice, at half the memory traffic.
+        coarse: whether the output has the coarse branch, with a zero-initialized gate (the paper). Without it, the
+            output is attention over the cubes that are read, and there is no gate to train.
         fine_gate: learn the fine branch's gate too (pretraining from scratch). False fixes it to 1 (retrofit).
         rounding: how `keep_ratio` becomes a number of cubes: "up" to ceil(keep_ratio * cubes), as FastVideo's VSA does,
             or "down", at least to 1, as versions of foveal without this field did; their saved files load as "down".
@@ -52,6 +54,7 @@ class VSAConfig(MethodConfig):
     topk: int | None = None
     keep_ratio: float | tuple[float, ...] | None = 0.125
     tile: tuple[int, int, int] | str = (4, 4, 4)
+    coarse: bool = True
     fine_gate: bool = False
     score: str = "mean"
     keep_mass: float | None = None
@@ -77,8 +80,9 @@ class VSAConfig(MethodConfig):
             check_choice("tile", self.tile, ("auto", "wide"))
         else:
             check_triple("tile", self.tile)
-        if not isinstance(self.fine_gate, bool):
-            raise TypeError(f"fine_gate must be a bool, got {self.fine_gate!r}")
+        for name in ("coarse", "fine_gate"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
         check_choice("rounding", self.rounding, ROUNDINGS)
         check_choice("precision", self.precision, PRECISIONS)
         if self.topk is not None and self.rounding != "up":

@@ -22,7 +22,7 @@ def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
       protected chunks of a packed sequence.
     - `router`: the projections of pooled queries and keys, and their products, with a router. Its backward also has the
       products of queries with mean keys and of gradients with mean values, as it learns.
-    - `gates`: their linear projections, from hidden states of width heads * head_dim.
+    - `gates`: their linear projections, from hidden states of width heads * head_dim, if there are any.
     - `combine`: Gc * Oc + Gf * Of.
 
     The backward takes 2.5 times the forward's FLOPs for `fine` (five products for two, the scores recomputed), and 2
@@ -46,7 +46,7 @@ def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
     lse_bytes = pairs * slots * FLOAT32_BYTES
 
     hidden_dim = shape.heads * head_dim
-    gates = 2 if config.fine_gate else 1
+    gates = config.coarse + config.fine_gate
     hidden_bytes = shape.batch * tokens * hidden_dim * dtype_bytes
     weight_bytes = hidden_dim * (hidden_dim + 1) * FLOAT32_BYTES
     elements = pairs * tokens * head_dim
@@ -69,12 +69,7 @@ def cost_parts(config: VSAConfig, shape: AttentionShape) -> tuple[CostPart, ...]
         flops = 4 * pairs * tiles * head_dim**2 + 2 * pairs * tiles * cubes * head_dim
         backward = 2 + 4 * pairs * slots * cubes * head_dim / flops
         parts.append(CostPart("router", flops, 2 * pooled_bytes + score_bytes, backward))
-    return (
-        *parts,
-        CostPart(
-            "gates",
-            gates * 2 * shape.batch * tokens * hidden_dim * hidden_dim,
-            hidden_bytes + gates * (weight_bytes + token_bytes),
-        ),
-        CostPart("combine", (gates + 1) * elements, (gates + 2) * token_bytes + pooled_bytes),
-    )
+    if gates:
+        flops = gates * 2 * shape.batch * tokens * hidden_dim * hidden_dim
+        parts.append(CostPart("gates", flops, hidden_bytes + gates * (weight_bytes + token_bytes)))
+    return *parts, CostPart("combine", (gates + 1) * elements, (gates + 2) * token_bytes + pooled_bytes)

@@ -40,6 +40,13 @@ def gates_of(
     )
 
 
+def closed_gate(query: Tensor, given: Tensor | None) -> Tensor:
+    """The gate of a method without a coarse branch, zero, like the queries; a ValueError if one was given."""
+    if given is not None:
+        raise ValueError("gate_coarse was given, but config has coarse=False")
+    return query.new_zeros(()).expand_as(query)
+
+
 def check_gates(query: Tensor, gate_coarse: Tensor | None, gate_fine: Tensor | None) -> None:
     """Raise a ValueError unless gates are like the queries."""
     for name, gate in (("gate_coarse", gate_coarse), ("gate_fine", gate_fine)):

@@ -20,7 +20,7 @@ def _build(config: VSAConfig, hidden_dim: int, num_heads: int, head_dim: int, im
     return VideoSparseAttention(hidden_dim, num_heads, head_dim, config, impl=impl)
 
 
-def _gates(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+def _gates(module: VideoSparseAttention, hidden_states: Tensor) -> tuple[Tensor | None, Tensor | None]:
     return module.gates(hidden_states)
 
 
