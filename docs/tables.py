@@ -392,6 +392,32 @@ def quality_tiny_with(name: str, **others: tuple[str, ...]) -> str:
     return _arms(mine)
 
 
+def quality_summary() -> str:
+    """The README's short table: how far above dense attention arms end at two lengths."""
+    sla, sla2, router = "blocks, linear (rate x 10)", "blocks, SLA2 (rate x 10)", "blocks, router per head (rate x 10)"
+    vsa, vsa_router = "VSA 4x4x4", "VSA 4x4x4, router per head (rate x 10)"
+    blocks, cubes = "blocks, 10 % and 5 %", "cubes, 12.5 % and 5 %"
+    rows = (  # the label, what is kept, the arm, and the table of its runs at the shorter length
+        ("block-sparse", blocks, "blocks", "quality_tiny_1000"),
+        ("SLA", blocks, sla, "quality_tiny_1000"),
+        ("SLA2", blocks, sla2, "quality_tiny_1000"),
+        ("block-sparse, a router in each head", blocks, router, "quality_tiny_per_head"),
+        ("VSA", cubes, vsa, "quality_tiny_vsa_router"),
+        ("**VSA, a router in each head**", cubes, vsa_router, "quality_tiny_vsa_router"),
+    )
+    lines = [_row("attention", "kept", "1,872 tokens", "14,400 tokens"), "|---|---|---|---|"]
+    for label, kept, arm, short in rows:
+        prices = (price_of(table, arm) for table in (short, "quality_tiny_14400_routers"))
+        lines.append(_row(label, kept, *(f"+{price:.1f} %" for price in prices)))
+    return "\n".join(lines)
+
+
+def price_of(table: str, arm: str) -> float:
+    """How many percent above dense attention an arm ends, by the first table of losses under that name."""
+    rows = [row.strip("| ").split(" | ") for row in TABLES[table]().splitlines() if row[:2] == "| "]
+    return float(next(row[4] for row in rows if row[0] == arm).split(" ")[0])
+
+
 def _tiny_runs(name: str) -> list[dict]:
     return list(json.loads((RESULTS / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json").read_text()).values())
 
@@ -594,6 +620,8 @@ TABLES = {
     "quality_tiny_large": lambda: quality_tiny("tiny-large"),
     "quality_tiny_large_14400": lambda: quality_tiny("tiny-large-14400"),
     "quality_tiny_14400_per_head": lambda: quality_tiny("tiny-14400-per-head"),
+    "quality_tiny_14400_routers": lambda: quality_tiny("tiny-14400-routers"),
+    "quality_summary": quality_summary,
     "quality_tiny_14400_levels": lambda: quality_tiny_levels("14400"),
     "quality_tiny_14400": lambda: quality_tiny_taught("14400", "14400-distillation"),
     "quality_tiny_before": lambda: quality_tiny("tiny", "2026-11-29"),

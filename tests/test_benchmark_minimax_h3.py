@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -296,6 +297,42 @@ def test_parts_of_a_compiled_block_are_those_of_its_profile():
     again = [figures[f"{seconds} s, compiled"]["arms"][arm]["speedup"] for seconds in (5, 15) for arm in (vsa, sla)]
     said = "{:.2f}x with VSA and {:.2f}x with SLA at 5 s, and {:.2f}x and {:.2f}x at 15 s"
     assert said.format(*again) in words
+
+
+def test_figures_with_a_router_are_those_of_their_runs():
+    root = SCRIPT.parent.parent
+    results = root / "benchmarks" / "results"
+    page = (root / "docs" / "minimax-h3.md").read_text()
+    section = page[page.index("### With a router") : page.index("### A training step")]
+    names = re.findall(r"`(minimax-h3-compiled-\S+\.json)`", section)
+    assert len(names) == 2
+    rows, speedups = [], {}
+    for name in names:
+        ((group, found),) = json.loads((results / name).read_text())["figures"].items()
+        clip, mode = group.split(", ")
+        for arm, x in found["arms"].items():
+            times = f"{x['block_milliseconds']:.1f} | {x['step_seconds']:.2f} | {x['speedup']:.2f}x"
+            rows.append(f"| {mode}, {clip} | {arm} | {times} |")
+            speedups[clip, arm] = x["speedup"]
+    assert re.findall(r"^\| compiled, .*$", section, re.M) == rows
+    said = "**With 5% of the cubes VSA reaches {:.2f}x at 5 s and {:.2f}x at 15 s.**"
+    assert said.format(*(speedups[clip, "VSA 5 %, router"] for clip in ("5 s", "15 s"))) in section
+    assert all(
+        abs(speedups[clip, "VSA 10 %, router"] / speedups[clip, "VSA 10 %"] - 1) < 0.02 for clip in ("5 s", "15 s")
+    )
+
+
+def test_figures_of_training_on_two_gpus_are_those_of_their_runs():
+    root = SCRIPT.parent.parent
+    results = root / "benchmarks" / "results"
+    words = " ".join((root / "docs" / "minimax-h3.md").read_text().split())
+    log = (results / "minimax-h3-whole-training-nvidia-h200-2026-11-30.log").read_text()
+    rate = int(re.findall(r"^step 4 of 4: loss \S+ ([\d,]+) tokens/s", log, re.M)[0].replace(",", ""))
+    (grid,) = {tuple(map(int, x)) for x in re.findall(r"^\d+ +(\d+)x(\d+)x(\d+) ", log, re.M)}
+    assert f"A step takes {2 * math.prod(grid) / rate:.1f} s, the teacher included" in words
+    run = json.loads((results / "train-scaling-minimax-h3-nvidia-h200-2026-11-30.json").read_text())
+    off = 100 * run["largest_relative_difference"]
+    assert f"the losses of two GPUs differ from those of one by at most {off:.2f}%" in words
 
 
 def test_figures_of_a_training_step_are_those_of_its_run():
