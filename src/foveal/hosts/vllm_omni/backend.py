@@ -18,7 +18,6 @@ from foveal.hosts.vllm_omni.function import coarse_gate, config_of
 from foveal.kernels.api import IMPLS
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.vsa.attention import vsa_attention
-from foveal.methods.vsa.config import VSAConfig
 
 H3_TILE = (4, 4, 4)
 NAME = "FovealVSA_"  # and an implementation: vLLM-Omni looks a backend up by the path of its class
@@ -53,13 +52,14 @@ class FovealVSAImpl(FastVideoVSAImpl):
         gate = coarse_gate(attn_metadata.extra.get("gate_compress"), tensors[0])
         layout = _packed_layout(attn_metadata)
         if layout is None:
-            config = config_of(topk=self.topk, tile=self.block_size)
+            topk, tile = self.topk, self.block_size
             where = VideoGrid(*attn_metadata.extra["vsa_dit_seq_shape"])
         else:
-            config, where = self._packed_config(layout, attn_metadata.extra.get("vsa_h3_sparsity")), layout
+            topk, tile = self._packed_topk(layout, attn_metadata.extra.get("vsa_h3_sparsity")), H3_TILE
+            where = layout
         output = vsa_attention(
             *tensors,
-            config=config,
+            config=config_of(topk=topk, tile=tile, coarse=gate is not None),
             layout=where,
             gate_coarse=gate,
             scale=self.softmax_scale,
@@ -67,12 +67,11 @@ class FovealVSAImpl(FastVideoVSAImpl):
         ).transpose(1, 2)
         return output if valid == length else torch.nn.functional.pad(output, (0, 0, 0, 0, 0, length - valid))
 
-    def _packed_config(self, layout: TokenLayout, sparsity: float | None) -> VSAConfig:
+    def _packed_topk(self, layout: TokenLayout, sparsity: float | None) -> int:
         """MiniMax-H3's, whose checkpoint may bring a sparsity."""
-        topk = self.topk
-        if sparsity is not None and not self.topk_was_given:
-            topk = max(1, math.ceil((1 - sparsity) * layout.grid.num_cubes(H3_TILE)))
-        return config_of(topk=topk, tile=H3_TILE)
+        if sparsity is None or self.topk_was_given:
+            return self.topk
+        return max(1, math.ceil((1 - sparsity) * layout.grid.num_cubes(H3_TILE)))
 
     def _why_dense(self, tensors: tuple[Tensor, Tensor, Tensor], metadata: AttentionMetadata | None) -> str | None:
         """Why this call is not sparse; None if it is."""

@@ -41,13 +41,14 @@ def sparse_attention(
     if isinstance(fields.get("tile"), list):
         fields["tile"] = tuple(fields["tile"])
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    gate = coarse_gate(params.get("gate_compress"), query)
     output = vsa_attention(
         query,
         key,
         value,
-        config=config_of(**fields),
+        config=config_of(**fields, coarse=gate is not None),
         grid=grid_of(params),
-        gate_coarse=coarse_gate(params.get("gate_compress"), query),
+        gate_coarse=gate,
         scale=softmax_scale,
         impl=params.get("impl", "auto"),
     )
@@ -60,11 +61,9 @@ def config_of(**fields: Any) -> VSAConfig:
     return VSAConfig(**fields)
 
 
-def coarse_gate(gate: Tensor | None, query: Tensor) -> Tensor:
-    """The host's gate [B, L, H, D] as foveal's [B, H, L, D]; zeros, which take no memory, where the host has none."""
-    if gate is None:
-        return query.new_zeros(query.shape[-1]).expand(query.shape)
-    return gate.transpose(1, 2)[:, :, : query.shape[2]]
+def coarse_gate(gate: Tensor | None, query: Tensor) -> Tensor | None:
+    """The host's gate [B, L, H, D] as foveal's [B, H, L, D]; None, for no coarse branch, where the host has none."""
+    return None if gate is None else gate.transpose(1, 2)[:, :, : query.shape[2]]
 
 
 def grid_of(params: Mapping[str, Any]) -> VideoGrid:
