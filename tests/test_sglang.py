@@ -16,8 +16,10 @@ import torch
 from real_hosts import install_entry_points, require
 
 import foveal
-from foveal import SLAConfig, TokenLayout, VideoGrid, VSAConfig
+from foveal import Policy, SLAConfig, TokenLayout, VideoGrid, VSAConfig
 from foveal.hosts import sglang as plugin
+from foveal.hosts.sglang.trained import SETTING, read_layers
+from foveal.models.processor import sparse_processors
 
 GRID, TILE, SEGMENTS = VideoGrid(5, 16, 17), (4, 4, 4), (70, 9)
 HEADS, DIM = 2, 64
@@ -57,6 +59,86 @@ def test_packed_attention_is_vsa_attention(gated, sparsity):
     )
     torch.testing.assert_close(output[: layout.num_tokens], expected[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
     assert not output[layout.num_tokens :].any()
+
+
+ROUTED = VSAConfig(keep_ratio=0.1, router="per_head", coarse=False)
+
+
+def saved(folder, *, heads=HEADS, **how):
+    """What `foveal.save` writes of a MiniMax-H3 whose routers have learned; the model."""
+    pytest.importorskip("diffusers", minversion="0.42.1")
+    from test_minimax_h3 import TestMiniMaxH3
+
+    sizes = {"num_attention_heads": heads, "attention_head_dim": DIM, "hidden_size": 64, "num_layers": 5}
+    model = foveal.sparsify(TestMiniMaxH3().model(**sizes), *([] if "layers" in how else [ROUTED]), **how)
+    generator = torch.Generator().manual_seed(5)
+    for processor in sparse_processors(model).values():
+        for x in processor.parameters():
+            x.data.add_(0.3 * torch.randn(x.shape, generator=generator))
+    foveal.save(model, folder)
+    read_layers.cache_clear()
+    return model
+
+
+def routers(model):
+    """The projections of each layer, in order."""
+    found = foveal.sparse_parameters(model)
+    names = [f"transformer_blocks.{index}.attn.processor.attention.router.proj_" for index in range(5)]
+    return [tuple(found[f"{name}{part}"] for part in ("query", "key")) for name in names if f"{name}key" in found]
+
+
+def test_routers_that_foveal_trained_choose_the_cubes(tmp_path):
+    layout, model = TokenLayout(GRID, before=SEGMENTS), saved(tmp_path)
+    query, key, value, gate = tensors(layout.num_tokens, HEADS, DIM)
+    for layer, (proj_query, proj_key) in zip(read_layers(str(tmp_path)), routers(model), strict=True):
+        output = plugin.packed_attention(query, key, value, gate, layout, 0.9, "torch", trained=layer)
+        weights = {"proj_query": proj_query.detach(), "proj_key": proj_key.detach()}
+        expected = foveal.vsa_attention(
+            *raster(query, key, value), config=ROUTED.replace(topk=4), layout=layout, impl="torch", **weights
+        )
+        torch.testing.assert_close(output, expected[0].transpose(0, 1))
+    by_means = plugin.packed_attention(query, key, value, None, layout, 0.9, "torch")
+    assert not torch.allclose(output, by_means, atol=1e-3)
+
+
+def test_layers_that_training_left_dense_are_dense(tmp_path):
+    saved(tmp_path, layers={0: None, range(1, 5): ROUTED})
+    layout, layer = TokenLayout(GRID, before=SEGMENTS), read_layers(str(tmp_path))[0]
+    query, key, value, gate = tensors(layout.num_tokens, HEADS, DIM)
+    output = plugin.packed_attention(query, key, value, gate, layout, 0.9, "torch", trained=layer)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (query, key, value)))
+    torch.testing.assert_close(output, expected.transpose(0, 1))
+
+
+def test_each_gpu_takes_the_routers_of_its_heads(tmp_path, monkeypatch):
+    """Two of tensor parallelism, each with two of Ulysses: the latter divide the heads of the former."""
+    model = saved(tmp_path, heads=8)
+    layer, (proj_query, proj_key) = read_layers(str(tmp_path))[3], routers(model)[3]
+    ranks = {"get_tp_world_size": 2, "get_tp_rank": 1, "get_ulysses_parallel_world_size": 2}
+    for ulysses, own in ((0, slice(4, 6)), (1, slice(6, 8))):
+        state = types.ModuleType("parallel_state")
+        for name, value in (ranks | {"get_ulysses_parallel_rank": ulysses}).items():
+            setattr(state, name, lambda value=value: value)
+        monkeypatch.setitem(sys.modules, "sglang.multimodal_gen.runtime.distributed.parallel_state", state)
+        found = layer.of(torch.zeros(3, 2, DIM))
+        assert all(torch.equal(x, y[own]) for x, y in zip(found, (proj_query, proj_key), strict=True))
+        with pytest.raises(ValueError, match="routers of 8 heads, but a layer has 3 on each of 4 GPUs"):
+            layer.of(torch.zeros(3, 3, DIM))
+    shared = layer._replace(projections=tuple(x[0] for x in layer.projections))
+    assert shared.of(torch.zeros(3, 2, DIM))[0].shape == (DIM, DIM)
+
+
+def test_parameters_that_sglang_cannot_run_are_named(tmp_path):
+    sla = SLAConfig(keep_ratio=0.1, drop_ratio=0.1)
+    saved(tmp_path / "sla", layers={range(5): sla})
+    with pytest.raises(ValueError, match="must hold parameters of VSA, got SLAConfig"):
+        read_layers(str(tmp_path / "sla"))
+    saved(tmp_path / "policy", policy=Policy(dense_above=900))
+    with pytest.raises(ValueError, match=r"has a policy.*vsa_dense_first_n_steps"):
+        read_layers(str(tmp_path / "policy"))
+    saved(tmp_path / "gate", layers={range(5): ROUTED.replace(fine_gate=True)})
+    with pytest.raises(ValueError, match="SGLang has no fine gate"):
+        read_layers(str(tmp_path / "gate"))
 
 
 def test_an_absent_host_is_named_with_its_install_command(monkeypatch):
@@ -197,6 +279,35 @@ def test_minimax_h3_equals_theirs_at_the_same_selection(host, their_kernels, nam
         assert getattr(metadata, plugin.LAYOUT).num_tokens == len(theirs)
         ours = run_h3(host, h3_layer(host), metadata, gated=gated)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def serve(monkeypatch, **settings):
+    """What a server was told of its attention."""
+    args = importlib.import_module("sglang.multimodal_gen.runtime.server_args.server_args")
+    monkeypatch.setattr(args, "_global_server_args", types.SimpleNamespace(attention_backend_config=settings))
+
+
+def test_minimax_h3_with_routers_that_foveal_trained(host, tmp_path, monkeypatch):
+    model = saved(tmp_path)
+    serve(monkeypatch, **{"VSA_sparsity": 0.9, SETTING: str(tmp_path)})
+    with foveal.patch("sglang", impl="torch"):
+        metadata = h3_metadata(host)
+        ours = run_h3(host, h3_layer(host), metadata)
+    query, key, value, _ = raster(*(x[: len(ours)] for x in tensors(len(ours) + 17, HEADS, DIM)))
+    proj_query, proj_key = (x.detach() for x in routers(model)[3])  # of the layer blocks.3.attn
+    expected = foveal.vsa_attention(
+        query,
+        key,
+        value,
+        config=ROUTED.replace(topk=4),
+        layout=getattr(metadata, plugin.LAYOUT),
+        proj_query=proj_query,
+        proj_key=proj_key,
+        impl="torch",
+    )
+    torch.testing.assert_close(ours, expected[0].transpose(0, 1))
+    with foveal.patch("sglang", impl="torch"), pytest.raises(ValueError, match=f"{SETTING} needs vsa_mode=exempt"):
+        h3_metadata(host, exempt=False)
 
 
 def test_minimax_h3_returns_the_coarse_branch_of_each_tile(host, their_kernels):

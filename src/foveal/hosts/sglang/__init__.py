@@ -21,17 +21,22 @@ from foveal.blocks import pool_blocks, pooled_scores
 from foveal.checks import product
 from foveal.hosts.fastvideo import vsa_over_tiles
 from foveal.hosts.patching import Patch, import_host
+from foveal.hosts.sglang.trained import SETTING, TrainedLayer, trained_layers
 from foveal.hosts.turbodiffusion import attention_of
 from foveal.kernels.dense import dense_attention
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.vsa.attention import vsa_attention
 from foveal.methods.vsa.config import VSAConfig
+from foveal.methods.vsa.layout import resolve_tile
 from foveal.methods.vsa.packed import PackedTiles
 
 HOW_TO_INSTALL = 'pip install "sglang[diffusion]"'
 BACKENDS = "sglang.multimodal_gen.runtime.layers.attention.backends"
 TILE = (4, 4, 4)
-LAYOUT = "foveal_layout"  # an attribute of the host's metadata
+RELEASED = VSAConfig(tile=TILE)
+# Attributes of the host's metadata.
+LAYOUT = "foveal_layout"
+TRAINED = "foveal_layers"
 
 
 def register() -> None:
@@ -67,9 +72,21 @@ def _hooks(impl: str) -> dict[str, Callable]:
     """What runs around the host's methods, each called with the method, its object, and its arguments."""
 
     def build(original: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
-        """The host's metadata of one denoising step, with the layout of the sequence that it describes."""
+        """The host's metadata of one denoising step, with the layout of its sequence, and what foveal trained.
+
+        Raises:
+            ValueError: foveal trained routers, but the sequence is one that it leaves to the host, which has none.
+        """
         metadata = original(self, *args, **kwargs)
-        setattr(metadata, LAYOUT, layout_of(metadata, inspect.signature(original).bind(self, *args, **kwargs)))
+        layout = layout_of(metadata, inspect.signature(original).bind(self, *args, **kwargs))
+        layers = trained_layers()
+        if layout is None and layers is not None:
+            raise ValueError(
+                f"{SETTING} needs vsa_mode=exempt, vsa_tile_size=64, and no reference videos: with others SGLang runs "
+                "its own code, which has no routers"
+            )
+        setattr(metadata, LAYOUT, layout)
+        setattr(metadata, TRAINED, layers)
         return metadata
 
     def forward_varlen(original, self, query, key, value, *, attn_metadata=None, **kwargs):
@@ -79,7 +96,9 @@ def _hooks(impl: str) -> dict[str, Callable]:
             return original(self, query, key, value, attn_metadata=attn_metadata, **kwargs)
         sparsity = 0.0 if self.layer_idx in attn_metadata.dense_layers else attn_metadata.VSA_sparsity
         gate, split = kwargs.get("gate_compress"), kwargs.get("return_compress", False)
-        return packed_attention(query, key, value, gate, layout, sparsity, impl, split=split)
+        layers = getattr(attn_metadata, TRAINED)
+        trained = None if layers is None else layers[self.layer_idx]
+        return packed_attention(query, key, value, gate, layout, sparsity, impl, split=split, trained=trained)
 
     # The names of the parameters below are the host's: its layers pass them by name.
     def forward_vsa(original, self, query, key, value, gate_compress, attn_metadata):
@@ -138,6 +157,7 @@ def packed_attention(
     impl: str,
     *,
     split: bool = False,
+    trained: TrainedLayer | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """VSA over a packed sequence of MiniMax-H3.
 
@@ -146,33 +166,41 @@ def packed_attention(
         gate: [T, H, D], or None for no coarse branch.
         sparsity: the share of the video's cubes that each of them leaves out; 0 for dense.
         split: return the coarse branch, which the host gates itself after it has exchanged heads for rows.
+        trained: what foveal trained for this layer. One without a coarse branch has no use for the gate.
 
     Returns:
         [T, H, D]; rows of padding are 0. With `split` also the coarse branch of each tile, float32 [H, tiles, D], the
         protected segments' first.
     """
-    used = layout.num_tokens
+    used, config, router = layout.num_tokens, RELEASED, (None, None)
     tensors = tuple(x[:used].transpose(0, 1)[None] for x in (query, key, value))
-    cubes = layout.grid.num_cubes(TILE)
-    topk = cubes if sparsity <= 0 else kept(sparsity, cubes)
-    config = _config(topk)
+    dense = sparsity <= 0
+    if trained is not None:
+        dense = dense or trained.config is None
+        config, router = trained.config or RELEASED, trained.of(query)
+        gate = gate if trained.config is not None and config.coarse else None
+    cubes = layout.grid.num_cubes(resolve_tile(config, layout.grid))
+    topk = cubes if dense else kept(sparsity, cubes)
     if gate is None and topk == cubes:
         output = dense_attention(*tensors)
     else:
-        # Without a gate there is no coarse branch: zeros, which take no memory.
-        gates = (
-            query.new_zeros(query.shape[-1]).expand(tensors[0].shape)
-            if gate is None
-            else gate[:used].transpose(0, 1)[None]
+        output = vsa_attention(
+            *tensors,
+            config=_keeping(config, topk, gate is not None),
+            layout=layout,
+            gate_coarse=None if gate is None else gate[:used].transpose(0, 1)[None],
+            proj_query=router[0],
+            proj_key=router[1],
+            impl=impl,
         )
-        output = vsa_attention(*tensors, config=config, layout=layout, gate_coarse=gates, impl=impl)
     rows = torch.nn.functional.pad(output[0].transpose(0, 1), (0, 0, 0, 0, 0, query.shape[0] - used))
     return (rows, _coarse(*tensors, config, layout)) if split else rows
 
 
 @functools.lru_cache(maxsize=64)
-def _config(topk: int) -> VSAConfig:
-    return VSAConfig(topk=topk, tile=TILE)
+def _keeping(config: VSAConfig, topk: int, coarse: bool) -> VSAConfig:
+    """The configuration with so many cubes; without a gate there is no coarse branch."""
+    return config.replace(topk=topk, coarse=coarse)
 
 
 def _coarse(query: Tensor, key: Tensor, value: Tensor, config: VSAConfig, layout: TokenLayout) -> Tensor:

@@ -92,13 +92,14 @@ def read_sparse_parameters(
 
 
 def read_saved_parameters(
-    folder: str | os.PathLike[str], component: str = "transformer"
+    folder: str | os.PathLike[str], component: str = "transformer", family: str = "wan"
 ) -> tuple[SparseParameters, Policy | None]:
-    """What `save` wrote for a model of Wan, and the policy that was saved with it, for its layers by their indices.
+    """What `save` wrote for a model, and the policy that was saved with it, for its layers by their indices.
 
     Args:
         folder: what `save` wrote.
         component: of a pipeline, "transformer" or "transformer_2".
+        family: the model's.
 
     Raises:
         FileNotFoundError: the folder, or what `save` writes, is not there.
@@ -108,9 +109,9 @@ def read_saved_parameters(
     components = manifest["components"]
     if component not in components:
         raise ValueError(f"component must be {' or '.join(components)}, which {folder} has, got {component!r}")
-    family, configs, policy = parse_component(component, components[component])
-    if family != "wan":
-        raise ValueError(f"{folder} is for models of family {family}, expected wan")
+    found, configs, policy = parse_component(component, components[component])
+    if found != family:
+        raise ValueError(f"{folder} is for models of family {found}, expected {family}")
     names = list(components[component].get("model", {}).get("self_attention", configs))
     layers = []
     for name in names:
