@@ -85,7 +85,7 @@ def _made_sparse(model, config=None, *, parameters=None, policy=None, budgets=No
 class TrainingFree:
     """Block-sparse attention in a model that was never trained for it."""
 
-    DESCRIPTION = "Reads only the most relevant blocks of keys, in a Wan model as it is. No training, no extra weights."
+    DESCRIPTION = "Reads only the most relevant blocks of keys, in a model as it is. No training, no extra weights."
     CATEGORY = CATEGORY
     FUNCTION = "apply"
     RETURN_TYPES = ("MODEL", "FOVEAL_RUN")
@@ -175,7 +175,7 @@ class LoadModel:
 
 
 class LoadTrained:
-    """What `foveal train` exported, or `foveal.save` wrote, for a Wan model."""
+    """What `foveal train` exported, or `foveal.save` wrote, for a model of Wan or MiniMax-H3."""
 
     DESCRIPTION = "Loads a model that was trained with foveal: a folder of `foveal train`'s export in models/foveal."
     CATEGORY = CATEGORY
@@ -208,9 +208,9 @@ class LoadTrained:
         export, depth = at.parent if at.name == EXPORTED else at, len(parameters.layers)
         if model is not None and (export / WEIGHTS).is_dir():
             raise ValueError(f"{folder} has weights of its own: leave model unconnected")
-        lora, weights = read_exported_lora(export, depth), read_exported_weights(export, depth)
-        if weights is not None:
-            model = comfy.sd.load_diffusion_model_state_dict(weights)
+        if (export / WEIGHTS).is_dir():
+            model = comfy.sd.load_diffusion_model_state_dict(read_exported_weights(export, depth, parameters.family))
+        lora = read_exported_lora(export, depth, parameters.family)
         if model is None:
             raise ValueError(f"{folder} has no weights of a model: connect the one that it was trained from")
         if lora is not None:

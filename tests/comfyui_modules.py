@@ -117,6 +117,75 @@ class LtxBlock(nn.Module):
         return x + self.attn2(x, context, transformer_options=options)
 
 
+class H3Attention(nn.Module):
+    def __init__(self, hidden, head_dim):
+        super().__init__()
+        self.heads, self.head_dim = HEADS, head_dim
+        self.qkv_proj = nn.Linear(hidden, 3 * HEADS * head_dim, bias=False)
+        self.q_norm, self.k_norm = nn.RMSNorm(head_dim), nn.RMSNorm(head_dim)
+        self.out_proj = nn.Linear(HEADS * head_dim, hidden, bias=False)
+
+    def qkv(self, x):
+        """[1, H, S, D] each."""
+        q, k, v = (y.unflatten(1, (self.heads, self.head_dim)) for y in self.qkv_proj(x).chunk(3, -1))
+        return [y.transpose(0, 1)[None] for y in (self.q_norm(q), self.k_norm(k), v)]
+
+    def forward(self, x, rope_freqs=None, transformer_options=None):
+        out = optimized_attention(
+            *self.qkv(x), self.heads, mask=None, skip_reshape=True, transformer_options=transformer_options
+        )
+        return self.out_proj(out.squeeze(0))
+
+
+class H3Block(nn.Module):
+    def __init__(self, hidden, head_dim):
+        super().__init__()
+        self.attn, self.mlp = H3Attention(hidden, head_dim), nn.Linear(hidden, hidden)
+
+    def forward(self, x, t_emb, mod_segments, rope_freqs, transformer_options=None):
+        x = x + self.attn(x, rope_freqs=rope_freqs, transformer_options=transformer_options)
+        return x + self.mlp(x)
+
+
+class MiniMaxH3(nn.Module):
+    """What ComfyUI's MiniMax-H3 looks like: video [1, C, T, H, W] and sound [1, C, 2, T] in one packed sequence.
+
+    Its own file was read, not run: it needs a ComfyUI that we do not have.
+    """
+
+    patch_size = (1, 2, 2)
+    audio_latents_dim = 3
+
+    def __init__(self, head_dim=64, hidden=48, channels=4):
+        super().__init__()
+        self.video_patch_proj = nn.Linear(channels * 4, hidden)
+        self.audio_patch_proj = nn.Linear(self.audio_latents_dim, hidden)
+        self.token_refiner = H3Attention(hidden, head_dim)
+        self.blocks = nn.ModuleList(H3Block(hidden, head_dim) for _ in range(LAYERS))
+        self.head = nn.Linear(hidden, channels * 4)
+
+    def forward(self, x, timestep, context, transformer_options=None, minimax_payload=None):
+        run = self._forward
+        for wrapper in (transformer_options or {}).get("wrappers", {}).get("diffusion_model", {}).get("foveal", []):
+            run = Executor(wrapper, run, self)
+        return run(x, timestep, context, transformer_options, minimax_payload=minimax_payload)
+
+    def _forward(self, x, timestep, context, transformer_options=None, minimax_payload=None):
+        h = self.packed(x, context, transformer_options)
+        for block in self.blocks:
+            h = block(h, None, None, None, transformer_options=transformer_options)
+        return self.head(h)
+
+    def packed(self, x, context, options):
+        """[S, hidden]: text, sound, video."""
+        video, sound = x
+        channels, frames, height, width = video.shape[1:]
+        tokens = video.reshape(channels, frames, height // 2, 2, width // 2, 2).permute(1, 2, 4, 0, 3, 5)
+        text = context[0] + self.token_refiner(context[0], transformer_options=options)
+        rows = self.video_patch_proj(tokens.reshape(-1, channels * 4))
+        return torch.cat((text, self.audio_patch_proj(sound[0].flatten(1).T), rows))
+
+
 class Executor:
     """ComfyUI's `WrapperExecutor`: what a wrapper calls to go on, and whose model it is."""
 

@@ -11,6 +11,7 @@ import foveal
 from foveal import Policy, SLAConfig, VSAConfig, densify, set_policy, sparse_parameters, sparsify
 from foveal.lab.train.export import _save_lora
 from foveal.models.files.checkpoints import export_checkpoint, load_checkpoint
+from foveal.models.files.h3_names import native
 from foveal.models.files.parts import (
     read_base_weights,
     read_exported_lora,
@@ -78,9 +79,13 @@ def test_files_that_have_no_such_parts(tmp_path):
         read_sparse_parameters(write(tmp_path / "lacking.pth", lacking))
     with pytest.raises(ValueError, match="dense checkpoint"):
         read_sparse_parameters(write(tmp_path / "dense.pth", wan_state(trained())))
-    h3 = {"transformer_blocks.0.attn.to_gate_compress.weight": torch.zeros(4, 4)}
+    h3 = write(tmp_path / "h3.safetensors", {"transformer_blocks.0.attn.to_gate_compress.weight": torch.zeros(4, 4)})
+    assert read_sparse_parameters(h3).family == "minimax_h3"
     with pytest.raises(ValueError, match="family minimax_h3, expected wan"):
-        read_sparse_parameters(write(tmp_path / "h3.safetensors", h3))
+        read_base_weights(h3)
+    ltx = write(tmp_path / "ltx.safetensors", {"transformer_blocks.0.attn1.proj_l.weight": torch.zeros(4, 4)})
+    with pytest.raises(ValueError, match="family ltx2, expected wan or minimax_h3"):
+        read_sparse_parameters(ltx, format="turbot2av-sla")
     lora = write(tmp_path / "lora.safetensors", {"blocks.0.self_attn.q.lora_A.weight": torch.zeros(2, 4)})
     with pytest.raises(ValueError, match="no sparse parameters"):
         read_sparse_parameters(lora, format="lightx2v-sla-lora")
@@ -154,8 +159,39 @@ def test_the_lora_of_an_export_by_the_names_of_the_wan_repository(tmp_path):
         read_exported_lora(tmp_path / "other", LAYERS)
 
 
+def test_the_lora_of_minimax_h3_by_the_names_of_its_repository(tmp_path):
+    """Queries, keys, and values are one stack there, and the halves of a gated layer are the other way around."""
+    pytest.importorskip("diffusers", minversion="0.42.1")
+    from diffusers.loaders.single_file_utils import convert_minimax_h3_transformer_checkpoint_to_diffusers as convert
+    from test_minimax_h3 import TestMiniMaxH3
+
+    model = TestMiniMaxH3().model()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    targets = ["to_q", "to_v", "to_out.0", "net.0.proj"]
+    model.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=targets))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    _save_lora(model, tmp_path / "lora")
+    updates = read_exported_lora(tmp_path, 3, "minimax_h3")
+    own = native(before, torch.zeros(2))
+    for name in {name.rpartition(".lora_")[0] for name in updates}:
+        up, down = (updates[f"{name}.lora_{part}.weight"] for part in ("up", "down"))
+        own[f"{name.removeprefix('diffusion_model.')}.weight"] += up @ down
+    assert "diffusion_model.blocks.2.attn.qkv_proj.lora_up.weight" in updates
+    assert updates["diffusion_model.blocks.2.attn.qkv_proj.lora_down.weight"].shape[0] == 6
+    del own["rope.inv_freq"]
+    model.fuse_lora()
+    model.unload_lora()
+    added = convert(own, config=None)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(added[name], tensor, rtol=1e-5, atol=1e-5)
+
+
 def test_the_weights_of_an_export(tmp_path):
-    assert read_exported_weights(tmp_path, LAYERS) is None
     model = trained()
     model.save_pretrained(tmp_path / "transformer")
     same(read_exported_weights(tmp_path, LAYERS), wan_state(model, flat_patches=False))
+    with pytest.raises(ValueError, match=r"weights of its own of family minimax_h3.*export_checkpoint"):
+        read_exported_weights(tmp_path, LAYERS, "minimax_h3")

@@ -1,14 +1,23 @@
 """What foveal does in ComfyUI, without ComfyUI: layers, budgets, layouts, fallbacks, records, previews, files."""
 
 import copy
+import types
 
 import pytest
 import torch
-from comfyui_modules import HEADS, LAYERS, Ltx, Patcher, Wan, dense_attention
+from comfyui_modules import HEADS, LAYERS, Ltx, MiniMaxH3, Patcher, Wan, dense_attention
 
 import foveal
 from foveal import Policy, SLAConfig, TokenLayout, VideoGrid, VSAConfig
-from foveal.hosts.comfyui.attention import BY_POLICY, COMPILED, NOT_CALLED, OVERRIDE, SparseAttention, _Forward
+from foveal.hosts.comfyui.attention import (
+    BY_POLICY,
+    COMPILED,
+    NOT_CALLED,
+    OVERRIDE,
+    UNPACKED,
+    SparseAttention,
+    _Forward,
+)
 from foveal.hosts.comfyui.layers import build_layers, host_family, layout_of, parse_ratios, write_budgets
 from foveal.hosts.comfyui.preview import preview
 from foveal.hosts.comfyui.record import Record
@@ -114,6 +123,91 @@ def test_ltx_video_has_other_names_sizes_and_timesteps(context):
     assert dict(layers["transformer_blocks.0.attn1"].dense) == {f"{BY_POLICY} dense_above": 1}
     with pytest.raises(ValueError, match="is for Wan, got a model of LTX-Video"):
         build_layers(model, parameters=parameters_of(TRAINED))
+
+
+WORDS, SOUND = 5, 7
+SEGMENTS = [(0, 3, "text"), (3, 5, "cond"), (5, 19, "audio"), (19, 19 + GRID.num_tokens, "video")]
+H3_LAYOUT = TokenLayout(GRID, before=(3, 2, 14))
+
+
+@pytest.fixture
+def h3():
+    """A model, what its wrapped forward gets but for the transformer options, and its payload."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    latents = [torch.randn(size, generator=generator) for size in ((1, 4, 3, 12, 16), (1, 3, 2, SOUND))]
+    inputs = latents, torch.tensor([700.0]), torch.randn(1, WORDS, 48, generator=generator)
+    return MiniMaxH3().requires_grad_(False), inputs, {"layout": types.SimpleNamespace(segments=SEGMENTS)}
+
+
+def run_h3(model, patcher, inputs, **more):
+    options = {"wrappers": patcher.wrappers, **patcher.model_options["transformer_options"]} | more.pop("options", {})
+    return model(*inputs, options, **more)
+
+
+def h3_by_hand(model, inputs, attend):
+    latents, _, context = inputs
+    h = model.packed(latents, context, None)
+    for index, block in enumerate(model.blocks):
+        attended = attend(index, *block.attn.qkv(h), h[None])[0].transpose(0, 1).flatten(1)
+        h = h + block.attn.out_proj(attended)
+        h = h + block.mlp(h)
+    return model.head(h)
+
+
+@pytest.mark.parametrize("told", ["options", "payload"])
+def test_minimax_h3_keeps_text_conditions_and_sound_exact(h3, told):
+    model, inputs, payload = h3
+    attention, patcher = sparse(model)
+    more = {"minimax_payload": payload} if told == "payload" else {"options": {"minimax_h3_layout": payload["layout"]}}
+    output = run_h3(model, patcher, inputs, **more)
+
+    def attend(index, query, key, value, hidden_states):
+        return foveal.sla_attention(query, key, value, config=SPARSE, layout=H3_LAYOUT, impl="reference")
+
+    torch.testing.assert_close(output, h3_by_hand(model, inputs, attend), rtol=1e-4, atol=1e-5)
+    assert attention.record.layouts == [H3_LAYOUT]
+    assert (attention.record.sparse_calls, attention.record.dense_calls) == (LAYERS, 0)  # and not the token refiner
+
+
+@pytest.mark.parametrize("router", ["none", "per_head"])
+def test_minimax_h3_runs_trained_gates_and_routers(h3, router):
+    model, inputs, payload = h3
+    config = CUBES.replace(router=router, coarse=router == "none")
+    shapes = {"to_gate_coarse.weight": (64 * HEADS, 48), "to_gate_coarse.bias": (64 * HEADS,)}
+    if router != "none":
+        shapes = dict.fromkeys(("router.proj_query", "router.proj_key"), (HEADS, 64, 64))
+    states = tuple(drawn(shapes, seed) for seed in range(LAYERS))
+    parameters = SparseParameters("file", "foveal", "foveal", (config,) * LAYERS, True, states, "minimax_h3")
+    _, patcher = sparse(model, config, parameters=parameters)
+    output = run_h3(model, patcher, inputs, minimax_payload=payload)
+
+    def attend(index, query, key, value, hidden_states):
+        state, named = states[index], {}
+        if router == "none":
+            gate = torch.nn.functional.linear(hidden_states, *state.values())
+            named["gate_coarse"] = gate.unflatten(2, (HEADS, -1)).transpose(1, 2)
+        else:
+            named = {name.removeprefix("router."): x for name, x in state.items()}
+        return foveal.vsa_attention(query, key, value, config=config, layout=H3_LAYOUT, impl="torch", **named)
+
+    torch.testing.assert_close(output, h3_by_hand(model, inputs, attend), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="is for MiniMax-H3, got a model of Wan"):
+        build_layers(Wan(), parameters=parameters)
+
+
+def test_minimax_h3_stays_dense_where_its_sequence_is_not_known(h3):
+    model, inputs, payload = h3
+    dense = run_h3(model, Patcher(model), inputs)
+    attention, patcher = sparse(model)
+    torch.testing.assert_close(run_h3(model, patcher, inputs), dense)
+    assert set(attention.record.layers["blocks.0.attn"].dense) == {UNPACKED}
+    for segments in ([*SEGMENTS[:2], SEGMENTS[3], SEGMENTS[2]], [(0, 19, "text"), (19, 162, "video")]):
+        attention, patcher = sparse(model)
+        payload = {"layout": types.SimpleNamespace(segments=segments)}
+        torch.testing.assert_close(run_h3(model, patcher, inputs, minimax_payload=payload), dense)
+        (reason,) = attention.record.layers["blocks.0.attn"].dense
+        assert "do not fit a latent of (1, 4, 3, 12, 16)" in reason
 
 
 def test_trained_sla_runs_its_linear_branch_and_each_layers_projection(model, latent, context):
@@ -266,7 +360,7 @@ def test_budgets_that_do_not_fit(model, budgets, message):
 
 
 def test_models_and_files_that_do_not_fit(model):
-    with pytest.raises(TypeError, match="Wan or LTX-Video as ComfyUI has it, got Linear"):
+    with pytest.raises(TypeError, match="Wan or LTX-Video or MiniMax-H3 as ComfyUI has it, got Linear"):
         host_family(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="5 layers, but the model has 3"):
         build_layers(model, parameters=parameters_of(TRAINED, layers=5))
@@ -343,7 +437,7 @@ def test_a_scale_of_the_models_own_stays_dense(model):
 
 
 def forward_of(latent):
-    return _Forward(latent, (1, 2, 2), False, Phase(), None, None, layer="blocks.0.self_attn")
+    return _Forward(latent, (1, 2, 2), False, False, None, Phase(), None, None, layer="blocks.0.self_attn")
 
 
 def test_strict_turns_a_fallback_into_an_error_but_not_a_choice(model, latent, context):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveal.hosts.comfyui.layers import grid_of, host_family, layout_of
+from foveal.hosts.comfyui.layers import grid_of, host_family, layout_of, packed_layout
 from foveal.hosts.comfyui.record import Record
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Config, LayerCall, method_of
@@ -33,6 +33,7 @@ PICTURE = 256
 BY_POLICY = "the policy's"
 COMPILED = "its block is compiled by torch.compile"
 NOT_CALLED = "the model or another node bypassed the attention override"
+UNPACKED = "this ComfyUI does not say how the model packs its sequence"
 
 LOGGER = logging.getLogger("foveal")
 
@@ -46,6 +47,7 @@ class _Forward:
 
     Attributes:
         latent, patch, reference_first: for `layout_of`.
+        packs, packing: whether the model packs its sequence, and how, for `packed_layout`.
         phase: what the policy asks of it.
         step, num_steps: which denoising step it is of how many; None where nothing says it or needs it.
         layer: the self-attention layer that runs; None outside of one.
@@ -57,6 +59,8 @@ class _Forward:
     latent: tuple[int, ...]
     patch: tuple[int, int, int]
     reference_first: bool
+    packs: bool
+    packing: Any
     phase: Phase
     step: int | None
     num_steps: int | None
@@ -67,7 +71,12 @@ class _Forward:
 
     def layout(self, tokens: int) -> VideoGrid | TokenLayout | None:
         if tokens not in self.layouts:
-            self.layouts[tokens] = layout_of(self.latent, self.patch, tokens, reference_first=self.reference_first)
+            where = self.latent, self.patch, tokens
+            self.layouts[tokens] = (
+                packed_layout(*where, self.packing)
+                if self.packs
+                else layout_of(*where, reference_first=self.reference_first)
+            )
         return self.layouts[tokens]
 
 
@@ -163,9 +172,12 @@ class SparseAttention:
             return executor(*args, **kwargs)
         options = kwargs.get("transformer_options") or next((arg for arg in args if isinstance(arg, dict)), {})
         step, num_steps, phase = self._phase(options, args[1] * (1000.0 / family.noise))
+        video = args[0] if isinstance(args[0], Tensor) else args[0][0]  # sound is the second of several latents
         forward = _Forward(
-            latent=tuple(args[0].shape),
+            latent=tuple(video.shape),
             patch=family.patch(model),
+            packs=family.packing is not None,
+            packing=None if family.packing is None else family.packing(options, kwargs),
             reference_first=getattr(model, "ref_conv", None) is not None and kwargs.get("reference_latent") is not None,
             phase=phase,
             step=step,
@@ -211,7 +223,8 @@ class SparseAttention:
 
     def _enter(self, forward: _Forward, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         forward.layer, forward.asked = name, False
-        forward.hidden_states = args[0] if args else kwargs["x"]
+        hidden_states = args[0] if args else kwargs["x"]
+        forward.hidden_states = hidden_states if hidden_states.dim() == 3 else hidden_states[None]
 
     def _leave(self, forward: _Forward, layer: nn.Module, args: tuple, output: Any) -> None:
         name, asked = forward.layer, forward.asked
@@ -246,6 +259,8 @@ class SparseAttention:
         if scale is not None and abs(scale * query.shape[-1] ** 0.5 - 1) > 1e-4:
             return f"its softmax scale is {scale:g}"
         layout = forward.layout(tokens)
+        if forward.packs and forward.packing is None:
+            return UNPACKED
         if layout is None or key.shape[2] != tokens:
             return f"{tokens} queries and {key.shape[2]} keys do not fit a latent of {forward.latent}"
         if tokens < self.min_tokens:

@@ -22,23 +22,28 @@ Budgets = Mapping[int | str | range, float]
 
 @dataclass(frozen=True)
 class HostFamily:
-    """Models of ComfyUI whose self-attention reads a video's tokens and nothing else, in raster order.
+    """Models of ComfyUI whose self-attention reads a video's tokens in raster order, and what the host adds to them.
 
     Args:
         name: to display.
+        family: of foveal's models, those whose parameters fit; None for none.
         groups: attributes of the model that hold its blocks, in order of depth.
         attention: the attribute of a block that is its self-attention.
         dimensions: (hidden width, heads, head dimension) of that, an AttributeError for another model's.
         patch: latent frames, rows, and columns of a token.
         noise: the timestep that the model is called with for pure noise; policies have 1000.
+        packing: from the transformer options and the other arguments of a forward to how the model packed its sequence,
+            as MiniMax-H3 has it; None for models whose tokens are those of the latent.
     """
 
     name: str
+    family: str | None
     groups: tuple[str, ...]
     attention: str
     dimensions: Callable[[Any], tuple[int, int, int]]
     patch: Callable[[Any], tuple[int, int, int]]
     noise: float = 1000.0
+    packing: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] | None = None
 
     def blocks(self, model: nn.Module) -> dict[str, nn.Module]:
         """The blocks by name; empty for a model of another family."""
@@ -57,8 +62,14 @@ class HostFamily:
         return found
 
 
+def _minimax_h3_packing(options: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
+    """The model's own layout, whose `segments` are (start, stop, kind): later versions tell it to every node."""
+    return options.get("minimax_h3_layout") or (arguments.get("minimax_payload") or {}).get("layout")
+
+
 WAN = HostFamily(
     name="Wan",
+    family="wan",
     groups=("blocks", "vace_blocks"),
     attention="self_attn",
     dimensions=lambda layer: (layer.dim, layer.num_heads, layer.head_dim),
@@ -66,13 +77,23 @@ WAN = HostFamily(
 )
 LTX_VIDEO = HostFamily(
     name="LTX-Video",
+    family=None,
     groups=("transformer_blocks",),
     attention="attn1",
     dimensions=lambda layer: (layer.to_q.in_features, layer.heads, layer.dim_head),
     patch=lambda model: tuple(model.patchifier.patch_size),
     noise=1.0,
 )
-FAMILIES = (WAN, LTX_VIDEO)
+MINIMAX_H3 = HostFamily(
+    name="MiniMax-H3",
+    family="minimax_h3",
+    groups=("blocks",),
+    attention="attn",
+    dimensions=lambda layer: (layer.qkv_proj.in_features, layer.heads, layer.head_dim),
+    patch=lambda model: tuple(model.patch_size) if model.audio_latents_dim else (),
+    packing=_minimax_h3_packing,
+)
+FAMILIES = (WAN, LTX_VIDEO, MINIMAX_H3)
 
 
 def host_family(model: nn.Module) -> HostFamily:
@@ -116,8 +137,9 @@ def build_layers(
     family = host_family(model)
     layers = family.layers(model)
     if parameters is not None:
-        if family is not WAN:
-            raise ValueError(f"{parameters.path} is for Wan, got a model of {family.name}")
+        if family.family != parameters.family:
+            of = next(known.name for known in FAMILIES if known.family == parameters.family)
+            raise ValueError(f"{parameters.path} is for {of}, got a model of {family.name}")
         depth = sum(name.startswith("blocks.") for name in layers)
         if len(parameters.layers) != depth:
             raise ValueError(
@@ -239,6 +261,27 @@ def layout_of(
     if reference_first:
         layout, extra = replace(layout, before=(frame,)), extra - frame
     return replace(layout, after=(extra,)) if extra else layout
+
+
+def packed_layout(
+    latent: tuple[int, ...], patch: tuple[int, int, int], tokens: int, packing: Any
+) -> TokenLayout | None:
+    """Where the tokens of a packed sequence stand; None if they do not fit the latent or the packing.
+
+    Text, conditions, references, and audio are protected, each a segment of its own, as the model was trained.
+
+    Args:
+        latent, patch, tokens: as in `layout_of`.
+        packing: the model's own layout, or None if it is not known.
+    """
+    grid = layout_of(latent, patch, tokens)
+    if grid is None or packing is None:
+        return None
+    *before, (start, stop, kind) = packing.segments
+    grid = grid_of(grid)
+    if kind != "video" or (stop, stop - start) != (tokens, grid.num_tokens):
+        return None
+    return TokenLayout(grid, before=tuple(end - begin for begin, end, _ in before if end > begin))
 
 
 def grid_of(layout: VideoGrid | TokenLayout) -> VideoGrid:

@@ -54,7 +54,9 @@ def read_layers(folder: str) -> tuple[TrainedLayer, ...]:
         FileNotFoundError, ValueError: as `read_saved_parameters` does; for layers of another method than VSA, whose
             choice SGLang does not have either, and for a policy, which is SGLang's to say.
     """
-    saved, policy = read_saved_parameters(folder, family="minimax_h3")
+    saved, policy = read_saved_parameters(folder)
+    if saved.family != "minimax_h3":
+        raise ValueError(f"{folder} is for models of family {saved.family}, expected minimax_h3")
     if policy is not None:
         raise ValueError(
             f"{folder} has a policy, which SGLang does not follow: save without one, and give dense steps and layers "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -111,12 +111,33 @@ def native(tensors: dict[str, Tensor], frequencies: Tensor) -> dict[str, Tensor]
         if cut.runs == ((0, PARTS),):
             made[cut.name] = tensor
             continue
-        part = tensor.shape[0] // cut.size
-        whole = made.setdefault(cut.name, tensor.new_empty(PARTS * part, *tensor.shape[1:]))
-        pieces = tensor.split([(end - first) * part for first, end in cut.runs])
-        for (first, end), piece in zip(cut.runs, pieces, strict=True):
-            whole[first * part : end * part] = piece
+        made[cut.name] = _put(tensor, cut, tensor.new_empty, made.get(cut.name))
     return made | {FREQUENCIES: frequencies}
+
+
+def native_lora(updates: dict[str, tuple[Tensor, Tensor]], num_layers: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Low-rank updates of diffusers' layers under the names of the layers of MiniMax-H3's own repository.
+
+    Those of queries, keys, and values become one of their stack, whose rank is the sum of theirs.
+
+    Args:
+        updates: by layer, A and B of B A, [rank, inputs] and [outputs, rank].
+        num_layers: of the transformer.
+
+    Raises:
+        ValueError: the repository has no names for some of them.
+    """
+    refiners = [int(found[1]) for name in updates if (found := re.match(r"token_refiner\.refiner_blocks\.(\d+)", name))]
+    cuts = _cuts(native_names(num_layers, 1 + max(refiners, default=0)))
+    unknown = [name for name in updates if f"{name}.weight" not in cuts]
+    if unknown:
+        raise ValueError(f"MiniMax-H3's repository has no names for {enumerated(unknown)}")
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name, (down, up) in updates.items():
+        cut = cuts[f"{name}.weight"]
+        whole = up if cut.runs == ((0, PARTS),) else _put(up, cut, up.new_zeros)
+        parts.setdefault(cut.name.removesuffix(".weight"), []).append((down, whole))
+    return {name: (torch.cat([x for x, _ in of]), torch.cat([x for _, x in of], 1)) for name, of in parts.items()}
 
 
 def native_names(num_layers: int, num_refiner_layers: int) -> list[str]:
@@ -136,6 +157,16 @@ def native_names(num_layers: int, num_refiner_layers: int) -> list[str]:
     stacks += [f"token_refiner.blocks.{index}" for index in range(num_refiner_layers)]
     plain += [f"{block}.{part}" for block in stacks for part in parts]
     return [f"{owner}.weight" for owner in biased + plain] + [f"{owner}.bias" for owner in biased]
+
+
+def _put(tensor: Tensor, cut: Cut, new: Callable[..., Tensor], whole: Tensor | None = None) -> Tensor:
+    """The whole that a cut is of, `new` if it is not given, with a tensor of diffusers' name in its rows."""
+    part = tensor.shape[0] // cut.size
+    whole = new(PARTS * part, *tensor.shape[1:]) if whole is None else whole
+    pieces = tensor.split([(end - first) * part for first, end in cut.runs])
+    for (first, end), piece in zip(cut.runs, pieces, strict=True):
+        whole[first * part : end * part] = piece
+    return whole
 
 
 def _cuts(names: Iterable[str]) -> dict[str, Cut]:

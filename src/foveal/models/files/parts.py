@@ -1,4 +1,5 @@
-"""The parts of a Wan checkpoint or of what `foveal train` exports, for a host that builds the model itself."""
+"""The parts of a checkpoint of Wan or MiniMax-H3, or of what `foveal train` exports, for a host that builds the model
+itself."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from foveal.methods.base import Config, method_of
 from foveal.models.files.checkpoints import choose_format, configuration, file_header, translated
 from foveal.models.files.exports import LORA_FILE, WEIGHTS
 from foveal.models.files.formats import CheckpointFormat, from_diffusers, without_prefix
+from foveal.models.files.h3_names import native_lora
 from foveal.models.files.manifest import parse_component
 from foveal.models.files.persist import read_saved
 from foveal.models.files.tensor_files import TensorFile, enumerated, open_tensors
@@ -25,6 +27,7 @@ from foveal.models.policy import Policy
 
 PATCH_EMBEDDING = "patch_embedding.weight"
 PATCH = (1, 2, 2)
+FAMILIES = ("wan", "minimax_h3")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class SparseParameters:
         configs: what the layers run with, in order of depth; None for a dense one.
         from_file: whether the file said so; otherwise it is what the released weights were made with.
         layers: for each layer the parameters of the method's module by name.
+        family: of the model, one of `FAMILIES`.
     """
 
     path: str
@@ -46,6 +50,7 @@ class SparseParameters:
     configs: tuple[Config | None, ...]
     from_file: bool
     layers: tuple[dict[str, Tensor], ...]
+    family: str = "wan"
 
     def following(self, *, keep_ratio: float) -> SparseParameters:
         """The same with another share of the blocks or cubes in every sparse layer."""
@@ -62,7 +67,7 @@ class SparseParameters:
 def read_sparse_parameters(
     path: str | os.PathLike[str], *, format: str | None = None, **changes: Any
 ) -> SparseParameters:
-    """The sparse parameters of a file or folder that `load_checkpoint` reads, for models of Wan.
+    """The sparse parameters of a file or folder that `load_checkpoint` reads, for a model of one of `FAMILIES`.
 
     Args:
         path, format, changes: as `load_checkpoint` takes them.
@@ -88,18 +93,18 @@ def read_sparse_parameters(
         )
     width = next(iter(layers[0].values())).shape[-1]
     config = configuration(found, header, None, width, changes)
-    return SparseParameters(str(path), found.name, found.source, (config,) * len(layers), header is not None, layers)
+    configs, (family,) = (config,) * len(layers), set(FAMILIES) & set(found.families)
+    return SparseParameters(str(path), found.name, found.source, configs, header is not None, layers, family)
 
 
 def read_saved_parameters(
-    folder: str | os.PathLike[str], component: str = "transformer", family: str = "wan"
+    folder: str | os.PathLike[str], component: str = "transformer"
 ) -> tuple[SparseParameters, Policy | None]:
     """What `save` wrote for a model, and the policy that was saved with it, for its layers by their indices.
 
     Args:
         folder: what `save` wrote.
         component: of a pipeline, "transformer" or "transformer_2".
-        family: the model's.
 
     Raises:
         FileNotFoundError: the folder, or what `save` writes, is not there.
@@ -109,9 +114,9 @@ def read_saved_parameters(
     components = manifest["components"]
     if component not in components:
         raise ValueError(f"component must be {' or '.join(components)}, which {folder} has, got {component!r}")
-    found, configs, policy = parse_component(component, components[component])
-    if found != family:
-        raise ValueError(f"{folder} is for models of family {found}, expected {family}")
+    family, configs, policy = parse_component(component, components[component])
+    if family not in FAMILIES:
+        raise ValueError(f"{folder} is for models of family {family}, expected {' or '.join(FAMILIES)}")
     names = list(components[component].get("model", {}).get("self_attention", configs))
     layers = []
     for name in names:
@@ -121,27 +126,45 @@ def read_saved_parameters(
         dense = tuple(names.index(layer) if layer in names else layer for layer in policy.dense_layers)
         policy = replace(policy, dense_layers=dense)
     in_order = tuple(configs.get(name) for name in names)
-    return SparseParameters(str(folder), "foveal", "foveal", in_order, True, tuple(layers)), policy
+    return SparseParameters(str(folder), "foveal", "foveal", in_order, True, tuple(layers), family), policy
 
 
-def read_exported_lora(folder: str | os.PathLike[str], num_layers: int) -> dict[str, Tensor] | None:
-    """The LoRA that `foveal train` exported for a Wan model, by the names of the Wan repository; None without one.
+def read_exported_lora(
+    folder: str | os.PathLike[str], num_layers: int, family: str = "wan"
+) -> dict[str, Tensor] | None:
+    """The LoRA that `foveal train` exported, by the names of the model's own repository; None without one.
 
     Args:
         folder: the export.
         num_layers: of the model.
+        family: of the model, one of `FAMILIES`.
 
     Returns:
         "diffusion_model.blocks.0.self_attn.q.lora_down.weight" and so on, as ComfyUI and others read it. A scale other
         than 1 is in the second factor.
 
     Raises:
-        ValueError: the file has updates of what the Wan repository has no names for, or is of another kind of LoRA.
+        ValueError: the file has updates of what the repository has no names for, or is of another kind of LoRA.
         ImportError: diffusers, which knows what its names mean, is not installed.
     """
     path = Path(folder) / "lora" / LORA_FILE
     if not path.is_file():
         return None
+    updates = _scaled_updates(path)
+    if family == "minimax_h3":
+        updates = native_lora(updates, num_layers)
+    else:
+        known = from_diffusers([f"{name}.weight" for name in sorted(updates)], family, num_layers)
+        updates = {known[f"{name}.weight"].removesuffix(".weight"): pair for name, pair in updates.items()}
+    return {
+        f"diffusion_model.{name}.{part}.weight": x
+        for name, pair in updates.items()
+        for part, x in zip(("lora_down", "lora_up"), pair, strict=True)
+    }
+
+
+def _scaled_updates(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """By layer, the factors A and B of a LoRA's B A, its scale in the second."""
     with open_tensors(path) as file:
         names = {name.removeprefix("transformer."): name for name in file.shapes}
         described = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
@@ -150,21 +173,16 @@ def read_exported_lora(folder: str | os.PathLike[str], num_layers: int) -> dict[
     special = [name for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if settings.get(name)]
     if special:
         raise ValueError(f"{path} has {enumerated(special)}, which ComfyUI's names have no place for; merge it instead")
-    updated = {name.rpartition(".lora_")[0] for name in values}
-    known = from_diffusers([f"{name}.weight" for name in sorted(updated)], "wan", num_layers)
-    tensors = {}
-    for name, value in values.items():
-        module, _, part = name.rpartition(".lora_")
-        target = f"diffusion_model.{known[f'{module}.weight'].removesuffix('.weight')}"
-        if part == "A.weight":
-            tensors[f"{target}.lora_down.weight"] = value
-        elif part == "B.weight":
-            rank = values[f"{module}.lora_A.weight"].shape[0]
-            alpha = settings.get("lora_alpha", rank)
-            tensors[f"{target}.lora_up.weight"] = value * (alpha / settings.get("r", rank))
-        else:
-            raise ValueError(f"{path} has {name}, expected pairs of lora_A.weight and lora_B.weight")
-    return tensors
+    owners = {name.rpartition(".lora_")[0] for name in values}
+    pairs = {name: (f"{name}.lora_A.weight", f"{name}.lora_B.weight") for name in sorted(owners)}
+    odd = values.keys() ^ {name for pair in pairs.values() for name in pair}
+    if odd:
+        raise ValueError(f"{path} has {enumerated(sorted(odd))}, expected pairs of lora_A.weight and lora_B.weight")
+    updates = {}
+    for name, (first, second) in pairs.items():
+        rank = values[first].shape[0]
+        updates[name] = values[first], values[second] * (settings.get("lora_alpha", rank) / settings.get("r", rank))
+    return updates
 
 
 def read_base_weights(path: str | os.PathLike[str], *, format: str | None = None) -> dict[str, Tensor]:
@@ -177,7 +195,7 @@ def read_base_weights(path: str | os.PathLike[str], *, format: str | None = None
             Wan repository does not have.
         ImportError: the file has diffusers' names, and diffusers, which knows what they mean, is not installed.
     """
-    with _opened(path, format) as (file, names, _, found):
+    with _opened(path, format, ("wan",)) as (file, names, _, found):
         sparse = {key.format(index=i) for key in found.sparse_keys.values() for i in _layer_indices(names, found)}
         base = [name for name in names if name not in sparse]
         if not base:
@@ -192,34 +210,39 @@ def read_base_weights(path: str | os.PathLike[str], *, format: str | None = None
     return weights
 
 
-def read_exported_weights(folder: str | os.PathLike[str], num_layers: int) -> dict[str, Tensor] | None:
-    """The weights that `foveal train` exported for a Wan model, named as by `read_base_weights`; None without.
+def read_exported_weights(folder: str | os.PathLike[str], num_layers: int, family: str = "wan") -> dict[str, Tensor]:
+    """The weights that `foveal train` exported for a Wan model, named as by `read_base_weights`.
 
     Args:
-        folder: the export.
+        folder: the export, which has them.
         num_layers: of the model.
+        family: of the model.
 
     Raises:
-        ValueError, ImportError: as `read_base_weights`.
+        ValueError: as `read_base_weights`; for another family than "wan", which `export_checkpoint` writes.
+        ImportError: as `read_base_weights`.
     """
-    path = Path(folder) / WEIGHTS
-    if not path.is_dir():
-        return None
-    with open_tensors(path) as file:
+    if family != "wan":
+        raise ValueError(
+            f"{folder} has weights of its own of family {family}: write them with foveal.export_checkpoint, load that "
+            "file with ComfyUI's own node, and remove the folder transformer from the export"
+        )
+    with open_tensors(Path(folder) / WEIGHTS) as file:
         renamed = from_diffusers(file.shapes, "wan", num_layers)
         return {target: file.read(name) for name, target in renamed.items()}
 
 
 @contextmanager
 def _opened(
-    path: str | os.PathLike[str], format: str | None
+    path: str | os.PathLike[str], format: str | None, families: tuple[str, ...] = FAMILIES
 ) -> Iterator[tuple[TensorFile, dict[str, str], dict[str, Any] | None, CheckpointFormat]]:
     with open_tensors(path) as stored:
         file, _ = translated(stored)
         names, header = without_prefix(file.shapes), file_header(file)
         found = choose_format(file, names, header, format)
-        if "wan" not in found.families:
-            raise ValueError(f"{path} is for models of family {' or '.join(found.families)}, expected wan")
+        if not set(families) & set(found.families):
+            known = " or ".join(families)
+            raise ValueError(f"{path} is for models of family {' or '.join(found.families)}, expected {known}")
         if not found.sparse_keys or found.shared:
             raise ValueError(f"{path} is of format {found.name!r}, which has no sparse parameters of each layer")
         yield file, names, header, found
