@@ -1,5 +1,6 @@
 """The scripts that make the model in the box: encoding in two calls, given frames, and what a checkpoint keeps."""
 
+import copy
 import json
 import sys
 from argparse import Namespace
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from foveal.models.processor import sparse_processors
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -219,6 +222,41 @@ def test_arms_train_and_the_tables_pair_them(scripts, monkeypatch, tmp_path):
     assert len(rows) == 2 + len(runs)
     assert rows[2].startswith("| dense | 1 |")
     assert rows[4].count("±") == 2
+
+
+def test_arms_of_vsas_branches_begin_with_those_branches(scripts):
+    arms = scripts["arms"]
+    torch.manual_seed(0)
+    dense = scripts["model"].build_transformer()
+    dense.blocks = dense.blocks[:1]
+    found = {}
+    for name in ("coarse only", "no gates", "both gates", "router per head (closed gate, rate x 10)"):
+        model = copy.deepcopy(dense)
+        added = arms.arms()[f"VSA 4x4x4, {name}"].begin(model)
+        (processor,) = sparse_processors(model).values()
+        own, hidden = dict(processor.named_parameters()), torch.randn(1, 6, 256)
+        coarse, fine = processor.attention.gates(hidden)
+        found[name] = [None if x is None else x.unique().tolist() for x in (coarse, fine)]
+        trained = [key.partition(".")[2] for key, x in own.items() if any(x is y for y in added)]
+        found[name].append(sorted({key.rpartition(".")[0] for key in trained}))
+    assert found == {
+        "coarse only": [[1.0], [0.0], ["to_gate_coarse"]],
+        "no gates": [[1.0], None, []],
+        "both gates": [[0.0], [1.0], ["to_gate_coarse", "to_gate_fine"]],
+        "router per head (closed gate, rate x 10)": [None, None, ["router"]],
+    }
+
+
+def test_an_annealed_arm_ends_at_its_configuration(scripts):
+    arms = scripts["arms"]
+    arm = arms.arms(cubes=0.1)["VSA 4x4x4, annealed"]
+    torch.manual_seed(0)
+    model = scripts["model"].build_transformer()
+    arm.begin(model)
+    kept = [arm.keep_at(model, step, 16) for step in range(16)]
+    expected = [None] * 2 + [0.4] * 2 + [0.3] * 2 + [0.2] * 2 + [0.1] * 8
+    assert [x and round(x, 6) for x in kept] == expected
+    assert {round(processor.config.keep_ratio, 6) for processor in sparse_processors(model).values()} == {0.1}
 
 
 def test_features_tell_sets_of_clips_apart(scripts, monkeypatch, tmp_path):

@@ -18,14 +18,17 @@ the linear branch (SLA's), or both.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import model as parts
@@ -37,19 +40,49 @@ from safetensors.torch import load_file
 from torch import nn
 from train_transformer import SIGMAS, Data, Step, batches, loss_of, taught_loss
 
+import foveal
 from foveal import SLA2Config, SLAConfig, SLAVSAConfig, VideoGrid, VSAConfig, attention_cost, sparsify
-from foveal.lab.train.model import compile_blocks
+from foveal.lab.train.model import anneal, compile_blocks
+from foveal.lab.train.settings import Annealing
 from foveal.methods.base import Config
 from foveal.models.processor import sparse_processors
 
 
 class Arm(NamedTuple):
-    """A method, and the rate of the parameters that it adds, over that of the others."""
+    """A method, the rate of the parameters that it adds, over that of the others, and how its gates begin.
+
+    `start`: by a word in their names, the constant that gates begin with, where the method has another. `frozen`: words
+    in the names of those that stay so. `annealed`: dense for an eighth of the steps, then four, three, and two times as
+    many cubes, an eighth each, and the configuration's for the second half (VSA, arXiv 2505.13389).
+    """
 
     config: Config | None = None
     added_rate: float = 1.0
+    start: Mapping[str, float] = MappingProxyType({})
+    frozen: tuple[str, ...] = ()
+    annealed: bool = False
+
+    def keep_at(self, model: nn.Module, step: int, steps: int) -> float | None:
+        """Sets what layers keep in a step, from 0, of an annealed arm, and returns it; None while dense."""
+        keep = self.config.keep_ratio
+        eighth = max(1, steps // 8)
+        return anneal(model, self.config, Annealing(4 * keep, keep, eighth, eighth), step + 1)
+
+    def begin(self, model: nn.Module) -> list[nn.Parameter]:
+        """Converts a model. Its new parameters that train."""
+        if self.config is None:
+            return []
+        sparsify(model, self.config)
+        own = [pair for processor in sparse_processors(model).values() for pair in processor.named_parameters()]
+        for name, parameter in own:
+            for word, value in self.start.items():
+                if word in name:
+                    nn.init.constant_(parameter, value if name.endswith("bias") else 0.0)
+            parameter.requires_grad_(not any(word in name for word in self.frozen))
+        return [parameter for _, parameter in own if parameter.requires_grad]
 
 
+GATES = "to_gate_coarse", "to_gate_fine"
 TILES = {"2x4x4": (2, 4, 4), "4x4x4": (4, 4, 4), "4x4x8": (4, 4, 8), "auto": "auto", "wide": "wide"}
 
 
@@ -69,6 +102,7 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
     router = sla2.replace(linear_scope="none", router="per_head")
     exact = SLAVSAConfig(keep_ratio=cubes, coarse=False, linear_scope="none")
     both = exact.replace(coarse=True, linear_scope="noncritical")
+    vsa, raster = VSAConfig(keep_ratio=cubes), {"token_order": "raster"}
     vsa_router = VSAConfig(keep_ratio=cubes, router="per_head")
     return {
         "dense": Arm(),
@@ -84,6 +118,24 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         "blocks, linear (rate x 30)": Arm(sla, 30.0),
         "blocks, linear (relu)": Arm(sla.replace(feature_map="relu")),
         "blocks, linear (all)": Arm(sla.replace(linear_scope="all")),
+        # SLA's table: the map, the scope, the projection, the order, and the share.
+        **{
+            f"blocks, linear ({name}, rate x 10)": Arm(sla.replace(feature_map=name), 10.0)
+            for name in ("elu", "relu", "hedgehog")
+        },
+        **{
+            f"blocks, linear ({name}, rate x 10)": Arm(sla.replace(linear_scope=name), 10.0)
+            for name in ("noncritical", "all")
+        },
+        "blocks, linear (no projection)": Arm(sla.replace(projection=False)),
+        "linear only": Arm(sla.replace(keep_ratio=0.0, drop_ratio=0.0, linear_scope="all", projection=False)),
+        "raster blocks": Arm(plain.replace(**raster)),
+        "raster blocks, linear (rate x 10)": Arm(sla.replace(**raster), 10.0),
+        **{f"blocks (x {share:g})": Arm(plain.replace(keep_ratio=share * blocks)) for share in (2, 3)},
+        **{
+            f"blocks, linear (x {share:g}, rate x 10)": Arm(sla.replace(keep_ratio=share * blocks), 10.0)
+            for share in (0.6, 2)
+        },
         "blocks, SLA2": Arm(sla2),
         "blocks, SLA2 (rate x 10)": Arm(sla2, 10.0),
         "blocks, SLA2 (rate x 30)": Arm(sla2, 30.0),
@@ -99,7 +151,14 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         "blocks, router per head (x 1.25, rate x 10)": Arm(router.replace(keep_ratio=1.25 * blocks), 10.0),
         "blocks (x 4/3)": Arm(plain.replace(keep_ratio=4 / 3 * blocks)),
         "blocks, router per head (x 4/3, rate x 10)": Arm(router.replace(keep_ratio=4 / 3 * blocks), 10.0),
-        **{f"VSA {name}": Arm(VSAConfig(keep_ratio=cubes, tile=tile)) for name, tile in TILES.items()},
+        **{f"VSA {name}": Arm(vsa.replace(tile=tile)) for name, tile in TILES.items()},
+        # VSA's table: its gates.
+        "VSA 4x4x4, annealed": Arm(vsa, annealed=True),
+        "VSA 4x4x4, both gates": Arm(vsa.replace(fine_gate=True)),
+        "VSA 4x4x4, no gates": Arm(vsa, start={GATES[0]: 1.0}, frozen=GATES[:1]),
+        "VSA 4x4x4, coarse only": Arm(
+            vsa.replace(fine_gate=True), start={GATES[0]: 1.0, GATES[1]: 0.0}, frozen=GATES[1:]
+        ),
         "VSA 4x4x4, router per head (rate x 10)": Arm(vsa_router, 10.0),
         "VSA 4x4x4, router per head (rate x 30)": Arm(vsa_router, 30.0),
         "VSA 4x4x4, router per head (closed gate, rate x 10)": Arm(vsa_router.replace(coarse=False), 10.0),
@@ -128,12 +187,10 @@ def train_arm(
 ) -> dict:
     torch.manual_seed(seed)
     model = copy.deepcopy(dense)
-    if arm.config is not None:
-        sparsify(model, arm.config)
-    added = [parameter for processor in sparse_processors(model).values() for parameter in processor.parameters()]
+    added = arm.begin(model)
     before, errors_before = beside.losses_and_errors(model)
     cuda = DEVICE.type == "cuda"
-    known = {id(p) for p in added}
+    known = {id(p) for processor in sparse_processors(model).values() for p in processor.parameters()}
     groups = [(arm.added_rate, added), (1.0, [p for p in model.parameters() if id(p) not in known])]
     optimizer = torch.optim.AdamW(
         [
@@ -160,12 +217,17 @@ def train_arm(
         torch.compiler.reset()  # what earlier arms compiled counts toward a limit
         for module in modules:
             compile_blocks(module, fullgraph=True)
-    update = None
+    update, kept, phase = None, None, contextlib.nullcontext()
     for step, values in enumerate(batches(data, options.batch, first, first + options.steps)):
-        if update is None:
-            update = Step(model, [optimizer], values, graphed=cuda, loss=loss)
+        if arm.annealed:
+            former, kept = kept, arm.keep_at(model, step, options.steps)
+            phase = foveal.dense(model) if kept is None else contextlib.nullcontext()
+            update = update if kept == former else None
         share = min((step + 1) / warmup, (options.steps - step) / max(1, options.steps - warmup))
-        losses.append(update(values, share).clone())
+        with phase:
+            if update is None:
+                update = Step(model, [optimizer], values, graphed=cuda, loss=loss)
+            losses.append(update(values, share).clone())
         if options.evaluate_every and (step + 1) % options.evaluate_every == 0 and step + 1 < options.steps:
             with torch.compiler.set_stance("force_eager"):
                 curve.append([step + 1, beside.losses_and_errors(model)[0].mean().item()])
