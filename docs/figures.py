@@ -263,44 +263,65 @@ def draw_routers(path: Path) -> None:
 
 def draw_routers_share(path: Path) -> None:
     """What sparsity costs the tiny model, by the share of blocks or cubes that are read, with and without a router."""
-    runs = {}
-    for name in ("per-head", "router-settings", "vsa-router", "router"):
-        file = RESULTS / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json"
-        runs |= {key: run for key, run in json.loads(file.read_text()).items() if name != "router" or "dense" in key}
-    dense = torch.tensor(runs["dense #1"]["after"]).mean(1)
 
-    def price(arm: str) -> float:
-        """In percent above dense attention, the mean over clips, in seed 1, which the dense arm has."""
-        return 100 * (torch.tensor(runs[f"{arm} #1"]["after"]).mean(1) / dense - 1).mean().item()
+    def runs_of(*names: str) -> dict[str, dict]:
+        files = (RESULTS / f"quality-tiny-{name}-nvidia-h200-2026-11-30.json" for name in names)
+        return {key: run for file in files for key, run in json.loads(file.read_text()).items()}
 
-    router = "blocks, router per head"
-    lines = {  # arms with the share of 30 blocks or of 48 cubes
-        "blocks, by means": ("#888", {"blocks": 3 / 30}),
-        "blocks, a router for each head": (
-            "#1f5f6e",
+    def price(runs: dict[str, dict], arm: str, seeds: tuple[int, ...]) -> float:
+        """In percent above dense attention, the mean over clips and seeds."""
+        shares = []
+        for seed in seeds:
+            mine, dense = (torch.tensor(runs[f"{name} #{seed}"]["after"]).mean(1) for name in (arm, "dense"))
+            shares.append(100 * (mine / dense - 1).mean().item())
+        return sum(shares) / len(shares)
+
+    router, cubes = "blocks, router per head", "VSA 4x4x4, router per head"
+    short = {**runs_of("per-head", "router-settings", "vsa-router"), "dense #1": runs_of("router")["dense #1"]}
+    panels = (  # with the share that the arms read: of 30 blocks and of 48 cubes, and of 225 and of 280
+        (
+            "1,872 tokens, 1,000 steps",
+            short,
+            (1,),
+            {"blocks": 3 / 30},
             {f"{router} (rate x 10)": 3 / 30, f"{router} (x 4/3, rate x 10)": 4 / 30},
+            {"VSA 4x4x4": 6 / 48},
+            {f"{cubes} (x 1/2, rate x 10)": 3 / 48, f"{cubes} (rate x 10)": 6 / 48},
         ),
-        "VSA": ("#a06cd5", {"VSA 4x4x4": 6 / 48}),
-        "VSA, a router for each head": (
-            "#c94f9b",
-            {
-                "VSA 4x4x4, router per head (x 1/2, rate x 10)": 3 / 48,
-                "VSA 4x4x4, router per head (rate x 10)": 6 / 48,
-            },
+        (
+            "14,400 tokens, 400 steps",
+            runs_of("14400-routers"),
+            (0, 1),
+            {"blocks": 0.05, "blocks (x 4/3)": 0.05 * 4 / 3},
+            {f"{router} (rate x 10)": 0.05},
+            {"VSA 4x4x4": 0.05},
+            {f"{cubes} (x 1/2, rate x 10)": 0.025, f"{cubes} (rate x 10)": 0.05},
         ),
+    )
+    labels = {
+        "blocks, by means": "#888",
+        "blocks, a router for each head": "#1f5f6e",
+        "VSA": "#a06cd5",
+        "VSA, a router for each head": "#c94f9b",
     }
-    figure = figure_of(3.4, 7)
-    axis = figure.subplots()
-    for label, (color, arms) in lines.items():
-        shares, prices = [100 * share for share in arms.values()], [price(arm) for arm in arms]
-        axis.plot(shares, prices, color=color, marker="o", markersize=6, label=label)
-        for share, cost in zip(shares, prices, strict=True):
-            axis.annotate(f"{cost:.1f}%", (share, cost), (6, 5), textcoords="offset points", fontsize=9, color=color)
-    axis.axhline(0, color="#444", linewidth=1, linestyle=":")
-    axis.set(xlabel="read exactly, % of the blocks or cubes", ylabel="loss above dense attention, %")
-    axis.set(xlim=(5, 15), ylim=(-0.5, 12.5))
-    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    axis.spines[["top", "right"]].set_visible(False)
+    figure = figure_of(3.8)
+    for axis, (title, runs, seeds, *lines) in zip(figure.subplots(1, 2), panels, strict=True):
+        for (label, color), arms in zip(labels.items(), lines, strict=True):
+            shares, prices = [100 * share for share in arms.values()], [price(runs, arm, seeds) for arm in arms]
+            axis.plot(shares, prices, color=color, marker="o", markersize=6, label=label)
+            for share, cost in zip(shares, prices, strict=True):
+                axis.annotate(
+                    f"{cost:.1f}%", (share, cost), (6, 5), textcoords="offset points", fontsize=9, color=color
+                )
+        axis.axhline(0, color="#444", linewidth=1, linestyle=":")
+        axis.set(xlabel="read exactly, % of the blocks or cubes", title=title)
+        axis.title.set_fontsize(10)
+        axis.spines[["top", "right"]].set_visible(False)
+    left, right = figure.axes
+    left.set(xlim=(5, 15), ylim=(-0.5, 12.5), ylabel="loss above dense attention, %")
+    right.set(xlim=(2, 7.5), ylim=(-0.2, 5.6))
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=9, ncols=4, loc="outside lower center")
     figure.savefig(path)
 
 
