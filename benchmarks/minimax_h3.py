@@ -80,6 +80,12 @@ ARMS = {
     "VSA 20 %": Arm(config=FASTH3.replace(keep_ratio=0.2)),
     "VSA 10 %, router": Arm(config=FASTH3.replace(router="per_head")),
     "VSA 5 %, router": Arm(config=FASTH3.replace(keep_ratio=0.05, router="per_head")),
+    **{
+        f"VSA {share:.0%}, router, no coarse branch".replace("%", " %"): Arm(
+            config=FASTH3.replace(keep_ratio=share, router="per_head", coarse=False)
+        )
+        for share in (0.1, 0.05)
+    },
     "SLA 15 %": Arm(config=FORMATS["lightx2v-h3-sla-lora"].config_for(WIDTH)),
     "SLA 5 %": Arm(config=foveal.SLAConfig(keep_ratio=0.05, drop_ratio=0.10)),
     "router 5 %": Arm(config=foveal.SLA2Config(keep_ratio=0.05, linear_scope="none", router="per_head")),
