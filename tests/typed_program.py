@@ -35,9 +35,9 @@ def modules(hidden: Tensor, query: Tensor) -> None:
     if projection is not None:
         assert_type(projection.weight, nn.Parameter)
     video = foveal.VideoSparseAttention(128, 2, 64, VSAConfig())
-    assert_type(video.to_gate_coarse, nn.Linear)
+    assert_type(video.to_gate_coarse, nn.Linear | None)
     assert_type(video.config, VSAConfig)
-    assert_type(video.gates(hidden), tuple[Tensor, Tensor | None])
+    assert_type(video.gates(hidden), tuple[Tensor | None, Tensor | None])
 
 
 def models(transformer: nn.Sequential, folder: str) -> None:

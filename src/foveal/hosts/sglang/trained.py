@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from foveal.methods.base import method_of
 from foveal.methods.vsa.config import VSAConfig
 from foveal.models.files.parts import read_saved_parameters
 
 SETTING = "foveal_parameters"
+VSA = method_of(VSAConfig())
 ROUTER = ("router.proj_query", "router.proj_key")
 Projections = tuple[Tensor | None, Tensor | None]
 
@@ -64,7 +66,7 @@ def read_layers(folder: str) -> tuple[TrainedLayer, ...]:
         )
     layers = []
     for config, tensors in zip(saved.configs, saved.layers, strict=True):
-        if config is not None and not isinstance(config, VSAConfig):
+        if config is not None and method_of(config) is not VSA:
             raise ValueError(f"{folder} must hold parameters of VSA, got {type(config).__name__}")
         if config is not None and (config.fine_gate or not config.ranks_means or config.keep_mass is not None):
             raise ValueError(f"SGLang has no fine gate, other scores, or budget by mass, but {folder} has {config}")

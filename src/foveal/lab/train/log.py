@@ -71,8 +71,7 @@ class RunLog:
         self.progress.__exit__(kind, *error)
         if self.file is not None:
             self.file.close()
-        if self.config.tracker != "none":
-            self.accelerator.end_training()
+        self.accelerator.end_training()  # of the trackers, and of the group of processes
 
     def note(self, step: int, figures: dict[str, Any]) -> None:
         """Keeps some figures of a step; those that are None are left out."""
