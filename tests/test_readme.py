@@ -186,6 +186,10 @@ def test_sentences_about_learning_routers_times_are_those_of_the_table(tables):
     }
     page = " ".join((ROOT / "docs" / "vsa.md").read_text().split())
     assert "the forward takes {router:.2f} ms instead of {mean:.2f} ms".format(**vsa) in page
+    learning = json.loads((tables.RESULTS / "nvidia-h200-2026-11-30-210516.json").read_text())
+    backward = {x["name"]: x["passes"]["backward"]["rested_ms"] for x in learning["results"] if x["status"] == "ok"}
+    took = [backward[f"VSA 12.5 %, auto tile{router}, auto"] for router in (", router", "")]
+    assert "router that learns takes {:.2f} ms instead of {:.2f} ms (`nvidia-h200".format(*took) in page
 
 
 def test_the_summary_of_losses_says_how_they_were_made(tables):
