@@ -289,6 +289,9 @@ def test_sentences_about_every_arm_at_14400_tokens_are_those_of_their_run():
     assert said.format(above(closed, "dense"), *(-above(closed, router, seed) for seed in (0, 1))) in page
     said = "it ends [{:.1f}% above dense attention](evidence.md#every-arm-at-14400-tokens), and with the coarse branch "
     assert (said + "{:.1f}%").format(above(closed, "dense"), above(router, "dense")) in pages["vsa"]
+    choosing = " ".join((ROOT / "docs" / "choosing-sparsity.md").read_text().split())
+    said = "it ends [{:.1f}% above](evidence.md#every-arm-at-14400-tokens), and {:.1f}% with `coarse=False`"
+    assert said.format(above(router, "dense"), above(closed, "dense")) in choosing
     assert f"Without a router the coarse branch gains {-above(vsa, 'cubes'):.1f}%" in page
     assert 0.1 < abs(above(half, vsa)) < 0.2
     said = f"a third more of them ends {above('blocks (x 4/3)', 'dense'):.1f}% above dense attention. SLA gains "
