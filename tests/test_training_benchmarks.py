@@ -81,3 +81,14 @@ def test_train_scaling(tmp_path):
     assert found["largest_relative_difference"] == 0.0
     assert found["scaling"] == found["tokens_per_second"] / found["one_process"]["tokens_per_second"]
     assert {path.name for path in tmp_path.iterdir()} == {"again.json", "one.json", LIST_FILE}
+
+
+def test_train_scaling_by_a_recipe_of_minimax_h3(tmp_path):
+    """Its weights are made where the trainer would load them, and nothing else is left behind."""
+    path = tmp_path / "one.json"
+    arguments = ["--recipe", "minimax-h3-vsa-router", "--layers", 2, "--steps", 3, "--device", "cpu", "--json", path]
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "train_scaling.py", *map(str, arguments)], check=True)
+    found = json.loads(path.read_text())
+    assert len(found["losses"]) == 3
+    assert min(found["losses"]) > 0
+    assert {x.name for x in tmp_path.iterdir()} == {"one.json", LIST_FILE}

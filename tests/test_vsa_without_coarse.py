@@ -96,6 +96,18 @@ def test_a_model_has_no_gates_and_is_saved_without_them(tmp_path):
     assert VSAConfig.from_saved(fields) == dataclasses.replace(config, coarse=True)
 
 
+def test_formats_with_gates_refuse_it(tmp_path):
+    """Nothing is dropped silently: neither on the way out, nor what a file has."""
+    model, path = tiny_transformer(), tmp_path / "gated.safetensors"
+    foveal.sparsify(model, VSAConfig(keep_ratio=0.5, coarse=False))
+    with pytest.raises(ValueError, match="stands for coarse=True, got False"):
+        foveal.export_checkpoint(model, tmp_path / "no.safetensors", format="fastvideo-vsa")
+    gated = foveal.sparsify(tiny_transformer(), VSAConfig(keep_ratio=0.5))
+    foveal.export_checkpoint(gated, path, format="fastvideo-vsa")
+    with pytest.raises(ValueError, match="stands for coarse=True, got False"):
+        foveal.load_checkpoint(tiny_transformer(), path, coarse=False)
+
+
 def test_its_cost_has_no_gates():
     shape = {"grid": GRID, "heads": 3, "head_dim": 64}
     plain, gated = (foveal.attention_cost(x, **shape) for x in (CONFIG, CONFIG.replace(coarse=True)))
