@@ -295,7 +295,8 @@ def test_sentences_about_every_arm_at_14400_tokens_are_those_of_their_run():
     assert f"Without a router the coarse branch gains {-above(vsa, 'cubes'):.1f}%" in page
     assert 0.1 < abs(above(half, vsa)) < 0.2
     said = f"a third more of them ends {above('blocks (x 4/3)', 'dense'):.1f}% above dense attention. SLA gains "
-    assert f"{said}{-above('blocks, linear (rate x 10)', 'blocks'):.1f}%" in page
+    assert f"{said}{-above('blocks, linear (rate x 10)', 'blocks'):.1f}% with its projection at ten times" in page
+    assert {runs[f"blocks, linear ({x}) #0"]["added_rate"] for x in ("relu", "all")} == {runs["dense #0"]["rate"]}
     assert all(0 < -above(f"blocks, linear ({x})", "blocks") < 0.1 for x in ("relu", "all"))
     assert f"the linear branch over cubes {-above('cubes, linear', 'cubes'):.2f}%" in page
     assert above("blocks (x 4/3)", "blocks, SLA2 (rate x 10)") < 0
