@@ -247,6 +247,17 @@ def test_arms_of_vsas_branches_begin_with_those_branches(scripts):
     }
 
 
+def test_budgets_go_where_they_help_most(scripts):
+    from arms_budgets import allocate
+
+    ratios = torch.tensor([0.05, 0.1, 0.2, 0.4])
+    errors = torch.tensor([[0.9, 0.1, 0.5], [0.5, 0.1, 0.3], [0.2, 0.1, 0.2], [0.1, 0.1, 0.19]])
+    chosen = allocate(errors, ratios, 0.15)
+    assert [round(x, 2) for x in chosen.tolist()] == [0.2, 0.05, 0.2]
+    assert chosen.mean() <= 0.15
+    assert allocate(errors, ratios, 1.0).tolist() == pytest.approx([0.4, 0.05, 0.4])
+
+
 def test_an_annealed_arm_ends_at_its_configuration(scripts):
     arms = scripts["arms"]
     arm = arms.arms(cubes=0.1)["VSA 4x4x4, annealed"]

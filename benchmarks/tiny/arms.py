@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import model as parts
 import torch
+from arms_budgets import budgets_by_head
 from arms_quality import DenseCheckpoint
 from arms_table import levels, quality, table
 from common import DEVICE, machine
@@ -53,7 +54,8 @@ class Arm(NamedTuple):
 
     `start`: by a word in their names, the constant that gates begin with, where the method has another. `frozen`: words
     in the names of those that stay so. `annealed`: dense for an eighth of the steps, then four, three, and two times as
-    many cubes, an eighth each, and the configuration's for the second half (VSA, arXiv 2505.13389).
+    many cubes, an eighth each, and the configuration's for the second half (VSA, arXiv 2505.13389). `budgeted`: each
+    head of each layer has a share of its own, see `arms_budgets.py`.
     """
 
     config: Config | None = None
@@ -61,6 +63,7 @@ class Arm(NamedTuple):
     start: Mapping[str, float] = MappingProxyType({})
     frozen: tuple[str, ...] = ()
     annealed: bool = False
+    budgeted: bool = False
 
     def keep_at(self, model: nn.Module, step: int, steps: int) -> float | None:
         """Sets what layers keep in a step, from 0, of an annealed arm, and returns it; None while dense."""
@@ -68,11 +71,12 @@ class Arm(NamedTuple):
         eighth = max(1, steps // 8)
         return anneal(model, self.config, Annealing(4 * keep, keep, eighth, eighth), step + 1)
 
-    def begin(self, model: nn.Module) -> list[nn.Parameter]:
-        """Converts a model. Its new parameters that train."""
+    def begin(self, model: nn.Module, budgets: Mapping[str, tuple[float, ...]] | None = None) -> list[nn.Parameter]:
+        """Converts a model, with these shares of the layers' heads. Its new parameters that train."""
         if self.config is None:
             return []
-        sparsify(model, self.config)
+        layers = {name: self.config.replace(keep_ratio=ratios) for name, ratios in (budgets or {}).items()}
+        sparsify(model, None if layers else self.config, layers=layers or None)
         own = [pair for processor in sparse_processors(model).values() for pair in processor.named_parameters()]
         for name, parameter in own:
             for word, value in self.start.items():
@@ -153,6 +157,10 @@ def arms(blocks: float = 0.1, cubes: float = 0.125) -> dict[str, Arm]:
         "blocks, router per head (x 4/3, rate x 10)": Arm(router.replace(keep_ratio=4 / 3 * blocks), 10.0),
         **{f"VSA {name}": Arm(vsa.replace(tile=tile)) for name, tile in TILES.items()},
         # VSA's table: its gates.
+        "cubes, a budget for each head": Arm(vsa.replace(coarse=False), budgeted=True),
+        "VSA 4x4x4, router per head (closed gate, a budget for each head, rate x 10)": Arm(
+            vsa_router.replace(coarse=False), 10.0, budgeted=True
+        ),
         "VSA 4x4x4, annealed": Arm(vsa, annealed=True),
         "VSA 4x4x4, both gates": Arm(vsa.replace(fine_gate=True)),
         "VSA 4x4x4, no gates": Arm(vsa, start={GATES[0]: 1.0}, frozen=GATES[:1]),
@@ -187,7 +195,8 @@ def train_arm(
 ) -> dict:
     torch.manual_seed(seed)
     model = copy.deepcopy(dense)
-    added = arm.begin(model)
+    budgets = budgets_by_head(dense, data, arm.config, FIRST_STEP) if arm.budgeted else None
+    added = arm.begin(model, budgets)
     before, errors_before = beside.losses_and_errors(model)
     cuda = DEVICE.type == "cuda"
     known = {id(p) for processor in sparse_processors(model).values() for p in processor.parameters()}
@@ -240,6 +249,7 @@ def train_arm(
         videos, sets = beside.compare_videos(model), beside.compare_sets(model)
     return {
         "config": None if arm.config is None else {"method": type(arm.config).__name__, **arm.config.to_dict()},
+        "budgets": budgets,
         "steps": options.steps,
         "batch": options.batch,
         "tokens": math.prod(data.latents.shape[2:]) // 4,
