@@ -10,7 +10,7 @@ import torch
 
 from foveal import Policy, SLAConfig
 from foveal.hosts.comfyui.attention import SparseAttention
-from foveal.hosts.comfyui.layers import build_layers, parse_ratios, write_budgets
+from foveal.hosts.comfyui.layers import build_layers, gates_in_model, host_family, parse_ratios, write_budgets
 from foveal.hosts.comfyui.preview import preview
 from foveal.kernels.api import IMPLS
 from foveal.lab.inspect.budgets import BudgetCalibration
@@ -73,10 +73,13 @@ CHOICES = {
 
 def _made_sparse(model, config=None, *, parameters=None, policy=None, budgets=None, impl="auto", **running):
     """The cloned model with foveal's attention, and that attention, whose record the preview shows."""
-    modules, held = build_layers(model.model.diffusion_model, config, parameters=parameters, budgets=budgets, impl=impl)
-    attention = SparseAttention(modules, held, policy=policy, **running)
+    diffusion_model = model.model.diffusion_model
+    modules, held = build_layers(diffusion_model, config, parameters=parameters, budgets=budgets, impl=impl)
+    in_model = parameters is not None and parameters.in_model
+    gate = host_family(diffusion_model).gate if in_model else None
+    attention = SparseAttention(modules, held, policy=policy, gate=gate, **running)
     sparse = attention.attach(model)
-    if parameters is not None:
+    if parameters is not None and not in_model:
         devices = {"load_device": model.load_device, "offload_device": model.offload_device}
         sparse.set_additional_models("foveal", [comfy.model_patcher.ModelPatcher(attention.parameters(), **devices)])
     return sparse, attention
@@ -245,6 +248,24 @@ class LoadParameters:
         return (read_sparse_parameters(folder_paths.get_full_path_or_raise(FOLDER, file)),)
 
 
+class ModelGates:
+    """The gates that ComfyUI loaded with MiniMax-H3, in whatever form it keeps the weights."""
+
+    DESCRIPTION = "VSA's gates as the model itself has them: FastH3, loaded by ComfyUI's own node, quantized or not."
+    CATEGORY = CATEGORY
+    FUNCTION = "take"
+    RETURN_TYPES = ("FOVEAL_PARAMETERS",)
+    RETURN_NAMES = ("parameters",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        tooltip = "The share of cubes to read, which the model does not say: FastH3 v1 has 0.1, the 8-step V2 0.2."
+        return {"required": {"model": ("MODEL",), "keep_ratio": _ratio(0.1, tooltip, low=0.005)}}
+
+    def take(self, model, keep_ratio):
+        return (gates_in_model(model.model.diffusion_model, keep_ratio),)
+
+
 class MakePolicy:
     """When sparse layers run dense."""
 
@@ -389,6 +410,7 @@ NODE_CLASS_MAPPINGS = {
     "FovealLoadModel": LoadModel,
     "FovealLoadTrained": LoadTrained,
     "FovealLoadParameters": LoadParameters,
+    "FovealModelGates": ModelGates,
     "FovealPolicy": MakePolicy,
     "FovealBudgets": MakeBudgets,
     "FovealCalibrate": Calibrate,
@@ -401,6 +423,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "FovealLoadModel": "Load Sparse Wan Model",
     "FovealLoadTrained": "Load Trained Sparse Model",
     "FovealLoadParameters": "Load Sparse Parameters",
+    "FovealModelGates": "Gates of the Model (FastH3)",
     "FovealPolicy": "Sparse Attention Policy",
     "FovealBudgets": "Sparse Attention Budgets",
     "FovealCalibrate": "Calibrate Sparse Attention",

@@ -156,12 +156,14 @@ class MiniMaxH3(nn.Module):
     patch_size = (1, 2, 2)
     audio_latents_dim = 3
 
-    def __init__(self, head_dim=64, hidden=48, channels=4):
+    def __init__(self, head_dim=64, hidden=48, channels=4, gate=None):
         super().__init__()
         self.video_patch_proj = nn.Linear(channels * 4, hidden)
         self.audio_patch_proj = nn.Linear(self.audio_latents_dim, hidden)
         self.token_refiner = H3Attention(hidden, head_dim)
         self.blocks = nn.ModuleList(H3Block(hidden, head_dim) for _ in range(LAYERS))
+        for block in self.blocks:
+            block.attn.to_gate_compress = None if gate is None else gate(hidden, HEADS * head_dim)
         self.head = nn.Linear(hidden, channels * 4)
 
     def forward(self, x, timestep, context, transformer_options=None, minimax_payload=None):

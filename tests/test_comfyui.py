@@ -275,6 +275,22 @@ def test_parameters_load_on_their_own(host, prompt_of):
     torch.testing.assert_close(latents(host, prompt), got, rtol=0, atol=0)
 
 
+def test_gates_that_the_model_was_loaded_with(host):
+    """Through the nodes and ComfyUI's patcher; the model is a stand-in, since this ComfyUI may have no MiniMax-H3."""
+    from comfy.model_patcher import ModelPatcher
+    from comfyui_modules import MiniMaxH3
+
+    nodes = host.nodes.NODE_CLASS_MAPPINGS
+    outer = torch.nn.Module()
+    outer.diffusion_model = MiniMaxH3(gate=torch.nn.Linear)
+    patcher = ModelPatcher(outer, torch.device("cpu"), torch.device("cpu"))
+    (parameters,) = nodes["FovealModelGates"]().take(patcher, keep_ratio=0.2)
+    model, run = nodes["FovealTrained"]().apply(patcher, parameters, 0.0)
+    assert model.model_options["transformer_options"][OVERRIDE] == run.attend
+    assert (run.gate, {module.config.keep_ratio for module in run.modules.values()}) == ("to_gate_compress", {0.2})
+    assert not model.get_additional_models()  # the gates are managed with the model
+
+
 def test_unplugged_the_model_is_what_it_was(host, prompt_of):
     prompt = prompt_of("wan_training_free")
 

@@ -1,6 +1,7 @@
 """What foveal does in ComfyUI, without ComfyUI: layers, budgets, layouts, fallbacks, records, previews, files."""
 
 import copy
+import functools
 import types
 
 import pytest
@@ -18,7 +19,14 @@ from foveal.hosts.comfyui.attention import (
     SparseAttention,
     _Forward,
 )
-from foveal.hosts.comfyui.layers import build_layers, host_family, layout_of, parse_ratios, write_budgets
+from foveal.hosts.comfyui.layers import (
+    build_layers,
+    gates_in_model,
+    host_family,
+    layout_of,
+    parse_ratios,
+    write_budgets,
+)
 from foveal.hosts.comfyui.preview import preview
 from foveal.hosts.comfyui.record import Record
 from foveal.lab.inspect.budgets import BudgetCalibration
@@ -194,6 +202,53 @@ def test_minimax_h3_runs_trained_gates_and_routers(h3, router):
     torch.testing.assert_close(output, h3_by_hand(model, inputs, attend), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="is for MiniMax-H3, got a model of Wan"):
         build_layers(Wan(), parameters=parameters)
+
+
+class QuantizedGate(torch.nn.Module):
+    """A layer as ComfyUI quantizes them: int8 with a scale for each row, for two dimensions only."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.register_buffer("values", torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8))
+        self.register_buffer("scales", torch.full((outputs, 1), 2e-3))
+
+    def forward(self, x):
+        assert x.dim() == 2
+        return x @ (self.values * self.scales).T
+
+
+@pytest.mark.parametrize("gate", [QuantizedGate, functools.partial(torch.nn.Linear, bias=False)])
+def test_minimax_h3_takes_the_gates_that_it_was_loaded_with(h3, gate):
+    _, inputs, payload = h3
+    torch.manual_seed(2)
+    model = MiniMaxH3(gate=gate).requires_grad_(False)
+    parameters = gates_in_model(model, 0.3)
+    config = foveal.VSAConfig(keep_ratio=0.3, tile=(4, 4, 4))
+    assert (parameters.configs, parameters.format) == ((config,) * LAYERS, "fasth3-vsa-comfyui")
+    attention, patcher = sparse(model, parameters=parameters, gate="to_gate_compress")
+    assert not list(attention.parameters().parameters())
+    output = run_h3(model, patcher, inputs, minimax_payload=payload)
+
+    def attend(index, query, key, value, hidden_states):
+        made = model.blocks[index].attn.to_gate_compress(hidden_states[0])[None]
+        named = {"gate_coarse": made.unflatten(2, (HEADS, -1)).transpose(1, 2), "layout": H3_LAYOUT}
+        return foveal.vsa_attention(query, key, value, config=config, impl="torch", **named)
+
+    torch.testing.assert_close(output, h3_by_hand(model, inputs, attend), rtol=1e-4, atol=1e-5)
+    assert (attention.record.sparse_calls, attention.record.dense_calls) == (LAYERS, 0)
+    sparser, _ = build_layers(model, parameters=parameters.following(keep_ratio=0.1))
+    assert {module.config.keep_ratio for module in sparser.values()} == {0.1}
+
+
+def test_models_without_gates(h3):
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn of this MiniMax-H3 has none"):
+        gates_in_model(h3[0], 0.1)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn of this MiniMax-H3 has none"):
+        build_layers(h3[0], parameters=gates_in_model(MiniMaxH3(gate=QuantizedGate), 0.1))
+    with pytest.raises(ValueError, match=r"blocks\.0\.self_attn of this Wan has none"):
+        gates_in_model(Wan(), 0.1)
+    with pytest.raises(ValueError, match=r"keep_ratio must be .*, got 1\.5"):
+        gates_in_model(MiniMaxH3(gate=QuantizedGate), 1.5)
 
 
 def test_minimax_h3_stays_dense_where_its_sequence_is_not_known(h3):

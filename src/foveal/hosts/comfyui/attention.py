@@ -52,6 +52,7 @@ class _Forward:
         step, num_steps: which denoising step it is of how many; None where nothing says it or needs it.
         layer: the self-attention layer that runs; None outside of one.
         hidden_states: what that layer got, [B, L, C].
+        gate: what makes its gate where the model has that itself; None elsewhere.
         asked: whether that layer has called the override.
         layouts: by the number of tokens.
     """
@@ -66,6 +67,7 @@ class _Forward:
     num_steps: int | None
     layer: str | None = None
     hidden_states: Tensor | None = None
+    gate: nn.Module | None = None
     asked: bool = False
     layouts: dict[int, VideoGrid | TokenLayout | None] = field(default_factory=dict)
 
@@ -91,6 +93,7 @@ class SparseAttention:
         min_tokens: layers with fewer tokens run dense.
         strict: raise a RuntimeError where a layer runs dense for a reason that nobody asked for.
         preview_step: the kept blocks of the first sparse denoising step from this one on, from 0, are recorded.
+        gate: the attribute of the model's layers that makes VSA's gate; None where the modules make it.
         look: called for every call of a layer in `modules` that could run sparse; the call then runs dense.
 
     Attributes:
@@ -107,12 +110,14 @@ class SparseAttention:
         min_tokens: int = 0,
         strict: bool = False,
         preview_step: int = 0,
+        gate: str | None = None,
         look: Look | None = None,
     ) -> None:
         self.modules = dict(modules)
         self.held = dict(held or {})
         self.policy = Policy() if policy is None else policy
         self.min_tokens, self.strict, self.preview_step, self.look = min_tokens, strict, preview_step, look
+        self.gate = gate
         names = {**dict.fromkeys(modules), **dict.fromkeys(self.held)}
         self.dense_layers = frozenset(
             choose_layers(names, self.policy.dense_layers, argument="dense_layers") if self.policy.dense_layers else ()
@@ -225,10 +230,11 @@ class SparseAttention:
         forward.layer, forward.asked = name, False
         hidden_states = args[0] if args else kwargs["x"]
         forward.hidden_states = hidden_states if hidden_states.dim() == 3 else hidden_states[None]
+        forward.gate = None if self.gate is None else getattr(layer, self.gate)
 
     def _leave(self, forward: _Forward, layer: nn.Module, args: tuple, output: Any) -> None:
         name, asked = forward.layer, forward.asked
-        forward.layer = forward.hidden_states = None
+        forward.layer = forward.hidden_states = forward.gate = None
         # After an error there is no output, and the error says more.
         if not asked and output is not None:
             self._note_dense(name, NOT_CALLED)
@@ -279,8 +285,13 @@ class SparseAttention:
         module, layout = self.modules[forward.layer], forward.layout(query.shape[2])
         config = forward.phase.apply(module.config)
         method = method_of(config)
+        hidden_states, gates = forward.hidden_states, None
+        if forward.gate is not None:
+            # In two dimensions, as the model itself has them: its layers may be quantized.
+            made = forward.gate(hidden_states.flatten(0, 1)).unflatten(0, hidden_states.shape[:2])
+            hidden_states, gates = None, (_heads_first(made, {"heads": query.shape[1]}), None)
         with _on_device(module, query.device):
-            call = LayerCall(query, key, value, forward.hidden_states, layout, config=config)
+            call = LayerCall(query, key, value, hidden_states, layout, config=config, gates=gates)
             output = method.run(module, call)
         layer = self.record.of(forward.layer)
         ran = module.ran

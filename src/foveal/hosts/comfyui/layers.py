@@ -13,6 +13,7 @@ from foveal.checks import check_ratio
 from foveal.layout import TokenLayout, VideoGrid
 from foveal.methods.base import Config, method_of
 from foveal.methods.parameters import PreciseParameters
+from foveal.models.files.formats import FORMATS
 from foveal.models.files.parts import SparseParameters
 from foveal.models.layers import choose_layers
 from foveal.symbols import ceil_div
@@ -32,6 +33,8 @@ class HostFamily:
         dimensions: (hidden width, heads, head dimension) of that, an AttributeError for another model's.
         patch: latent frames, rows, and columns of a token.
         noise: the timestep that the model is called with for pure noise; policies have 1000.
+        gate: the attribute of an attention that makes VSA's gate, if the model was loaded with gates; None if models of
+            this family never have one.
         packing: from the transformer options and the other arguments of a forward to how the model packed its sequence,
             as MiniMax-H3 has it; None for models whose tokens are those of the latent.
     """
@@ -43,6 +46,7 @@ class HostFamily:
     dimensions: Callable[[Any], tuple[int, int, int]]
     patch: Callable[[Any], tuple[int, int, int]]
     noise: float = 1000.0
+    gate: str | None = None
     packing: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] | None = None
 
     def blocks(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -91,6 +95,7 @@ MINIMAX_H3 = HostFamily(
     attention="attn",
     dimensions=lambda layer: (layer.qkv_proj.in_features, layer.heads, layer.head_dim),
     patch=lambda model: tuple(model.patch_size) if model.audio_latents_dim else (),
+    gate="to_gate_compress",
     packing=_minimax_h3_packing,
 )
 FAMILIES = (WAN, LTX_VIDEO, MINIMAX_H3)
@@ -110,6 +115,34 @@ def host_family(model: nn.Module) -> HostFamily:
             continue
     known = " or ".join(family.name for family in FAMILIES)
     raise TypeError(f"model must be {known} as ComfyUI has it, got {type(model).__name__}")
+
+
+def gates_in_model(model: nn.Module, keep_ratio: float) -> SparseParameters:
+    """The gates that a diffusion model was loaded with, in whatever form the host keeps its weights.
+
+    Args:
+        model: MiniMax-H3 with FastH3's weights.
+        keep_ratio: the share of the cubes that each cube reads. The model does not say at which it was trained.
+
+    Raises:
+        TypeError: the model is of no family of ComfyUI that is known here.
+        ValueError: it has no gates, or keep_ratio is no ratio.
+    """
+    family = host_family(model)
+    layers = family.layers(model)
+    _check_gates(family, layers)
+    released = FORMATS["fasth3-vsa-comfyui"]
+    config = released.config_for(0).replace(keep_ratio=keep_ratio)
+    return SparseParameters(
+        path="the model",
+        format=released.name,
+        source=released.source,
+        configs=(config,) * len(layers),
+        from_file=False,
+        layers=({},) * len(layers),
+        family=family.family,
+        in_model=True,
+    )
 
 
 def build_layers(
@@ -146,6 +179,8 @@ def build_layers(
                 f"{parameters.path} has sparse parameters of {len(parameters.layers)} layers, "
                 f"but the model has {depth}: another model size"
             )
+        if parameters.in_model:
+            _check_gates(family, layers)
     given = [config] * len(layers) if parameters is None else parameters.configs
     configs = dict.fromkeys(layers) | dict(zip(layers, given, strict=False))
     for name, ratio in _budgets_of(layers, budgets or {}).items():
@@ -162,9 +197,21 @@ def build_layers(
             reasons[name] = "its budget keeps everything"
         else:
             modules[name] = method_of(own).build(own, *family.dimensions(layer), impl)
+            if parameters is not None and parameters.in_model:
+                modules[name].to_gate_coarse = None
             modules[name].requires_grad_(False)
             _fill(name, modules[name], None if parameters is None else parameters.layers[index])
     return modules, reasons
+
+
+def _check_gates(family: HostFamily, layers: Mapping[str, nn.Module]) -> None:
+    """Raise a ValueError unless each layer has the gate that it was loaded with."""
+    lacking = [name for name, layer in layers.items() if getattr(layer, family.gate or "", None) is None]
+    if lacking:
+        raise ValueError(
+            f"model must have gates in each layer, as ComfyUI since 0.35 loads them from FastH3's files; "
+            f"{lacking[0]} of this {family.name} has none"
+        )
 
 
 def _budgets_of(layers: dict[str, nn.Module], budgets: Budgets) -> dict[str, float]:

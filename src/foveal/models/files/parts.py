@@ -42,6 +42,7 @@ class SparseParameters:
         from_file: whether the file said so; otherwise it is what the released weights were made with.
         layers: for each layer the parameters of the method's module by name.
         family: of the model, one of `FAMILIES`.
+        in_model: the host's model has the gates itself, as ComfyUI's MiniMax-H3 has FastH3's; `layers` are then empty.
     """
 
     path: str
@@ -51,6 +52,7 @@ class SparseParameters:
     from_file: bool
     layers: tuple[dict[str, Tensor], ...]
     family: str = "wan"
+    in_model: bool = False
 
     def following(self, *, keep_ratio: float) -> SparseParameters:
         """The same with another share of the blocks or cubes in every sparse layer."""
